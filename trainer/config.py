@@ -1,0 +1,169 @@
+"""The configuration of a run: frozen dataclasses, and presets as functions."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class Model:
+    """The policy."""
+
+    path: str = "tiny"
+    """A transformers folder or hub name; "tiny" builds the 0.3 M-parameter Qwen3 for the ladder."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """The type of the weights."""
+    attention: str = "eager"
+    """transformers' attn_implementation: eager, sdpa, flash_attention_2."""
+    gradient_checkpointing: bool = False
+    """Recompute the backbone's activations in backward."""
+
+
+@dataclass(frozen=True)
+class Data:
+    """Where problems come from."""
+
+    task: str = "ladder"
+    """"ladder", "gym:NAME" for a reasoning-gym task, or "file:PATH" / "hub:NAME" for a prompt set."""
+    prompt_field: str = "prompt"
+    """Prompt sets: the column of the question, text or chat messages."""
+    answer_field: str = "answer"
+    """Prompt sets: the column of the answer."""
+    template: Literal["auto", "none"] = "auto"
+    """"auto" applies the tokenizer's chat template where it has one."""
+    instruction: str = ""
+    """Appended to every question of a prompt set or reasoning-gym task."""
+    test_fraction: float = 0.05
+    """Prompt sets without a test split: the share held out, by hash of the prompt."""
+
+
+@dataclass(frozen=True)
+class WarmStart:
+    """Supervised steps before RL; kept and reused by later runs with the same settings."""
+
+    steps: int = 0
+    """0 trains from the model as it is."""
+    traces: int = 30_000
+    """How many demonstrations the task makes."""
+    batch_size: int = 64
+    """Demonstrations a step."""
+    learning_rate: float = 3e-3
+    """Peak of the cosine schedule."""
+    warmup_steps: int = 50
+    """Linear warm-up."""
+    weight_decay: float = 0.1
+    """AdamW's."""
+    cache: str = "runs/warm-starts"
+    """Folder of finished warm starts, by hash of all that shapes them."""
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """How responses are sampled."""
+
+    prompts: int = 32
+    """Prompts a sampling round."""
+    group_size: int = 8
+    """Responses a prompt, G."""
+    max_new_tokens: int = 48
+    """Length limit of a response, end-of-sequence included."""
+    temperature: float = 1.0
+    """Of sampling, and of the log-probs and entropies in the loss."""
+    batch_size: int = 256
+    """Sequences sampled at once."""
+
+
+@dataclass(frozen=True)
+class Algorithm:
+    """The objective: GRPO or DAPO on the high-entropy tokens."""
+
+    loss_type: Literal["dapo", "grpo"] = "dapo"
+    """"dapo": one mean over the tokens of the step; "grpo": a mean of the sequences' means."""
+    fraction: float = 0.2
+    """Share of the response tokens that is trained on (1.0: all)."""
+    which: Literal["top", "bottom", "random"] = "top"
+    """Which tokens: the paper's, its ablation, and the control."""
+    entropy_source: Literal["current", "old"] = "old"
+    """"current": entropies of the policy being trained (the paper); the head runs on all tokens.
+    "old": entropies of the sampling policy; the head runs on the kept tokens only."""
+    denominator: Literal["selected", "all"] = "selected"
+    """Paper v2 and its code divide by the selected tokens, v1 and TRL by all."""
+    clip_low: float = 0.2
+    """Lower clip range of the ratio."""
+    clip_high: float = 0.28
+    """Upper clip range of the ratio (clip-higher)."""
+    dual_clip: float | None = None
+    """Bound of the ratio for negative advantages (10 in the paper's scripts)."""
+    advantage: Literal["grpo", "dr_grpo"] = "grpo"
+    """"grpo" divides by the group's standard deviation, "dr_grpo" does not."""
+    max_rounds: int = 1
+    """Dynamic sampling: rounds of fresh prompts until `rollout.prompts` groups are useful."""
+    min_groups: int = 4
+    """Useful groups below which a step makes no update (it is counted)."""
+    overlong_cache: int = 0
+    """Soft punishment over the last `overlong_cache` tokens before the limit; 0: none."""
+    overlong_factor: float = 1.0
+    """Size of the punishment at the limit."""
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    """AdamW."""
+
+    learning_rate: float = 2e-4
+    """Constant after warm-up."""
+    warmup_steps: int = 5
+    """Optimizer steps of linear warm-up."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """AdamW's."""
+    weight_decay: float = 0.0
+    """AdamW's."""
+    grad_clip: float = 1.0
+    """Largest norm of the gradient."""
+    mini_batches: int = 2
+    """Optimizer steps a sampling step."""
+    tokens_per_micro_batch: int = 16_384
+    """Padded tokens, prompt included, of one forward and backward."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """One run."""
+
+    name: str = "tiny"
+    """Folder of the run under `root`."""
+    root: str = "runs"
+    """Where runs live."""
+    seed: int = 0
+    """Of everything random."""
+    steps: int = 120
+    """RL steps."""
+    threads: int = 0
+    """CPU threads of torch; 0 leaves torch's choice."""
+    device: str = "auto"
+    """"auto": CUDA where there is one."""
+    eval_every: int = 20
+    """RL steps between evaluations; the first is before training."""
+    eval_problems: int = 512
+    """Held-out problems an evaluation, one sample each at temperature 1 and one greedy."""
+    checkpoint_every: int = 10
+    """RL steps between checkpoints."""
+    keep_checkpoints: int = 2
+    """Older ones are deleted."""
+    samples_every: int = 10
+    """RL steps between writes of samples.jsonl."""
+    samples: int = 8
+    """Responses a write."""
+    model: Model = field(default_factory=Model)
+    data: Data = field(default_factory=Data)
+    warm_start: WarmStart = field(default_factory=WarmStart)
+    rollout: Rollout = field(default_factory=Rollout)
+    algorithm: Algorithm = field(default_factory=Algorithm)
+    optimizer: Optimizer = field(default_factory=Optimizer)
+
+
+def tiny() -> Config:
+    """A 0.3 M-parameter Qwen3 on the number ladder: warm start and RL in minutes on a laptop."""
+    return Config(threads=1, warm_start=WarmStart(steps=600))
+
+
+PRESETS = {"tiny": (tiny.__doc__ or "", tiny())}

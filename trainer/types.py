@@ -1,0 +1,88 @@
+"""What crosses a file: a problem, the rollouts of a step, one row of a run.
+
+B sequences, P prompt width, L response width.
+"""
+
+from dataclasses import dataclass, fields
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One prompt and what its verifier needs to know."""
+
+    prompt: str
+    """The text the tokenizer sees, chat template included."""
+    answer: Any
+    """JSON-serialisable ground truth, read by the task's `reward` only."""
+
+
+class Task(Protocol):
+    """A stream of problems and their verifier. `index` fixes the problem, so a run resumes by it."""
+
+    name: str
+    num_test: int
+    """How many held-out problems there are; `problem("test", i)` takes i < num_test."""
+
+    def problem(self, split: str, index: int) -> Problem:
+        """Problem `index` of "train" (endless) or "test" (held out, disjoint from train)."""
+        ...
+
+    def reward(self, problem: Problem, response: str) -> float:
+        """1.0 for a right answer, 0.0 for a wrong one."""
+        ...
+
+
+@dataclass
+class Rollouts:
+    """Sampled responses: prompts padded on the left to P, responses on the right to L."""
+
+    problems: list[Problem]  # B
+    responses: list[str]  # B, without end-of-sequence
+    group_B: Tensor  # int64: the prompt a row answers
+    prompt_BP: Tensor  # int64 token ids
+    prompt_mask_BP: Tensor  # bool
+    response_BL: Tensor  # int64 token ids, end-of-sequence included
+    mask_BL: Tensor  # bool: response tokens, end-of-sequence included
+    truncated_B: Tensor  # bool: stopped by the length limit
+    reward_B: Tensor  # fp32
+
+    def __len__(self) -> int:
+        return len(self.problems)
+
+    def rows(self, index: Tensor) -> "Rollouts":
+        """The rollouts at `index`, an int64 tensor of row numbers, in its order."""
+        picked = {}
+        for field in fields(self):
+            value = getattr(self, field.name)
+            picked[field.name] = (
+                value[index] if isinstance(value, Tensor) else [value[i] for i in index.tolist()]
+            )
+        return Rollouts(**picked)
+
+    @staticmethod
+    def concatenate(parts: "list[Rollouts]", pad_id: int) -> "Rollouts":
+        """One batch of all `parts`, widened to the widest prompt and response."""
+        prompt = max(part.prompt_BP.shape[1] for part in parts)
+        response = max(part.response_BL.shape[1] for part in parts)
+
+        def left(x: Tensor, fill: int) -> Tensor:
+            return torch.nn.functional.pad(x, (prompt - x.shape[1], 0), value=fill)
+
+        def right(x: Tensor, fill: int) -> Tensor:
+            return torch.nn.functional.pad(x, (0, response - x.shape[1]), value=fill)
+
+        return Rollouts(
+            problems=[problem for part in parts for problem in part.problems],
+            responses=[text for part in parts for text in part.responses],
+            group_B=torch.cat([part.group_B for part in parts]),
+            prompt_BP=torch.cat([left(part.prompt_BP, pad_id) for part in parts]),
+            prompt_mask_BP=torch.cat([left(part.prompt_mask_BP, False) for part in parts]),
+            response_BL=torch.cat([right(part.response_BL, pad_id) for part in parts]),
+            mask_BL=torch.cat([right(part.mask_BL, False) for part in parts]),
+            truncated_B=torch.cat([part.truncated_B for part in parts]),
+            reward_B=torch.cat([part.reward_B for part in parts]),
+        )
