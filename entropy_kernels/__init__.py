@@ -1,0 +1,28 @@
+"""A gradient-sparse LM head for RLVR on high-entropy tokens.
+
+Per-token log-probability and vocabulary-wide entropy from hidden states, without [T, V] logits; an
+exact entropy threshold; the clipped policy loss on the tokens above it; and a backward that pays
+only for the rows that carry gradient. Method: arXiv 2506.01939.
+"""
+
+from entropy_kernels.functional import (
+    LogprobEntropy,
+    high_entropy_policy_loss,
+    linear_logprob_entropy,
+)
+from entropy_kernels.losses import ratio_loss
+from entropy_kernels.nn import HighEntropyPolicyLoss
+from entropy_kernels.selection import StreamingThreshold, entropy_threshold, top_entropy_mask
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "HighEntropyPolicyLoss",
+    "LogprobEntropy",
+    "StreamingThreshold",
+    "entropy_threshold",
+    "high_entropy_policy_loss",
+    "linear_logprob_entropy",
+    "ratio_loss",
+    "top_entropy_mask",
+]

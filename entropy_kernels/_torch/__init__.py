@@ -1,0 +1,1 @@
+"""The ops in blocks of torch.mm: any device, no compiler."""

@@ -1,0 +1,152 @@
+"""Log-probability and entropy of every row, in one walk over the vocabulary.
+
+Three numbers a row are kept. Relative to the running maximum m, and with one maximum itself left
+out of both sums,
+
+    s = sum_j exp(d_j),   t = sum_j d_j exp(d_j),   d_j = (z_j - m) / temperature
+    log-sum-exp = m / temperature + log1p(s),   H = log1p(s) - t / (1 + s)
+
+Neither term of H is negative, so entropies of 1e-12 keep their digits where log-sum-exp minus
+E[z] would cancel. Logits and sums of a block are fp32, blocks are merged in fp64.
+
+T tokens, D hidden, V vocabulary.
+"""
+
+import torch
+from torch import Tensor
+
+from entropy_kernels._torch.blocks import (
+    LOWEST_EXPONENT,
+    Head,
+    Statistics,
+    at,
+    buffers,
+    compute_dtype,
+    per_row,
+    sizes,
+    slices,
+    target_column,
+    view,
+)
+
+# The running maximum's start: finite, so that a block of -inf throughout merges without inf - inf.
+LOWEST = -1e30
+
+
+def linear_logprob_entropy(
+    hidden_TD: Tensor,
+    weight_VD: Tensor,
+    target_T: Tensor,
+    bias_V: Tensor | None,
+    temperature: Tensor | None,
+    softcap: float | None,
+    ignore_index: int,
+    keep_logits: bool,
+) -> Statistics:
+    """The statistics of every row; zeros where the target is `ignore_index`.
+
+    On a CPU the ignored rows are dropped before the products. On CUDA their number would have to
+    reach the host first, so they are computed, then zeroed.
+    """
+    head = Head(weight_VD, bias_V, softcap)
+    kept_T = target_T != ignore_index
+    temperature_T = per_row(temperature, target_T)
+    if hidden_TD.device.type != "cpu" or keep_logits or bool(kept_T.all()):
+        found = _statistics(hidden_TD, target_T, temperature_T, head, keep_logits)
+        return Statistics(*(torch.where(kept_T, x, 0) for x in found[:5]), found.logits)
+
+    index_R = kept_T.nonzero().squeeze(1)
+    found = _statistics(
+        hidden_TD[index_R], target_T[index_R], at(temperature_T, index_R), head, False
+    )
+    zero_T = hidden_TD.new_zeros(target_T.shape, dtype=torch.float32)
+    return Statistics(*(zero_T.index_copy(0, index_R, x) for x in found[:5]), found.logits)
+
+
+def _statistics(
+    hidden_TD: Tensor,
+    target_T: Tensor,
+    temperature_T: Tensor | None,
+    head: Head,
+    keep_logits: bool,
+) -> Statistics:
+    """The same without ignored rows; a row with a target outside [0, V) is NaN."""
+    count, vocabulary = target_T.shape[0], head.weight_VD.shape[0]
+    block_t, block_v = sizes(hidden_TD)
+    max_T = torch.full((count,), LOWEST, dtype=torch.float32, device=hidden_TD.device)
+    s_T, t_T = torch.zeros(2, count, dtype=torch.float64, device=hidden_TD.device)
+    target_logit_T = torch.zeros_like(max_T)
+    logits_TV = max_T.new_empty((count, vocabulary) if keep_logits else (0,))
+    z_buffer, e_buffer = buffers(count, vocabulary, hidden_TD)
+
+    for v in slices(vocabulary, block_v):
+        weight = compute_dtype(head.weight_VD[v])
+        for rows in slices(count, block_t):
+            z = head.logits(hidden_TD[rows], weight, v, z_buffer)
+            if keep_logits:
+                logits_TV[rows, v] = z
+            column, inside = target_column(target_T[rows], v)
+            target_logit_T[rows] = torch.where(
+                inside, z.gather(1, column).squeeze(1), target_logit_T[rows]
+            )
+            block = _block_sums(z, at(temperature_T, rows), e_buffer)
+            running = (max_T[rows], s_T[rows], t_T[rows])
+            max_T[rows], s_T[rows], t_T[rows] = _merge(running, block, at(temperature_T, rows))
+
+    found = _finish(max_T, s_T, t_T, target_logit_T, temperature_T)
+    valid_T = (target_T >= 0) & (target_T < vocabulary)
+    if temperature_T is not None:
+        valid_T &= temperature_T > 0
+    return Statistics(*(torch.where(valid_T, x, torch.nan) for x in found), logits_TV)
+
+
+def _block_sums(
+    z_TV: Tensor, temperature_T: Tensor | None, buffer: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(max, s, t) of one block of logits, which is overwritten. NaN stays NaN throughout."""
+    max_T, peak_T = z_TV.max(1)
+    max_T = max_T.clamp_min(LOWEST)
+    d_TV = z_TV.sub_(max_T.unsqueeze(1))
+    if temperature_T is not None:
+        d_TV.div_(temperature_T.unsqueeze(1))
+    d_TV.clamp_min_(LOWEST_EXPONENT)
+    e_TV = torch.exp(d_TV, out=view(buffer, *d_TV.shape))
+    # One maximum is the 1 that s leaves out; others that tie with it stay in.
+    e_TV.scatter_(1, peak_T.unsqueeze(1), 0.0)
+    s_T = e_TV.sum(1).double()
+    return max_T, s_T, e_TV.mul_(d_TV).sum(1).double()
+
+
+def _merge(
+    left: tuple[Tensor, Tensor, Tensor],
+    right: tuple[Tensor, Tensor, Tensor],
+    temperature_T: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(max, s, t) of the union of two sets of columns: t <- a (t + (1 + s) shift), a = exp(shift)."""
+    max_T = torch.maximum(left[0], right[0])
+    moved_t = torch.zeros_like(left[2])
+    moved_sum = []
+    for block_max_T, s_T, t_T in (left, right):
+        shift_T = block_max_T.double() - max_T
+        if temperature_T is not None:
+            shift_T = shift_T / temperature_T
+        scale_T = shift_T.exp()
+        moved_sum.append(scale_T * (1 + s_T))
+        moved_t += scale_T * t_T + moved_sum[-1] * shift_T
+    s_T = torch.where(left[0] >= right[0], left[1] + moved_sum[1], right[1] + moved_sum[0])
+    return max_T, s_T, moved_t
+
+
+def _finish(
+    max_T: Tensor, s_T: Tensor, t_T: Tensor, target_logit_T: Tensor, temperature_T: Tensor | None
+) -> list[Tensor]:
+    """Log-probability, entropy, log-sum-exp, max and log sum, fp32."""
+    # A row of -inf throughout has no distribution.
+    max_T = torch.where(max_T > LOWEST, max_T, torch.nan)
+    log_sum_T = s_T.log1p()
+    distance_T, peak_T = target_logit_T.double() - max_T, max_T.double()
+    if temperature_T is not None:
+        distance_T, peak_T = distance_T / temperature_T, peak_T / temperature_T
+    entropy_T = log_sum_T - t_T / (1 + s_T)
+    found = [distance_T - log_sum_T, entropy_T, peak_T + log_sum_T, max_T, log_sum_T]
+    return [x.float() for x in found]

@@ -1,0 +1,178 @@
+"""Gradients of linear_logprob_entropy, from the rows whose incoming gradient is not zero.
+
+    dz_j = [g_logprob (1[j = target] - p_j) + g_logsumexp p_j - g_entropy p_j (log p_j + H)] / temp
+
+The logits of those rows are recomputed one vocabulary block at a time; each row of the weight's
+gradient is written once, the hidden states' gradient is summed over blocks in fp32.
+
+T tokens, R active rows, D hidden, V vocabulary.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from entropy_kernels._torch.blocks import (
+    LOWEST_EXPONENT,
+    Head,
+    Statistics,
+    add_product,
+    at,
+    buffers,
+    compute_dtype,
+    per_row,
+    sizes,
+    slices,
+    target_column,
+    view,
+)
+
+
+class _Rows(NamedTuple):
+    """The active rows: their numbers, what arrives at them and what forward found, all [R]."""
+
+    index: Tensor
+    grad_logprob: Tensor | None
+    grad_entropy: Tensor | None
+    grad_logsumexp: Tensor | None
+    target: Tensor
+    temperature: Tensor | None
+    entropy: Tensor
+    max: Tensor
+    log_sum: Tensor
+
+    def chunk(self, rows: slice) -> "_Rows":
+        return _Rows(*(None if x is None else x[rows] for x in self))  # type: ignore[arg-type]
+
+
+class _Needs(NamedTuple):
+    """Whose gradient is wanted."""
+
+    hidden: bool
+    weight: bool
+    bias: bool
+
+
+def linear_logprob_entropy_backward(
+    grad_logprob_T: Tensor | None,
+    grad_entropy_T: Tensor | None,
+    grad_logsumexp_T: Tensor | None,
+    hidden_TD: Tensor,
+    weight_VD: Tensor,
+    target_T: Tensor,
+    bias_V: Tensor | None,
+    temperature: Tensor | None,
+    softcap: float | None,
+    ignore_index: int,
+    found: Statistics,
+    needs: tuple[bool, bool, bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of hidden states, weight and bias; None for what `needs` does not ask for.
+
+    On CUDA the number of active rows reaches the host: one synchronisation.
+    """
+    incoming = [grad_logprob_T, grad_entropy_T, grad_logsumexp_T]
+    active_T = torch.zeros_like(target_T, dtype=torch.bool)
+    for grad_T in incoming:
+        if grad_T is not None:
+            active_T |= grad_T != 0
+    index_R = (active_T & (target_T != ignore_index)).nonzero().squeeze(1)
+    rows = _Rows(
+        index_R,
+        *(None if grad is None else grad[index_R].float() for grad in incoming),
+        target_T[index_R],
+        at(per_row(temperature, target_T), index_R),
+        found.entropy[index_R],
+        found.max[index_R],
+        found.log_sum[index_R],
+    )
+    logits_TV = found.logits if found.logits.numel() else None
+    head = Head(weight_VD, bias_V, softcap)
+    dhidden_RD, dweight_VD, dbias_V = _gradients(
+        hidden_TD[index_R], rows, head, logits_TV, _Needs(*needs)
+    )
+    if dhidden_RD is None:
+        return None, dweight_VD, dbias_V
+    dhidden_TD = torch.zeros_like(hidden_TD, memory_format=torch.contiguous_format)
+    dhidden_TD.index_copy_(0, index_R, dhidden_RD.to(hidden_TD.dtype))
+    return dhidden_TD, dweight_VD, dbias_V
+
+
+def _gradients(
+    hidden_RD: Tensor, rows: _Rows, head: Head, logits_TV: Tensor | None, needs: _Needs
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """One pass over the vocabulary, and a product of [R, V, D] for each thing that is needed."""
+    count, vocabulary = hidden_RD.shape[0], head.weight_VD.shape[0]
+    block_t, block_v = sizes(hidden_RD)
+    z_buffer, p_buffer = buffers(count, vocabulary, hidden_RD)
+    fp32 = {"dtype": torch.float32, "device": hidden_RD.device}
+    dhidden_RD = torch.zeros(hidden_RD.shape, **fp32) if needs.hidden else None
+    dweight_VD = _empty_like(head.weight_VD) if needs.weight else None
+    dbias_V = torch.zeros(vocabulary, **fp32) if needs.bias else None
+
+    for v in slices(vocabulary, block_v):
+        weight = compute_dtype(head.weight_VD[v])
+        dweight = None if dweight_VD is None else torch.zeros(weight.shape, **fp32)
+        for chunk in slices(count, block_t):
+            some, hidden = rows.chunk(chunk), compute_dtype(hidden_RD[chunk])
+            if logits_TV is None:
+                z = head.logits(hidden, weight, v, z_buffer)
+            else:
+                z = logits_TV[some.index, v]
+            dz = _dlogits(z, some, head.softcap, v, p_buffer)
+            if dbias_V is not None:
+                dbias_V[v] += dz.sum(0)
+            dz = dz.to(hidden.dtype)
+            if dweight is not None:
+                add_product(dweight, dz.T, hidden)
+            if dhidden_RD is not None:
+                add_product(dhidden_RD[chunk], dz, weight)
+        if dweight_VD is not None:
+            dweight_VD[v] = dweight
+    if dbias_V is not None and head.bias_V is not None:
+        dbias_V = dbias_V.to(head.bias_V.dtype)
+    return dhidden_RD, dweight_VD, dbias_V
+
+
+def _dlogits(z_RV: Tensor, rows: _Rows, softcap: float | None, v: slice, buffer: Tensor) -> Tensor:
+    """dz of one block of logits, which is overwritten, with respect to (h W^T + b).
+
+    Off the target dz_j = p_j (rest - g_logprob - g_entropy log p_j). At the target
+    g_logprob (1 - p) comes from expm1, which keeps its digits when p is near 1.
+    """
+    zero = torch.zeros_like(rows.entropy)
+    g_logprob, g_entropy, g_logsumexp = (
+        zero if grad is None else grad
+        for grad in (rows.grad_logprob, rows.grad_entropy, rows.grad_logsumexp)
+    )
+    if rows.temperature is not None:
+        g_logprob, g_entropy = g_logprob / rows.temperature, g_entropy / rows.temperature
+        g_logsumexp = g_logsumexp / rows.temperature
+    rest = g_logsumexp - g_entropy * rows.entropy
+
+    slope_RV = None if softcap is None else 1 - (z_RV / softcap).square_()
+    logp_RV = z_RV.sub_(rows.max.unsqueeze(1))
+    if rows.temperature is not None:
+        logp_RV.div_(rows.temperature.unsqueeze(1))
+    logp_RV.sub_(rows.log_sum.unsqueeze(1)).clamp_min_(LOWEST_EXPONENT)
+    column, inside = target_column(rows.target, v)
+    logp_target = logp_RV.gather(1, column).squeeze(1)
+    dz_target = logp_target.exp() * (rest - g_entropy * logp_target)
+    dz_target -= g_logprob * logp_target.expm1()
+
+    p_RV = torch.exp(logp_RV, out=view(buffer, *z_RV.shape))
+    # A logit of -inf has p = 0 exactly.
+    torch.nn.functional.threshold_(p_RV, 2e-38, 0.0)
+    factor = (rest - g_logprob).unsqueeze(1)
+    if rows.grad_entropy is None:
+        dz_RV = p_RV.mul_(factor)
+    else:
+        dz_RV = logp_RV.mul_(-g_entropy.unsqueeze(1)).add_(factor).mul_(p_RV)
+    elsewhere = dz_RV.gather(1, column).squeeze(1)
+    dz_RV.scatter_(1, column, torch.where(inside, dz_target, elsewhere).unsqueeze(1))
+    return dz_RV if slope_RV is None else dz_RV.mul_(slope_RV)
+
+
+def _empty_like(weight_VD: Tensor) -> Tensor:
+    return torch.empty(weight_VD.shape, dtype=weight_VD.dtype, device=weight_VD.device)

@@ -1,0 +1,343 @@
+"""The public functions: shapes and ValueErrors, then the op.
+
+T tokens, D hidden, V vocabulary, B sequences, L their length.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from entropy_kernels import ops, reference
+from entropy_kernels.losses import ratio_loss
+from entropy_kernels.selection import top_entropy_mask
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# Logits of rows that are all trained on are kept for backward up to this size, and recomputed
+# beyond it.
+KEPT_LOGITS_BYTES = 1 << 28
+
+
+class LogprobEntropy(NamedTuple):
+    """What the head knows of each token, fp32, in the shape of the targets; entropy in nats."""
+
+    logprob: Float[Tensor, "*tokens"]
+    entropy: Float[Tensor, "*tokens"]
+    logsumexp: Float[Tensor, "*tokens"]
+
+
+def linear_logprob_entropy(
+    hidden: Float[Tensor, "*tokens D"],
+    weight: Float[Tensor, "V D"],
+    target: Int[Tensor, "*tokens"],
+    *,
+    bias: Float[Tensor, " V"] | None = None,
+    temperature: float | Float[Tensor, "..."] = 1.0,
+    softcap: float | None = None,
+    ignore_index: int = -100,
+    keep_logits: bool = False,
+    impl: str = "auto",
+) -> LogprobEntropy:
+    """Log-probability of each target and entropy of its distribution, from hidden states.
+
+    z = softcap * tanh((h W^T + b) / softcap) / temperature,   p = softmax(z)
+    logprob = log p[target],   entropy = -sum_j p_j log p_j   (arXiv 2506.01939, equation 1; nats)
+
+    All three outputs are fp32 and differentiable with respect to hidden, weight and bias.
+    Backward looks at the gradients that arrive: rows where they are exactly zero are dropped
+    before any product, so a masked, clipped or zero-advantage token costs nothing. A frozen weight
+    or detached hidden states skip their product.
+
+    Args:
+        hidden: last hidden states, fp32, bf16 or fp16.
+        weight: the head's weight, same dtype; under autocast both are cast as by `linear`.
+        target: token ids; rows with `ignore_index` give zeros and no gradient.
+        temperature: > 0, one value or one a token; divides the logits of both outputs. It is not
+            differentiated.
+        softcap: bound of the logits, as in Gemma 2.
+        keep_logits: keep fp32 logits [T, V] for backward, three products instead of four. For
+            callers that have already dropped the rows they do not train on.
+        impl: "auto", "torch", or "reference" (plain PyTorch, also fp64; holds the logits).
+
+    Precision: logits and their sums are fp32 whatever the inputs, gradients are accumulated in
+    fp32 and rounded once. Entropy is log s - E[z - max], both terms non-negative; logprob <= 0.
+    -inf logits (a masked vocabulary) are legal. NaN or inf in a row makes that row's outputs NaN.
+
+    Never allocates [T, V] unless asked to by `keep_logits`. Forward does not synchronise with a
+    CUDA device; backward does once, for the number of active rows.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit; temperature <= 0; a target outside
+            [0, V). On CUDA a bad target or temperature tensor gives that row NaN instead, because
+            the check would synchronise.
+    """
+    name = _resolve(impl)
+    hidden, weight, bias = _autocast(hidden, weight, bias)
+    _check_head(hidden, weight, target, bias, softcap, fp64=name == "reference")
+    scale = _temperature(temperature, target)
+    hidden_TD, target_T = hidden.reshape(-1, hidden.shape[-1]), target.reshape(-1).long()
+    if name == "reference":
+        found = _reference(hidden_TD, weight, target_T, bias, scale, softcap, ignore_index)
+    else:
+        found = ops.linear_logprob_entropy(
+            hidden_TD, weight, target_T, bias, scale, softcap, ignore_index, keep_logits, name
+        )
+    return LogprobEntropy(*(x.reshape(target.shape) for x in found[:3]))
+
+
+def high_entropy_policy_loss(
+    hidden: Float[Tensor, "*tokens D"],
+    weight: Float[Tensor, "V D"],
+    target: Int[Tensor, "*tokens"],
+    old_logprob: Float[Tensor, "*tokens"] | None,
+    advantage: Float[Tensor, "..."],
+    mask: Bool[Tensor, "*tokens"],
+    *,
+    fraction: float = 0.2,
+    selected: Bool[Tensor, "*tokens"] | None = None,
+    threshold: float | Float[Tensor, ""] | None = None,
+    which: str = "top",
+    scope: str = "batch",
+    group: Any = None,
+    bias: Float[Tensor, " V"] | None = None,
+    temperature: float | Float[Tensor, "..."] = 1.0,
+    softcap: float | None = None,
+    loss_type: str = "dapo",
+    clip_low: float = 0.2,
+    clip_high: float = 0.28,
+    dual_clip: float | None = None,
+    denominator: str | float | Tensor = "selected",
+    num_sequences: float | Tensor | None = None,
+    impl: str = "auto",
+) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
+    """The paper's objective: the clipped policy loss on the tokens of highest entropy.
+
+    J = 1 / sum_t I[H_t >= tau] * sum_t I[H_t >= tau] min(r_t A_t, clip(r_t) A_t)
+    (arXiv 2506.01939v2, equation 6), where tau is the entropy that `fraction` of the loss mask's
+    tokens reach. Which tokens those are can be known in three ways:
+
+    - `fraction` (default): by the entropies of the current policy, among the tokens of this call,
+      or of all ranks of `group`. Forward runs on the mask's tokens, backward on the selected.
+    - `threshold`: by the entropies of the current policy, against a tau known beforehand, such as
+      that of the whole step from StreamingThreshold.
+    - `selected`: beforehand, such as by the old policy's entropies. The head runs on the selected
+      tokens alone: three products (logits, two gradients) of `fraction` of the rows, while their
+      fp32 logits fit into 256 MiB; beyond, they are recomputed, a fourth product.
+
+    Args:
+        hidden, weight, target, bias, temperature, softcap, impl: as in `linear_logprob_entropy`.
+            hidden[t] is the state that predicts target[t].
+        old_logprob: log-probabilities under the sampling policy; None: on-policy, ratio 1.
+        advantage: one a token, or one a sequence where target is [B, L].
+        mask: the loss mask; false for prompt, padding and tool tokens, which never enter the
+            threshold and on a CPU cost nothing.
+        which, scope, group: as in `top_entropy_mask`.
+        loss_type, clip_low, clip_high, dual_clip, denominator, num_sequences: as in `ratio_loss`.
+
+    Returns:
+        The loss, a fp32 scalar, and its metrics, 0-dim tensors without gradient: those of
+        `ratio_loss`; entropy/threshold, the lowest entropy among this rank's selected tokens, or
+        the `threshold` given; entropy/kept_mean over the selected tokens; and entropy/mean over
+        the mask's, unless `selected` was given.
+
+    An empty mask or selection gives a zero loss with zero gradients.
+
+    Raises:
+        ValueError: as the functions it is made of; both `selected` and `threshold` given, or one of
+            them together with which, scope or group.
+    """
+    _check_selection(selected, threshold, which, scope, group)
+    _check_like(target, mask=mask, selected=selected)
+    head = {"bias": bias, "softcap": softcap, "impl": impl}
+    if selected is not None:
+        selected = selected & mask
+        found = _on_rows(hidden, weight, target, selected, temperature, head)
+    else:
+        found = linear_logprob_entropy(
+            hidden, weight, target.masked_fill(~mask, -100), temperature=temperature, **head
+        )
+    entropy = found.entropy.detach()
+    means = {"entropy/mean": mask} if selected is None else {}
+    if threshold is not None:
+        threshold = torch.as_tensor(threshold, dtype=torch.float32, device=entropy.device)
+        selected = mask & (entropy >= threshold)
+    elif selected is None:
+        selected = top_entropy_mask(entropy, mask, fraction, which=which, scope=scope, group=group)
+
+    loss, metrics = ratio_loss(
+        found.logprob,
+        old_logprob,
+        advantage,
+        mask,
+        selected=selected,
+        loss_type=loss_type,
+        clip_low=clip_low,
+        clip_high=clip_high,
+        dual_clip=dual_clip,
+        denominator=denominator,
+        num_sequences=num_sequences,
+    )
+    lowest = entropy.masked_fill(~selected, torch.inf).flatten()
+    lowest = torch.cat([lowest, lowest.new_full((1,), torch.inf)]).min()
+    metrics["entropy/threshold"] = lowest if threshold is None else threshold
+    for name, among in (means | {"entropy/kept_mean": selected}).items():
+        total = torch.where(among, entropy, 0.0).sum()
+        metrics[name] = total / among.sum().clamp_min(1)
+    return loss, metrics
+
+
+def _on_rows(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    rows: Tensor,
+    temperature: float | Tensor,
+    head: dict[str, Any],
+) -> LogprobEntropy:
+    """The head on the tokens of `rows` alone; zeros elsewhere. Synchronises a CUDA device once."""
+    index_R = rows.reshape(-1).nonzero().squeeze(1)
+    if isinstance(temperature, Tensor) and temperature.numel() > 1:
+        temperature = temperature.expand(target.shape).reshape(-1)[index_R]
+    kept_bytes = 4 * index_R.shape[0] * weight.shape[0]
+    found = linear_logprob_entropy(
+        hidden.reshape(-1, hidden.shape[-1])[index_R],
+        weight,
+        target.reshape(-1)[index_R],
+        temperature=temperature,
+        keep_logits=torch.is_grad_enabled() and kept_bytes <= KEPT_LOGITS_BYTES,
+        **head,
+    )
+    zeros = [x.new_zeros(target.numel()).index_copy(0, index_R, x) for x in found]
+    return LogprobEntropy(*(x.reshape(target.shape) for x in zeros))
+
+
+def _reference(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None,
+    temperature: Tensor | None,
+    softcap: float | None,
+    ignore_index: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The specification, in fp64 for fp64 inputs and in fp32 for all others."""
+    ops.check_values(target, temperature, weight.shape[0], ignore_index)
+    dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    return reference.linear_logprob_entropy(
+        hidden.to(dtype),
+        weight.to(dtype),
+        target,
+        None if bias is None else bias.to(dtype),
+        1.0 if temperature is None else temperature,
+        softcap,
+        ignore_index,
+    )
+
+
+def _resolve(impl: str) -> str:
+    """The implementation that "auto" stands for."""
+    known = ["auto", "reference", *ops.implementations()]
+    if impl not in known:
+        raise ValueError(f"impl must be one of {', '.join(known)}; got {impl!r}")
+    return "torch" if impl == "auto" else impl
+
+
+def _autocast(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Under autocast, what `linear` would multiply."""
+    device = hidden.device.type
+    if not torch.is_autocast_enabled(device):
+        return hidden, weight, bias
+    dtype = torch.get_autocast_dtype(device)
+    return hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+
+
+def _temperature(temperature: float | Tensor, target: Tensor) -> Tensor | None:
+    """fp32 [1] or [T]; None for 1. Values of a tensor are checked by the op."""
+    if isinstance(temperature, Tensor):
+        if temperature.requires_grad:
+            raise ValueError("temperature is not differentiated; got a tensor that requires grad")
+        if temperature.device != target.device:
+            raise ValueError(
+                f"temperature must be on {target.device}, like target; got {temperature.device}"
+            )
+        if temperature.numel() == 1:
+            return temperature.detach().reshape(1).float()
+        if temperature.shape != target.shape:
+            raise ValueError(
+                f"temperature must be one value or have target's shape {tuple(target.shape)}; "
+                f"got {tuple(temperature.shape)}"
+            )
+        return temperature.detach().reshape(-1).float()
+    if not temperature > 0:
+        raise ValueError(f"temperature must be > 0; got {temperature}")
+    if temperature == 1:
+        return None
+    return torch.full((1,), float(temperature), dtype=torch.float32, device=target.device)
+
+
+def _check_head(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None,
+    softcap: float | None,
+    fp64: bool,
+) -> None:
+    dtypes = (*_DTYPES, torch.float64) if fp64 else _DTYPES
+    if hidden.dtype not in dtypes:
+        raise ValueError(f"hidden must be one of {', '.join(map(str, dtypes))}; got {hidden.dtype}")
+    if hidden.ndim < 1 or weight.ndim != 2 or hidden.shape[-1] != weight.shape[1]:
+        raise ValueError(
+            "hidden must be [..., D] and weight [V, D]; "
+            f"got {tuple(hidden.shape)} and {tuple(weight.shape)}"
+        )
+    if weight.shape[0] == 0 or weight.shape[1] == 0:
+        raise ValueError(f"weight must have V > 0 and D > 0; got {tuple(weight.shape)}")
+    if hidden.shape[:-1] != target.shape:
+        raise ValueError(
+            f"target must have hidden's leading shape {tuple(hidden.shape[:-1])}; "
+            f"got {tuple(target.shape)}"
+        )
+    if target.dtype not in (torch.int64, torch.int32):
+        raise ValueError(f"target must be int64 or int32; got {target.dtype}")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias must be [{weight.shape[0]}]; got {tuple(bias.shape)}")
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"softcap must be > 0 or None; got {softcap}")
+    for name, x in {"weight": weight, "bias": bias}.items():
+        if x is not None and x.dtype != hidden.dtype:
+            raise ValueError(
+                f"{name} must have hidden's dtype {hidden.dtype}; got {x.dtype} "
+                "(under autocast both are cast)"
+            )
+    for name, x in {"weight": weight, "bias": bias, "target": target}.items():
+        if x is not None and x.device != hidden.device:
+            raise ValueError(f"{name} must be on {hidden.device}, like hidden; got {x.device}")
+
+
+def _check_selection(
+    selected: Tensor | None, threshold: object, which: str, scope: str, group: object
+) -> None:
+    if selected is not None and threshold is not None:
+        raise ValueError("selected and threshold both name the tokens; give one of them")
+    chosen = (which, scope, group) != ("top", "batch", None)
+    if chosen and (selected is not None or threshold is not None):
+        name = "selected" if selected is not None else "threshold"
+        raise ValueError(
+            f"which, scope and group choose tokens by `fraction`; with {name}= they have no "
+            f"meaning; got which={which!r}, scope={scope!r}, group={group!r}"
+        )
+
+
+def _check_like(target: Tensor, **masks: Tensor | None) -> None:
+    for name, mask in masks.items():
+        if mask is None:
+            continue
+        if mask.shape != target.shape or mask.dtype != torch.bool or mask.device != target.device:
+            raise ValueError(
+                f"{name} must be a bool tensor of target's shape {tuple(target.shape)} on "
+                f"{target.device}; got {mask.dtype} {tuple(mask.shape)} on {mask.device}"
+            )

@@ -1,0 +1,187 @@
+"""Registrations with torch.library: schema, fake, implementation, autograd. No mathematics.
+
+`impl` names the module that computes; the public functions have resolved "auto" before.
+"""
+
+import torch
+from torch import Tensor
+
+from entropy_kernels._torch.blocks import Statistics
+from entropy_kernels._torch.linear_logprob_entropy import linear_logprob_entropy as torch_forward
+from entropy_kernels._torch.linear_logprob_entropy_backward import (
+    linear_logprob_entropy_backward as torch_backward,
+)
+
+_FORWARD = {"torch": torch_forward}
+_BACKWARD = {"torch": torch_backward}
+
+
+def implementations() -> list[str]:
+    """The values of `impl` that the registered ops take."""
+    return list(_FORWARD)
+
+
+def _linear_logprob_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None,
+    temperature: Tensor | None,
+    softcap: float | None,
+    ignore_index: int,
+    keep_logits: bool,
+    impl: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """logprob, entropy, logsumexp, and what backward needs of forward: max, log_sum, logits.
+
+    hidden [T, D], weight [V, D], target int64 [T], bias [V], temperature fp32 [1] or [T].
+    """
+    if hidden.device.type == "cpu":
+        check_values(target, temperature, weight.shape[0], ignore_index)
+    with torch.autocast(hidden.device.type, enabled=False):
+        return tuple(
+            _FORWARD[impl](
+                hidden, weight, target, bias, temperature, softcap, ignore_index, keep_logits
+            )
+        )
+
+
+linear_logprob_entropy = torch.library.custom_op(
+    "entropy_kernels::linear_logprob_entropy", _linear_logprob_entropy, mutates_args=()
+)
+
+
+@linear_logprob_entropy.register_fake
+def _(hidden, weight, target, bias, temperature, softcap, ignore_index, keep_logits, impl):  # type: ignore[no-untyped-def]
+    rows = [torch.empty_like(target, dtype=torch.float32) for _ in range(5)]
+    kept = (target.shape[0], weight.shape[0]) if keep_logits else (0,)
+    return *rows, hidden.new_empty(kept, dtype=torch.float32)
+
+
+def _linear_logprob_entropy_backward(
+    grad_logprob: Tensor | None,
+    grad_entropy: Tensor | None,
+    grad_logsumexp: Tensor | None,
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None,
+    temperature: Tensor | None,
+    softcap: float | None,
+    ignore_index: int,
+    entropy: Tensor,
+    max: Tensor,
+    log_sum: Tensor,
+    logits: Tensor,
+    need_hidden: bool,
+    need_weight: bool,
+    need_bias: bool,
+    impl: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of hidden, weight and bias; an empty tensor stands for one that is not needed."""
+    found = Statistics(entropy, entropy, entropy, max, log_sum, logits)
+    with torch.autocast(hidden.device.type, enabled=False):
+        gradients = _BACKWARD[impl](
+            grad_logprob,
+            grad_entropy,
+            grad_logsumexp,
+            hidden,
+            weight,
+            target,
+            bias,
+            temperature,
+            softcap,
+            ignore_index,
+            found,
+            (need_hidden, need_weight, need_bias),
+        )
+    dhidden, dweight, dbias = (hidden.new_empty(0) if g is None else g for g in gradients)
+    return dhidden, dweight, dbias
+
+
+linear_logprob_entropy_backward = torch.library.custom_op(
+    "entropy_kernels::linear_logprob_entropy_backward",
+    _linear_logprob_entropy_backward,
+    mutates_args=(),
+)
+
+
+@linear_logprob_entropy_backward.register_fake
+def _(*args):  # type: ignore[no-untyped-def]
+    hidden, weight, bias = args[3], args[4], args[6]
+    need_hidden, need_weight, need_bias = args[14:17]
+    dhidden = torch.empty_like(hidden, memory_format=torch.contiguous_format)
+    dweight = torch.empty_like(weight, memory_format=torch.contiguous_format)
+    return (
+        dhidden if need_hidden else hidden.new_empty(0),
+        dweight if need_weight else hidden.new_empty(0),
+        torch.empty_like(bias) if need_bias else hidden.new_empty(0),
+    )
+
+
+def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    hidden, weight, target, bias, temperature, softcap, ignore_index, _, impl = inputs
+    _, entropy, _, row_max, log_sum, logits = output
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(row_max, log_sum, logits)
+    ctx.save_for_backward(
+        hidden, weight, target, bias, temperature, entropy, row_max, log_sum, logits
+    )
+    ctx.options = softcap, ignore_index, impl
+
+
+def _backward(ctx, grad_logprob, grad_entropy, grad_logsumexp, *_):  # type: ignore[no-untyped-def]
+    hidden, weight, target, bias, temperature, entropy, row_max, log_sum, logits = ctx.saved_tensors
+    softcap, ignore_index, impl = ctx.options
+    need_hidden, need_weight, _, need_bias, *_ = ctx.needs_input_grad
+    dhidden, dweight, dbias = linear_logprob_entropy_backward(
+        grad_logprob,
+        grad_entropy,
+        grad_logsumexp,
+        hidden,
+        weight,
+        target,
+        bias,
+        temperature,
+        softcap,
+        ignore_index,
+        entropy,
+        row_max,
+        log_sum,
+        logits,
+        need_hidden,
+        need_weight,
+        need_bias,
+        impl,
+    )
+    return (
+        dhidden if need_hidden else None,
+        dweight if need_weight else None,
+        None,
+        dbias if need_bias else None,
+        *[None] * 5,
+    )
+
+
+linear_logprob_entropy.register_autograd(_backward, setup_context=_setup_context)
+
+# What runs behind each registered name, for those who watch it from inside.
+BODIES = {
+    "linear_logprob_entropy": _linear_logprob_entropy,
+    "linear_logprob_entropy_backward": _linear_logprob_entropy_backward,
+}
+
+
+def check_values(
+    target: Tensor, temperature: Tensor | None, vocabulary: int, ignore_index: int
+) -> None:
+    """The checks that read values: ValueErrors on a CPU; on CUDA such rows become NaN instead."""
+    wrong = ((target < 0) | (target >= vocabulary)) & (target != ignore_index)
+    if wrong.any():
+        row = int(wrong.nonzero()[0])
+        raise ValueError(
+            f"target must lie in [0, {vocabulary}) or be ignore_index={ignore_index}; "
+            f"got {int(target[row])} at row {row}"
+        )
+    if temperature is not None and not (temperature > 0).all():
+        raise ValueError(f"temperature must be > 0; got {float(temperature.min())}")

@@ -1,0 +1,172 @@
+"""The specification: one plain PyTorch function an op, in the precision of its inputs.
+
+Every other path is tested against these functions in fp64. They hold [T, V] logits, loop where a
+loop is clearer, and are differentiated by autograd. Paper: "Beyond the 80/20 Rule",
+arXiv 2506.01939v2.
+
+T tokens, D hidden, V vocabulary.
+"""
+
+import math
+from fractions import Fraction
+
+import torch
+from torch import Tensor
+
+LOG_RATIO_BOUND = 20.0
+
+
+def linear_logprob_entropy(
+    hidden_TD: Tensor,
+    weight_VD: Tensor,
+    target_T: Tensor,
+    bias_V: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    ignore_index: int = -100,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-probability of each target, entropy of each distribution, and log-sum-exp.
+
+    z = softcap * tanh((h W^T + b) / softcap) / temperature,   p = softmax(z)
+    logprob_t = log p[target_t],   H_t = -sum_j p_j log p_j   (paper, equation 1; nats)
+
+    Rows whose target is `ignore_index` give zeros and carry no gradient.
+    """
+    z_TV = hidden_TD @ weight_VD.T
+    if bias_V is not None:
+        z_TV = z_TV + bias_V
+    if softcap is not None:
+        z_TV = softcap * torch.tanh(z_TV / softcap)
+    z_TV = z_TV / torch.as_tensor(temperature, device=z_TV.device, dtype=z_TV.dtype).reshape(-1, 1)
+
+    logsumexp_T = z_TV.logsumexp(1)
+    logp_TV = z_TV.log_softmax(1)
+    # p log p is 0 where p is 0, and its derivative there is taken as 0 too.
+    plogp_TV = torch.where(logp_TV == -torch.inf, 0.0, logp_TV.exp() * logp_TV.clamp_min(-1e30))
+    entropy_T = -plogp_TV.sum(1)
+    ignored_T = target_T == ignore_index
+    logprob_T = logp_TV.gather(1, target_T.masked_fill(ignored_T, 0).unsqueeze(1)).squeeze(1)
+
+    zero = z_TV.new_zeros(())
+    return (
+        torch.where(ignored_T, zero, logprob_T),
+        torch.where(ignored_T, zero, entropy_T),
+        torch.where(ignored_T, zero, logsumexp_T),
+    )
+
+
+def ratio_loss(
+    logprob_BL: Tensor,
+    old_logprob_BL: Tensor | None,
+    advantage_BL: Tensor,
+    mask_BL: Tensor,
+    selected_BL: Tensor,
+    loss_type: str = "dapo",
+    clip_low: float = 0.2,
+    clip_high: float = 0.28,
+    dual_clip: float | None = None,
+    denominator: str | float = "selected",
+) -> Tensor:
+    """The clipped policy loss over the selected tokens, one token at a time.
+
+    r_t = exp(logprob_t - old_logprob_t)
+    loss_t = -min(r_t A_t, clip(r_t, 1 - clip_low, 1 + clip_high) A_t)
+    and, with dual clip c, for A_t < 0: min(loss_t, -c A_t).
+
+    "dapo" (paper, equation 6; DAPO, arXiv 2503.14476): sum of loss_t over the selected tokens,
+    over the number of selected (or all, or a given number of) tokens.
+    "grpo" (DeepSeekMath, arXiv 2402.03300): for each sequence the same with its own count, then
+    the mean over the sequences that have a token of the loss mask.
+    """
+    sums, counts = [], []
+    for b in range(logprob_BL.shape[0]):
+        sequence_sum = logprob_BL.new_zeros(())
+        for t in range(logprob_BL.shape[1]):
+            if not (mask_BL[b, t] and selected_BL[b, t]):
+                continue
+            new = logprob_BL[b, t]
+            old = new.detach() if old_logprob_BL is None else old_logprob_BL[b, t]
+            ratio = (new - old).clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND).exp()
+            advantage = advantage_BL[b, t]
+            clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
+            loss = -torch.minimum(ratio * advantage, clipped * advantage)
+            if dual_clip is not None and advantage < 0:
+                loss = torch.minimum(loss, -dual_clip * advantage)
+            sequence_sum = sequence_sum + loss
+        sums.append(sequence_sum)
+        counted = mask_BL[b] if denominator == "all" else mask_BL[b] & selected_BL[b]
+        counts.append(int(counted.sum()))
+
+    if loss_type == "grpo":
+        present = max(int(mask_BL.any(1).sum()), 1)
+        terms = [s / max(c, 1) for s, c in zip(sums, counts, strict=True)]
+        return torch.stack(terms).sum() / present
+    total = denominator if not isinstance(denominator, str) else max(sum(counts), 1)
+    return torch.stack(sums).sum() / total
+
+
+def high_entropy_policy_loss(
+    hidden_TD: Tensor,
+    weight_VD: Tensor,
+    target_T: Tensor,
+    old_logprob_T: Tensor | None,
+    advantage_T: Tensor,
+    mask_T: Tensor,
+    fraction: float = 0.2,
+    **ratio: object,
+) -> Tensor:
+    """Equation 6 of the paper on one batch: select the top entropies, then the clipped loss.
+
+    The selection itself carries no gradient.
+    """
+    logprob_T, entropy_T, _ = linear_logprob_entropy(hidden_TD, weight_VD, target_T)
+    selected_T = top_entropy_mask(entropy_T.detach(), mask_T, fraction)
+    old = None if old_logprob_T is None else old_logprob_T[None]
+    return ratio_loss(
+        logprob_T[None], old, advantage_T[None], mask_T[None], selected_T[None], **ratio
+    )
+
+
+def entropy_threshold(entropy: Tensor, mask: Tensor | None = None, fraction: float = 0.2) -> Tensor:
+    """tau of equation 6 (section 5.1): the k-th largest entropy of the n tokens of `mask`.
+
+    k = max(1, ceil(fraction * n)), with `fraction` read as the decimal it is written as. A NaN
+    ranks above every number. The threshold of no token at all is +inf.
+    """
+    valid = entropy.flatten() if mask is None else entropy[mask]
+    if valid.numel() == 0:
+        return entropy.new_full((), torch.inf)
+    k = max(1, math.ceil(Fraction(repr(fraction)) * valid.numel()))
+    return valid.sort(descending=True).values[k - 1]
+
+
+def top_entropy_mask(
+    entropy: Tensor,
+    mask: Tensor | None = None,
+    fraction: float = 0.2,
+    scope: str = "batch",
+    which: str = "top",
+    ties: str = "exact",
+) -> Tensor:
+    """The indicator I[H >= tau] of equation 6 (section 5.1), true for the tokens to train on.
+
+    `ties="exact"` keeps k = max(1, ceil(fraction * n)) tokens, the first of those that tie at tau;
+    `ties="threshold"` keeps them all. `which="bottom"` ranks by -H. `scope="sequence"` selects in
+    each row by itself.
+    """
+    if scope == "sequence":
+        masks = [None] * len(entropy) if mask is None else mask
+        rows = [
+            top_entropy_mask(h, m, fraction, which=which, ties=ties)
+            for h, m in zip(entropy, masks, strict=True)
+        ]
+        return torch.stack(rows) if rows else torch.zeros_like(entropy, dtype=torch.bool)
+    score = -entropy if which == "bottom" else entropy
+    valid = torch.ones_like(entropy, dtype=torch.bool) if mask is None else mask
+    if ties == "threshold":
+        return valid & (score.isnan() | (score >= entropy_threshold(score, mask, fraction)))
+    index = valid.flatten().nonzero().squeeze(1)
+    order = index[score.flatten()[index].sort(descending=True, stable=True).indices]
+    keep = torch.zeros_like(valid).flatten()
+    keep[order[: max(1, math.ceil(Fraction(repr(fraction)) * len(order)))]] = True
+    return keep.view(entropy.shape)

@@ -1,0 +1,92 @@
+"""What tests and benchmarks share: realistic heads, counted products, and watched allocations.
+
+T tokens, D hidden, V vocabulary.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from entropy_kernels import ops
+
+_PRODUCTS = {"aten.mm.default", "aten.mm.out", "aten.mm.dtype", "aten.addmm_.default"}
+
+
+class Watch(TorchDispatchMode):
+    """Counts the products and the largest tensor of everything inside, our ops included.
+
+    `products`: sum of m * n * k over all matrix products (half their flops).
+    `largest`: elements of the largest tensor that any operation returned.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.products = 0
+        self.largest = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        body = ops.BODIES.get(func.__name__.split(".")[0])
+        if func.namespace == "entropy_kernels" and body is not None:
+            with self:
+                return body(*args, **(kwargs or {}))
+        result = func(*args, **(kwargs or {}))
+        if str(func) in _PRODUCTS:
+            left, right = [x for x in args if isinstance(x, Tensor)][-2:]
+            self.products += left.shape[0] * left.shape[1] * right.shape[1]
+        for x in tree_leaves(result):
+            if isinstance(x, Tensor):
+                self.largest = max(self.largest, x.numel())
+        return result
+
+
+def peaked_head(
+    tokens: int, hidden: int, vocabulary: int, *, seed: int = 0, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Hidden states, weight and targets whose entropies look like a reasoning model's.
+
+    The paper (arXiv 2506.01939, section 3) finds half of the tokens below 0.01 nats and the 80th
+    percentile at 0.672. Each row mixes a few candidate words; its scale is bisected until its
+    entropy meets that distribution. Targets are sampled from the rows' distributions.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    weight_VD = torch.randn(vocabulary, hidden, generator=generator) / hidden**0.5
+    candidates = torch.randint(vocabulary, (tokens, min(6, vocabulary)), generator=generator)
+    gaps = torch.rand(candidates.shape, generator=generator).cumsum(1)
+    direction_TD = torch.einsum("tc,tcd->td", (-gaps).exp(), weight_VD[candidates])
+    direction_TD += 0.01 * torch.randn(tokens, hidden, generator=generator)
+
+    hidden_TD = torch.empty(tokens, hidden)
+    target_T = torch.empty(tokens, dtype=torch.int64)
+    wanted_T = _entropy_quantiles(tokens)[torch.randperm(tokens, generator=generator)]
+    wanted_T = wanted_T.clamp_max(0.9 * torch.tensor(float(vocabulary)).log())
+    for start in range(0, tokens, 64):
+        rows = slice(start, start + 64)
+        z_TV = direction_TD[rows] @ weight_VD.T
+        scale = _scale_to_entropy(z_TV, wanted_T[rows])
+        hidden_TD[rows] = direction_TD[rows] * scale
+        p_TV = (z_TV * scale).softmax(1)
+        target_T[rows] = torch.multinomial(p_TV, 1, generator=generator).squeeze(1)
+    return hidden_TD.to(dtype), weight_VD.to(dtype), target_T
+
+
+def _entropy_quantiles(count: int) -> Tensor:
+    """Half log-uniform in [1e-6, 0.01], then log-linear to 0.672 at 0.8, then linear to 3.5."""
+    q = (torch.arange(count) + 0.5) / max(count, 1)
+    low = 10 ** (-6 + 8 * q)
+    middle = 10 ** (-2 + (q - 0.5) / 0.3 * (torch.tensor(0.672).log10() + 2))
+    high = 0.672 + (q - 0.8) / 0.2 * (3.5 - 0.672)
+    return torch.where(q < 0.5, low, torch.where(q < 0.8, middle, high))
+
+
+def _scale_to_entropy(z_TV: Tensor, wanted_T: Tensor) -> Tensor:
+    """The factor [T, 1] that gives each row of logits the wanted entropy, by bisection."""
+    low, high = torch.full_like(wanted_T, 0.0), torch.full_like(wanted_T, 1000.0)
+    for _ in range(30):
+        middle = (low + high) / 2
+        p_TV = (z_TV * middle.unsqueeze(1)).softmax(1)
+        flat = torch.special.entr(p_TV).sum(1) > wanted_T
+        low, high = torch.where(flat, middle, low), torch.where(flat, high, middle)
+    return high.unsqueeze(1)
