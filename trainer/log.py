@@ -1,0 +1,200 @@
+"""The files of a run: run.json, metrics.jsonl and samples.jsonl in `runs/<name>/`.
+
+run.json       {"config": resolved configuration, "starts": [{"time", "commit", "dirty", "versions",
+               "platform", "device"}]}: one entry each time the folder was opened, so a resumed run
+               tells of every machine and commit that made it.
+metrics.jsonl  one object a step, "step" first, then flat "group/name" keys; what is not finite is
+               null and counted under "log/nonfinite".
+samples.jsonl  one object a sampled response: "step" and the fields of `Sample`.
+"""
+
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import re
+import subprocess
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import entropy_kernels
+
+_KEY = re.compile(r"[a-z][a-z0-9_]*(/[A-Za-z0-9_.]+)?")
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One sampled response and its tokens."""
+
+    prompt: str
+    """The text the model was given."""
+    response: str
+    """What it answered."""
+    reward: float
+    """Of the response."""
+    tokens: Sequence[str]
+    """Each token of the response as decoded text."""
+    entropy: Sequence[float]
+    """Each token's entropy in nats."""
+    kept: Sequence[bool]
+    """Whether the loss was taken at this token."""
+
+
+class RunLog:
+    """Writes a run's folder. Every write is flushed; nothing is kept in memory."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.metrics_path = folder / "metrics.jsonl"
+        self.samples_path = folder / "samples.jsonl"
+
+    @classmethod
+    def open(cls, folder: str | Path, config: Any, device: str = "") -> "RunLog":
+        """Create `folder` where it is missing and note in run.json what starts now.
+
+        `config` is the resolved configuration, a dataclass; `device` names the hardware. The
+        metrics of an earlier start stay: call `rewind` with the step to go on from.
+        """
+        log = cls(Path(folder))
+        log.folder.mkdir(parents=True, exist_ok=True)
+        path = log.folder / "run.json"
+        earlier = json.loads(path.read_text("utf-8"))["starts"] if path.exists() else []
+        run = {"config": asdict(config), "starts": [*earlier, _provenance(device)]}
+        _replace(path, json.dumps(run, indent=2) + "\n")
+        return log
+
+    def write(self, metrics: Mapping[str, float | Tensor]) -> None:
+        """Append one row to metrics.jsonl: numbers or one-element tensors under flat keys.
+
+        Values that are not finite become null; a row that has any says how many under
+        "log/nonfinite". Raises ValueError without an integer "step", for a key that is not
+        "name" or "group/name", and for a value that is not one number.
+        """
+        row = {key: _number(key, value) for key, value in metrics.items()}
+        step = row.pop("step", None)
+        if not isinstance(step, int):
+            raise ValueError(f"a row of metrics needs an integer step, got {step!r}")
+        if lost := sum(value is None for value in row.values()):
+            row["log/nonfinite"] = lost
+        _append(self.metrics_path, [{"step": step, **row}])
+
+    def samples(self, step: int, rows: Iterable[Sample]) -> None:
+        """Append `rows`, the responses sampled at `step`, to samples.jsonl."""
+        lines = []
+        for row in rows:
+            lengths = {len(row.tokens), len(row.entropy), len(row.kept)}
+            if len(lengths) > 1:
+                raise ValueError(
+                    f"a sample needs one entropy and one kept flag a token, got {len(row.tokens)} "
+                    f"tokens, {len(row.entropy)} entropies and {len(row.kept)} flags"
+                )
+            line: dict[str, Any] = {"step": step, **asdict(row)}
+            line["reward"] = _finite(row.reward)
+            line["entropy"] = [_finite(value) for value in row.entropy]
+            lines.append(line)
+        _append(self.samples_path, lines)
+
+    def rewind(self, step: int) -> None:
+        """Drop every row after `step`, the checkpoint's, and a last line torn by a kill.
+
+        Each file is replaced at once or not at all. `rewind(-1)` empties them for a fresh start.
+        """
+        for path in (self.metrics_path, self.samples_path):
+            if path.exists():
+                _replace(path, _lines(row for row in read_rows(path) if row["step"] <= step))
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of metrics.jsonl or samples.jsonl; a torn last line is left out.
+
+    Raises ValueError, naming file and line, for any other line that is not a row.
+    """
+    # Not splitlines(): it would also break at separators that JSON allows inside a string.
+    lines = path.read_text("utf-8").split("\n")
+    last = max((i for i, line in enumerate(lines) if line.strip()), default=-1)
+    rows = []
+    for i, line in enumerate(lines[: last + 1]):
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            if i == last and i == len(lines) - 1:
+                break
+            raise ValueError(f"{path}, line {i + 1}: not JSON: {error}") from error
+        if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+            raise ValueError(f"{path}, line {i + 1}: a row needs an integer step, got {line[:80]}")
+        rows.append(row)
+    return rows
+
+
+def _number(key: str, value: float | Tensor) -> float | None:
+    if not _KEY.fullmatch(key):
+        raise ValueError(f'a metric is called "name" or "group/name", got {key!r}')
+    if isinstance(value, Tensor):
+        if value.numel() != 1:
+            raise ValueError(f"{key}: a metric is one number, got shape {tuple(value.shape)}")
+        value = value.item()
+    if not isinstance(value, (int, float)):
+        raise ValueError(f"{key}: a metric is one number, got {type(value).__name__}")
+    return _finite(value)
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def _lines(rows: Iterable[Mapping[str, Any]]) -> str:
+    return "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows)
+
+
+def _append(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    with path.open("a", encoding="utf-8", newline="\n") as file:
+        file.write(_lines(rows))
+
+
+def _replace(path: Path, text: str) -> None:
+    """Put `text` at `path`: a kill leaves the old file or the new one."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text, encoding="utf-8", newline="\n")
+    os.replace(temporary, path)
+
+
+def _provenance(device: str) -> dict[str, Any]:
+    commit, dirty = _commit()
+    return {
+        "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "commit": commit,
+        "dirty": dirty,
+        "versions": {
+            "python": platform.python_version(),
+            "torch": str(torch.__version__),
+            "transformers": importlib.metadata.version("transformers"),
+            "entropy_kernels": entropy_kernels.__version__,
+        },
+        "platform": platform.platform(),
+        "device": device,
+    }
+
+
+def _commit() -> tuple[str, bool | None]:
+    """The commit of the checkout this file belongs to and whether tracked files were edited.
+
+    ("unknown", None) where the file is not tracked by git or git is missing.
+    """
+    here = Path(__file__).resolve()
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(here.parent), *arguments]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+    try:
+        git("ls-files", "--error-unmatch", here.name)
+        return git("rev-parse", "HEAD"), bool(git("status", "--porcelain", "--untracked-files=no"))
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown", None
