@@ -136,7 +136,8 @@ def _share(title: str, rows: Sequence[Row], part: str, whole: str, of: str) -> d
         note = f"no {part} and {whole} were logged"
         return {"title": title, "value": "n/a", "unit": "", "note": note}
     parts, wholes = sum(row[part] for row in both), sum(row[whole] for row in both)
-    counts = f"{parts:,.0f} s of {wholes:,.0f} s" if "time" in part else f"{parts:,} of {wholes:,}"
+    seconds = " s" if part.startswith("time/") else ""
+    counts = f"{parts:,.0f}{seconds} of {wholes:,.0f}{seconds}"
     return {"title": title, "value": f"{parts / wholes:.1%}", "unit": of, "note": counts}
 
 

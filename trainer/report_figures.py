@@ -74,7 +74,7 @@ FIGURES = (
     ),
     Figure(
         "Entropy threshold",
-        "Tokens above the threshold are kept.",
+        "Where kept tokens part from the others, and the mean entropy of the kept.",
         "nats",
         (
             Curve("entropy/kept_mean", "mean of kept", "c2"),
