@@ -64,9 +64,11 @@ def ratio_loss(
         ValueError: shapes or dtypes that do not fit, an unknown loss_type or denominator, a clip
             range or dual_clip out of bounds.
     """
-    kept = mask if selected is None else mask & selected
-    _check(logprob, old_logprob, mask, kept, loss_type, denominator, num_sequences)
+    selected = mask if selected is None else selected
+    _check_tensors(logprob, old_logprob, mask, selected)
+    _check_aggregation(logprob, loss_type, denominator, num_sequences)
     _check_clip(clip_low, clip_high, dual_clip)
+    kept = mask & selected
     advantage = torch.where(kept, _per_token(advantage, logprob), 0.0)
     old = logprob.detach() if old_logprob is None else old_logprob.detach()
     log_ratio = torch.where(kept, logprob - old, 0.0).clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND)
@@ -125,24 +127,26 @@ def _metrics(
     }
 
 
-def _check(
-    logprob: Tensor,
-    old_logprob: Tensor | None,
-    mask: Tensor,
-    kept: Tensor,
-    loss_type: str,
-    denominator: str | float | Tensor,
-    num_sequences: float | Tensor | None,
+def _check_tensors(
+    logprob: Tensor, old_logprob: Tensor | None, mask: Tensor, selected: Tensor
 ) -> None:
-    like = {"old_logprob": old_logprob, "mask": mask, "selected": kept}
+    like = {"old_logprob": old_logprob, "mask": mask, "selected": selected}
     for name, x in like.items():
         if x is not None and x.shape != logprob.shape:
             raise ValueError(
                 f"{name} must have logprob's shape {tuple(logprob.shape)}; got {tuple(x.shape)}"
             )
-    for name, x in {"mask": mask, "selected": kept}.items():
+    for name, x in {"mask": mask, "selected": selected}.items():
         if x.dtype != torch.bool:
             raise ValueError(f"{name} must be a bool tensor; got {x.dtype}")
+
+
+def _check_aggregation(
+    logprob: Tensor,
+    loss_type: str,
+    denominator: str | float | Tensor,
+    num_sequences: float | Tensor | None,
+) -> None:
     if loss_type not in LOSS_TYPES:
         raise ValueError(f"loss_type must be one of {', '.join(LOSS_TYPES)}; got {loss_type!r}")
     if isinstance(denominator, str) and denominator not in ("selected", "all"):

@@ -1,5 +1,6 @@
 """The loss as a module."""
 
+import inspect
 from typing import Any
 
 import torch
@@ -18,7 +19,8 @@ class HighEntropyPolicyLoss(torch.nn.Module):
 
     def __init__(self, **options: Any) -> None:
         super().__init__()
-        known = set(high_entropy_policy_loss.__kwdefaults__ or {})
+        parameters = inspect.signature(high_entropy_policy_loss).parameters.values()
+        known = {p.name for p in parameters if p.kind is p.KEYWORD_ONLY}
         unknown = sorted(set(options) - known)
         if unknown:
             raise ValueError(

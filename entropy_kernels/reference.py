@@ -42,7 +42,7 @@ def linear_logprob_entropy(
     logsumexp_T = z_TV.logsumexp(1)
     logp_TV = z_TV.log_softmax(1)
     # p log p is 0 where p is 0, and its derivative there is taken as 0 too.
-    plogp_TV = torch.where(logp_TV == -torch.inf, 0.0, logp_TV.exp() * logp_TV.clamp_min(-1e30))
+    plogp_TV = torch.where(logp_TV == -torch.inf, 0.0, logp_TV.exp() * logp_TV.clamp_min(-1e4))
     entropy_T = -plogp_TV.sum(1)
     ignored_T = target_T == ignore_index
     logprob_T = logp_TV.gather(1, target_T.masked_fill(ignored_T, 0).unsqueeze(1)).squeeze(1)

@@ -22,7 +22,7 @@ class Head(NamedTuple):
     softcap: float | None
 
     def logits(self, hidden: Tensor, weight: Tensor, v: slice, buffer: Tensor) -> Tensor:
-        """fp32 logits of the columns `v`, softcap applied, temperature not.
+        """fp32 logits h W^T + b of the columns `v`.
 
         `weight` is `weight_VD[v]` in its compute dtype; `buffer` holds the result where it can.
         """
@@ -33,13 +33,15 @@ class Head(NamedTuple):
             z = torch.mm(hidden, weight.T, out_dtype=torch.float32)
         if self.bias_V is not None:
             z += self.bias_V[v]
-        if self.softcap is not None:
-            z.div_(self.softcap).tanh_().mul_(self.softcap)
         return z
+
+    def cap(self, z: Tensor) -> Tensor:
+        """softcap * tanh(z / softcap), in place."""
+        return z if self.softcap is None else z.div_(self.softcap).tanh_().mul_(self.softcap)
 
 
 class Statistics(NamedTuple):
-    """What forward knows of each row, all fp32 [T]; `logits` is [T, V], or empty if not kept.
+    """What forward knows of each row, all fp32 [T]; and h W^T + b [T, V], or empty if not kept.
 
     Backward takes the log-sum-exp as two floats, (max, log_sum): at |z| = 6e3 their rounded sum
     alone would cost the gradient 25 times its error.
@@ -62,8 +64,8 @@ def buffers(count: int, vocabulary: int, like: Tensor) -> tuple[Tensor, Tensor]:
     """Two fp32 workspaces of one block each."""
     block_t, block_v = sizes(like)
     size = min(block_t, count) * min(block_v, vocabulary)
-    first, second = torch.empty(2, size, dtype=torch.float32, device=like.device)
-    return first, second
+    empty = like.new_empty(0, dtype=torch.float32)
+    return empty.new_empty(size), empty.new_empty(size)
 
 
 def view(buffer: Tensor, rows: int, columns: int) -> Tensor:

@@ -70,7 +70,7 @@ def _statistics(
     head: Head,
     keep_logits: bool,
 ) -> Statistics:
-    """The same without ignored rows; a row with a target outside [0, V) is NaN."""
+    """The same without ignored rows; a row that has no answer is NaN."""
     count, vocabulary = target_T.shape[0], head.weight_VD.shape[0]
     block_t, block_v = sizes(hidden_TD)
     max_T = torch.full((count,), LOWEST, dtype=torch.float32, device=hidden_TD.device)
@@ -85,6 +85,7 @@ def _statistics(
             z = head.logits(hidden_TD[rows], weight, v, z_buffer)
             if keep_logits:
                 logits_TV[rows, v] = z
+            z = head.cap(z)
             column, inside = target_column(target_T[rows], v)
             target_logit_T[rows] = torch.where(
                 inside, z.gather(1, column).squeeze(1), target_logit_T[rows]
@@ -94,7 +95,8 @@ def _statistics(
             max_T[rows], s_T[rows], t_T[rows] = _merge(running, block, at(temperature_T, rows))
 
     found = _finish(max_T, s_T, t_T, target_logit_T, temperature_T)
-    valid_T = (target_T >= 0) & (target_T < vocabulary)
+    # A row of -inf throughout has no distribution.
+    valid_T = (max_T > LOWEST) & (target_T >= 0) & (target_T < vocabulary)
     if temperature_T is not None:
         valid_T &= temperature_T > 0
     return Statistics(*(torch.where(valid_T, x, torch.nan) for x in found), logits_TV)
@@ -122,7 +124,10 @@ def _merge(
     right: tuple[Tensor, Tensor, Tensor],
     temperature_T: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(max, s, t) of the union of two sets of columns: t <- a (t + (1 + s) shift), a = exp(shift)."""
+    """(max, s, t) of the union of two sets of columns.
+
+    Each moves to the larger maximum by t <- a (t + (1 + s) shift), a = exp(shift).
+    """
     max_T = torch.maximum(left[0], right[0])
     moved_t = torch.zeros_like(left[2])
     moved_sum = []
@@ -141,8 +146,6 @@ def _finish(
     max_T: Tensor, s_T: Tensor, t_T: Tensor, target_logit_T: Tensor, temperature_T: Tensor | None
 ) -> list[Tensor]:
     """Log-probability, entropy, log-sum-exp, max and log sum, fp32."""
-    # A row of -inf throughout has no distribution.
-    max_T = torch.where(max_T > LOWEST, max_T, torch.nan)
     log_sum_T = s_T.log1p()
     distance_T, peak_T = target_logit_T.double() - max_T, max_T.double()
     if temperature_T is not None:

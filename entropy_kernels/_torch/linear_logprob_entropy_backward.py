@@ -151,7 +151,10 @@ def _dlogits(z_RV: Tensor, rows: _Rows, softcap: float | None, v: slice, buffer:
         g_logsumexp = g_logsumexp / rows.temperature
     rest = g_logsumexp - g_entropy * rows.entropy
 
-    slope_RV = None if softcap is None else 1 - (z_RV / softcap).square_()
+    slope_RV = None
+    if softcap is not None:
+        slope_RV = 1 - z_RV.div_(softcap).tanh_().square()
+        z_RV.mul_(softcap)
     logp_RV = z_RV.sub_(rows.max.unsqueeze(1))
     if rows.temperature is not None:
         logp_RV.div_(rows.temperature.unsqueeze(1))

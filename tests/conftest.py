@@ -1,0 +1,37 @@
+"""Shared fixtures. Shapes and types of the public functions are checked as they are called, and
+uninitialised memory is NaN, so that a kernel that reads it shows."""
+
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import jaxtyping
+import pytest
+import torch
+
+from tests import shapes
+
+jaxtyping.install_import_hook("entropy_kernels", f"{shapes.__name__}.checker")
+
+DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+
+
+@pytest.fixture(autouse=True)
+def _deterministic():
+    torch.manual_seed(0)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(params=DEVICES)
+def device(request) -> str:
+    return request.param
+
+
+@pytest.fixture
+def unchecked_shapes():
+    """Without the shape checks of the tests' import hook: what a user's process sees."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)

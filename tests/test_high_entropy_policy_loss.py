@@ -1,0 +1,245 @@
+"""high_entropy_policy_loss: equation 6 end to end, and what each way to select costs."""
+
+import copy
+
+import pytest
+import torch
+
+import entropy_kernels as ek
+from entropy_kernels import functional, reference
+from entropy_kernels.testing import Watch, assert_within_two_bounds, peaked_head
+
+B, L, D, V = 4, 50, 48, 1031
+
+
+@pytest.fixture
+def batch():
+    h, w, y = peaked_head(B * L, D, V)
+    h, y = h.reshape(B, L, D), y.reshape(B, L)
+    mask = torch.arange(L) < torch.tensor([50, 37, 50, 13])[:, None]
+    old = ek.linear_logprob_entropy(h, w, y).logprob + 0.2 * torch.randn(B, L)
+    return h, w, y, old, torch.tensor([1.0, -1.0, 0.5, -0.3]), mask
+
+
+def gradients(loss_of, h, w):
+    h, w = h.detach().clone().requires_grad_(), w.detach().clone().requires_grad_()
+    loss, metrics = loss_of(h, w)
+    loss.backward()
+    return loss.detach(), h.grad, w.grad, metrics
+
+
+def test_equals_the_reference(batch):
+    h, w, y, old, advantage, mask = batch
+    got = gradients(lambda h, w: ek.high_entropy_policy_loss(h, w, *batch[2:]), h, w)
+    per_token = advantage[:, None].expand(B, L)
+
+    def specification(dtype):
+        flat = [x.reshape(-1).to(dtype) for x in (old, per_token)]
+        return gradients(
+            lambda h, w: (
+                reference.high_entropy_policy_loss(
+                    h.reshape(-1, D), w, y.reshape(-1), *flat, mask.reshape(-1)
+                ),
+                {},
+            ),
+            h.to(dtype),
+            w.to(dtype),
+        )
+
+    truth, plain = specification(torch.float64), specification(torch.float32)
+    # A row's ratio carries the error of its logprob, and the loss is one number: where a few draws
+    # decide, the plain path can be lucky.
+    for g, t, p, factor in zip(got[:3], truth[:3], plain[:3], (10, 4, 4), strict=True):
+        assert_within_two_bounds(g, t, p, p, factor=factor)
+
+
+@pytest.mark.parametrize("fraction", [1.0, 0.5, 0.2, 0.1])
+def test_the_three_ways_agree_and_cost_what_they_say(batch, fraction):
+    """Units of T*V*D: 1 + 3f from the current policy's entropies, 3f with the mask known."""
+    h, w, *rest, mask = batch
+    rest.append(mask)
+    entropy = ek.linear_logprob_entropy(h, w, batch[2]).entropy
+    selected = ek.top_entropy_mask(entropy, mask, fraction)
+    kept, tokens = int(selected.sum()), int(mask.sum())
+    ways = {
+        "fraction": ({"fraction": fraction}, tokens + 3 * kept),
+        "threshold": (
+            {"threshold": ek.entropy_threshold(entropy, mask, fraction)},
+            tokens + 3 * kept,
+        ),
+        "selected": ({"selected": selected}, 3 * kept),
+    }
+    results = {}
+    for name, (options, rows) in ways.items():
+        with Watch() as watch:
+            results[name] = gradients(
+                lambda h, w, o=options: ek.high_entropy_policy_loss(
+                    h, w, *rest, clip_low=1.0, clip_high=1e9, **o
+                ),
+                h,
+                w,
+            )
+        assert watch.products == rows * V * D
+        metrics = results[name][3]
+        assert metrics["tokens/kept"] == kept
+        torch.testing.assert_close(metrics["entropy/threshold"], entropy[selected].min())
+        torch.testing.assert_close(metrics["entropy/kept_mean"], entropy[selected].mean())
+        assert ("entropy/mean" in metrics) == (name != "selected")
+    for name in ("threshold", "selected"):
+        for got, want in zip(results[name][:3], results["fraction"][:3], strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6)
+
+
+def test_logits_too_large_to_keep_are_recomputed(batch, monkeypatch):
+    h, w, *rest = batch
+    selected = torch.rand(B, L) < 0.3
+    kept = gradients(lambda h, w: ek.high_entropy_policy_loss(h, w, *rest, selected=selected), h, w)
+    monkeypatch.setattr(functional, "KEPT_LOGITS_BYTES", 0)
+    with Watch() as watch:
+        recomputed = gradients(
+            lambda h, w: ek.high_entropy_policy_loss(h, w, *rest, selected=selected), h, w
+        )
+    rows = int((selected & rest[-1]).sum())
+    active = int(recomputed[3]["head/active_rows"])
+    assert watch.products == (rows + 3 * active) * V * D
+    for got, want in zip(recomputed[:3], kept[:3], strict=True):
+        assert torch.equal(got, want)
+
+
+def test_forward_never_holds_tokens_times_vocabulary():
+    h, w, y = peaked_head(1500, 16, 4099)
+    h.requires_grad_()
+    w.requires_grad_()
+    with Watch() as watch:
+        loss, _ = ek.high_entropy_policy_loss(
+            h, w, y, None, torch.ones(1500), torch.ones(1500, dtype=torch.bool)
+        )
+        loss.backward()
+    assert watch.largest < 1500 * 4099 / 4
+
+
+def test_what_is_outside_the_mask_costs_nothing_and_may_be_anything(batch):
+    h, w, *rest, mask = batch
+    want = gradients(lambda h, w: ek.high_entropy_policy_loss(h, w, *rest, mask), h, w)
+    h = h.masked_fill(~mask[..., None], torch.nan)
+    rest[0] = rest[0].masked_fill(~mask, -7)
+    got = gradients(lambda h, w: ek.high_entropy_policy_loss(h, w, *rest, mask), h, w)
+    assert torch.equal(got[0], want[0])
+    assert torch.equal(got[1], want[1])
+    assert torch.equal(got[2], want[2])
+
+
+@pytest.mark.parametrize("loss_type", ["dapo", "grpo"])
+@pytest.mark.parametrize("way", ["fraction", "selected", "threshold"])
+def test_an_empty_mask_is_a_zero_loss_with_zero_gradients(batch, loss_type, way):
+    h, w, *rest, mask = batch
+    mask = torch.zeros_like(mask)
+    options = {"fraction": {}, "selected": {"selected": mask}, "threshold": {"threshold": 0.1}}[way]
+    loss, dh, dw, _ = gradients(
+        lambda h, w: ek.high_entropy_policy_loss(h, w, *rest, mask, loss_type=loss_type, **options),
+        h,
+        w,
+    )
+    assert loss == 0
+    assert (dh == 0).all()
+    assert (dw == 0).all()
+
+
+def test_micro_batches_equal_one_batch(batch):
+    """A threshold and a count of the whole step make accumulation exact."""
+    h, w, y, old, advantage, mask = batch
+    whole = gradients(lambda h, w: ek.high_entropy_policy_loss(h, w, *batch[2:]), h, w)
+    threshold = ek.StreamingThreshold(0.2)
+    for b in range(B):
+        threshold.update(ek.linear_logprob_entropy(h[b], w, y[b]).entropy, mask[b])
+    count = int(whole[3]["tokens/kept"])
+
+    def split(h, w):
+        losses = [
+            ek.high_entropy_policy_loss(
+                h[b : b + 1],
+                w,
+                y[b : b + 1],
+                old[b : b + 1],
+                advantage[b : b + 1],
+                mask[b : b + 1],
+                threshold=threshold.value(),
+                denominator=count,
+            )[0]
+            for b in range(B)
+        ]
+        return torch.stack(losses).sum(), {}
+
+    for got, want in zip(gradients(split, h, w)[:3], whole[:3], strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6)
+
+
+def test_per_token_temperature_follows_the_selected_rows(batch):
+    h, w, *rest = batch
+    temperature = torch.rand(B, L) + 0.5
+    entropy = ek.linear_logprob_entropy(h, w, rest[0], temperature=temperature).entropy
+    selected = ek.top_entropy_mask(entropy, rest[-1])
+    options = {"temperature": temperature, "softcap": 30.0, "bias": torch.randn(V)}
+    entropy = ek.linear_logprob_entropy(h, w, rest[0], **options).entropy
+    selected = ek.top_entropy_mask(entropy, rest[-1])
+    known = gradients(
+        lambda h, w: ek.high_entropy_policy_loss(h, w, *rest, selected=selected, **options), h, w
+    )
+    found = gradients(lambda h, w: ek.high_entropy_policy_loss(h, w, *rest, **options), h, w)
+    for got, want in zip(known[:3], found[:3], strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("which", ["bottom", "random"])
+def test_ablations_keep_the_same_number(batch, which):
+    h, w, *rest = batch
+    metrics = ek.high_entropy_policy_loss(h, w, *rest, which=which)[1]
+    assert metrics["tokens/kept"] == 30
+
+
+def test_compiles_into_one_graph(batch, unchecked_shapes):
+    h, w, *rest = batch
+
+    def step(h, w):
+        return ek.high_entropy_policy_loss(h, w, *rest)
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    for got, want in zip(gradients(compiled, h, w)[:3], gradients(step, h, w)[:3], strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+
+
+def test_module_is_the_function(batch):
+    h, w, *rest = batch
+    module = ek.HighEntropyPolicyLoss(fraction=0.5, loss_type="grpo")
+    want = ek.high_entropy_policy_loss(h, w, *rest, fraction=0.5, loss_type="grpo")[0]
+    assert torch.equal(copy.deepcopy(module)(h, w, *rest)[0], want)
+    want = ek.high_entropy_policy_loss(h, w, *rest, fraction=0.1, loss_type="grpo")[0]
+    assert torch.equal(module(h, w, *rest, fraction=0.1)[0], want)
+    assert list(module.parameters()) == []
+    assert "fraction=0.5" in repr(module)
+    with pytest.raises(ValueError, match=r"unknown options frac; known are .*fraction"):
+        ek.HighEntropyPolicyLoss(frac=0.5)
+
+
+BAD = {
+    "two selections": ({"selected": torch.ones(B, L, dtype=torch.bool), "threshold": 0.1}, "both"),
+    "selection and which": (
+        {"selected": torch.ones(B, L, dtype=torch.bool), "which": "bottom"},
+        "with selected=.*which='bottom'",
+    ),
+    "threshold and scope": ({"threshold": 0.1, "scope": "sequence"}, "with threshold=.*'sequence'"),
+    "selected": ({"selected": torch.ones(B, L)}, r"bool tensor.*\(4, 50\).*got torch.float32"),
+    "fraction": ({"fraction": 1.5}, r"\(0, 1\].*1.5"),
+}
+
+
+@pytest.mark.parametrize(("options", "message"), BAD.values(), ids=BAD)
+def test_bad_input_says_what_came_and_what_was_wanted(batch, options, message, unchecked_shapes):
+    with pytest.raises(ValueError, match=message):
+        ek.high_entropy_policy_loss(*batch, **options)
+
+
+def test_mask_is_checked(batch, unchecked_shapes):
+    h, w, y, old, advantage, mask = batch
+    with pytest.raises(ValueError, match=r"mask must be a bool tensor.*\(4, 50\).*got.*\(4, 49\)"):
+        ek.high_entropy_policy_loss(h, w, y, old, advantage, mask[:, :49])

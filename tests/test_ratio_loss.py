@@ -1,0 +1,242 @@
+"""ratio_loss: values and gradients against the reference's loop, and every way to split a batch."""
+
+import pytest
+import torch
+
+import entropy_kernels as ek
+from entropy_kernels import reference
+from entropy_kernels.testing import assert_within_two_bounds
+
+B, L = 5, 11
+
+
+@pytest.fixture
+def batch():
+    """Ratios inside and outside of every clip, both signs and zero advantages, ragged masks."""
+    logprob = -torch.rand(B, L) * 3
+    old = logprob + torch.randn(B, L) * 0.6
+    old[0, 0], old[1, 1] = logprob[0, 0] + 4.0, logprob[1, 1] - 4.0
+    advantage = torch.randn(B, L)
+    advantage[2] = 0.0
+    advantage[1, 1] = -2.0
+    mask = torch.arange(L) < torch.tensor([11, 7, 4, 1, 0])[:, None]
+    selected = torch.rand(B, L) < 0.6
+    selected[0, 0] = selected[1, 1] = True
+    return logprob, old, advantage, mask, selected
+
+
+def gradient(logprob, loss_of):
+    x = logprob.clone().requires_grad_()
+    loss = loss_of(x)
+    loss.backward()
+    return loss.detach(), x.grad
+
+
+@pytest.mark.parametrize("loss_type", ["dapo", "grpo"])
+@pytest.mark.parametrize("denominator", ["selected", "all"])
+@pytest.mark.parametrize("dual_clip", [None, 3.0])
+@pytest.mark.parametrize("on_policy", [False, True], ids=["off-policy", "on-policy"])
+def test_equals_the_reference(batch, loss_type, denominator, dual_clip, on_policy):
+    logprob, old, advantage, mask, selected = batch
+    old = None if on_policy else old
+    options = {"loss_type": loss_type, "denominator": denominator, "dual_clip": dual_clip}
+    got = gradient(
+        logprob, lambda x: ek.ratio_loss(x, old, advantage, mask, selected=selected, **options)[0]
+    )
+    want = []
+    for dtype in (torch.float64, torch.float32):
+        typed = [None if x is None else x.to(dtype) for x in (old, advantage)]
+        want.append(
+            gradient(
+                logprob.to(dtype),
+                lambda x, typed=typed: reference.ratio_loss(x, *typed, mask, selected, **options),
+            )
+        )
+    for g, truth, plain in zip(got, *want, strict=True):
+        assert_within_two_bounds(g, truth, plain, plain)
+
+
+def test_a_number_as_denominator(batch):
+    logprob, old, advantage, mask, selected = batch
+    for count in (7, 7.0, torch.tensor(7)):
+        got = ek.ratio_loss(logprob, old, advantage, mask, selected=selected, denominator=count)[0]
+        want = reference.ratio_loss(logprob, old, advantage, mask, selected, denominator=7.0)
+        torch.testing.assert_close(got, want)
+
+
+def test_one_advantage_a_sequence(batch):
+    logprob, old, advantage, mask, _ = batch
+    per_sequence = advantage[:, 0]
+    got = ek.ratio_loss(logprob, old, per_sequence, mask)[0]
+    want = ek.ratio_loss(logprob, old, per_sequence[:, None].expand(B, L), mask)[0]
+    assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("denominator", ["selected", "all"])
+def test_dapo_micro_batches_add_up_to_one_batch(batch, denominator):
+    """Each micro-batch divides by the count of the step: accumulation changes nothing."""
+    logprob, old, advantage, mask, selected = batch
+    count = int((mask & selected).sum() if denominator == "selected" else mask.sum())
+
+    def whole(x):
+        options = {"selected": selected, "denominator": denominator}
+        return ek.ratio_loss(x, old, advantage, mask, **options)[0]
+
+    def split(x):
+        rows = [slice(0, 1), slice(1, 4), slice(4, 5)]
+        return sum(
+            ek.ratio_loss(
+                x[r], old[r], advantage[r], mask[r], selected=selected[r], denominator=count
+            )[0]
+            for r in rows
+        )
+
+    for got, want in zip(gradient(logprob, split), gradient(logprob, whole), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("denominator", ["selected", "all"])
+def test_grpo_micro_batches_add_up_to_one_batch(batch, denominator):
+    logprob, old, advantage, mask, selected = batch
+    options = {"loss_type": "grpo", "denominator": denominator}
+
+    def whole(x):
+        return ek.ratio_loss(x, old, advantage, mask, selected=selected, **options)[0]
+
+    def split(x):
+        return sum(
+            ek.ratio_loss(
+                x[r],
+                old[r],
+                advantage[r],
+                mask[r],
+                selected=selected[r],
+                num_sequences=int(mask.any(1).sum()),
+                **options,
+            )[0]
+            for r in (slice(0, 2), slice(2, 5))
+        )
+
+    for got, want in zip(gradient(logprob, split), gradient(logprob, whole), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-7)
+
+
+def test_rows_without_gradient_are_exactly_zero(batch):
+    logprob, old, advantage, mask, selected = batch
+    x = logprob.clone().requires_grad_()
+    loss, metrics = ek.ratio_loss(x, old, advantage, mask, selected=selected, dual_clip=3.0)
+    loss.backward()
+    ratio = (logprob - old).exp()
+    clipped = ((advantage > 0) & (ratio > 1.28)) | ((advantage < 0) & ((ratio < 0.8) | (ratio > 3)))
+    active = mask & selected & (advantage != 0) & ~clipped
+    assert torch.equal(x.grad != 0, active)
+    assert metrics["head/active_rows"] == active.sum()
+    kept = (mask & selected).sum()
+    assert metrics["clip/high"] == (mask & selected & (advantage > 0) & clipped).sum() / kept
+    assert metrics["clip/low"] == (mask & selected & (advantage < 0) & clipped).sum() / kept
+    assert metrics["clip/high"] > 0
+    assert metrics["clip/low"] > 0
+
+
+def test_metrics_are_over_the_selected_tokens(batch):
+    logprob, old, advantage, mask, selected = batch
+    _, metrics = ek.ratio_loss(logprob, old, advantage, mask, selected=selected)
+    log_ratio = (logprob - old)[mask & selected]
+    want = {
+        "ratio/mean": log_ratio.exp().mean(),
+        "ratio/max": log_ratio.exp().max(),
+        "kl/k1": -log_ratio.mean(),
+        "kl/k3": (log_ratio.exp() - 1 - log_ratio).mean(),
+        "entropy/kept_fraction": (mask & selected).sum() / mask.sum(),
+        "tokens/all": mask.sum(),
+        "tokens/kept": (mask & selected).sum(),
+    }
+    for name, value in want.items():
+        torch.testing.assert_close(metrics[name], value, rtol=1e-5, atol=1e-6)
+    assert not any(value.requires_grad for value in metrics.values())
+
+
+def test_what_is_not_selected_may_be_anything(batch):
+    logprob, old, advantage, mask, selected = batch
+    want = gradient(logprob, lambda x: ek.ratio_loss(x, old, advantage, mask, selected=selected)[0])
+    outside = ~(mask & selected)
+    for value in (torch.nan, torch.inf, -torch.inf):
+        dirty = [x.masked_fill(outside, value) for x in (logprob, old, advantage)]
+        got = gradient(
+            dirty[0],
+            lambda x, d=dirty: ek.ratio_loss(x, d[1], d[2], mask, selected=selected)[0],
+        )
+        for g, w in zip(got, want, strict=True):
+            assert torch.equal(g, w)
+
+
+def test_a_selected_nan_is_seen(batch):
+    logprob, old, advantage, mask, _ = batch
+    logprob[0, 3] = torch.nan
+    assert ek.ratio_loss(logprob, old, advantage, mask)[0].isnan()
+
+
+@pytest.mark.parametrize("loss_type", ["dapo", "grpo"])
+def test_nothing_selected_is_a_zero_loss_with_zero_gradients(batch, loss_type):
+    logprob, old, advantage, mask, _ = batch
+    for nothing in (torch.zeros_like(mask), torch.zeros(B, 0, dtype=torch.bool)):
+        n = nothing.shape[1]
+        loss, grad = gradient(
+            logprob[:, :n],
+            lambda x, m=nothing, n=n: ek.ratio_loss(
+                x, old[:, :n], advantage[:, :n], m, loss_type=loss_type
+            )[0],
+        )
+        assert loss == 0
+        assert (grad == 0).all()
+    metrics = ek.ratio_loss(logprob, old, advantage, torch.zeros_like(mask))[1]
+    assert all(value.isfinite() for value in metrics.values())
+
+
+def test_extreme_ratios_stay_finite(batch):
+    logprob, _, advantage, mask, _ = batch
+    loss, grad = gradient(logprob, lambda x: ek.ratio_loss(x, logprob - 200, advantage, mask)[0])
+    assert loss.isfinite()
+    assert grad.isfinite().all()
+
+
+def test_compiles_into_one_graph(batch, unchecked_shapes):
+    logprob, old, advantage, mask, selected = batch
+
+    def step(x):
+        return ek.ratio_loss(x, old, advantage, mask, selected=selected)[0]
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    for got, want in zip(gradient(logprob, compiled), gradient(logprob, step), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-7)
+
+
+BAD = {
+    "old": ({"old_logprob": torch.zeros(B)}, r"old_logprob.*\(5, 11\); got \(5,\)"),
+    "advantage": ({"advantage": torch.zeros(L)}, r"\(5, 11\).*\[B\].*got \(11,\)"),
+    "mask": ({"mask": torch.ones(B, L)}, "bool tensor; got torch.float32"),
+    "selected": ({"selected": torch.ones(B, dtype=torch.bool)}, "selected.*shape"),
+    "loss": ({"loss_type": "ppo"}, "dapo, grpo; got 'ppo'"),
+    "denominator": ({"denominator": "mean"}, "selected.*all.*got 'mean'"),
+    "zero denominator": ({"denominator": 0}, "denominator must be > 0; got 0"),
+    "grpo count": ({"loss_type": "grpo", "denominator": 3}, "own count.*got 3"),
+    "sequences": ({"num_sequences": 3}, "num_sequences has a meaning"),
+    "no sequences": ({"loss_type": "grpo", "num_sequences": 0}, "num_sequences must be > 0"),
+    "clip": ({"clip_low": 1.5}, "clip_low=1.5"),
+    "dual clip": ({"dual_clip": 0.5}, "> 1 or None; got 0.5"),
+}
+
+
+@pytest.mark.parametrize(("change", "message"), BAD.values(), ids=BAD)
+def test_bad_input_says_what_came_and_what_was_wanted(batch, change, message, unchecked_shapes):
+    names = ("logprob", "old_logprob", "advantage", "mask")
+    arguments = dict(zip(names, batch, strict=False)) | change
+    positional = [arguments.pop(name) for name in names]
+    with pytest.raises(ValueError, match=message):
+        ek.ratio_loss(*positional, **arguments)
+
+
+def test_grpo_needs_sequences(unchecked_shapes):
+    x = torch.zeros(7)
+    with pytest.raises(ValueError, match=r"\[B, L\].*\(7,\)"):
+        ek.ratio_loss(x, x, x, x == 0, loss_type="grpo")
