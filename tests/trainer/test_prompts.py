@@ -1,0 +1,219 @@
+"""Prompt sets: reading, splitting, rendering and scoring them."""
+
+import json
+
+import datasets
+import pytest
+from datasets import Dataset, DatasetDict
+
+from trainer.config import Data
+from trainer.tasks import make_task
+from trainer.tasks.math_answers import math_reward
+from trainer.tasks.render import render
+
+ROWS = [{"prompt": f"What is {i} + {i}?", "answer": str(2 * i)} for i in range(200)]
+NESTED = [
+    {
+        "data_source": "math",
+        "prompt": [{"role": "user", "content": f"What is {i} + {i}?"}],
+        "reward_model": {"ground_truth": str(2 * i), "style": "rule"},
+    }
+    for i in range(200)
+]
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+class ChatTokenizer:
+    chat_template = "yes"
+
+    def apply_chat_template(self, messages, tokenize, add_generation_prompt):
+        assert not tokenize
+        assert add_generation_prompt
+        turns = "".join(f"<{m['role']}>{m['content']}" for m in messages)
+        return turns + "<assistant>"
+
+
+def write_lines(path, rows) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return f"file:{path}"
+
+
+def write(kind, tmp_path, rows) -> str:
+    if kind == "jsonl":
+        return write_lines(tmp_path / "set.jsonl", rows)
+    path = tmp_path / ("set.parquet" if kind == "parquet" else "set")
+    dataset = Dataset.from_list(rows)
+    dataset.to_parquet(str(path)) if kind == "parquet" else dataset.save_to_disk(str(path))
+    return f"file:{path}"
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet", "folder"])
+@pytest.mark.parametrize("rows", [ROWS, NESTED], ids=["flat", "nested"])
+def test_every_form_gives_the_same_problems(kind, rows, tmp_path):
+    field = "answer" if rows is ROWS else "reward_model.ground_truth"
+    source = write(kind, tmp_path, rows)
+    task = make_task(Data(task=source, answer_field=field, test_fraction=0.2), 0)
+    assert task.name == source
+    test = [task.problem("test", i) for i in range(task.num_test)]
+    train = [task.problem("train", i) for i in range(200 - task.num_test)]
+    assert 20 <= task.num_test <= 60
+    assert {p.prompt for p in train + test} == {row["prompt"] for row in ROWS}
+    for problem in train + test:
+        number = int(problem.prompt.split()[2])
+        assert problem.answer == str(2 * number)
+        assert task.reward(problem, f"It is \\boxed{{{2 * number}}}.") == 1.0
+        assert task.reward(problem, f"It is \\boxed{{{2 * number + 1}}}.") == 0.0
+
+
+def test_order_is_fixed_by_seed_and_index(tmp_path):
+    data = Data(task=write("jsonl", tmp_path, ROWS))
+    task, again, other = make_task(data, 0), make_task(data, 0), make_task(data, 1)
+    size = 200 - task.num_test
+    epochs = [[task.problem("train", e * size + i).prompt for i in range(size)] for e in (0, 1)]
+    assert sorted(epochs[0]) == sorted(epochs[1])
+    assert epochs[0] != epochs[1]
+    assert again.problem("train", size + 7).prompt == epochs[1][7]
+    assert [other.problem("train", i).prompt for i in range(size)] != epochs[0]
+    assert other.problem("test", 3) == task.problem("test", 3)
+
+
+def test_test_split_is_held_out_and_leaves_train(tmp_path):
+    splits = {"train": Dataset.from_list(ROWS), "test": Dataset.from_list(ROWS[:7])}
+    DatasetDict(splits).save_to_disk(str(tmp_path / "set"))
+    task = make_task(Data(task=f"file:{tmp_path / 'set'}"), 0)
+    assert task.num_test == 7
+    test = {task.problem("test", i).prompt for i in range(7)}
+    assert test == {row["prompt"] for row in ROWS[:7]}
+    assert not test & {task.problem("train", i).prompt for i in range(193)}
+
+
+def test_hub_names_and_configurations(monkeypatch):
+    asked = []
+
+    def load_dataset(name, configuration):
+        asked.append((name, configuration))
+        return DatasetDict(train=Dataset.from_list(ROWS))
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    make_task(Data(task="hub:someone/sums"), 0)
+    make_task(Data(task="hub:someone/sums:main"), 0)
+    assert asked == [("someone/sums", None), ("someone/sums", "main")]
+
+
+def test_hub_out_of_reach(monkeypatch):
+    def load_dataset(*_):
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    with pytest.raises(ValueError, match="hub:someone/sums cannot be read: no network"):
+        make_task(Data(task="hub:someone/sums"), 0)
+
+
+def test_repeated_prompts_count_once(tmp_path):
+    task = make_task(Data(task=write("jsonl", tmp_path, ROWS * 3), test_fraction=0.5), 0)
+    test = [task.problem("test", i).prompt for i in range(task.num_test)]
+    assert len(set(test)) == len(test) < 150
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        pytest.param("", "it is empty", id="empty"),
+        pytest.param("\n\n", "cannot be read", id="blank"),
+        pytest.param(
+            '{"prompt": "a", "answer": "1"}\n{"prompt": \n', "line 2 is not JSON", id="bad"
+        ),
+        pytest.param('{"prompt": "a", "answer": "1"}\n7\n', "line 2 is not a JSON object", id="7"),
+        pytest.param(
+            '{"question": "a", "answer": "1"}\n',
+            "row 0 has nothing in column 'prompt'; the columns are answer, question",
+            id="no prompt",
+        ),
+        pytest.param(
+            '{"prompt": "a", "info": {"gold": "1"}}\n',
+            "nothing in column 'answer'; the columns are info, info.gold, prompt",
+            id="no answer",
+        ),
+        pytest.param(
+            '{"prompt": "a", "answer": "1"}\n{"prompt": "b"}\n',
+            "row 1 has nothing in column 'answer'",
+            id="a row without an answer",
+        ),
+        pytest.param(
+            '{"prompt": "a", "answer": ["1"]}\n', "must hold text or numbers, not", id="list"
+        ),
+        pytest.param('{"prompt": "a", "answer": "1"}\n', "to train on and", id="too few"),
+    ],
+)
+def test_bad_files_are_named(content, message, tmp_path):
+    path = tmp_path / "set.jsonl"
+    path.write_text(content)
+    with pytest.raises(ValueError, match=message) as raised:
+        make_task(Data(task=f"file:{path}"), 0)
+    assert str(path) in str(raised.value)
+
+
+def test_other_bad_sources(tmp_path):
+    (tmp_path / "set.parquet").write_text("nope")
+    (tmp_path / "set.txt").write_text("nope")
+    with pytest.raises(ValueError, match=r"set\.txt cannot be read: wanted a folder"):
+        make_task(Data(task=f"file:{tmp_path / 'set.txt'}"), 0)
+    for path in (tmp_path, tmp_path / "set.parquet", tmp_path / "missing.jsonl"):
+        with pytest.raises(ValueError, match="cannot be read"):
+            make_task(Data(task=f"file:{path}"), 0)
+    splits = DatasetDict(a=Dataset.from_list(ROWS), b=Dataset.from_list(ROWS))
+    splits.save_to_disk(str(tmp_path / "named"))
+    with pytest.raises(ValueError, match='no split "train"; its splits are a, b'):
+        make_task(Data(task=f"file:{tmp_path / 'named'}"), 0)
+    with pytest.raises(ValueError, match=r"test_fraction must lie between 0 and 1, not 1\.5"):
+        make_task(Data(task=write("jsonl", tmp_path, ROWS), test_fraction=1.5), 0)
+
+
+def test_render():
+    data, plain = Data(instruction="Think."), Data(template="none")
+    chat = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
+    tokenizer = ChatTokenizer()
+    assert render(tokenizer, "Hi", data) == "<user>Hi\n\nThink.<assistant>"
+    assert render(tokenizer, chat, data) == "<system>Be brief.<user>Hi\n\nThink.<assistant>"
+    assert render(tokenizer, "Hi", plain) == render(None, "Hi", Data()) == "Hi"
+    assert render(None, chat[1:], plain) == "Hi"
+    assert chat[1]["content"] == "Hi"
+    with pytest.raises(ValueError, match="2 chat messages needs a tokenizer with a chat template"):
+        render(tokenizer, chat, plain)
+    for prompt in (7, [], [{"role": "user"}], ["Hi"], [{"role": "user", "content": [1]}]):
+        with pytest.raises(ValueError, match="chat message"):
+            render(tokenizer, prompt, data)
+
+
+@pytest.mark.parametrize(
+    ("gold", "response", "right"),
+    [
+        ("34", "The answer is \\boxed{34}.", True),
+        ("34", "34 is wrong, so \\boxed{33}", False),
+        ("34", "The answer is 34.", True),
+        ("34", "", False),
+        ("1,234", "\\boxed{1234}", True),
+        ("\\frac{1}{2}", "\\boxed{0.5}", True),
+        ("$\\frac12$", "\\boxed{\\frac{2}{4}}", True),
+        ("x^2+2x+1", "\\boxed{(x+1)^2}", True),
+        ("3 + 4 = 7, so\n#### 7", "\\boxed{7}", True),
+        ("3 + 4 = 7, so\n#### 8", "\\boxed{7}", False),
+        ("A", "\\boxed{\\text{A}}", True),
+        ("Paris", "It is \\boxed{\\text{ paris }}", True),
+        ("Paris", "It is \\boxed{pairs}", False),
+        ("Paris", "It is Paris", False),
+        ("New York", "\\boxed{New  York}", True),
+        ("7", "\\boxed{7", False),
+    ],
+)
+def test_math_reward(gold, response, right):
+    assert math_reward(gold, response) == float(right)
+
+
+def test_what_takes_too_long_is_wrong(monkeypatch):
+    monkeypatch.setattr("trainer.tasks.math_answers.SECONDS", 1)
+    assert math_reward("2", "\\boxed{9^{9^{9^{9}}}}") == 0.0

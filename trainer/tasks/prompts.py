@@ -1,0 +1,74 @@
+"""Prompt sets with answers, scored by math-verify: "file:PATH" and "hub:NAME[:CONFIGURATION]"."""
+
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+
+from trainer.config import Data
+from trainer.tasks.math_answers import math_reward
+from trainer.tasks.render import render
+from trainer.tasks.sources import distinct_prompts, load_source, lookup
+from trainer.tasks.split import check_index, held_out
+from trainer.types import Problem
+
+
+class PromptSet:
+    """A file, folder or hub data set of questions and answers.
+
+    Held out is its "test" split, whose prompts are removed from "train"; without one it is
+    `data.test_fraction` of all prompts, by hash. A repeated prompt counts once, with its first
+    answer. Every epoch of training is another permutation, fixed by `seed`; the order of the
+    held-out problems depends on nothing.
+    Raises ValueError for a source that cannot be read, is empty, lacks a column or an answer, or
+    leaves nothing to train on or to hold out.
+    """
+
+    def __init__(self, data: Data, seed: int, tokenizer: Any):
+        self.name = data.task
+        self._data = data
+        self._seed = seed
+        self._tokenizer = tokenizer
+        self._train, test = load_source(data.task)
+        fields = (data.prompt_field, data.answer_field)
+        train_rows = distinct_prompts(self.name, self._train, *fields)
+        if test is None:
+            self._test = self._train
+            test_rows = _held_out_rows(train_rows, data.test_fraction)
+        else:
+            self._test = test
+            test_rows = distinct_prompts(f"{self.name} (test)", test, *fields)
+        self._train_rows = [row for key, row in train_rows.items() if key not in test_rows]
+        self._test_rows = np.random.default_rng(0).permutation(sorted(test_rows.values())).tolist()
+        self.num_test = len(self._test_rows)
+        if not self._train_rows or not self._test_rows:
+            raise ValueError(
+                f"{self.name}: its {len(train_rows)} different prompts leave "
+                f"{len(self._train_rows)} to train on and {self.num_test} to hold out; both need 1"
+            )
+        self._order = lru_cache(2)(self._make_order)
+
+    def problem(self, split: str, index: int) -> Problem:
+        """Problem `index` of `split`; its answer is the text of the answer column."""
+        check_index(split, index, self.num_test)
+        if split == "train":
+            epoch, position = divmod(index, len(self._train_rows))
+            row = self._train[self._train_rows[self._order(epoch)[position]]]
+        else:
+            row = self._test[self._test_rows[index]]
+        prompt = render(self._tokenizer, lookup(row, self._data.prompt_field), self._data)
+        return Problem(prompt, str(lookup(row, self._data.answer_field)))
+
+    def reward(self, problem: Problem, response: str) -> float:
+        """1.0 for a right answer, 0.0 for a wrong one, as `math_reward` tells."""
+        return math_reward(problem.answer, response)
+
+    def _make_order(self, epoch: int) -> np.ndarray:
+        return np.random.default_rng([self._seed, epoch]).permutation(len(self._train_rows))
+
+
+def _held_out_rows(rows: dict[int, int], fraction: float) -> dict[int, int]:
+    """The part of `rows`, by hash of the prompt, that is on the test side."""
+    if not 0 < fraction < 1:
+        raise ValueError(f"test_fraction must lie between 0 and 1, not {fraction}")
+    return {key: row for key, row in rows.items() if held_out(key, fraction)}

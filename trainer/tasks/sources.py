@@ -1,0 +1,108 @@
+"""Reading prompt sets: files, folders of `datasets`, the hub, and their columns."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import datasets
+
+from trainer.tasks.split import stable_hash
+
+_BUILDERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+
+
+def load_source(source: str) -> tuple[Any, Any]:
+    """The train and test splits of "file:PATH" or "hub:NAME[:CONFIGURATION]".
+
+    Test is None where the source has none. A source of a single split, whatever its name, is all
+    train; splits by other names than these two are not used. Raises ValueError for what cannot be
+    read.
+    """
+    kind, _, where = source.partition(":")
+    try:
+        loaded = _load_file(Path(where)) if kind == "file" else _load_hub(where)
+    except (ValueError, OSError, datasets.exceptions.DatasetsError) as error:
+        raise ValueError(f"{source} cannot be read: {error}") from error
+    splits = loaded if isinstance(loaded, Mapping) else {"train": loaded}
+    if len(splits) == 1:
+        return next(iter(splits.values())), None
+    if "train" not in splits:
+        raise ValueError(f'{source} has no split "train"; its splits are {", ".join(splits)}')
+    return splits["train"], splits.get("test")
+
+
+def lookup(row: Mapping[str, Any], name: str) -> Any:
+    """The value of column `name`, `reward_model.ground_truth` for a nested one; None if absent."""
+    if name in row:
+        return row[name]
+    value: Any = row
+    for part in name.split("."):
+        value = value.get(part) if isinstance(value, Mapping) else None
+    return value
+
+
+def distinct_prompts(
+    source: str, dataset: Any, prompt_field: str, answer_field: str
+) -> dict[int, int]:
+    """`stable_hash` of each different prompt, to its first row in `dataset`.
+
+    Raises ValueError, naming the place, for no rows, a missing column, and a row without an
+    answer of text or a number.
+    """
+    if len(dataset) == 0:
+        raise ValueError(f"{source} is empty")
+    first: dict[int, int] = {}
+    used = {
+        field if field in dataset.column_names else field.partition(".")[0]
+        for field in (prompt_field, answer_field)
+    }
+    narrow = dataset.select_columns(sorted(used & set(dataset.column_names)))
+    for number, row in enumerate(narrow):
+        prompt, answer = lookup(row, prompt_field), lookup(row, answer_field)
+        for field, value in ((prompt_field, prompt), (answer_field, answer)):
+            if value in (None, "", []):
+                columns = sorted({*dataset.column_names, *dataset.flatten().column_names})
+                raise ValueError(
+                    f"{source}: row {number} has nothing in column {field!r}; the columns are "
+                    f"{', '.join(columns)}"
+                )
+        if not isinstance(answer, str | int | float):
+            raise ValueError(
+                f"{source}: row {number}: column {answer_field!r} must hold text or numbers, "
+                f"not {answer!r}"
+            )
+        first.setdefault(stable_hash(json.dumps(prompt, sort_keys=True)), number)
+    return first
+
+
+def _load_hub(where: str) -> Any:
+    name, _, configuration = where.partition(":")
+    return datasets.load_dataset(name, configuration or None)
+
+
+def _load_file(path: Path) -> Any:
+    if path.is_dir():
+        return datasets.load_from_disk(str(path))
+    if path.suffix not in _BUILDERS:
+        raise ValueError(f"wanted a folder saved by datasets or one of {', '.join(_BUILDERS)}")
+    if path.stat().st_size == 0:
+        raise ValueError("it is empty")
+    try:
+        return datasets.load_dataset(_BUILDERS[path.suffix], data_files=str(path), split="train")
+    except (ValueError, datasets.exceptions.DatasetsError) as error:
+        bad_line = _bad_line(path) if path.suffix == ".jsonl" else None
+        raise ValueError(bad_line or str(error)) from error
+
+
+def _bad_line(path: Path) -> str | None:
+    """What is wrong with the first line of a .jsonl file that is no JSON object."""
+    with path.open(encoding="utf-8", errors="replace") as lines:
+        for number, line in enumerate(lines, start=1):
+            try:
+                row = json.loads(line) if line.strip() else {}
+            except json.JSONDecodeError as error:
+                return f"line {number} is not JSON: {error}"
+            if not isinstance(row, dict):
+                return f"line {number} is not a JSON object: {line.strip()[:80]}"
+    return None
