@@ -23,7 +23,8 @@ class Data:
     """Where problems come from."""
 
     task: str = "ladder"
-    """"ladder", "gym:NAME" for a reasoning-gym task, or "file:PATH" / "hub:NAME" for a prompt set."""
+    """The number "ladder", a reasoning-gym task as "gym:NAME", or a prompt set as "file:PATH" or
+    "hub:NAME[:CONFIGURATION]"."""
     prompt_field: str = "prompt"
     """Prompt sets: the column of the question, text or chat messages."""
     answer_field: str = "answer"
@@ -166,4 +167,4 @@ def tiny() -> Config:
     return Config(threads=1, warm_start=WarmStart(steps=600))
 
 
-PRESETS = {"tiny": (tiny.__doc__ or "", tiny())}
+PRESETS = {"tiny": tiny}

@@ -1,0 +1,64 @@
+"""The command line: `python -m trainer train [PRESET] [--options]`, `python -m trainer report RUN`.
+
+Both need no option: `train` runs the preset "tiny". `train --help` lists every option.
+"""
+
+import os
+import sys
+
+# Before torch: threads that spin while they wait take the cores from those that work.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+from pathlib import Path
+
+USAGE = __doc__
+
+
+def main(arguments: list[str]) -> int:
+    """Run one command; returns the exit status."""
+    command, rest = (arguments[0], arguments[1:]) if arguments else ("", [])
+    if command not in ("train", "report"):
+        print(USAGE.strip() if USAGE else "")
+        return 0 if command in ("-h", "--help") else 2
+    try:
+        return _train(rest) if command == "train" else _report(rest)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\ninterrupted; the same command resumes from the last checkpoint", file=sys.stderr)
+        return 130
+
+
+def _train(arguments: list[str]) -> int:
+    import tyro
+
+    from trainer.config import PRESETS, Config
+
+    name = arguments.pop(0) if arguments and not arguments[0].startswith("-") else "tiny"
+    if name not in PRESETS:
+        raise ValueError(f"no preset {name!r}; there are {', '.join(PRESETS)}")
+    settings = tyro.cli(
+        Config, default=PRESETS[name](), args=arguments, prog=f"python -m trainer train {name}"
+    )
+
+    import transformers
+
+    from trainer.train import train
+
+    transformers.utils.logging.disable_progress_bar()
+    print(f"report: {train(settings)}")
+    return 0
+
+
+def _report(arguments: list[str]) -> int:
+    from trainer.report import write_report
+
+    if len(arguments) != 1:
+        raise ValueError(f"report takes one run's folder; got {len(arguments)} arguments")
+    print(f"report: {write_report(Path(arguments[0]))}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,121 @@
+"""GRPO and DAPO on high-entropy tokens: the whole loop.
+
+Names follow "Beyond the 80/20 Rule" (arXiv 2506.01939). B sequences, L response width.
+"""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import entropy_kernels as ek
+from trainer import checkpoint
+from trainer.advantages import group_advantages, overlong_punishment
+from trainer.config import Config
+from trainer.dynamic_sampling import sample_useful
+from trainer.evaluate import evaluate
+from trainer.progress import progress
+from trainer.report import write_report
+from trainer.run import Run, start
+from trainer.samples import entropy_metrics, write_samples
+from trainer.update import Batch, Meter, clock, score, update
+
+
+def train(settings: Config, on_step: Callable[[int], Any] = lambda step: None) -> Path:
+    """Train up to `settings.steps`, from the last checkpoint where there is one.
+
+    `on_step` is called after each step is on disk. Returns the path of the report.
+    """
+    run = start(settings)
+    if run.progress.step == 0:
+        run.log.write({"step": 0} | _evaluate(run))
+        _save(run)
+    with progress("RL", settings.steps, start=run.progress.step) as bar:
+        for step in range(run.progress.step + 1, settings.steps + 1):
+            run.progress.step = step
+            last = step == settings.steps
+            metrics = _step(run)
+            if last or step % settings.eval_every == 0:
+                metrics |= _evaluate(run)
+            run.log.write({"step": step} | metrics)
+            if last or step % settings.checkpoint_every == 0:
+                _save(run)
+            bar.update(step, metrics)
+            on_step(step)
+    return write_report(run.folder)
+
+
+def _step(run: Run) -> dict[str, float]:
+    """Sample, verify, select the tokens, update."""
+    settings, algorithm, policy = run.settings, run.settings.algorithm, run.policy
+    began = clock(policy.device)
+    torch.manual_seed(run.seed())
+
+    # Sample G responses a prompt; keep the groups that are neither all right nor all wrong.
+    rollouts, metrics = sample_useful(run)
+    sampled = clock(policy.device)
+    metrics["time/sample"] = sampled - began
+    if metrics["groups/useful"] < algorithm.min_groups:
+        return metrics | {"skipped/few_groups": 1.0, "time/step": sampled - began}
+
+    # Group advantages, the soft punishment of overlong responses included.
+    punishment_B = overlong_punishment(
+        rollouts.mask_BL.sum(1), settings.rollout.max_new_tokens, algorithm
+    )
+    advantage_B = group_advantages(
+        rollouts.reward_B + punishment_B, rollouts.group_B, algorithm.advantage
+    )
+
+    # Old-policy log-probs and entropies in one pass; tau and the mask over the whole step.
+    old_logprob_BL, entropy_BL, threshold, head_seconds = score(policy, rollouts, settings)
+    if algorithm.which == "top":
+        selected_BL = threshold.mask(entropy_BL, rollouts.mask_BL)
+    else:
+        selected_BL = ek.top_entropy_mask(
+            entropy_BL, rollouts.mask_BL, algorithm.fraction, which=algorithm.which
+        )
+    scored = clock(policy.device)
+    metrics["time/score"] = scored - sampled
+
+    # An optimizer step on each mini-batch of whole groups.
+    batch = Batch(rollouts, advantage_B, old_logprob_BL, selected_BL, threshold.value())
+    meter = Meter()
+    for index in _mini_batches(rollouts.group_B, settings.optimizer.mini_batches):
+        metrics["lr"] = run.set_learning_rate()
+        updated, seconds = update(policy, run.optimizer, batch.rows(index), settings)
+        run.progress.updates += 1
+        head_seconds += seconds
+        meter.add(updated, weight=updated["head/rows"])
+    ended = clock(policy.device)
+
+    if run.progress.step % settings.samples_every == 0 or run.progress.step in (1, settings.steps):
+        write_samples(run, batch, entropy_BL)
+    metrics |= meter.result() | entropy_metrics(entropy_BL[rollouts.mask_BL])
+    return metrics | {
+        "entropy/threshold": float(threshold.value()),
+        "tokens_per_second": metrics["tokens"] / (ended - began),
+        "time/update": ended - scored,
+        "time/head": head_seconds,
+        "time/step": ended - began,
+    }
+
+
+def _mini_batches(group_B: Tensor, count: int) -> list[Tensor]:
+    """Row numbers of `count` parts of about as many whole groups each."""
+    parts = group_B.unique().tensor_split(count)
+    return [torch.isin(group_B, part).nonzero().squeeze(1) for part in parts if len(part)]
+
+
+def _evaluate(run: Run) -> dict[str, float]:
+    began = time.perf_counter()
+    metrics = evaluate(run.policy, run.task, run.settings)
+    return metrics | {"time/evaluate": time.perf_counter() - began}
+
+
+def _save(run: Run) -> None:
+    checkpoint.save(
+        run.folder, run.policy, run.optimizer, run.progress, run.settings.keep_checkpoints
+    )
