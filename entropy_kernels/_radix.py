@@ -1,0 +1,229 @@
+"""The exact k-th largest of fp32 values, from three histograms instead of a sort.
+
+An fp32 orders like the unsigned 32-bit key
+
+    key(x) = u ^ (0xFFFFFFFF if x < 0 else 0x80000000),   u = bits(x + 0.0)
+
+with -0 equal to +0 and every NaN at the top (0xFFFFFFFF). Each pass counts one digit of the key
+(11, 11 and 10 bits, the highest first) among the values that share the digits found so far, and
+picks the digit in which the k-th largest falls. Histograms add up over chunks and over ranks, so
+neither is ever concatenated: an exact global threshold moves three histograms of at most 2048
+int64, 16 KB. The state stays on the device and nothing waits for the host.
+
+torch.quantile stops at 2**24 elements, torch.kthvalue and a sort need all values in one tensor.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from entropy_kernels import _native
+from entropy_kernels.distributed import all_reduce_sum
+
+# (shift, bits) of each digit.
+PASSES = ((21, 11), (10, 11), (0, 10))
+KEY_BITS = 32
+SIGN = -(1 << 31)
+# The digit of the sketch: sign, exponent and the highest 10 bits of the mantissa.
+SKETCH_SHIFT, SKETCH_BITS = 13, 19
+LOWEST_KEY = 0x007FFFFF  # of -inf
+# 0.55 * 100 is 55.000000000000007 in fp64: what fp64 adds to a product is below this share of it.
+COUNT_SLACK = 2.0**-48
+# Elements a slice: temporaries stay in the L2 cache of a CPU, and below 128 MB on a GPU.
+CPU_SLICE = 1 << 18
+DEVICE_SLICE = 1 << 22
+
+Chunk = tuple[Tensor, Tensor | None]
+
+
+class KthLargest(NamedTuple):
+    """The k-th largest value over all chunks and ranks.
+
+    value: 0-dim fp32, +inf where there is no value.
+    quota: 0-dim int64, how many of those equal to `value` belong to the k largest.
+    equal: 0-dim int64, how many on this rank are equal to `value`.
+    """
+
+    value: Tensor
+    quota: Tensor
+    equal: Tensor
+
+
+def selected_count(n: Tensor, fraction: float) -> Tensor:
+    """k = ceil(fraction * n), at least 1 where n >= 1 and 0 where n = 0; int64, on n's device."""
+    k = (n.to(torch.float64) * (fraction * (1 - COUNT_SLACK))).ceil().to(torch.int64)
+    return torch.minimum(k.clamp_min(1), n)
+
+
+def sort_keys(values: Tensor) -> Tensor:
+    """int32 that order as the fp32 `values` do: NaN on top, -0 equal to +0, never INT32_MIN."""
+    bits = values.view(torch.int32)
+    bits = bits.masked_fill(bits == SIGN, 0)
+    return (bits ^ ((bits >> 31) & ~SIGN)).masked_fill(values.isnan(), ~SIGN)
+
+
+def masked_sort_keys(values: Tensor, mask: Tensor | None) -> Tensor:
+    """`sort_keys` of the valid values, and INT32_MIN, below all of them, for the others."""
+    keys = sort_keys(values)
+    return keys if mask is None else keys.masked_fill(~mask, SIGN)
+
+
+def value_of_key(key: Tensor) -> Tensor:
+    """The fp32 of an unsigned key held in an int64."""
+    ordered = (key + SIGN).to(torch.int32)
+    return (ordered ^ ((ordered >> 31) & ~SIGN)).view(torch.float32)
+
+
+def kth_largest(chunks: Sequence[Chunk], fraction: float, group: ProcessGroup | None) -> KthLargest:
+    """The k-th largest of all valid values of `chunks`, on all ranks, k = ceil(fraction * n).
+
+    chunks: at least one (values, mask): contiguous fp32 of one dimension, on one device, and the
+    bool mask of the valid ones or None. Three passes over the values, three all-reduces.
+    """
+    prefix = torch.zeros((), dtype=torch.int64, device=chunks[0][0].device)
+    prefix_bits = 0
+    for shift, bits in PASSES:
+        local = sum_histograms(chunks, prefix, shift, bits, prefix_bits)
+        counts = all_reduce_sum(local, group)
+        if prefix_bits == 0:
+            n = counts.sum()
+            remaining = selected_count(n, fraction)
+        digit, remaining = pick_digit(counts, remaining)
+        prefix = (prefix << bits) | digit
+        prefix_bits += bits
+    value = torch.where(n > 0, value_of_key(prefix), torch.inf)
+    return KthLargest(value, remaining, local.gather(0, digit.reshape(1)).reshape(()))
+
+
+def sketch_histogram(values: Tensor, mask: Tensor | None) -> Tensor:
+    """How many valid values share each 19 highest bits of the key: int64 [1 << 19], 4 MB."""
+    prefix = torch.zeros((), dtype=torch.int64, device=values.device)
+    return radix_histogram(values, mask, prefix, SKETCH_SHIFT, SKETCH_BITS, 0)
+
+
+def sketch_kth_largest(counts: Tensor, fraction: float) -> Tensor:
+    """The lower edge, 0-dim fp32, of the bin of `sketch_histogram` with the k-th largest value.
+
+    +inf where the histogram is empty. Never below -inf, so only a bin of NaN gives NaN.
+    """
+    n = counts.sum()
+    digit, _ = pick_digit(counts, selected_count(n, fraction))
+    edge = value_of_key((digit << SKETCH_SHIFT).clamp_min(LOWEST_KEY))
+    return torch.where(n > 0, edge, torch.inf)
+
+
+def pick_digit(counts: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+    """The bin in which the k-th largest falls, and its rank within that bin, counted from 1."""
+    from_top = counts.flip(0).cumsum(0)
+    digit = (counts.numel() - 1) - (from_top < k).sum()
+    above = from_top.masked_fill(from_top >= k, 0).amax()
+    return digit, k - above
+
+
+def sum_histograms(
+    chunks: Sequence[Chunk], prefix: Tensor, shift: int, bits: int, prefix_bits: int
+) -> Tensor:
+    """The histogram of one digit over all chunks of this rank: int64 of 1 << bits."""
+    return torch.stack(
+        [radix_histogram(values, mask, prefix, shift, bits, prefix_bits) for values, mask in chunks]
+    ).sum(0)
+
+
+@torch.library.custom_op(
+    "entropy_kernels::radix_histogram",
+    mutates_args=(),
+    schema=(
+        "(Tensor values, Tensor? mask, Tensor prefix, int shift, int bits, int prefix_bits)"
+        " -> Tensor"
+    ),
+)
+def radix_histogram(
+    values: Tensor, mask: Tensor | None, prefix: Tensor, shift: int, bits: int, prefix_bits: int
+) -> Tensor:
+    """How many valid values have each digit, among those whose key begins with `prefix`.
+
+    values: fp32 [N]; mask: bool [N] or None; prefix: 0-dim int64, the highest `prefix_bits` of the
+    key; the digit is the `bits` of the key above its lowest `shift`. Returns int64 [1 << bits].
+    Integer sums: the same counts every time. Works in slices of bounded memory.
+    """
+    counts = torch.zeros(1 << bits, dtype=torch.int64, device=values.device)
+    on_cpu = values.device.type == "cpu"
+    if on_cpu and _native.cpu() is not None:
+        _native.radix_histogram(values, mask, int(prefix), shift, bits, prefix_bits, counts)
+        return counts
+    count = _count_by_compaction if on_cpu else _count_by_weight
+    size = CPU_SLICE if on_cpu else DEVICE_SLICE
+    for start in range(0, values.numel(), size):
+        part = slice(start, start + size)
+        key = sort_keys(values[part]) ^ SIGN
+        counted = None if mask is None else mask[part]
+        if prefix_bits:
+            head = (key >> (KEY_BITS - prefix_bits)) & ((1 << prefix_bits) - 1)
+            same = head == prefix
+            counted = same if counted is None else same & counted
+        count((key >> shift) & ((1 << bits) - 1), counted, counts)
+    return counts
+
+
+def _count_by_compaction(digit: Tensor, counted: Tensor | None, counts: Tensor) -> None:
+    """Add to `counts` the digits that are counted; the fastest on a CPU, but its size is data."""
+    if counted is not None:
+        digit = digit[counted]
+    counts += torch.bincount(digit, minlength=counts.numel())
+
+
+def _count_by_weight(digit: Tensor, counted: Tensor | None, counts: Tensor) -> None:
+    """Add to `counts` the digits that are counted, without waiting for a GPU.
+
+    What is not counted adds 0 to its own digit: sent to one spare bin, it would serialise there.
+    """
+    weight = torch.ones_like(digit) if counted is None else counted
+    counts.index_add_(0, digit, weight.to(torch.int64))
+
+
+@radix_histogram.register_fake
+def _(
+    values: Tensor, mask: Tensor | None, prefix: Tensor, shift: int, bits: int, prefix_bits: int
+) -> Tensor:
+    return values.new_empty(1 << bits, dtype=torch.int64)
+
+
+@torch.library.custom_op(
+    "entropy_kernels::keep_largest",
+    mutates_args=(),
+    schema="(Tensor values, Tensor? mask, Tensor threshold, Tensor quota) -> Tensor",
+)
+def keep_largest(values: Tensor, mask: Tensor | None, threshold: Tensor, quota: Tensor) -> Tensor:
+    """The valid values above `threshold` and the first `quota` of those equal to it.
+
+    values: fp32 [N]; mask: bool [N] or None; threshold: 0-dim fp32; quota: 0-dim int64. Returns
+    bool [N]. NaN equals NaN and is above every number.
+    """
+    keep = torch.empty_like(values, dtype=torch.bool)
+    size = CPU_SLICE if values.device.type == "cpu" else DEVICE_SLICE
+    for start in range(0, values.numel(), size):
+        part = slice(start, start + size)
+        nan = values[part].isnan()
+        equal = (values[part] == threshold) | (nan & threshold.isnan())
+        above = (values[part] > threshold) | (nan & ~threshold.isnan())
+        if mask is not None:
+            equal &= mask[part]
+            above &= mask[part]
+        seen = equal.cumsum(0, dtype=torch.int32)
+        keep[part] = above | (equal & (seen <= quota))
+        quota = quota - seen[-1]
+    return keep
+
+
+@keep_largest.register_fake
+def _(values: Tensor, mask: Tensor | None, threshold: Tensor, quota: Tensor) -> Tensor:
+    return torch.empty_like(values, dtype=torch.bool)
+
+
+def keep_threshold(values: Tensor, mask: Tensor | None, threshold: Tensor) -> Tensor:
+    """Every valid value that ranks at `threshold` or above; NaN ranks above every number."""
+    keep = values.isnan() | (values >= threshold)
+    return keep if mask is None else keep & mask

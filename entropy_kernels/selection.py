@@ -1,0 +1,331 @@
+"""Exact selection of the highest-entropy tokens: the indicator I[H >= tau] of equation 6.
+
+"Beyond the 80/20 Rule" (arXiv 2506.01939), section 5.1, trains on the `fraction` of the tokens
+with the highest entropy. Only valid tokens count (no prompt, padding or tool token): of n,
+
+    k = max(1, ceil(fraction * n))
+
+are selected, `fraction` being read as a decimal: 0.55 of 100 is 55, though fp64's product is
+above it. With n = 0 the threshold is +inf and nothing is selected. A NaN ranks above every number,
+so a broken entropy is selected and shows in the loss instead of disappearing. -0 equals +0.
+
+Nothing here is differentiable, and nothing waits for a GPU. B sequences, L tokens a sequence.
+"""
+
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Generator, Tensor
+from torch.distributed import ProcessGroup
+
+from entropy_kernels._radix import (
+    SKETCH_BITS,
+    Chunk,
+    keep_largest,
+    keep_threshold,
+    kth_largest,
+    masked_sort_keys,
+    selected_count,
+    sketch_histogram,
+    sketch_kth_largest,
+)
+from entropy_kernels.distributed import all_reduce_sum, rank_offset
+
+SCOPES = ("batch", "sequence")
+WHICH = ("top", "bottom", "random")
+TIES = ("exact", "threshold")
+MODES = ("exact", "sketch")
+
+
+def entropy_threshold(
+    entropy: Float[Tensor, "*shape"],
+    mask: Bool[Tensor, "*shape"] | None = None,
+    fraction: float = 0.2,
+    *,
+    group: ProcessGroup | None = None,
+) -> Float[Tensor, ""]:
+    """The entropy of the k-th highest valid token, k = max(1, ceil(fraction * n)).
+
+    tau of equation 6 (arXiv 2506.01939, section 5.1): an entropy of the batch, the k-th largest
+    exactly, not a value interpolated between two as torch.quantile's, which stops at 2**24
+    elements besides. Three histograms of the bits, linear in n, with bounded memory.
+
+    Args:
+        entropy: fp32 of any shape, nats.
+        mask: bool, the valid tokens; None for all.
+        group: tokens of all its ranks count, and every rank calls, also one without a token; 40 KB
+            of histograms a rank are summed and nothing else moves. None: this process alone.
+
+    Returns a 0-dim fp32 on the device of `entropy`; +inf without a valid token.
+
+    Raises:
+        ValueError: another dtype, a mask of another shape or device, a fraction outside (0, 1].
+    """
+    _check_tokens(entropy, mask)
+    _check_fraction(fraction)
+    return kth_largest([_flat(entropy, mask)], fraction, group).value
+
+
+def top_entropy_mask(
+    entropy: Float[Tensor, "*shape"],
+    mask: Bool[Tensor, "*shape"] | None = None,
+    fraction: float = 0.2,
+    *,
+    scope: str = "batch",
+    which: str = "top",
+    ties: str = "exact",
+    group: ProcessGroup | None = None,
+    generator: Generator | None = None,
+) -> Bool[Tensor, "*shape"]:
+    """The k valid tokens with the highest entropy, k = max(1, ceil(fraction * n)), as a mask.
+
+    Args:
+        entropy: fp32 of any shape, nats.
+        mask: bool, the valid tokens; None for all.
+        scope: "batch" takes n and k over all tokens of the call (the paper, section 5.1) and of
+            all ranks of `group`; "sequence" over each row of [B, L] by itself, by a sort.
+        which: "top"; "bottom", the k lowest (a NaN first here too); "random", k uniformly random
+            valid tokens, the control of arXiv 2605.07660, blind to the entropy.
+        ties: "exact" keeps exactly k, at the threshold those of the lowest (rank, index) first;
+            "threshold" keeps every token that ranks there or above, the paper's indicator.
+        group: as in `entropy_threshold`; "exact" ties move one int64 a rank more.
+        generator: what "random" draws from, by torch.rand; seed the ranks differently.
+
+    Returns a bool tensor of entropy's shape, false wherever `mask` is.
+
+    Raises:
+        ValueError: as `entropy_threshold`; an unknown option; scope="sequence" with other than two
+            dimensions or with a group (a sequence lives on one rank); a generator where nothing is
+            random.
+    """
+    _check_tokens(entropy, mask)
+    _check_fraction(fraction)
+    _check_options(entropy, scope, which, ties, group, generator)
+    score = _score(entropy.detach(), which, generator)
+    if scope == "sequence":
+        return _top_of_rows(score, mask, fraction, ties)
+    values, valid = _flat(score, mask)
+    kth = kth_largest([(values, valid)], fraction, group)
+    if ties == "threshold":
+        keep = keep_threshold(values, valid, kth.value)
+    else:
+        quota = kth.quota - rank_offset(kth.equal, group)
+        keep = keep_largest(values, valid, kth.value, quota)
+    return keep.view(entropy.shape)
+
+
+class StreamingThreshold:
+    """The threshold over all micro-batches of a step (and all ranks), one `update` for each.
+
+    `value()` is that of `entropy_threshold` on all tokens at once, whatever their order and
+    however they were split.
+
+    Args:
+        fraction: as in `entropy_threshold`.
+        mode: "exact" keeps the fp32 entropies, 4 bytes a token (on a GPU 5 bytes a token of the
+            batch, as dropping the masked ones would wait for it). "sketch" keeps one histogram of
+            the sign, the exponent and 10 bits of the mantissa, 4 MB whatever the number of tokens,
+            and returns the lower edge of the bin of the exact threshold t:
+            t * (1 - 2**-10) <= value <= t for a normal t >= 0, so at least k tokens pass.
+        group: every rank calls `value` and `mask` in the same order, between the same updates. A
+            rank without a token may skip `update`, or pass an empty tensor where the collectives
+            need its device. Exact mode sums three histograms, 40 KB, and sketch mode one of 4 MB.
+
+    Raises:
+        ValueError: a fraction outside (0, 1], an unknown mode.
+    """
+
+    def __init__(
+        self, fraction: float = 0.2, *, mode: str = "exact", group: ProcessGroup | None = None
+    ) -> None:
+        _check_fraction(fraction)
+        _check_choice("mode", mode, MODES)
+        self.fraction = fraction
+        self.mode = mode
+        self.group = group
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget every token."""
+        self._chunks: list[Chunk] = []
+        self._histogram: Tensor | None = None
+        self._value: Tensor | None = None
+
+    def update(
+        self, entropy: Float[Tensor, "*shape"], mask: Bool[Tensor, "*shape"] | None = None
+    ) -> None:
+        """Count the valid tokens of a micro-batch: fp32 of any shape, and a bool mask or None.
+
+        Copies what it keeps. Raises ValueError as `entropy_threshold` does, and where `entropy` is
+        on another device than before.
+        """
+        _check_tokens(entropy, mask)
+        seen = self._histogram is not None or self._chunks
+        if seen and entropy.device != self._device():
+            raise ValueError(
+                f"entropy must be on {self._device()}, as in earlier updates, but is on "
+                f"{entropy.device}"
+            )
+        values, valid = _flat(entropy, mask)
+        self._value = None
+        if self.mode == "sketch":
+            counts = sketch_histogram(values, valid)
+            self._histogram = counts if self._histogram is None else self._histogram + counts
+        elif valid is not None and values.device.type == "cpu":
+            self._chunks.append((values[valid], None))
+        else:
+            self._chunks.append((values.clone(), None if valid is None else valid.clone()))
+
+    @property
+    def count(self) -> Int[Tensor, ""]:
+        """The number of valid tokens this rank has seen since the last reset: a 0-dim int64."""
+        if self.mode == "sketch":
+            return self._counts().sum()
+        count = torch.zeros((), dtype=torch.int64, device=self._device())
+        for values, valid in self._chunks:
+            count = count + (values.numel() if valid is None else torch.count_nonzero(valid))
+        return count
+
+    def value(self) -> Float[Tensor, ""]:
+        """The threshold so far: a 0-dim fp32, +inf without a token. Kept until the next update."""
+        if self._value is None and self.mode == "sketch":
+            counts = all_reduce_sum(self._counts(), self.group)
+            self._value = sketch_kth_largest(counts, self.fraction)
+        elif self._value is None:
+            chunks = self._chunks or [(torch.empty(0), None)]
+            self._value = kth_largest(chunks, self.fraction, self.group).value
+        return self._value
+
+    def mask(
+        self, entropy: Float[Tensor, "*shape"], mask: Bool[Tensor, "*shape"] | None = None
+    ) -> Bool[Tensor, "*shape"]:
+        """The valid tokens that rank at `value()` or above: I[H >= tau] of equation 6.
+
+        All that tie at the threshold are kept, so over the step these are k tokens or a few more.
+        Raises ValueError as `entropy_threshold` does.
+        """
+        _check_tokens(entropy, mask)
+        values, valid = _flat(entropy, mask)
+        return keep_threshold(values, valid, self.value()).view(entropy.shape)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What `load_state_dict` needs to go on from here: tensors, a number and a string."""
+        state: dict[str, Any] = {"mode": self.mode, "fraction": self.fraction}
+        if self.mode == "sketch":
+            return state | {"counts": self._counts().clone()}
+        valid = [v if m is None else v[m] for v, m in self._chunks]
+        return state | {"entropies": torch.cat([torch.empty(0, device=self._device()), *valid])}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from `state`, in place of what was counted here, on the device of its tensors.
+
+        Raises ValueError where its mode or fraction is not that of this object.
+        """
+        for name in ("mode", "fraction"):
+            if state[name] != getattr(self, name):
+                raise ValueError(
+                    f"the state's {name} is {state[name]!r}, this object's is "
+                    f"{getattr(self, name)!r}"
+                )
+        self.reset()
+        if self.mode == "sketch":
+            self._histogram = state["counts"].clone() if state["counts"].any() else None
+        elif state["entropies"].numel() > 0:
+            self._chunks = [(state["entropies"].clone(), None)]
+
+    def _device(self) -> torch.device:
+        """Where the earlier updates were; the CPU if there was none."""
+        if self._histogram is not None:
+            return self._histogram.device
+        return self._chunks[0][0].device if self._chunks else torch.device("cpu")
+
+    def _counts(self) -> Tensor:
+        """The histogram of the sketch."""
+        if self._histogram is None:
+            return torch.zeros(1 << SKETCH_BITS, dtype=torch.int64)
+        return self._histogram
+
+
+def _flat(score: Tensor, mask: Tensor | None) -> Chunk:
+    """The tokens in one dimension, contiguous and without gradient."""
+    values = score.detach().reshape(-1).contiguous()
+    return values, None if mask is None else mask.reshape(-1).contiguous()
+
+
+def _score(entropy: Tensor, which: str, generator: Generator | None) -> Tensor:
+    """What `which` selects the largest of; the negative of NaN is NaN, and still ranks first."""
+    if which == "random":
+        return torch.rand(
+            entropy.shape, generator=generator, dtype=torch.float32, device=entropy.device
+        )
+    return -entropy if which == "bottom" else entropy
+
+
+def _top_of_rows(score_BL: Tensor, mask_BL: Tensor | None, fraction: float, ties: str) -> Tensor:
+    """The selection in each row, by a sort of keys in which the masked tokens come last."""
+    if score_BL.numel() == 0:
+        return torch.zeros_like(score_BL, dtype=torch.bool)
+    valid_BL = torch.ones_like(score_BL, dtype=torch.bool) if mask_BL is None else mask_BL
+    k_B1 = selected_count(valid_BL.sum(1, keepdim=True), fraction)
+    key_BL = masked_sort_keys(score_BL, mask_BL)
+    sorted_BL = key_BL.sort(dim=1, descending=True).values
+    threshold_B1 = sorted_BL.gather(1, (k_B1 - 1).clamp_min(0))
+    above_BL = key_BL > threshold_B1
+    equal_BL = valid_BL & (key_BL == threshold_B1)
+    if ties == "threshold":
+        return above_BL | equal_BL
+    quota_B1 = k_B1 - above_BL.sum(1, keepdim=True)
+    return above_BL | (equal_BL & (equal_BL.cumsum(1) <= quota_B1))
+
+
+def _check_tokens(entropy: Tensor, mask: Tensor | None) -> None:
+    if entropy.dtype != torch.float32:
+        raise ValueError(f"entropy must be torch.float32, but is {entropy.dtype}")
+    if mask is None:
+        return
+    if mask.dtype != torch.bool:
+        raise ValueError(f"mask must be torch.bool, but is {mask.dtype}")
+    if mask.shape != entropy.shape:
+        raise ValueError(
+            f"mask must have the shape of entropy, {tuple(entropy.shape)}, but has "
+            f"{tuple(mask.shape)}"
+        )
+    if mask.device != entropy.device:
+        raise ValueError(f"mask must be on entropy's {entropy.device}, but is on {mask.device}")
+
+
+def _check_fraction(fraction: float) -> None:
+    if not 0 < fraction <= 1:
+        raise ValueError(f"fraction must be in (0, 1], but is {fraction}")
+
+
+def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {choices}, but is {value!r}")
+
+
+def _check_options(
+    entropy: Tensor,
+    scope: str,
+    which: str,
+    ties: str,
+    group: ProcessGroup | None,
+    generator: Generator | None,
+) -> None:
+    _check_choice("scope", scope, SCOPES)
+    _check_choice("which", which, WHICH)
+    _check_choice("ties", ties, TIES)
+    if generator is not None and which != "random":
+        raise ValueError(f'generator is for which="random", but which is {which!r}')
+    if scope == "batch":
+        return
+    if entropy.dim() != 2:
+        raise ValueError(
+            f'scope="sequence" needs entropy of [B, L], but its shape is {tuple(entropy.shape)}'
+        )
+    if group is not None:
+        raise ValueError(
+            'scope="sequence" takes no group, as a sequence lives on one rank, but group is '
+            f"{group}"
+        )

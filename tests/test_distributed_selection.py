@@ -1,0 +1,149 @@
+"""Selection over ranks: what each selects together is what one process selects of all tokens."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.multiprocessing import spawn
+
+from entropy_kernels import StreamingThreshold, distributed, entropy_threshold, top_entropy_mask
+
+# Tokens of each rank: one of them has none.
+SHARES = {2: [900, 0], 3: [301, 0, 700]}
+KINDS = ["distinct", "tied", "masked"]
+OPTIONS = [
+    {"which": which, "ties": ties}
+    for which in ("top", "bottom", "random")
+    for ties in ("exact", "threshold")
+]
+FRACTION = 0.2
+HISTOGRAMS = [2048, 2048, 1024]
+
+
+def tokens_of(kind, total):
+    generator = torch.Generator().manual_seed(1)
+    entropy = torch.empty(total).exponential_(generator=generator)
+    if kind == "tied":
+        entropy = (4 * entropy).floor()
+    mask = torch.rand(total, generator=generator) < (0.0 if kind == "masked" else 0.7)
+    return entropy, mask
+
+
+def select(entropy, mask, group):
+    """Everything under test, on the tokens of one rank."""
+    results = {"threshold": entropy_threshold(entropy, mask, FRACTION, group=group)}
+    for options in OPTIONS:
+        keep = top_entropy_mask(entropy, mask, FRACTION, group=group, **options)
+        results["-".join(options.values())] = keep
+    for mode in ("exact", "sketch"):
+        streaming = StreamingThreshold(FRACTION, mode=mode, group=group)
+        for part in range(2 if len(entropy) else 0):
+            streaming.update(entropy[part::2], mask[part::2])
+        results[mode] = streaming.value()
+    results["count"] = distributed.global_count(mask, group)
+    return results
+
+
+def record_moved(call):
+    """The elements of each tensor that `call` sums over the ranks."""
+    moved = []
+    all_reduce = dist.all_reduce
+
+    def recorded(tensor, **options):
+        moved.append(tensor.numel())
+        return all_reduce(tensor, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dist, "all_reduce", recorded)
+        call()
+    return moved
+
+
+def results_of(rank, shares, group):
+    """What one rank of `group` selects of its share, and what moved meanwhile."""
+    results = {}
+    for kind in KINDS:
+        parts = [x.split(shares)[rank] for x in tokens_of(kind, sum(shares))]
+        results[kind] = select(*parts, group)
+    results["moved"] = {
+        "threshold": record_moved(lambda: entropy_threshold(*parts, group=group)),
+        "mask": record_moved(lambda: top_entropy_mask(*parts, group=group)),
+        "indicator": record_moved(lambda: top_entropy_mask(*parts, ties="threshold", group=group)),
+    }
+    held = torch.tensor(shares[rank])
+    results["offset"] = distributed.rank_offset(held, group)
+    results["sum"] = distributed.all_reduce_sum(held, group)
+    results["held"] = held
+    return results
+
+
+def work(rank, folder):
+    """One of three processes: a group of all, and one of the first two."""
+    torch.set_num_threads(1)
+    torch.manual_seed(rank)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=3)
+    for world_size, shares in SHARES.items():
+        group = dist.new_group(range(world_size))
+        if rank < world_size:
+            torch.save(results_of(rank, shares, group), f"{folder}/{world_size}-{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ranks")
+    spawn(work, (folder,), nprocs=3)
+    return folder
+
+
+@pytest.fixture(params=SHARES, ids=lambda world_size: f"{world_size}-ranks")
+def ranks(request, folder):
+    return [torch.load(folder / f"{request.param}-{rank}.pt") for rank in range(request.param)]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("which", ["top", "bottom"])
+@pytest.mark.parametrize("ties", ["exact", "threshold"])
+def test_masks_join_to_that_of_one_process(ranks, kind, which, ties):
+    entropy, mask = tokens_of(kind, sum(SHARES[len(ranks)]))
+    joined = torch.cat([rank[kind][f"{which}-{ties}"] for rank in ranks])
+    assert torch.equal(joined, top_entropy_mask(entropy, mask, FRACTION, which=which, ties=ties))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_rank_has_the_threshold_of_one_process(ranks, kind):
+    one = select(*tokens_of(kind, sum(SHARES[len(ranks)])), None)
+    for rank in ranks:
+        for name in ("threshold", "exact", "sketch", "count"):
+            assert torch.equal(rank[kind][name], one[name]), name
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_random_selects_the_global_count(ranks, kind):
+    _, mask = tokens_of(kind, sum(SHARES[len(ranks)]))
+    joined = torch.cat([rank[kind]["random-exact"] for rank in ranks])
+    assert joined.sum() == -(-mask.sum() // 5)
+    assert not (joined & ~mask).any()
+
+
+def test_only_histograms_and_counts_move(ranks):
+    for rank in ranks:
+        assert rank["moved"] == {
+            "threshold": HISTOGRAMS,
+            "mask": [*HISTOGRAMS, len(ranks)],
+            "indicator": HISTOGRAMS,
+        }
+
+
+def test_offsets_and_sums_of_counts(ranks):
+    shares = SHARES[len(ranks)]
+    for i, rank in enumerate(ranks):
+        assert rank["offset"] == sum(shares[:i])
+        assert rank["sum"] == sum(shares)
+        assert rank["held"] == shares[i]
+
+
+def test_one_process_needs_no_group():
+    count = torch.tensor(3)
+    assert distributed.all_reduce_sum(count, None) is count
+    assert distributed.rank_offset(count, None) == 0
+    assert distributed.global_count(torch.tensor([[True, False], [True, True]])) == 3
