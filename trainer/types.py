@@ -21,7 +21,7 @@ class Problem:
 
 
 class Task(Protocol):
-    """A stream of problems and their verifier. An index fixes its problem, so a run resumes by it."""
+    """A stream of problems and their verifier. An index fixes its problem, for runs to resume."""
 
     name: str
     num_test: int

@@ -119,7 +119,7 @@ def update(
         here = int(metrics.pop("tokens/kept"))
         kept, everything = kept + here, everything + int(metrics.pop("tokens/all"))
         meter.add(metrics, weight=here)
-        loss_sum += float(loss)
+        loss_sum += float(loss.detach())
 
     count = _count(batch, kept, everything, settings.algorithm)
     parameters = [p for p in policy.model.parameters() if p.grad is not None]

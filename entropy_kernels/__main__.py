@@ -1,0 +1,86 @@
+"""`python -m entropy_kernels`: what this machine has, and whether it computes rightly.
+
+Versions, devices, then each backend with its self-check against the fp64 reference, or the reason
+that it is missing. The exit status is 1 if a self-check fails.
+"""
+
+import importlib.metadata
+import platform
+import sys
+from collections.abc import Callable
+
+import torch
+
+import entropy_kernels as ek
+from entropy_kernels import _native, ops, reference
+from entropy_kernels.testing import peaked_head
+
+PACKAGES = ("torch", "triton", "jaxtyping")
+
+
+def main() -> int:
+    """Print the table; returns the exit status."""
+    print(f"entropy_kernels {ek.__version__}, Python {platform.python_version()}")
+    print(", ".join(f"{name} {_version(name)}" for name in PACKAGES))
+    devices = ["cpu"]
+    print(f"cpu: {platform.machine()}, {torch.get_num_threads()} threads")
+    for index in range(torch.cuda.device_count()):
+        devices.append(f"cuda:{index}")
+        major, minor = torch.cuda.get_device_capability(index)
+        print(f"cuda:{index}: {torch.cuda.get_device_name(index)}, sm_{major}{minor}")
+
+    checks: dict[str, Callable[[], str]] = {}
+    for device in devices:
+        for impl in ops.implementations():
+            checks[f"linear_logprob_entropy, {impl} on {device}"] = lambda i=impl, d=device: (
+                _check_head(i, d)
+            )
+        checks[f"top_entropy_mask on {device}"] = lambda d=device: _check_selection(d)
+    failed = 0
+    for name, check in checks.items():
+        problem = check()
+        failed += bool(problem)
+        print(f"  {name}: {problem or 'ok'}")
+    missing = _native.why_missing("cpu")
+    print(f"  compiled CPU kernels: {missing or 'loaded'}")
+    return int(failed > 0)
+
+
+def _version(name: str) -> str:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _check_head(impl: str, device: str) -> str:
+    """Outputs and gradients of a peaked head against fp64; empty if all is well."""
+    hidden, weight, target = (x.to(device) for x in peaked_head(96, 48, 2500))
+    grads = torch.randn(3, 96, device=device) * (torch.rand(96, device=device) < 0.2)
+    found = []
+    for dtype in (torch.float32, torch.float64):
+        h, w = (x.detach().to(dtype).requires_grad_() for x in (hidden, weight))
+        if dtype == torch.float64:
+            outputs = list(reference.linear_logprob_entropy(h, w, target))
+        else:
+            outputs = list(ek.linear_logprob_entropy(h, w, target, impl=impl))
+        torch.autograd.backward(outputs, list(grads.to(dtype)))
+        found.append([*(x.detach() for x in outputs), h.grad, w.grad])
+    for name, got, want in zip(
+        ("logprob", "entropy", "logsumexp", "dh", "dW"), *found, strict=True
+    ):
+        error = float((got - want).abs().max() / want.abs().max())
+        if not error < 1e-5:
+            return f"FAILED: {name} is off by {error:.1e} of its largest value"
+    return ""
+
+
+def _check_selection(device: str) -> str:
+    """The top 20% of heavily tied entropies against a sort."""
+    entropy = torch.rand(10_007, device=device).mul(50).round() / 50
+    got, want = ek.top_entropy_mask(entropy), reference.top_entropy_mask(entropy)
+    return "" if torch.equal(got, want) else f"FAILED: {int((got != want).sum())} tokens differ"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
