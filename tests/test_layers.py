@@ -1,0 +1,98 @@
+"""Imports go one way: each module of the package names only the layers below it."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import entropy_kernels
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "entropy_kernels"
+ANYTHING = None
+ALLOWED = {
+    "reference": set(),
+    "distributed": set(),
+    "losses": set(),
+    "_native": set(),
+    "_torch": set(),
+    "_radix": {"_native", "distributed"},
+    "ops": {"_native", "_radix", "_torch"},
+    "selection": {"_radix", "distributed", "ops"},
+    "functional": {"_native", "losses", "ops", "reference", "selection"},
+    "nn": {"functional"},
+    "testing": {"ops", "reference"},
+    "__main__": ANYTHING,
+    "__init__": ANYTHING,
+}
+PUBLIC_MODULES = {"distributed", "nn", "reference", "testing"}
+PUBLIC_NAMES = {*entropy_kernels.__all__, *PUBLIC_MODULES, "__version__"}
+
+
+def layer(path: Path) -> str:
+    """The first name below the package: the module, or the folder a file lies in."""
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imports(tree: ast.AST) -> Iterator[str]:
+    """Dotted names a file imports; `from a import b` gives a.b."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"line {node.lineno}: imports are absolute"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def attributes(tree: ast.AST) -> Iterator[str]:
+    """NAME of every entropy_kernels.NAME and ek.NAME that a file uses."""
+    names = [node for node in ast.walk(tree) if isinstance(node, ast.Attribute)]
+    for node in names:
+        if isinstance(node.value, ast.Name) and node.value.id in ("ek", "entropy_kernels"):
+            yield node.attr
+
+
+def python_files(folder: Path) -> list[Path]:
+    return sorted(folder.rglob("*.py"))
+
+
+def relative(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+@pytest.mark.parametrize("path", python_files(PACKAGE), ids=relative)
+def test_package_imports_only_lower_layers(path):
+    own = layer(path)
+    assert own in ALLOWED, f"{relative(path)} is in no layer: add it to ALLOWED"
+    allowed = ALLOWED[own]
+    for name in imports(ast.parse(path.read_text())):
+        parts = name.split(".")
+        assert parts[0] != "trainer"
+        if parts[0] == "entropy_kernels" and allowed is not ANYTHING:
+            used = parts[1] if len(parts) > 1 else "the package itself"
+            assert used in allowed | {own}, f"{own} imports {used}; allowed: {sorted(allowed)}"
+
+
+@pytest.mark.parametrize("path", python_files(ROOT / "trainer"), ids=relative)
+def test_trainer_uses_public_names_only(path):
+    tree = ast.parse(path.read_text())
+    imported = {name.split(".")[1] for name in imports(tree) if name.startswith("entropy_kernels.")}
+    private = (imported | set(attributes(tree))) - PUBLIC_NAMES
+    assert not private, f"{relative(path)} uses {sorted(private)}, which are not public"
+
+
+def test_the_layers_have_no_cycle():
+    done: set[str] = set()
+    left = {name: allowed for name, allowed in ALLOWED.items() if allowed is not ANYTHING}
+    while left:
+        ready = {name for name, allowed in left.items() if allowed <= done}
+        assert ready, f"a cycle among {sorted(left)}"
+        done |= ready
+        left = {name: allowed for name, allowed in left.items() if name not in ready}
+
+
+def test_csrc_includes_no_torch_header():
+    for path in sorted((ROOT / "csrc").rglob("*.*")):
+        for header in ("torch", "ATen", "c10"):
+            assert f"#include <{header}/" not in path.read_text(), f"{relative(path)}: {header}"
