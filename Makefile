@@ -53,4 +53,4 @@ $(VENV)/.trainer: $(VENV)/.created $(INPUTS)
 	$(call install,trainer)
 
 $(VENV)/.dev: $(VENV)/.created $(INPUTS)
-	$(call install,trainer$(comma)dev)
+	$(call install,trainer$(comma)gym$(comma)dev)

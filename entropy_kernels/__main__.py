@@ -4,6 +4,7 @@ Versions, devices, then each backend with its self-check against the fp64 refere
 that it is missing. The exit status is 1 if a self-check fails.
 """
 
+import functools
 import importlib.metadata
 import platform
 import sys
@@ -32,10 +33,9 @@ def main() -> int:
     checks: dict[str, Callable[[], str]] = {}
     for device in devices:
         for impl in ops.implementations():
-            checks[f"linear_logprob_entropy, {impl} on {device}"] = lambda i=impl, d=device: (
-                _check_head(i, d)
-            )
-        checks[f"top_entropy_mask on {device}"] = lambda d=device: _check_selection(d)
+            name = f"linear_logprob_entropy, {impl} on {device}"
+            checks[name] = functools.partial(_check_head, impl, device)
+        checks[f"top_entropy_mask on {device}"] = functools.partial(_check_selection, device)
     failed = 0
     for name, check in checks.items():
         problem = check()

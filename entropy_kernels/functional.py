@@ -149,7 +149,7 @@ def high_entropy_policy_loss(
     """
     _check_selection(selected, threshold, which, scope, group)
     _check_like(target, mask=mask, selected=selected)
-    head = {"bias": bias, "softcap": softcap, "impl": impl}
+    head: dict[str, Any] = {"bias": bias, "softcap": softcap, "impl": impl}
     if selected is not None:
         selected = selected & mask
         found = _on_rows(hidden, weight, target, selected, temperature, head)

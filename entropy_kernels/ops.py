@@ -3,6 +3,9 @@
 `impl` names the module that computes; the public functions have resolved "auto" before.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -39,11 +42,10 @@ def _linear_logprob_entropy(
     if hidden.device.type == "cpu":
         check_values(target, temperature, weight.shape[0], ignore_index)
     with torch.autocast(hidden.device.type, enabled=False):
-        return tuple(
-            _FORWARD[impl](
-                hidden, weight, target, bias, temperature, softcap, ignore_index, keep_logits
-            )
+        found = _FORWARD[impl](
+            hidden, weight, target, bias, temperature, softcap, ignore_index, keep_logits
         )
+    return found.logprob, found.entropy, found.logsumexp, found.max, found.log_sum, found.logits
 
 
 linear_logprob_entropy = torch.library.custom_op(
@@ -52,7 +54,7 @@ linear_logprob_entropy = torch.library.custom_op(
 
 
 @linear_logprob_entropy.register_fake
-def _(hidden, weight, target, bias, temperature, softcap, ignore_index, keep_logits, impl):  # type: ignore[no-untyped-def]
+def _(hidden, weight, target, bias, temperature, softcap, ignore_index, keep_logits, impl):
     rows = [torch.empty_like(target, dtype=torch.float32) for _ in range(5)]
     kept = (target.shape[0], weight.shape[0]) if keep_logits else (0,)
     return *rows, hidden.new_empty(kept, dtype=torch.float32)
@@ -107,7 +109,7 @@ linear_logprob_entropy_backward = torch.library.custom_op(
 
 
 @linear_logprob_entropy_backward.register_fake
-def _(*args):  # type: ignore[no-untyped-def]
+def _(*args):
     hidden, weight, bias = args[3], args[4], args[6]
     need_hidden, need_weight, need_bias = args[14:17]
     dhidden = torch.empty_like(hidden, memory_format=torch.contiguous_format)
@@ -119,7 +121,7 @@ def _(*args):  # type: ignore[no-untyped-def]
     )
 
 
-def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+def _setup_context(ctx, inputs, output) -> None:
     hidden, weight, target, bias, temperature, softcap, ignore_index, _, impl = inputs
     _, entropy, _, row_max, log_sum, logits = output
     ctx.set_materialize_grads(False)
@@ -130,7 +132,7 @@ def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     ctx.options = softcap, ignore_index, impl
 
 
-def _backward(ctx, grad_logprob, grad_entropy, grad_logsumexp, *_):  # type: ignore[no-untyped-def]
+def _backward(ctx, grad_logprob, grad_entropy, grad_logsumexp, *_):
     hidden, weight, target, bias, temperature, entropy, row_max, log_sum, logits = ctx.saved_tensors
     softcap, ignore_index, impl = ctx.options
     need_hidden, need_weight, _, need_bias, *_ = ctx.needs_input_grad
@@ -166,7 +168,7 @@ def _backward(ctx, grad_logprob, grad_entropy, grad_logsumexp, *_):  # type: ign
 linear_logprob_entropy.register_autograd(_backward, setup_context=_setup_context)
 
 # What runs behind each registered name, for those who watch it from inside.
-BODIES = {
+BODIES: dict[str, Callable[..., Any]] = {
     "linear_logprob_entropy": _linear_logprob_entropy,
     "linear_logprob_entropy_backward": _linear_logprob_entropy_backward,
 }

@@ -9,6 +9,7 @@ T tokens, D hidden, V vocabulary.
 
 import math
 from fractions import Fraction
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -113,7 +114,7 @@ def high_entropy_policy_loss(
     advantage_T: Tensor,
     mask_T: Tensor,
     fraction: float = 0.2,
-    **ratio: object,
+    **ratio: Any,
 ) -> Tensor:
     """Equation 6 of the paper on one batch: select the top entropies, then the clipped loss.
 

@@ -8,7 +8,7 @@ gradient is written once, the hidden states' gradient is summed over blocks in f
 T tokens, R active rows, D hidden, V vocabulary.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,7 +32,7 @@ from entropy_kernels._torch.blocks import (
 class _Rows(NamedTuple):
     """The active rows: their numbers, what arrives at them and what forward found, all [R]."""
 
-    index: Tensor
+    number: Tensor
     grad_logprob: Tensor | None
     grad_entropy: Tensor | None
     grad_logsumexp: Tensor | None
@@ -78,14 +78,16 @@ def linear_logprob_entropy_backward(
         if grad_T is not None:
             active_T |= grad_T != 0
     index_R = (active_T & (target_T != ignore_index)).nonzero().squeeze(1)
-    rows = _Rows(
-        index_R,
-        *(None if grad is None else grad[index_R].float() for grad in incoming),
-        target_T[index_R],
-        at(per_row(temperature, target_T), index_R),
-        found.entropy[index_R],
-        found.max[index_R],
-        found.log_sum[index_R],
+    rows = _Rows._make(
+        [
+            index_R,
+            *(None if grad is None else grad[index_R].float() for grad in incoming),
+            target_T[index_R],
+            at(per_row(temperature, target_T), index_R),
+            found.entropy[index_R],
+            found.max[index_R],
+            found.log_sum[index_R],
+        ]
     )
     logits_TV = found.logits if found.logits.numel() else None
     head = Head(weight_VD, bias_V, softcap)
@@ -106,7 +108,7 @@ def _gradients(
     count, vocabulary = hidden_RD.shape[0], head.weight_VD.shape[0]
     block_t, block_v = sizes(hidden_RD)
     z_buffer, p_buffer = buffers(count, vocabulary, hidden_RD)
-    fp32 = {"dtype": torch.float32, "device": hidden_RD.device}
+    fp32: dict[str, Any] = {"dtype": torch.float32, "device": hidden_RD.device}
     dhidden_RD = torch.zeros(hidden_RD.shape, **fp32) if needs.hidden else None
     dweight_VD = _empty_like(head.weight_VD) if needs.weight else None
     dbias_V = torch.zeros(vocabulary, **fp32) if needs.bias else None
@@ -119,7 +121,7 @@ def _gradients(
             if logits_TV is None:
                 z = head.logits(hidden, weight, v, z_buffer)
             else:
-                z = logits_TV[some.index, v]
+                z = logits_TV[some.number, v]
             dz = _dlogits(z, some, head.softcap, v, p_buffer)
             if dbias_V is not None:
                 dbias_V[v] += dz.sum(0)
@@ -128,7 +130,7 @@ def _gradients(
                 add_product(dweight, dz.T, hidden)
             if dhidden_RD is not None:
                 add_product(dhidden_RD[chunk], dz, weight)
-        if dweight_VD is not None:
+        if dweight_VD is not None and dweight is not None:
             dweight_VD[v] = dweight
     if dbias_V is not None and head.bias_V is not None:
         dbias_V = dbias_V.to(head.bias_V.dtype)
@@ -166,7 +168,7 @@ def _dlogits(z_RV: Tensor, rows: _Rows, softcap: float | None, v: slice, buffer:
 
     p_RV = torch.exp(logp_RV, out=view(buffer, *z_RV.shape))
     # A logit of -inf has p = 0 exactly.
-    torch.nn.functional.threshold_(p_RV, 2e-38, 0.0)
+    torch.threshold_(p_RV, 2e-38, 0.0)
     factor = (rest - g_logprob).unsqueeze(1)
     if rows.grad_entropy is None:
         dz_RV = p_RV.mul_(factor)
