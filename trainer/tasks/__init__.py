@@ -18,8 +18,12 @@ def make_task(data: Data, seed: int, tokenizer: Any = None) -> Task:
 
         return Ladder(seed)
     if kind == "gym" and name:
-        from trainer.tasks.gym import Gym
-
+        try:
+            from trainer.tasks.gym import Gym
+        except ModuleNotFoundError as error:
+            raise ValueError(
+                f'task {data.task!r} needs reasoning-gym: pip install -e ".[gym]" ({error})'
+            ) from error
         return Gym(name, seed, data, tokenizer)
     if kind in ("file", "hub") and name:
         from trainer.tasks.prompts import PromptSet
