@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import entropy_kernels as ek
 from trainer import config
@@ -30,7 +30,9 @@ class Policy:
     @property
     def eos_ids(self) -> Tensor:
         """Token ids that end a response."""
-        ids = self.model.generation_config.eos_token_id or self.tokenizer.eos_token_id
+        ids = self.model.generation_config.eos_token_id
+        if ids is None:
+            ids = self.tokenizer.eos_token_id
         return torch.tensor(ids, device=self.device).reshape(-1)
 
     def head(self, temperature: float) -> dict[str, Any]:
@@ -67,35 +69,61 @@ def positions(mask: Tensor) -> Tensor:
 def load_policy(settings: config.Model, seed: int, device: torch.device) -> Policy:
     """The model and tokenizer of `settings.path`, on `device`, ready to train.
 
+    Dropout is off, in training too: ratios compare the policy with the one that sampled, and
+    would be noise with another network each time.
+
     Raises:
-        ValueError: a head that linear_logprob_entropy does not reproduce.
+        ValueError: a path that cannot be loaded, a tokenizer without an end-of-sequence, a head
+            that linear_logprob_entropy does not reproduce.
     """
     dtype = getattr(torch, settings.dtype)
     if settings.path == "tiny":
         model, tokenizer = build_tiny(seed, settings.attention, dtype)
     else:
-        model = AutoModelForCausalLM.from_pretrained(
-            settings.path, dtype=dtype, attn_implementation=settings.attention
-        )
-        tokenizer = AutoTokenizer.from_pretrained(settings.path, padding_side="left")
-        if tokenizer.pad_token_id is None:
-            tokenizer.pad_token = tokenizer.eos_token
+        model, tokenizer = _from_pretrained(settings, dtype)
     if settings.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        # Its name changed within transformers 5.
+        old = model.gradient_checkpointing_enable
+        getattr(model, "activation_checkpointing_enable", old)({"use_reentrant": False})
     policy = Policy(model.to(device), tokenizer)
     _check_head(policy)
     return policy
 
 
+def _from_pretrained(settings: config.Model, dtype: torch.dtype) -> tuple[Any, Any]:
+    path = settings.path
+    try:
+        architecture = AutoConfig.from_pretrained(path)
+        for part in (architecture, architecture.get_text_config()):
+            for name, value in vars(part).items():
+                if "drop" in name and isinstance(value, float):
+                    setattr(part, name, 0.0)
+        model = AutoModelForCausalLM.from_pretrained(
+            path, config=architecture, dtype=dtype, attn_implementation=settings.attention
+        )
+        tokenizer = AutoTokenizer.from_pretrained(path, padding_side="left")
+    except OSError as error:
+        raise ValueError(f"no model can be loaded from model.path {path!r}: {error}") from error
+    if tokenizer.eos_token_id is None:
+        raise ValueError(f"the tokenizer of {path} has no end-of-sequence token; it needs one")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return model, tokenizer
+
+
 @torch.no_grad()
 def _check_head(policy: Policy) -> None:
     """Our head must give the log-probabilities of the model's own logits."""
-    tokens = torch.arange(8, device=policy.device).unsqueeze(0) % policy.model.vocab_size
+    head = policy.head(1.0)
+    tokens = torch.arange(8, device=policy.device).unsqueeze(0) % len(head["weight"])
     logits = policy.model(input_ids=tokens, use_cache=False).logits[0].float()
     hidden = policy.model.base_model(input_ids=tokens, use_cache=False).last_hidden_state[0]
-    got = ek.linear_logprob_entropy(hidden, target=tokens[0], **policy.head(1.0)).logprob
+    got = ek.linear_logprob_entropy(hidden, target=tokens[0], **head).logprob
     want = logits.log_softmax(1).gather(1, tokens[0].unsqueeze(1)).squeeze(1)
-    tolerance = 64 * torch.finfo(policy.model.dtype).eps * logits.abs().max().clamp_min(1)
+    # The model rounds its logits to its dtype, a few times with a softcap; all else is fp32.
+    largest = logits.abs().max()
+    tolerance = 4 * torch.finfo(policy.model.dtype).eps * largest
+    tolerance += 64 * torch.finfo(torch.float32).eps * largest.clamp_min(1)
     if not ((got - want).abs() <= tolerance).all():
         raise ValueError(
             f"the head of {type(policy.model).__name__} is not softcap(h W^T + b) * scale as its "

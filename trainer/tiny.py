@@ -61,4 +61,7 @@ def build_tiny(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = Qwen3ForCausalLM(config)
-    return model.to(dtype), tokenizer
+    # As in from_pretrained: positions stay fp32, which model.to(dtype) would round.
+    for weight in model.parameters():
+        weight.data = weight.data.to(dtype)
+    return model, tokenizer

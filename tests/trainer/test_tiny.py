@@ -37,6 +37,17 @@ def test_attention_and_dtype():
     assert model.config._attn_implementation == "sdpa"
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_loaded_one_computes_the_same_bits(tmp_path, dtype):
+    model, _ = build_tiny(0, dtype=dtype)
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(
+        tmp_path, dtype=dtype, attn_implementation="eager"
+    )
+    tokens = torch.arange(100)[None]
+    assert torch.equal(model(tokens).logits, loaded(tokens).logits)
+
+
 def test_every_number_is_one_token():
     tokens = [TOKENIZER.encode(token) for token in NUMBERS + CHARACTERS]
     assert all(len(ids) == 1 for ids in tokens)

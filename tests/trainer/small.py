@@ -1,0 +1,153 @@
+"""Models, a tokenizer and a task so small that an RL step takes milliseconds."""
+
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+import trainer.run
+from trainer.config import Algorithm, Config, Model, Optimizer, Rollout
+from trainer.policy import Policy
+from trainer.train import train
+from trainer.types import Problem
+
+PAD, EOS, UNKNOWN = "<pad>", "<eos>", "<unk>"
+WORDS = [PAD, EOS, UNKNOWN, *"0123456789", "+", "=", "<user>", "<assistant>"]
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<user> {{ m['content'] }}{% endfor %}"
+    "{% if add_generation_prompt %} <assistant>{% endif %}"
+)
+POSITIONS = 64
+
+_COMMON = {
+    "vocab_size": len(WORDS),
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 32,
+    "max_position_embeddings": POSITIONS,
+}
+# Heads: plain; tied; plain, in a sliding window; softcapped; scaled; divided; with a bias; and
+# tied, with learned positions.
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("Llama", {"num_key_value_heads": 1}),
+    "qwen3": ("Qwen3", {"num_key_value_heads": 1, "head_dim": 8, "tie_word_embeddings": True}),
+    "mistral": ("Mistral", {"num_key_value_heads": 1, "sliding_window": 4}),
+    "gemma2": (
+        "Gemma2",
+        {"num_key_value_heads": 1, "head_dim": 8, "final_logit_softcapping": 3.0},
+    ),
+    "cohere": ("Cohere", {"num_key_value_heads": 1, "logit_scale": 0.25}),
+    "granite": ("Granite", {"num_key_value_heads": 1, "logits_scaling": 4.0}),
+    "phi": ("Phi", {}),
+    "gpt2": ("GPT2", {}),
+}
+
+
+def build_tokenizer(**options: Any) -> PreTrainedTokenizerFast:
+    """One token a word of WORDS; text is words with spaces between."""
+    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(WORDS)}, UNKNOWN))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    named = {"pad_token": PAD, "eos_token": EOS, "unk_token": UNKNOWN} | options
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, padding_side="left", **named)
+
+
+def build_model(
+    family: str = "llama",
+    *,
+    seed: int = 0,
+    spread: float = 0.5,
+    attention: str = "eager",
+    **changes: Any,
+) -> Any:
+    """A model of random weights; with the `spread` of their start its logits differ by a few.
+
+    `changes` are settings of its configuration.
+    """
+    name, own = FAMILIES[family]
+    settings = getattr(transformers, f"{name}Config")(
+        **_COMMON | own | changes,
+        initializer_range=spread,
+        bos_token_id=None,
+        pad_token_id=WORDS.index(PAD),
+        eos_token_id=WORDS.index(EOS),
+        attn_implementation=attention,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = getattr(transformers, "GPT2LMHeadModel" if name == "GPT2" else f"{name}ForCausalLM")
+        built = model(settings).eval()
+        bias = getattr(built.get_output_embeddings(), "bias", None)
+        if bias is not None:
+            torch.nn.init.normal_(bias)
+    return built
+
+
+def build_policy(family: str = "llama", **options: Any) -> Policy:
+    """A small model with the small tokenizer."""
+    return Policy(build_model(family, **options), build_tokenizer())
+
+
+def save_folder(folder: Path, family: str = "llama", **options: Any) -> str:
+    """A transformers folder with a small model and the tokenizer, chat template included."""
+    build_model(family, **options).save_pretrained(folder)
+    build_tokenizer(chat_template=CHAT_TEMPLATE).save_pretrained(folder)
+    return str(folder)
+
+
+class Even:
+    """Prompts of one to four digits; a right response starts with an even digit."""
+
+    name = "even"
+    num_test = 8
+
+    def __init__(self, pause: float = 0.0):
+        self.pause = pause
+
+    def problem(self, split: str, index: int) -> Problem:
+        digits = [(index * 7 + i * 3 + (split == "test")) % 10 for i in range(1 + index % 4)]
+        return Problem(" + ".join(map(str, digits)) + " =", None)
+
+    def reward(self, problem: Problem, response: str) -> float:
+        time.sleep(self.pause)
+        return float(response[:1] in tuple("02468"))
+
+
+def settings(root: Path, model: str = "tiny", **changes: Any) -> Config:
+    """Six steps of a few milliseconds, a checkpoint every two; `changes` to the outer fields."""
+    return replace(
+        Config(
+            name="run",
+            root=str(root),
+            seed=3,
+            steps=6,
+            threads=1,
+            device="cpu",
+            eval_every=3,
+            eval_problems=4,
+            checkpoint_every=2,
+            samples_every=2,
+            samples=2,
+            model=Model(path=model),
+            rollout=Rollout(prompts=4, group_size=4, max_new_tokens=6, batch_size=16),
+            algorithm=Algorithm(min_groups=1, max_rounds=2),
+            optimizer=Optimizer(learning_rate=1e-2, tokens_per_micro_batch=64),
+        ),
+        **changes,
+    )
+
+
+def use_task(task: Any) -> None:
+    """Let every run of this process work on `task`."""
+    trainer.run.make_task = lambda *_: task
+
+
+def train_even(config: Config, pause: float = 0.0) -> None:
+    """`train` on Even; for processes of their own."""
+    use_task(Even(pause))
+    train(config)

@@ -1,0 +1,134 @@
+"""The policy: hidden states of padded rollouts, and a head that is the model's own."""
+
+import pytest
+import torch
+from transformers import LlamaForCausalLM
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+import entropy_kernels as ek
+from tests.trainer.small import (
+    EOS,
+    FAMILIES,
+    WORDS,
+    Even,
+    build_model,
+    build_policy,
+    build_tokenizer,
+    save_folder,
+)
+from trainer import policy as module
+from trainer.config import Model
+from trainer.policy import Policy, load_policy
+from trainer.rollout import sample
+
+PROMPTS = [Even().problem("train", index) for index in range(6)]
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize(
+    ("family", "attention"),
+    [
+        (family, attention)
+        for family in FAMILIES
+        for attention in ("eager", "sdpa")
+        if (family, attention) != ("gemma2", "sdpa")  # transformers has no such
+    ],
+)
+def test_log_probs_are_those_of_the_unpadded_sequence(family, attention):
+    """Position and padding by position: each response alone, through the model's own logits."""
+    policy = build_policy(family, attention=attention)
+    policy.model.generation_config.eos_token_id = [1, 4, 7]
+    rollouts = sample(
+        policy,
+        Even(),
+        PROMPTS,
+        group_size=2,
+        max_new_tokens=9,
+        temperature=1.0,
+        batch_size=64,
+        seed=2,
+    )
+    assert len(rollouts.mask_BL.sum(1).unique()) >= 3
+    with torch.no_grad():
+        hidden = policy.response_hidden(rollouts)
+        target = rollouts.response_BL
+        got = ek.linear_logprob_entropy(hidden, target=target, **policy.head(0.7)).logprob
+        for b in range(len(rollouts)):
+            prompt = rollouts.prompt_BP[b][rollouts.prompt_mask_BP[b]]
+            response = target[b][rollouts.mask_BL[b]]
+            logits = policy.model(torch.cat([prompt, response])[None]).logits[0, len(prompt) - 1 :]
+            logp = (logits[:-1].double() / 0.7).log_softmax(1)
+            want = logp.gather(1, response[:, None]).squeeze(1)
+            error = (got[b][: len(response)] - want).abs().max()
+            assert error <= 1e-5 * logits.abs().max()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_families_load_from_a_folder(family, dtype, tmp_path):
+    path = save_folder(tmp_path, family)
+    policy = load_policy(Model(path=path, dtype=dtype), 0, CPU)
+    assert policy.model.dtype == getattr(torch, dtype)
+    want = build_model(family).to(policy.model.dtype).state_dict()
+    got = policy.model.state_dict()
+    assert all(torch.equal(got[name], value) for name, value in want.items())
+    assert policy.tokenizer.padding_side == "left"
+    assert policy.eos_ids.tolist() == [WORDS.index(EOS)]
+
+
+class Louder(LlamaForCausalLM):
+    """Its logits are a factor larger than its configuration says."""
+
+    factor = 1.01
+
+    def forward(self, *arguments, **options):
+        output = super().forward(*arguments, **options)
+        return CausalLMOutputWithPast(logits=self.factor * output.logits)
+
+
+@pytest.mark.parametrize(("dtype", "factor"), [(torch.float32, 1.01), (torch.bfloat16, 1.2)])
+@pytest.mark.parametrize("spread", [0.02, 0.5])
+def test_another_head_is_refused(dtype, factor, spread):
+    model = build_model(spread=spread).to(dtype)
+    model.__class__ = type("Louder", (Louder,), {"factor": factor})
+    with pytest.raises(ValueError, match=r"head of Louder .* log-probs differ by"):
+        module._check_head(Policy(model, build_tokenizer()))
+
+
+def test_dropout_is_off_in_training(tmp_path):
+    """GPT-2's configuration drops a tenth of everything by default."""
+    path = save_folder(tmp_path, "gpt2")
+    model = load_policy(Model(path=path), 0, CPU).model.train()
+    tokens = torch.arange(8)[None]
+    first, second = model(tokens).logits, model(tokens).logits
+    assert torch.equal(first, second)
+    assert torch.equal(first, build_model("gpt2")(tokens).logits)
+
+
+def test_a_tokenizer_without_padding_pads_with_the_end_of_sequence(tmp_path):
+    path = save_folder(tmp_path)
+    build_tokenizer(pad_token=None).save_pretrained(tmp_path)
+    policy = load_policy(Model(path=path), 0, CPU)
+    assert policy.tokenizer.pad_token_id == WORDS.index(EOS)
+    encoded = policy.tokenizer(["1 2 3", "4"], padding=True)
+    assert encoded["attention_mask"] == [[1, 1, 1], [0, 0, 1]]
+
+
+def test_what_cannot_be_loaded_is_named(tmp_path):
+    missing = str(tmp_path / "nothing")
+    with pytest.raises(ValueError, match="nothing"):
+        load_policy(Model(path=missing), 0, CPU)
+    path = save_folder(tmp_path)
+    build_tokenizer(eos_token=None).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="has no end-of-sequence token"):
+        load_policy(Model(path=path), 0, CPU)
+
+
+def test_the_end_of_sequence_may_be_several_tokens_or_the_tokenizers():
+    policy = build_policy()
+    policy.model.generation_config.eos_token_id = [1, 7]
+    assert policy.eos_ids.tolist() == [1, 7]
+    policy.model.generation_config.eos_token_id = 0
+    assert policy.eos_ids.tolist() == [0]
+    policy.model.generation_config.eos_token_id = None
+    assert policy.eos_ids.tolist() == [WORDS.index(EOS)]
