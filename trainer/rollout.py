@@ -73,6 +73,7 @@ def _sample_batch(
         return_tensors="pt",
     ).to(policy.device)
     mask = encoded["attention_mask"].bool()
+    _check_length(policy, mask.shape[1], max_new_tokens)
     response_BL = _decode(
         policy, encoded["input_ids"], mask, group_size, max_new_tokens, temperature, generator
     )
@@ -96,6 +97,16 @@ def _sample_batch(
         truncated_B=~ended.any(1),
         reward_B=torch.zeros(len(texts), device=policy.device),
     )
+
+
+def _check_length(policy: Policy, prompt: int, new: int) -> None:
+    settings = policy.model.config.get_text_config()
+    limit = getattr(settings, "max_position_embeddings", None)
+    if limit is not None and prompt + new > limit:
+        raise ValueError(
+            f"a prompt of {prompt} tokens and up to {new} new ones do not fit into the model's "
+            f"{limit} positions; lower rollout.max_new_tokens or leave such prompts out"
+        )
 
 
 def _decode(

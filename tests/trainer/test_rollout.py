@@ -1,0 +1,152 @@
+"""Sampling: the tokens of `generate`, the probabilities of the softmax, the books that are kept."""
+
+import pytest
+import torch
+
+from tests.trainer.small import EOS, PAD, POSITIONS, WORDS, Even, build_policy, build_tokenizer
+from trainer.rollout import sample
+from trainer.types import Problem
+
+PROMPTS = [Even().problem("train", index) for index in range(8)]
+WIDTH = 10
+OPTIONS = {
+    "group_size": 1,
+    "max_new_tokens": WIDTH,
+    "temperature": 1.0,
+    "batch_size": 64,
+    "seed": 5,
+}
+
+
+def draw(policy, problems=PROMPTS, **changes):
+    return sample(policy, Even(), problems, **OPTIONS | changes)
+
+
+def set_eos(policy, ids):
+    policy.model.generation_config.eos_token_id = ids
+    return policy
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("family", ["llama", "qwen3", "mistral", "gpt2"])
+def test_greedy_is_generate(family, attention):
+    """Token by token, with prompts of 2 to 8 tokens and rows that end at different steps."""
+    # A tied head would repeat the last token.
+    built = build_policy(family, attention=attention, tie_word_embeddings=False)
+    policy = set_eos(built, [1, 4, 7, 9])
+    problems = [Even().problem("train", index) for index in range(32)]
+    rollouts = draw(policy, problems, temperature=0.0)
+    encoded = policy.tokenizer([p.prompt for p in problems], padding=True, return_tensors="pt")
+    want = policy.model.generate(
+        input_ids=encoded["input_ids"],
+        attention_mask=encoded["attention_mask"],
+        do_sample=False,
+        max_new_tokens=WIDTH,
+        pad_token_id=policy.tokenizer.pad_token_id,
+    )[:, encoded["input_ids"].shape[1] :]
+    assert torch.equal(rollouts.response_BL, want)
+    lengths = rollouts.mask_BL.sum(1)
+    assert len(lengths.unique()) >= 3
+    assert lengths.max() > lengths.median()
+
+
+def test_seed_fixes_the_tokens():
+    policy = build_policy()
+    first, again, other = (draw(policy, group_size=4, seed=seed) for seed in (0, 0, 1))
+    assert torch.equal(first.response_BL, again.response_BL)
+    assert first.responses == again.responses
+    width = min(first.response_BL.shape[1], other.response_BL.shape[1])
+    assert not torch.equal(first.response_BL[:, :width], other.response_BL[:, :width])
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+def test_pairs_of_tokens_have_the_probabilities_of_the_softmax(temperature):
+    """A chi-square test of the joint distribution of two tokens; the second is drawn with the
+    cache, of rows of which some have left."""
+    policy, count = build_policy(spread=0.3), 20_000
+    rollouts = draw(
+        policy, PROMPTS[2:3], group_size=count, max_new_tokens=2, temperature=temperature
+    )
+    size, eos = len(WORDS), WORDS.index(EOS)
+    prompt = rollouts.prompt_BP[:1].repeat(size, 1)
+    with torch.no_grad():
+        tokens = torch.cat([prompt, torch.arange(size)[:, None]], 1)
+        p = (policy.model(tokens).logits[:, -2:].double() / temperature).softmax(2)
+    joint = p[0, 0][:, None] * p[:, 1]
+    joint[eos] = 0.0
+    joint[eos, WORDS.index(PAD)] = p[0, 0, eos]
+
+    cell = rollouts.response_BL[:, 0] * size + rollouts.response_BL[:, 1]
+    seen = cell.bincount(minlength=size * size).double()
+    expected = joint.flatten() * count
+    large = expected >= 5
+    seen = torch.cat([seen[large], seen[~large].sum()[None]])
+    expected = torch.cat([expected[large], expected[~large].sum()[None]])
+    freedom = len(seen) - 1
+    chi_square = ((seen - expected).square() / expected).sum()
+    assert freedom > 50
+    # Mean and standard deviation of chi-square; four of them are one run in ten thousand.
+    assert abs(chi_square - freedom) < 4 * (2 * freedom) ** 0.5
+
+
+def test_masks_end_with_the_end_of_sequence_once():
+    policy = set_eos(build_policy(spread=0.1), [1, 5, 8])
+    rollouts = draw(policy, group_size=4)
+    for b, response in enumerate(rollouts.response_BL.tolist()):
+        ends = [i for i, token in enumerate(response) if token in (1, 5, 8)]
+        length = ends[0] + 1 if ends else WIDTH
+        assert rollouts.mask_BL[b].tolist() == [i < length for i in range(len(response))]
+        assert bool(rollouts.truncated_B[b]) == (not ends)
+        assert set(response[length:]) <= {policy.tokenizer.pad_token_id}
+        words = [WORDS[token] for token in response[: length - bool(ends)]]
+        special = (PAD, EOS, "<unk>")
+        assert rollouts.responses[b] == " ".join(word for word in words if word not in special)
+        assert rollouts.reward_B[b] == Even().reward(PROMPTS[b // 4], rollouts.responses[b])
+    assert 0 < rollouts.truncated_B.sum() < len(rollouts)
+    assert 0 < rollouts.reward_B.sum() < len(rollouts)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 8, 100])
+def test_groups_are_whole_and_numbered_by_prompt(batch_size):
+    """Smaller batches than a group hold one group; prompts keep their tokens and padding."""
+    policy = build_policy()
+    rollouts = draw(policy, group_size=3, batch_size=batch_size)
+    assert rollouts.group_B.tolist() == [g for g in range(8) for _ in range(3)]
+    assert rollouts.problems == [p for p in PROMPTS for _ in range(3)]
+    for b, problem in enumerate(rollouts.problems):
+        tokens = rollouts.prompt_BP[b][rollouts.prompt_mask_BP[b]]
+        assert tokens.tolist() == policy.tokenizer.encode(problem.prompt)
+        assert rollouts.prompt_mask_BP[b].int().diff().min() >= 0
+
+
+def test_greedy_does_not_depend_on_the_batch():
+    policy = set_eos(build_policy(), [1, 4, 7, 9])
+    whole = draw(policy, temperature=0.0)
+    single = draw(policy, temperature=0.0, batch_size=1)
+    assert torch.equal(whole.response_BL, single.response_BL)
+
+
+def test_padding_may_be_the_end_of_sequence():
+    policy = build_policy(spread=0.1)
+    policy.tokenizer = build_tokenizer(pad_token=EOS)
+    set_eos(policy, None)
+    rollouts = draw(policy, group_size=8)
+    length = rollouts.mask_BL.sum(1)
+    last = rollouts.response_BL.gather(1, length[:, None] - 1).squeeze(1)
+    assert torch.equal(last == WORDS.index(EOS), ~rollouts.truncated_B)
+    assert (rollouts.response_BL == WORDS.index(EOS))[rollouts.mask_BL].sum() == (
+        ~rollouts.truncated_B
+    ).sum()
+    assert 0 < rollouts.truncated_B.sum() < len(rollouts)
+
+
+def test_token_0_may_be_the_end_of_sequence():
+    policy = set_eos(build_policy(), 0)
+    assert policy.eos_ids.tolist() == [0]
+
+
+def test_prompts_beyond_the_positions_are_refused():
+    long = Problem(" ".join("1" * (POSITIONS - WIDTH + 1)), None)
+    with pytest.raises(ValueError, match=r"prompt of 55 tokens .* 10 new .* 64 positions"):
+        draw(build_policy(), [long])
+    draw(build_policy(), [Problem(" ".join("1" * (POSITIONS - WIDTH)), None)])
