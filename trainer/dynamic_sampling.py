@@ -38,7 +38,8 @@ def sample_useful(run: Run) -> tuple[Rollouts, dict[str, float]]:
 
     Returns the useful groups, no more than wanted, and metrics of all that was sampled.
     """
-    settings, rounds = run.settings, []
+    settings = run.settings
+    rounds: list[Rollouts] = []
     wanted, useful = settings.rollout.prompts, 0
     while useful < wanted and len(rounds) < settings.algorithm.max_rounds:
         rollouts = _round(run, len(rounds))

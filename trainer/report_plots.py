@@ -144,7 +144,7 @@ def _end_labels(axes: _Axes, lines: Sequence[Line]) -> Iterator[str]:
     places: list[float] = []
     for y, _ in ends:
         places.append(max(y, places[-1] + LABEL_HEIGHT) if places else y)
-    lowest = HEIGHT - BOTTOM
+    lowest: float = HEIGHT - BOTTOM
     for i in reversed(range(len(places))):
         places[i] = min(places[i], lowest)
         lowest = places[i] - LABEL_HEIGHT

@@ -55,7 +55,7 @@ class Rollouts:
 
     def rows(self, index: Tensor) -> "Rollouts":
         """The rollouts at `index`, an int64 tensor of row numbers, in its order."""
-        picked = {}
+        picked: dict[str, Any] = {}
         for field in fields(self):
             value = getattr(self, field.name)
             picked[field.name] = (
