@@ -114,6 +114,8 @@ def update(
         leaf = hidden.detach().requires_grad_()
         loss, metrics = _loss(leaf, part, head, settings.algorithm)
         loss.backward()
+        for name in ("entropy/threshold", "entropy/mean"):
+            metrics.pop(name, None)  # of this micro-batch; the step has its own
         seconds += clock(policy.device) - began
         hidden.backward(leaf.grad)
         here = int(metrics.pop("tokens/kept"))
@@ -145,14 +147,16 @@ def _loss(
     """The sum of the batch's loss: equation 6 of the paper without its normalisation."""
     rollouts = part.rollouts
     grpo = settings.loss_type == "grpo"
+    # A threshold would drop tokens whose entropy has fallen below all of the old ones.
+    known = settings.entropy_source == "old" or settings.fraction == 1
     return ek.high_entropy_policy_loss(
         hidden,
         target=rollouts.response_BL.masked_fill(~rollouts.mask_BL, 0),
         old_logprob=part.old_logprob_BL,
         advantage=part.advantage_B,
         mask=rollouts.mask_BL,
-        selected=part.selected_BL if settings.entropy_source == "old" else None,
-        threshold=part.threshold if settings.entropy_source == "current" else None,
+        selected=part.selected_BL if known else None,
+        threshold=None if known else part.threshold,
         loss_type=settings.loss_type,
         clip_low=settings.clip_low,
         clip_high=settings.clip_high,

@@ -1,0 +1,319 @@
+"""One optimizer step: the gradient of the dense objective, however it is split."""
+
+import copy
+import dataclasses
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from entropy_kernels import reference
+from tests.trainer.small import Even, build_policy, save_folder, settings
+from trainer.advantages import group_advantages
+from trainer.config import Algorithm, Model, Optimizer, Rollout
+from trainer.policy import load_policy
+from trainer.rollout import sample
+from trainer.update import Batch, Meter, score, update
+
+TEMPERATURE = 0.8
+CONFIG = settings(Path(), rollout=Rollout(temperature=TEMPERATURE))
+OBJECTIVES = [
+    Algorithm(loss_type=loss_type, denominator=denominator, entropy_source=source, dual_clip=clip)
+    for loss_type in ("dapo", "grpo")
+    for denominator in ("selected", "all")
+    for source, clip in (("old", None), ("current", 1.5))
+]
+IDS = [f"{a.loss_type}-{a.denominator}-{a.entropy_source}" for a in OBJECTIVES]
+
+
+class Recorder(torch.optim.SGD):
+    """Plain gradient descent that keeps the gradients of its last step; None: it made none."""
+
+    def __init__(self, policy):
+        super().__init__(policy.model.parameters(), lr=1.0)
+        self.seen = None
+
+    def step(self, closure=None):
+        self.seen = {
+            id(p): torch.zeros_like(p) if p.grad is None else p.grad.clone()
+            for p in self.param_groups[0]["params"]
+        }
+        return super().step(closure)
+
+
+def configure(algorithm=CONFIG.algorithm, tokens=10**6, grad_clip=1e9):
+    optimizer = Optimizer(tokens_per_micro_batch=tokens, grad_clip=grad_clip)
+    return dataclasses.replace(CONFIG, algorithm=algorithm, optimizer=optimizer)
+
+
+def roll(policy):
+    """Twelve responses of different lengths to three prompts of different lengths."""
+    policy.model.generation_config.eos_token_id = [1, 4]
+    problems = [Even().problem("train", index) for index in range(3)]
+    options = {"group_size": 4, "max_new_tokens": 8, "batch_size": 64, "seed": 0}
+    return sample(policy, Even(), problems, temperature=TEMPERATURE, **options)
+
+
+def on_policy(policy, config=CONFIG):
+    """The batch of a step's first mini-batch."""
+    rollouts = roll(policy)
+    old_logprob_BL, entropy_BL, threshold, _ = score(policy, rollouts, config)
+    advantage_B = group_advantages(torch.linspace(-1, 1, 12).square(), rollouts.group_B)
+    selected_BL = threshold.mask(entropy_BL, rollouts.mask_BL)
+    return Batch(rollouts, advantage_B, old_logprob_BL, selected_BL, threshold.value()), entropy_BL
+
+
+def off_policy(policy):
+    """The same with the ratios of a policy that has moved: some tokens are clipped on each side,
+    and a threshold between two entropies, so that rounding selects the same tokens."""
+    batch, entropy_BL = on_policy(policy)
+    mask_BL = batch.rollouts.mask_BL
+    noise = 0.3 * torch.randn(mask_BL.shape, generator=torch.Generator().manual_seed(1))
+    ordered = entropy_BL[mask_BL].sort().values
+    middle = int(0.6 * len(ordered))
+    threshold = (ordered[middle] + ordered[middle + 1]) / 2
+    return dataclasses.replace(
+        batch,
+        old_logprob_BL=(batch.old_logprob_BL + noise) * mask_BL,
+        selected_BL=(entropy_BL >= threshold) & mask_BL,
+        threshold=threshold,
+    )
+
+
+def dense(policy, batch, algorithm):
+    """Loss and gradients of the specification: fp64, each sequence alone and unpadded, through the
+    model's own logits, one autograd graph for all."""
+    model = copy.deepcopy(policy.model).double()
+    rollouts = batch.rollouts
+    logprobs = []
+    for b in range(len(rollouts)):
+        prompt = rollouts.prompt_BP[b][rollouts.prompt_mask_BP[b]]
+        response = rollouts.response_BL[b][rollouts.mask_BL[b]]
+        logits = model(torch.cat([prompt, response])[None]).logits[0, len(prompt) - 1 : -1]
+        logp = (logits / TEMPERATURE).log_softmax(1).gather(1, response[:, None]).squeeze(1)
+        missing = rollouts.mask_BL.shape[1] - len(response)
+        logprobs.append(torch.nn.functional.pad(logp, (0, missing)))
+    loss = reference.ratio_loss(
+        torch.stack(logprobs),
+        batch.old_logprob_BL.double(),
+        batch.advantage_B.double()[:, None].expand(rollouts.mask_BL.shape),
+        rollouts.mask_BL,
+        batch.selected_BL,
+        loss_type=algorithm.loss_type,
+        clip_low=algorithm.clip_low,
+        clip_high=algorithm.clip_high,
+        dual_clip=algorithm.dual_clip,
+        denominator=algorithm.denominator,
+    )
+    loss.backward()
+    return float(loss.detach()), [p.grad for p in model.parameters()]
+
+
+def gradients(policy, batch, config):
+    """The gradients that `update` steps along, and its metrics, on a copy of the policy."""
+    policy = copy.deepcopy(policy)
+    optimizer = Recorder(policy)
+    metrics, seconds = update(policy, optimizer, batch, config)
+    assert seconds > 0
+    assert all(p.grad is None for p in policy.model.parameters())
+    return [optimizer.seen[id(p)] for p in policy.model.parameters()], metrics
+
+
+def distance(got, want):
+    """|got - want| / |want| of all gradients as one vector."""
+    error = sum(
+        float((a.double() - b.double()).square().sum()) for a, b in zip(got, want, strict=True)
+    )
+    return math.sqrt(error / sum(float(b.double().square().sum()) for b in want))
+
+
+@pytest.mark.parametrize("algorithm", OBJECTIVES, ids=IDS)
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_is_the_gradient_of_the_dense_objective(family, algorithm):
+    policy = build_policy(family, spread=0.2)
+    batch = off_policy(policy)
+    loss, want = dense(policy, batch, algorithm)
+    got, metrics = gradients(policy, batch, configure(algorithm))
+    assert metrics["loss"] == pytest.approx(loss, rel=1e-5, abs=1e-7)
+    assert distance(got, want) < 1e-5
+    norm = math.sqrt(sum(float(g.square().sum()) for g in want))
+    assert metrics["grad_norm"] == pytest.approx(norm, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("family", "attention"),
+    [("gemma2", "eager"), ("cohere", "eager"), ("granite", "sdpa"), ("phi", "sdpa")],
+)
+def test_every_kind_of_head_has_the_dense_gradient(family, attention):
+    policy = build_policy(family, spread=0.2, attention=attention)
+    batch = off_policy(policy)
+    _, want = dense(policy, batch, CONFIG.algorithm)
+    got, _ = gradients(policy, batch, configure())
+    assert distance(got, want) < 1e-5
+
+
+@pytest.mark.parametrize("algorithm", OBJECTIVES, ids=IDS)
+def test_micro_batches_change_nothing(algorithm):
+    """One row at a time, five, or all at once; a micro-batch may have no selected token."""
+    policy = build_policy(spread=0.2)
+    batch = off_policy(policy)
+    batch.selected_BL[3] = False
+    width = batch.rollouts.prompt_BP.shape[1] + batch.rollouts.response_BL.shape[1]
+    whole, metrics = gradients(policy, batch, configure(algorithm))
+    for rows in (1, 5):
+        parts, other = gradients(policy, batch, configure(algorithm, tokens=rows * width))
+        assert distance(parts, whole) < 1e-6
+        assert other.keys() == metrics.keys()
+        assert other == pytest.approx(metrics, rel=1e-5, abs=1e-7)
+
+
+def test_the_objective_counts_its_tokens():
+    """Rows of the head, rows with a gradient, clipped shares and fractions, by hand."""
+    policy = build_policy(spread=0.2)
+    batch = off_policy(policy)
+    new_BL, _, _, _ = score(policy, batch.rollouts, CONFIG)
+    _, metrics = gradients(policy, batch, configure(tokens=50))
+    kept = batch.selected_BL
+    ratio = (new_BL - batch.old_logprob_BL).exp()
+    advantage = batch.advantage_B[:, None].expand(kept.shape)
+    low = kept & (advantage < 0) & (ratio < 0.8)
+    high = kept & (advantage > 0) & (ratio > 1.28)
+    active = kept & (advantage != 0) & ~low & ~high
+    assert low.any()
+    assert high.any()
+    assert metrics["head/rows"] == batch.rollouts.mask_BL.sum()
+    assert metrics["head/active_rows"] == active.sum()
+    assert metrics["clip/low"] == pytest.approx(float(low.sum() / kept.sum()))
+    assert metrics["clip/high"] == pytest.approx(float(high.sum() / kept.sum()))
+    assert metrics["ratio/mean"] == pytest.approx(float(ratio[kept].mean()), rel=1e-5)
+    assert metrics["ratio/max"] == pytest.approx(float(ratio[kept].max()), rel=1e-5)
+    fraction = kept.sum() / batch.rollouts.mask_BL.sum()
+    assert metrics["entropy/kept_fraction"] == pytest.approx(float(fraction))
+    assert all(math.isfinite(value) for value in metrics.values())
+
+
+@pytest.mark.parametrize("source", ["old", "current"])
+@pytest.mark.parametrize("family", ["qwen3", "gpt2"])
+def test_the_first_mini_batch_has_ratio_1(family, source, tmp_path):
+    """Loaded from a folder: GPT-2's own configuration has dropout, which would be noise here."""
+    policy = load_policy(Model(path=save_folder(tmp_path, family)), 0, torch.device("cpu"))
+    batch, _ = on_policy(policy)
+    _, metrics = gradients(policy, batch, configure(Algorithm(entropy_source=source), tokens=50))
+    assert metrics["ratio/mean"] == pytest.approx(1, abs=1e-6)
+    assert metrics["ratio/max"] == pytest.approx(1, abs=1e-5)
+    assert (metrics["clip/low"], metrics["clip/high"]) == (0, 0)
+    assert abs(metrics["kl/k1"]) < 1e-6
+    assert metrics["kl/k3"] < 1e-9
+
+
+@pytest.mark.parametrize("source", ["old", "current"])
+def test_fraction_1_trains_on_all_tokens(source):
+    """Also on those whose entropy has since fallen below the lowest of the old policy."""
+    policy = build_policy(spread=0.2)
+    config = configure(Algorithm(fraction=1.0, entropy_source=source))
+    batch, _ = on_policy(policy, config)
+    batch = dataclasses.replace(batch, threshold=batch.threshold + 0.5)
+    _, metrics = gradients(policy, batch, config)
+    assert metrics["entropy/kept_fraction"] == 1
+
+
+def test_scores_are_those_of_the_dense_model_and_set_the_threshold():
+    policy = build_policy()
+    rollouts = roll(policy)
+    logprob_BL, entropy_BL, threshold, _ = score(policy, rollouts, configure(tokens=40))
+    entropies = []
+    for b in range(len(rollouts)):
+        prompt = rollouts.prompt_BP[b][rollouts.prompt_mask_BP[b]]
+        response = rollouts.response_BL[b][rollouts.mask_BL[b]]
+        with torch.no_grad():
+            z = policy.model(torch.cat([prompt, response])[None]).logits[0, len(prompt) - 1 : -1]
+        logp = (z.double() / TEMPERATURE).log_softmax(1)
+        entropy = -(logp.exp() * logp).sum(1)
+        entropies.append(entropy)
+        n = len(response)
+        want = logp.gather(1, response[:, None]).squeeze(1)
+        torch.testing.assert_close(logprob_BL[b, :n].double(), want, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(entropy_BL[b, :n].double(), entropy, rtol=1e-5, atol=1e-5)
+        assert not logprob_BL[b, n:].any()
+        assert not entropy_BL[b, n:].any()
+    want = reference.entropy_threshold(torch.cat(entropies), None, CONFIG.algorithm.fraction)
+    assert float(threshold.value()) == pytest.approx(float(want), rel=1e-5)
+
+
+def test_a_frozen_head_stays():
+    """Its gradient is not taken; the others' do not notice."""
+    policy = build_policy(spread=0.2)
+    batch = off_policy(policy)
+    whole, _ = gradients(policy, batch, configure())
+    policy.model.lm_head.weight.requires_grad_(False)
+    frozen, _ = gradients(policy, batch, configure())
+    names = [name for name, _ in policy.model.named_parameters()]
+    for name, with_head, without in zip(names, whole, frozen, strict=True):
+        if name == "lm_head.weight":
+            assert with_head.any()
+            assert not without.any()
+        else:
+            assert torch.equal(with_head, without)
+
+
+def test_gradient_checkpointing_recomputes_and_changes_nothing(tmp_path):
+    path = save_folder(tmp_path)
+    cpu = torch.device("cpu")
+    plain = load_policy(Model(path=path), 0, cpu)
+    saving = load_policy(Model(path=path, gradient_checkpointing=True), 0, cpu)
+    batch = off_policy(plain)
+    want, _ = gradients(plain, batch, configure())
+    passes = []
+    norm = saving.model.model.layers[0].input_layernorm
+    norm.register_forward_hook(lambda *_: passes.append(1))
+    optimizer = Recorder(saving)
+    update(saving, optimizer, batch, configure())
+    assert len(passes) == 2
+    got = [optimizer.seen[id(p)] for p in saving.model.parameters()]
+    assert distance(got, want) < 1e-6
+
+
+def test_the_gradient_is_clipped():
+    policy = build_policy(spread=0.2)
+    batch = off_policy(policy)
+    whole, metrics = gradients(policy, batch, configure())
+    norm = metrics["grad_norm"]
+    clipped, _ = gradients(policy, batch, configure(grad_clip=norm / 4))
+    assert distance(clipped, [g / 4 for g in whole]) < 1e-4
+
+
+def test_a_gradient_that_is_not_finite_makes_no_step():
+    policy = build_policy()
+    batch = off_policy(policy)
+    batch.advantage_B[2] = torch.nan
+    before = copy.deepcopy(policy.model.state_dict())
+    optimizer = Recorder(policy)
+    metrics, _ = update(policy, optimizer, batch, configure())
+    assert optimizer.seen is None
+    assert metrics["skipped/nonfinite_gradient"] == 1
+    assert not math.isfinite(metrics["grad_norm"])
+    assert all(torch.equal(policy.model.state_dict()[name], before[name]) for name in before)
+    assert all(p.grad is None for p in policy.model.parameters())
+
+
+def test_bf16_weights():
+    """Close to the fp32 gradient of the same weights."""
+    policy = build_policy(spread=0.2)
+    policy.model.to(torch.bfloat16)
+    batch, _ = on_policy(policy)
+    got, metrics = gradients(policy, batch, configure(Algorithm(fraction=1.0)))
+    exact = copy.deepcopy(policy)
+    exact.model.float()
+    want, _ = gradients(exact, batch, configure(Algorithm(fraction=1.0)))
+    assert metrics["skipped/nonfinite_gradient"] == 0
+    assert got[0].dtype == torch.bfloat16
+    assert distance(got, want) < 16 * torch.finfo(torch.bfloat16).eps
+
+
+def test_meter_joins_parts():
+    meter = Meter()
+    meter.add({"clip/low": 0.5, "ratio/max": 2.0, "head/rows": 3, "skipped/x": 1}, weight=1)
+    meter.add({"clip/low": 0.1, "ratio/max": 1.5, "head/rows": 4, "skipped/x": 0}, weight=3)
+    want = {"clip/low": 0.2, "ratio/max": 2.0, "head/rows": 7, "skipped/x": 1}
+    assert meter.result() == pytest.approx(want)
