@@ -4,14 +4,21 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 
+def _at_least(settings: object, low: int, *names: str) -> None:
+    for name in names:
+        if getattr(settings, name) < low:
+            raise ValueError(f"{name} must be at least {low}; got {getattr(settings, name)}")
+
+
 @dataclass(frozen=True)
 class Model:
     """The policy."""
 
     path: str = "tiny"
     """A transformers folder or hub name; "tiny" builds the 0.3 M-parameter Qwen3 for the ladder."""
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """The type of the weights."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """The type of the weights and of AdamW's moments. In bfloat16 a step of less than 1/512 of a
+    weight rounds to nothing; float16 is left out, its second moments underflow."""
     attention: str = "eager"
     """transformers' attn_implementation: eager, sdpa, flash_attention_2."""
     gradient_checkpointing: bool = False
@@ -70,7 +77,12 @@ class Rollout:
     temperature: float = 1.0
     """Of sampling, and of the log-probs and entropies in the loss."""
     batch_size: int = 256
-    """Sequences sampled at once."""
+    """Sequences sampled at once, by whole groups."""
+
+    def __post_init__(self) -> None:
+        _at_least(self, 1, "prompts", "group_size", "max_new_tokens", "batch_size")
+        if not self.temperature > 0:
+            raise ValueError(f"temperature must be > 0 to train on; got {self.temperature}")
 
 
 @dataclass(frozen=True)
@@ -105,6 +117,17 @@ class Algorithm:
     overlong_factor: float = 1.0
     """Size of the punishment at the limit."""
 
+    def __post_init__(self) -> None:
+        _at_least(self, 1, "max_rounds", "min_groups")
+        _at_least(self, 0, "overlong_cache")
+        if not 0 < self.fraction <= 1:
+            raise ValueError(f"fraction must lie in (0, 1]; got {self.fraction}")
+        if self.which != "top" and self.entropy_source != "old":
+            raise ValueError(
+                f'which={self.which!r} needs entropy_source="old": a threshold keeps the top; '
+                f"got {self.entropy_source!r}"
+            )
+
 
 @dataclass(frozen=True)
 class Optimizer:
@@ -124,6 +147,9 @@ class Optimizer:
     """Optimizer steps a sampling step."""
     tokens_per_micro_batch: int = 16_384
     """Padded tokens, prompt included, of one forward and backward."""
+
+    def __post_init__(self) -> None:
+        _at_least(self, 1, "mini_batches", "tokens_per_micro_batch")
 
 
 @dataclass(frozen=True)
@@ -160,6 +186,21 @@ class Config:
     rollout: Rollout = field(default_factory=Rollout)
     algorithm: Algorithm = field(default_factory=Algorithm)
     optimizer: Optimizer = field(default_factory=Optimizer)
+
+    def __post_init__(self) -> None:
+        _at_least(self, 1, "eval_every", "eval_problems", "checkpoint_every", "keep_checkpoints")
+        _at_least(self, 1, "samples_every")
+        _at_least(self, 0, "steps", "samples", "threads")
+        if self.algorithm.min_groups > self.rollout.prompts:
+            raise ValueError(
+                f"algorithm.min_groups must be at most rollout.prompts, {self.rollout.prompts}, or "
+                f"every step is skipped; got {self.algorithm.min_groups}"
+            )
+        if self.algorithm.overlong_cache > self.rollout.max_new_tokens:
+            raise ValueError(
+                "algorithm.overlong_cache must be at most rollout.max_new_tokens, "
+                f"{self.rollout.max_new_tokens}; got {self.algorithm.overlong_cache}"
+            )
 
 
 def tiny() -> Config:
