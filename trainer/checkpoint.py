@@ -13,11 +13,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from trainer.policy import Policy
 
 _NAME = re.compile(r"step-(\d{6,})")
+_UNFINISHED = ".unfinished-"
 
 
 @dataclass
@@ -39,7 +41,9 @@ def save(
     root = folder / "checkpoints"
     root.mkdir(parents=True, exist_ok=True)
     final = root / f"step-{progress.step:06d}"
-    with tempfile.TemporaryDirectory(dir=root, prefix=".unfinished-") as unfinished:
+    for killed in root.glob(_UNFINISHED + "*"):
+        shutil.rmtree(killed)
+    with tempfile.TemporaryDirectory(dir=root, prefix=_UNFINISHED) as unfinished:
         complete = Path(unfinished) / "checkpoint"
         policy.model.save_pretrained(complete)
         policy.tokenizer.save_pretrained(complete)
@@ -57,6 +61,22 @@ def latest(folder: Path) -> Path | None:
     """The newest checkpoint of the run in `folder`."""
     found = _checkpoints(folder)
     return found[-1] if found else None
+
+
+def check(checkpoint: Path) -> None:
+    """Raise ValueError, naming the file, where a file of `checkpoint` is missing or cut short."""
+    weights = sorted(checkpoint.glob("model*.safetensors")) or [checkpoint / "model.safetensors"]
+    path = checkpoint / "state.json"
+    try:
+        load_progress(checkpoint)
+        for path in (*weights, checkpoint / "optimizer.safetensors"):
+            with safe_open(path, "pt"):
+                pass
+    except (OSError, TypeError, ValueError, SafetensorError) as error:
+        raise ValueError(
+            f"{path} is damaged: {error}. Delete {checkpoint} to resume from the checkpoint "
+            "before it"
+        ) from error
 
 
 def load_progress(checkpoint: Path) -> Progress:

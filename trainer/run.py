@@ -30,6 +30,7 @@ class Run:
     optimizer: torch.optim.Optimizer
     log: RunLog
     progress: Progress
+    fresh: bool = False  # nothing is on disk yet
 
     def seed(self, part: int = 0) -> int:
         """Of the random numbers of this step: a function of the run's seed, so a run resumes."""
@@ -49,12 +50,13 @@ def start(settings: Config) -> Run:
     """The run of `settings`, from its last checkpoint where its folder has one.
 
     Raises:
-        ValueError: the folder holds a run with other settings.
+        ValueError: the folder holds a run with other settings, or a damaged checkpoint.
     """
     folder = Path(settings.root) / settings.name
     found = checkpoint.latest(folder)
     if found is not None:
         _check_same(folder, settings)
+        checkpoint.check(found)
     if settings.threads:
         torch.set_num_threads(settings.threads)
     policy, task = _policy_and_task(settings, found)
@@ -67,7 +69,7 @@ def start(settings: Config) -> Run:
     log = RunLog.open(folder, settings, device=_describe(policy.device))
     if found is None:
         log.rewind(-1)
-        return Run(settings, folder, policy, task, optimizer, log, Progress())
+        return Run(settings, folder, policy, task, optimizer, log, Progress(), fresh=True)
     checkpoint.load_optimizer(found, optimizer)
     state = checkpoint.load_progress(found)
     log.rewind(state.step)
@@ -93,13 +95,13 @@ def _policy_and_task(settings: Config, found: Path | None) -> tuple[Policy, Task
 
 
 def _check_same(folder: Path, settings: Config) -> None:
-    """A run resumes with the settings it was started with; only `steps` may grow."""
+    """A run resumes with the settings it was started with; `steps` and the folder may change."""
     before = json.loads((folder / "run.json").read_text())["config"]
     now = json.loads(json.dumps(dataclasses.asdict(settings)))
     different = [
         f"{name} was {old}, now {new}"
         for name, (old, new) in sorted(_pairs(before, now).items())
-        if old != new and name != "steps"
+        if old != new and name not in ("steps", "name", "root")
     ]
     if different:
         raise ValueError(

@@ -30,8 +30,8 @@ def train(settings: Config, on_step: Callable[[int], Any] = lambda step: None) -
     `on_step` is called after each step is on disk. Returns the path of the report.
     """
     run = start(settings)
-    if run.progress.step == 0:
-        run.log.write({"step": 0} | _evaluate(run))
+    if run.fresh:
+        run.log.write({"step": 0, **_evaluate(run)})
         _save(run)
     with progress("RL", settings.steps, start=run.progress.step) as bar:
         for step in range(run.progress.step + 1, settings.steps + 1):
@@ -40,7 +40,7 @@ def train(settings: Config, on_step: Callable[[int], Any] = lambda step: None) -
             metrics = _step(run)
             if last or step % settings.eval_every == 0:
                 metrics |= _evaluate(run)
-            run.log.write({"step": step} | metrics)
+            run.log.write({"step": step, **metrics})
             if last or step % settings.checkpoint_every == 0:
                 _save(run)
             bar.update(step, metrics)
@@ -52,7 +52,7 @@ def _step(run: Run) -> dict[str, float]:
     """Sample, verify, select the tokens, update."""
     settings, algorithm, policy = run.settings, run.settings.algorithm, run.policy
     began = clock(policy.device)
-    torch.manual_seed(run.seed())
+    torch.manual_seed(run.seed(-1))  # rounds of sampling have their own, from 0
 
     # Sample G responses a prompt; keep the groups that are neither all right nor all wrong.
     rollouts, metrics = sample_useful(run)

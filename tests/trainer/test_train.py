@@ -1,0 +1,302 @@
+"""The whole loop: what a step does, and that a stopped run ends as one that was not."""
+
+import contextlib
+import dataclasses
+import json
+import multiprocessing
+import os
+import random
+import signal
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import trainer.run
+from tests.trainer.small import Even, save_folder, settings, train_even, use_task
+from trainer.__main__ import main
+from trainer.config import PRESETS, Algorithm, Model
+from trainer.log import read_rows
+from trainer.train import train
+
+ROOT = Path(__file__).parents[2]
+LONG = 30  # steps of a run that is killed on the way
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread():
+    before, task = torch.get_num_threads(), trainer.run.make_task
+    torch.set_num_threads(1)
+    use_task(Even())
+    yield
+    torch.set_num_threads(before)
+    trainer.run.make_task = task
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> str:
+    return save_folder(tmp_path_factory.mktemp("model"), spread=0.2)
+
+
+@pytest.fixture(scope="module")
+def whole(model, tmp_path_factory):
+    """The folder of an uninterrupted run of six steps, and its settings."""
+    config = settings(tmp_path_factory.mktemp("whole"), model)
+    train(config)
+    return Path(config.root) / "run", config
+
+
+@pytest.fixture(scope="module")
+def processes(tmp_path_factory):
+    """Makes processes quickly: forked from one that has imported everything."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(ROOT))
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["tests.trainer.small"])
+        process = context.Process(target=print)
+        process.start()
+        process.join()
+    return context
+
+
+def metrics(folder):
+    """The rows without what a clock says."""
+    return [
+        {k: v for k, v in row.items() if not k.startswith("time/") and k != "tokens_per_second"}
+        for row in read_rows(folder / "metrics.jsonl")
+    ]
+
+
+def assert_same_run(got, want):
+    """Metrics, samples, weights and optimizer to the bit."""
+    assert metrics(got) == metrics(want)
+    assert (got / "samples.jsonl").read_bytes() == (want / "samples.jsonl").read_bytes()
+    last = sorted((want / "checkpoints").glob("step-*"))[-1].name
+    for file in ("model.safetensors", "optimizer.safetensors", "state.json"):
+        path = Path("checkpoints") / last / file
+        assert (got / path).read_bytes() == (want / path).read_bytes()
+
+
+def elsewhere(config, root, **changes):
+    return dataclasses.replace(config, root=str(root), **changes)
+
+
+def test_a_run_writes_what_it_did(whole, model):
+    folder, _ = whole
+    rows = read_rows(folder / "metrics.jsonl")
+    assert [row["step"] for row in rows] == list(range(7))
+    assert [row["step"] for row in rows if "eval/accuracy" in row] == [0, 3, 6]
+    assert sorted({row["step"] for row in read_rows(folder / "samples.jsonl")}) == [1, 2, 4, 6]
+    updated = [row for row in rows[1:] if "loss" in row]
+    assert len(updated) >= 4
+    for row in updated:
+        assert row["head/active_rows"] <= row["head/rows"] * 0.2 + 2
+        assert row["entropy/kept_fraction"] == pytest.approx(0.2, abs=0.05)
+        assert row["entropy/p95"] >= row["entropy/threshold"] >= row["entropy/p50"] >= 0
+        assert row["skipped/nonfinite_gradient"] == 0
+        parts = ("time/sample", "time/score", "time/update")
+        assert row["time/step"] == pytest.approx(sum(row[part] for part in parts), abs=1e-6)
+        assert 0 < row["time/head"] < row["time/score"] + row["time/update"]
+    before, after = (
+        load_file(Path(path) / "model.safetensors")
+        for path in (model, folder / "checkpoints" / "step-000006")
+    )
+    assert all(not torch.equal(before[name], after[name]) for name in before)
+    assert (folder / "report.html").exists()
+
+
+def test_the_same_seed_gives_the_same_run(whole, tmp_path):
+    folder, config = whole
+    train(elsewhere(config, tmp_path))
+    assert_same_run(tmp_path / "run", folder)
+    train(elsewhere(config, tmp_path, name="other", seed=4))
+    assert metrics(tmp_path / "other") != metrics(folder)
+
+
+def test_it_learns(model, tmp_path):
+    """Even digits first, with the entropies of either policy."""
+    for source in ("old", "current"):
+        config = settings(
+            tmp_path, model, name=source, steps=30, eval_every=30, checkpoint_every=30
+        )
+        algorithm = dataclasses.replace(config.algorithm, entropy_source=source, fraction=0.5)
+        train(dataclasses.replace(config, algorithm=algorithm))
+        rewards = [row["reward/mean"] for row in metrics(tmp_path / source)[1:]]
+        assert sum(rewards[-3:]) / 3 > 0.8 > 0.5 > rewards[0]
+
+
+@pytest.mark.parametrize("stop", [1, 3, 4])
+def test_an_exception_then_the_same_command(whole, tmp_path, stop):
+    folder, config = whole
+
+    def on_step(step):
+        if step == stop:
+            raise RuntimeError("stop")
+
+    with pytest.raises(RuntimeError, match="stop"):
+        train(elsewhere(config, tmp_path), on_step)
+    train(elsewhere(config, tmp_path))
+    assert_same_run(tmp_path / "run", folder)
+    starts = json.loads((tmp_path / "run" / "run.json").read_text())["starts"]
+    assert len(starts) == 2
+
+
+def test_kill_9_at_any_moment(model, tmp_path, processes):
+    """Killed again and again until it is through; the moments are random."""
+    config = settings(tmp_path / "whole", model, steps=LONG)
+    began = time.monotonic()
+    train(config)
+    seconds = time.monotonic() - began
+    moments, kills = random.Random(0), 0
+    while kills < 12:
+        process = processes.Process(target=train_even, args=(elsewhere(config, tmp_path),))
+        process.start()
+        process.join(moments.uniform(0.05, 0.3) * seconds)
+        if process.exitcode is None:
+            process.kill()
+            kills += 1
+        process.join()
+        if process.exitcode == 0:
+            break
+    assert kills >= 2
+    train(elsewhere(config, tmp_path))
+    assert_same_run(tmp_path / "run", tmp_path / "whole" / "run")
+
+
+def interruptible(config, log):
+    """A slow run by way of the command line, its stderr in `log`."""
+    use_task(Even(pause=0.003))
+    sys.stderr = log.open("w", buffering=1)
+    options = ["--name", "run", "--root", config.root, "--steps", str(config.steps)]
+    PRESETS["tiny"] = lambda: config
+    with contextlib.redirect_stdout(sys.stderr):
+        sys.exit(main(["train", *options]))
+
+
+def test_ctrl_c_says_how_to_go_on(whole, tmp_path, processes):
+    folder, config = whole
+    config = elsewhere(config, tmp_path)
+    log = tmp_path / "stderr"
+    process = processes.Process(target=interruptible, args=(config, log))
+    process.start()
+    path = tmp_path / "run" / "metrics.jsonl"
+    while process.is_alive() and (not path.exists() or len(path.read_text().splitlines()) < 4):
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGINT)
+    process.join(60)
+    assert process.exitcode == 130
+    assert "interrupted; the same command resumes from the last checkpoint" in log.read_text()
+    assert "Traceback" not in log.read_text()
+    assert 4 <= len(metrics(tmp_path / "run")) < 7
+    train(config)
+    assert_same_run(tmp_path / "run", folder)
+
+
+def test_more_steps_go_on(whole, tmp_path):
+    """Four steps, then six: evaluated once more, at the fourth; else the same."""
+    folder, config = whole
+    train(elsewhere(config, tmp_path, steps=4))
+    train(elsewhere(config, tmp_path))
+    extra = {"eval/accuracy", "eval/greedy", "eval/length"}
+    got = metrics(tmp_path / "run")
+    assert got[4].keys() >= extra
+    got[4] = {k: v for k, v in got[4].items() if k not in extra}
+    assert got == metrics(folder)
+
+
+def test_a_finished_run_is_left_as_it_is(whole, tmp_path):
+    folder, config = whole
+    train(elsewhere(config, tmp_path))
+    train(elsewhere(config, tmp_path))
+    assert_same_run(tmp_path / "run", folder)
+
+
+def test_other_settings_in_the_same_folder_are_refused(whole, tmp_path):
+    folder, config = whole
+    algorithm = dataclasses.replace(config.algorithm, fraction=0.5)
+    before = (folder / "metrics.jsonl").read_bytes()
+    with pytest.raises(
+        ValueError,
+        match=r"other settings: algorithm.fraction was 0.2, now 0.5; seed was 3, now 4. Choose",
+    ):
+        train(dataclasses.replace(config, seed=4, algorithm=algorithm))
+    assert (folder / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_run_may_be_moved(whole, tmp_path):
+    folder, config = whole
+    train(elsewhere(config, tmp_path / "a", steps=4))
+    (tmp_path / "a" / "run").rename(tmp_path / "b")
+    train(elsewhere(config, tmp_path, name="b"))
+    assert metrics(tmp_path / "b")[-1] == metrics(folder)[-1]
+
+
+def test_a_damaged_checkpoint_is_named(whole, tmp_path):
+    _, config = whole
+    config = elsewhere(config, tmp_path)
+    train(config)
+    file = tmp_path / "run" / "checkpoints" / "step-000006" / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:1000])
+    with pytest.raises(ValueError, match=r"step-000006/model.safetensors is damaged"):
+        train(config)
+
+
+class Hopeless(Even):
+    """No response is right."""
+
+    def reward(self, problem, response):
+        return 0.0
+
+
+def test_steps_without_a_useful_group_are_skipped_and_counted(model, tmp_path, monkeypatch):
+    monkeypatch.setattr(trainer.run, "make_task", lambda *_: Hopeless())
+    train(settings(tmp_path, model, steps=2))
+    rows = metrics(tmp_path / "run")
+    for row in rows[1:]:
+        assert row["skipped/few_groups"] == 1
+        assert row["groups/all_wrong"] == row["groups/sampled"] == 8
+        assert "loss" not in row
+    last = tmp_path / "run" / "checkpoints" / "step-000002"
+    assert json.loads((last / "state.json").read_text()) == {
+        "step": 2,
+        "next_problem": 16,
+        "updates": 0,
+    }
+    before = load_file(Path(model) / "model.safetensors")
+    after = load_file(last / "model.safetensors")
+    assert all(torch.equal(before[name], value) for name, value in after.items())
+
+
+@pytest.mark.parametrize("which", ["top", "bottom", "random"])
+def test_which_tokens(tmp_path, which):
+    """The share is the same, their mean entropy is not."""
+    model = save_folder(tmp_path / "model")
+    algorithm = Algorithm(min_groups=1, max_rounds=2, which=which, fraction=0.5)
+    train(settings(tmp_path, model, steps=1, algorithm=algorithm))
+    row = metrics(tmp_path / "run")[1]
+    assert row["entropy/kept_fraction"] == pytest.approx(0.5, abs=0.05)
+    kept, mean = row["entropy/kept_mean"], row["entropy/mean"]
+    assert {"top": kept > 1.05 * mean, "bottom": kept < 0.95 * mean, "random": True}[which]
+    if which == "random":
+        assert kept == pytest.approx(mean, rel=0.1)
+
+
+def test_bf16_weights(model, tmp_path):
+    """A step runs, moves the weights and stays finite; a resumed one is the same."""
+    config = settings(tmp_path, steps=2, checkpoint_every=1)
+    config = dataclasses.replace(config, model=Model(model, "bfloat16"))
+    train(elsewhere(config, tmp_path, steps=1))
+    train(config)
+    train(elsewhere(config, tmp_path / "whole"))
+    rows = metrics(tmp_path / "run")
+    assert all(
+        "log/nonfinite" not in row and not row["skipped/nonfinite_gradient"] for row in rows[1:]
+    )
+    assert rows[2] == metrics(tmp_path / "whole" / "run")[2]
+    weights = load_file(tmp_path / "run" / "checkpoints" / "step-000002" / "model.safetensors")
+    before = load_file(Path(model) / "model.safetensors")
+    assert {value.dtype for value in weights.values()} == {torch.bfloat16}
+    assert any((value.float() - before[name]).abs().max() > 5e-3 for name, value in weights.items())
