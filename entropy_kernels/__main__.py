@@ -32,7 +32,7 @@ def main() -> int:
 
     checks: dict[str, Callable[[], str]] = {}
     for device in devices:
-        for impl in ops.implementations():
+        for impl in ops.IMPLEMENTATIONS:
             name = f"linear_logprob_entropy, {impl} on {device}"
             checks[name] = functools.partial(_check_head, impl, device)
         checks[f"top_entropy_mask on {device}"] = functools.partial(_check_selection, device)

@@ -6,9 +6,27 @@ They take raw pointers and sizes, and know nothing of torch.
 import functools
 import importlib
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from entropy_kernels._rows import Statistics, active_rows, per_row, spread
+
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
+_products = 0
+
+
+def products() -> int:
+    """Multiplications in the extension's products since it was loaded: half their flops."""
+    return _products
+
+
+def _count(more: int) -> None:
+    global _products
+    _products += more
 
 
 @functools.cache
@@ -59,8 +77,7 @@ def radix_histogram(
     None is all), counts contiguous int64 [2**bits] with bits <= 20. Integers: the same at any
     number of threads. Nothing is differentiable. The caller has checked `cpu()`.
     """
-    module = cpu()
-    assert module is not None, why_missing("cpu")
+    module = _module()
     assert _is_plain(values, torch.float32)
     assert mask is None or (_is_plain(mask, torch.bool) and mask.numel() == values.numel())
     assert 1 <= bits <= 20
@@ -84,3 +101,142 @@ def radix_histogram(
 def _is_plain(tensor: Tensor, dtype: torch.dtype) -> bool:
     """Whether data_ptr() is the first of numel() values of `dtype` in this machine's memory."""
     return tensor.dtype == dtype and tensor.device.type == "cpu" and tensor.is_contiguous()
+
+
+def linear_logprob_entropy(
+    hidden_TD: Tensor,
+    weight_VD: Tensor,
+    target_T: Tensor,
+    bias_V: Tensor | None,
+    temperature: Tensor | None,
+    softcap: float | None,
+    ignore_index: int,
+    keep_logits: bool,
+    isa: str = "",
+) -> Statistics:
+    """The statistics of every row; zeros where the target is `ignore_index`, at no cost.
+
+    `isa` names one of the instruction sets that the extension lists, the best by default. Sums
+    over the vocabulary are divided among torch's threads in fixed parts: the same bits at the same
+    number of threads.
+    """
+    head, inputs = _head(hidden_TD, weight_VD, target_T, bias_V, temperature, softcap)
+    tokens, vocabulary = target_T.shape[0], weight_VD.shape[0]
+    logits_TV = torch.empty((tokens, vocabulary) if keep_logits else (0,))
+    kept_T = target_T != ignore_index
+    index_R = None if bool(kept_T.all()) else kept_T.nonzero().squeeze(1)
+    found = torch.zeros(5, tokens)
+    _count(
+        _module().linear_logprob_entropy(
+            _module().Head(**head, logits_ptr=_pointer(logits_TV if keep_logits else None)),
+            index_ptr=_pointer(index_R),
+            count=tokens if index_R is None else index_R.numel(),
+            statistics_ptr=found.data_ptr(),
+            tokens=tokens,
+            isa=isa,
+        )
+    )
+    del inputs
+    # An op's outputs are not views of one tensor.
+    return Statistics._make([*(row.clone() for row in found), logits_TV])
+
+
+def linear_logprob_entropy_backward(
+    grad_logprob_T: Tensor | None,
+    grad_entropy_T: Tensor | None,
+    grad_logsumexp_T: Tensor | None,
+    hidden_TD: Tensor,
+    weight_VD: Tensor,
+    target_T: Tensor,
+    bias_V: Tensor | None,
+    temperature: Tensor | None,
+    softcap: float | None,
+    ignore_index: int,
+    found: Statistics,
+    needs: tuple[bool, bool, bool],
+    isa: str = "",
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of hidden states, weight and bias; None for what `needs` does not ask for.
+
+    Beyond its outputs it holds, in fp32, R x D for each thread and twice for all, and some MB of
+    blocks.
+    """
+    head, inputs = _head(hidden_TD, weight_VD, target_T, bias_V, temperature, softcap)
+    incoming = [grad_logprob_T, grad_entropy_T, grad_logsumexp_T]
+    index_R = active_rows(incoming, target_T, ignore_index)
+    incoming = [None if g is None else g[index_R].float() for g in incoming]
+    statistics = torch.stack(found[:5])
+    need_hidden, need_weight, need_bias = needs
+    dhidden_RD = torch.empty(index_R.numel(), hidden_TD.shape[1]) if need_hidden else None
+    dweight_VD = torch.empty(weight_VD.shape, dtype=weight_VD.dtype) if need_weight else None
+    dbias_V = torch.empty(weight_VD.shape[0]) if need_bias else None
+    logits_TV = found.logits if found.logits.numel() else None
+    _count(
+        _module().linear_logprob_entropy_backward(
+            _module().Head(**head, logits_ptr=_pointer(logits_TV)),
+            index_ptr=index_R.data_ptr(),
+            count=index_R.numel(),
+            statistics_ptr=statistics.data_ptr(),
+            tokens=target_T.shape[0],
+            grad_logprob_ptr=_pointer(incoming[0]),
+            grad_entropy_ptr=_pointer(incoming[1]),
+            grad_logsumexp_ptr=_pointer(incoming[2]),
+            dhidden_ptr=_pointer(dhidden_RD),
+            dweight_ptr=_pointer(dweight_VD),
+            dbias_ptr=_pointer(dbias_V),
+            isa=isa,
+        )
+    )
+    del inputs
+    dhidden_TD = None if dhidden_RD is None else spread(dhidden_RD, index_R, hidden_TD)
+    if dbias_V is not None and bias_V is not None:
+        dbias_V = dbias_V.to(bias_V.dtype)
+    return dhidden_TD, dweight_VD, dbias_V
+
+
+def _head(
+    hidden_TD: Tensor,
+    weight_VD: Tensor,
+    target_T: Tensor,
+    bias_V: Tensor | None,
+    temperature: Tensor | None,
+    softcap: float | None,
+) -> tuple[dict[str, Any], list[Tensor | None]]:
+    """The extension's description of a head, and the tensors that must outlive its use."""
+    assert hidden_TD.device.type == weight_VD.device.type == "cpu"
+    assert hidden_TD.dtype == weight_VD.dtype
+    hidden_TD = hidden_TD if hidden_TD.stride(1) == 1 else hidden_TD.contiguous()
+    weight_VD = weight_VD if weight_VD.stride(1) == 1 else weight_VD.contiguous()
+    temperature_T = per_row(temperature, target_T)
+    inputs = [
+        hidden_TD,
+        weight_VD,
+        target_T.contiguous(),
+        None if bias_V is None else bias_V.float().contiguous(),
+        None if temperature_T is None else temperature_T.contiguous(),
+    ]
+    hidden_ptr, weight_ptr, target_ptr, bias_ptr, temperature_ptr = map(_pointer, inputs)
+    return {
+        "hidden_ptr": hidden_ptr,
+        "hidden_stride": hidden_TD.stride(0),
+        "weight_ptr": weight_ptr,
+        "weight_stride": weight_VD.stride(0),
+        "bias_ptr": bias_ptr,
+        "temperature_ptr": temperature_ptr,
+        "softcap": softcap or 0.0,
+        "target_ptr": target_ptr,
+        "dim": hidden_TD.shape[1],
+        "vocabulary": weight_VD.shape[0],
+        "dtype": _DTYPES[hidden_TD.dtype],
+        "threads": torch.get_num_threads(),
+    }, inputs
+
+
+def _module() -> ModuleType:
+    module = cpu()
+    assert module is not None, why_missing("cpu")
+    return module
+
+
+def _pointer(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()

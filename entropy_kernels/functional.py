@@ -3,13 +3,15 @@
 T tokens, D hidden, V vocabulary, B sequences, L their length.
 """
 
+import functools
+import warnings
 from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from entropy_kernels import ops, reference
+from entropy_kernels import _native, ops, reference
 from entropy_kernels.losses import ratio_loss
 from entropy_kernels.selection import top_entropy_mask
 
@@ -58,7 +60,8 @@ def linear_logprob_entropy(
         softcap: bound of the logits, as in Gemma 2.
         keep_logits: keep fp32 logits [T, V] for backward, three products instead of four. For
             callers that have already dropped the rows they do not train on.
-        impl: "auto", "torch", or "reference" (plain PyTorch, also fp64; holds the logits).
+        impl: "auto"; "cpu", the compiled kernels; "torch", blocks of torch.mm on any device; or
+            "reference", the specification, also in fp64; it holds the logits.
 
     Precision: logits and their sums are fp32 whatever the inputs, gradients are accumulated in
     fp32 and rounded once. Entropy is log s - E[z - max], both terms non-negative; logprob <= 0.
@@ -72,7 +75,7 @@ def linear_logprob_entropy(
             [0, V). On CUDA a bad target or temperature tensor gives that row NaN instead, because
             the check would synchronise.
     """
-    name = _resolve(impl)
+    name = _resolve(impl, hidden.device)
     hidden, weight, bias = _autocast(hidden, weight, bias)
     _check_head(hidden, weight, target, bias, softcap, fp64=name == "reference")
     scale = _temperature(temperature, target)
@@ -235,12 +238,33 @@ def _reference(
     )
 
 
-def _resolve(impl: str) -> str:
+def _resolve(impl: str, device: torch.device) -> str:
     """The implementation that "auto" stands for."""
-    known = ["auto", "reference", *ops.implementations()]
-    if impl not in known:
-        raise ValueError(f"impl must be one of {', '.join(known)}; got {impl!r}")
-    return "torch" if impl == "auto" else impl
+    built = ops.IMPLEMENTATIONS
+    if impl == "auto":
+        if device.type != "cpu":
+            return "torch"
+        if "cpu" not in built:
+            _warn_of_the_torch_path()
+        return "cpu" if "cpu" in built else "torch"
+    if impl == "cpu" and "cpu" not in built:
+        raise ValueError(f'impl="cpu" is missing: {_native.why_missing("cpu")}')
+    if impl not in ("reference", *built):
+        known = ", ".join(["auto", "reference", *built])
+        raise ValueError(f"impl must be one of {known}; got {impl!r}")
+    if impl == "cpu" and device.type != "cpu":
+        raise ValueError(f'impl="cpu" needs tensors on the CPU; got {device}')
+    return impl
+
+
+@functools.cache
+def _warn_of_the_torch_path() -> None:
+    why = _native.why_missing("cpu")
+    warnings.warn(
+        f"linear_logprob_entropy takes the torch path, which is slower: {why}",
+        RuntimeWarning,
+        stacklevel=4,
+    )
 
 
 def _autocast(

@@ -9,19 +9,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from entropy_kernels._torch.blocks import Statistics
+from entropy_kernels import _native
+from entropy_kernels._rows import Statistics
 from entropy_kernels._torch.linear_logprob_entropy import linear_logprob_entropy as torch_forward
 from entropy_kernels._torch.linear_logprob_entropy_backward import (
     linear_logprob_entropy_backward as torch_backward,
 )
 
-_FORWARD = {"torch": torch_forward}
-_BACKWARD = {"torch": torch_backward}
+_FORWARD = {"torch": torch_forward, "cpu": _native.linear_logprob_entropy}
+_BACKWARD = {"torch": torch_backward, "cpu": _native.linear_logprob_entropy_backward}
 
 
-def implementations() -> list[str]:
-    """The values of `impl` that the registered ops take."""
-    return list(_FORWARD)
+# What this machine has of them.
+IMPLEMENTATIONS = tuple(name for name in _FORWARD if name != "cpu" or _native.cpu() is not None)
 
 
 def _linear_logprob_entropy(

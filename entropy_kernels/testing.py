@@ -10,9 +10,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from entropy_kernels import ops
+from entropy_kernels import _native, ops
 
-_PRODUCTS = {"aten.mm.default", "aten.mm.out", "aten.mm.dtype", "aten.addmm_.default"}
+_LINEAR = "mkldnn._linear_pointwise.default"
+_PRODUCTS = {"aten.mm.default", "aten.mm.out", "aten.mm.dtype", "aten.addmm_.default", _LINEAR}
 
 
 class Watch(TorchDispatchMode):
@@ -26,6 +27,19 @@ class Watch(TorchDispatchMode):
         super().__init__()
         self.products = 0
         self.largest = 0
+        self._depth = 0
+
+    def __enter__(self) -> "Watch":
+        if self._depth == 0:
+            self._before = _native.products()
+        self._depth += 1
+        return super().__enter__()
+
+    def __exit__(self, *exception: Any) -> None:
+        super().__exit__(*exception)
+        self._depth -= 1
+        if self._depth == 0:
+            self.products += _native.products() - self._before
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         body = ops.BODIES.get(func.__name__.split(".")[0])
@@ -35,7 +49,7 @@ class Watch(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         if str(func) in _PRODUCTS:
             left, right = [x for x in args if isinstance(x, Tensor)][-2:]
-            self.products += left.shape[0] * left.shape[1] * right.shape[1]
+            self.products += left.numel() * right.shape[0 if str(func) == _LINEAR else 1]
         for x in tree_leaves(result):
             if isinstance(x, Tensor):
                 self.largest = max(self.largest, x.numel())
@@ -43,17 +57,29 @@ class Watch(TorchDispatchMode):
 
 
 def assert_within_two_bounds(
-    got: Tensor, truth: Tensor, eager: Tensor, plain: Tensor, *, factor: float = 2.0
+    got: Tensor,
+    truth: Tensor,
+    eager: Tensor,
+    plain: Tensor,
+    *,
+    factor: float = 2.0,
+    operands: torch.dtype = torch.float32,
 ) -> None:
     """Element by element, |got - truth| against the worst errors of two others, plus rounding.
 
     truth: fp64. eager: the formula in the dtype of the inputs. plain: the same in fp32 on upcast
-    inputs; a 16-bit path must not be worse than that either, but for the rounding of its output.
+    inputs; a 16-bit path must not be worse than that either, but for the rounding of its output,
+    and of the operands of its products where they are rounded to `operands`.
     """
     truth = truth.double()
     error = (got.double() - truth).abs()
     rounding = torch.finfo(got.dtype).eps * truth.abs()
-    rounding = rounding + torch.finfo(torch.float32).eps * truth.abs().amax()
+    unit = (
+        torch.finfo(torch.float32).eps
+        if operands == torch.float32
+        else torch.finfo(operands).eps / 2
+    )
+    rounding = rounding + unit * truth.abs().amax()
     for name, other in {"eager": eager, "plain fp32": plain}.items():
         bound = factor * (other.double() - truth).abs().amax() + rounding
         excess = (error - bound).amax() if error.numel() else torch.tensor(-1.0)

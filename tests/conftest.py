@@ -14,6 +14,7 @@ from tests import shapes
 jaxtyping.install_import_hook("entropy_kernels", f"{shapes.__name__}.checker")
 
 DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+BACKENDS = [*(("torch", device) for device in DEVICES), ("cpu", "cpu")]
 
 
 @pytest.fixture(autouse=True)
@@ -24,9 +25,25 @@ def _deterministic():
     torch.use_deterministic_algorithms(False)
 
 
-@pytest.fixture(params=DEVICES)
-def device(request) -> str:
+@pytest.fixture(params=BACKENDS, ids=" on ".join)
+def backend(request) -> tuple[str, str]:
+    """An implementation of linear_logprob_entropy and a device it runs on."""
+    from entropy_kernels import _native
+
+    why = _native.why_missing("cpu")
+    if request.param[0] == "cpu" and why is not None:
+        pytest.skip(why)
     return request.param
+
+
+@pytest.fixture
+def impl(backend) -> str:
+    return backend[0]
+
+
+@pytest.fixture
+def device(backend) -> str:
+    return backend[1]
 
 
 @pytest.fixture

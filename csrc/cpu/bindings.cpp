@@ -1,27 +1,135 @@
 #include <pybind11/pybind11.h>
 
 #include <cstdint>
+#include <string>
 
+#include "head.h"
 #include "radix_histogram.h"
 
 namespace {
 
-void radix_histogram(std::uintptr_t values_ptr, std::uintptr_t mask_ptr, std::int64_t n,
-                     std::uint32_t prefix, int shift, int bits, int prefix_bits,
-                     std::uintptr_t counts_ptr) {
-  const entropy_kernels::RadixDigit digit{prefix, prefix_bits, shift, bits};
-  entropy_kernels::radix_histogram(reinterpret_cast<const float*>(values_ptr),
-                                   reinterpret_cast<const std::uint8_t*>(mask_ptr), n, digit,
-                                   reinterpret_cast<std::int64_t*>(counts_ptr));
+namespace py = pybind11;
+using entropy_kernels::Dtype;
+using entropy_kernels::Gradients;
+using entropy_kernels::Head;
+using entropy_kernels::Incoming;
+using entropy_kernels::Kernels;
+using entropy_kernels::Rows;
+using entropy_kernels::Statistics;
+using Pointer = std::uintptr_t;
+
+template <class T>
+T* as(Pointer p) {
+  return reinterpret_cast<T*>(p);
+}
+
+void radix_histogram(Pointer values_ptr, Pointer mask_ptr, std::int64_t n, std::uint32_t prefix,
+                     int shift, int bits, int prefix_bits, Pointer counts_ptr) {
+  entropy_kernels::radix_histogram(as<const float>(values_ptr), as<const std::uint8_t>(mask_ptr), n,
+                                   entropy_kernels::RadixDigit{prefix, prefix_bits, shift, bits},
+                                   as<std::int64_t>(counts_ptr));
+}
+
+Head make_head(Pointer hidden_ptr, std::int64_t hidden_stride, Pointer weight_ptr,
+               std::int64_t weight_stride, Pointer bias_ptr, Pointer temperature_ptr, float softcap,
+               Pointer target_ptr, std::int64_t dim, std::int64_t vocabulary, int dtype,
+               int threads, Pointer logits_ptr) {
+  return {as<const void>(hidden_ptr),
+          hidden_stride,
+          as<const void>(weight_ptr),
+          weight_stride,
+          as<const float>(bias_ptr),
+          as<const float>(temperature_ptr),
+          softcap,
+          as<const std::int64_t>(target_ptr),
+          dim,
+          vocabulary,
+          static_cast<Dtype>(dtype),
+          threads,
+          as<float>(logits_ptr)};
+}
+
+Statistics statistics(Pointer rows_ptr, std::int64_t tokens) {
+  float* rows = as<float>(rows_ptr);
+  return {rows, rows + tokens, rows + 2 * tokens, rows + 3 * tokens, rows + 4 * tokens};
+}
+
+// Ctrl-C between blocks: pending signal handlers run, and one that raises stops the kernel.
+bool signal_raised() {
+  py::gil_scoped_acquire gil;
+  return PyErr_CheckSignals() != 0;
+}
+
+const Kernels& kernels(const std::string& name) {
+  const Kernels* found = name.empty() ? entropy_kernels::best_kernels() : entropy_kernels::find_kernels(name.c_str());
+  if (found == nullptr) throw py::value_error("this machine has no instruction set " + name);
+  return *found;
+}
+
+template <class Run>
+std::int64_t without_gil(Run run) {
+  std::int64_t products;
+  {
+    py::gil_scoped_release release;
+    products = run();
+  }
+  if (products < 0) throw py::error_already_set();
+  return products;
+}
+
+std::int64_t linear_logprob_entropy(const Head& head, Pointer index_ptr, std::int64_t count,
+                            Pointer statistics_ptr, std::int64_t tokens, const std::string& isa) {
+  const Kernels& chosen = kernels(isa);
+  return without_gil([&] {
+    return chosen.forward(head, Rows{as<const std::int64_t>(index_ptr), count},
+                          statistics(statistics_ptr, tokens), signal_raised);
+  });
+}
+
+std::int64_t linear_logprob_entropy_backward(const Head& head, Pointer index_ptr, std::int64_t count,
+                                     Pointer statistics_ptr, std::int64_t tokens,
+                                     Pointer grad_logprob_ptr, Pointer grad_entropy_ptr,
+                                     Pointer grad_logsumexp_ptr, Pointer dhidden_ptr,
+                                     Pointer dweight_ptr, Pointer dbias_ptr,
+                                     const std::string& isa) {
+  const Kernels& chosen = kernels(isa);
+  const Incoming incoming{as<const float>(grad_logprob_ptr), as<const float>(grad_entropy_ptr),
+                          as<const float>(grad_logsumexp_ptr)};
+  const Gradients out{as<float>(dhidden_ptr), as<void>(dweight_ptr), as<float>(dbias_ptr)};
+  return without_gil([&] {
+    return chosen.backward(head, Rows{as<const std::int64_t>(index_ptr), count},
+                           statistics(statistics_ptr, tokens), incoming, out, signal_raised);
+  });
 }
 
 }  // namespace
 
 PYBIND11_MODULE(_cpu, m) {
-  namespace py = pybind11;
   m.doc() = "CPU kernels over raw pointers; entropy_kernels._native checks what they are given.";
   m.def("radix_histogram", &radix_histogram, py::call_guard<py::gil_scoped_release>(),
         py::arg("values_ptr"), py::arg("mask_ptr"), py::arg("n"), py::arg("prefix"),
         py::arg("shift"), py::arg("bits"), py::arg("prefix_bits"), py::arg("counts_ptr"),
         "counts[digit] += the number of valid fp32 values of that digit; mask_ptr 0: all valid.");
+  py::class_<Head>(m, "Head", "A head and its rows; pointers may be 0 where head.h says nullptr.")
+      .def(py::init(&make_head), py::kw_only(), py::arg("hidden_ptr"), py::arg("hidden_stride"),
+           py::arg("weight_ptr"), py::arg("weight_stride"), py::arg("bias_ptr"),
+           py::arg("temperature_ptr"), py::arg("softcap"), py::arg("target_ptr"), py::arg("dim"),
+           py::arg("vocabulary"), py::arg("dtype"), py::arg("threads"), py::arg("logits_ptr"));
+  m.def("linear_logprob_entropy", &linear_logprob_entropy, py::arg("head"), py::kw_only(),
+        py::arg("index_ptr"), py::arg("count"), py::arg("statistics_ptr"), py::arg("tokens"),
+        py::arg("isa") = "", "Writes logprob, entropy, logsumexp, max and log_sum: fp32 [5, T]. Returns the "
+        "multiplications done.");
+  m.def("linear_logprob_entropy_backward", &linear_logprob_entropy_backward, py::arg("head"),
+        py::kw_only(), py::arg("index_ptr"), py::arg("count"), py::arg("statistics_ptr"),
+        py::arg("tokens"), py::arg("grad_logprob_ptr"), py::arg("grad_entropy_ptr"),
+        py::arg("grad_logsumexp_ptr"), py::arg("dhidden_ptr"), py::arg("dweight_ptr"),
+        py::arg("dbias_ptr"), py::arg("isa") = "",
+        "Gradients of the rows at `index`; a pointer of 0 asks for nothing. Returns the "
+        "multiplications done.");
+  m.def("instruction_sets", [] {
+    py::list names;
+    for (const char* name : {"avx512_bf16", "avx512", "avx2", "portable"})
+      if (entropy_kernels::find_kernels(name) != nullptr) names.append(name);
+    return names;
+  }, "What this machine can run, best first; the first is used.");
 }

@@ -15,18 +15,17 @@ T tokens, D hidden, V vocabulary.
 import torch
 from torch import Tensor
 
+from entropy_kernels._rows import Statistics, per_row
 from entropy_kernels._torch.blocks import (
     LOWEST_EXPONENT,
     Head,
-    Statistics,
     at,
-    buffers,
     compute_dtype,
-    per_row,
     sizes,
     slices,
     target_column,
     view,
+    workspace,
 )
 
 # The running maximum's start: finite, so that a block of -inf throughout merges without inf - inf.
@@ -77,12 +76,12 @@ def _statistics(
     s_T, t_T = torch.zeros(2, count, dtype=torch.float64, device=hidden_TD.device)
     target_logit_T = torch.zeros_like(max_T)
     logits_TV = max_T.new_empty((count, vocabulary) if keep_logits else (0,))
-    z_buffer, e_buffer = buffers(count, vocabulary, hidden_TD)
+    e_buffer = workspace(count, vocabulary, hidden_TD)
 
     for v in slices(vocabulary, block_v):
         weight = compute_dtype(head.weight_VD[v])
         for rows in slices(count, block_t):
-            z = head.logits(hidden_TD[rows], weight, v, z_buffer)
+            z = head.logits(hidden_TD[rows], weight, v)
             if keep_logits:
                 logits_TV[rows, v] = z
             z = head.cap(z)

@@ -13,19 +13,18 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from entropy_kernels._rows import Statistics, active_rows, per_row, spread
 from entropy_kernels._torch.blocks import (
     LOWEST_EXPONENT,
     Head,
-    Statistics,
-    add_product,
     at,
-    buffers,
     compute_dtype,
-    per_row,
+    product,
     sizes,
     slices,
     target_column,
     view,
+    workspace,
 )
 
 
@@ -73,11 +72,7 @@ def linear_logprob_entropy_backward(
     On CUDA the number of active rows reaches the host: one synchronisation.
     """
     incoming = [grad_logprob_T, grad_entropy_T, grad_logsumexp_T]
-    active_T = torch.zeros_like(target_T, dtype=torch.bool)
-    for grad_T in incoming:
-        if grad_T is not None:
-            active_T |= grad_T != 0
-    index_R = (active_T & (target_T != ignore_index)).nonzero().squeeze(1)
+    index_R = active_rows(incoming, target_T, ignore_index)
     rows = _Rows._make(
         [
             index_R,
@@ -94,10 +89,7 @@ def linear_logprob_entropy_backward(
     dhidden_RD, dweight_VD, dbias_V = _gradients(
         hidden_TD[index_R], rows, head, logits_TV, _Needs(*needs)
     )
-    if dhidden_RD is None:
-        return None, dweight_VD, dbias_V
-    dhidden_TD = torch.zeros_like(hidden_TD, memory_format=torch.contiguous_format)
-    dhidden_TD.index_copy_(0, index_R, dhidden_RD.to(hidden_TD.dtype))
+    dhidden_TD = None if dhidden_RD is None else spread(dhidden_RD, index_R, hidden_TD)
     return dhidden_TD, dweight_VD, dbias_V
 
 
@@ -107,7 +99,7 @@ def _gradients(
     """One pass over the vocabulary, and a product of [R, V, D] for each thing that is needed."""
     count, vocabulary = hidden_RD.shape[0], head.weight_VD.shape[0]
     block_t, block_v = sizes(hidden_RD)
-    z_buffer, p_buffer = buffers(count, vocabulary, hidden_RD)
+    p_buffer = workspace(count, vocabulary, hidden_RD)
     fp32: dict[str, Any] = {"dtype": torch.float32, "device": hidden_RD.device}
     dhidden_RD = torch.zeros(hidden_RD.shape, **fp32) if needs.hidden else None
     dweight_VD = _empty_like(head.weight_VD) if needs.weight else None
@@ -115,23 +107,24 @@ def _gradients(
 
     for v in slices(vocabulary, block_v):
         weight = compute_dtype(head.weight_VD[v])
-        dweight = None if dweight_VD is None else torch.zeros(weight.shape, **fp32)
+        dweight = None
         for chunk in slices(count, block_t):
             some, hidden = rows.chunk(chunk), compute_dtype(hidden_RD[chunk])
             if logits_TV is None:
-                z = head.logits(hidden, weight, v, z_buffer)
+                z = head.logits(hidden, weight, v)
             else:
                 z = logits_TV[some.number, v]
             dz = _dlogits(z, some, head.softcap, v, p_buffer)
             if dbias_V is not None:
                 dbias_V[v] += dz.sum(0)
             dz = dz.to(hidden.dtype)
-            if dweight is not None:
-                add_product(dweight, dz.T, hidden)
+            if dweight_VD is not None:
+                part = product(dz.T, hidden)
+                dweight = part if dweight is None else dweight.add_(part)
             if dhidden_RD is not None:
-                add_product(dhidden_RD[chunk], dz, weight)
-        if dweight_VD is not None and dweight is not None:
-            dweight_VD[v] = dweight
+                dhidden_RD[chunk] += product(dz, weight)
+        if dweight_VD is not None:
+            dweight_VD[v] = 0 if dweight is None else dweight
     if dbias_V is not None and head.bias_V is not None:
         dbias_V = dbias_V.to(head.bias_V.dtype)
     return dhidden_RD, dweight_VD, dbias_V

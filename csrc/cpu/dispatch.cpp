@@ -1,0 +1,61 @@
+#include <cstring>
+
+#include "head.h"
+
+// The namespaces that kernels.cpp is compiled into.
+namespace avx512_bf16 {
+extern const entropy_kernels::Kernels kernels;
+}
+namespace avx512 {
+extern const entropy_kernels::Kernels kernels;
+}
+namespace avx2 {
+extern const entropy_kernels::Kernels kernels;
+}
+namespace portable {
+extern const entropy_kernels::Kernels kernels;
+}
+
+namespace entropy_kernels {
+
+namespace {
+
+struct Entry {
+  const Kernels* kernels;
+  bool usable;
+};
+
+#ifdef EK_X86
+bool has_avx512() {
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+}
+#endif
+
+// Best first.
+template <class Use>
+const Kernels* first(Use use) {
+  const Entry entries[] = {
+#ifdef EK_X86
+      {&avx512_bf16::kernels, has_avx512() && __builtin_cpu_supports("avx512bf16")},
+      {&avx512::kernels, has_avx512()},
+      {&avx2::kernels, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")},
+#endif
+      {&portable::kernels, true},
+  };
+  for (const Entry& entry : entries)
+    if (entry.usable && use(entry.kernels->name)) return entry.kernels;
+  return nullptr;
+}
+
+}  // namespace
+
+const Kernels* best_kernels() {
+  return first([](const char*) { return true; });
+}
+
+const Kernels* find_kernels(const char* name) {
+  return first([name](const char* other) { return std::strcmp(name, other) == 0; });
+}
+
+}  // namespace entropy_kernels

@@ -1,0 +1,68 @@
+#pragma once
+
+#include <cstdint>
+
+namespace entropy_kernels {
+
+enum class Dtype : int { f32 = 0, bf16 = 1, f16 = 2 };
+
+// What turns hidden states into logits: z = softcap * tanh((h W^T + b) / softcap), and all that is
+// given of each token. T tokens, D hidden, V vocabulary; rows of hidden and weight are contiguous,
+// their strides are in elements.
+struct Head {
+  const void* hidden;  // [T, D]
+  std::int64_t hidden_stride;
+  const void* weight;  // [V, D]
+  std::int64_t weight_stride;
+  const float* bias;           // [V] or nullptr
+  const float* temperature;    // [T], or nullptr for 1
+  float softcap;               // 0 for none
+  const std::int64_t* target;  // [T]
+  std::int64_t dim, vocabulary;
+  Dtype dtype;
+  int threads;
+  float* logits;  // [T, V] of h W^T + b: written by forward, read by backward; or nullptr
+};
+
+// The tokens to work on.
+struct Rows {
+  const std::int64_t* index;  // [R], or nullptr for 0, 1, ..., R - 1
+  std::int64_t count;         // R
+
+  std::int64_t operator[](std::int64_t i) const { return index == nullptr ? i : index[i]; }
+};
+
+// What forward finds of each token, all [T].
+struct Statistics {
+  float *logprob, *entropy, *logsumexp, *max, *log_sum;
+};
+
+// What arrives at the R rows of backward, each [R] or nullptr.
+struct Incoming {
+  const float *logprob, *entropy, *logsumexp;
+};
+
+// What backward is asked for; nullptr for what is not wanted.
+struct Gradients {
+  float* hidden;  // [R, D]
+  void* weight;   // [V, D], contiguous, in the head's dtype
+  float* bias;    // [V]
+};
+
+// Asked between blocks by the calling thread; true ends the work, outputs are then undefined.
+using Stop = bool (*)();
+
+// The kernels of one instruction set. Each returns the multiplications it has done, or -1 if it was
+// stopped.
+struct Kernels {
+  const char* name;
+  std::int64_t (*forward)(const Head&, const Rows&, const Statistics&, Stop);
+  std::int64_t (*backward)(const Head&, const Rows&, const Statistics&, const Incoming&, const Gradients&,
+                   Stop);
+};
+
+// The best that this machine can run, and the one called `name` (nullptr if it cannot run it).
+const Kernels* best_kernels();
+const Kernels* find_kernels(const char* name);
+
+}  // namespace entropy_kernels

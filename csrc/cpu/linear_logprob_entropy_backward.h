@@ -1,0 +1,314 @@
+// Gradients of linear_logprob_entropy from the R rows that carry gradient, in one pass over V.
+//
+//   dz_j = [g_logprob (1[j = target] - p_j) + g_logsumexp p_j - g_entropy p_j (log p_j + H)] / temp
+//
+// For a block of the weight's rows the logits are recomputed tile by tile, turned into dz, and used
+// twice while they are in the cache: the block's rows of dW are written once, dH is added up in
+// fp32 for each thread. dz is held in the dtype of the inputs where the products take it (bf16).
+#pragma once
+
+#include "linear_logprob_entropy.h"
+
+namespace EK_ISA {
+
+using entropy_kernels::Gradients;
+using entropy_kernels::Incoming;
+
+constexpr std::int64_t kBlockRows = 384;  // rows of the weight a block
+constexpr std::int64_t kRowChunk = 512;   // active rows whose dz is held at once
+
+// What a panel of 64 active rows needs, gradients divided by the temperature; zero beyond the last.
+struct ActivePanel {
+  float max[kPanel], log_sum[kPanel], temperature[kPanel];
+  float logprob[kPanel], entropy[kPanel], rest[kPanel];  // rest = g_logsumexp - g_entropy H
+  std::int64_t target[kPanel], token[kPanel];
+
+  ActivePanel(const Head& head, const Rows& rows, const Statistics& found, const Incoming& in,
+              std::int64_t first) {
+    for (int i = 0; i < kPanel; ++i) {
+      const bool real = first + i < rows.count;
+      const std::int64_t t = real ? rows[first + i] : 0;
+      const auto grad = [&](const float* g) { return real && g != nullptr ? g[first + i] : 0.0f; };
+      temperature[i] = real && head.temperature != nullptr ? head.temperature[t] : 1.0f;
+      max[i] = real ? found.max[t] : 0.0f;
+      log_sum[i] = real ? found.log_sum[t] : 0.0f;
+      logprob[i] = grad(in.logprob) / temperature[i];
+      entropy[i] = grad(in.entropy) / temperature[i];
+      const float h = real ? found.entropy[t] : 0.0f;
+      rest[i] = grad(in.logsumexp) / temperature[i] - (entropy[i] == 0 ? 0 : entropy[i] * h);
+      target[i] = real ? head.target[t] : -1;
+      token[i] = t;
+    }
+  }
+};
+
+// Logits become dz. At the target g_logprob (1 - p) comes from expm1, which keeps its digits.
+static void differentiate_tile(const ActivePanel& panel, std::int64_t first_row, std::int64_t rows,
+                               bool with_entropy, float* tile) {
+  const Vec zero{}, low = splat(kLowestExponent);
+  float at_target[kPanel];
+  for (int i = 0; i < kPanel; ++i) {
+    const std::int64_t r = panel.target[i] - first_row;
+    if (r < 0 || r >= rows) continue;
+    const float d = (tile[r * kPanel + i] - panel.max[i]) / panel.temperature[i] - panel.log_sum[i];
+    const float logp = d < kLowestExponent ? kLowestExponent : (d > 0 ? 0 : d);
+    at_target[i] = std::exp(logp) * (panel.rest[i] - panel.entropy[i] * logp) -
+                   panel.logprob[i] * std::expm1(logp);
+  }
+  for (int j = 0; j < kPanel; j += kLanes) {
+    const Vec max = load(panel.max + j), temperature = load(panel.temperature + j);
+    const Vec log_sum = load(panel.log_sum + j), entropy = load(panel.entropy + j);
+    const Vec factor = load(panel.rest + j) - load(panel.logprob + j);
+    for (std::int64_t r = 0; r < rows; ++r) {
+      float* z = tile + r * kPanel + j;
+      Vec logp = (load(z) - max) / temperature - log_sum;
+      logp = larger(low, -larger(zero, -logp));
+      Vec p = exp_nonpositive(logp);
+      p = logp == low ? zero : p;  // a logit of -inf has p = 0 exactly
+      store(z, p * (with_entropy ? factor - entropy * logp : factor));
+    }
+  }
+  for (int i = 0; i < kPanel; ++i) {
+    const std::int64_t r = panel.target[i] - first_row;
+    if (r >= 0 && r < rows) tile[r * kPanel + i] = at_target[i];
+  }
+}
+
+// softcap: z becomes the capped logit, slope its derivative 1 - tanh^2.
+static void cap_with_slope(float softcap, std::int64_t rows, float* tile, float* slope) {
+  for (std::int64_t i = 0; i < rows * kPanel; ++i) {
+    const float u = std::tanh(tile[i] / softcap);
+    slope[i] = 1 - u * u;
+    tile[i] = softcap * u;
+  }
+}
+
+// dz of one block, in the two layouts that the products read: along the active rows for dW, along
+// the weight's rows for dH. With fp32 they are one.
+template <class E>
+struct Block {
+  using Unit = typename E::Unit;
+  std::vector<Unit> along_active, along_vocabulary;
+
+  Block() : along_active(kBlockRows * kRowChunk / E::kWidth) {
+    if (E::kWidth == 2) along_vocabulary.resize(kBlockRows / 2 * kRowChunk);
+  }
+
+  // Rows [first, first + rows) of the block, active rows [column, column + 64); an odd last row is
+  // followed by zero.
+  void put(const float* tile, std::int64_t first, std::int64_t rows, std::int64_t column) {
+    if constexpr (E::kWidth == 1) {
+      for (std::int64_t r = 0; r < rows; ++r)
+        std::memcpy(along_active.data() + (first + r) * kRowChunk + column, tile + r * kPanel,
+                    kPanel * 4);
+    } else {
+#ifdef EK_BF16
+      for (std::int64_t r = 0; r < rows; r += 2) {
+        for (int j = 0; j < kPanel; j += kLanes) {
+          const Vec low = load(tile + r * kPanel + j);
+          const Vec high = r + 1 < rows ? load(tile + (r + 1) * kPanel + j) : Vec{};
+          const __m256i a = (__m256i)_mm512_cvtneps_pbh((__m512)low);
+          const __m256i b = (__m256i)_mm512_cvtneps_pbh((__m512)high);
+          auto* active = reinterpret_cast<std::uint16_t*>(along_active.data());
+          active += (first + r) * kRowChunk + column + j;
+          _mm256_storeu_si256(reinterpret_cast<__m256i*>(active), a);
+          if (r + 1 < rows) _mm256_storeu_si256(reinterpret_cast<__m256i*>(active + kRowChunk), b);
+          const __m512i pairs = _mm512_or_si512(
+              _mm512_cvtepu16_epi32(a), _mm512_slli_epi32(_mm512_cvtepu16_epi32(b), 16));
+          _mm512_storeu_si512(
+              along_vocabulary.data() + (first + r) / 2 * kRowChunk + column + j, pairs);
+        }
+      }
+#endif
+    }
+  }
+
+  Left<E> for_weight() const { return {along_active.data(), kRowChunk / E::kWidth, 1}; }
+  Left<E> for_hidden() const {
+    return {E::kWidth == 1 ? along_active.data() : along_vocabulary.data(), 1, kRowChunk};
+  }
+};
+
+static void write_weight(const Gradients& out, Dtype dtype, std::int64_t row, std::int64_t dim,
+                         const float* values) {
+  char* to = static_cast<char*>(out.weight) + row * dim * bytes_of(dtype);
+  if (dtype == Dtype::f32) {
+    std::memcpy(to, values, dim * 4);
+    return;
+  }
+  auto* half = reinterpret_cast<std::uint16_t*>(to);
+  for (std::int64_t i = 0; i < dim; ++i)
+    half[i] = dtype == Dtype::bf16 ? to_bf16(values[i]) : to_f16(values[i]);
+}
+
+// The active rows, gathered once and packed for both of their products.
+template <class E>
+struct Gathered {
+  std::int64_t units, panels, row_chunks;
+  std::vector<typename E::Unit> along_dim;  // panels of rows, for the logits
+  std::vector<typename E::Unit> along_rows;  // for each chunk of rows, panels of D, for dW
+  std::vector<ActivePanel> active;
+
+  Gathered(const Head& head, const Rows& rows, const Statistics& found, const Incoming& in,
+           bool for_weight) {
+    units = round_up(head.dim, E::kWidth) / E::kWidth;
+    panels = round_up(rows.count, kPanel) / kPanel;
+    row_chunks = round_up(rows.count, kRowChunk) / kRowChunk;
+    const std::int64_t wide = round_up(head.dim, kPanel);
+    along_dim.resize(panels * kPanel * units);
+    if (for_weight) along_rows.resize(row_chunks * (kRowChunk / E::kWidth) * wide);
+    std::vector<typename E::Unit> buffer(kRowChunk * units);
+    const typename E::Unit* lanes[kPanel];
+    for (std::int64_t c = 0; c < row_chunks; ++c) {
+      const std::int64_t first = c * kRowChunk, count = std::min(kRowChunk, rows.count - first);
+      for (std::int64_t i = 0; i < count; ++i)
+        read_row<E>(head.hidden, rows[first + i] * head.hidden_stride, head.dim, head.dtype,
+                    buffer.data() + i * units);
+      for (std::int64_t p = 0; p < count; p += kPanel) {
+        const std::int64_t here = std::min<std::int64_t>(kPanel, count - p);
+        for (std::int64_t i = 0; i < here; ++i) lanes[i] = buffer.data() + (p + i) * units;
+        pack_rows<E>(lanes, here, units, along_dim.data() + (first + p) * units);
+        active.emplace_back(head, rows, found, in, first + p);
+      }
+      if (for_weight)
+        pack_columns<E>(buffer.data(), units, count, head.dim,
+                        along_rows.data() + c * (kRowChunk / E::kWidth) * wide);
+    }
+  }
+};
+
+// One thread's part of the vocabulary.
+template <class E>
+class Worker {
+  using Unit = typename E::Unit;
+
+ public:
+  Worker(const Head& head, const Rows& rows, bool with_entropy, const Gradients& out,
+         const Gathered<E>& gathered)
+      : head_(head), rows_(rows), with_entropy_(with_entropy), out_(out), gathered_(gathered),
+        wide_(round_up(head.dim, kPanel)), scratch_(kBlockRows * gathered.units),
+        tile_(kTileRows * kPanel), slope_(head.softcap > 0 ? kTileRows * kPanel : 0) {
+    if (out.weight != nullptr) dweight_.resize(kBlockRows * wide_);
+    if (out.hidden != nullptr) {
+      packed_.resize(kBlockRows / E::kWidth * wide_);
+      dhidden.resize(round_up(rows.count, kPanel) * wide_);
+    }
+  }
+
+  // Rows [first, first + count) of the weight.
+  void block(std::int64_t first, std::int64_t count) {
+    const Left<E> weight = weight_rows<E>(head_, first, count, scratch_.data());
+    if (out_.hidden != nullptr)
+      pack_columns<E>(weight.data, weight.row_stride, count, head_.dim, packed_.data());
+    if (out_.bias != nullptr) std::fill_n(out_.bias + first, count, 0.0f);
+    for (std::int64_t c = 0; c < gathered_.row_chunks; ++c) {
+      const std::int64_t chunk = c * kRowChunk;
+      const std::int64_t here = std::min(kRowChunk, rows_.count - chunk);
+      for (std::int64_t p = 0; p < here; p += kPanel)
+        for (std::int64_t r = 0; r < count; r += kTileRows)
+          tile(weight, first, r, std::min<std::int64_t>(kTileRows, count - r), chunk + p, p);
+      if (out_.weight != nullptr) add_weight(c, count, here);
+      if (out_.hidden != nullptr) add_hidden(chunk, count, here);
+    }
+    if (out_.weight == nullptr) return;
+    for (std::int64_t r = 0; r < count; ++r)
+      write_weight(out_, head_.dtype, first + r, head_.dim, dweight_.data() + r * wide_);
+  }
+
+  std::vector<float> dhidden;  // [R, D], both rounded up to panels
+  std::int64_t products = 0;
+
+ private:
+  void tile(Left<E> weight, std::int64_t first, std::int64_t r, std::int64_t rows,
+            std::int64_t active, std::int64_t column) {
+    const ActivePanel& panel = gathered_.active[active / kPanel];
+    float* z = tile_.data();
+    if (head_.logits == nullptr) {
+      const Left<E> part{weight.data + r * weight.row_stride, weight.row_stride, 1};
+      logits_tile<E>(head_, part, first + r, rows,
+                     gathered_.along_dim.data() + active * gathered_.units, z);
+      products += rows * std::min<std::int64_t>(kPanel, rows_.count - active) * head_.dim;
+    } else {
+      for (int i = 0; i < kPanel; ++i)
+        for (std::int64_t k = 0; k < rows; ++k)
+          z[k * kPanel + i] = active + i < rows_.count
+                                  ? head_.logits[panel.token[i] * head_.vocabulary + first + r + k]
+                                  : 0.0f;
+    }
+    if (head_.softcap > 0) cap_with_slope(head_.softcap, rows, z, slope_.data());
+    differentiate_tile(panel, first + r, rows, with_entropy_, z);
+    if (head_.softcap > 0)
+      for (std::int64_t i = 0; i < rows * kPanel; ++i) z[i] *= slope_[i];
+    if (out_.bias != nullptr)
+      for (std::int64_t k = 0; k < rows; ++k) {
+        double sum = 0;
+        for (int i = 0; i < kPanel; ++i) sum += z[k * kPanel + i];
+        out_.bias[first + r + k] += float(sum);
+      }
+    dz_.put(z, r, rows, column);
+  }
+
+  void add_weight(std::int64_t c, std::int64_t count, std::int64_t here) {
+    const std::int64_t units = round_up(here, E::kWidth) / E::kWidth;
+    const Unit* right = gathered_.along_rows.data() + c * (kRowChunk / E::kWidth) * wide_;
+    for (std::int64_t d = 0; d < wide_; d += kPanel)
+      product<E>(count, dz_.for_weight(), right + d * units, units, dweight_.data() + d, wide_,
+                 c > 0);
+    products += count * here * head_.dim;
+  }
+
+  void add_hidden(std::int64_t chunk, std::int64_t count, std::int64_t here) {
+    const std::int64_t units = round_up(count, E::kWidth) / E::kWidth;
+    for (std::int64_t d = 0; d < wide_; d += kPanel)
+      product<E>(here, dz_.for_hidden(), packed_.data() + d * units, units,
+                 dhidden.data() + chunk * wide_ + d, wide_, true);
+    products += count * here * head_.dim;
+  }
+
+  const Head& head_;
+  const Rows& rows_;
+  const bool with_entropy_;
+  const Gradients& out_;
+  const Gathered<E>& gathered_;
+  std::int64_t wide_;
+  std::vector<Unit> scratch_, packed_;
+  std::vector<float> tile_, slope_, dweight_;
+  Block<E> dz_;
+};
+
+template <class E>
+static std::int64_t backward(const Head& head, const Rows& rows, const Statistics& found,
+                     const Incoming& in, const Gradients& out, Stop stop) {
+  const int threads = usable_threads(head.threads);
+  const std::int64_t share = round_up(head.vocabulary, threads) / threads;
+  const std::int64_t size = std::min(kBlockRows, round_up(share, kTileRows));
+  const std::int64_t blocks = round_up(head.vocabulary, size) / size;
+  const Gathered<E> gathered(head, rows, found, in, out.weight != nullptr);
+  std::vector<Worker<E>> workers;
+  workers.reserve(threads);
+  for (int i = 0; i < threads; ++i) workers.emplace_back(head, rows, in.entropy != nullptr, out, gathered);
+  Interrupt interrupted(stop);
+#pragma omp parallel num_threads(threads)
+  {
+    const int thread = thread_number();
+    const Part mine(blocks, threads, thread);
+    for (std::int64_t b = mine.begin; b < mine.end && !interrupted(); ++b)
+      workers[thread].block(b * size, std::min(size, head.vocabulary - b * size));
+#pragma omp barrier
+    const Part some(rows.count, threads, thread);
+    const std::int64_t wide = round_up(head.dim, kPanel);
+    if (out.hidden != nullptr)
+      for (std::int64_t r = some.begin; r < some.end; ++r)
+        for (std::int64_t d = 0; d < head.dim; ++d) {
+          float sum = 0;
+          for (const Worker<E>& worker : workers) sum += worker.dhidden[r * wide + d];
+          out.hidden[r * head.dim + d] = sum;
+        }
+  }
+  if (interrupted()) return -1;
+  std::int64_t products = 0;
+  for (const Worker<E>& worker : workers) products += worker.products;
+  return products;
+}
+
+}  // namespace EK_ISA

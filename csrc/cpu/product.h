@@ -1,0 +1,114 @@
+// Products of small blocks with the columns in the vector lanes: c[r][lane] += sum_k a(r, k) b[k][lane].
+// A unit is one fp32, or two bf16 that are neighbours along k.
+#pragma once
+
+#include <algorithm>
+#include <vector>
+
+#include "vector.h"
+
+namespace EK_ISA {
+
+constexpr int kPanel = 64;      // columns of a packed panel
+constexpr int kRows = 6;        // rows held in registers
+constexpr int kVectors = EK_LANES >= 16 ? 4 : 2;
+constexpr int kChain = 256;     // units summed before they are added to c: short chains round less
+
+struct F32 {
+  using Unit = float;
+  static constexpr int kWidth = 1;  // values a unit
+  using Operand = Vec;
+  static inline Operand operand(const Unit* p) { return load(p); }
+  static inline Operand broadcast(const Unit* p) { return splat(*p); }
+  static inline Vec madd(Vec acc, Operand a, Operand b) { return acc + a * b; }
+};
+
+#ifdef EK_BF16
+struct BF16 {
+  using Unit = std::uint32_t;
+  static constexpr int kWidth = 2;
+  using Operand = __m512bh;
+  static inline Operand operand(const Unit* p) { return (__m512bh)_mm512_loadu_si512(p); }
+  static inline Operand broadcast(const Unit* p) {
+    std::int32_t u;
+    std::memcpy(&u, p, 4);
+    return (__m512bh)_mm512_set1_epi32(u);
+  }
+  static inline Vec madd(Vec acc, Operand a, Operand b) {
+    return (Vec)_mm512_dpbf16_ps((__m512)acc, b, a);
+  }
+};
+#endif
+
+// a(r, k) = a[r * row_stride + k * unit_stride]; one of the strides is 1.
+template <class E>
+struct Left {
+  const typename E::Unit* data;
+  std::int64_t row_stride, unit_stride;
+};
+
+template <class E, int R, bool kAdd>
+static inline void micro(Left<E> a, const typename E::Unit* b, int units, float* c,
+                         std::int64_t c_stride) {
+  Vec acc[R][kVectors];
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+    for (int j = 0; j < kVectors; ++j) acc[r][j] = Vec{};
+  for (int k = 0; k < units; ++k) {
+    typename E::Operand right[kVectors];
+#pragma GCC unroll 8
+    for (int j = 0; j < kVectors; ++j) right[j] = E::operand(b + std::int64_t(k) * kPanel + j * kLanes);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+      const auto left = E::broadcast(a.data + r * a.row_stride + k * a.unit_stride);
+#pragma GCC unroll 8
+      for (int j = 0; j < kVectors; ++j) acc[r][j] = E::madd(acc[r][j], left, right[j]);
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+    for (int j = 0; j < kVectors; ++j) {
+      float* p = c + r * c_stride + j * kLanes;
+      store(p, kAdd ? load(p) + acc[r][j] : acc[r][j]);
+    }
+}
+
+template <class E, bool kAdd>
+static void micro_rows(int rows, Left<E> a, const typename E::Unit* b, int units, float* c,
+                       std::int64_t c_stride) {
+  for (int column = 0; column < kPanel; column += kVectors * kLanes) {
+    const auto* bc = b + column;
+    float* cc = c + column;
+    switch (rows) {
+      case 1: micro<E, 1, kAdd>(a, bc, units, cc, c_stride); break;
+      case 2: micro<E, 2, kAdd>(a, bc, units, cc, c_stride); break;
+      case 3: micro<E, 3, kAdd>(a, bc, units, cc, c_stride); break;
+      case 4: micro<E, 4, kAdd>(a, bc, units, cc, c_stride); break;
+      case 5: micro<E, 5, kAdd>(a, bc, units, cc, c_stride); break;
+      default: micro<E, 6, kAdd>(a, bc, units, cc, c_stride); break;
+    }
+  }
+}
+
+// c[rows, kPanel] (+)= a[rows, units] b[units, kPanel].
+template <class E>
+static void product(std::int64_t rows, Left<E> a, const typename E::Unit* b, std::int64_t units,
+                    float* c, std::int64_t c_stride, bool add) {
+  for (std::int64_t k = 0; k < units || k == 0; k += kChain) {
+    const int length = int(std::min<std::int64_t>(kChain, units - k));
+    for (std::int64_t r = 0; r < rows; r += kRows) {
+      const int count = int(std::min<std::int64_t>(kRows, rows - r));
+      const Left<E> part{a.data + r * a.row_stride + k * a.unit_stride, a.row_stride, a.unit_stride};
+      if (add || k > 0)
+        micro_rows<E, true>(count, part, b + k * kPanel, length, c + r * c_stride, c_stride);
+      else
+        micro_rows<E, false>(count, part, b + k * kPanel, length, c + r * c_stride, c_stride);
+    }
+  }
+}
+
+static inline std::int64_t round_up(std::int64_t x, std::int64_t to) { return (x + to - 1) / to * to; }
+
+}  // namespace EK_ISA

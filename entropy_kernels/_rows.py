@@ -1,0 +1,48 @@
+"""What every backend of linear_logprob_entropy shares: its results, and the rows worth a backward.
+
+T tokens, R active rows, V vocabulary.
+"""
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Statistics(NamedTuple):
+    """What forward knows of each row, all fp32 [T]; and h W^T + b [T, V], or empty if not kept.
+
+    Backward takes the log-sum-exp as two floats, (max, log_sum): at |z| = 6e3 their rounded sum
+    alone would cost the gradient 25 times its error.
+    """
+
+    logprob: Tensor
+    entropy: Tensor
+    logsumexp: Tensor
+    max: Tensor
+    log_sum: Tensor
+    logits: Tensor
+
+
+def active_rows(gradients: Iterable[Tensor | None], target_T: Tensor, ignore_index: int) -> Tensor:
+    """Numbers [R] of the rows at which any gradient is not exactly zero; a NaN is not.
+
+    On CUDA their count reaches the host: one synchronisation.
+    """
+    active_T = torch.zeros_like(target_T, dtype=torch.bool)
+    for grad_T in gradients:
+        if grad_T is not None:
+            active_T |= grad_T != 0
+    return (active_T & (target_T != ignore_index)).nonzero().squeeze(1)
+
+
+def per_row(temperature: Tensor | None, target_T: Tensor) -> Tensor | None:
+    """The temperature of every row, fp32; None stands for 1."""
+    return None if temperature is None else temperature.float().expand(target_T.shape)
+
+
+def spread(rows_RD: Tensor, index_R: Tensor, like_TD: Tensor) -> Tensor:
+    """Zeros like `like_TD`, contiguous, but for the rows at `index_R`."""
+    out_TD = torch.zeros_like(like_TD, memory_format=torch.contiguous_format)
+    return out_TD.index_copy_(0, index_R, rows_RD.to(like_TD.dtype))

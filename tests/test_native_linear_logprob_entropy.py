@@ -1,0 +1,179 @@
+"""The compiled head: every instruction set, threads, Ctrl-C. Values at large: see
+test_linear_logprob_entropy.py, which runs on the best instruction set of the machine."""
+
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+
+import entropy_kernels as ek
+from entropy_kernels import _native, reference
+from entropy_kernels.testing import assert_within_two_bounds, peaked_head
+
+WHY = _native.why_missing("cpu")
+pytestmark = pytest.mark.skipif(WHY is not None, reason=WHY or "built")
+INSTRUCTION_SETS = _native.cpu().instruction_sets() if WHY is None else []
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def run(isa, h, w, y, grads, **options):
+    """Outputs and gradients of one instruction set."""
+    bias, temperature = options.get("bias"), options.get("temperature")
+    head = (h, w, y, bias, temperature, options.get("softcap"), -100)
+    found = _native.linear_logprob_entropy(*head, options.get("keep_logits", False), isa=isa)
+    needs = (True, True, bias is not None)
+    gradients = _native.linear_logprob_entropy_backward(*grads, *head, found, needs, isa=isa)
+    return [*found[:3], *gradients]
+
+
+def truth(dtype, h, w, y, grads, bias=None, temperature=None, softcap=None):
+    leaves = [None if x is None else x.detach().to(dtype).requires_grad_() for x in (h, w, bias)]
+    temperature = 1.0 if temperature is None else temperature.to(dtype)
+    outputs = reference.linear_logprob_entropy(
+        leaves[0], leaves[1], y, leaves[2], temperature, softcap
+    )
+    torch.autograd.backward(list(outputs), [g.to(dtype) for g in grads])
+    return [*(o.detach() for o in outputs), *(None if x is None else x.grad for x in leaves)]
+
+
+def test_every_x86_set_that_the_machine_has_is_listed():
+    assert INSTRUCTION_SETS[-1] == "portable"
+    cpuinfo = Path("/proc/cpuinfo")
+    flags = cpuinfo.read_text() if cpuinfo.exists() else ""
+    for isa in ("avx512_bf16", "avx2"):
+        assert (isa in INSTRUCTION_SETS) == (isa in flags)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "shape", [(67, 40, 2055), (130, 37, 1021), (600, 33, 99), (5, 65, 385)], ids=str
+)
+@pytest.mark.parametrize("isa", INSTRUCTION_SETS)
+def test_instruction_sets_agree_with_the_reference(isa, shape, dtype):
+    """Odd D (half a unit of bf16), tails of every tile, several row chunks, all options at once."""
+    h, w, y = peaked_head(*shape, dtype=dtype)
+    T, V = shape[0], shape[2]
+    grads = [torch.randn(T) * (torch.rand(T) < 0.9) for _ in range(3)]
+    options = {"bias": torch.randn(V), "temperature": torch.rand(T) + 0.5, "softcap": 12.0}
+    got = run(isa, h, w, y, grads, **options)
+    want, eager, plain = (
+        truth(d, h, w, y, grads, **options) for d in (torch.float64, dtype, torch.float32)
+    )
+    operands = torch.bfloat16 if dtype == torch.bfloat16 and isa == "avx512_bf16" else torch.float32
+    # The bias's gradient is fp32 and mostly one probability: its error is that of a single logit.
+    for i, quartet in enumerate(zip(got, want, eager, plain, strict=True)):
+        assert_within_two_bounds(
+            *quartet, factor=4 if i == 5 else 2, operands=operands if i >= 3 else torch.float32
+        )
+
+
+@pytest.mark.parametrize("isa", INSTRUCTION_SETS)
+def test_kept_logits_give_the_same_gradients(isa):
+    h, w, y = peaked_head(70, 33, 1021)
+    grads = [torch.randn(70), torch.randn(70), None]
+    kept, recomputed = (
+        run(isa, h, w, y, grads, keep_logits=keep, softcap=9.0) for keep in (True, False)
+    )
+    for got, want in zip(kept, recomputed, strict=True):
+        assert (got is None and want is None) or torch.equal(got, want)
+
+
+def test_the_thread_count_moves_the_last_bits_only():
+    """Each thread sums its own part of the vocabulary, and parts are merged in fp64 (statistics)
+    or fp32 (gradient of the hidden states). A row of the weight's gradient has one writer."""
+    h, w, y = peaked_head(150, 48, 5003)
+    grads = [torch.randn(150), torch.randn(150), None]
+    head = (h, w, y, None, None, None, -100)
+    before = torch.get_num_threads()
+    found, gradients = {}, {}
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            found[threads], again = (_native.linear_logprob_entropy(*head, False) for _ in "ab")
+            assert all(torch.equal(a, b) for a, b in zip(found[threads], again, strict=True))
+            needs = (True, True, False)
+            gradients[threads], again = (
+                _native.linear_logprob_entropy_backward(*grads, *head, found[1], needs)
+                for _ in "ab"
+            )
+            assert all(torch.equal(gradients[threads][i], again[i]) for i in (0, 1))
+    finally:
+        torch.set_num_threads(before)
+    for threads in (2, 3):
+        for got, want in zip(found[threads][:5], found[1][:5], strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-6, atol=0)
+        torch.testing.assert_close(gradients[threads][0], gradients[1][0], rtol=1e-5, atol=1e-6)
+        assert torch.equal(gradients[threads][1], gradients[1][1])
+
+
+def test_several_python_threads_at_once():
+    h, w, y = peaked_head(100, 32, 3001)
+    want = ek.linear_logprob_entropy(h, w, y, impl="cpu")
+    wrong = []
+
+    def work():
+        for _ in range(5):
+            got = ek.linear_logprob_entropy(h, w, y, impl="cpu")
+            if not all(torch.equal(a, b) for a, b in zip(got, want, strict=True)):
+                wrong.append(got)
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+
+
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_ctrl_c_between_blocks_within_a_second(direction):
+    """The GIL is free while the kernel runs, and pending signals are looked for."""
+    script = textwrap.dedent(
+        f"""
+        import torch, entropy_kernels as ek
+        torch.set_num_threads(1)
+        h, w = torch.randn(4096, 256), torch.randn(40000, 256, requires_grad=True)
+        y = torch.zeros(4096, dtype=torch.int64)
+        if "{direction}" == "backward":
+            loss = ek.linear_logprob_entropy(h[:2048], w, y[:2048], impl="cpu").entropy.sum()
+        print("ready", flush=True)
+        while True:
+            if "{direction}" == "forward":
+                ek.linear_logprob_entropy(h.repeat(8, 1), w, y.repeat(8), impl="cpu")
+            else:
+                loss.backward(retain_graph=True)
+        """
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout.readline() == "ready\n"
+    threading.Event().wait(0.5)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=5)
+    assert "KeyboardInterrupt" in errors
+    assert process.returncode != 0
+
+
+def test_an_unknown_instruction_set_is_refused():
+    h, w, y = peaked_head(3, 8, 11)
+    with pytest.raises(ValueError, match="no instruction set sse9"):
+        run("sse9", h, w, y, [torch.ones(3), None, None])
+
+
+def test_impl_cpu_needs_the_extension(monkeypatch, unchecked_shapes):
+    from entropy_kernels import ops
+
+    h, w, y = peaked_head(3, 8, 11)
+    monkeypatch.setattr(ops, "IMPLEMENTATIONS", ("torch",))
+    monkeypatch.setattr(_native, "why_missing", lambda name: f"{name} is not built")
+    with pytest.raises(ValueError, match='impl="cpu" is missing: cpu is not built'):
+        ek.linear_logprob_entropy(h, w, y, impl="cpu")
+    with pytest.warns(RuntimeWarning, match="takes the torch path, which is slower"):
+        ek.linear_logprob_entropy(h, w, y)
+    ek.linear_logprob_entropy(h, w, y)
