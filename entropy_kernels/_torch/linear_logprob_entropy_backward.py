@@ -110,10 +110,7 @@ def _gradients(
         dweight = None
         for chunk in slices(count, block_t):
             some, hidden = rows.chunk(chunk), compute_dtype(hidden_RD[chunk])
-            if logits_TV is None:
-                z = head.logits(hidden, weight, v)
-            else:
-                z = logits_TV[some.number, v]
+            z = head.logits(hidden, weight, v) if logits_TV is None else logits_TV[some.number, v]
             dz = _dlogits(z, some, head.softcap, v, p_buffer)
             if dbias_V is not None:
                 dbias_V[v] += dz.sum(0)
