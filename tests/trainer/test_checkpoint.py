@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -86,6 +87,23 @@ def test_a_failed_save_leaves_the_last_one(saved, monkeypatch):
     with pytest.raises(ZeroDivisionError):
         checkpoint.save(folder, policy, optimizer, Progress(4), 2)
     assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step-000002"]
+
+
+def test_a_checkpoint_gets_its_name_when_it_is_whole(saved, monkeypatch):
+    """Stopped at the rename, everything is written and nothing has the name."""
+    folder, policy, optimizer = saved
+    written = []
+
+    def stop(path, target):
+        written.extend(file.name for file in path.iterdir())
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "rename", stop)
+    with pytest.raises(KeyboardInterrupt):
+        checkpoint.save(folder, policy, optimizer, Progress(4), 2)
+    whole = checkpoint.latest(folder)
+    assert whole.name == "step-000002"
+    assert sorted(written) == sorted(file.name for file in whole.iterdir())
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "state.json"])

@@ -14,7 +14,7 @@ from trainer.advantages import group_advantages
 from trainer.config import Algorithm, Model, Optimizer, Rollout
 from trainer.policy import load_policy
 from trainer.rollout import sample
-from trainer.update import Batch, Meter, score, update
+from trainer.update import Batch, Meter, micro_batches, score, update
 
 TEMPERATURE = 0.8
 CONFIG = settings(Path(), rollout=Rollout(temperature=TEMPERATURE))
@@ -166,6 +166,17 @@ def test_micro_batches_change_nothing(algorithm):
         assert distance(parts, whole) < 1e-6
         assert other.keys() == metrics.keys()
         assert other == pytest.approx(metrics, rel=1e-5, abs=1e-7)
+
+
+@pytest.mark.parametrize("rows", [1, 5, 12, 100])
+def test_micro_batches_hold_every_row_within_the_limit(rows):
+    rollouts = roll(build_policy(spread=0.2))
+    width = rollouts.prompt_BP.shape[1] + rollouts.response_BL.shape[1]
+    parts = [part.tolist() for part in micro_batches(rollouts, rows * width + width - 1)]
+    assert [row for part in parts for row in part] == list(range(12))
+    assert {len(part) for part in parts[:-1]} <= {rows}
+    assert len(parts[-1]) <= rows
+    assert [part.tolist() for part in micro_batches(rollouts, 1)] == [[row] for row in range(12)]
 
 
 def test_the_objective_counts_its_tokens():
