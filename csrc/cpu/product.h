@@ -47,9 +47,11 @@ struct Left {
   std::int64_t row_stride, unit_stride;
 };
 
-template <class E, int R, bool kAdd>
+template <class E, int R, bool kAdd, bool kAlong>
 static inline void micro(Left<E> a, const typename E::Unit* b, int units, float* c,
                          std::int64_t c_stride) {
+  const std::int64_t row_stride = kAlong ? a.row_stride : 1;
+  const std::int64_t unit_stride = kAlong ? 1 : a.unit_stride;
   Vec acc[R][kVectors];
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r)
@@ -61,7 +63,7 @@ static inline void micro(Left<E> a, const typename E::Unit* b, int units, float*
     for (int j = 0; j < kVectors; ++j) right[j] = E::operand(b + std::int64_t(k) * kPanel + j * kLanes);
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
-      const auto left = E::broadcast(a.data + r * a.row_stride + k * a.unit_stride);
+      const auto left = E::broadcast(a.data + r * row_stride + k * unit_stride);
 #pragma GCC unroll 8
       for (int j = 0; j < kVectors; ++j) acc[r][j] = E::madd(acc[r][j], left, right[j]);
     }
@@ -75,19 +77,35 @@ static inline void micro(Left<E> a, const typename E::Unit* b, int units, float*
     }
 }
 
-template <class E, bool kAdd>
+template <class E, bool kAdd, bool kAlong>
 static void micro_rows(int rows, Left<E> a, const typename E::Unit* b, int units, float* c,
                        std::int64_t c_stride) {
   for (int column = 0; column < kPanel; column += kVectors * kLanes) {
     const auto* bc = b + column;
     float* cc = c + column;
     switch (rows) {
-      case 1: micro<E, 1, kAdd>(a, bc, units, cc, c_stride); break;
-      case 2: micro<E, 2, kAdd>(a, bc, units, cc, c_stride); break;
-      case 3: micro<E, 3, kAdd>(a, bc, units, cc, c_stride); break;
-      case 4: micro<E, 4, kAdd>(a, bc, units, cc, c_stride); break;
-      case 5: micro<E, 5, kAdd>(a, bc, units, cc, c_stride); break;
-      default: micro<E, 6, kAdd>(a, bc, units, cc, c_stride); break;
+      case 1: micro<E, 1, kAdd, kAlong>(a, bc, units, cc, c_stride); break;
+      case 2: micro<E, 2, kAdd, kAlong>(a, bc, units, cc, c_stride); break;
+      case 3: micro<E, 3, kAdd, kAlong>(a, bc, units, cc, c_stride); break;
+      case 4: micro<E, 4, kAdd, kAlong>(a, bc, units, cc, c_stride); break;
+      case 5: micro<E, 5, kAdd, kAlong>(a, bc, units, cc, c_stride); break;
+      default: micro<E, 6, kAdd, kAlong>(a, bc, units, cc, c_stride); break;
+    }
+  }
+}
+
+template <class E, bool kAlong>
+static void strided_product(std::int64_t rows, Left<E> a, const typename E::Unit* b, std::int64_t units,
+                    float* c, std::int64_t c_stride, bool add) {
+  for (std::int64_t k = 0; k < units || k == 0; k += kChain) {
+    const int length = int(std::min<std::int64_t>(kChain, units - k));
+    for (std::int64_t r = 0; r < rows; r += kRows) {
+      const int count = int(std::min<std::int64_t>(kRows, rows - r));
+      const Left<E> part{a.data + r * a.row_stride + k * a.unit_stride, a.row_stride, a.unit_stride};
+      if (add || k > 0)
+        micro_rows<E, true, kAlong>(count, part, b + k * kPanel, length, c + r * c_stride, c_stride);
+      else
+        micro_rows<E, false, kAlong>(count, part, b + k * kPanel, length, c + r * c_stride, c_stride);
     }
   }
 }
@@ -96,17 +114,10 @@ static void micro_rows(int rows, Left<E> a, const typename E::Unit* b, int units
 template <class E>
 static void product(std::int64_t rows, Left<E> a, const typename E::Unit* b, std::int64_t units,
                     float* c, std::int64_t c_stride, bool add) {
-  for (std::int64_t k = 0; k < units || k == 0; k += kChain) {
-    const int length = int(std::min<std::int64_t>(kChain, units - k));
-    for (std::int64_t r = 0; r < rows; r += kRows) {
-      const int count = int(std::min<std::int64_t>(kRows, rows - r));
-      const Left<E> part{a.data + r * a.row_stride + k * a.unit_stride, a.row_stride, a.unit_stride};
-      if (add || k > 0)
-        micro_rows<E, true>(count, part, b + k * kPanel, length, c + r * c_stride, c_stride);
-      else
-        micro_rows<E, false>(count, part, b + k * kPanel, length, c + r * c_stride, c_stride);
-    }
-  }
+  if (a.unit_stride == 1)
+    strided_product<E, true>(rows, a, b, units, c, c_stride, add);
+  else
+    strided_product<E, false>(rows, a, b, units, c, c_stride, add);
 }
 
 static inline std::int64_t round_up(std::int64_t x, std::int64_t to) { return (x + to - 1) / to * to; }
