@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from trainer.policy import Policy, positions
 from trainer.types import Problem, Rollouts, Task
@@ -119,7 +120,7 @@ def _decode(
     generator: torch.Generator,
 ) -> Tensor:
     """Token ids [B, max_new_tokens]; what follows an end-of-sequence is padding."""
-    model, cache, eos_ids = policy.model, DynamicCache(config=policy.model.config), policy.eos_ids
+    model, cache, eos_ids = policy.model, _cache(policy), policy.eos_ids
     logits = model(
         input_ids=prompt,
         attention_mask=mask.long(),
@@ -154,6 +155,19 @@ def _decode(
             use_cache=True,
         ).logits[:, -1]
     return response
+
+
+def _cache(policy: Policy) -> DynamicCache:
+    """An empty cache whose rows can be repeated and dropped, in every layer."""
+    cache = DynamicCache(config=policy.model.config)
+    other = {type(layer) for layer in cache.layers} - {DynamicLayer, DynamicSlidingWindowLayer}
+    if other:
+        raise ValueError(
+            f"{type(policy.model).__name__} cannot be sampled: rows of its cache's "
+            f"{', '.join(sorted(kind.__name__ for kind in other))} cannot be dropped; wanted "
+            "attention in all layers"
+        )
+    return cache
 
 
 def _draw(logits: Tensor, temperature: float, generator: torch.Generator) -> Tensor:

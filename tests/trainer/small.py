@@ -33,7 +33,7 @@ _COMMON = {
     "max_position_embeddings": POSITIONS,
 }
 # Heads: plain; tied; plain, in a sliding window; softcapped; scaled; divided; with a bias; and
-# tied, with learned positions.
+# tied, with positions by distance and learned ones.
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", {"num_key_value_heads": 1}),
     "qwen3": ("Qwen3", {"num_key_value_heads": 1, "head_dim": 8, "tie_word_embeddings": True}),
@@ -45,6 +45,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "cohere": ("Cohere", {"num_key_value_heads": 1, "logit_scale": 0.25}),
     "granite": ("Granite", {"num_key_value_heads": 1, "logits_scaling": 4.0}),
     "phi": ("Phi", {}),
+    "bloom": ("Bloom", {}),
     "gpt2": ("GPT2", {}),
 }
 
