@@ -1,0 +1,42 @@
+"""Peak resident memory of one contestant above its inputs, in a process of its own.
+
+python -m benchmarks.peak_memory MODULE PROBLEM CONTESTANT prints bytes. Linux only.
+"""
+
+import ctypes
+import gc
+import importlib
+import sys
+from pathlib import Path
+
+import torch
+
+
+def main(module_name: str, problem_path: str, name: str) -> None:
+    module = importlib.import_module(module_name)
+    contestant = next(c for c in module.contestants() if c.name == name)
+    problem = module.Problem(*torch.load(problem_path))
+    if contestant.uncompiled is None:
+        # Libraries are loaded and threads started at a small size, and nothing else.
+        contestant.run(module.make_problem(64, 32, 256, problem.hidden.dtype))
+    else:
+        # A compiler's own memory is not the step's.
+        contestant.run(problem)
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
+    before = _status("VmRSS")
+    results = contestant.run(problem)
+    print(_status("VmHWM") - before)
+    del results
+
+
+def _status(key: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{key}:"):
+            return int(line.split()[1]) * 1024
+    raise KeyError(key)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,221 @@
+"""Checks contestants, then times them in alternation in one process, then measures their memory.
+
+Nothing is timed whose results are wrong. A round runs every contestant once, each round starting
+with another one, so that whatever drifts on a machine drifts for all. Times are wall time and the
+CPU time of all threads. Memory is the peak of resident memory above what was there before the
+call, the results included, in a fresh process for each contestant.
+"""
+
+import datetime
+import gc
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.environment import CORES
+from entropy_kernels.testing import Watch
+
+ROOT = Path(__file__).parent.parent
+RESULTS = Path(__file__).parent / "results"
+QUANTILES = (20, 50, 80)
+# The largest error relative to the truth's norm: where all is fp32; where results alone are rounded
+# to 16 bits; and where logits are, whose spacing in bf16 is 1/4 at the size of a peaked row's.
+FP32, ROUNDED_ONCE, ROUNDED_LOGITS = 1e-3, 1e-2, 0.25
+
+Results = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """One way to compute a step."""
+
+    name: str
+    """Unique, for files and the command line."""
+    label: str
+    """What a table says."""
+    run: Callable[[Any], Results]
+    """From a problem to named results, some of those that the truth has."""
+    setting: dict[str, Any] = field(default_factory=dict)
+    """What the truth depends on besides the problem."""
+    exact: bool = False
+    """Whether logits are fp32 when inputs have 16 bits."""
+    uncompiled: Callable[[Any], Results] | None = None
+    """Where `run` is compiled: what it was compiled from, whose products are counted."""
+
+
+class WrongResultError(Exception):
+    """Results too far from the truth for their speed to mean anything."""
+
+
+def check(contestant: Contestant, results: Results, truth: Results, dtype: torch.dtype) -> float:
+    """The largest error of any result, relative to the truth's norm, or WrongResultError."""
+    allowed = ROUNDED_ONCE if contestant.exact else ROUNDED_LOGITS
+    allowed = FP32 if dtype == torch.float32 else allowed
+    worst = 0.0
+    for name, got in results.items():
+        wanted = truth[name].double()
+        # A loss is a sum of terms of both signs and of size 1: its own size is no scale.
+        scale = 1.0 if wanted.ndim == 0 else float(wanted.norm())
+        error = float((got.double() - wanted).norm()) / scale
+        if not error <= allowed:
+            raise WrongResultError(f"{name} is off by {error:.2g}; {allowed} is allowed")
+        worst = max(worst, error)
+    return worst
+
+
+def run_suite(
+    contestants: Sequence[Contestant],
+    problem: Any,
+    truth: Callable[..., Results],
+    *,
+    rounds: int,
+    dtype: torch.dtype,
+    log: Callable[[str], None] = print,
+) -> list[dict[str, Any]]:
+    """One entry a contestant: its error, products and samples; or why it was refused."""
+    entries = {c.name: {"name": c.name, "label": c.label} for c in contestants}
+    passed = []
+    for setting in _distinct(c.setting for c in contestants):
+        wanted = truth(problem, **setting)
+        for contestant in contestants:
+            if contestant.setting != setting:
+                continue
+            entry = entries[contestant.name]
+            try:
+                entry["error"] = check(contestant, contestant.run(problem), wanted, dtype)
+            except WrongResultError as wrong:
+                entry["refused"] = str(wrong)
+                log(f"{contestant.name}: refused, {wrong}")
+                continue
+            with Watch() as watch:
+                (contestant.uncompiled or contestant.run)(problem)
+            entry["flops"] = 2 * watch.products
+            passed.append(contestant)
+            log(f"{contestant.name}: error {entry['error']:.1e}, {entry['flops']:.3g} flops")
+    passed.sort(key=contestants.index)
+    for name, samples in alternate(passed, problem, rounds, log).items():
+        entries[name] |= samples
+    return list(entries.values())
+
+
+def _distinct(settings: Any) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = []
+    for setting in settings:
+        if setting not in found:
+            found.append(setting)
+    return found
+
+
+def alternate(
+    contestants: Sequence[Contestant], problem: Any, rounds: int, log: Callable[[str], None] = print
+) -> dict[str, dict[str, list[float]]]:
+    """Seconds of wall and CPU time, and the turn in which each sample was taken."""
+    samples: dict[str, dict[str, list[float]]] = {
+        c.name: {"wall_s": [], "cpu_s": [], "turn": []} for c in contestants
+    }
+    turn = 0
+    for number in range(rounds):
+        first = number % max(len(contestants), 1)
+        for contestant in [*contestants[first:], *contestants[:first]]:
+            gc.collect()
+            wall, cpu = time.perf_counter(), time.process_time()
+            results = contestant.run(problem)
+            wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+            del results
+            for name, value in {"wall_s": wall, "cpu_s": cpu, "turn": turn}.items():
+                samples[contestant.name][name].append(value)
+            turn += 1
+        last = ", ".join(f"{name} {x['wall_s'][-1]:.2f}" for name, x in samples.items())
+        log(f"round {number + 1} of {rounds}, seconds: {last}")
+    return samples
+
+
+def peak_bytes(module: str, names: Sequence[str], problem: Any) -> dict[str, int]:
+    """Peak resident memory above the inputs, of each contestant of `module`; Linux only."""
+    if not Path("/proc/self/clear_refs").exists():
+        return {}
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "problem.pt"
+        torch.save(tuple(problem), path)
+        found = {}
+        for name in names:
+            command = [sys.executable, "-m", "benchmarks.peak_memory", module, str(path), name]
+            done = subprocess.run(
+                command,
+                cwd=ROOT,
+                check=True,
+                stdout=subprocess.PIPE,
+                text=True,
+                # This process is bound to one core, its children need not be.
+                preexec_fn=lambda: os.sched_setaffinity(0, CORES),
+            )
+            found[name] = int(done.stdout.split()[-1])
+    return found
+
+
+def about_this_run() -> dict[str, Any]:
+    """Machine, versions, commit and date."""
+    return {
+        "machine": _cpu_model(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "system": platform.system(),
+        "versions": _versions("torch", "trl", "liger-kernel"),
+        "environment": {name: x for name, x in os.environ.items() if name.startswith("OMP_")},
+        "commit": _commit(),
+        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+    }
+
+
+def write(folder: Path, name: str, about: dict[str, Any], entries: list[dict[str, Any]]) -> Path:
+    """One result file."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{name}.json"
+    path.write_text(json.dumps(about | {"contestants": entries}, indent=1) + "\n")
+    return path
+
+
+def _cpu_model() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    found = dict(line.replace("\t", "").split(": ", 1) for line in lines if ": " in line)
+    name = found.get("model name", platform.machine())
+    if "cpu family" in found:
+        name += f" (family {found['cpu family']}, model {found['model']})"
+    return name
+
+
+def _versions(*packages: str) -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for package in packages:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _commit() -> str:
+    """Short, with -dirty where the code that was measured is not the commit's."""
+    git = ["git", "-C", str(ROOT)]
+    try:
+        head = subprocess.check_output([*git, "rev-parse", "--short=10", "HEAD"], text=True).strip()
+        measured = ["entropy_kernels", "csrc", "benchmarks/*.py"]
+        changed = subprocess.check_output([*git, "status", "--porcelain", "--", *measured])
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return f"{head}-dirty" if changed else head
