@@ -205,7 +205,13 @@ class Config:
 
 def tiny() -> Config:
     """A 0.3 M-parameter Qwen3 on the number ladder: warm start and RL in minutes on a laptop."""
-    return Config(threads=1, warm_start=WarmStart(steps=600))
+    return Config(
+        steps=100,
+        threads=1,
+        eval_problems=1024,
+        warm_start=WarmStart(steps=600),
+        algorithm=Algorithm(max_rounds=2),
+    )
 
 
 PRESETS = {"tiny": tiny}
