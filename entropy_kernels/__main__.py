@@ -35,6 +35,9 @@ def main() -> int:
         for impl in ops.IMPLEMENTATIONS:
             name = f"linear_logprob_entropy, {impl} on {device}"
             checks[name] = functools.partial(_check_head, impl, device)
+            if impl == "torch" or device == "cpu":
+                name = f"ratio_loss, {impl} on {device}"
+                checks[name] = functools.partial(_check_ratio_loss, impl, device)
         checks[f"top_entropy_mask on {device}"] = functools.partial(_check_selection, device)
     failed = 0
     for name, check in checks.items():
@@ -72,6 +75,21 @@ def _check_head(impl: str, device: str) -> str:
         error = float((got - want).abs().max() / want.abs().max())
         if not error < 1e-5:
             return f"FAILED: {name} is off by {error:.1e} of its largest value"
+    return ""
+
+
+def _check_ratio_loss(impl: str, device: str) -> str:
+    """Loss and gradient against fp64 on ratios inside and outside of the clips; empty if well."""
+    old, advantage = -torch.rand(4, 100, device=device), torch.randn(4, 100, device=device)
+    mask = torch.rand(4, 100, device=device) < 0.5
+    logprob = (old + 0.3 * torch.randn(4, 100, device=device)).requires_grad_()
+    got = ek.ratio_loss(logprob, old, advantage, mask, impl=impl)[0]
+    want = reference.ratio_loss(logprob.double(), old.double(), advantage.double(), mask, mask)
+    found = [(loss.detach(), torch.autograd.grad(loss, logprob)[0]) for loss in (got, want)]
+    for name, x, y in zip(("loss", "gradient"), *found, strict=True):
+        error = float((x - y).abs().max() / y.abs().max())
+        if not error < 1e-4:
+            return f"FAILED: the {name} is off by {error:.1e} of its largest value"
     return ""
 
 

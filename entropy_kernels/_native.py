@@ -5,6 +5,7 @@ They take raw pointers and sizes, and know nothing of torch.
 
 import functools
 import importlib
+import math
 from types import ModuleType
 from typing import Any
 
@@ -96,6 +97,50 @@ def radix_histogram(
         prefix_bits=prefix_bits,
         counts_ptr=counts.data_ptr(),
     )
+
+
+def ratio_loss(
+    logprob_BL: Tensor,
+    old_logprob_BL: Tensor,
+    advantage_BL: Tensor,
+    kept_BL: Tensor,
+    weight_B: Tensor,
+    clip_low: float,
+    clip_high: float,
+    dual_clip: float | None,
+    log_ratio_bound: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The clipped loss and its gradient in one pass; see `_torch.ratio_loss` for what it returns.
+
+    Sums are fp64 over fixed parts of the tokens: the same bits at any number of threads.
+    """
+    inputs = [x.contiguous() for x in (logprob_BL, old_logprob_BL, advantage_BL, kept_BL, weight_B)]
+    assert all(_is_plain(x, torch.bool if x is inputs[3] else torch.float32) for x in inputs)
+    assert all(x.shape == logprob_BL.shape for x in inputs[:4])
+    assert weight_B.shape == logprob_BL.shape[:1]
+    assert 0 < log_ratio_bound <= 80
+    loss, grad_BL = torch.empty(()), torch.empty(logprob_BL.shape)
+    sums, counts = torch.empty(4), torch.empty(3, dtype=torch.int64)
+    logprob_ptr, old_logprob_ptr, advantage_ptr, kept_ptr, weight_ptr = map(_pointer, inputs)
+    _module().ratio_loss(
+        logprob_ptr=logprob_ptr,
+        old_logprob_ptr=old_logprob_ptr,
+        advantage_ptr=advantage_ptr,
+        kept_ptr=kept_ptr,
+        weight_ptr=weight_ptr,
+        sequences=logprob_BL.shape[0],
+        length=logprob_BL.shape[1],
+        low=1 - clip_low,
+        high=1 + clip_high,
+        dual=math.inf if dual_clip is None else dual_clip,
+        log_ratio=log_ratio_bound,
+        threads=torch.get_num_threads(),
+        loss_ptr=loss.data_ptr(),
+        grad_ptr=grad_BL.data_ptr(),
+        sums_ptr=sums.data_ptr(),
+        counts_ptr=counts.data_ptr(),
+    )
+    return loss, grad_BL, sums, counts
 
 
 def _is_plain(tensor: Tensor, dtype: torch.dtype) -> bool:

@@ -180,6 +180,7 @@ def high_entropy_policy_loss(
         dual_clip=dual_clip,
         denominator=denominator,
         num_sequences=num_sequences,
+        impl="torch" if impl == "reference" else impl,
     )
     lowest = entropy.masked_fill(~selected, torch.inf).flatten()
     lowest = torch.cat([lowest, lowest.new_full((1,), torch.inf)]).min()

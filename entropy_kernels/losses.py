@@ -1,4 +1,4 @@
-"""The policy loss on per-token log-probabilities: [T]-sized PyTorch, differentiated by autograd.
+"""The policy loss on per-token log-probabilities: counts and weights, then the op.
 
 B sequences, L their length.
 """
@@ -6,6 +6,8 @@ B sequences, L their length.
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
+
+from entropy_kernels import _native, ops
 
 LOSS_TYPES = ("dapo", "grpo")
 # |log ratio| is clamped here before exp, as verl does; beyond, the ratio is meaningless.
@@ -25,6 +27,7 @@ def ratio_loss(
     dual_clip: float | None = None,
     denominator: str | float | Tensor = "selected",
     num_sequences: float | Tensor | None = None,
+    impl: str = "auto",
 ) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
     """The clipped policy loss of PPO, GRPO and DAPO over the selected tokens.
 
@@ -37,12 +40,15 @@ def ratio_loss(
     loss_type "grpo" (DeepSeekMath, arXiv 2402.03300): each sequence's sum over its own count, then
     the mean over the sequences with a token of the loss mask, or over `num_sequences`.
 
-    A token whose ratio is clipped, whose advantage is zero, or that is not selected gets a gradient
-    of exactly zero, whatever its logprob (inf and NaN included). A NaN among the selected tokens
-    makes the loss NaN. No selected token: the loss is 0, its gradients too.
+    Differentiable once, with respect to logprob; its gradient is found in the same pass. A token
+    whose ratio is clipped, whose advantage is zero, or that is not selected gets a gradient of
+    exactly zero, whatever its logprob (inf and NaN included); so does one whose |log ratio|
+    passes 20, where it is clamped. On a bound itself a ratio counts as inside. A NaN among the
+    selected tokens makes the loss NaN, and that token's gradient unless its advantage is zero. No
+    selected token: the loss is 0, its gradients too.
 
     Args:
-        logprob: fp32, with gradient. [B, L] for "grpo".
+        logprob: with gradient; computed in fp32, or in fp64 where it is fp64. [B, L] for "grpo".
         old_logprob: of the sampling policy, without gradient; None: on-policy, ratio 1.
         advantage: one a token, or [B] where logprob is [B, L].
         mask: the loss mask: false for prompt, padding and tool tokens.
@@ -52,48 +58,70 @@ def ratio_loss(
             or for "dapo" a count: that of the whole step, so that the sum over micro-batches and
             ranks equals one batch.
         num_sequences: for "grpo", the number of sequences of the whole step, to the same end.
+        impl: "auto", what fits of the following; "cpu", the compiled kernel, for fp32 on a CPU;
+            or "torch", any device.
 
     Returns:
         The loss, and metrics as 0-dim tensors without gradient: clip/low, clip/high (share of the
         selected tokens whose gradient was clipped away; clip/low includes the dual clip),
         ratio/mean, ratio/max, kl/k1, kl/k3 (estimates of KL(old || new) over the selected tokens),
-        entropy/kept_fraction (selected over mask), head/active_rows (tokens with a gradient),
-        tokens/all, tokens/kept.
+        entropy/kept_fraction (selected over mask), head/active_rows (tokens whose gradient is not
+        zero), tokens/all, tokens/kept.
 
     Raises:
-        ValueError: shapes or dtypes that do not fit, an unknown loss_type or denominator, a clip
-            range or dual_clip out of bounds.
+        ValueError: shapes, dtypes or devices that do not fit, an unknown loss_type, denominator or
+            impl, a clip range or dual_clip out of bounds.
     """
     selected = mask if selected is None else selected
-    _check_tensors(logprob, old_logprob, mask, selected)
+    _check_tensors(logprob, old_logprob, advantage, mask, selected)
     _check_aggregation(logprob, loss_type, denominator, num_sequences)
     _check_clip(clip_low, clip_high, dual_clip)
+    dtype = torch.float64 if logprob.dtype == torch.float64 else torch.float32
+    name = _resolve(impl, logprob.device, dtype)
     kept = mask & selected
-    advantage = torch.where(kept, _per_token(advantage, logprob), 0.0)
-    old = logprob.detach() if old_logprob is None else old_logprob.detach()
-    log_ratio = torch.where(kept, logprob - old, 0.0).clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND)
-    ratio = log_ratio.exp()
-    clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
-    loss = -torch.minimum(ratio * advantage, clipped * advantage)
-    if dual_clip is not None:
-        loss = torch.where(advantage < 0, torch.minimum(loss, -dual_clip * advantage), loss)
-
-    with torch.no_grad():
-        above = dual_clip if dual_clip is not None else torch.inf
-        low = (advantage < 0) & ((ratio < 1 - clip_low) | (ratio > above))
-        high = (advantage > 0) & (ratio > 1 + clip_high)
-        metrics = _metrics(log_ratio, kept, mask, low, high, (advantage != 0) & ~low & ~high)
     counted = mask if isinstance(denominator, str) and denominator == "all" else kept
+    shape: tuple[int, ...] = logprob.shape
     if loss_type == "dapo":
+        shape = (1, logprob.numel())
         count = counted.sum() if isinstance(denominator, str) else denominator
-        return loss.sum() / _at_least_one(count), metrics
-    sequences = mask.any(1).sum() if num_sequences is None else num_sequences
-    means = loss.sum(1) / counted.sum(1).clamp_min(1)
-    return means.sum() / _at_least_one(sequences), metrics
+        weight = 1 / _at_least_one(count, logprob.device, dtype)
+    else:
+        sequences = mask.any(1).sum() if num_sequences is None else num_sequences
+        sequences = _at_least_one(sequences, logprob.device, dtype)
+        weight = 1 / (counted.sum(1).clamp_min(1) * sequences)
+    old = (logprob if old_logprob is None else old_logprob).detach()
+    loss, _, sums, counts = ops.ratio_loss(
+        *(x.to(dtype).reshape(shape) for x in (logprob, old, _per_token(advantage, logprob))),
+        kept.reshape(shape),
+        weight,
+        clip_low,
+        clip_high,
+        dual_clip,
+        LOG_RATIO_BOUND,
+        name,
+    )
+    return loss, _metrics(sums, counts, kept.sum(), mask.sum())
 
 
-def _at_least_one(count: float | Tensor) -> float | Tensor:
-    return count.clamp_min(1) if isinstance(count, Tensor) else count
+def _at_least_one(count: float | Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """[1]; a number stays what it is."""
+    if isinstance(count, Tensor):
+        return count.detach().to(device, dtype).clamp_min(1).reshape(1)
+    return torch.full((1,), count, device=device, dtype=dtype)
+
+
+def _resolve(impl: str, device: torch.device, dtype: torch.dtype) -> str:
+    """The implementation that "auto" stands for."""
+    built, fits = ops.IMPLEMENTATIONS, device.type == "cpu" and dtype == torch.float32
+    if impl == "auto":
+        return "cpu" if fits and "cpu" in built else "torch"
+    if impl == "cpu" and "cpu" not in built:
+        raise ValueError(f'impl="cpu" is missing: {_native.why_missing("cpu")}')
+    if impl not in built:
+        raise ValueError(f"impl must be one of {', '.join(['auto', *built])}; got {impl!r}")
+    if impl == "cpu" and not fits:
+        raise ValueError(f'impl="cpu" needs fp32 tensors on the CPU; got {dtype} on {device}')
+    return impl
 
 
 def _per_token(advantage: Tensor, logprob: Tensor) -> Tensor:
@@ -107,30 +135,35 @@ def _per_token(advantage: Tensor, logprob: Tensor) -> Tensor:
     )
 
 
-def _metrics(
-    log_ratio: Tensor, kept: Tensor, mask: Tensor, low: Tensor, high: Tensor, active: Tensor
-) -> dict[str, Tensor]:
-    count = kept.sum()
-    mean = 1.0 / count.clamp_min(1)
-    ratio = torch.where(kept, log_ratio.exp(), 0.0)
+def _metrics(sums: Tensor, counts: Tensor, kept: Tensor, valid: Tensor) -> dict[str, Tensor]:
+    among = kept.clamp_min(1)
+    mean_ratio, _, mean_log_ratio, mean_excess = (sums / among).unbind()
+    low, high, _ = (counts / among).unbind()
     return {
-        "clip/low": low.sum() * mean,
-        "clip/high": high.sum() * mean,
-        "ratio/mean": ratio.sum() * mean,
-        "ratio/max": torch.cat([ratio.flatten(), ratio.new_zeros(1)]).max(),
-        "kl/k1": -log_ratio.sum() * mean,
-        "kl/k3": torch.where(kept, log_ratio.expm1() - log_ratio, 0.0).sum() * mean,
-        "entropy/kept_fraction": count / mask.sum().clamp_min(1),
-        "head/active_rows": active.sum(),
-        "tokens/all": mask.sum(),
-        "tokens/kept": count,
+        "clip/low": low,
+        "clip/high": high,
+        "ratio/mean": mean_ratio,
+        "ratio/max": sums[1],
+        "kl/k1": -mean_log_ratio,
+        "kl/k3": mean_excess,
+        "entropy/kept_fraction": kept / valid.clamp_min(1),
+        "head/active_rows": counts[2],
+        "tokens/all": valid,
+        "tokens/kept": kept,
     }
 
 
 def _check_tensors(
-    logprob: Tensor, old_logprob: Tensor | None, mask: Tensor, selected: Tensor
+    logprob: Tensor,
+    old_logprob: Tensor | None,
+    advantage: Tensor,
+    mask: Tensor,
+    selected: Tensor,
 ) -> None:
     like = {"old_logprob": old_logprob, "mask": mask, "selected": selected}
+    for name, x in (like | {"advantage": advantage}).items():
+        if x is not None and x.device != logprob.device:
+            raise ValueError(f"{name} must be on {logprob.device}, like logprob; got {x.device}")
     for name, x in like.items():
         if x is not None and x.shape != logprob.shape:
             raise ValueError(

@@ -15,10 +15,11 @@ from entropy_kernels._torch.linear_logprob_entropy import linear_logprob_entropy
 from entropy_kernels._torch.linear_logprob_entropy_backward import (
     linear_logprob_entropy_backward as torch_backward,
 )
+from entropy_kernels._torch.ratio_loss import ratio_loss as torch_ratio_loss
 
 _FORWARD = {"torch": torch_forward, "cpu": _native.linear_logprob_entropy}
 _BACKWARD = {"torch": torch_backward, "cpu": _native.linear_logprob_entropy_backward}
-
+_RATIO_LOSS = {"torch": torch_ratio_loss, "cpu": _native.ratio_loss}
 
 # What this machine has of them.
 IMPLEMENTATIONS = tuple(name for name in _FORWARD if name != "cpu" or _native.cpu() is not None)
@@ -167,10 +168,65 @@ def _backward(ctx, grad_logprob, grad_entropy, grad_logsumexp, *_):
 
 linear_logprob_entropy.register_autograd(_backward, setup_context=_setup_context)
 
+
+def _ratio_loss(
+    logprob: Tensor,
+    old_logprob: Tensor,
+    advantage: Tensor,
+    kept: Tensor,
+    weight: Tensor,
+    clip_low: float,
+    clip_high: float,
+    dual_clip: float | None,
+    log_ratio_bound: float,
+    impl: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """loss, its gradient with respect to logprob, and what metrics need: sums [4], counts [3].
+
+    logprob, old_logprob, advantage [B, L], fp32, with impl "torch" also fp64; kept bool [B, L];
+    weight [B], what the losses of a sequence's tokens are multiplied with.
+    """
+    return _RATIO_LOSS[impl](
+        logprob,
+        old_logprob,
+        advantage,
+        kept,
+        weight,
+        clip_low,
+        clip_high,
+        dual_clip,
+        log_ratio_bound,
+    )
+
+
+ratio_loss = torch.library.custom_op("entropy_kernels::ratio_loss", _ratio_loss, mutates_args=())
+
+
+@ratio_loss.register_fake
+def _(logprob, *_):
+    grad = torch.empty_like(logprob, memory_format=torch.contiguous_format)
+    counts = logprob.new_empty(3, dtype=torch.int64)
+    return logprob.new_empty(()), grad, logprob.new_empty(4), counts
+
+
+def _ratio_loss_context(ctx, inputs, output) -> None:
+    _, grad, sums, counts = output
+    ctx.mark_non_differentiable(grad, sums, counts)
+    ctx.save_for_backward(grad)
+
+
+def _ratio_loss_backward(ctx, grad_loss, *_):
+    (grad,) = ctx.saved_tensors
+    return grad * grad_loss, *[None] * 9
+
+
+ratio_loss.register_autograd(_ratio_loss_backward, setup_context=_ratio_loss_context)
+
 # What runs behind each registered name, for those who watch it from inside.
 BODIES: dict[str, Callable[..., Any]] = {
     "linear_logprob_entropy": _linear_logprob_entropy,
     "linear_logprob_entropy_backward": _linear_logprob_entropy_backward,
+    "ratio_loss": _ratio_loss,
 }
 
 

@@ -145,6 +145,16 @@ def test_an_empty_mask_is_a_zero_loss_with_zero_gradients(batch, loss_type, way)
     assert (dw == 0).all()
 
 
+def test_impl_names_the_head_and_the_loss(batch, impl):
+    h, w, *rest = batch
+    got, want = (
+        gradients(lambda h, w, i=i: ek.high_entropy_policy_loss(h, w, *rest, impl=i), h, w)
+        for i in (impl, "reference")
+    )
+    for g, t in zip(got[:3], want[:3], strict=True):
+        torch.testing.assert_close(g, t, rtol=1e-3, atol=1e-6)
+
+
 def test_micro_batches_equal_one_batch(batch):
     """A threshold and a count of the whole step make accumulation exact."""
     h, w, y, old, advantage, mask = batch

@@ -1,17 +1,29 @@
 """ratio_loss: values and gradients against the reference's loop, and every way to split a batch."""
 
+import functools
+
 import pytest
 import torch
 
 import entropy_kernels as ek
-from entropy_kernels import reference
+from entropy_kernels import _native, ops, reference
 from entropy_kernels.testing import assert_within_two_bounds
 
 B, L = 5, 11
+WHY_MISSING = _native.why_missing("cpu")
 
 
 @pytest.fixture
-def batch():
+def ratio_loss(impl):
+    return functools.partial(ek.ratio_loss, impl=impl)
+
+
+@pytest.fixture
+def batch(device):
+    return [x.to(device) for x in make_batch()]
+
+
+def make_batch():
     """Ratios inside and outside of every clip, both signs and zero advantages, ragged masks."""
     logprob = -torch.rand(B, L) * 3
     old = logprob + torch.randn(B, L) * 0.6
@@ -36,12 +48,12 @@ def gradient(logprob, loss_of):
 @pytest.mark.parametrize("denominator", ["selected", "all"])
 @pytest.mark.parametrize("dual_clip", [None, 3.0])
 @pytest.mark.parametrize("on_policy", [False, True], ids=["off-policy", "on-policy"])
-def test_equals_the_reference(batch, loss_type, denominator, dual_clip, on_policy):
+def test_equals_the_reference(ratio_loss, batch, loss_type, denominator, dual_clip, on_policy):
     logprob, old, advantage, mask, selected = batch
     old = None if on_policy else old
     options = {"loss_type": loss_type, "denominator": denominator, "dual_clip": dual_clip}
     got = gradient(
-        logprob, lambda x: ek.ratio_loss(x, old, advantage, mask, selected=selected, **options)[0]
+        logprob, lambda x: ratio_loss(x, old, advantage, mask, selected=selected, **options)[0]
     )
     want = []
     for dtype in (torch.float64, torch.float32):
@@ -56,36 +68,36 @@ def test_equals_the_reference(batch, loss_type, denominator, dual_clip, on_polic
         assert_within_two_bounds(g, truth, plain, plain)
 
 
-def test_a_number_as_denominator(batch):
+def test_a_number_as_denominator(ratio_loss, batch):
     logprob, old, advantage, mask, selected = batch
     for count in (7, 7.0, torch.tensor(7)):
-        got = ek.ratio_loss(logprob, old, advantage, mask, selected=selected, denominator=count)[0]
+        got = ratio_loss(logprob, old, advantage, mask, selected=selected, denominator=count)[0]
         want = reference.ratio_loss(logprob, old, advantage, mask, selected, denominator=7.0)
         torch.testing.assert_close(got, want)
 
 
-def test_one_advantage_a_sequence(batch):
+def test_one_advantage_a_sequence(ratio_loss, batch):
     logprob, old, advantage, mask, _ = batch
     per_sequence = advantage[:, 0]
-    got = ek.ratio_loss(logprob, old, per_sequence, mask)[0]
-    want = ek.ratio_loss(logprob, old, per_sequence[:, None].expand(B, L), mask)[0]
+    got = ratio_loss(logprob, old, per_sequence, mask)[0]
+    want = ratio_loss(logprob, old, per_sequence[:, None].expand(B, L), mask)[0]
     assert torch.equal(got, want)
 
 
 @pytest.mark.parametrize("denominator", ["selected", "all"])
-def test_dapo_micro_batches_add_up_to_one_batch(batch, denominator):
+def test_dapo_micro_batches_add_up_to_one_batch(ratio_loss, batch, denominator):
     """Each micro-batch divides by the count of the step: accumulation changes nothing."""
     logprob, old, advantage, mask, selected = batch
     count = int((mask & selected).sum() if denominator == "selected" else mask.sum())
 
     def whole(x):
         options = {"selected": selected, "denominator": denominator}
-        return ek.ratio_loss(x, old, advantage, mask, **options)[0]
+        return ratio_loss(x, old, advantage, mask, **options)[0]
 
     def split(x):
         rows = [slice(0, 1), slice(1, 4), slice(4, 5)]
         return sum(
-            ek.ratio_loss(
+            ratio_loss(
                 x[r], old[r], advantage[r], mask[r], selected=selected[r], denominator=count
             )[0]
             for r in rows
@@ -96,16 +108,16 @@ def test_dapo_micro_batches_add_up_to_one_batch(batch, denominator):
 
 
 @pytest.mark.parametrize("denominator", ["selected", "all"])
-def test_grpo_micro_batches_add_up_to_one_batch(batch, denominator):
+def test_grpo_micro_batches_add_up_to_one_batch(ratio_loss, batch, denominator):
     logprob, old, advantage, mask, selected = batch
     options = {"loss_type": "grpo", "denominator": denominator}
 
     def whole(x):
-        return ek.ratio_loss(x, old, advantage, mask, selected=selected, **options)[0]
+        return ratio_loss(x, old, advantage, mask, selected=selected, **options)[0]
 
     def split(x):
         return sum(
-            ek.ratio_loss(
+            ratio_loss(
                 x[r],
                 old[r],
                 advantage[r],
@@ -121,10 +133,10 @@ def test_grpo_micro_batches_add_up_to_one_batch(batch, denominator):
         torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-7)
 
 
-def test_rows_without_gradient_are_exactly_zero(batch):
+def test_rows_without_gradient_are_exactly_zero(ratio_loss, batch):
     logprob, old, advantage, mask, selected = batch
     x = logprob.clone().requires_grad_()
-    loss, metrics = ek.ratio_loss(x, old, advantage, mask, selected=selected, dual_clip=3.0)
+    loss, metrics = ratio_loss(x, old, advantage, mask, selected=selected, dual_clip=3.0)
     loss.backward()
     ratio = (logprob - old).exp()
     clipped = ((advantage > 0) & (ratio > 1.28)) | ((advantage < 0) & ((ratio < 0.8) | (ratio > 3)))
@@ -138,9 +150,9 @@ def test_rows_without_gradient_are_exactly_zero(batch):
     assert metrics["clip/low"] > 0
 
 
-def test_metrics_are_over_the_selected_tokens(batch):
+def test_metrics_are_over_the_selected_tokens(ratio_loss, batch):
     logprob, old, advantage, mask, selected = batch
-    _, metrics = ek.ratio_loss(logprob, old, advantage, mask, selected=selected)
+    _, metrics = ratio_loss(logprob, old, advantage, mask, selected=selected)
     log_ratio = (logprob - old)[mask & selected]
     want = {
         "ratio/mean": log_ratio.exp().mean(),
@@ -156,55 +168,131 @@ def test_metrics_are_over_the_selected_tokens(batch):
     assert not any(value.requires_grad for value in metrics.values())
 
 
-def test_what_is_not_selected_may_be_anything(batch):
+def test_what_is_not_selected_may_be_anything(ratio_loss, batch):
     logprob, old, advantage, mask, selected = batch
-    want = gradient(logprob, lambda x: ek.ratio_loss(x, old, advantage, mask, selected=selected)[0])
+    want = gradient(logprob, lambda x: ratio_loss(x, old, advantage, mask, selected=selected)[0])
     outside = ~(mask & selected)
     for value in (torch.nan, torch.inf, -torch.inf):
         dirty = [x.masked_fill(outside, value) for x in (logprob, old, advantage)]
         got = gradient(
             dirty[0],
-            lambda x, d=dirty: ek.ratio_loss(x, d[1], d[2], mask, selected=selected)[0],
+            lambda x, d=dirty: ratio_loss(x, d[1], d[2], mask, selected=selected)[0],
         )
         for g, w in zip(got, want, strict=True):
             assert torch.equal(g, w)
 
 
-def test_a_selected_nan_is_seen(batch):
+def test_a_selected_nan_is_seen(ratio_loss, batch):
+    for i in range(3):
+        dirty = [x.clone() for x in batch[:3]]
+        dirty[i][0, 3] = torch.nan
+        loss, grad = gradient(dirty[0], lambda x, d=dirty: ratio_loss(x, *d[1:], batch[3])[0])
+        assert loss.isnan()
+        assert torch.equal(grad.isnan().nonzero(), torch.tensor([[0, 3]], device=grad.device))
+        metrics = ratio_loss(*dirty, batch[3])[1]
+        names = ("ratio/mean", "ratio/max", "kl/k1", "kl/k3")
+        assert all(metrics[name].isnan() == (i < 2) for name in names)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_a_zero_advantage_has_no_gradient_whatever_its_logprob(ratio_loss, batch, value):
     logprob, old, advantage, mask, _ = batch
-    logprob[0, 3] = torch.nan
-    assert ek.ratio_loss(logprob, old, advantage, mask)[0].isnan()
+    advantage[0, 3] = 0.0
+    clean = gradient(logprob, lambda x: ratio_loss(x, old, advantage, mask)[0])
+    logprob[0, 3] = value
+    loss, grad = gradient(logprob, lambda x: ratio_loss(x, old, advantage, mask)[0])
+    assert loss.isnan() if value != value else torch.equal(loss, clean[0])
+    assert torch.equal(grad, clean[1])
 
 
 @pytest.mark.parametrize("loss_type", ["dapo", "grpo"])
-def test_nothing_selected_is_a_zero_loss_with_zero_gradients(batch, loss_type):
+def test_nothing_selected_is_a_zero_loss_with_zero_gradients(ratio_loss, batch, loss_type):
     logprob, old, advantage, mask, _ = batch
-    for nothing in (torch.zeros_like(mask), torch.zeros(B, 0, dtype=torch.bool)):
+    for nothing in (torch.zeros_like(mask), torch.zeros_like(mask)[:, :0]):
         n = nothing.shape[1]
         loss, grad = gradient(
             logprob[:, :n],
-            lambda x, m=nothing, n=n: ek.ratio_loss(
+            lambda x, m=nothing, n=n: ratio_loss(
                 x, old[:, :n], advantage[:, :n], m, loss_type=loss_type
             )[0],
         )
         assert loss == 0
         assert (grad == 0).all()
-    metrics = ek.ratio_loss(logprob, old, advantage, torch.zeros_like(mask))[1]
+    metrics = ratio_loss(logprob, old, advantage, torch.zeros_like(mask))[1]
     assert all(value.isfinite() for value in metrics.values())
 
 
-def test_extreme_ratios_stay_finite(batch):
+def test_extreme_ratios_stay_finite(ratio_loss, batch):
     logprob, _, advantage, mask, _ = batch
-    loss, grad = gradient(logprob, lambda x: ek.ratio_loss(x, logprob - 200, advantage, mask)[0])
+    loss, grad = gradient(logprob, lambda x: ratio_loss(x, logprob - 200, advantage, mask)[0])
     assert loss.isfinite()
     assert grad.isfinite().all()
 
 
-def test_compiles_into_one_graph(batch, unchecked_shapes):
+def strided(x):
+    """The same values, not contiguous."""
+    return torch.stack([x, x], -1)[..., 0]
+
+
+def test_strided_inputs(ratio_loss, batch):
+    for options in ({"loss_type": "grpo"}, {}):
+        got, want = (
+            gradient(
+                logprob, lambda x, r=rest, o=options: ratio_loss(x, *r[:3], selected=r[3], **o)[0]
+            )
+            for logprob, *rest in ([strided(x) for x in batch], batch)
+        )
+        assert all(torch.equal(g, w) for g, w in zip(got, want, strict=True))
+
+
+def test_the_gradient_is_scaled_by_the_incoming_one(ratio_loss, batch):
+    logprob, *rest, _ = batch
+    once = gradient(logprob, lambda x: ratio_loss(x, *rest)[0])[1]
+    thrice = gradient(logprob, lambda x: 3 * ratio_loss(x, *rest)[0])[1]
+    assert torch.equal(thrice, 3 * once)
+
+
+def op_arguments(x, old, advantage, mask, _):
+    return x, old, advantage, mask, torch.rand(B, device=x.device), 0.2, 0.28, 3.0, 20.0
+
+
+def test_opcheck(impl, batch, unchecked_shapes):
+    batch[0].requires_grad_()
+    op = torch.ops.entropy_kernels.ratio_loss.default
+    torch.library.opcheck(op, (*op_arguments(*batch), impl))
+
+
+def test_the_torch_path_reads_no_value():
+    """What has no values cannot be read: nothing waits for a device."""
+    arguments = op_arguments(*(x.to("meta") for x in make_batch()))
+    results = ops.BODIES["ratio_loss"](*arguments, "torch")
+    assert [tuple(x.shape) for x in results] == [(), (B, L), (4,), (3,)]
+
+
+def test_auto_takes_what_fits(monkeypatch, unchecked_shapes):
+    batch = make_batch()[:4]
+    taken = []
+    for name, body in ops._RATIO_LOSS.items():
+        monkeypatch.setitem(
+            ops._RATIO_LOSS, name, lambda *a, n=name, b=body: (taken.append(n), b(*a))[1]
+        )
+    ek.ratio_loss(*batch)
+    ek.ratio_loss(*(x.double() for x in batch[:3]), batch[3])
+    monkeypatch.setattr(ops, "IMPLEMENTATIONS", ("torch",))
+    ek.ratio_loss(*batch)
+    assert taken == ["torch" if WHY_MISSING else "cpu", "torch", "torch"]
+    with pytest.raises(ValueError, match='impl="cpu" is missing'):
+        ek.ratio_loss(*batch, impl="cpu")
+    monkeypatch.setattr(ops, "IMPLEMENTATIONS", ("torch", "cpu"))
+    with pytest.raises(ValueError, match=r'impl="cpu" needs fp32.*got torch.float64 on cpu'):
+        ek.ratio_loss(*(x.double() for x in batch[:3]), batch[3], impl="cpu")
+
+
+def test_compiles_into_one_graph(ratio_loss, batch, unchecked_shapes):
     logprob, old, advantage, mask, selected = batch
 
     def step(x):
-        return ek.ratio_loss(x, old, advantage, mask, selected=selected)[0]
+        return ratio_loss(x, old, advantage, mask, selected=selected)[0]
 
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
     for got, want in zip(gradient(logprob, compiled), gradient(logprob, step), strict=True):
@@ -224,13 +312,15 @@ BAD = {
     "no sequences": ({"loss_type": "grpo", "num_sequences": 0}, "num_sequences must be > 0"),
     "clip": ({"clip_low": 1.5}, "clip_low=1.5"),
     "dual clip": ({"dual_clip": 0.5}, "> 1 or None; got 0.5"),
+    "device": ({"mask": torch.ones(B, L, device="meta") > 0}, "mask must be on cpu.*got meta"),
+    "impl": ({"impl": "reference"}, "one of auto, torch.*got 'reference'"),
 }
 
 
 @pytest.mark.parametrize(("change", "message"), BAD.values(), ids=BAD)
-def test_bad_input_says_what_came_and_what_was_wanted(batch, change, message, unchecked_shapes):
+def test_bad_input_says_what_came_and_what_was_wanted(change, message, unchecked_shapes):
     names = ("logprob", "old_logprob", "advantage", "mask")
-    arguments = dict(zip(names, batch, strict=False)) | change
+    arguments = dict(zip(names, make_batch(), strict=False)) | change
     positional = [arguments.pop(name) for name in names]
     with pytest.raises(ValueError, match=message):
         ek.ratio_loss(*positional, **arguments)

@@ -5,6 +5,7 @@
 
 #include "head.h"
 #include "radix_histogram.h"
+#include "ratio_loss.h"
 
 namespace {
 
@@ -28,6 +29,19 @@ void radix_histogram(Pointer values_ptr, Pointer mask_ptr, std::int64_t n, std::
   entropy_kernels::radix_histogram(as<const float>(values_ptr), as<const std::uint8_t>(mask_ptr), n,
                                    entropy_kernels::RadixDigit{prefix, prefix_bits, shift, bits},
                                    as<std::int64_t>(counts_ptr));
+}
+
+void ratio_loss(Pointer logprob_ptr, Pointer old_logprob_ptr, Pointer advantage_ptr,
+                Pointer kept_ptr, Pointer weight_ptr, std::int64_t sequences, std::int64_t length,
+                float low, float high, float dual, float log_ratio, int threads, Pointer loss_ptr,
+                Pointer grad_ptr, Pointer sums_ptr, Pointer counts_ptr) {
+  entropy_kernels::ratio_loss(
+      {as<const float>(logprob_ptr), as<const float>(old_logprob_ptr),
+       as<const float>(advantage_ptr), as<const std::uint8_t>(kept_ptr),
+       as<const float>(weight_ptr), sequences, length},
+      {low, high, dual, log_ratio}, threads,
+      {as<float>(loss_ptr), as<float>(grad_ptr), as<float>(sums_ptr),
+       as<std::int64_t>(counts_ptr)});
 }
 
 Head make_head(Pointer hidden_ptr, std::int64_t hidden_stride, Pointer weight_ptr,
@@ -110,6 +124,12 @@ PYBIND11_MODULE(_cpu, m) {
         py::arg("values_ptr"), py::arg("mask_ptr"), py::arg("n"), py::arg("prefix"),
         py::arg("shift"), py::arg("bits"), py::arg("prefix_bits"), py::arg("counts_ptr"),
         "counts[digit] += the number of valid fp32 values of that digit; mask_ptr 0: all valid.");
+  m.def("ratio_loss", &ratio_loss, py::call_guard<py::gil_scoped_release>(), py::kw_only(),
+        py::arg("logprob_ptr"), py::arg("old_logprob_ptr"), py::arg("advantage_ptr"),
+        py::arg("kept_ptr"), py::arg("weight_ptr"), py::arg("sequences"), py::arg("length"),
+        py::arg("low"), py::arg("high"), py::arg("dual"), py::arg("log_ratio"), py::arg("threads"),
+        py::arg("loss_ptr"), py::arg("grad_ptr"), py::arg("sums_ptr"), py::arg("counts_ptr"),
+        "Writes the loss, its gradient [sequences * length], four sums and three counts.");
   py::class_<Head>(m, "Head", "A head and its rows; pointers may be 0 where head.h says nullptr.")
       .def(py::init(&make_head), py::kw_only(), py::arg("hidden_ptr"), py::arg("hidden_stride"),
            py::arg("weight_ptr"), py::arg("weight_stride"), py::arg("bias_ptr"),

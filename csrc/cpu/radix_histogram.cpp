@@ -8,12 +8,7 @@
 #include <omp.h>
 #endif
 
-// Compiled once for each, chosen when the module loads; needs ifunc, so GCC on glibc only.
-#if defined(__x86_64__) && defined(__GLIBC__) && !defined(__clang__) && __GNUC__ >= 12
-#define TARGET_CLONES __attribute__((target_clones("arch=x86-64-v4", "avx2", "default")))
-#else
-#define TARGET_CLONES
-#endif
+#include "target_clones.h"
 
 namespace entropy_kernels {
 namespace {
