@@ -6,7 +6,7 @@ comma := ,
 INPUTS := pyproject.toml constraints.txt setup.py CMakeLists.txt $(wildcard csrc/*/*)
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: train test lint bench clean
+.PHONY: train test lint bench sanitize clean
 
 train: $(VENV)/.trainer
 	@echo "Training ..."
@@ -25,6 +25,35 @@ lint: $(VENV)/.dev
 bench: $(VENV)/.dev
 	@echo "Running the benchmarks ..."
 	@$(BIN)/python -m pytest benchmarks/ --benchmark-only $(ARGS)
+
+# The package and its tests, copied beside a module of their own. Left out: the torch path, and
+# tests of time.
+SANITIZED := $(CURDIR)/build/sanitize
+SANITIZED_TESTS := native native_ratio_loss native_linear_logprob_entropy linear_logprob_entropy \
+	ratio_loss entropy_threshold top_entropy_mask streaming_threshold high_entropy_policy_loss
+SANITIZED_NAMES := not torch and not ctrl_c and not hundred_million and not time_is_linear
+RUNTIMES = $(shell $(CXX) -print-file-name=libasan.so) $(shell $(CXX) -print-file-name=libubsan.so)
+
+sanitize: $(VENV)/.dev
+	@$(foreach file,$(RUNTIMES),test -f $(file) || \
+		{ echo "$(CXX) has no $(file); CXX=g++ on Linux is wanted" >&2; exit 1; };)
+	@echo "Building with AddressSanitizer and UndefinedBehaviorSanitizer ..."
+	@rm -rf $(SANITIZED)/tree
+	@mkdir -p $(SANITIZED)/tree
+	@cp -R entropy_kernels tests pyproject.toml $(SANITIZED)/tree
+	@rm -f $(SANITIZED)/tree/entropy_kernels/*.so
+	@PATH="$(abspath $(BIN)):$$PATH" cmake -G Ninja -S . -B $(SANITIZED)/cmake -DEK_SANITIZE=ON \
+		-DCMAKE_BUILD_TYPE=RelWithDebInfo -DCMAKE_CXX_COMPILER=$(CXX) \
+		-DCMAKE_LIBRARY_OUTPUT_DIRECTORY=$(SANITIZED)/lib \
+		-DPython_EXECUTABLE=$(abspath $(BIN))/python \
+		-Dpybind11_DIR=$$($(BIN)/python -m pybind11 --cmakedir) > $(SANITIZED)/configure.log
+	@PATH="$(abspath $(BIN)):$$PATH" cmake --build $(SANITIZED)/cmake
+	@cp $(SANITIZED)/lib/_cpu*.so $(SANITIZED)/tree/entropy_kernels
+	@echo "Running the tests of csrc/ under them ..."
+	@cd $(SANITIZED)/tree && LD_PRELOAD="$(RUNTIMES)" EK_REQUIRE_NATIVE=1 \
+		ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+		$(abspath $(BIN))/python -m pytest --capture=sys -k "$(SANITIZED_NAMES)" \
+		$(SANITIZED_TESTS:%=tests/test_%.py) $(ARGS)
 
 clean:
 	@echo "Removing $(VENV), build outputs and caches; runs/ stays ..."
