@@ -1,0 +1,108 @@
+"""The plot of cost against fraction: SVG by hand, so that the same numbers give the same file.
+
+It follows the reader's light or dark scheme.
+"""
+
+from typing import Any
+
+WIDTH, HEIGHT = 400, 300
+LEFT, RIGHT, TOP, BOTTOM = 52, 128, 44, 48
+NAMES = {
+    "cpu": "ours, compiled",
+    "torch": "ours, PyTorch",
+    "floor": "torch.mm alone",
+}
+STYLE = """
+text { font: 12px system-ui, sans-serif; fill: #3d444d }
+.title { font-weight: 600; font-size: 13px }
+.grid { stroke: #8b949e; stroke-opacity: .25 }
+.line { fill: none; stroke-width: 2 }
+.band { stroke: none; fill-opacity: .15 }
+.cpu { stroke: #d1590f; fill: #d1590f }
+.torch { stroke: #0a6fd1; fill: #0a6fd1 }
+.floor { stroke: #6e7781; fill: #6e7781; stroke-dasharray: 2 3 }
+.eager { stroke: #6e7781; stroke-width: 2 }
+.line.cpu, .line.torch, .line.floor { fill: none }
+@media (prefers-color-scheme: dark) {
+  text { fill: #c9d1d9 }
+  .cpu { stroke: #ff9a57; fill: #ff9a57 }
+  .torch { stroke: #58a6ff; fill: #58a6ff }
+  .floor, .eager { stroke: #8b949e }
+  .line { fill: none }
+}
+"""
+
+
+def plot(panels: list[dict[str, Any]]) -> str:
+    """One panel a run. `lines` has (fraction, p20, p50, p80) by name."""
+    top = _ceiling(panels)
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH * len(panels)} {HEIGHT}" '
+        'role="img" aria-label="CPU time of a step against eager, by fraction of tokens">',
+        f"<style>{STYLE}</style>",
+    ]
+    for number, panel in enumerate(panels):
+        parts += [f'<g transform="translate({number * WIDTH} 0)">', *_panel(panel, top), "</g>"]
+    return "\n".join([*parts, "</svg>"]) + "\n"
+
+
+def _ceiling(panels: list[dict[str, Any]]) -> float:
+    """The largest value shown, up to the next quarter; at least eager's 1."""
+    values = [point[3] for panel in panels for line in panel["lines"].values() for point in line]
+    return max(1.25, -(-max(values) // 0.25) * 0.25)
+
+
+def _panel(panel: dict[str, Any], top: float) -> list[str]:
+    def x(fraction: float) -> float:
+        return round(LEFT + fraction * (WIDTH - LEFT - RIGHT), 1)
+
+    def y(value: float) -> float:
+        return round(HEIGHT - BOTTOM - value / top * (HEIGHT - TOP - BOTTOM), 1)
+
+    shape = panel["shape"]
+    parts = [
+        f'<text class="title" x="{LEFT}" y="18">{panel["title"]}, {shape["tokens"]} x '
+        f"{shape['hidden']} x {shape['vocabulary']}</text>",
+        f'<text x="{LEFT}" y="34">CPU time of a step, eager = 1</text>',
+        f'<text x="{x(0.5)}" y="{HEIGHT - 10}" text-anchor="middle">'
+        "fraction of tokens trained on</text>",
+    ]
+    step = 0.25 if top <= 1.5 else 0.5
+    for tick in range(int(top / step) + 1):
+        value = tick * step
+        parts.append(f'<path class="grid" d="M{x(0)} {y(value)}H{x(1)}"/>')
+        parts.append(f'<text x="{LEFT - 6}" y="{y(value) + 4}" text-anchor="end">{value:g}</text>')
+    for fraction in (0.1, 0.2, 0.5, 1.0):
+        parts.append(
+            f'<text x="{x(fraction)}" y="{HEIGHT - 30}" text-anchor="middle">{fraction:g}</text>'
+        )
+    parts.append(f'<path class="eager" d="M{x(0)} {y(1)}H{x(1)}"/>')
+    labels = [(y(1), "eager")]
+    for name, points in panel["lines"].items():
+        points = sorted(points)
+        parts += [_band(name, points, x, y), _line(name, points, x, y)]
+        labels.append((y(points[-1][2]), NAMES[name]))
+    for height, label in _apart(labels):
+        parts.append(f'<text x="{x(1) + 8}" y="{height + 4}">{label}</text>')
+    return parts
+
+
+def _line(name: str, points: Any, x: Any, y: Any) -> str:
+    path = "L".join(f"{x(fraction)} {y(middle)}" for fraction, _, middle, _ in points)
+    return f'<path class="line {name}" d="M{path}"/>'
+
+
+def _band(name: str, points: Any, x: Any, y: Any) -> str:
+    lower = [f"{x(fraction)} {y(low)}" for fraction, low, _, _ in points]
+    upper = [f"{x(fraction)} {y(high)}" for fraction, _, _, high in reversed(points)]
+    return f'<path class="band {name}" style="stroke:none" d="M{"L".join(lower + upper)}Z"/>'
+
+
+def _apart(labels: list[tuple[float, str]]) -> list[tuple[float, str]]:
+    """Heights moved down until no label covers another."""
+    placed: list[tuple[float, str]] = []
+    for height, label in sorted(labels):
+        if placed:
+            height = max(height, placed[-1][0] + 13)
+        placed.append((round(height, 1), label))
+    return placed

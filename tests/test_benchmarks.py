@@ -1,0 +1,132 @@
+"""The benchmarks refuse wrong results, alternate, and report what they measured."""
+
+import json
+
+import pytest
+import torch
+
+from benchmarks import bench_linear_logprob_entropy as bench
+from benchmarks import linear_logprob_entropy as op
+from benchmarks import report, runner
+from benchmarks.runner import Contestant
+
+
+def _quiet(line: str) -> None:
+    pass
+
+
+def _suite(contestants: list[Contestant], **options) -> dict[str, dict]:
+    truth = {"value": torch.ones(8, dtype=torch.float64)}
+    entries = runner.run_suite(
+        contestants, None, lambda _: truth, rounds=3, dtype=torch.float32, log=_quiet, **options
+    )
+    return {entry["name"]: entry for entry in entries}
+
+
+def _returns(value: torch.Tensor) -> Contestant:
+    return Contestant("it", "it", lambda _: {"value": value})
+
+
+@pytest.mark.parametrize("wrong", [0.99, float("nan"), float("inf")])
+def test_wrong_contestant_is_refused_and_never_timed(wrong):
+    value = torch.ones(8)
+    value[3] = wrong
+    calls = []
+    bad = Contestant("bad", "bad", lambda _: calls.append(0) or {"value": value})
+    good = Contestant("good", "good", lambda _: {"value": torch.ones(8)})
+    found = _suite([good, bad])
+    assert len(calls) == 1
+    assert "refused" in found["bad"]
+    assert "wall_s" not in found["bad"]
+    assert len(found["good"]["wall_s"]) == 3
+
+
+def test_rounding_is_allowed_where_the_inputs_have_16_bits_only():
+    off = {"value": torch.full((8,), 1.005)}
+    truth = {"value": torch.ones(8)}
+    contestant = _returns(torch.ones(8))
+    assert runner.check(contestant, off, truth, torch.bfloat16) == pytest.approx(0.005, rel=1e-3)
+    with pytest.raises(runner.WrongResultError, match="value is off by"):
+        runner.check(contestant, off, truth, torch.float32)
+    exact = Contestant("exact", "exact", contestant.run, exact=True)
+    with pytest.raises(runner.WrongResultError):
+        runner.check(exact, {"value": torch.full((8,), 1.02)}, truth, torch.bfloat16)
+
+
+def test_contestants_alternate_and_each_round_starts_with_another():
+    order = []
+    contestants = [
+        Contestant(name, name, lambda _, name=name: order.append(name) or {}) for name in "abc"
+    ]
+    samples = runner.alternate(contestants, None, rounds=3, log=_quiet)
+    assert "".join(order) == "abcbcacab"
+    assert {name: x["turn"] for name, x in samples.items()} == {
+        "a": [0, 5, 7],
+        "b": [1, 3, 8],
+        "c": [2, 4, 6],
+    }
+
+
+def test_suite_measures_a_tiny_shape_and_the_report_renders_it(monkeypatch, tmp_path):
+    monkeypatch.setattr(op, "find_spec", lambda name: None)
+    everything = op.contestants
+    monkeypatch.setattr(
+        op, "contestants", lambda: [c for c in everything(("torch",)) if c.uncompiled is None]
+    )
+    monkeypatch.setattr(runner, "peak_bytes", lambda module, names, problem: {names[0]: 2_000_000})
+    results = tmp_path / "benchmarks" / "results"
+    for dtype in (torch.bfloat16, torch.float32):
+        entries = bench.measure((40, 16, 96), dtype, 2, results, log=_quiet)
+        assert not [entry for entry in entries if "refused" in entry]
+        units = {entry["name"]: round(entry["units"], 6) for entry in entries}
+        assert units["eager"] == 3
+        assert units["checkpoint"] == 4
+        assert units["torch-1"] == 4
+        assert units["torch-0.2"] == units["floor"] == 1.6
+        assert units["torch-0.2-known"] == 0.6
+        assert units["torch-forward"] == 1
+        assert units["torch-0.2-half"] < 1.6
+    _refuse_one(next(results.glob("*bfloat16*")))
+    readme = tmp_path / "README.md"
+    readme.write_text(f"before\n{report.BEGIN}\nstale\n{report.END}\nafter\n")
+    texts = {path.name: text for path, text in report.render(tmp_path).items() if path != readme}
+    text = report.render(tmp_path)[readme]
+    assert text.startswith("before\n")
+    assert text.endswith("after\n")
+    assert "stale" not in text
+    assert "| refused |" in text
+    assert torch.__version__ in text
+    assert "refused: on purpose" in texts["README.md"]
+    assert texts["benchmarks.svg"].startswith("<svg")
+
+
+def _refuse_one(path):
+    run = json.loads(path.read_text())
+    run["contestants"][-1] = {"name": "floor", "label": "floor", "refused": "on purpose"}
+    path.write_text(json.dumps(run))
+
+
+def test_peak_memory_sees_what_a_step_holds():
+    problem = op.make_problem(64, 64, 32768, torch.float32)
+    peaks = runner.peak_bytes(op.__name__, ["checkpoint", "torch-0.2"], problem)
+    if not peaks:
+        pytest.skip("only Linux tells the peak")
+    gradient, logits = 4 * 64 * 32768, 4 * 64 * 32768
+    assert peaks["checkpoint"] > gradient + 2 * logits
+    assert gradient / 2 < peaks["torch-0.2"] < peaks["checkpoint"]
+
+
+def test_readme_without_markers_fails_with_their_names():
+    with pytest.raises(SystemExit, match="benchmarks:begin"):
+        report.between_markers("no markers", "block")
+
+
+def test_quantiles_and_ratios_are_taken_within_rounds():
+    assert report.quantile([4.0, 1.0, 2.0, 3.0, 5.0], 0.2) == pytest.approx(1.8)
+    run = {"contestants": [{"wall_s": [1.0, 10.0]}, {"wall_s": [2.0, 20.0]}]}
+    assert report.ratios(run, run["contestants"][1]) == [2.0, 2.0]
+
+
+def test_readme_says_what_the_result_files_say():
+    for path, text in report.render(report.ROOT).items():
+        assert path.read_text() == text, f"{path.name}: run python -m benchmarks.report"
