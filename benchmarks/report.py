@@ -19,7 +19,7 @@ from benchmarks.plot import plot
 ROOT = Path(__file__).parent.parent
 BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
 FIGURE = (
-    "![CPU time of a step against eager, by the fraction of tokens trained on](docs/benchmarks.svg)\n\n"
+    "![CPU time of a step against eager, by fraction of tokens](docs/benchmarks.svg)\n\n"
     "Every contestant, with seconds and errors: [benchmarks/results](benchmarks/results/README.md)."
 )
 DTYPES = {"bfloat16": "bf16", "float32": "fp32"}
