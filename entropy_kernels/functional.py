@@ -3,19 +3,24 @@
 T tokens, D hidden, V vocabulary, B sequences, L their length.
 """
 
-import functools
-import warnings
 from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from entropy_kernels import _native, ops, reference
+from entropy_kernels import ops, reference
+from entropy_kernels._inputs import (
+    cast_as_linear,
+    check_head,
+    check_like,
+    check_selection,
+    per_token_temperature,
+    resolve,
+)
 from entropy_kernels.losses import ratio_loss
 from entropy_kernels.selection import top_entropy_mask
 
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Logits of rows that are all trained on are kept for backward up to this size, and recomputed
 # beyond it.
 KEPT_LOGITS_BYTES = 1 << 28
@@ -75,10 +80,10 @@ def linear_logprob_entropy(
             [0, V). On CUDA a bad target or temperature tensor gives that row NaN instead, because
             the check would synchronise.
     """
-    name = _resolve(impl, hidden.device)
-    hidden, weight, bias = _autocast(hidden, weight, bias)
-    _check_head(hidden, weight, target, bias, softcap, fp64=name == "reference")
-    scale = _temperature(temperature, target)
+    name = resolve(impl, hidden.device)
+    hidden, weight, bias = cast_as_linear(hidden, weight, bias)
+    check_head(hidden, weight, target, bias, softcap, fp64=name == "reference")
+    scale = per_token_temperature(temperature, target)
     hidden_TD, target_T = hidden.reshape(-1, hidden.shape[-1]), target.reshape(-1).long()
     if name == "reference":
         found = _reference(hidden_TD, weight, target_T, bias, scale, softcap, ignore_index)
@@ -150,8 +155,8 @@ def high_entropy_policy_loss(
         ValueError: as the functions it is made of; both `selected` and `threshold` given, or one of
             them together with which, scope or group.
     """
-    _check_selection(selected, threshold, which, scope, group)
-    _check_like(target, mask=mask, selected=selected)
+    check_selection(selected, threshold, which, scope, group)
+    check_like(target, mask=mask, selected=selected)
     head: dict[str, Any] = {"bias": bias, "softcap": softcap, "impl": impl}
     if selected is not None:
         selected = selected & mask
@@ -237,132 +242,3 @@ def _reference(
         softcap,
         ignore_index,
     )
-
-
-def _resolve(impl: str, device: torch.device) -> str:
-    """The implementation that "auto" stands for."""
-    built = ops.IMPLEMENTATIONS
-    if impl == "auto":
-        if device.type != "cpu":
-            return "torch"
-        if "cpu" not in built:
-            _warn_of_the_torch_path()
-        return "cpu" if "cpu" in built else "torch"
-    if impl == "cpu" and "cpu" not in built:
-        raise ValueError(f'impl="cpu" is missing: {_native.why_missing("cpu")}')
-    if impl not in ("reference", *built):
-        known = ", ".join(["auto", "reference", *built])
-        raise ValueError(f"impl must be one of {known}; got {impl!r}")
-    if impl == "cpu" and device.type != "cpu":
-        raise ValueError(f'impl="cpu" needs tensors on the CPU; got {device}')
-    return impl
-
-
-@functools.cache
-def _warn_of_the_torch_path() -> None:
-    why = _native.why_missing("cpu")
-    warnings.warn(
-        f"linear_logprob_entropy takes the torch path, which is slower: {why}",
-        RuntimeWarning,
-        stacklevel=4,
-    )
-
-
-def _autocast(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Under autocast, what `linear` would multiply."""
-    device = hidden.device.type
-    if not torch.is_autocast_enabled(device):
-        return hidden, weight, bias
-    dtype = torch.get_autocast_dtype(device)
-    return hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-
-
-def _temperature(temperature: float | Tensor, target: Tensor) -> Tensor | None:
-    """fp32 [1] or [T]; None for 1. Values of a tensor are checked by the op."""
-    if isinstance(temperature, Tensor):
-        if temperature.requires_grad:
-            raise ValueError("temperature is not differentiated; got a tensor that requires grad")
-        if temperature.device != target.device:
-            raise ValueError(
-                f"temperature must be on {target.device}, like target; got {temperature.device}"
-            )
-        if temperature.numel() == 1:
-            return temperature.detach().reshape(1).float()
-        if temperature.shape != target.shape:
-            raise ValueError(
-                f"temperature must be one value or have target's shape {tuple(target.shape)}; "
-                f"got {tuple(temperature.shape)}"
-            )
-        return temperature.detach().reshape(-1).float()
-    if not temperature > 0:
-        raise ValueError(f"temperature must be > 0; got {temperature}")
-    if temperature == 1:
-        return None
-    return torch.full((1,), float(temperature), dtype=torch.float32, device=target.device)
-
-
-def _check_head(
-    hidden: Tensor,
-    weight: Tensor,
-    target: Tensor,
-    bias: Tensor | None,
-    softcap: float | None,
-    fp64: bool,
-) -> None:
-    dtypes = (*_DTYPES, torch.float64) if fp64 else _DTYPES
-    if hidden.dtype not in dtypes:
-        raise ValueError(f"hidden must be one of {', '.join(map(str, dtypes))}; got {hidden.dtype}")
-    if hidden.ndim < 1 or weight.ndim != 2 or hidden.shape[-1] != weight.shape[1]:
-        raise ValueError(
-            "hidden must be [..., D] and weight [V, D]; "
-            f"got {tuple(hidden.shape)} and {tuple(weight.shape)}"
-        )
-    if weight.shape[0] == 0 or weight.shape[1] == 0:
-        raise ValueError(f"weight must have V > 0 and D > 0; got {tuple(weight.shape)}")
-    if hidden.shape[:-1] != target.shape:
-        raise ValueError(
-            f"target must have hidden's leading shape {tuple(hidden.shape[:-1])}; "
-            f"got {tuple(target.shape)}"
-        )
-    if target.dtype not in (torch.int64, torch.int32):
-        raise ValueError(f"target must be int64 or int32; got {target.dtype}")
-    if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(f"bias must be [{weight.shape[0]}]; got {tuple(bias.shape)}")
-    if softcap is not None and not softcap > 0:
-        raise ValueError(f"softcap must be > 0 or None; got {softcap}")
-    for name, x in {"weight": weight, "bias": bias}.items():
-        if x is not None and x.dtype != hidden.dtype:
-            raise ValueError(
-                f"{name} must have hidden's dtype {hidden.dtype}; got {x.dtype} "
-                "(under autocast both are cast)"
-            )
-    for name, x in {"weight": weight, "bias": bias, "target": target}.items():
-        if x is not None and x.device != hidden.device:
-            raise ValueError(f"{name} must be on {hidden.device}, like hidden; got {x.device}")
-
-
-def _check_selection(
-    selected: Tensor | None, threshold: object, which: str, scope: str, group: object
-) -> None:
-    if selected is not None and threshold is not None:
-        raise ValueError("selected and threshold both name the tokens; give one of them")
-    chosen = (which, scope, group) != ("top", "batch", None)
-    if chosen and (selected is not None or threshold is not None):
-        name = "selected" if selected is not None else "threshold"
-        raise ValueError(
-            f"which, scope and group choose tokens by `fraction`; with {name}= they have no "
-            f"meaning; got which={which!r}, scope={scope!r}, group={group!r}"
-        )
-
-
-def _check_like(target: Tensor, **masks: Tensor | None) -> None:
-    for name, mask in masks.items():
-        if mask is None:
-            continue
-        if mask.shape != target.shape or mask.dtype != torch.bool or mask.device != target.device:
-            raise ValueError(
-                f"{name} must be a bool tensor of target's shape {tuple(target.shape)} on "
-                f"{target.device}; got {mask.dtype} {tuple(mask.shape)} on {mask.device}"
-            )
