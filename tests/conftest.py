@@ -11,6 +11,9 @@ import torch
 
 from tests import shapes
 
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 jaxtyping.install_import_hook("entropy_kernels", f"{shapes.__name__}.checker")
 
 DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]

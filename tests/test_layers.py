@@ -18,6 +18,7 @@ ALLOWED = {
     "_rows": set(),
     "_native": {"_rows"},
     "_torch": {"_rows"},
+    "_triton": {"_rows"},
     "_radix": {"_native", "distributed"},
     "ops": {"_native", "_radix", "_rows", "_torch"},
     "selection": {"_radix", "distributed", "ops"},

@@ -1,0 +1,1 @@
+"""Triton kernels, one file an op; on CPU tensors they run in Triton's interpreter."""

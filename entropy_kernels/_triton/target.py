@@ -1,0 +1,75 @@
+"""What GPU this is, and what Triton can do on it: asked here and nowhere else.
+
+An architecture is a string: "sm_90", "gfx942", or "interpreter" where kernels run on the CPU.
+"""
+
+import functools
+
+import torch
+import triton
+from torch import Tensor
+
+INTERPRETER = "interpreter"
+VERSION = tuple(int(part) for part in triton.__version__.split(".")[:2])
+
+# Shared memory of one block, in KB.
+_SHARED_KB = {"sm_80": 163, "sm_87": 163, "sm_90": 227, "sm_100": 227, "sm_103": 227, "gfx942": 64}
+_LEAST_SHARED_KB = 99
+_PROCESSORS_OF_THE_INTERPRETER = 3
+
+
+def interpreting() -> bool:
+    """Whether kernels run in Triton's interpreter: TRITON_INTERPRET, read as their files load."""
+    return bool(triton.knobs.runtime.interpret)
+
+
+def architecture(x: Tensor) -> str:
+    """The architecture of the device that `x` lies on."""
+    if interpreting():
+        return INTERPRETER
+    return _architecture_of(x.device)
+
+
+@functools.cache
+def _architecture_of(device: torch.device) -> str:
+    if device.type != "cuda":
+        raise ValueError(
+            f"Triton kernels need tensors on a GPU, or TRITON_INTERPRET=1; got tensors on {device}"
+        )
+    properties = torch.cuda.get_device_properties(device)
+    if torch.version.hip is not None:
+        return properties.gcnArchName.split(":")[0]
+    return f"sm_{properties.major}{properties.minor}"
+
+
+@functools.cache
+def _processors_of(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def processors(x: Tensor) -> int:
+    """Multiprocessors of the device that `x` lies on: the programs of a persistent kernel."""
+    return _PROCESSORS_OF_THE_INTERPRETER if interpreting() else _processors_of(x.device)
+
+
+def shared_memory(arch: str) -> int:
+    """Bytes of shared memory that one block may have."""
+    return 1024 * _SHARED_KB.get(arch, _LEAST_SHARED_KB)
+
+
+def _capability(arch: str) -> int:
+    """90 for "sm_90"; 0 for what is not NVIDIA's."""
+    return int(arch.removeprefix("sm_")) if arch.startswith("sm_") else 0
+
+
+def has_tma(arch: str) -> bool:
+    """Whether tensor descriptors become bulk copies; below sm_90 they compile, but slowly.
+
+    The interpreter runs them too.
+    """
+    return arch == INTERPRETER or _capability(arch) >= 90
+
+
+def has_warp_specialization(arch: str) -> bool:
+    """Whether loops may set warp_specialize: Triton 3.6 on Hopper; 3.9 fails to compile them."""
+    return _capability(arch) == 90 and VERSION == (3, 6)
