@@ -12,8 +12,8 @@ import torch
 from benchmarks import linear_logprob_entropy as op
 from benchmarks import runner
 
-# Of a 0.5B model's head and of a small one's, with the rounds that a quarter of an hour allows.
-SHAPES = {(2048, 896, 151936): 3, (4096, 512, 32768): 5}
+# Of a 0.5B model's head and of a small one's, with the rounds that half an hour allows.
+SHAPES = {(2048, 896, 151936): 5, (4096, 512, 32768): 7}
 QUICK = (64, 32, 512), 2
 IDS = "T{}-D{}-V{}".format
 
@@ -22,30 +22,24 @@ IDS = "T{}-D{}-V{}".format
 @pytest.mark.filterwarnings("default")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bfloat16", "float32"])
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: IDS(*shape))
-def bench_linear_logprob_entropy(shape, dtype, benchmark, request, capsys, tmp_path):
-    quick = request.config.getoption("--quick")
+def bench_linear_logprob_entropy(shape, dtype, quick, record):
     if quick and shape != next(iter(SHAPES)):
         pytest.skip("--quick has one shape")
     shape, rounds = QUICK if quick else (shape, SHAPES[shape])
-    folder = tmp_path if quick else runner.RESULTS
-    measured = functools.partial(measure, shape, dtype, rounds, folder)
-    with capsys.disabled():
-        print()
-        benchmark.extra_info["contestants"] = benchmark.pedantic(measured, rounds=1)
+    record(functools.partial(measure, shape, dtype, rounds))
 
 
 def measure(shape, dtype, rounds, folder, log=print):
     """The result file's entries."""
     tokens, hidden, vocabulary = shape
-    dtype_name = str(dtype).removeprefix("torch.")
     about = runner.about_this_run() | {
         "op": "linear_logprob_entropy",
         "device": "cpu",
-        "dtype": dtype_name,
+        "dtype": str(dtype).removeprefix("torch."),
         "shape": {"tokens": tokens, "hidden": hidden, "vocabulary": vocabulary},
         "rounds": rounds,
     }
-    log(f"{tokens} x {hidden} x {vocabulary}, {dtype_name}")
+    log(f"{tokens} x {hidden} x {vocabulary}, {about['dtype']}")
     problem = op.make_problem(tokens, hidden, vocabulary, dtype)
     entries = runner.run_suite(
         op.contestants(), problem, op.truth, rounds=rounds, dtype=dtype, log=log
@@ -57,6 +51,5 @@ def measure(shape, dtype, rounds, folder, log=print):
     for entry in timed:
         entry["units"] = entry["flops"] / (2 * tokens * hidden * vocabulary)
         entry["peak_bytes"] = peaks.get(entry["name"])
-    name = f"linear_logprob_entropy-cpu-{dtype_name}-{tokens}x{hidden}x{vocabulary}"
-    log(f"wrote {runner.write(folder, name, about, entries)}")
+    log(f"wrote {runner.write(folder, about, entries)}")
     return entries

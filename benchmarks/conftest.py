@@ -1,8 +1,12 @@
-"""Options of the benchmarks; the environment comes first."""
+"""Options and fixtures of the benchmarks; the environment comes first."""
 
 from benchmarks import environment  # noqa: F401, I001
 
+import functools
+
 import pytest
+
+from benchmarks import runner
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -11,3 +15,22 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="store_true",
         help="a tiny shape, to see that the benchmarks run; writes no result files",
     )
+
+
+@pytest.fixture
+def quick(request) -> bool:
+    return request.config.getoption("--quick")
+
+
+@pytest.fixture
+def record(quick, benchmark, capsys, tmp_path):
+    """Runs a suite, measure(folder=...), once, for its entries; what it prints is seen."""
+
+    def run(measure):
+        folder = tmp_path if quick else runner.RESULTS
+        with capsys.disabled():
+            print()
+            measured = functools.partial(measure, folder=folder)
+            benchmark.extra_info["contestants"] = benchmark.pedantic(measured, rounds=1)
+
+    return run

@@ -2,32 +2,29 @@
 
 A step goes from hidden states and the head's weight to the clipped loss of the tokens of highest
 entropy, and to the gradients of both. Every contestant computes the entropies of all tokens, except
-those that are told the tokens beforehand, and none differentiates them. The dense contestants are
-given the selection as a mask on their loss, which is what trainers do; ours finds it.
+those that are told the tokens beforehand and those whose label says that they have none; and none
+differentiates them. The dense contestants are given the selection as a mask on their loss, which is
+what trainers do; ours finds it.
 
 T tokens, D hidden, V vocabulary.
 """
 
 from collections.abc import Callable
 from functools import cache, partial
-from importlib.util import find_spec
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 import entropy_kernels as ek
+from benchmarks import peers
+from benchmarks.peers import SEQUENCES, Head
 from benchmarks.runner import Contestant
 from entropy_kernels import ops
 from entropy_kernels.testing import peaked_head
 
-Head = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
-
 FRACTION = 0.2
 FRACTIONS = (1.0, 0.5, 0.2, 0.1)
-SEQUENCES = 8
-CHUNK = 512
 # Blocks of the bare products: the fastest of those that leave no [T, V] behind.
 FLOOR_ROWS, FLOOR_VOCABULARY = 512, 2048
 
@@ -121,72 +118,46 @@ def _step(problem: Problem, loss: Tensor) -> dict[str, Tensor]:
     return {"loss": loss.detach(), "dhidden": dhidden_TD, "dweight": dweight_VD}
 
 
-def _dense(head: Head, problem: Problem) -> dict[str, Tensor]:
+def _dense(head: Head, problem: Problem, *, compiled: bool = False) -> dict[str, Tensor]:
     """The loss of all tokens, times a mask."""
-    logprob_T, _ = head(problem.hidden, problem.weight, problem.target)
-    selected_T = problem.selected[FRACTION]
-    loss = policy_loss(logprob_T, problem.old_logprob, problem.advantage, selected_T)
-    return _step(problem, loss)
+    inputs = problem.hidden, problem.weight, problem.target, problem.old_logprob, problem.advantage
+    objective = _compiler() if compiled else _objective
+    loss, found = objective(head, *inputs, problem.selected[FRACTION])
+    return _step(problem, loss) | found
 
 
-def _plain_head(hidden_TD: Tensor, weight_VD: Tensor, target_T: Tensor) -> tuple[Tensor, Tensor]:
-    logp_TV = (hidden_TD @ weight_VD.T).float().log_softmax(1)
-    fixed_TV = logp_TV.detach()
-    entropy_T = -(fixed_TV.exp() * fixed_TV).sum(1)
-    return logp_TV.gather(1, target_T.unsqueeze(1)).squeeze(1), entropy_T
-
-
-def _trl_head(
-    hidden_TD: Tensor, weight_VD: Tensor, target_T: Tensor, *, sequences: int
-) -> tuple[Tensor, Tensor]:
-    from trl.trainer.utils import selective_log_softmax_and_entropy
-
-    logits_BLV = (hidden_TD @ weight_VD.T).view(sequences, -1, weight_VD.shape[0])
-    target_BL = target_T.view(sequences, -1)
-    found = selective_log_softmax_and_entropy(logits_BLV, target_BL, entropy_requires_grad=False)
-    return found[0].flatten(), found[1].flatten()
-
-
-def _trl_fused_head(
-    hidden_TD: Tensor, weight_VD: Tensor, target_T: Tensor
-) -> tuple[Tensor, Tensor]:
-    from trl.kernels import ChunkedLogProbFunction
-    from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE as vocabulary_chunk
-
-    found = ChunkedLogProbFunction.apply(
-        hidden_TD, weight_VD, None, target_T, 1.0, vocabulary_chunk, None, 1.0, ("entropy",)
-    )
-    return found[0], found[1]
-
-
-def _liger_head(hidden_TD: Tensor, weight_VD: Tensor, target_T: Tensor) -> tuple[Tensor, Tensor]:
-    from liger_kernel.ops import LigerFusedLinearScaledCrossEntropyFunction as Head
-
-    nll_T, entropy_T = Head.apply(hidden_TD, weight_VD, target_T, 1.0, -100, 1, True)
-    return -nll_T, entropy_T
-
-
-def _checkpointed_head(
-    hidden_TD: Tensor, weight_VD: Tensor, target_T: Tensor
-) -> tuple[Tensor, Tensor]:
-    chunks = [
-        checkpoint(_plain_head, hidden, weight_VD, target, use_reentrant=False)
-        for hidden, target in zip(hidden_TD.split(CHUNK), target_T.split(CHUNK), strict=True)
-    ]
-    return torch.cat([c[0] for c in chunks]), torch.cat([c[1] for c in chunks])
-
-
-def _plain(problem: Problem) -> dict[str, Tensor]:
-    return _dense(_plain_head, problem)
-
-
-def _compiled(problem: Problem) -> dict[str, Tensor]:
-    return _compiler()(problem)
+def _objective(
+    head: Head,
+    hidden_TD: Tensor,
+    weight_VD: Tensor,
+    target_T: Tensor,
+    old_logprob_T: Tensor,
+    advantage_T: Tensor,
+    selected_T: Tensor,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The loss, and what the head found: a compiler would drop what nobody reads."""
+    logprob_T, entropy_T = head(hidden_TD, weight_VD, target_T)
+    loss = policy_loss(logprob_T, old_logprob_T, advantage_T, selected_T)
+    found = {"logprob": logprob_T.detach()}
+    return loss, found if entropy_T is None else found | {"entropy": entropy_T.detach()}
 
 
 @cache
-def _compiler() -> Callable[[Problem], dict[str, Tensor]]:
-    return torch.compile(_plain)
+def _compiler() -> Callable[..., tuple[Tensor, dict[str, Tensor]]]:
+    return torch.compile(_objective)
+
+
+def _liger_grpo(problem: Problem, *, compiled: bool) -> dict[str, Tensor]:
+    loss = peers.liger_grpo_loss(
+        problem.hidden,
+        problem.weight,
+        problem.target,
+        problem.old_logprob,
+        problem.advantage,
+        problem.selected[FRACTION],
+        compiled=compiled,
+    )
+    return _step(problem, loss)
 
 
 def _ours(
@@ -221,48 +192,50 @@ def _floor(problem: Problem) -> dict[str, Tensor]:
     dweight_VD = weight_VD.new_empty(FLOOR_VOCABULARY, weight_VD.shape[1])
     for weight in weight_VD.split(FLOOR_VOCABULARY):
         for hidden in hidden_TD.split(FLOOR_ROWS):
-            torch.mm(hidden, weight.T, out=_head_of(block, len(hidden), len(weight)))
+            torch.mm(hidden, weight.T, out=head_of(block, len(hidden), len(weight)))
         for hidden in hidden_TD[:active].split(FLOOR_ROWS):
-            z = torch.mm(hidden, weight.T, out=_head_of(block, len(hidden), len(weight)))
+            z = torch.mm(hidden, weight.T, out=head_of(block, len(hidden), len(weight)))
             torch.mm(z.T, hidden, out=dweight_VD[: len(weight)])
             torch.mm(z, weight, out=dhidden_TD[: len(hidden)])
     return {}
 
 
-def _head_of(buffer: Tensor, rows: int, columns: int) -> Tensor:
+def head_of(buffer: Tensor, rows: int, columns: int) -> Tensor:
+    """The first elements of a buffer as a [rows, columns] block."""
     return buffer.view(-1)[: rows * columns].view(rows, columns)
 
 
 def contestants(impls: tuple[str, ...] = ops.IMPLEMENTATIONS) -> list[Contestant]:
-    """All that can run here; the first is what the others are compared with."""
+    """The first is what the others are compared with."""
     setting = {"fraction": FRACTION, "half": False}
+    plain, compiled = (partial(_dense, peers.plain_head, compiled=x) for x in (False, True))
     found = [
-        Contestant(name, label, partial(_dense, head), setting) for name, label, head in _heads()
+        Contestant(
+            peer.name,
+            peer.label,
+            partial(_dense, peer.head),
+            setting,
+            uncompiled=plain if peer.compiled else None,
+            needs=peer.needs,
+        )
+        for peer in peers.heads()
     ]
     label = "torch.compile of all logits"
-    found.append(Contestant("compile", label, _compiled, setting, uncompiled=_plain))
+    found.append(Contestant("compile", label, compiled, setting, uncompiled=plain))
+    found.append(
+        Contestant(
+            "liger-grpo",
+            "Liger's fused GRPO loss, no entropies",
+            partial(_liger_grpo, compiled=True),
+            setting,
+            uncompiled=partial(_liger_grpo, compiled=False),
+            needs=("liger_kernel",),
+        )
+    )
     for impl in impls:
         found += _our_contestants(impl)
     label = f"floor: the products of {FRACTION:.0%} by torch.mm alone"
     return [*found, Contestant("floor", label, _floor, setting)]
-
-
-def _heads() -> list[tuple[str, str, Head]]:
-    """Names and labels of the dense heads, and what goes from inputs to log-probs and entropies."""
-    found: list[tuple[str, str, Head]] = []
-    if find_spec("trl") is None:
-        found.append(("eager", "eager: all logits, plain PyTorch", _plain_head))
-    else:
-        one, many = partial(_trl_head, sequences=1), partial(_trl_head, sequences=SEQUENCES)
-        found += [
-            ("eager", "eager: all logits, TRL's functions, one sequence", one),
-            ("eager-batch", f"eager, {SEQUENCES} sequences, one after the other", many),
-            ("trl", "TRL's fused head", _trl_fused_head),
-        ]
-    if find_spec("liger_kernel") is not None:
-        found.append(("liger", "Liger's fused head, its fallback for CPUs", _liger_head))
-    found.append(("checkpoint", f"chunks of {CHUNK} tokens, checkpointed", _checkpointed_head))
-    return found
 
 
 def _our_contestants(impl: str) -> list[Contestant]:

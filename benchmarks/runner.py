@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,8 @@ class Contestant:
     """Whether logits are fp32 when inputs have 16 bits."""
     uncompiled: Callable[[Any], Results] | None = None
     """Where `run` is compiled: what it was compiled from, whose products are counted."""
+    needs: tuple[str, ...] = ()
+    """Modules without which it is listed and not run."""
 
 
 class WrongResultError(Exception):
@@ -86,10 +89,16 @@ def run_suite(
 ) -> list[dict[str, Any]]:
     """One entry a contestant: its error, products and samples; or why it was refused."""
     entries = {c.name: {"name": c.name, "label": c.label} for c in contestants}
-    passed = []
-    for setting in _distinct(c.setting for c in contestants):
+    passed, present = [], []
+    for contestant in contestants:
+        missing = [name for name in contestant.needs if find_spec(name) is None]
+        if missing:
+            entries[contestant.name]["refused"] = f"needs {' and '.join(missing)}"
+        else:
+            present.append(contestant)
+    for setting in _distinct(c.setting for c in present):
         wanted = truth(problem, **setting)
-        for contestant in contestants:
+        for contestant in present:
             if contestant.setting != setting:
                 continue
             entry = entries[contestant.name]
@@ -172,17 +181,18 @@ def about_this_run() -> dict[str, Any]:
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "system": platform.system(),
-        "versions": _versions("torch", "trl", "liger-kernel"),
+        "versions": _versions("torch", "trl", "liger-kernel", "cut-cross-entropy"),
         "environment": {name: x for name, x in os.environ.items() if name.startswith("OMP_")},
         "commit": _commit(),
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
     }
 
 
-def write(folder: Path, name: str, about: dict[str, Any], entries: list[dict[str, Any]]) -> Path:
-    """One result file."""
+def write(folder: Path, about: dict[str, Any], entries: list[dict[str, Any]]) -> Path:
+    """One result file, named after op, device, dtype and shape."""
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{name}.json"
+    shape = "x".join(str(size) for size in about["shape"].values())
+    path = folder / f"{about['op']}-{about['device']}-{about['dtype']}-{shape}.json"
     path.write_text(json.dumps(about | {"contestants": entries}, indent=1) + "\n")
     return path
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from benchmarks import bench_linear_logprob_entropy as bench
+from benchmarks import chunked_head, peers, report, runner
 from benchmarks import linear_logprob_entropy as op
-from benchmarks import report, runner
 from benchmarks.runner import Contestant
 
 
@@ -68,7 +68,8 @@ def test_contestants_alternate_and_each_round_starts_with_another():
 
 
 def test_suite_measures_a_tiny_shape_and_the_report_renders_it(monkeypatch, tmp_path):
-    monkeypatch.setattr(op, "find_spec", lambda name: None)
+    for module in (peers, runner):
+        monkeypatch.setattr(module, "find_spec", lambda name: None)
     everything = op.contestants
     monkeypatch.setattr(
         op, "contestants", lambda: [c for c in everything(("torch",)) if c.uncompiled is None]
@@ -77,10 +78,15 @@ def test_suite_measures_a_tiny_shape_and_the_report_renders_it(monkeypatch, tmp_
     results = tmp_path / "benchmarks" / "results"
     for dtype in (torch.bfloat16, torch.float32):
         entries = bench.measure((40, 16, 96), dtype, 2, results, log=_quiet)
-        assert not [entry for entry in entries if "refused" in entry]
-        units = {entry["name"]: round(entry["units"], 6) for entry in entries}
+        refused = {entry["name"]: entry["refused"] for entry in entries if "refused" in entry}
+        assert refused == {
+            "eager-batch": "needs trl",
+            "trl": "needs trl",
+            "liger": "needs liger_kernel",
+        }
+        units = {entry["name"]: round(entry["units"], 6) for entry in entries if "units" in entry}
         assert units["eager"] == 3
-        assert units["checkpoint"] == 4
+        assert units["checkpoint"] == units["chunked"] == 4
         assert units["torch-1"] == 4
         assert units["torch-0.2"] == units["floor"] == 1.6
         assert units["torch-0.2-known"] == 0.6
@@ -104,6 +110,21 @@ def _refuse_one(path):
     run = json.loads(path.read_text())
     run["contestants"][-1] = {"name": "floor", "label": "floor", "refused": "on purpose"}
     path.write_text(json.dumps(run))
+
+
+def test_peers_that_are_installed_compute_the_step(monkeypatch):
+    monkeypatch.setattr(chunked_head, "TOKENS", 16)
+    monkeypatch.setattr(chunked_head, "VOCABULARY", 40)
+    problem = op.make_problem(40, 16, 96, torch.float32)
+    truth = op.truth(problem, op.FRACTION, half=False)
+    checked = []
+    for contestant in op.contestants(impls=()):
+        if all(runner.find_spec(name) for name in contestant.needs):
+            # A compiler takes longer than all the rest.
+            results = (contestant.uncompiled or contestant.run)(problem)
+            assert runner.check(contestant, results, truth, torch.float32) < 1e-5
+            checked.append(contestant.name)
+    assert {"eager", "chunked", "checkpoint", "floor"} <= set(checked)
 
 
 def test_peak_memory_sees_what_a_step_holds():

@@ -1,0 +1,144 @@
+"""What others offer for the step that linear_logprob_entropy benchmarks.
+
+A head goes from hidden states, weight and targets to log-probabilities and entropies, None where it
+has none. A whole loss is one only where its options can mean the same as ours.
+
+T tokens, B sequences, L their length, D hidden, V vocabulary.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from importlib.util import find_spec
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from benchmarks.chunked_head import ChunkedHead
+
+SEQUENCES = 8
+CHUNK = 512
+
+Head = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor | None]]
+
+
+class Peer(NamedTuple):
+    """One head: for files and command line, for tables, and the modules that must be installed."""
+
+    name: str
+    label: str
+    head: Head
+    needs: tuple[str, ...] = ()
+    compiled: bool = False
+    """Whether torch.compile's code computes it, in which products cannot be counted."""
+
+
+def heads() -> list[Peer]:
+    """The first is what the others are compared with: what TRL does, or PyTorch without it."""
+    one, many = partial(_trl_head, sequences=1), partial(_trl_head, sequences=SEQUENCES)
+    eager = Peer("eager", "eager: all logits, TRL's functions, one sequence", one)
+    if find_spec("trl") is None:
+        eager = Peer("eager", "eager: all logits, plain PyTorch", plain_head)
+    batch = f"eager, {SEQUENCES} sequences, one after the other"
+    cce = "cut-cross-entropy's torch_compile, no entropies"
+    return [
+        eager,
+        Peer("eager-batch", batch, many, ("trl",)),
+        Peer("trl", "TRL's fused head", _trl_fused_head, ("trl",)),
+        Peer("liger", "Liger's fused head, its fallback for CPUs", _liger_head, ("liger_kernel",)),
+        Peer("chunked", "prime-rl's scheme: chunked, logits recomputed", _chunked_head),
+        Peer("checkpoint", f"chunks of {CHUNK} tokens, checkpointed", _checkpointed_head),
+        Peer("cce", cce, _cce_head, ("cut_cross_entropy", "triton"), compiled=True),
+    ]
+
+
+def plain_head(hidden_TD: Tensor, weight_VD: Tensor, target_T: Tensor) -> tuple[Tensor, Tensor]:
+    """All logits, as the definitions say."""
+    logp_TV = (hidden_TD @ weight_VD.T).float().log_softmax(1)
+    fixed_TV = logp_TV.detach()
+    entropy_T = -(fixed_TV.exp() * fixed_TV).sum(1)
+    return logp_TV.gather(1, target_T.unsqueeze(1)).squeeze(1), entropy_T
+
+
+def liger_grpo_loss(
+    hidden_TD: Tensor,
+    weight_VD: Tensor,
+    target_T: Tensor,
+    old_logprob_T: Tensor,
+    advantage_T: Tensor,
+    selected_T: Tensor,
+    *,
+    compiled: bool,
+) -> Tensor:
+    """The clipped loss over `selected_T`, which it is told; `compiled` is of its loss alone.
+
+    "bnpo" is the sum over the tokens of the mask over their number, which is equation 6.
+    """
+    from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
+
+    loss = LigerFusedLinearGRPOLoss(
+        beta=0.0, compiled=compiled, use_ref_model=False, epsilon_high=0.28, loss_type="bnpo"
+    )
+    found = loss(
+        hidden_TD.view(SEQUENCES, -1, hidden_TD.shape[1]),
+        weight_VD,
+        target_T.view(SEQUENCES, -1),
+        selected_T.float().view(SEQUENCES, -1),
+        advantage_T.view(SEQUENCES, -1)[:, 0],
+        old_per_token_logps=old_logprob_T.view(SEQUENCES, -1),
+    )
+    return found[0]
+
+
+def _trl_head(
+    hidden_TD: Tensor, weight_VD: Tensor, target_T: Tensor, *, sequences: int
+) -> tuple[Tensor, Tensor]:
+    from trl.trainer.utils import selective_log_softmax_and_entropy
+
+    logits_BLV = (hidden_TD @ weight_VD.T).view(sequences, -1, weight_VD.shape[0])
+    target_BL = target_T.view(sequences, -1)
+    found = selective_log_softmax_and_entropy(logits_BLV, target_BL, entropy_requires_grad=False)
+    return found[0].flatten(), found[1].flatten()
+
+
+def _trl_fused_head(
+    hidden_TD: Tensor, weight_VD: Tensor, target_T: Tensor
+) -> tuple[Tensor, Tensor]:
+    from trl.kernels import ChunkedLogProbFunction
+    from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE as vocabulary_chunk
+
+    found = ChunkedLogProbFunction.apply(
+        hidden_TD, weight_VD, None, target_T, 1.0, vocabulary_chunk, None, 1.0, ("entropy",)
+    )
+    return found[0], found[1]
+
+
+def _liger_head(hidden_TD: Tensor, weight_VD: Tensor, target_T: Tensor) -> tuple[Tensor, Tensor]:
+    from liger_kernel.ops import LigerFusedLinearScaledCrossEntropyFunction as Head
+
+    nll_T, entropy_T = Head.apply(hidden_TD, weight_VD, target_T, 1.0, -100, 1, True)
+    return -nll_T, entropy_T
+
+
+def _chunked_head(hidden_TD: Tensor, weight_VD: Tensor, target_T: Tensor) -> tuple[Tensor, Tensor]:
+    return ChunkedHead.apply(hidden_TD, weight_VD, target_T)
+
+
+def _checkpointed_head(
+    hidden_TD: Tensor, weight_VD: Tensor, target_T: Tensor
+) -> tuple[Tensor, Tensor]:
+    chunks = [
+        checkpoint(plain_head, hidden, weight_VD, target, use_reentrant=False)
+        for hidden, target in zip(hidden_TD.split(CHUNK), target_T.split(CHUNK), strict=True)
+    ]
+    return torch.cat([c[0] for c in chunks]), torch.cat([c[1] for c in chunks])
+
+
+def _cce_head(hidden_TD: Tensor, weight_VD: Tensor, target_T: Tensor) -> tuple[Tensor, None]:
+    from cut_cross_entropy import linear_cross_entropy
+
+    nll_T = linear_cross_entropy(
+        hidden_TD, weight_VD, target_T, impl="torch_compile", reduction="none"
+    )
+    return -nll_T, None
