@@ -60,7 +60,7 @@ def render(root: Path) -> dict[Path, str]:
 
 def read(folder: Path) -> list[Run]:
     """The result files; a contestant that was refused has a reason and no times."""
-    runs = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+    runs = [json.loads(path.read_text()) for path in sorted(folder.glob("linear_logprob*.json"))]
     if not runs:
         raise SystemExit(f"no result files in {folder}; make bench writes them")
     return runs

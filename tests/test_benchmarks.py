@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 
+from benchmarks import bench_forward_floor as floor
 from benchmarks import bench_linear_logprob_entropy as bench
 from benchmarks import chunked_head, peers, report, runner
 from benchmarks import linear_logprob_entropy as op
@@ -125,6 +126,17 @@ def test_peers_that_are_installed_compute_the_step(monkeypatch):
             assert runner.check(contestant, results, truth, torch.float32) < 1e-5
             checked.append(contestant.name)
     assert {"eager", "chunked", "checkpoint", "floor"} <= set(checked)
+
+
+def test_forward_floor_is_measured_on_one_thread(tmp_path):
+    before = torch.get_num_threads()
+    for dtype in (torch.bfloat16, torch.float32):
+        entries = floor.measure((40, 16, 96), dtype, 2, tmp_path, log=_quiet)
+        assert {"mm", "torch"} <= {entry["name"] for entry in entries if "wall_s" in entry}
+        assert len({entry["flops"] for entry in entries if "flops" in entry}) == 1
+    assert torch.get_num_threads() == before
+    runs = [json.loads(path.read_text()) for path in tmp_path.glob("*.json")]
+    assert [run["threads"] for run in runs] == [1, 1]
 
 
 def test_peak_memory_sees_what_a_step_holds():
