@@ -58,24 +58,29 @@ class Contestant:
     """Modules without which it is listed and not run."""
 
 
-class WrongResultError(Exception):
+class RefusedError(Exception):
+    """What a contestant raises that cannot compute the problem, with the reason."""
+
+
+class WrongResultError(RefusedError):
     """Results too far from the truth for their speed to mean anything."""
 
 
-def check(contestant: Contestant, results: Results, truth: Results, dtype: torch.dtype) -> float:
-    """The largest error of any result, relative to the truth's norm, or WrongResultError."""
+def check(
+    contestant: Contestant, results: Results, truth: Results, dtype: torch.dtype
+) -> dict[str, float]:
+    """The error of each result, relative to the truth's norm, or WrongResultError."""
     allowed = ROUNDED_ONCE if contestant.exact else ROUNDED_LOGITS
     allowed = FP32 if dtype == torch.float32 else allowed
-    worst = 0.0
+    errors = {}
     for name, got in results.items():
         wanted = truth[name].double()
         # A loss is a sum of terms of both signs and of size 1: its own size is no scale.
         scale = 1.0 if wanted.ndim == 0 else float(wanted.norm())
-        error = float((got.double() - wanted).norm()) / scale
-        if not error <= allowed:
-            raise WrongResultError(f"{name} is off by {error:.2g}; {allowed} is allowed")
-        worst = max(worst, error)
-    return worst
+        errors[name] = float((got.double() - wanted).norm()) / scale
+        if not errors[name] <= allowed:
+            raise WrongResultError(f"{name} is off by {errors[name]:.2g}; {allowed} is allowed")
+    return errors
 
 
 def run_suite(
@@ -103,11 +108,12 @@ def run_suite(
                 continue
             entry = entries[contestant.name]
             try:
-                entry["error"] = check(contestant, contestant.run(problem), wanted, dtype)
-            except WrongResultError as wrong:
-                entry["refused"] = str(wrong)
-                log(f"{contestant.name}: refused, {wrong}")
+                errors = check(contestant, contestant.run(problem), wanted, dtype)
+            except RefusedError as reason:
+                entry["refused"] = str(reason)
+                log(f"{contestant.name}: refused, {reason}")
                 continue
+            entry["errors"], entry["error"] = errors, max(errors.values(), default=0.0)
             with Watch() as watch:
                 (contestant.uncompiled or contestant.run)(problem)
             entry["flops"] = 2 * watch.products
@@ -146,8 +152,9 @@ def alternate(
             for name, value in {"wall_s": wall, "cpu_s": cpu, "turn": turn}.items():
                 samples[contestant.name][name].append(value)
             turn += 1
-        last = ", ".join(f"{name} {x['wall_s'][-1]:.2f}" for name, x in samples.items())
-        log(f"round {number + 1} of {rounds}, seconds: {last}")
+        if (number + 1) % max(rounds // 10, 1) == 0:
+            last = ", ".join(f"{name} {x['wall_s'][-1]:.3g}" for name, x in samples.items())
+            log(f"round {number + 1} of {rounds}, seconds: {last}")
     return samples
 
 
