@@ -2,6 +2,7 @@
 uninitialised memory is NaN, so that a kernel that reads it shows."""
 
 import os
+from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
@@ -14,7 +15,13 @@ from tests import shapes
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-jaxtyping.install_import_hook("entropy_kernels", f"{shapes.__name__}.checker")
+# All of the package but the Triton kernels: its interpreter does not see through a wrapped one.
+CHECKED = [
+    f"entropy_kernels.{path.stem}"
+    for path in (Path(__file__).parents[1] / "entropy_kernels").iterdir()
+    if path.stem != "_triton"
+]
+jaxtyping.install_import_hook(CHECKED, f"{shapes.__name__}.checker")
 
 DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
 BACKENDS = [*(("torch", device) for device in DEVICES), ("cpu", "cpu")]
