@@ -3,6 +3,7 @@
 An architecture is a string: "sm_90", "gfx942", or "interpreter" where kernels run on the CPU.
 """
 
+import contextlib
 import functools
 
 import torch
@@ -10,6 +11,9 @@ import triton
 from torch import Tensor
 
 INTERPRETER = "interpreter"
+# Where every kernel has passed its correctness run: one is recorded under benchmarks/results/ for
+# each, and "auto" takes a kernel on no other architecture.
+VERIFIED: frozenset[str] = frozenset()
 VERSION = tuple(int(part) for part in triton.__version__.split(".")[:2])
 
 # Shared memory of one block, in KB.
@@ -40,6 +44,16 @@ def _architecture_of(device: torch.device) -> str:
     if torch.version.hip is not None:
         return properties.gcnArchName.split(":")[0]
     return f"sm_{properties.major}{properties.minor}"
+
+
+def verified(device: torch.device) -> bool:
+    """Whether kernels have passed their correctness run on the architecture of `device`."""
+    return device.type == "cuda" and _architecture_of(device) in VERIFIED
+
+
+def on(device: torch.device) -> contextlib.AbstractContextManager[object]:
+    """Makes `device` the current one, on which Triton launches."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
 @functools.cache
