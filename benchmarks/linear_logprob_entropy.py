@@ -44,7 +44,13 @@ class Problem(NamedTuple):
     selected: dict[float, Tensor]
 
 
-def make_problem(tokens: int, hidden: int, vocabulary: int, dtype: torch.dtype) -> Problem:
+def make_problem(
+    tokens: int,
+    hidden: int,
+    vocabulary: int,
+    dtype: torch.dtype,
+    fractions: tuple[float, ...] = FRACTIONS,
+) -> Problem:
     """Entropies of a reasoning model, ratios a few per cent off 1, one advantage a sequence."""
     hidden_TD, weight_VD, target_T = peaked_head(tokens, hidden, vocabulary, dtype=dtype)
     logprob_T, entropy_T = _truth(hidden_TD, weight_VD, target_T)
@@ -63,8 +69,13 @@ def make_problem(tokens: int, hidden: int, vocabulary: int, dtype: torch.dtype) 
         torch.ones(tokens, dtype=torch.bool),
         logprob_T,
         entropy_T,
-        {f: ek.top_entropy_mask(entropy_T.float(), fraction=f) for f in FRACTIONS},
+        {f: ek.top_entropy_mask(entropy_T.float(), fraction=f) for f in fractions},
     )
+
+
+def small_problem(like: Problem) -> Problem:
+    """What loads libraries and starts threads."""
+    return make_problem(64, 32, 256, like.hidden.dtype)
 
 
 def policy_loss(

@@ -18,7 +18,7 @@ def main(module_name: str, problem_path: str, name: str) -> None:
     problem = module.Problem(*torch.load(problem_path))
     if contestant.uncompiled is None:
         # Libraries are loaded and threads started at a small size, and nothing else.
-        contestant.run(module.make_problem(64, 32, 256, problem.hidden.dtype))
+        contestant.run(module.small_problem(problem))
     else:
         # A compiler's own memory is not the step's.
         contestant.run(problem)

@@ -5,8 +5,10 @@ import json
 import pytest
 import torch
 
+from benchmarks import bench_entropy_threshold as threshold
 from benchmarks import bench_forward_floor as floor
 from benchmarks import bench_linear_logprob_entropy as bench
+from benchmarks import bench_ratio_loss as ratio
 from benchmarks import chunked_head, peers, report, runner
 from benchmarks import linear_logprob_entropy as op
 from benchmarks.runner import Contestant
@@ -139,6 +141,30 @@ def test_forward_floor_is_measured_on_one_thread(tmp_path):
     assert torch.get_num_threads() == before
     runs = [json.loads(path.read_text()) for path in tmp_path.glob("*.json")]
     assert [run["threads"] for run in runs] == [1, 1]
+
+
+@pytest.fixture
+def no_processes(monkeypatch):
+    """Without the process that each contestant's memory is measured in."""
+    monkeypatch.setattr(runner, "peak_bytes", lambda *_: {})
+
+
+def test_threshold_contestants_agree_but_for_the_one_that_refuses(no_processes, tmp_path):
+    entries = threshold.measure(20_000, 2, tmp_path, log=_quiet)
+    assert {entry["name"] for entry in entries if entry["error"] == 0} >= {"kthvalue", "ours"}
+    too_many = threshold.Problem(torch.zeros(2**24 + 1), 1)
+    with pytest.raises(runner.RefusedError, match="too large"):
+        threshold._quantile(too_many)
+
+
+def test_ratio_loss_contestants_agree(monkeypatch, no_processes, tmp_path):
+    everything = ratio.contestants
+    monkeypatch.setattr(
+        ratio, "contestants", lambda: [c for c in everything() if c.uncompiled is None]
+    )
+    entries = ratio.measure((8, 64), 2, tmp_path, log=_quiet)
+    assert all(len(entry["wall_s"]) == 2 for entry in entries)
+    assert max(entry["error"] for entry in entries) < 1e-5
 
 
 def test_peak_memory_sees_what_a_step_holds():
