@@ -11,6 +11,8 @@ neither is ever concatenated: an exact global threshold moves three histograms o
 int64, 16 KB. The state stays on the device and nothing waits for the host.
 
 torch.quantile stops at 2**24 elements, torch.kthvalue and a sort need all values in one tensor.
+
+`impl` of the ops is "auto" or one of "torch", "cpu" (the C++ extension) and "triton".
 """
 
 from collections.abc import Sequence
@@ -20,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from entropy_kernels import _native
+from entropy_kernels import _gpu, _native
 from entropy_kernels.distributed import all_reduce_sum
 
 # (shift, bits) of each digit.
@@ -54,8 +56,13 @@ class KthLargest(NamedTuple):
 
 def selected_count(n: Tensor, fraction: float) -> Tensor:
     """k = ceil(fraction * n), at least 1 where n >= 1 and 0 where n = 0; int64, on n's device."""
-    k = (n.to(torch.float64) * (fraction * (1 - COUNT_SLACK))).ceil().to(torch.int64)
+    k = (n.to(torch.float64) * _exact_share(fraction)).ceil().to(torch.int64)
     return torch.minimum(k.clamp_min(1), n)
+
+
+def _exact_share(fraction: float) -> float:
+    """The fp64 of which n times, rounded up, is ceil(n * fraction) of the decimal `fraction`."""
+    return fraction * (1 - COUNT_SLACK)
 
 
 def sort_keys(values: Tensor) -> Tensor:
@@ -77,25 +84,26 @@ def value_of_key(key: Tensor) -> Tensor:
     return (ordered ^ ((ordered >> 31) & ~SIGN)).view(torch.float32)
 
 
-def kth_largest(chunks: Sequence[Chunk], fraction: float, group: ProcessGroup | None) -> KthLargest:
+def kth_largest(
+    chunks: Sequence[Chunk], fraction: float, group: ProcessGroup | None, impl: str = "auto"
+) -> KthLargest:
     """The k-th largest of all valid values of `chunks`, on all ranks, k = ceil(fraction * n).
 
     chunks: at least one (values, mask): contiguous fp32 of one dimension, on one device, and the
     bool mask of the valid ones or None. Three passes over the values, three all-reduces.
     """
     prefix = torch.zeros((), dtype=torch.int64, device=chunks[0][0].device)
+    remaining = None
     prefix_bits = 0
     for shift, bits in PASSES:
-        local = sum_histograms(chunks, prefix, shift, bits, prefix_bits)
+        local = sum_histograms(chunks, prefix, shift, bits, prefix_bits, impl)
         counts = all_reduce_sum(local, group)
-        if prefix_bits == 0:
-            n = counts.sum()
-            remaining = selected_count(n, fraction)
-        digit, remaining = pick_digit(counts, remaining)
-        prefix = (prefix << bits) | digit
+        prefix, remaining, equal, value = radix_pick(
+            counts, local, prefix, remaining, fraction, shift, impl
+        )
         prefix_bits += bits
-    value = torch.where(n > 0, value_of_key(prefix), torch.inf)
-    return KthLargest(value, remaining, local.gather(0, digit.reshape(1)).reshape(()))
+    assert remaining is not None
+    return KthLargest(value, remaining, equal)
 
 
 def sketch_histogram(values: Tensor, mask: Tensor | None) -> Tensor:
@@ -124,24 +132,38 @@ def pick_digit(counts: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def sum_histograms(
-    chunks: Sequence[Chunk], prefix: Tensor, shift: int, bits: int, prefix_bits: int
+    chunks: Sequence[Chunk], prefix: Tensor, shift: int, bits: int, prefix_bits: int, impl: str
 ) -> Tensor:
     """The histogram of one digit over all chunks of this rank: int64 of 1 << bits."""
-    return torch.stack(
-        [radix_histogram(values, mask, prefix, shift, bits, prefix_bits) for values, mask in chunks]
-    ).sum(0)
+    parts = [radix_histogram(*chunk, prefix, shift, bits, prefix_bits, impl) for chunk in chunks]
+    return parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
+
+
+def _implementation(impl: str, device: torch.device) -> str:
+    """What "auto" stands for."""
+    if impl != "auto":
+        return impl
+    if device.type == "cpu":
+        return "torch" if _native.cpu() is None else "cpu"
+    return "triton" if _gpu.verified(device) else "torch"
 
 
 @torch.library.custom_op(
     "entropy_kernels::radix_histogram",
     mutates_args=(),
     schema=(
-        "(Tensor values, Tensor? mask, Tensor prefix, int shift, int bits, int prefix_bits)"
-        " -> Tensor"
+        "(Tensor values, Tensor? mask, Tensor prefix, int shift, int bits, int prefix_bits,"
+        " str impl='auto') -> Tensor"
     ),
 )
 def radix_histogram(
-    values: Tensor, mask: Tensor | None, prefix: Tensor, shift: int, bits: int, prefix_bits: int
+    values: Tensor,
+    mask: Tensor | None,
+    prefix: Tensor,
+    shift: int,
+    bits: int,
+    prefix_bits: int,
+    impl: str = "auto",
 ) -> Tensor:
     """How many valid values have each digit, among those whose key begins with `prefix`.
 
@@ -149,9 +171,13 @@ def radix_histogram(
     key; the digit is the `bits` of the key above its lowest `shift`. Returns int64 [1 << bits].
     Integer sums: the same counts every time. Works in slices of bounded memory.
     """
+    name = _implementation(impl, values.device)
+    if name == "triton":
+        kernels = _gpu.kernels("radix_histogram")
+        return kernels.radix_histogram(values, mask, prefix, shift, bits, prefix_bits)
     counts = torch.zeros(1 << bits, dtype=torch.int64, device=values.device)
     on_cpu = values.device.type == "cpu"
-    if on_cpu and _native.cpu() is not None:
+    if name == "cpu":
         _native.radix_histogram(values, mask, int(prefix), shift, bits, prefix_bits, counts)
         return counts
     count = _count_by_compaction if on_cpu else _count_by_weight
@@ -185,23 +211,71 @@ def _count_by_weight(digit: Tensor, counted: Tensor | None, counts: Tensor) -> N
 
 
 @radix_histogram.register_fake
-def _(
-    values: Tensor, mask: Tensor | None, prefix: Tensor, shift: int, bits: int, prefix_bits: int
-) -> Tensor:
+def _(values, mask, prefix, shift, bits, prefix_bits, impl="auto"):
     return values.new_empty(1 << bits, dtype=torch.int64)
+
+
+@torch.library.custom_op(
+    "entropy_kernels::radix_pick",
+    mutates_args=(),
+    schema=(
+        "(Tensor counts, Tensor local, Tensor prefix, Tensor? remaining, float fraction, int shift,"
+        " str impl='auto') -> (Tensor, Tensor, Tensor, Tensor)"
+    ),
+)
+def radix_pick(
+    counts: Tensor,
+    local: Tensor,
+    prefix: Tensor,
+    remaining: Tensor | None,
+    fraction: float,
+    shift: int,
+    impl: str = "auto",
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The digit in which the k-th largest falls, of the histogram of the digit above `shift`.
+
+    counts, local: int64 [1 << bits], the histogram over all ranks and this rank's; prefix: 0-dim
+    int64, the digits found before; remaining: 0-dim int64, the rank k among the counted, or None
+    for k = ceil(fraction * n) of all n counted.
+
+    Returns 0-dim: the prefix with this digit, int64; the rank k within it, int64; the number on
+    this rank that share it, int64; and the least value that does, fp32, +inf where n = 0.
+    """
+    if _implementation(impl, counts.device) == "triton":
+        share = _exact_share(fraction)
+        kernels = _gpu.kernels("radix_histogram")
+        return kernels.radix_pick(counts, local, prefix, remaining, share, shift)
+    n = counts.sum()
+    k = selected_count(n, fraction) if remaining is None else remaining
+    digit, remaining = pick_digit(counts, k)
+    prefix = (prefix << (counts.numel().bit_length() - 1)) | digit
+    value = torch.where(n > 0, value_of_key(prefix << shift), torch.inf)
+    return prefix, remaining, local.gather(0, digit.reshape(1)).reshape(()), value
+
+
+@radix_pick.register_fake
+def _(counts, local, prefix, remaining, fraction, shift, impl="auto"):
+    found = [torch.empty_like(prefix) for _ in range(3)]
+    return *found, torch.empty_like(prefix, dtype=torch.float32)
 
 
 @torch.library.custom_op(
     "entropy_kernels::keep_largest",
     mutates_args=(),
-    schema="(Tensor values, Tensor? mask, Tensor threshold, Tensor quota) -> Tensor",
+    schema=(
+        "(Tensor values, Tensor? mask, Tensor threshold, Tensor quota, str impl='auto') -> Tensor"
+    ),
 )
-def keep_largest(values: Tensor, mask: Tensor | None, threshold: Tensor, quota: Tensor) -> Tensor:
+def keep_largest(
+    values: Tensor, mask: Tensor | None, threshold: Tensor, quota: Tensor, impl: str = "auto"
+) -> Tensor:
     """The valid values above `threshold` and the first `quota` of those equal to it.
 
     values: fp32 [N]; mask: bool [N] or None; threshold: 0-dim fp32; quota: 0-dim int64. Returns
     bool [N]. NaN equals NaN and is above every number.
     """
+    if _implementation(impl, values.device) == "triton":
+        return _gpu.kernels("keep_largest").keep_largest(values, mask, threshold, quota)
     keep = torch.empty_like(values, dtype=torch.bool)
     size = CPU_SLICE if values.device.type == "cpu" else DEVICE_SLICE
     for start in range(0, values.numel(), size):
@@ -219,7 +293,7 @@ def keep_largest(values: Tensor, mask: Tensor | None, threshold: Tensor, quota: 
 
 
 @keep_largest.register_fake
-def _(values: Tensor, mask: Tensor | None, threshold: Tensor, quota: Tensor) -> Tensor:
+def _(values, mask, threshold, quota, impl="auto"):
     return torch.empty_like(values, dtype=torch.bool)
 
 

@@ -1,0 +1,45 @@
+"""Where the Triton kernels of `_triton/` run, and where "auto" takes them.
+
+Triton is imported when it is first asked for: a machine without it has the other paths.
+"""
+
+import functools
+import importlib
+from types import ModuleType
+
+import torch
+
+
+@functools.cache
+def _load(name: str) -> tuple[ModuleType | None, str | None]:
+    """entropy_kernels._triton.{name}, or why it does not load."""
+    try:
+        return importlib.import_module(f"entropy_kernels._triton.{name}"), None
+    except ImportError as error:
+        return None, f"Triton does not load: {type(error).__name__}: {error}"
+
+
+def kernels(name: str) -> ModuleType:
+    """The launchers of op `name`. The caller has asked whether they run."""
+    module, why = _load(name)
+    assert module is not None, why
+    return module
+
+
+@torch.compiler.assume_constant_result
+def why_not(device: torch.device) -> str | None:
+    """A sentence saying why the kernels cannot run on tensors of `device`; None where they can."""
+    target, why = _load("target")
+    if target is None:
+        return why
+    if device.type == "cuda" or (device.type == "cpu" and target.interpreting()):
+        return None
+    return f"Triton kernels need tensors on a GPU, or TRITON_INTERPRET=1; got {device}"
+
+
+@torch.compiler.assume_constant_result
+def verified(device: torch.device) -> bool:
+    """Whether "auto" takes the kernels: `device` is a GPU on which they were found to be right."""
+    if device.type != "cuda" or why_not(device) is not None:
+        return False
+    return kernels("target").verified(device)

@@ -1,0 +1,246 @@
+"""The threshold and the exact selection by Triton's kernels, bit for bit as the other paths."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from entropy_kernels import _gpu, _radix, entropy_threshold, reference, top_entropy_mask
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+WHY_NOT = _gpu.why_not(torch.device(DEVICE))
+pytestmark = pytest.mark.skipif(WHY_NOT is not None, reason=WHY_NOT or "")
+needs_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="needs CUDA")
+
+INF = float("inf")
+NAN = float("nan")
+TIED = st.sampled_from([-INF, -1.5, -1e-45, -0.0, 0.0, 1e-45, 0.25, 1.0, 3.0, INF, NAN])
+VALUES = TIED | st.floats(width=32)
+DIGITS = [(21, 11, 0), (10, 11, 11), (0, 10, 22), (13, 19, 0)]
+KINDS = ["distinct", "tied", "equal", "zeros", "negative", "broken"]
+
+
+@pytest.fixture
+def small_blocks(monkeypatch):
+    """Few values make many blocks and several programs, each with several blocks."""
+    for name in ("radix_histogram", "keep_largest"):
+        monkeypatch.setattr(_gpu.kernels(name), "BLOCK", 128)
+        monkeypatch.setattr(_gpu.kernels(name), "MAX_PROGRAMS", 2)
+
+
+def values_of(kind: str, n: int) -> Tensor:
+    generator = torch.Generator().manual_seed(n)
+    values = torch.empty(n).exponential_(generator=generator)
+    if kind == "tied":
+        values = (3 * values).floor()
+    elif kind == "equal":
+        values.fill_(0.6931)
+    elif kind == "zeros":
+        values = torch.where(values < 0.5, 0.0, -0.0)
+    elif kind == "negative":
+        values = values.log()
+    elif kind == "broken":
+        values = torch.where(values < 0.1, -NAN, torch.where(values > 2, INF, values))
+    return values.to(DEVICE)
+
+
+def masks_of(n: int) -> list[Tensor | None]:
+    some = torch.rand(n, generator=torch.Generator().manual_seed(1)) < 0.7
+    return [None, some.to(DEVICE), torch.zeros(n, dtype=torch.bool, device=DEVICE)]
+
+
+def assert_same_bits(got: Tensor, want: Tensor) -> None:
+    assert got.dtype == want.dtype
+    assert got.shape == want.shape
+    torch.testing.assert_close(got, want, rtol=0, atol=0, equal_nan=True)
+
+
+def select(values: Tensor, mask: Tensor | None, fraction: float) -> tuple[Tensor, Tensor]:
+    """The threshold and the mask of exactly k, by Triton's kernels."""
+    kth = _radix.kth_largest([(values, mask)], fraction, None, "triton")
+    return kth.value, _radix.keep_largest(values, mask, kth.value, kth.quota, "triton")
+
+
+def assert_as_the_sort(values: Tensor, mask: Tensor | None, fraction: float) -> None:
+    threshold, keep = select(values, mask, fraction)
+    values, mask = values.cpu(), None if mask is None else mask.cpu()
+    assert_same_bits(threshold.cpu(), reference.entropy_threshold(values, mask, fraction))
+    assert torch.equal(keep.cpu(), reference.top_entropy_mask(values, mask, fraction))
+
+
+@settings(deadline=None, max_examples=10)
+@given(
+    tokens=st.lists(st.tuples(VALUES, st.booleans()), max_size=40),
+    fraction=st.sampled_from([0.2, 0.55, 1.0, 1e-9]),
+)
+def test_equals_the_sort(tokens, fraction):
+    values = torch.tensor([value for value, _ in tokens], dtype=torch.float32, device=DEVICE)
+    mask = torch.tensor([valid for _, valid in tokens], dtype=torch.bool, device=DEVICE)
+    for valid in (None, mask):
+        assert_as_the_sort(values, valid, fraction)
+
+
+@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("n", [0, 1, 128, 600])
+def test_sizes(kind, n):
+    """Up to five blocks: three for the first program, for the other two, the last cut short."""
+    for mask in masks_of(n):
+        assert_as_the_sort(values_of(kind, n), mask, 0.2)
+
+
+def test_blocks_as_shipped():
+    block = _gpu.kernels("radix_histogram").BLOCK
+    for n in (block - 1, 2 * block + 1):
+        assert_as_the_sort(values_of("distinct", n), masks_of(n)[1], 0.2)
+
+
+@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize("kind", ["tied", "negative", "broken"])
+@pytest.mark.parametrize(("shift", "bits", "prefix_bits"), DIGITS)
+def test_counts_are_those_of_the_torch_path(kind, shift, bits, prefix_bits):
+    """With the prefix of most values and of few: a block is counted at once, or value by value."""
+    values = values_of(kind, 300)
+    keys = (_radix.sort_keys(values) ^ _radix.SIGN).to(torch.int64) & 0xFFFFFFFF
+    heads = torch.cat([keys.mode().values[None], keys[:1], keys.max()[None] + 1])
+    for prefix in heads >> (32 - prefix_bits):
+        for mask in masks_of(300)[:2]:
+            arguments = (values, mask, prefix, shift, bits, prefix_bits)
+            got = _radix.radix_histogram(*arguments, "triton")
+            assert_same_bits(got, _radix.radix_histogram(*arguments, "torch"))
+
+
+@pytest.mark.parametrize("bits", [10, 11])
+def test_picks_are_those_of_the_torch_path(bits):
+    """Also of counts beyond 32 bits, of one bin, and of none; of any rank from 1 on, and of 0."""
+    bins = 1 << bits
+    many = torch.randint(0, 2**40, (bins,), device=DEVICE)
+    sparse = torch.where(torch.arange(bins, device=DEVICE) % 97 == 3, many, 0)
+    one = torch.zeros_like(many).index_fill_(0, torch.tensor([bins - 1], device=DEVICE), 7)
+    for counts in (many, sparse, one, torch.zeros_like(many)):
+        prefix, n = torch.tensor(5, device=DEVICE), counts.sum()
+        local = counts // 3
+        for remaining in (None, n, n // 2, (n > 0).long()):
+            for fraction in (0.2, 0.55, 1.0, 1e-9) if remaining is None else (0.2,):
+                arguments = (counts, local, prefix, remaining, fraction, 32 - 4 - bits)
+                got = _radix.radix_pick(*arguments, "triton")
+                for x, y in zip(got, _radix.radix_pick(*arguments, "torch"), strict=True):
+                    assert_same_bits(x, y)
+
+
+@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize(
+    ("kind", "threshold"),
+    [
+        ("zeros", 0.0),
+        ("zeros", -0.0),
+        ("tied", 1.0),
+        ("broken", INF),
+        ("broken", NAN),
+        ("tied", NAN),
+    ],
+)
+def test_any_threshold_and_quota(kind, threshold):
+    values = values_of(kind, 400)
+    threshold = torch.tensor(threshold, device=DEVICE)
+    for quota in (-5, 0, 1, 70, 10**10):
+        for mask in masks_of(400)[:2]:
+            arguments = (values, mask, threshold, torch.tensor(quota, device=DEVICE))
+            got = _radix.keep_largest(*arguments, "triton")
+            assert torch.equal(got, _radix.keep_largest(*arguments, "torch"))
+
+
+@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize("kind", ["distinct", "tied", "equal", "broken"])
+@pytest.mark.parametrize("shares", [[300], [150, 0], [101, 0, 200], [0, 0]], ids=str)
+def test_ranks_select_together(kind, shares):
+    """Each rank picks from summed histograms; ties go to the lower rank, then the lower index."""
+    values, mask = values_of(kind, sum(shares)), masks_of(sum(shares))[1]
+    ranks = [*zip(values.split(shares), mask.split(shares), strict=True)]
+    found = [(torch.zeros((), dtype=torch.int64, device=DEVICE), None, None, None)] * len(ranks)
+    prefix_bits = 0
+    for shift, bits in _radix.PASSES:
+        digit = (shift, bits, prefix_bits, "triton")
+        local = [
+            _radix.radix_histogram(*rank, state[0], *digit)
+            for rank, state in zip(ranks, found, strict=True)
+        ]
+        total = torch.stack(local).sum(0)
+        found = [
+            _radix.radix_pick(total, counts, state[0], state[1], 0.2, shift, "triton")
+            for counts, state in zip(local, found, strict=True)
+        ]
+        prefix_bits += bits
+    keep, before = [], 0
+    for rank, (_, quota, equal, threshold) in zip(ranks, found, strict=True):
+        keep.append(_radix.keep_largest(*rank, threshold, quota - before, "triton"))
+        before = before + equal
+    want = reference.top_entropy_mask(values.cpu(), mask.cpu(), 0.2)
+    assert torch.equal(torch.cat(keep).cpu(), want)
+
+
+@pytest.mark.usefixtures("small_blocks")
+def test_chunks_are_selected_together():
+    values, mask = values_of("tied", 500), masks_of(500)[1]
+    chunks = [*zip(values.split([300, 0, 200]), mask.split([300, 0, 200]), strict=True)]
+    together = _radix.kth_largest(chunks, 0.2, None, "triton")
+    for x, y in zip(together, _radix.kth_largest(chunks, 0.2, None, "torch"), strict=True):
+        assert_same_bits(x, y)
+
+
+@pytest.mark.parametrize("mask", [None, torch.arange(100, device=DEVICE) % 3 > 0])
+def test_opcheck(mask):
+    values = torch.randn(100, device=DEVICE)
+    prefix = torch.tensor(0b10000000000, device=DEVICE)
+    counts = torch.randint(0, 9, (2048,), device=DEVICE)
+    threshold, quota = torch.tensor(0.5, device=DEVICE), torch.tensor(3, device=DEVICE)
+    check = torch.library.opcheck
+    check(_radix.radix_histogram, (values, mask, prefix, 10, 11, 11, "triton"))
+    check(_radix.radix_pick, (counts, counts, torch.zeros_like(prefix), None, 0.2, 21, "triton"))
+    check(_radix.radix_pick, (counts, counts, prefix, quota, 0.2, 10, "triton"))
+    check(_radix.keep_largest, (values, mask, threshold, quota, "triton"))
+
+
+@pytest.mark.usefixtures("unchecked_shapes")
+def test_compiles_into_one_graph():
+    values, mask = values_of("tied", 300), masks_of(300)[1]
+    compiled = torch.compile(select, fullgraph=True, backend="aot_eager")
+    for got, want in zip(compiled(values, mask, 0.2), select(values, mask, 0.2), strict=True):
+        assert_same_bits(got, want)
+
+
+def test_auto_takes_a_kernel_only_where_it_was_found_right(monkeypatch):
+    """Never on a CPU, where the interpreter would run it."""
+    target = _gpu.kernels("target")
+    cpu, gpu = torch.device("cpu"), torch.device("cuda", 0)
+    monkeypatch.setattr(target, "_architecture_of", lambda device: "sm_90")
+    for architectures, name in ((frozenset(), "torch"), (frozenset({"sm_90"}), "triton")):
+        monkeypatch.setattr(target, "VERIFIED", architectures)
+        assert _radix._implementation("auto", gpu) == name
+        assert _radix._implementation("auto", cpu) in ("torch", "cpu")
+    assert _radix._implementation("triton", cpu) == "triton"
+
+
+def test_without_triton_the_torch_path_is_taken(monkeypatch):
+    monkeypatch.setattr(_gpu, "_load", lambda name: (None, "Triton does not load: gone"))
+    assert _radix._implementation("auto", torch.device("cuda", 0)) == "torch"
+    assert _gpu.why_not(torch.device("cuda", 0)) == "Triton does not load: gone"
+
+
+@needs_gpu
+def test_in_a_cuda_graph(monkeypatch):
+    """Captured once, it selects of whatever values lie there at a replay; nothing waits."""
+    monkeypatch.setattr(_gpu, "verified", lambda device: True)
+    n = 300_007
+    entropy, mask = values_of("distinct", n), masks_of(n)[1]
+    top_entropy_mask(entropy, mask)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        threshold, keep = entropy_threshold(entropy, mask), top_entropy_mask(entropy, mask)
+    for kind in KINDS:
+        entropy.copy_(values_of(kind, n))
+        graph.replay()
+        assert_same_bits(threshold.cpu(), reference.entropy_threshold(entropy.cpu(), mask.cpu()))
+        assert torch.equal(keep.cpu(), reference.top_entropy_mask(entropy.cpu(), mask.cpu()))
