@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from entropy_kernels import _native, ops
+from entropy_kernels import _gpu, _native, ops
 
 LOSS_TYPES = ("dapo", "grpo")
 # |log ratio| is clamped here before exp, as verl does; beyond, the ratio is meaningless.
@@ -59,7 +59,8 @@ def ratio_loss(
             ranks equals one batch.
         num_sequences: for "grpo", the number of sequences of the whole step, to the same end.
         impl: "auto", what fits of the following; "cpu", the compiled kernel, for fp32 on a CPU;
-            or "torch", any device.
+            "triton", fp32 on a GPU (by itself only where it was found to be right on that kind of
+            GPU); or "torch", any device.
 
     Returns:
         The loss, and metrics as 0-dim tensors without gradient: clip/low, clip/high (share of the
@@ -112,15 +113,23 @@ def _at_least_one(count: float | Tensor, device: torch.device, dtype: torch.dtyp
 
 def _resolve(impl: str, device: torch.device, dtype: torch.dtype) -> str:
     """The implementation that "auto" stands for."""
-    built, fits = ops.IMPLEMENTATIONS, device.type == "cpu" and dtype == torch.float32
+    built, fp32 = ops.IMPLEMENTATIONS, dtype == torch.float32
+    on_cpu = fp32 and device.type == "cpu"
     if impl == "auto":
-        return "cpu" if fits and "cpu" in built else "torch"
+        if fp32 and _gpu.verified(device):
+            return "triton"
+        return "cpu" if on_cpu and "cpu" in built else "torch"
     if impl == "cpu" and "cpu" not in built:
         raise ValueError(f'impl="cpu" is missing: {_native.why_missing("cpu")}')
-    if impl not in built:
-        raise ValueError(f"impl must be one of {', '.join(['auto', *built])}; got {impl!r}")
-    if impl == "cpu" and not fits:
+    names = ("auto", *built) if "triton" in built else ("auto", *built, "triton")
+    if impl not in names:
+        raise ValueError(f"impl must be one of {', '.join(names)}; got {impl!r}")
+    if impl == "cpu" and not on_cpu:
         raise ValueError(f'impl="cpu" needs fp32 tensors on the CPU; got {dtype} on {device}')
+    if impl == "triton" and (why := _gpu.why_not(device)) is not None:
+        raise ValueError(f'impl="triton" cannot run: {why}')
+    if impl == "triton" and not fp32:
+        raise ValueError(f'impl="triton" needs fp32 tensors; got {dtype}')
     return impl
 
 

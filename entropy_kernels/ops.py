@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from entropy_kernels import _native
+from entropy_kernels import _gpu, _native
 from entropy_kernels._rows import Statistics
 from entropy_kernels._torch.linear_logprob_entropy import linear_logprob_entropy as torch_forward
 from entropy_kernels._torch.linear_logprob_entropy_backward import (
@@ -19,7 +19,11 @@ from entropy_kernels._torch.ratio_loss import ratio_loss as torch_ratio_loss
 
 _FORWARD = {"torch": torch_forward, "cpu": _native.linear_logprob_entropy}
 _BACKWARD = {"torch": torch_backward, "cpu": _native.linear_logprob_entropy_backward}
-_RATIO_LOSS = {"torch": torch_ratio_loss, "cpu": _native.ratio_loss}
+_RATIO_LOSS = {
+    "torch": torch_ratio_loss,
+    "cpu": _native.ratio_loss,
+    "triton": lambda *arguments: _gpu.kernels("ratio_loss").ratio_loss(*arguments),
+}
 
 # What this machine has of them.
 IMPLEMENTATIONS = tuple(name for name in _FORWARD if name != "cpu" or _native.cpu() is not None)
