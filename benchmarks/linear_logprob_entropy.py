@@ -171,9 +171,10 @@ def _liger_grpo(problem: Problem, *, compiled: bool) -> dict[str, Tensor]:
     return _step(problem, loss)
 
 
-def _ours(
-    problem: Problem, *, impl: str, fraction: float, known: bool, half: bool
+def ours(
+    problem: Problem, *, impl: str, fraction: float, known: bool = False, half: bool = False
 ) -> dict[str, Tensor]:
+    """Our step: `known`, the tokens are told beforehand; `half`, of the advantages are zero."""
     loss, _ = ek.high_entropy_policy_loss(
         problem.hidden,
         problem.weight,
@@ -259,7 +260,7 @@ def _our_contestants(impl: str) -> list[Contestant]:
         name = f"{impl}-{fraction:g}" + "-known" * known + "-half" * half
         label = f"ours ({impl}), {fraction:.0%} of the tokens"
         label += ", known beforehand" * known + ", half of the advantages zero" * half
-        run = partial(_ours, impl=impl, fraction=fraction, known=known, half=half)
+        run = partial(ours, impl=impl, fraction=fraction, known=known, half=half)
         found.append(Contestant(name, label, run, {"fraction": fraction, "half": half}, exact=True))
     setting = {"fraction": FRACTION, "half": False}
     label = f"ours ({impl}), forward alone"

@@ -1,0 +1,159 @@
+"""How our step's cost grows: with tokens, with vocabulary, and with the fraction trained on.
+
+Every point of the three sweeps is a contestant: checked against fp64, and timed in alternation with
+all others.
+
+T tokens, D hidden, V vocabulary.
+"""
+
+import functools
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+import entropy_kernels as ek
+from benchmarks import linear_logprob_entropy as op
+from benchmarks import runner
+from benchmarks.linear_logprob_entropy import FRACTION, Problem
+from benchmarks.runner import Contestant
+from entropy_kernels import ops
+
+ROUNDS = 5
+QUICK_ROUNDS = 2
+
+
+class Sweeps(NamedTuple):
+    """What each of the three sweeps takes, and what stays fixed beside it."""
+
+    hidden: int
+    distinct: int
+    """Tokens that differ; more are these again, which cost the same and spare their data."""
+    tokens: tuple[int, ...]
+    tokens_vocabulary: int
+    vocabularies: tuple[int, ...]
+    vocabularies_tokens: int
+    fractions: tuple[float, ...]
+    fractions_tokens: int
+
+
+FULL = Sweeps(
+    hidden=512,
+    distinct=512,
+    tokens=(512, 1024, 2048, 4096, 8192, 16384, 32768),
+    tokens_vocabulary=32768,
+    vocabularies=(8192, 16384, 32768, 65536, 131072, 262144),
+    vocabularies_tokens=2048,
+    fractions=(0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 1.0),
+    fractions_tokens=4096,
+)
+QUICK = Sweeps(
+    hidden=16,
+    distinct=64,
+    tokens=(32, 128),
+    tokens_vocabulary=256,
+    vocabularies=(256, 512),
+    vocabularies_tokens=64,
+    fractions=(0.2, 0.6, 1.0),
+    fractions_tokens=64,
+)
+
+
+class Point(NamedTuple):
+    """One measurement: of which sweep, at which value of it."""
+
+    sweep: str
+    value: float
+    fraction: float
+    problem: Problem
+
+
+@pytest.mark.timeout(0)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bfloat16", "float32"])
+def bench_linear_cost(dtype, quick, record):
+    sweeps, rounds = (QUICK, QUICK_ROUNDS) if quick else (FULL, ROUNDS)
+    record(functools.partial(measure, sweeps, dtype, rounds))
+
+
+def measure(sweeps, dtype, rounds, folder, log=print):
+    """The result file's entries."""
+    impl = "cpu" if "cpu" in ops.IMPLEMENTATIONS else "torch"
+    about = runner.about_this_run() | {
+        "op": "linear_cost",
+        "device": "cpu",
+        "dtype": str(dtype).removeprefix("torch."),
+        "shape": {"hidden": sweeps.hidden},
+        "sweeps": sweeps._asdict(),
+        "fraction": FRACTION,
+        "impl": impl,
+        "rounds": rounds,
+    }
+    log(f"cost against tokens, vocabulary and fraction, {about['dtype']}")
+    points = make_points(sweeps, dtype)
+    contestants = [
+        Contestant(
+            name,
+            f"{point.sweep} {point.value:g}",
+            functools.partial(_step, name=name, impl=impl),
+            {"name": name},
+            exact=True,
+        )
+        for name, point in points.items()
+    ]
+    entries = runner.run_suite(contestants, points, _truth, rounds=rounds, dtype=dtype, log=log)
+    for entry in entries:
+        point = points[entry["name"]]
+        entry |= {"sweep": point.sweep, "value": point.value}
+        problem = point.problem
+        if "flops" in entry:
+            entry["units"] = entry["flops"] / (2 * problem.hidden.numel() * len(problem.weight))
+    log(f"wrote {runner.write(folder, about, entries)}")
+    return entries
+
+
+def make_points(sweeps: Sweeps, dtype: torch.dtype) -> dict[str, Point]:
+    """All points of all sweeps, by name. Those of one vocabulary share their weight."""
+    bases = {
+        vocabulary: op.make_problem(sweeps.distinct, sweeps.hidden, vocabulary, dtype, (FRACTION,))
+        for vocabulary in {sweeps.tokens_vocabulary, *sweeps.vocabularies}
+    }
+    base = bases[sweeps.tokens_vocabulary]
+    found = []
+    for tokens in sweeps.tokens:
+        found.append(Point("tokens", tokens, FRACTION, _resized(base, tokens, FRACTION)))
+    for vocabulary in sweeps.vocabularies:
+        problem = _resized(bases[vocabulary], sweeps.vocabularies_tokens, FRACTION)
+        found.append(Point("vocabulary", vocabulary, FRACTION, problem))
+    for fraction in sweeps.fractions:
+        problem = _resized(base, sweeps.fractions_tokens, fraction)
+        found.append(Point("fraction", fraction, fraction, problem))
+    return {f"{point.sweep}-{point.value:g}": point for point in found}
+
+
+def _resized(problem: Problem, tokens: int, fraction: float) -> Problem:
+    """The first tokens, or all of them again and again."""
+    row_T = torch.arange(tokens) % len(problem.target)
+    entropy_T = problem.entropy[row_T]
+    return Problem(
+        problem.hidden.detach()[row_T].requires_grad_(),
+        problem.weight,
+        problem.target[row_T],
+        problem.old_logprob[row_T],
+        problem.advantage[row_T],
+        problem.half_advantage[row_T],
+        problem.mask[row_T],
+        problem.logprob[row_T],
+        entropy_T,
+        {fraction: ek.top_entropy_mask(entropy_T.float(), fraction=fraction)},
+    )
+
+
+def _truth(points: dict[str, Point], name: str) -> dict[str, Tensor]:
+    point = points[name]
+    return op.truth(point.problem, point.fraction, half=False)
+
+
+def _step(points: dict[str, Point], *, name: str, impl: str) -> dict[str, Tensor]:
+    point = points[name]
+    return op.ours(point.problem, impl=impl, fraction=point.fraction)
