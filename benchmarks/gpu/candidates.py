@@ -1,0 +1,95 @@
+"""Tiles that are worth trying, by architecture: chosen by ahead-of-time compilation without spills.
+
+At most a dozen an op: half an hour of a GPU has to hold them all.
+"""
+
+import torch
+
+from benchmarks.gpu.environment import architecture
+from entropy_kernels._triton.tiles import Tile
+
+HOPPER = (
+    Tile("tma", 128, 256, 64, 8, 3),
+    Tile("tma", 128, 256, 64, 8, 4),
+    Tile("tma", 256, 128, 64, 8, 3),
+    Tile("tma", 128, 128, 64, 8, 4),
+    Tile("tma_split", 128, 128, 64, 4, 3),
+    Tile("tma_split", 128, 256, 64, 8, 3),
+    Tile("tma_split", 256, 128, 64, 8, 3),
+    Tile("tma_ws", 128, 256, 64, 4, 3),
+    Tile("tma_ws", 128, 256, 64, 4, 4),
+    Tile("pointer", 128, 128, 64, 8, 3),
+    Tile("pointer", 128, 256, 64, 8, 3),
+    Tile("cublas", 4, 1024, 1, 4, 1),
+)
+POINTERS = (
+    Tile("pointer", 128, 128, 64, 8, 3),
+    Tile("pointer", 128, 128, 32, 8, 3),
+    Tile("pointer", 128, 128, 32, 8, 4),
+    Tile("pointer", 128, 128, 32, 4, 4),
+    Tile("pointer", 64, 128, 32, 4, 3),
+    Tile("pointer", 64, 128, 64, 4, 4),
+    Tile("cublas", 4, 1024, 1, 4, 1),
+)
+AMD = (
+    Tile("pointer", 128, 128, 32, 8, 2),
+    Tile("pointer", 128, 128, 64, 8, 2),
+    Tile("pointer", 256, 128, 32, 8, 2),
+    Tile("pointer", 64, 128, 64, 4, 2),
+)
+INTERPRETER = (
+    Tile("pointer", 32, 64, 32, 4, 1, 2, 128),
+    Tile("tma", 32, 64, 32, 4, 1, 2, 128),
+    Tile("tma_split", 32, 64, 32, 4, 1, 2, 128),
+    Tile("cublas", 4, 64, 1, 4, 1, 1, 128),
+)
+# What computes dlogits.
+DLOGITS_VARIANTS = ("tma", "pointer")
+
+
+def forward(device: torch.device) -> tuple[Tile, ...]:
+    """To try on the architecture of this device."""
+    arch = architecture(device)
+    if arch == "interpreter":
+        return INTERPRETER
+    if not arch.startswith("sm_"):
+        return AMD
+    found = HOPPER if int(arch.removeprefix("sm_")) >= 90 else POINTERS
+    return tuple(tile for tile in found if tile.variant in _variants(arch))
+
+
+def dlogits(device: torch.device) -> tuple[Tile, ...]:
+    return tuple(tile for tile in forward(device) if tile.variant in DLOGITS_VARIANTS)
+
+
+def pairs(device: torch.device, quick: bool) -> list[tuple[Tile | None, Tile | None]]:
+    """(forward, dlogits) for correctness: the table's own choice, then one tile a variant.
+
+    The tuner checks every other tile on its own before it is timed.
+    """
+    found: list[tuple[Tile | None, Tile | None]] = [(None, None)]
+    gradients = _one_a_variant(dlogits(device))
+    for number, tile in enumerate(_one_a_variant(forward(device))):
+        found.append((tile, gradients[number % len(gradients)]))
+    return found[1:3] if quick else found
+
+
+def name(tile: Tile | None) -> str:
+    """Short, and unique among the candidates."""
+    if tile is None:
+        return "the table's"
+    blocks = f"{tile.block_t}x{tile.block_v}x{tile.block_d}"
+    return f"{tile.variant} {blocks} w{tile.num_warps} s{tile.num_stages} g{tile.group_t}"
+
+
+def _variants(arch: str) -> set[str]:
+    from entropy_kernels._triton import tiles
+
+    return tiles.variants(arch)
+
+
+def _one_a_variant(found: tuple[Tile, ...]) -> list[Tile]:
+    first: dict[str, Tile] = {}
+    for tile in found:
+        first.setdefault(tile.variant, tile)
+    return list(first.values())

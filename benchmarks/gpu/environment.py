@@ -1,0 +1,101 @@
+"""What the results belong to: GPU, driver, versions, sources, commit, date; and its state."""
+
+import datetime
+import hashlib
+import platform
+import shutil
+import subprocess
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).parents[2]
+PACKAGES = ("torch", "triton", "liger-kernel", "cut-cross-entropy", "verl", "nvidia-cutlass-dsl")
+# What a result depends on. tiles.py is left out: the tuner writes it in the middle of a run, and
+# every tile is checked before it is timed.
+SOURCES = ("entropy_kernels/**/*.py", "benchmarks/gpu/*.py")
+NOT_SOURCES = ("tiles.py", "predictions.py", "table.py")
+QUERY = "driver_version,clocks.sm,clocks.mem,clocks.max.sm,temperature.gpu,power.draw,power.limit"
+
+
+def about(device: torch.device, quick: bool, commit: str | None) -> dict[str, Any]:
+    """Written into every row."""
+    return {
+        "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
+        "architecture": architecture(device),
+        "driver": state().get("driver_version"),
+        "versions": _versions(),
+        "source": _digest(),
+        "commit": commit or _commit(),
+        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+        "quick": quick,
+    }
+
+
+def architecture(device: torch.device) -> str:
+    """As entropy_kernels._triton.target names it."""
+    try:
+        from entropy_kernels._triton import target
+    except ImportError:
+        return "no triton"
+    return target.architecture(torch.empty(0, device=device))
+
+
+def properties(device: torch.device) -> dict[str, Any]:
+    """Of the GPU; of a CPU its name."""
+    if device.type != "cuda":
+        return {"machine": platform.machine()}
+    found = torch.cuda.get_device_properties(device)
+    return {
+        "processors": found.multi_processor_count,
+        "l2_bytes": found.L2_cache_size,
+        "memory_bytes": found.total_memory,
+        "cuda": torch.version.cuda or torch.version.hip,
+        "mm_overloads": torch.ops.aten.mm.overloads(),
+        **state(),
+    }
+
+
+def state() -> dict[str, str]:
+    """Driver, clocks, temperature and power as nvidia-smi reads them; empty without it."""
+    if shutil.which("nvidia-smi") is None:
+        return {}
+    command = ["nvidia-smi", "--id=0", f"--query-gpu={QUERY}", "--format=csv,noheader"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    values = done.stdout.strip().split(", ")
+    return dict(zip(QUERY.split(","), values, strict=False)) if done.returncode == 0 else {}
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _digest() -> str:
+    """Of the sources, for machines that have no .git: the same files, the same digest."""
+    digest = hashlib.sha256()
+    for pattern in SOURCES:
+        for path in sorted(ROOT.glob(pattern)):
+            if path.name not in NOT_SOURCES:
+                digest.update(path.relative_to(ROOT).as_posix().encode() + path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def _commit() -> str:
+    """Short, with -dirty where the sources are not the commit's; "unknown" without git."""
+    git = ["git", "-C", str(ROOT)]
+    try:
+        head = subprocess.check_output([*git, "rev-parse", "--short=10", "HEAD"], text=True)
+        changed = subprocess.check_output(
+            [*git, "status", "--porcelain", "--", "entropy_kernels", "benchmarks/gpu"]
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return head.strip() + ("-dirty" if changed else "")

@@ -1,0 +1,39 @@
+"""python -m benchmarks.gpu.one_launch NAME small|full: one call, for tools that watch a process."""
+
+import sys
+
+import torch
+
+from benchmarks.gpu import ours
+
+LAUNCHES = ("forward", "backward", "selection", "ratio_loss")
+# (tokens, hidden, vocabulary): odd ones for the sanitizer, real ones for the profiler.
+SIZES = {"small": (130, 72, 1037), "full": (8192, 4096, 151936)}
+
+
+def main(name: str, size: str, device: str = "cuda") -> None:
+    import entropy_kernels as ek
+
+    tokens, hidden, vocabulary = SIZES[size]
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    entropy = torch.rand(tokens, device=device)
+    if name == "selection":
+        ek.top_entropy_mask(entropy)
+        return
+    if name == "ratio_loss":
+        ek.ratio_loss(-entropy, -entropy, entropy, entropy > 0.5)
+        return
+    h = torch.randn(tokens, hidden, device=device, dtype=dtype)
+    w = torch.randn(vocabulary, hidden, device=device, dtype=dtype) / hidden**0.5
+    inputs = (h, w, torch.arange(tokens, device=device), None)
+    found = ours.launch_forward(inputs, None, {})
+    if name == "backward":
+        gradient = (entropy > 0.8).float()
+        options = {"max_active_rows": int(gradient.sum())}
+        ours.launch_backward([gradient, None, None], inputs, found, None, options)
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,123 @@
+"""Our own contestants, by the public names; and the launchers that tiles are tried with.
+
+T tokens, D hidden, V vocabulary.
+"""
+
+import importlib
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import entropy_kernels as ek
+from benchmarks.gpu.contestant import Contestant, Results, step
+from benchmarks.gpu.problem import FRACTION, Problem
+from entropy_kernels import ops
+from entropy_kernels._rows import Statistics
+
+TRITON = "entropy_kernels._triton"
+HEAD = "linear_logprob_entropy"
+Inputs = tuple[Tensor, Tensor, Tensor, Tensor | None]
+
+
+def contestants(device: torch.device, only: str | None = None) -> list[Contestant]:
+    """Every way to take a step: by the current entropies, a known threshold, a known mask."""
+    found = []
+    for impl in implementations(device):
+        if only not in (None, impl):
+            continue
+        for name, label, units in (
+            (f"{impl}-0.2", f"ours ({impl}), 20% of the tokens", 1 + 3 * FRACTION),
+            (f"{impl}-threshold", f"ours ({impl}), threshold known", 1 + 2 * FRACTION),
+            (f"{impl}-known", f"ours ({impl}), mask known", 3 * FRACTION),
+        ):
+            run = partial(_loss, impl=impl, way=name.rpartition("-")[2])
+            found.append(Contestant(name, label, run, units, exact=True))
+        label = f"ours ({impl}), forward alone"
+        run = partial(_forward, impl=impl)
+        found.append(Contestant(f"{impl}-forward", label, run, 1.0, exact=True))
+    return found
+
+
+def implementations(device: torch.device) -> list[str]:
+    """Of the public functions, on this device."""
+    return [x for x in ops.IMPLEMENTATIONS if x != "cpu" or device.type == "cpu"]
+
+
+def _loss(problem: Problem, *, impl: str, way: str) -> Results:
+    chosen: dict[str, Any] = {
+        "0.2": {"fraction": FRACTION},
+        "threshold": {"threshold": problem.threshold},
+        "known": {"selected": problem.selected},
+    }[way]
+    loss, _ = ek.high_entropy_policy_loss(
+        problem.hidden,
+        problem.weight,
+        problem.target,
+        problem.old_logprob,
+        problem.advantage,
+        problem.mask,
+        impl=impl,
+        **chosen,
+    )
+    return step(problem, loss)
+
+
+def _forward(problem: Problem, *, impl: str) -> Results:
+    with torch.no_grad():
+        found = ek.linear_logprob_entropy(problem.hidden, problem.weight, problem.target, impl=impl)
+    return {"logprob": found.logprob, "entropy": found.entropy}
+
+
+def torch_logprob(hidden_TD: Tensor, weight_VD: Tensor, target_T: Tensor) -> Tensor:
+    """By the torch path, differentiable."""
+    return ek.linear_logprob_entropy(hidden_TD, weight_VD, target_T, impl="torch").logprob
+
+
+def has_triton() -> bool:
+    """Whether the package has Triton kernels of the head, and this machine Triton."""
+    try:
+        importlib.import_module(f"{TRITON}.{HEAD}_backward")
+    except ImportError:
+        return False
+    return True
+
+
+def launch_forward(inputs: Inputs, tile: Any, options: dict[str, Any]) -> Statistics:
+    """The forward of one tile of entropy_kernels._triton.tiles; None stands for the table's."""
+    hidden, weight, target, bias = inputs
+    launcher = importlib.import_module(f"{TRITON}.{HEAD}").linear_logprob_entropy
+    softcap, ignored = options.get("softcap"), options.get("ignore_index", -100)
+    temperature = options.get("temperature")
+    keep = options.get("keep_logits", False)
+    return launcher(hidden, weight, target, bias, temperature, softcap, ignored, keep, tile=tile)
+
+
+def launch_backward(
+    gradients: list[Tensor | None],
+    inputs: Inputs,
+    found: Statistics,
+    tile: Any,
+    options: dict[str, Any],
+) -> list[Tensor]:
+    """The backward of one tile; the gradients of hidden, weight and, where there is one, bias."""
+    hidden, weight, target, bias = inputs
+    module = importlib.import_module(f"{TRITON}.{HEAD}_backward")
+    softcap, ignored = options.get("softcap"), options.get("ignore_index", -100)
+    needs = (True, True, bias is not None)
+    got = module.linear_logprob_entropy_backward(
+        *gradients,
+        hidden,
+        weight,
+        target,
+        bias,
+        options.get("temperature"),
+        softcap,
+        ignored,
+        found,
+        needs,
+        max_active_rows=options.get("max_active_rows"),
+        tile=tile,
+    )
+    return [x for x in got if x is not None]

@@ -1,0 +1,104 @@
+"""Stage `tune`: rewrites the table of entropy_kernels/_triton/tiles.py from the sweep's rows.
+
+Of each variant the fastest tile stays, the fastest variant first. What the sweep did not measure
+stays as it is.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from benchmarks.gpu import sweep
+from benchmarks.gpu.environment import ROOT
+from benchmarks.gpu.rows import Row
+from benchmarks.gpu.setting import Setting
+from entropy_kernels._triton import tiles
+from entropy_kernels._triton.tiles import ANY, Key, Tile
+
+PATH = ROOT / "entropy_kernels" / "_triton" / "tiles.py"
+BEGIN = "TILES: dict[Key, tuple[Tile, ...]] = {\n"
+END = "}\n"
+
+Table = dict[Key, tuple[Tile, ...]]
+
+
+def run(setting: Setting) -> None:
+    rows = [row for row in setting.rows.of(sweep.STAGE) if "p50_ms" in row]
+    if not rows:
+        setting.rows.log("tune: no tile was timed; run the stage `sweep`")
+        return
+    about = setting.rows.about
+    source = f"{about['gpu'] or 'interpreter'}, {about['date']}"
+    dtype = "any" if about["architecture"] == "interpreter" else "bfloat16"
+    measured = best(rows, about["architecture"], dtype, source)
+    path = setting.out / "tiles.py" if setting.quick else PATH
+    write(merged(tiles.TILES, measured), PATH, path)
+    for key, entries in measured.items():
+        setting.rows.log(f"tune: {key.op} D<={_number(key.hidden)}: {entries[0]}")
+    setting.rows.log(f"wrote {path}")
+
+
+def best(rows: list[Row], architecture: str, dtype: str, source: str) -> Table:
+    """Of each op and hidden size the fastest tile of each variant; the last also for more."""
+    found: Table = {}
+    for op in sweep.OPS:
+        sizes = sorted({row["hidden"] for row in rows if row["op"] == op})
+        for hidden in sizes:
+            here = [row for row in rows if (row["op"], row["hidden"]) == (op, hidden)]
+            fastest: dict[str, Tile] = {}
+            for row in sorted(here, key=lambda row: row["p50_ms"]):
+                fastest.setdefault(row["tile"][0], Tile(*row["tile"], source=source))
+            limit = ANY if hidden == sizes[-1] else hidden
+            found[Key(op, architecture, dtype, limit, ANY)] = tuple(fastest.values())
+    return found
+
+
+def merged(table: Table, measured: Table) -> Table:
+    """`measured` in place of what the table has for the same op, architecture and dtype.
+
+    A variant that was not measured, because this version of Triton lacks it, keeps its last place.
+    """
+    replaced = {key[:3] for key in measured}
+    found: Table = {}
+    for key, entries in table.items():
+        if key[:3] not in replaced:
+            found[key] = entries
+            continue
+        for new, fastest in measured.items():
+            if new[:3] == key[:3] and new not in found:
+                known = {tile.variant for tile in fastest}
+                found[new] = fastest + tuple(x for x in entries if x.variant not in known)
+    return found | {key: entries for key, entries in measured.items() if key not in found}
+
+
+def write(table: Table, source: Path, path: Path) -> None:
+    """The file `source` with this table, as ruff would format it."""
+    text = source.read_text()
+    before, rest = text.split(BEGIN)
+    after = rest[rest.index(f"\n{END}") + 1 + len(END) :]
+    path.write_text(before + BEGIN + "".join(map(_entry, table.items())) + END + after)
+
+
+def _entry(item: tuple[Key, tuple[Tile, ...]]) -> str:
+    key, entries = item
+    names = ", ".join(f'"{x}"' for x in key[:3])
+    head = f"    Key({names}, {_number(key.hidden)}, {_number(key.tokens)}): ("
+    if len(entries) == 1 and len(one := f"{head}{_tile(entries[0])},),\n") <= 101:
+        return one
+    lines = "".join(f"        {_tile(tile)},\n" for tile in entries)
+    return f"{head}\n{lines}    ),\n"
+
+
+def _tile(tile: Tile) -> str:
+    """Defaults at the end are left out."""
+    values: list[Any] = list(tile[:8])
+    defaults = [Tile._field_defaults.get(name) for name in Tile._fields[:8]]
+    while values and values[-1] == defaults[len(values) - 1]:
+        values.pop()
+    arguments = [f'"{values[0]}"', *map(str, values[1:])]
+    if tile.source != Tile._field_defaults["source"]:
+        arguments.append(f'source="{tile.source}"')
+    return f"Tile({', '.join(arguments)})"
+
+
+def _number(value: int) -> str:
+    return "ANY" if value == ANY else str(value)
