@@ -22,15 +22,15 @@ def _count_kernel(
     threshold_ptr,
     counts_ptr,
     n,
-    blocks_per_program,
     HAS_MASK: tl.constexpr,
+    BLOCKS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     program = tl.program_id(0).to(tl.int64)
     threshold = sort_keys(tl.load(threshold_ptr))
     counts = tl.zeros((BLOCK,), tl.int64)
-    for i in range(blocks_per_program):
-        offs = (program * blocks_per_program + i) * BLOCK + tl.arange(0, BLOCK)
+    for i in range(BLOCKS):
+        offs = (program * BLOCKS + i) * BLOCK + tl.arange(0, BLOCK)
         key, valid = load_keys(bits_ptr, mask_ptr, offs, n, HAS_MASK)
         counts += (valid & (key == threshold)).to(tl.int64)
     tl.store(counts_ptr + program, tl.sum(counts))
@@ -45,8 +45,8 @@ def _write_kernel(
     counts_ptr,
     keep_ptr,
     n,
-    blocks_per_program,
     HAS_MASK: tl.constexpr,
+    BLOCKS: tl.constexpr,
     BLOCK: tl.constexpr,
     MAX_PROGRAMS: tl.constexpr,
 ):
@@ -55,8 +55,8 @@ def _write_kernel(
     others = tl.arange(0, MAX_PROGRAMS)
     quota = tl.load(quota_ptr)
     quota -= tl.sum(tl.load(counts_ptr + others, mask=others < program, other=0))
-    for i in range(blocks_per_program):
-        offs = (program * blocks_per_program + i) * BLOCK + tl.arange(0, BLOCK)
+    for i in range(BLOCKS):
+        offs = (program * BLOCKS + i) * BLOCK + tl.arange(0, BLOCK)
         key, valid = load_keys(bits_ptr, mask_ptr, offs, n, HAS_MASK)
         equal = (valid & (key == threshold)).to(tl.int32)
         within = (equal != 0) & (tl.cumsum(equal, 0) <= quota)
@@ -68,7 +68,7 @@ def _write_kernel(
 def keep_largest(values: Tensor, mask: Tensor | None, threshold: Tensor, quota: Tensor) -> Tensor:
     """`_radix.keep_largest`: bool [N]. Reads every value twice; 8 KB beside what it returns."""
     keep = torch.empty_like(values, dtype=torch.bool)
-    programs, blocks_per_program = partition(values.numel(), BLOCK)
+    programs, blocks = partition(values.numel(), BLOCK)
     if programs == 0:
         return keep
     counts = torch.empty(MAX_PROGRAMS, dtype=torch.int64, device=values.device)
@@ -82,8 +82,8 @@ def keep_largest(values: Tensor, mask: Tensor | None, threshold: Tensor, quota: 
             threshold,
             counts,
             values.numel(),
-            blocks_per_program,
             HAS_MASK=mask is not None,
+            BLOCKS=blocks,
             BLOCK=BLOCK,
             num_warps=4,
             enable_fp_fusion=True,
@@ -96,8 +96,8 @@ def keep_largest(values: Tensor, mask: Tensor | None, threshold: Tensor, quota: 
             counts,
             keep.view(torch.uint8),
             values.numel(),
-            blocks_per_program,
             HAS_MASK=mask is not None,
+            BLOCKS=blocks,
             BLOCK=BLOCK,
             MAX_PROGRAMS=MAX_PROGRAMS,
             num_warps=4,

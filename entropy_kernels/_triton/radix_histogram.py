@@ -48,21 +48,21 @@ def _histogram_kernel(
     prefix_ptr,
     counts_ptr,
     n,
-    blocks_per_program,
     SHIFT: tl.constexpr,
     BITS: tl.constexpr,
     PREFIX_BITS: tl.constexpr,
     HAS_MASK: tl.constexpr,
+    BLOCKS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     BINS: tl.constexpr = 1 << BITS
     DENSE: tl.constexpr = BITS <= DENSE_BITS
-    first_block = tl.program_id(0).to(tl.int64) * blocks_per_program
+    first_block = tl.program_id(0).to(tl.int64) * BLOCKS
     prefix = tl.load(prefix_ptr).to(tl.int32)
     if DENSE:
         bins = tl.arange(0, BINS)
         counts = tl.zeros((BINS,), tl.int32)
-    for i in range(blocks_per_program):
+    for i in range(BLOCKS):
         offs = (first_block + i) * BLOCK + tl.arange(0, BLOCK)
         key, counted = load_keys(bits_ptr, mask_ptr, offs, n, HAS_MASK)
         key ^= SIGN
@@ -124,10 +124,13 @@ def _pick_kernel(
 
 
 def partition(n: int, block: int) -> tuple[int, int]:
-    """How many programs share n values, and the consecutive blocks of each."""
+    """How many programs share n values, and the consecutive blocks of each.
+
+    The blocks are a power of two: kernels are compiled for a number of them.
+    """
     blocks = triton.cdiv(n, block)
-    blocks_per_program = triton.cdiv(blocks, MAX_PROGRAMS)
-    return triton.cdiv(blocks, max(blocks_per_program, 1)), blocks_per_program
+    each = triton.next_power_of_2(max(triton.cdiv(blocks, MAX_PROGRAMS), 1))
+    return triton.cdiv(blocks, each), each
 
 
 def radix_histogram(
@@ -135,7 +138,7 @@ def radix_histogram(
 ) -> Tensor:
     """`_radix.radix_histogram`: int64 [1 << bits]. Reads every value once, writes no temporary."""
     counts = torch.zeros(1 << bits, dtype=torch.int64, device=values.device)
-    programs, blocks_per_program = partition(values.numel(), BLOCK)
+    programs, blocks = partition(values.numel(), BLOCK)
     if programs == 0:
         return counts
     with target.on(values.device):
@@ -145,11 +148,11 @@ def radix_histogram(
             prefix,
             counts,
             values.numel(),
-            blocks_per_program,
             SHIFT=shift,
             BITS=bits,
             PREFIX_BITS=prefix_bits,
             HAS_MASK=mask is not None,
+            BLOCKS=blocks,
             BLOCK=BLOCK,
             num_warps=8,
             enable_fp_fusion=True,

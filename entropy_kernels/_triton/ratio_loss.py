@@ -48,13 +48,13 @@ def _tokens_kernel(
     partials_ptr,
     n,
     length,
-    blocks_per_program,
     low,
     high,
     dual,
     bound,
     HAS_DUAL: tl.constexpr,
     ONE_SEQUENCE: tl.constexpr,
+    BLOCKS: tl.constexpr,
     BLOCK: tl.constexpr,
     MAX_PROGRAMS: tl.constexpr,
 ):
@@ -67,8 +67,8 @@ def _tokens_kernel(
     low_count = tl.zeros((BLOCK,), tl.int32)
     high_count = tl.zeros((BLOCK,), tl.int32)
     active_count = tl.zeros((BLOCK,), tl.int32)
-    for i in range(blocks_per_program):
-        offs = (program * blocks_per_program + i) * BLOCK + tl.arange(0, BLOCK)
+    for i in range(BLOCKS):
+        offs = (program * BLOCKS + i) * BLOCK + tl.arange(0, BLOCK)
         inside = offs < n
         kept = tl.load(kept_ptr + offs, mask=inside, other=0) != 0
         # Loading only what is kept would load one value at a time.
@@ -168,7 +168,7 @@ def ratio_loss(
         x.contiguous() for x in (logprob_BL, old_logprob_BL, advantage_BL, kept_BL, weight_B)
     )
     n, device = logprob.numel(), logprob.device
-    programs, blocks_per_program = partition(n, BLOCK)
+    programs, blocks = partition(n, BLOCK)
     grad_BL = torch.empty_like(logprob)
     partials = torch.empty(8, MAX_PROGRAMS, dtype=torch.float64, device=device)
     loss = torch.empty((), dtype=torch.float32, device=device)
@@ -186,13 +186,13 @@ def ratio_loss(
                 partials,
                 n,
                 logprob.shape[1],
-                blocks_per_program,
                 1.0 - clip_low,
                 1.0 + clip_high,
                 dual_clip,
                 log_ratio_bound,
                 HAS_DUAL=dual_clip is not None,
                 ONE_SEQUENCE=logprob.shape[0] == 1,
+                BLOCKS=blocks,
                 BLOCK=BLOCK,
                 MAX_PROGRAMS=MAX_PROGRAMS,
                 num_warps=4,
