@@ -8,14 +8,16 @@
 #pragma once
 
 #include "linear_logprob_entropy.h"
+#include "pages.h"
 
 namespace EK_ISA {
 
 using entropy_kernels::Gradients;
 using entropy_kernels::Incoming;
 
-constexpr std::int64_t kBlockRows = 384;  // rows of the weight a block
+constexpr std::int64_t kBlockRows = 192;  // rows of the weight a block; its dz stays in the L2 cache
 constexpr std::int64_t kRowChunk = 512;   // active rows whose dz is held at once
+constexpr std::int64_t kRowStride = kRowChunk + 16;  // no power of two, which would fill few sets of a cache
 
 // What a panel of 64 active rows needs, gradients divided by the temperature; zero beyond the last.
 struct ActivePanel {
@@ -90,8 +92,8 @@ struct Block {
   using Unit = typename E::Unit;
   std::vector<Unit> along_active, along_vocabulary;
 
-  Block() : along_active(kBlockRows * kRowChunk / E::kWidth) {
-    if (E::kWidth == 2) along_vocabulary.resize(kBlockRows / 2 * kRowChunk);
+  Block() : along_active(kBlockRows * kRowStride / E::kWidth) {
+    if (E::kWidth == 2) along_vocabulary.resize(kBlockRows / 2 * kRowStride);
   }
 
   // Rows [first, first + rows) of the block, active rows [column, column + 64); an odd last row is
@@ -99,7 +101,7 @@ struct Block {
   void put(const float* tile, std::int64_t first, std::int64_t rows, std::int64_t column) {
     if constexpr (E::kWidth == 1) {
       for (std::int64_t r = 0; r < rows; ++r)
-        std::memcpy(along_active.data() + (first + r) * kRowChunk + column, tile + r * kPanel,
+        std::memcpy(along_active.data() + (first + r) * kRowStride + column, tile + r * kPanel,
                     kPanel * 4);
     } else {
 #ifdef EK_BF16
@@ -110,22 +112,22 @@ struct Block {
           const __m256i a = (__m256i)_mm512_cvtneps_pbh((__m512)low);
           const __m256i b = (__m256i)_mm512_cvtneps_pbh((__m512)high);
           auto* active = reinterpret_cast<std::uint16_t*>(along_active.data());
-          active += (first + r) * kRowChunk + column + j;
+          active += (first + r) * kRowStride + column + j;
           _mm256_storeu_si256(reinterpret_cast<__m256i*>(active), a);
-          if (r + 1 < rows) _mm256_storeu_si256(reinterpret_cast<__m256i*>(active + kRowChunk), b);
+          if (r + 1 < rows) _mm256_storeu_si256(reinterpret_cast<__m256i*>(active + kRowStride), b);
           const __m512i pairs = _mm512_or_si512(
               _mm512_cvtepu16_epi32(a), _mm512_slli_epi32(_mm512_cvtepu16_epi32(b), 16));
           _mm512_storeu_si512(
-              along_vocabulary.data() + (first + r) / 2 * kRowChunk + column + j, pairs);
+              along_vocabulary.data() + (first + r) / 2 * kRowStride + column + j, pairs);
         }
       }
 #endif
     }
   }
 
-  Left<E> for_weight() const { return {along_active.data(), kRowChunk / E::kWidth, 1}; }
+  Left<E> for_weight() const { return {along_active.data(), kRowStride / E::kWidth, 1}; }
   Left<E> for_hidden() const {
-    return {E::kWidth == 1 ? along_active.data() : along_vocabulary.data(), 1, kRowChunk};
+    return {E::kWidth == 1 ? along_active.data() : along_vocabulary.data(), 1, kRowStride};
   }
 };
 
@@ -204,8 +206,8 @@ class Worker {
     for (std::int64_t c = 0; c < gathered_.row_chunks; ++c) {
       const std::int64_t chunk = c * kRowChunk;
       const std::int64_t here = std::min(kRowChunk, rows_.count - chunk);
-      for (std::int64_t p = 0; p < here; p += kPanel)
-        for (std::int64_t r = 0; r < count; r += kTileRows)
+      for (std::int64_t r = 0; r < count; r += kTileRows)
+        for (std::int64_t p = 0; p < here; p += kPanel)
           tile(weight, first, r, std::min<std::int64_t>(kTileRows, count - r), chunk + p, p);
       if (out_.weight != nullptr) add_weight(c, count, here);
       if (out_.hidden != nullptr) add_hidden(chunk, count, here);
@@ -283,6 +285,9 @@ static std::int64_t backward(const Head& head, const Rows& rows, const Statistic
   const std::int64_t share = round_up(head.vocabulary, threads) / threads;
   const std::int64_t size = std::min(kBlockRows, round_up(share, kTileRows));
   const std::int64_t blocks = round_up(head.vocabulary, size) / size;
+  if (out.weight != nullptr)
+    entropy_kernels::prefer_huge_pages(out.weight,
+                                       head.vocabulary * head.dim * bytes_of(head.dtype));
   const Gathered<E> gathered(head, rows, found, in, out.weight != nullptr);
   std::vector<Worker<E>> workers;
   workers.reserve(threads);

@@ -48,9 +48,10 @@ static void pack_columns(const typename E::Unit* rows, std::int64_t row_units, s
                          std::int64_t dim, typename E::Unit* out) {
   const std::int64_t panels = round_up(dim, kPanel) / kPanel;
   const std::int64_t units = round_up(count, E::kWidth) / E::kWidth;
-  for (std::int64_t panel = 0; panel < panels; ++panel) {
-    const std::int64_t first = panel * kPanel, width = std::min<std::int64_t>(kPanel, dim - first);
-    for (std::int64_t k = 0; k < units; ++k) {
+  // Row after row, as they lie in memory.
+  for (std::int64_t k = 0; k < units; ++k) {
+    for (std::int64_t panel = 0; panel < panels; ++panel) {
+      const std::int64_t first = panel * kPanel, width = std::min<std::int64_t>(kPanel, dim - first);
       typename E::Unit* to = out + (panel * units + k) * kPanel;
       if constexpr (E::kWidth == 1) {
         std::memcpy(to, rows + k * row_units + first, width * 4);
