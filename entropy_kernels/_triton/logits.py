@@ -30,7 +30,8 @@ def tanh(x):
     y = tl.abs(x)
     e = tl.exp2(y * (-2.0 * LOG2E))
     far = (1.0 - e) / (1.0 + e)
-    q = x * x
+    q = tl.minimum(y, 1.0)
+    q = q * q
     p = 0.020805388 - 0.0059058721 * q
     p = 0.133319583 + q * (p * q - 0.0537866847)
     near = x + x * (q * (p * q - 0.333332993))

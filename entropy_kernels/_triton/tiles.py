@@ -7,9 +7,12 @@ no spills, and the cost model prefers it.
 T tokens (or R active rows), D hidden, V vocabulary.
 """
 
-from typing import NamedTuple
+import itertools
+from collections.abc import Collection
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from entropy_kernels._triton import target
 
@@ -17,14 +20,14 @@ from entropy_kernels._triton import target
 class Tile(NamedTuple):
     """How one kernel is launched.
 
-    variant: which kernel. Of "forward": "pointer"; "tma", persistent with tensor descriptors;
-        "tma_ws", the same warp-specialised; "tma_split", one program a vocabulary split;
-        "cublas", chunks of torch.mm with fp32 output. Of "dlogits": "pointer" or "tma".
+    variant: which kernel. "pointer"; "tma", persistent with tensor descriptors; "tma_split", the
+        same with one program a vocabulary split; "tma_ws", persistent and warp-specialised; and
+        of "forward" "cublas", chunks of torch.mm with fp32 output.
     block_t, block_v, block_d: rows, vocabulary and depth of one step.
-    group_t: row tiles that take the same columns before the next columns come, so that a tile of
-        the weight is read from L2 by all of them.
+    group_t: blocks of rows that take the same columns before the next columns come, so that all
+        of them read a block of the weight from L2.
     split_v: columns whose statistics one program merges before it writes them, at most.
-    source: who chose it.
+    source: the GPU and the date of the measurement that chose it.
     """
 
     variant: str
@@ -37,9 +40,22 @@ class Tile(NamedTuple):
     split_v: int = 2048
     source: str = "predicted"
 
+    @property
+    def options(self) -> dict[str, Any]:
+        """What Triton takes beside a kernel's arguments. From 3.10 on it fuses only if told to."""
+        return {
+            "num_warps": self.num_warps,
+            "num_stages": self.num_stages,
+            "enable_fp_fusion": True,
+        }
+
 
 class Key(NamedTuple):
-    """Ops are "forward" and "dlogits"; hidden and tokens are the largest the tile is meant for."""
+    """hidden and tokens are the largest that the tile is meant for.
+
+    Ops are "forward" and "dlogits", and with "_softcap" behind, where a tanh an element needs
+    registers of its own; without such a row, the plain one holds.
+    """
 
     op: str
     architecture: str
@@ -49,25 +65,88 @@ class Key(NamedTuple):
 
 
 ANY = 1 << 62
+TMA = ("tma", "tma_split", "tma_ws")
 
-TILES: dict[Key, Tile] = {
-    Key("forward", "sm_80", "bfloat16", ANY, ANY): Tile("pointer", 128, 128, 64, 8, 3),
-    Key("forward", "sm_86", "bfloat16", ANY, ANY): Tile("pointer", 128, 128, 32, 8, 3),
-    Key("forward", "sm_90", "bfloat16", 2048, ANY): Tile("tma_split", 128, 128, 64, 4, 3),
-    Key("forward", "sm_90", "bfloat16", ANY, ANY): Tile("tma", 128, 256, 64, 8, 3),
-    Key("forward", "sm_100", "bfloat16", ANY, ANY): Tile("tma", 128, 256, 64, 8, 3),
-    Key("forward", "gfx942", "bfloat16", ANY, ANY): Tile("pointer", 128, 128, 32, 8, 2),
-    Key("forward", "any", "bfloat16", ANY, ANY): Tile("pointer", 64, 128, 32, 4, 3),
-    Key("forward", "any", "float32", ANY, ANY): Tile("pointer", 64, 64, 32, 4, 2),
-    Key("forward", "interpreter", "any", ANY, ANY): Tile("pointer", 32, 64, 32, 4, 1, 2, 128),
-    Key("dlogits", "sm_80", "bfloat16", ANY, ANY): Tile("pointer", 128, 128, 64, 8, 3),
-    Key("dlogits", "sm_86", "bfloat16", ANY, ANY): Tile("pointer", 128, 128, 32, 8, 3),
-    Key("dlogits", "sm_90", "bfloat16", ANY, ANY): Tile("tma", 128, 256, 64, 8, 3),
-    Key("dlogits", "sm_100", "bfloat16", ANY, ANY): Tile("tma", 128, 256, 64, 8, 3),
-    Key("dlogits", "gfx942", "bfloat16", ANY, ANY): Tile("pointer", 128, 128, 32, 8, 2),
-    Key("dlogits", "any", "bfloat16", ANY, ANY): Tile("pointer", 64, 128, 32, 4, 3),
-    Key("dlogits", "any", "float32", ANY, ANY): Tile("pointer", 64, 64, 32, 4, 2),
-    Key("dlogits", "interpreter", "any", ANY, ANY): Tile("pointer", 32, 64, 32, 4, 1, 2),
+# Of each key the tiles in order of preference: the first one that can run is taken.
+TILES: dict[Key, tuple[Tile, ...]] = {
+    Key("forward", "sm_80", "bfloat16", ANY, ANY): (
+        Tile("pointer", 128, 128, 64, 8, 3),
+        Tile("cublas", 4, 1024, 1, 4, 1),
+    ),
+    Key("forward", "sm_86", "bfloat16", ANY, ANY): (
+        Tile("pointer", 128, 128, 32, 8, 3),
+        Tile("cublas", 4, 1024, 1, 4, 1),
+    ),
+    Key("forward", "sm_90", "bfloat16", 2048, ANY): (
+        Tile("tma_split", 128, 128, 64, 4, 3),
+        Tile("tma_ws", 128, 256, 64, 4, 3, split_v=256),
+        Tile("tma", 128, 256, 64, 8, 3),
+        Tile("pointer", 128, 128, 64, 8, 3),
+        Tile("cublas", 4, 1024, 1, 4, 1),
+    ),
+    Key("forward", "sm_90", "bfloat16", ANY, ANY): (
+        Tile("tma", 128, 256, 64, 8, 4),
+        Tile("tma_ws", 128, 256, 64, 4, 3, split_v=256),
+        Tile("tma_split", 128, 128, 64, 4, 3),
+        Tile("pointer", 128, 128, 64, 8, 3),
+        Tile("cublas", 4, 1024, 1, 4, 1),
+    ),
+    Key("forward", "sm_100", "bfloat16", ANY, ANY): (
+        Tile("tma", 128, 256, 64, 8, 3),
+        Tile("pointer", 128, 128, 64, 8, 3),
+        Tile("cublas", 4, 1024, 1, 4, 1),
+    ),
+    Key("forward_softcap", "sm_90", "bfloat16", ANY, ANY): (
+        Tile("tma", 128, 128, 64, 8, 4),
+        Tile("tma_split", 128, 128, 64, 8, 4),
+        Tile("pointer", 128, 128, 64, 8, 3),
+        Tile("cublas", 4, 1024, 1, 4, 1),
+    ),
+    Key("forward_softcap", "sm_100", "bfloat16", ANY, ANY): (
+        Tile("tma", 128, 128, 64, 8, 4),
+        Tile("pointer", 128, 128, 64, 8, 3),
+        Tile("cublas", 4, 1024, 1, 4, 1),
+    ),
+    Key("forward", "gfx942", "bfloat16", ANY, ANY): (Tile("pointer", 128, 128, 32, 8, 2),),
+    Key("forward", "any", "bfloat16", ANY, ANY): (
+        Tile("pointer", 64, 128, 32, 4, 3),
+        Tile("cublas", 4, 1024, 1, 4, 1),
+    ),
+    Key("forward", "any", "float32", ANY, ANY): (
+        Tile("cublas", 4, 1024, 1, 4, 1),
+        Tile("pointer", 64, 64, 32, 4, 2),
+    ),
+    Key("forward", "interpreter", "any", ANY, ANY): (
+        Tile("pointer", 32, 64, 32, 4, 1, 2, 128),
+        Tile("tma", 32, 64, 32, 4, 1, 2, 128),
+        Tile("tma_split", 32, 64, 32, 4, 1, 2, 128),
+        Tile("cublas", 4, 64, 1, 4, 1, 1, 128),
+    ),
+    Key("dlogits", "sm_80", "bfloat16", ANY, ANY): (Tile("pointer", 128, 128, 64, 8, 3),),
+    Key("dlogits", "sm_86", "bfloat16", ANY, ANY): (Tile("pointer", 128, 128, 32, 8, 3),),
+    Key("dlogits", "sm_90", "bfloat16", ANY, ANY): (
+        Tile("tma", 128, 256, 64, 8, 3),
+        Tile("pointer", 128, 128, 64, 8, 3),
+    ),
+    Key("dlogits", "sm_100", "bfloat16", ANY, ANY): (
+        Tile("tma", 128, 256, 64, 8, 3),
+        Tile("pointer", 128, 128, 64, 8, 3),
+    ),
+    Key("dlogits_softcap", "sm_90", "bfloat16", ANY, ANY): (
+        Tile("tma", 128, 128, 64, 8, 4),
+        Tile("pointer", 128, 128, 64, 8, 3),
+    ),
+    Key("dlogits_softcap", "sm_100", "bfloat16", ANY, ANY): (
+        Tile("tma", 128, 128, 64, 8, 4),
+        Tile("pointer", 128, 128, 64, 8, 3),
+    ),
+    Key("dlogits", "gfx942", "bfloat16", ANY, ANY): (Tile("pointer", 128, 128, 32, 8, 2),),
+    Key("dlogits", "any", "bfloat16", ANY, ANY): (Tile("pointer", 64, 128, 32, 4, 3),),
+    Key("dlogits", "any", "float32", ANY, ANY): (Tile("pointer", 64, 64, 32, 4, 2),),
+    Key("dlogits", "interpreter", "any", ANY, ANY): (
+        Tile("pointer", 32, 64, 32, 4, 1, 2),
+        Tile("tma", 32, 64, 32, 4, 1, 2),
+    ),
 }
 
 # Architectures without rows of their own, and whose they take.
@@ -75,34 +154,48 @@ _LIKE = {
     "sm_87": "sm_80",
     "sm_89": "sm_86",
     "sm_103": "sm_100",
-    "sm_110": "sm_100",
     "sm_120": "sm_86",
     "sm_121": "sm_86",
 }
 
 
-def lookup(op: str, arch: str, dtype: torch.dtype, hidden: int, tokens: int) -> Tile:
-    """The tile of the smallest shape in the table that holds this one.
+def variants(arch: str, *matrices: Tensor) -> set[str]:
+    """The variants that can run on these matrices: descriptors want rows of aligned, dense 16 B."""
+    names = {"pointer", "cublas"}
+    if target.has_tma(arch) and all(map(_fits_descriptor, matrices)):
+        names |= {"tma", "tma_split"}
+        if target.has_warp_specialization(arch):
+            names.add("tma_ws")
+    return names
 
-    fp16 takes the rows of bf16. An unknown architecture takes tiles that fit everywhere.
+
+def _fits_descriptor(matrix: Tensor) -> bool:
+    row_bytes = matrix.stride(0) * matrix.element_size()
+    aligned = row_bytes % 16 == 0 and matrix.data_ptr() % 16 == 0
+    return matrix.stride(1) == 1 and row_bytes > 0 and aligned
+
+
+def lookup(
+    op: str, arch: str, dtype: torch.dtype, hidden: int, tokens: int, variants: Collection[str]
+) -> Tile:
+    """The preferred tile of `variants`, of the smallest shape in the table that holds this one.
+
+    op may end in "_softcap". fp16 takes the rows of bf16. An unknown architecture takes tiles that
+    fit everywhere.
     """
     name = "float32" if dtype == torch.float32 else "bfloat16"
-    for candidate in (arch, _LIKE.get(arch), "any"):
+    plain = op.removesuffix("_softcap")
+    for candidate in itertools.product((arch, _LIKE.get(arch), "any"), (op, plain)):
         fitting = [
             key
             for key in TILES
-            if (key.op, key.architecture) == (op, candidate)
+            if (key.architecture, key.op) == candidate
             and key.dtype in (name, "any")
             and hidden <= key.hidden
             and tokens <= key.tokens
         ]
-        if fitting:
-            return TILES[min(fitting, key=lambda key: (key.hidden, key.tokens))]
-    raise KeyError(f"no tile of {op!r} for {arch}, {name}, D={hidden}, T={tokens}")
-
-
-def usable(tile: Tile, arch: str) -> Tile:
-    """`tile`, or what this architecture and Triton's version can run instead of its variant."""
-    if tile.variant == "tma_ws" and not target.has_warp_specialization(arch):
-        return tile._replace(variant="tma", num_warps=2 * tile.num_warps)
-    return tile
+        for key in sorted(fitting, key=lambda key: (key.hidden, key.tokens)):
+            for tile in TILES[key]:
+                if tile.variant in variants:
+                    return tile
+    raise ValueError(f"no tile of {op!r} for {arch}, {name}, D={hidden}, T={tokens}, {variants}")

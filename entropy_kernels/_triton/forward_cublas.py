@@ -1,0 +1,60 @@
+"""Statistics of the rows of logits that a matrix product left in a workspace.
+
+T tokens of the workspace, V vocabulary, S vocabulary splits.
+"""
+
+import triton
+import triton.language as tl
+
+from entropy_kernels._triton.logits import LOG2E, LOWEST, cap
+from entropy_kernels._triton.logits import load_inverse_temperature as load_inverse
+from entropy_kernels._triton.row_statistics import store, update
+
+
+@triton.jit
+def forward_cublas(
+    logits_ptr,  # [rows, V], of tokens first_t and on; with bias, not capped
+    target_ptr,  # [T]
+    temperature_ptr,
+    partials_ptr,  # [4, S, T]
+    target_logit_ptr,  # [T], capped
+    stride_temperature,
+    first_t,
+    end_t,
+    T,
+    V,
+    n_split,
+    softcap,
+    HAS_TEMPERATURE: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    TILES: tl.constexpr,
+):
+    """One program a block of rows and a split of TILES blocks of columns."""
+    block = tl.program_id(0) // n_split
+    split = tl.program_id(0) % n_split
+    offs_t = first_t + block * BLOCK_T + tl.arange(0, BLOCK_T)
+    mask_t = offs_t < end_t
+    row_ptrs = logits_ptr + (offs_t - first_t).to(tl.int64) * V
+    scale = LOG2E * load_inverse(
+        temperature_ptr, stride_temperature, offs_t, mask_t, HAS_TEMPERATURE
+    )
+    m = tl.full([BLOCK_T], LOWEST, tl.float32)
+    n = tl.zeros([BLOCK_T], tl.float32)
+    s = tl.zeros([BLOCK_T], tl.float32)
+    u = tl.zeros([BLOCK_T], tl.float32)
+
+    for tile in range(TILES):
+        offs_v = (split * TILES + tile) * BLOCK_V + tl.arange(0, BLOCK_V)
+        mask = mask_t[:, None] & (offs_v < V)[None, :]
+        z = tl.load(row_ptrs[:, None] + offs_v[None, :], mask=mask, other=0.0)
+        z = tl.where(mask, cap(z, softcap, HAS_SOFTCAP), LOWEST)
+        m, n, s, u = update(m, n, s, u, z, scale)
+    store(partials_ptr, split, n_split, offs_t, end_t, T, m, n, s, u)
+
+    target = tl.load(target_ptr + offs_t, mask=mask_t, other=-1)
+    start_v = split * TILES * BLOCK_V
+    here = mask_t & (target >= start_v) & (target < start_v + TILES * BLOCK_V) & (target < V)
+    z = tl.load(row_ptrs + target, mask=here, other=0.0)
+    tl.store(target_logit_ptr + offs_t, cap(z, softcap, HAS_SOFTCAP), mask=here)

@@ -1,0 +1,97 @@
+"""Statistics of the rows of h W^T + b from plain pointers: any strides, any sizes, any GPU.
+
+T tokens, D hidden, V vocabulary, S vocabulary splits.
+"""
+
+import triton
+import triton.language as tl
+
+from entropy_kernels._triton.logits import LOG2E, LOWEST, add_bias, cap, dot
+from entropy_kernels._triton.logits import load_inverse_temperature as load_inverse
+from entropy_kernels._triton.row_statistics import store, update
+
+
+@triton.jit
+def order(unit, n_blocks, n_split, GROUP_T: tl.constexpr):
+    """(row block, split) of a unit of work: GROUP_T row blocks share the columns of a split."""
+    per_group = GROUP_T * n_split
+    first = unit // per_group * GROUP_T
+    size = min(n_blocks - first, GROUP_T)
+    within = unit % per_group
+    return first + within % size, within // size
+
+
+@triton.jit
+def forward_pointer(
+    hidden_ptr,
+    weight_ptr,
+    bias_ptr,
+    temperature_ptr,
+    partials_ptr,  # [4, S, T]
+    logits_ptr,  # [T, V]
+    stride_ht,
+    stride_hd,
+    stride_wv,
+    stride_wd,
+    stride_temperature,
+    T,
+    D,
+    V,
+    n_split,
+    softcap,
+    HAS_BIAS: tl.constexpr,
+    HAS_TEMPERATURE: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    KEEP_LOGITS: tl.constexpr,
+    EVEN_D: tl.constexpr,
+    UPCAST: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    TILES: tl.constexpr,
+    GROUP_T: tl.constexpr,
+):
+    """One program a block of rows and a split of TILES blocks of columns."""
+    block, split = order(tl.program_id(0), tl.cdiv(T, BLOCK_T), n_split, GROUP_T)
+    offs_t = block * BLOCK_T + tl.arange(0, BLOCK_T)
+    offs_d = tl.arange(0, BLOCK_D)
+    # Rows and columns past the end repeat the last one: loads need no mask, and nothing of them
+    # is stored or summed.
+    rows = tl.minimum(offs_t, T - 1).to(tl.int64)
+    hidden_ptrs = hidden_ptr + rows[:, None] * stride_ht + offs_d.to(tl.int64)[None, :] * stride_hd
+    weight_offs = offs_d.to(tl.int64)[:, None] * stride_wd
+    scale = LOG2E * load_inverse(
+        temperature_ptr, stride_temperature, offs_t, offs_t < T, HAS_TEMPERATURE
+    )
+    m = tl.full([BLOCK_T], LOWEST, tl.float32)
+    n = tl.zeros([BLOCK_T], tl.float32)
+    s = tl.zeros([BLOCK_T], tl.float32)
+    u = tl.zeros([BLOCK_T], tl.float32)
+
+    for tile in range(TILES):
+        offs_v = (split * TILES + tile) * BLOCK_V + tl.arange(0, BLOCK_V)
+        columns = tl.minimum(offs_v, V - 1).to(tl.int64)
+        a_ptrs = hidden_ptrs
+        b_ptrs = weight_ptr + columns[None, :] * stride_wv + weight_offs
+        acc = tl.zeros([BLOCK_T, BLOCK_V], tl.float32)
+        for start_d in range(0, D, BLOCK_D):
+            if EVEN_D:
+                a = tl.load(a_ptrs)
+                b = tl.load(b_ptrs)
+            else:
+                inside = offs_d < D - start_d
+                a = tl.load(a_ptrs, mask=inside[None, :], other=0.0)
+                b = tl.load(b_ptrs, mask=inside[:, None], other=0.0)
+            acc = dot(a, b, acc, UPCAST)
+            a_ptrs += BLOCK_D * stride_hd
+            b_ptrs += BLOCK_D * stride_wd
+
+        z = add_bias(acc, bias_ptr, offs_v, V, HAS_BIAS)
+        if KEEP_LOGITS:
+            inside = (offs_t < T)[:, None] & (offs_v < V)[None, :]
+            ptrs = logits_ptr + offs_t.to(tl.int64)[:, None] * V + offs_v[None, :]
+            tl.store(ptrs, z, mask=inside)
+        z = tl.where((offs_v < V)[None, :], cap(z, softcap, HAS_SOFTCAP), LOWEST)
+        m, n, s, u = update(m, n, s, u, z, scale)
+
+    store(partials_ptr, split, n_split, offs_t, T, T, m, n, s, u)

@@ -1,0 +1,89 @@
+"""Statistics of the rows of h W^T + b, tiles of both matrices brought by tensor descriptors.
+
+T tokens, D hidden, V vocabulary, S vocabulary splits.
+"""
+
+import triton
+import triton.language as tl
+
+from entropy_kernels._triton.forward_pointer import order
+from entropy_kernels._triton.logits import LOG2E, LOWEST, add_bias, cap, dot
+from entropy_kernels._triton.logits import load_inverse_temperature as load_inverse
+from entropy_kernels._triton.row_statistics import of_tile, store, update
+
+
+@triton.jit
+def forward_tma(
+    hidden_desc,  # blocks of [BLOCK_T, BLOCK_D]
+    weight_desc,  # blocks of [BLOCK_V, BLOCK_D]
+    bias_ptr,
+    temperature_ptr,
+    partials_ptr,  # [4, S, T]
+    stride_temperature,
+    T,
+    D,
+    V,
+    n_split,
+    softcap,
+    HAS_BIAS: tl.constexpr,
+    HAS_TEMPERATURE: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    UPCAST: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    TILES: tl.constexpr,
+    GROUP_T: tl.constexpr,
+    FLATTEN: tl.constexpr,
+    WARP_SPECIALIZE: tl.constexpr,
+):
+    """Each program takes every num_programs-th unit: a block of rows, a split of TILES columns.
+
+    A unit's statistics are carried from tile to tile and stored after each of them: with a branch
+    that stores only the last, the compiler neither specialises warps nor avoids spills.
+    """
+    if FLATTEN:
+        # Else the loop gets a second body, for sums of no products.
+        tl.assume(D > 0)
+    n_blocks = tl.cdiv(T, BLOCK_T)
+    n_units = n_blocks * n_split
+    pid = tl.program_id(0)
+    n_steps = tl.cdiv(n_units - pid, tl.num_programs(0)) * TILES
+    m = tl.full([BLOCK_T], LOWEST, tl.float32)
+    n = tl.zeros([BLOCK_T], tl.float32)
+    s = tl.zeros([BLOCK_T], tl.float32)
+    u = tl.zeros([BLOCK_T], tl.float32)
+
+    for step in tl.range(0, n_steps, flatten=FLATTEN, warp_specialize=WARP_SPECIALIZE):
+        unit = pid + step // TILES * tl.num_programs(0)
+        tile = step % TILES
+        block, split = order(unit, n_blocks, n_split, GROUP_T)
+        start_t = block * BLOCK_T
+        start_v = (split * TILES + tile) * BLOCK_V
+        acc = tl.zeros([BLOCK_T, BLOCK_V], tl.float32)
+        for start_d in range(0, D, BLOCK_D):
+            a = hidden_desc.load([start_t, start_d])
+            b = weight_desc.load([start_v, start_d])
+            acc = dot(a, b.T, acc, UPCAST)
+
+        offs_t = start_t + tl.arange(0, BLOCK_T)
+        offs_v = start_v + tl.arange(0, BLOCK_V)
+        scale = LOG2E * load_inverse(
+            temperature_ptr, stride_temperature, offs_t, offs_t < T, HAS_TEMPERATURE
+        )
+        z = cap(add_bias(acc, bias_ptr, offs_v, V, HAS_BIAS), softcap, HAS_SOFTCAP)
+        z = tl.where((offs_v < V)[None, :], z, LOWEST)
+        if TILES > 1:
+            begins = tile == 0
+            m = tl.where(begins, LOWEST, m)
+            n = tl.where(begins, 0.0, n)
+            s = tl.where(begins, 0.0, s)
+            u = tl.where(begins, 0.0, u)
+            m, n, s, u = update(m, n, s, u, z, scale)
+            store(partials_ptr, split, n_split, offs_t, T, T, m, n, s, u)
+        else:
+            # Nothing is carried from tile to tile, as warp specialisation in Triton 3.6 demands:
+            # of a loop that carries something it leaves nothing.
+            top = tl.maximum(tl.max(z, 1), LOWEST)
+            ties, rest, product = of_tile(z, top, scale)
+            store(partials_ptr, split, n_split, offs_t, T, T, top, ties, rest, product)

@@ -1,0 +1,304 @@
+"""Log-probability and entropy of every row: which kernel computes the statistics, and its launch.
+
+Each program sums a block of rows over a split of the vocabulary, into four fp32 partials a row
+and split (row_statistics.py); one more kernel merges the splits. No atomics: same bits every time.
+Beyond its results a call allocates 4 T (4 S + 1) bytes, and the variant "cublas" a workspace of
+about WORKSPACE_BYTES.
+
+T tokens, D hidden, V vocabulary, S vocabulary splits.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from entropy_kernels._rows import Statistics, per_row
+from entropy_kernels._triton import target as gpu
+from entropy_kernels._triton import tiles
+from entropy_kernels._triton.forward_cublas import forward_cublas
+from entropy_kernels._triton.forward_pointer import forward_pointer
+from entropy_kernels._triton.forward_tma import forward_tma
+from entropy_kernels._triton.row_statistics import merge
+from entropy_kernels._triton.target_logit import target_logit
+from entropy_kernels._triton.tiles import Tile
+
+# fp32 logits of as many rows as fit, at least one block of them.
+WORKSPACE_BYTES = 1 << 29
+_WORKSPACE_BLOCK = 128
+# Rows of one product with their targets' weights; of one program that merges splits, and splits.
+_TARGET_BLOCK = 64
+_MERGE_BLOCK = (32, 16)
+
+
+class _Head(NamedTuple):
+    """The inputs of all kernels, and S."""
+
+    hidden_TD: Tensor
+    weight_VD: Tensor
+    target_T: Tensor
+    bias_V: Tensor | None
+    temperature_T: Tensor | None
+    softcap: float | None
+    n_split: int
+    tiles_per_split: int
+
+
+def linear_logprob_entropy(
+    hidden_TD: Tensor,
+    weight_VD: Tensor,
+    target_T: Tensor,
+    bias_V: Tensor | None,
+    temperature: Tensor | None,
+    softcap: float | None,
+    ignore_index: int,
+    keep_logits: bool,
+    *,
+    variant: str | None = None,
+    tile: Tile | None = None,
+) -> Statistics:
+    """The statistics of every row; zeros where the target is `ignore_index`.
+
+    Ignored rows are computed, then zeroed: their number never reaches the host. `variant` and
+    `tile` overrule the table, for tests and tuning; a variant that cannot run here is an error.
+    """
+    count, vocabulary = hidden_TD.shape[0], weight_VD.shape[0]
+    logits_TV = _empty((count, vocabulary) if keep_logits else (0,), hidden_TD)
+    found = _empty((5, count), hidden_TD)
+    if count == 0:
+        return Statistics._make([*found, logits_TV])
+
+    if tile is None:
+        tile = _choose(hidden_TD, weight_VD, softcap, keep_logits, variant)
+    n_split, tiles_per_split = _splits(tile, count, vocabulary, gpu.processors(hidden_TD))
+    head = _Head(
+        hidden_TD,
+        weight_VD,
+        target_T.contiguous(),
+        None if bias_V is None else bias_V.contiguous(),
+        per_row(temperature, target_T),
+        softcap,
+        n_split,
+        tiles_per_split,
+    )
+    partials = _empty((4, n_split, count), hidden_TD)
+    target_logit_T = _empty((count,), hidden_TD)
+    with gpu.on(hidden_TD.device):
+        if tile.variant == "cublas":
+            _from_products(head, tile, partials, target_logit_T, logits_TV)
+        else:
+            if tile.variant == "pointer":
+                _from_pointers(head, tile, partials, logits_TV)
+            else:
+                _from_descriptors(head, tile, partials)
+            _target_logits(head, tile, target_logit_T)
+        _merge(head, partials, target_logit_T, ignore_index, found)
+    return Statistics._make([*found, logits_TV])
+
+
+def _empty(shape: tuple[int, ...], like: Tensor) -> Tensor:
+    return torch.empty(shape, dtype=torch.float32, device=like.device)
+
+
+def _choose(
+    hidden_TD: Tensor,
+    weight_VD: Tensor,
+    softcap: float | None,
+    keep_logits: bool,
+    variant: str | None,
+) -> Tile:
+    arch = gpu.architecture(hidden_TD)
+    usable = tiles.variants(arch, hidden_TD, weight_VD)
+    if keep_logits:
+        usable -= {*tiles.TMA}
+    if variant is not None:
+        if variant not in usable:
+            raise ValueError(f"variant must be one of {sorted(usable)} here; got {variant!r}")
+        usable = {variant}
+    count, hidden = hidden_TD.shape
+    op = "forward" if softcap is None else "forward_softcap"
+    return tiles.lookup(op, arch, hidden_TD.dtype, hidden, count, usable)
+
+
+def _splits(tile: Tile, count: int, vocabulary: int, processors: int) -> tuple[int, int]:
+    """How many splits, and blocks of columns in each: what keeps all processors busy longest.
+
+    Of equally good ones the fewest splits: they are read again.
+    """
+    blocks_t, blocks_v = triton.cdiv(count, tile.block_t), triton.cdiv(vocabulary, tile.block_v)
+
+    def steps(per_split: int) -> int:
+        units = blocks_t * triton.cdiv(blocks_v, per_split)
+        return triton.cdiv(units, processors) * per_split
+
+    sizes = range(min(max(tile.split_v // tile.block_v, 1), blocks_v), 0, -1)
+    per_split = min(sizes, key=steps)
+    return triton.cdiv(blocks_v, per_split), per_split
+
+
+def _flags(head: _Head) -> dict[str, bool]:
+    return {
+        "HAS_BIAS": head.bias_V is not None,
+        "HAS_TEMPERATURE": head.temperature_T is not None,
+        "HAS_SOFTCAP": head.softcap is not None,
+    }
+
+
+def _stride(temperature_T: Tensor | None) -> int:
+    return 0 if temperature_T is None else temperature_T.stride(0)
+
+
+def _from_pointers(head: _Head, tile: Tile, partials: Tensor, logits_TV: Tensor) -> None:
+    (count, hidden), vocabulary = head.hidden_TD.shape, head.weight_VD.shape[0]
+    forward_pointer[(triton.cdiv(count, tile.block_t) * head.n_split,)](
+        head.hidden_TD,
+        head.weight_VD,
+        head.bias_V,
+        head.temperature_T,
+        partials,
+        logits_TV,
+        *head.hidden_TD.stride(),
+        *head.weight_VD.stride(),
+        _stride(head.temperature_T),
+        count,
+        hidden,
+        vocabulary,
+        head.n_split,
+        head.softcap or 0.0,
+        **_flags(head),
+        KEEP_LOGITS=logits_TV.numel() > 0,
+        EVEN_D=hidden % tile.block_d == 0,
+        UPCAST=gpu.interpreting(),
+        BLOCK_T=tile.block_t,
+        BLOCK_V=tile.block_v,
+        BLOCK_D=tile.block_d,
+        TILES=head.tiles_per_split,
+        GROUP_T=tile.group_t,
+        **tile.options,
+    )
+
+
+def _from_descriptors(head: _Head, tile: Tile, partials: Tensor) -> None:
+    # Not everywhere that Triton is.
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    (count, hidden), vocabulary = head.hidden_TD.shape, head.weight_VD.shape[0]
+    units = triton.cdiv(count, tile.block_t) * head.n_split
+    programs = min(units, gpu.processors(head.hidden_TD))
+    forward_tma[(units if tile.variant == "tma_split" else programs,)](
+        TensorDescriptor.from_tensor(head.hidden_TD, [tile.block_t, tile.block_d]),
+        TensorDescriptor.from_tensor(head.weight_VD, [tile.block_v, tile.block_d]),
+        head.bias_V,
+        head.temperature_T,
+        partials,
+        _stride(head.temperature_T),
+        count,
+        hidden,
+        vocabulary,
+        head.n_split,
+        head.softcap or 0.0,
+        **_flags(head),
+        UPCAST=gpu.interpreting(),
+        BLOCK_T=tile.block_t,
+        BLOCK_V=tile.block_v,
+        BLOCK_D=tile.block_d,
+        TILES=head.tiles_per_split,
+        GROUP_T=tile.group_t,
+        FLATTEN=tile.variant == "tma",
+        WARP_SPECIALIZE=tile.variant == "tma_ws",
+        **tile.options,
+    )
+
+
+def _from_products(
+    head: _Head, tile: Tile, partials: Tensor, target_logit_T: Tensor, logits_TV: Tensor
+) -> None:
+    count, vocabulary = head.hidden_TD.shape[0], head.weight_VD.shape[0]
+    flags = _flags(head)
+    del flags["HAS_BIAS"]
+    fitting = WORKSPACE_BYTES // (4 * vocabulary) // _WORKSPACE_BLOCK * _WORKSPACE_BLOCK
+    rows = min(max(fitting, _WORKSPACE_BLOCK), count)
+    kept = logits_TV.numel() > 0
+    workspace = logits_TV if kept else partials.new_empty(rows, vocabulary)
+    for start in range(0, count, rows):
+        end = min(start + rows, count)
+        z = workspace[start:end] if kept else workspace[: end - start]
+        _product(head.hidden_TD[start:end], head.weight_VD, z)
+        if head.bias_V is not None:
+            z += head.bias_V
+        forward_cublas[(triton.cdiv(end - start, tile.block_t) * head.n_split,)](
+            z,
+            head.target_T,
+            head.temperature_T,
+            partials,
+            target_logit_T,
+            _stride(head.temperature_T),
+            start,
+            end,
+            count,
+            vocabulary,
+            head.n_split,
+            head.softcap or 0.0,
+            **flags,
+            BLOCK_T=tile.block_t,
+            BLOCK_V=tile.block_v,
+            TILES=head.tiles_per_split,
+            **tile.options,
+        )
+
+
+def _product(hidden_TD: Tensor, weight_VD: Tensor, out_TV: Tensor) -> None:
+    """out = hidden weight^T in fp32, of 16-bit operands too. A CPU needs them upcast."""
+    if hidden_TD.dtype == torch.float32 or hidden_TD.device.type == "cpu":
+        torch.mm(hidden_TD.float(), weight_VD.float().T, out=out_TV)
+    else:
+        torch.mm(hidden_TD, weight_VD.T, out_dtype=torch.float32, out=out_TV)
+
+
+def _target_logits(head: _Head, tile: Tile, out_T: Tensor) -> None:
+    (count, hidden), vocabulary = head.hidden_TD.shape, head.weight_VD.shape[0]
+    flags = _flags(head)
+    del flags["HAS_TEMPERATURE"]
+    block_t = min(_TARGET_BLOCK, tile.block_t)
+    target_logit[(triton.cdiv(count, block_t),)](
+        head.hidden_TD,
+        head.weight_VD,
+        head.bias_V,
+        head.target_T,
+        out_T,
+        *head.hidden_TD.stride(),
+        *head.weight_VD.stride(),
+        count,
+        hidden,
+        vocabulary,
+        head.softcap or 0.0,
+        **flags,
+        UPCAST=gpu.interpreting(),
+        BLOCK_T=block_t,
+        BLOCK_D=tile.block_d,
+        **tile._replace(num_warps=4).options,
+    )
+
+
+def _merge(
+    head: _Head, partials: Tensor, target_logit_T: Tensor, ignore_index: int, found: Tensor
+) -> None:
+    count, vocabulary = head.hidden_TD.shape[0], head.weight_VD.shape[0]
+    block_t, block_s = _MERGE_BLOCK
+    merge[(triton.cdiv(count, block_t),)](
+        partials,
+        target_logit_T,
+        head.target_T,
+        head.temperature_T,
+        found,
+        _stride(head.temperature_T),
+        count,
+        vocabulary,
+        head.n_split,
+        ignore_index,
+        HAS_TEMPERATURE=head.temperature_T is not None,
+        BLOCK_T=block_t,
+        BLOCK_S=block_s,
+        num_warps=4,
+    )
