@@ -140,22 +140,36 @@ def alternate(
     samples: dict[str, dict[str, list[float]]] = {
         c.name: {"wall_s": [], "cpu_s": [], "turn": []} for c in contestants
     }
-    turn = 0
-    for number in range(rounds):
-        first = number % max(len(contestants), 1)
-        for contestant in [*contestants[first:], *contestants[:first]]:
-            gc.collect()
-            wall, cpu = time.perf_counter(), time.process_time()
-            results = contestant.run(problem)
-            wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
-            del results
-            for name, value in {"wall_s": wall, "cpu_s": cpu, "turn": turn}.items():
-                samples[contestant.name][name].append(value)
-            turn += 1
-        if (number + 1) % max(rounds // 10, 1) == 0:
-            last = ", ".join(f"{name} {x['wall_s'][-1]:.3g}" for name, x in samples.items())
-            log(f"round {number + 1} of {rounds}, seconds: {last}")
+    gc.collect()
+    # What is here by now, libraries above all, need not be searched again before every sample.
+    gc.freeze()
+    try:
+        for number in range(rounds):
+            _round(contestants, problem, number, samples)
+            if (number + 1) % max(rounds // 10, 1) == 0:
+                last = ", ".join(f"{name} {x['wall_s'][-1]:.3g}" for name, x in samples.items())
+                log(f"round {number + 1} of {rounds}, seconds: {last}")
+    finally:
+        gc.unfreeze()
     return samples
+
+
+def _round(
+    contestants: Sequence[Contestant],
+    problem: Any,
+    number: int,
+    samples: dict[str, dict[str, list[float]]],
+) -> None:
+    first = number % max(len(contestants), 1)
+    for place, contestant in enumerate([*contestants[first:], *contestants[:first]]):
+        gc.collect()
+        wall, cpu = time.perf_counter(), time.process_time()
+        results = contestant.run(problem)
+        wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+        del results
+        turn = number * len(contestants) + place
+        for name, value in {"wall_s": wall, "cpu_s": cpu, "turn": turn}.items():
+            samples[contestant.name][name].append(value)
 
 
 def peak_bytes(module: str, names: Sequence[str], problem: Any) -> dict[str, int]:
