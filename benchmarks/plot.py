@@ -1,8 +1,10 @@
-"""The plot of cost against fraction: SVG by hand, so that the same numbers give the same file.
+"""The plots of cost: SVG by hand, so that the same numbers give the same file.
 
-It follows the reader's light or dark scheme.
+They follow the reader's light or dark scheme.
 """
 
+import math
+from collections.abc import Callable
 from typing import Any
 
 WIDTH, HEIGHT = 400, 300
@@ -18,15 +20,15 @@ text { font: 12px system-ui, sans-serif; fill: #3d444d }
 .grid { stroke: #8b949e; stroke-opacity: .25 }
 .line { fill: none; stroke-width: 2 }
 .band { stroke: none; fill-opacity: .15 }
-.cpu { stroke: #d1590f; fill: #d1590f }
-.torch { stroke: #0a6fd1; fill: #0a6fd1 }
+.cpu, .bf16 { stroke: #d1590f; fill: #d1590f }
+.torch, .fp32 { stroke: #0a6fd1; fill: #0a6fd1 }
 .floor { stroke: #6e7781; fill: #6e7781; stroke-dasharray: 2 3 }
 .eager { stroke: #6e7781; stroke-width: 2 }
-.line.cpu, .line.torch, .line.floor { fill: none }
+.line.cpu, .line.torch, .line.floor, .line.bf16, .line.fp32 { fill: none }
 @media (prefers-color-scheme: dark) {
   text { fill: #c9d1d9 }
-  .cpu { stroke: #ff9a57; fill: #ff9a57 }
-  .torch { stroke: #58a6ff; fill: #58a6ff }
+  .cpu, .bf16 { stroke: #ff9a57; fill: #ff9a57 }
+  .torch, .fp32 { stroke: #58a6ff; fill: #58a6ff }
   .floor, .eager { stroke: #8b949e }
   .line { fill: none }
 }
@@ -36,13 +38,24 @@ text { font: 12px system-ui, sans-serif; fill: #3d444d }
 def plot(panels: list[dict[str, Any]]) -> str:
     """One panel a run. `lines` has (fraction, p20, p50, p80) by name."""
     top = _ceiling(panels)
+    title = "CPU time of a step against eager, by fraction of tokens"
+    return _page(title, [_panel(panel, top) for panel in panels])
+
+
+def plot_cost(panels: list[dict[str, Any]]) -> str:
+    """One panel a sweep. `lines` has a label and (value, p20, p50, p80) in seconds by name."""
+    title = "Time of a step against tokens, vocabulary and fraction of tokens"
+    return _page(title, [_cost_panel(panel) for panel in panels])
+
+
+def _page(title: str, panels: list[list[str]]) -> str:
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH * len(panels)} {HEIGHT}" '
-        'role="img" aria-label="CPU time of a step against eager, by fraction of tokens">',
+        f'role="img" aria-label="{title}">',
         f"<style>{STYLE}</style>",
     ]
     for number, panel in enumerate(panels):
-        parts += [f'<g transform="translate({number * WIDTH} 0)">', *_panel(panel, top), "</g>"]
+        parts += [f'<g transform="translate({number * WIDTH} 0)">', *panel, "</g>"]
     return "\n".join([*parts, "</svg>"]) + "\n"
 
 
@@ -85,6 +98,60 @@ def _panel(panel: dict[str, Any], top: float) -> list[str]:
     for height, label in _apart(labels):
         parts.append(f'<text x="{x(1) + 8}" y="{height + 4}">{label}</text>')
     return parts
+
+
+def _cost_panel(panel: dict[str, Any]) -> list[str]:
+    """Both axes in logarithms, or from zero."""
+    points = [point for _, line in panel["lines"].values() for point in line]
+    values = sorted({point[0] for point in points})
+    lowest, highest = min(point[1] for point in points), max(point[3] for point in points)
+    if panel["log"]:
+        ticks = [10.0**e for e in range(_exponent(lowest), _exponent(highest) + 2)]
+        marks = values[:: max(len(values) // 4, 1)]
+        x = _scale(math.log(values[0]), math.log(values[-1]), LEFT, WIDTH - RIGHT, math.log)
+        y = _scale(math.log(ticks[0]), math.log(ticks[-1]), HEIGHT - BOTTOM, TOP, math.log)
+    else:
+        step = 10.0 ** _exponent(highest)
+        step = step if highest / step > 4 else step / 2 if highest / step > 2 else step / 4
+        ticks = [step * tick for tick in range(int(highest / step) + 2)]
+        marks = values
+        x = _scale(0, values[-1], LEFT, WIDTH - RIGHT, float)
+        y = _scale(0, ticks[-1], HEIGHT - BOTTOM, TOP, float)
+    left, right = LEFT, WIDTH - RIGHT
+    parts = [
+        f'<text class="title" x="{LEFT}" y="18">{panel["title"]}</text>',
+        f'<text x="{LEFT}" y="34">seconds of a step</text>',
+    ]
+    for tick in ticks:
+        parts.append(f'<path class="grid" d="M{left} {y(tick)}H{right}"/>')
+        parts.append(f'<text x="{left - 6}" y="{y(tick) + 4}" text-anchor="end">{tick:g}</text>')
+    for mark in marks:
+        at = f'x="{x(mark)}" y="{HEIGHT - 30}"'
+        parts.append(f'<text {at} text-anchor="middle">{_short(mark)}</text>')
+    labels = []
+    for name, (label, line) in panel["lines"].items():
+        line = sorted(line)
+        parts += [_band(name, line, x, y), _line(name, line, x, y)]
+        labels.append((y(line[-1][2]), label))
+    for height, label in _apart(labels):
+        parts.append(f'<text x="{right + 8}" y="{height + 4}">{label}</text>')
+    return parts
+
+
+def _scale(
+    low: float, high: float, start: float, end: float, transform: Callable[[float], float]
+) -> Callable[[float], float]:
+    """From a value to its place, where low and high are values after `transform`."""
+    return lambda value: round(start + (transform(value) - low) / (high - low) * (end - start), 1)
+
+
+def _exponent(value: float) -> int:
+    return math.floor(math.log10(value))
+
+
+def _short(value: float) -> str:
+    """Thousands as powers of two count them: 32k is 32768."""
+    return f"{value / 1024:g}k" if value >= 1024 else f"{value:g}"
 
 
 def _line(name: str, points: Any, x: Any, y: Any) -> str:

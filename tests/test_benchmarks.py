@@ -7,9 +7,10 @@ import torch
 
 from benchmarks import bench_entropy_threshold as threshold
 from benchmarks import bench_forward_floor as floor
+from benchmarks import bench_linear_cost as cost
 from benchmarks import bench_linear_logprob_entropy as bench
 from benchmarks import bench_ratio_loss as ratio
-from benchmarks import chunked_head, peers, report, runner
+from benchmarks import chunked_head, other_tables, peers, report, runner, tables
 from benchmarks import linear_logprob_entropy as op
 from benchmarks.runner import Contestant
 
@@ -71,17 +72,35 @@ def test_contestants_alternate_and_each_round_starts_with_another():
     }
 
 
-def test_suite_measures_a_tiny_shape_and_the_report_renders_it(monkeypatch, tmp_path):
-    for module in (peers, runner):
-        monkeypatch.setattr(module, "find_spec", lambda name: None)
-    everything = op.contestants
-    monkeypatch.setattr(
-        op, "contestants", lambda: [c for c in everything(("torch",)) if c.uncompiled is None]
-    )
-    monkeypatch.setattr(runner, "peak_bytes", lambda module, names, problem: {names[0]: 2_000_000})
-    results = tmp_path / "benchmarks" / "results"
-    for dtype in (torch.bfloat16, torch.float32):
-        entries = bench.measure((40, 16, 96), dtype, 2, results, log=_quiet)
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory):
+    """A tree in which all suites wrote result files: tiny, without compilers and processes."""
+    root = tmp_path_factory.mktemp("tree")
+    results = root / "benchmarks" / "results"
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (peers, runner):
+            patch.setattr(module, "find_spec", lambda name: None)
+        patch.setattr(runner, "peak_bytes", lambda module, names, problem: {names[0]: 2_000_000})
+        heads, losses = op.contestants(("torch",)), ratio.contestants()
+        patch.setattr(op, "contestants", lambda: [c for c in heads if c.uncompiled is None])
+        patch.setattr(ratio, "contestants", lambda: [c for c in losses if c.uncompiled is None])
+        for dtype in (torch.bfloat16, torch.float32):
+            bench.measure((40, 16, 96), dtype, 2, results, log=_quiet)
+            floor.measure((40, 16, 96), dtype, 2, results, log=_quiet)
+            cost.measure(cost.QUICK, dtype, 2, results, log=_quiet)
+        threshold.measure(20_000, 2, results, log=_quiet)
+        ratio.measure((8, 64), 2, results, log=_quiet)
+    (root / "README.md").write_text(f"before\n{report.BEGIN}\nstale\n{report.END}\nafter\n")
+    return root
+
+
+def _runs(tree, op_name):
+    return report.read(tree / "benchmarks" / "results")[op_name]
+
+
+def test_suite_counts_products_and_lists_what_is_missing(tree):
+    for run in _runs(tree, "linear_logprob_entropy"):
+        entries = run["contestants"]
         refused = {entry["name"]: entry["refused"] for entry in entries if "refused" in entry}
         assert refused == {
             "eager-batch": "needs trl",
@@ -96,18 +115,78 @@ def test_suite_measures_a_tiny_shape_and_the_report_renders_it(monkeypatch, tmp_
         assert units["torch-0.2-known"] == 0.6
         assert units["torch-forward"] == 1
         assert units["torch-0.2-half"] < 1.6
-    _refuse_one(next(results.glob("*bfloat16*")))
-    readme = tmp_path / "README.md"
-    readme.write_text(f"before\n{report.BEGIN}\nstale\n{report.END}\nafter\n")
-    texts = {path.name: text for path, text in report.render(tmp_path).items() if path != readme}
-    text = report.render(tmp_path)[readme]
+
+
+def test_forward_floor_is_measured_on_one_thread(tree):
+    for run in _runs(tree, "forward_floor"):
+        entries = run["contestants"]
+        assert run["threads"] == 1
+        assert {"mm", "torch"} <= {entry["name"] for entry in entries if "wall_s" in entry}
+        assert len({entry["flops"] for entry in entries if "flops" in entry}) == 1
+
+
+def test_threshold_and_ratio_loss_contestants_agree(tree):
+    (run,) = _runs(tree, "entropy_threshold")
+    exact = {entry["name"] for entry in run["contestants"] if entry["error"] == 0}
+    assert exact >= {"kthvalue", "topk", "sort", "ours"}
+    (run,) = _runs(tree, "ratio_loss")
+    assert max(entry["error"] for entry in run["contestants"]) < 1e-5
+
+
+def test_quantile_refuses_what_is_too_long_and_is_listed_so():
+    too_many = threshold.Problem(torch.zeros(2**24 + 1), 1)
+    with pytest.raises(runner.RefusedError, match="too large"):
+        threshold._quantile(too_many)
+
+
+def test_cost_is_measured_at_all_points_of_its_sweeps(tree):
+    for run in _runs(tree, "linear_cost"):
+        points = {(entry["sweep"], entry["value"]): entry["units"] for entry in run["contestants"]}
+        sweeps = cost.QUICK
+        assert {value for sweep, value in points if sweep == "tokens"} == set(sweeps.tokens)
+        assert {v for sweep, v in points if sweep == "vocabulary"} == set(sweeps.vocabularies)
+        assert points["fraction", 1.0] == pytest.approx(4, rel=0.05)
+        assert points["fraction", 0.2] == pytest.approx(1.6, rel=0.05)
+
+
+def test_fits_find_exponents_and_straight_lines():
+    power = [(x, 0.0, 3 * x**1.5, 0.0) for x in (1.0, 2.0, 8.0, 64.0)]
+    assert other_tables.exponent(power) == pytest.approx(1.5)
+    straight = [(x, 0.0, 1 + 3 * x, 0.0) for x in (0.1, 0.5, 1.0)]
+    assert other_tables.deviation(straight) == pytest.approx(0.0, abs=1e-12)
+    assert other_tables.deviation([*straight, (2.0, 0.0, 14.0, 0.0)]) > 0.1
+
+
+def test_report_renders_every_result_file(tree):
+    _refuse_one(next(tree.glob("benchmarks/results/linear_logprob*bfloat16*")))
+    readme = tree / "README.md"
+    texts = {path.name: text for path, text in report.render(tree).items() if path != readme}
+    text = report.render(tree)[readme]
     assert text.startswith("before\n")
     assert text.endswith("after\n")
     assert "stale" not in text
     assert "| refused |" in text
     assert torch.__version__ in text
+    assert "exponent" in text
+    assert "20,000 entropies" in text
+    assert "512 tokens" in text
     assert "refused: on purpose" in texts["README.md"]
-    assert texts["benchmarks.svg"].startswith("<svg")
+    assert "refused: needs trl" in texts["README.md"]
+    assert "Forward on one thread, 40 x 16 x 96, bf16" in texts["README.md"]
+    for name in ("benchmarks.svg", "linear_cost.svg"):
+        assert texts[name].startswith("<svg")
+        assert "nan" not in texts[name]
+
+
+def test_report_has_no_section_without_a_result_file(tree, tmp_path):
+    results = tmp_path / "benchmarks" / "results"
+    results.mkdir(parents=True)
+    for path in tree.glob("benchmarks/results/linear_logprob*.json"):
+        (results / path.name).write_text(path.read_text())
+    (tmp_path / "README.md").write_text(f"{report.BEGIN}\n{report.END}")
+    texts = report.render(tmp_path)
+    assert {path.name for path in texts} == {"README.md", "benchmarks.svg"}
+    assert not any("exponent" in text or "entropies |" in text for text in texts.values())
 
 
 def _refuse_one(path):
@@ -132,41 +211,6 @@ def test_peers_that_are_installed_compute_the_step(monkeypatch):
     assert {"eager", "chunked", "checkpoint", "floor"} <= set(checked)
 
 
-def test_forward_floor_is_measured_on_one_thread(tmp_path):
-    before = torch.get_num_threads()
-    for dtype in (torch.bfloat16, torch.float32):
-        entries = floor.measure((40, 16, 96), dtype, 2, tmp_path, log=_quiet)
-        assert {"mm", "torch"} <= {entry["name"] for entry in entries if "wall_s" in entry}
-        assert len({entry["flops"] for entry in entries if "flops" in entry}) == 1
-    assert torch.get_num_threads() == before
-    runs = [json.loads(path.read_text()) for path in tmp_path.glob("*.json")]
-    assert [run["threads"] for run in runs] == [1, 1]
-
-
-@pytest.fixture
-def no_processes(monkeypatch):
-    """Without the process that each contestant's memory is measured in."""
-    monkeypatch.setattr(runner, "peak_bytes", lambda *_: {})
-
-
-def test_threshold_contestants_agree_but_for_the_one_that_refuses(no_processes, tmp_path):
-    entries = threshold.measure(20_000, 2, tmp_path, log=_quiet)
-    assert {entry["name"] for entry in entries if entry["error"] == 0} >= {"kthvalue", "ours"}
-    too_many = threshold.Problem(torch.zeros(2**24 + 1), 1)
-    with pytest.raises(runner.RefusedError, match="too large"):
-        threshold._quantile(too_many)
-
-
-def test_ratio_loss_contestants_agree(monkeypatch, no_processes, tmp_path):
-    everything = ratio.contestants
-    monkeypatch.setattr(
-        ratio, "contestants", lambda: [c for c in everything() if c.uncompiled is None]
-    )
-    entries = ratio.measure((8, 64), 2, tmp_path, log=_quiet)
-    assert all(len(entry["wall_s"]) == 2 for entry in entries)
-    assert max(entry["error"] for entry in entries) < 1e-5
-
-
 def test_peak_memory_sees_what_a_step_holds():
     problem = op.make_problem(64, 64, 32768, torch.float32)
     peaks = runner.peak_bytes(op.__name__, ["checkpoint", "torch-0.2"], problem)
@@ -183,9 +227,8 @@ def test_readme_without_markers_fails_with_their_names():
 
 
 def test_quantiles_and_ratios_are_taken_within_rounds():
-    assert report.quantile([4.0, 1.0, 2.0, 3.0, 5.0], 0.2) == pytest.approx(1.8)
-    run = {"contestants": [{"wall_s": [1.0, 10.0]}, {"wall_s": [2.0, 20.0]}]}
-    assert report.ratios(run, run["contestants"][1]) == [2.0, 2.0]
+    assert tables.quantile([4.0, 1.0, 2.0, 3.0, 5.0], 0.2) == pytest.approx(1.8)
+    assert tables.ratios({"wall_s": [2.0, 20.0]}, {"wall_s": [1.0, 10.0]}) == [2.0, 2.0]
 
 
 def test_readme_says_what_the_result_files_say():

@@ -1,0 +1,160 @@
+"""Tables and plot data of linear_logprob_entropy, and of its forward on one thread."""
+
+from typing import Any
+
+from benchmarks.tables import (
+    BYTES,
+    DTYPES,
+    Run,
+    about,
+    by_shape,
+    cell,
+    median_ratio,
+    megabytes,
+    named,
+    quantile,
+    ratios,
+    seconds_table,
+    spread,
+    table,
+)
+
+OURS = "cpu"
+
+
+def in_short(runs: list[Run], floors: list[Run]) -> str:
+    """A column a run: the few numbers that say how fast, how lean and how exact ours is."""
+    ordered = [run for shape in by_shape(runs) for run in shape]
+    columns = [
+        f"{run['shape']['tokens']} x {run['shape']['hidden']} x {run['shape']['vocabulary']}, "
+        f"{DTYPES[run['dtype']]}"
+        for run in ordered
+    ]
+    facts = [_facts(run, floors) for run in ordered]
+    return table(["", *columns], [[name, *(x[name] for x in facts)] for name in facts[0]])
+
+
+def _facts(run: Run, floors: list[Run]) -> dict[str, str]:
+    eager, fifth = run["contestants"][0], named(run, f"{OURS}-0.2")
+    others = [
+        entry
+        for entry in run["contestants"]
+        if "wall_s" in entry and entry["name"] != "floor" and not entry["label"].startswith("ours")
+    ]
+    fastest = min(others, key=lambda entry: quantile(entry["wall_s"], 0.5))
+    floor = next((x for x in floors if all(x[k] == run[k] for k in ("shape", "dtype"))), None)
+    forward = floor and median_ratio(named(floor, OURS), named(floor, "mm"), "cpu_s")
+    against = cell(median_ratio(fifth, fastest))
+    beyond = fifth["peak_bytes"] - _gradient_bytes(run) if fifth.get("peak_bytes") else None
+    return {
+        "20% of the tokens / eager": cell(median_ratio(fifth, eager)),
+        "all tokens / eager": cell(median_ratio(named(run, f"{OURS}-1"), eager)),
+        "20%, known beforehand / eager": cell(median_ratio(named(run, f"{OURS}-0.2-known"), eager)),
+        "20% / the fastest other": f"{against} ({fastest['name']})" if against else "",
+        "forward / its bare torch.mm, one thread": cell(forward),
+        "MB beyond the gradients at 20%": cell(None if beyond is None else beyond / 1e6, 0),
+        "error of the gradients / eager's": cell(_error_ratio(fifth, eager)),
+    }
+
+
+def _gradient_bytes(run: Run) -> int:
+    shape = run["shape"]
+    rows = shape["tokens"] + shape["vocabulary"]
+    return rows * shape["hidden"] * BYTES[run["dtype"]]
+
+
+def _error_ratio(entry: Run, other: Run) -> float | None:
+    """The larger error of the two gradients, against the other's."""
+    if "errors" not in entry or "errors" not in other:
+        return None
+    mine, theirs = (max(x["errors"][g] for g in ("dhidden", "dweight")) for x in (entry, other))
+    return mine / theirs
+
+
+def section(runs: list[Run], make_table: Any) -> str:
+    """The runs of one shape under a heading."""
+    shape = runs[0]["shape"]
+    head = (
+        f"**{shape['tokens']:,} tokens, hidden size {shape['hidden']:,}, "
+        f"vocabulary {shape['vocabulary']:,}**"
+    )
+    return "\n\n".join([head, make_table(runs), "\n".join(_about(run) for run in runs)])
+
+
+def _about(run: Run) -> str:
+    eager = quantile(run["contestants"][0]["wall_s"], 0.5)
+    gradients = _gradient_bytes(run) / 1e6
+    more = f"; eager takes {eager:.1f} s; the gradients alone are {gradients:,.0f} MB"
+    return about(run, more)
+
+
+def compact(runs: list[Run]) -> str:
+    """A row a contestant: units, and for each dtype times and memory. One torch row is enough."""
+    names = [entry["name"] for entry in runs[0]["contestants"]]
+    if any(name.startswith(f"{OURS}-") for name in names):
+        names = [n for n in names if not n.startswith("torch-") or n == "torch-0.2"]
+    columns = [f"{DTYPES[run['dtype']]} {what}" for run in runs for what in ("wall", "CPU", "MB")]
+    rows = []
+    for name in names:
+        entries = [named(run, name) for run in runs]
+        units = next((f"{entry['units']:.2f}" for entry in entries if "units" in entry), "")
+        cells = [entries[0]["label"], units]
+        for run, entry in zip(runs, entries, strict=True):
+            cells += [_time(run, entry, "wall_s"), _time(run, entry, "cpu_s"), megabytes(entry)]
+        rows.append(cells)
+    return table(["time against eager: p50 (p20-p80)", "units", *columns], rows)
+
+
+def _time(run: Run, entry: Run, clock: str) -> str:
+    if clock not in entry:
+        return "refused" if "refused" in entry else ""
+    return spread(ratios(entry, run["contestants"][0], clock), 2)
+
+
+def full(runs: list[Run]) -> str:
+    """A table a dtype, with seconds, CPU time and errors."""
+    columns = ["", "wall s", "CPU s", "wall / eager", "CPU / eager", "MB", "flops", "units"]
+    parts = []
+    for run in runs:
+        rows = []
+        for entry in run["contestants"]:
+            cells = [entry["label"]]
+            if "refused" in entry:
+                rows.append([*cells, f"refused: {entry['refused']}", *[""] * 7])
+                continue
+            eager = run["contestants"][0]
+            cells += [spread(entry[clock], 2) for clock in ("wall_s", "cpu_s")]
+            cells += [spread(ratios(entry, eager, clock), 3) for clock in ("wall_s", "cpu_s")]
+            cells += [megabytes(entry), f"{entry['flops']:.3g}", f"{entry['units']:.2f}"]
+            rows.append([*cells, f"{entry['error']:.1e}"])
+        parts.append(f"{DTYPES[run['dtype']]}\n\n{table([*columns, 'error'], rows)}")
+    return "\n\n".join(parts)
+
+
+def floor_tables(runs: list[Run]) -> str:
+    """Forward on one thread, against the product that it contains."""
+    parts = []
+    for run in (run for shape in by_shape(runs) for run in shape):
+        shape = " x ".join(str(size) for size in run["shape"].values())
+        head = f"Forward on one thread, {shape}, {DTYPES[run['dtype']]}"
+        parts.append(f"{head}\n\n{seconds_table(run)}\n\n{about(run)}")
+    return "\n\n".join(parts)
+
+
+def series(run: Run) -> dict[str, Any]:
+    """What the plot shows of one run: CPU time, the steadier clock, against eager by fraction."""
+    lines: dict[str, list[tuple[float, float, float, float]]] = {}
+    eager = run["contestants"][0]
+    for entry in run["contestants"]:
+        if "wall_s" not in entry:
+            continue
+        low, middle, high = (quantile(ratios(entry, eager, "cpu_s"), q) for q in (0.2, 0.5, 0.8))
+        impl, _, rest = entry["name"].partition("-")
+        if rest.replace(".", "").isdigit():
+            lines.setdefault(impl, []).append((float(rest), low, middle, high))
+        elif entry["name"] == "floor":
+            # Measured where 1 + 3 x 0.2 products are; all products cost the same.
+            for fraction in (0.0, 1.0):
+                at = middle / entry["units"] * (1 + 3 * fraction)
+                lines.setdefault("floor", []).append((fraction, at, at, at))
+    return {"title": DTYPES[run["dtype"]], "shape": run["shape"], "lines": lines}
