@@ -97,7 +97,7 @@ def test_blocks_as_shipped():
 
 
 @pytest.mark.usefixtures("small_blocks")
-@pytest.mark.parametrize("kind", ["tied", "negative", "broken"])
+@pytest.mark.parametrize("kind", ["tied", "equal", "broken"])
 @pytest.mark.parametrize(("shift", "bits", "prefix_bits"), DIGITS)
 def test_counts_are_those_of_the_torch_path(kind, shift, bits, prefix_bits):
     """With the prefix of most values and of few: a block is counted at once, or value by value."""

@@ -71,8 +71,9 @@ def _histogram_kernel(
             counted &= head == prefix
         digit = (key >> SHIFT) & (BINS - 1)
         if DENSE:
-            # tl.histogram takes as long for few values as for many; later passes count few.
-            if tl.sum(counted.to(tl.int32)) > BLOCK // 16:
+            # tl.histogram takes as long for few values as for many, and in Triton 3.6 longer than
+            # anything else here; later passes count few.
+            if tl.sum(counted.to(tl.int32)) > BLOCK // 4:
                 counts += tl.histogram(digit, BINS, mask=counted)
             else:
                 one = tl.full((BLOCK,), 1, tl.int64)
