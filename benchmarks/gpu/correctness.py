@@ -28,6 +28,8 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def run(setting: Setting) -> None:
+    seed = 0 if setting.quick else torch.seed() % (1 << 31)
+    torch.manual_seed(seed)
     expected = []
     for case in _all_cases(setting):
         expected.append(case.name)
@@ -36,7 +38,8 @@ def run(setting: Setting) -> None:
     rows = {row["name"]: row for row in setting.rows.of(STAGE) if row["name"] != SUMMARY}
     failed = [name for name in expected if not rows[name]["passed"]]
     left_out = [name for name in expected if "left_out" in rows[name]]
-    setting.rows.add(STAGE, SUMMARY, count=len(expected), failed=failed, left_out=left_out)
+    found = {"count": len(expected), "failed": failed, "left_out": left_out, "seed": seed}
+    setting.rows.add(STAGE, SUMMARY, **found)
     _record(setting, rows, failed)
 
 
@@ -83,12 +86,13 @@ def _all_cases(setting: Setting) -> Iterator[Case]:
                     cases += head_cases.offset_cases((forward, dlogits), dtype, device, quick)
                 name = f"{candidates.name(forward)} + {candidates.name(dlogits)} {dtype}"
                 yield from (case._replace(name=f"{name}: {case.name}") for case in cases)
-    for impl in ours.implementations(device):
+    for impl in ours.elementwise_implementations(device):
         for kind in ("dapo", "grpo"):
             run = partial(_ratio_loss, impl, kind, device)
             yield Case(f"ratio_loss {impl} {kind}", run)
-    for count in (1, 1000, 4099) if quick else (1, 1000, 100_003, 3_000_017):
-        yield Case(f"top_entropy_mask N={count}", partial(_selection, count, device))
+        for count in (1, 1000, 4099) if quick else (1, 1000, 100_003, 3_000_017):
+            run = partial(_selection, impl, count, device)
+            yield Case(f"top_entropy_mask {impl} N={count}", run)
 
 
 def _ratio_loss(impl: str, loss_type: str, device: torch.device) -> None:
@@ -118,12 +122,12 @@ def _ratio_loss(impl: str, loss_type: str, device: torch.device) -> None:
         assert_within_two_bounds(*triple, triple[-1])
 
 
-def _selection(count: int, device: torch.device) -> None:
+def _selection(impl: str, count: int, device: torch.device) -> None:
     """Heavy ties and invalid tokens, against a stable sort: the first of equal ones are kept."""
     for levels in (3, 1 << 20):
         entropy = torch.rand(count).mul(levels).floor() / levels
         mask = torch.rand(count) < 0.8
-        got = ek.top_entropy_mask(entropy.to(device), mask.to(device)).cpu()
+        got = ours.top_entropy_mask(entropy.to(device), mask.to(device), impl).cpu()
         order = entropy.masked_fill(~mask, -1.0).sort(descending=True, stable=True).indices
         valid = int(mask.sum())
         kept = order[: -(-valid // 5)]

@@ -4,6 +4,7 @@ import sys
 
 import torch
 
+import entropy_kernels as ek
 from benchmarks.gpu import ours
 
 LAUNCHES = ("forward", "backward", "selection", "ratio_loss")
@@ -12,16 +13,14 @@ SIZES = {"small": (130, 72, 1037), "full": (8192, 4096, 151936)}
 
 
 def main(name: str, size: str, device: str = "cuda") -> None:
-    import entropy_kernels as ek
-
     tokens, hidden, vocabulary = SIZES[size]
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
     entropy = torch.rand(tokens, device=device)
     if name == "selection":
-        ek.top_entropy_mask(entropy)
-        return
+        ours.top_entropy_mask(entropy, entropy > 0.1, "triton")
     if name == "ratio_loss":
-        ek.ratio_loss(-entropy, -entropy, entropy, entropy > 0.5)
+        ek.ratio_loss(-entropy, -entropy, entropy, entropy > 0.5, impl="triton")
+    if name in ("selection", "ratio_loss"):
         return
     h = torch.randn(tokens, hidden, device=device, dtype=dtype)
     w = torch.randn(vocabulary, hidden, device=device, dtype=dtype) / hidden**0.5

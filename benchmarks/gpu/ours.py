@@ -13,7 +13,7 @@ from torch import Tensor
 import entropy_kernels as ek
 from benchmarks.gpu.contestant import Contestant, Results, step
 from benchmarks.gpu.problem import FRACTION, Problem
-from entropy_kernels import ops
+from entropy_kernels import _gpu, _radix, ops
 from entropy_kernels._rows import Statistics
 
 TRITON = "entropy_kernels._triton"
@@ -43,6 +43,22 @@ def contestants(device: torch.device, only: str | None = None) -> list[Contestan
 def implementations(device: torch.device) -> list[str]:
     """Of the public functions, on this device."""
     return [x for x in ops.IMPLEMENTATIONS if x != "cpu" or device.type == "cpu"]
+
+
+def elementwise_implementations(device: torch.device) -> list[str]:
+    """Of the selection and the ratio loss; "auto" takes Triton on recorded architectures only."""
+    return ["torch", *(["triton"] if _gpu.why_not(device) is None else [])]
+
+
+def top_entropy_mask(entropy_N: Tensor, mask_N: Tensor | None, impl: str) -> Tensor:
+    """As the public function, by one implementation."""
+    found = _radix.kth_largest([(entropy_N, mask_N)], FRACTION, None, impl)
+    return _radix.keep_largest(entropy_N, mask_N, found.value, found.quota, impl)
+
+
+def entropy_threshold(entropy_N: Tensor, mask_N: Tensor | None, impl: str) -> Tensor:
+    """As the public function, by one implementation."""
+    return _radix.kth_largest([(entropy_N, mask_N)], FRACTION, None, impl).value
 
 
 def _loss(problem: Problem, *, impl: str, way: str) -> Results:

@@ -100,7 +100,7 @@ def _compiled(backend: str, problem: Problem) -> Results:
 
 @cache
 def _compiler(backend: str) -> Callable[[Problem], Results]:
-    return partial(_dense, torch.compile(plain_head, backend=backend))
+    return partial(_dense, torch.compile(plain_head, backend=backend, dynamic=False))
 
 
 def _forward(head: Head, problem: Problem) -> Results:

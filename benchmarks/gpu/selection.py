@@ -10,9 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import entropy_kernels as ek
 from benchmarks.gpu import correctness, ours, timing
-from benchmarks.gpu.problem import FRACTION, make_problem
+from benchmarks.gpu.problem import make_problem
 from benchmarks.gpu.rows import Row
 from benchmarks.gpu.setting import Setting
 
@@ -23,12 +22,15 @@ def run_threshold(setting: Setting) -> None:
     mask = torch.rand(count, device=setting.device) < 0.9
     k = -(-int(mask.sum()) // 5)
     want = entropy[mask].sort(descending=True).values[k - 1]
-    calls: dict[str, Callable[[], Tensor]] = {
-        "entropy_threshold": lambda: ek.entropy_threshold(entropy, mask, FRACTION),
-        "top_entropy_mask": lambda: ek.top_entropy_mask(entropy, mask, FRACTION),
-    }
-    for name, call in calls.items():
-        setting.rows.measure("threshold", name, partial(_selected, setting, call, want, k))
+    for impl in ours.elementwise_implementations(setting.device):
+        refusal = correctness.refusal(setting.rows) if impl == "triton" else ""
+        if refusal:
+            setting.rows.log(f"threshold: {refusal}")
+            continue
+        for function in (ours.entropy_threshold, ours.top_entropy_mask):
+            call = partial(function, entropy, mask, impl)
+            run = partial(_selected, setting, call, want, k)
+            setting.rows.measure("threshold", f"{function.__name__}, {impl}", run)
 
 
 def _selected(setting: Setting, call: Callable[[], Tensor], want: Tensor, k: int) -> Row:

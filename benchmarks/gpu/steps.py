@@ -45,6 +45,8 @@ def measure(
     if all(setting.rows.has(stage, c.name, **shape) for c in contestants):
         return
     setting.rows.log(f"{stage}: T={tokens} D={hidden} V={vocabulary} ...")
+    # Shapes are fixed within a measurement; the compiler would make the second one dynamic.
+    torch.compiler.reset()
     problem = make_problem(tokens, hidden, vocabulary, setting.dtype, setting.device, seed=tokens)
     found = {c.name: _first_look(setting, c, problem) for c in contestants}
     together, alone = {}, {}

@@ -4,6 +4,7 @@ Where a tool is not there, or cannot read this GPU, the row says so. What they p
 files beside the rows. `python -m benchmarks.gpu.one_launch` is what they watch.
 """
 
+import os
 import re
 import shutil
 import subprocess
@@ -24,7 +25,12 @@ SECTIONS = (
     "LaunchStats",
 )
 # The kernel of each launch that is looked at, and the lines of the report that a row keeps.
-KERNELS = {"forward": "regex:forward_.*", "backward": "regex:.*dlogits.*"}
+KERNELS = {
+    "forward": "regex:forward_.*",
+    "backward": "regex:dlogits_.*",
+    "selection": "regex:.*histogram.*",
+    "ratio_loss": "regex:.*tokens_kernel",
+}
 KEPT = re.compile(
     r"^\s+(Duration|Compute \(SM\) Throughput|L2 Cache Throughput|DRAM Throughput|L2 Hit Rate"
     r"|L1/TEX Cache Throughput|Executed Ipc Active|Registers Per Thread|Achieved Occupancy)\s+"
@@ -52,7 +58,7 @@ def run(setting: Setting) -> None:
             continue
         sections = [x for section in SECTIONS for x in ("--section", section)]
         command = ["ncu", "--clock-control", "none", "--launch-count", "1", *sections]
-        command += ["--kernel-name", KERNELS.get(launch, "regex:.*")]
+        command += ["--kernel-name", KERNELS[launch]]
         name = f"ncu {launch}"
         setting.rows.measure(
             "profile", name, lambda c=command, n=name, w=launch: _profiled(setting, c, n, w)
@@ -85,6 +91,8 @@ def _watch(
     done = subprocess.run(
         [tool, *command[1:], *watched],
         cwd=ROOT,
+        # An allocator of its own would hide what lies outside of a tensor.
+        env=os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

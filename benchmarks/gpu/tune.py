@@ -5,7 +5,6 @@ stays as it is.
 """
 
 from pathlib import Path
-from typing import Any
 
 from benchmarks.gpu import sweep
 from benchmarks.gpu.environment import ROOT
@@ -89,12 +88,15 @@ def _entry(item: tuple[Key, tuple[Tile, ...]]) -> str:
 
 
 def _tile(tile: Tile) -> str:
-    """Defaults at the end are left out."""
-    values: list[Any] = list(tile[:8])
-    defaults = [Tile._field_defaults.get(name) for name in Tile._fields[:8]]
-    while values and values[-1] == defaults[len(values) - 1]:
-        values.pop()
-    arguments = [f'"{values[0]}"', *map(str, values[1:])]
+    """Defaults are left out; what comes after one is named."""
+    arguments = [f'"{tile.variant}"', *map(str, tile[1:6])]
+    named = ""
+    for name in ("group_t", "split_v"):
+        value = getattr(tile, name)
+        if value == Tile._field_defaults[name]:
+            named = "split_v="
+        else:
+            arguments.append(f"{named}{value}")
     if tile.source != Tile._field_defaults["source"]:
         arguments.append(f'source="{tile.source}"')
     return f"Tile({', '.join(arguments)})"
