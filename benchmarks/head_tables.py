@@ -31,7 +31,8 @@ def in_short(runs: list[Run], floors: list[Run]) -> str:
         for run in ordered
     ]
     facts = [_facts(run, floors) for run in ordered]
-    return table(["", *columns], [[name, *(x[name] for x in facts)] for name in facts[0]])
+    rows = [[name, *(x[name] for x in facts)] for name in facts[0]]
+    return table(["", *columns], [row for row in rows if any(row[1:])])
 
 
 def _facts(run: Run, floors: list[Run]) -> dict[str, str]:

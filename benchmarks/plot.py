@@ -114,7 +114,7 @@ def _cost_panel(panel: dict[str, Any]) -> list[str]:
         step = 10.0 ** _exponent(highest)
         step = step if highest / step > 4 else step / 2 if highest / step > 2 else step / 4
         ticks = [step * tick for tick in range(int(highest / step) + 2)]
-        marks = values
+        marks = [value for value in values if value >= values[-1] / 5]
         x = _scale(0, values[-1], LEFT, WIDTH - RIGHT, float)
         y = _scale(0, ticks[-1], HEIGHT - BOTTOM, TOP, float)
     left, right = LEFT, WIDTH - RIGHT
@@ -132,6 +132,8 @@ def _cost_panel(panel: dict[str, Any]) -> list[str]:
     for name, (label, line) in panel["lines"].items():
         line = sorted(line)
         parts += [_band(name, line, x, y), _line(name, line, x, y)]
+        for value, _, middle, _ in line:
+            parts.append(f'<circle class="{name}" cx="{x(value)}" cy="{y(middle)}" r="2.5"/>')
         labels.append((y(line[-1][2]), label))
     for height, label in _apart(labels):
         parts.append(f'<text x="{right + 8}" y="{height + 4}">{label}</text>')
