@@ -15,6 +15,8 @@ from torch import Tensor
 from entropy_kernels._rows import Statistics, active_rows, per_row, spread
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+# Tokens that the kernels' vectors hold together: kPanel.
+PANEL = 64
 
 
 _products = 0
@@ -163,27 +165,32 @@ def linear_logprob_entropy(
 
     `isa` names one of the instruction sets that the extension lists, the best by default. Sums
     over the vocabulary are divided among torch's threads in fixed parts: the same bits at the same
-    number of threads.
+    number of threads. Logits are kept in the kernels' own order, of ignored rows too.
     """
     head, inputs = _head(hidden_TD, weight_VD, target_T, bias_V, temperature, softcap)
     tokens, vocabulary = target_T.shape[0], weight_VD.shape[0]
-    logits_TV = torch.empty((tokens, vocabulary) if keep_logits else (0,))
+    logits = torch.empty(kept_logits(tokens, vocabulary) if keep_logits else (0,))
     kept_T = target_T != ignore_index
-    index_R = None if bool(kept_T.all()) else kept_T.nonzero().squeeze(1)
+    index_R = None if keep_logits or bool(kept_T.all()) else kept_T.nonzero().squeeze(1)
     found = torch.zeros(5, tokens)
     _count(
         _module().linear_logprob_entropy(
-            _module().Head(**head, logits_ptr=_pointer(logits_TV if keep_logits else None)),
+            _module().Head(**head, logits_ptr=_pointer(logits if keep_logits else None)),
             index_ptr=_pointer(index_R),
             count=tokens if index_R is None else index_R.numel(),
             statistics_ptr=found.data_ptr(),
-            tokens=tokens,
             isa=isa,
         )
     )
     del inputs
     # An op's outputs are not views of one tensor.
-    return Statistics._make([*(row.clone() for row in found), logits_TV])
+    rows = [row.where(kept_T, 0) if keep_logits else row.clone() for row in found]
+    return Statistics._make([*rows, logits])
+
+
+def kept_logits(tokens: int, vocabulary: int) -> tuple[int, int]:
+    """The shape of what forward keeps: all the logits of whole panels of tokens."""
+    return -(-tokens // PANEL) * PANEL, vocabulary
 
 
 def linear_logprob_entropy_backward(
@@ -215,14 +222,13 @@ def linear_logprob_entropy_backward(
     dhidden_RD = torch.empty(index_R.numel(), hidden_TD.shape[1]) if need_hidden else None
     dweight_VD = torch.empty(weight_VD.shape, dtype=weight_VD.dtype) if need_weight else None
     dbias_V = torch.empty(weight_VD.shape[0]) if need_bias else None
-    logits_TV = found.logits if found.logits.numel() else None
+    logits = found.logits if found.logits.numel() else None
     _count(
         _module().linear_logprob_entropy_backward(
-            _module().Head(**head, logits_ptr=_pointer(logits_TV)),
+            _module().Head(**head, logits_ptr=_pointer(logits)),
             index_ptr=index_R.data_ptr(),
             count=index_R.numel(),
             statistics_ptr=statistics.data_ptr(),
-            tokens=target_T.shape[0],
             grad_logprob_ptr=_pointer(incoming[0]),
             grad_entropy_ptr=_pointer(incoming[1]),
             grad_logsumexp_ptr=_pointer(incoming[2]),
@@ -270,6 +276,7 @@ def _head(
         "temperature_ptr": temperature_ptr,
         "softcap": softcap or 0.0,
         "target_ptr": target_ptr,
+        "tokens": target_T.shape[0],
         "dim": hidden_TD.shape[1],
         "vocabulary": weight_VD.shape[0],
         "dtype": _DTYPES[hidden_TD.dtype],

@@ -11,7 +11,9 @@ from torch import Tensor
 
 
 class Statistics(NamedTuple):
-    """What forward knows of each row, all fp32 [T]; and h W^T + b [T, V], or empty if not kept.
+    """What forward knows of each row, all fp32 [T]; and h W^T + b, or empty if not kept.
+
+    Kept logits are [T, V], or in an order of their own, known to the backend that keeps them.
 
     Backward takes the log-sum-exp as two floats, (max, log_sum): at |z| = 6e3 their rounded sum
     alone would cost the gradient 25 times its error.

@@ -61,8 +61,9 @@ linear_logprob_entropy = torch.library.custom_op(
 @linear_logprob_entropy.register_fake
 def _(hidden, weight, target, bias, temperature, softcap, ignore_index, keep_logits, impl):
     rows = [torch.empty_like(target, dtype=torch.float32) for _ in range(5)]
-    kept = (target.shape[0], weight.shape[0]) if keep_logits else (0,)
-    return *rows, hidden.new_empty(kept, dtype=torch.float32)
+    shape = target.shape[0], weight.shape[0]
+    kept = _native.kept_logits(*shape) if impl == "cpu" else shape
+    return *rows, hidden.new_empty(kept if keep_logits else (0,), dtype=torch.float32)
 
 
 def _linear_logprob_entropy_backward(

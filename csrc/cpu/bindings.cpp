@@ -46,8 +46,8 @@ void ratio_loss(Pointer logprob_ptr, Pointer old_logprob_ptr, Pointer advantage_
 
 Head make_head(Pointer hidden_ptr, std::int64_t hidden_stride, Pointer weight_ptr,
                std::int64_t weight_stride, Pointer bias_ptr, Pointer temperature_ptr, float softcap,
-               Pointer target_ptr, std::int64_t dim, std::int64_t vocabulary, int dtype,
-               int threads, Pointer logits_ptr) {
+               Pointer target_ptr, std::int64_t tokens, std::int64_t dim, std::int64_t vocabulary,
+               int dtype, int threads, Pointer logits_ptr) {
   return {as<const void>(hidden_ptr),
           hidden_stride,
           as<const void>(weight_ptr),
@@ -56,6 +56,7 @@ Head make_head(Pointer hidden_ptr, std::int64_t hidden_stride, Pointer weight_pt
           as<const float>(temperature_ptr),
           softcap,
           as<const std::int64_t>(target_ptr),
+          tokens,
           dim,
           vocabulary,
           static_cast<Dtype>(dtype),
@@ -92,19 +93,18 @@ std::int64_t without_gil(Run run) {
 }
 
 std::int64_t linear_logprob_entropy(const Head& head, Pointer index_ptr, std::int64_t count,
-                            Pointer statistics_ptr, std::int64_t tokens, const std::string& isa) {
+                            Pointer statistics_ptr, const std::string& isa) {
   const Kernels& chosen = kernels(isa);
   return without_gil([&] {
     return chosen.forward(head, Rows{as<const std::int64_t>(index_ptr), count},
-                          statistics(statistics_ptr, tokens), signal_raised);
+                          statistics(statistics_ptr, head.tokens), signal_raised);
   });
 }
 
 std::int64_t linear_logprob_entropy_backward(const Head& head, Pointer index_ptr, std::int64_t count,
-                                     Pointer statistics_ptr, std::int64_t tokens,
-                                     Pointer grad_logprob_ptr, Pointer grad_entropy_ptr,
-                                     Pointer grad_logsumexp_ptr, Pointer dhidden_ptr,
-                                     Pointer dweight_ptr, Pointer dbias_ptr,
+                                     Pointer statistics_ptr, Pointer grad_logprob_ptr,
+                                     Pointer grad_entropy_ptr, Pointer grad_logsumexp_ptr,
+                                     Pointer dhidden_ptr, Pointer dweight_ptr, Pointer dbias_ptr,
                                      const std::string& isa) {
   const Kernels& chosen = kernels(isa);
   const Incoming incoming{as<const float>(grad_logprob_ptr), as<const float>(grad_entropy_ptr),
@@ -112,7 +112,7 @@ std::int64_t linear_logprob_entropy_backward(const Head& head, Pointer index_ptr
   const Gradients out{as<float>(dhidden_ptr), as<void>(dweight_ptr), as<float>(dbias_ptr)};
   return without_gil([&] {
     return chosen.backward(head, Rows{as<const std::int64_t>(index_ptr), count},
-                           statistics(statistics_ptr, tokens), incoming, out, signal_raised);
+                           statistics(statistics_ptr, head.tokens), incoming, out, signal_raised);
   });
 }
 
@@ -133,15 +133,15 @@ PYBIND11_MODULE(_cpu, m) {
   py::class_<Head>(m, "Head", "A head and its rows; pointers may be 0 where head.h says nullptr.")
       .def(py::init(&make_head), py::kw_only(), py::arg("hidden_ptr"), py::arg("hidden_stride"),
            py::arg("weight_ptr"), py::arg("weight_stride"), py::arg("bias_ptr"),
-           py::arg("temperature_ptr"), py::arg("softcap"), py::arg("target_ptr"), py::arg("dim"),
-           py::arg("vocabulary"), py::arg("dtype"), py::arg("threads"), py::arg("logits_ptr"));
+           py::arg("temperature_ptr"), py::arg("softcap"), py::arg("target_ptr"), py::arg("tokens"),
+           py::arg("dim"), py::arg("vocabulary"), py::arg("dtype"), py::arg("threads"), py::arg("logits_ptr"));
   m.def("linear_logprob_entropy", &linear_logprob_entropy, py::arg("head"), py::kw_only(),
-        py::arg("index_ptr"), py::arg("count"), py::arg("statistics_ptr"), py::arg("tokens"),
-        py::arg("isa") = "", "Writes logprob, entropy, logsumexp, max and log_sum: fp32 [5, T]. Returns the "
+        py::arg("index_ptr"), py::arg("count"), py::arg("statistics_ptr"), py::arg("isa") = "",
+        "Writes logprob, entropy, logsumexp, max and log_sum: fp32 [5, T]. Returns the "
         "multiplications done.");
   m.def("linear_logprob_entropy_backward", &linear_logprob_entropy_backward, py::arg("head"),
         py::kw_only(), py::arg("index_ptr"), py::arg("count"), py::arg("statistics_ptr"),
-        py::arg("tokens"), py::arg("grad_logprob_ptr"), py::arg("grad_entropy_ptr"),
+        py::arg("grad_logprob_ptr"), py::arg("grad_entropy_ptr"),
         py::arg("grad_logsumexp_ptr"), py::arg("dhidden_ptr"), py::arg("dweight_ptr"),
         py::arg("dbias_ptr"), py::arg("isa") = "",
         "Gradients of the rows at `index`; a pointer of 0 asks for nothing. Returns the "

@@ -18,10 +18,11 @@ struct Head {
   const float* temperature;    // [T], or nullptr for 1
   float softcap;               // 0 for none
   const std::int64_t* target;  // [T]
-  std::int64_t dim, vocabulary;
+  std::int64_t tokens, dim, vocabulary;
   Dtype dtype;
   int threads;
-  float* logits;  // [T, V] of h W^T + b: written by forward, read by backward; or nullptr
+  float* logits;  // h W^T + b of all T tokens, in the tiles of rows.h: written by forward, read by
+                  // backward; or nullptr
 };
 
 // The tokens to work on.

@@ -14,6 +14,7 @@
 #include <numeric>
 
 #include "blocks.h"
+#include "pages.h"
 #include "rows.h"
 
 namespace EK_ISA {
@@ -21,7 +22,6 @@ namespace EK_ISA {
 using entropy_kernels::Statistics;
 using entropy_kernels::Stop;
 
-constexpr int kTileRows = 96;
 constexpr std::int64_t kTokenChunk = 2048;  // packed at once: 2048 D units
 constexpr float kLowest = -1e30f;           // the maximum's start; finite, so -inf - m is no NaN
 constexpr float kLowestExponent = -87.0f;   // exp of less is subnormal
@@ -123,13 +123,6 @@ static void take_targets(const std::int64_t* target, const std::int64_t* token, 
   }
 }
 
-static void keep_logits(const Head& head, const std::int64_t* token, std::int64_t count,
-                        std::int64_t first, std::int64_t height, const float* tile) {
-  for (std::int64_t i = 0; i < count; ++i)
-    for (std::int64_t r = 0; r < height; ++r)
-      head.logits[token[i] * head.vocabulary + first + r] = tile[r * kPanel + i];
-}
-
 static void finish(const Head& head, const Running& running, int i, std::int64_t token,
                    const Statistics& out) {
   const double temperature = head.temperature == nullptr ? 1.0 : head.temperature[token];
@@ -218,7 +211,9 @@ class Walk {
     for (std::int64_t p = panels.begin; p < panels.end; ++p) {
       const std::int64_t here = tokens_of(p, token);
       logits_tile<E>(head_, weight, first, height, packed_.data() + p * units_ * kPanel, tile);
-      if (head_.logits != nullptr) keep_logits(head_, token, here, first, height, tile);
+      if (head_.logits != nullptr)
+        std::memcpy(kept_tile(head_, first, first_ / kPanel + p), tile,
+                    height * kPanel * sizeof(float));
       if (head_.softcap > 0) cap_tile(head_.softcap, height, tile);
       products_[thread] += height * here * head_.dim;
       take_targets(head_.target, token, here, first, height, tile, running(thread, p));
@@ -252,6 +247,9 @@ class Walk {
 template <class E>
 static std::int64_t forward(const Head& head, const Rows& rows, const Statistics& out, Stop stop) {
   if (rows.count == 0) return 0;
+  if (head.logits != nullptr)
+    entropy_kernels::prefer_huge_pages(
+        head.logits, round_up(head.tokens, kPanel) * head.vocabulary * sizeof(float));
   Interrupt interrupted(stop);
   Walk<E> walk(head, rows, usable_threads(head.threads));
   for (std::int64_t first = 0; first < rows.count && !interrupted(); first += kTokenChunk)

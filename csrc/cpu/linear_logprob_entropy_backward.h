@@ -8,7 +8,6 @@
 #pragma once
 
 #include "linear_logprob_entropy.h"
-#include "pages.h"
 
 namespace EK_ISA {
 
@@ -231,11 +230,7 @@ class Worker {
                      gathered_.along_dim.data() + active * gathered_.units, z);
       products += rows * std::min<std::int64_t>(kPanel, rows_.count - active) * head_.dim;
     } else {
-      for (int i = 0; i < kPanel; ++i)
-        for (std::int64_t k = 0; k < rows; ++k)
-          z[k * kPanel + i] = active + i < rows_.count
-                                  ? head_.logits[panel.token[i] * head_.vocabulary + first + r + k]
-                                  : 0.0f;
+      read_kept(panel, first + r, rows, std::min<std::int64_t>(kPanel, rows_.count - active), z);
     }
     if (head_.softcap > 0) cap_with_slope(head_.softcap, rows, z, slope_.data());
     differentiate_tile(panel, first + r, rows, with_entropy_, z);
@@ -248,6 +243,25 @@ class Worker {
         out_.bias[first + r + k] += float(sum);
       }
     dz_.put(z, r, rows, column);
+  }
+
+  // The kept logits of `count` active rows; where those are a panel of forward's, in one piece.
+  void read_kept(const ActivePanel& panel, std::int64_t first, std::int64_t rows,
+                 std::int64_t count, float* z) const {
+    const float* lanes[kPanel];
+    bool whole = count == kPanel && panel.token[0] % kPanel == 0;
+    for (std::int64_t i = 0; i < count; ++i) {
+      const std::int64_t token = panel.token[i];
+      lanes[i] = kept_tile(head_, first, token / kPanel) + token % kPanel;
+      whole = whole && lanes[i] == lanes[0] + i;
+    }
+    if (whole) {
+      std::memcpy(z, lanes[0], rows * kPanel * sizeof(float));
+      return;
+    }
+    std::fill_n(z, rows * kPanel, 0.0f);
+    for (std::int64_t k = 0; k < rows; ++k)
+      for (std::int64_t i = 0; i < count; ++i) z[k * kPanel + i] = lanes[i][k * kPanel];
   }
 
   void add_weight(std::int64_t c, std::int64_t count, std::int64_t here) {

@@ -88,6 +88,16 @@ static Left<E> weight_rows(const Head& head, std::int64_t first, std::int64_t co
   return {scratch, units, 1};
 }
 
+constexpr int kTileRows = 96;  // rows of the weight a tile of logits
+
+// Logits that are kept lie as they are computed: for each 96 rows of the weight, the last ones
+// fewer, the tiles [rows][64] of all panels of tokens. `first` is a tile's first row.
+static inline float* kept_tile(const Head& head, std::int64_t first, std::int64_t panel) {
+  const std::int64_t panels = round_up(head.tokens, kPanel) / kPanel;
+  const std::int64_t height = std::min<std::int64_t>(kTileRows, head.vocabulary - first);
+  return head.logits + (first * panels + panel * height) * kPanel;
+}
+
 // h W^T + b of `rows` rows of the weight and one panel of hidden states: tile[row][lane].
 template <class E>
 static void logits_tile(const Head& head, Left<E> weight, std::int64_t first, std::int64_t rows,
