@@ -92,7 +92,7 @@ TILES: dict[Key, tuple[Tile, ...]] = {
         Tile("cublas", 4, 1024, 1, 4, 1),
     ),
     Key("forward", "sm_100", "bfloat16", ANY, ANY): (
-        Tile("tma", 128, 256, 64, 8, 3),
+        Tile("tma", 128, 128, 64, 8, 4),
         Tile("pointer", 128, 128, 64, 8, 3),
         Tile("cublas", 4, 1024, 1, 4, 1),
     ),
@@ -120,7 +120,7 @@ TILES: dict[Key, tuple[Tile, ...]] = {
         Tile("pointer", 32, 64, 32, 4, 1, 2, 128),
         Tile("tma", 32, 64, 32, 4, 1, 2, 128),
         Tile("tma_split", 32, 64, 32, 4, 1, 2, 128),
-        Tile("cublas", 4, 64, 1, 4, 1, 1, 128),
+        Tile("cublas", 32, 64, 1, 4, 1, 1, 128),
     ),
     Key("dlogits", "sm_80", "bfloat16", ANY, ANY): (Tile("pointer", 128, 128, 64, 8, 3),),
     Key("dlogits", "sm_86", "bfloat16", ANY, ANY): (Tile("pointer", 128, 128, 32, 8, 3),),

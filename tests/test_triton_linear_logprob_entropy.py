@@ -1,0 +1,312 @@
+"""The forward kernels of Triton: each variant against fp64, in the interpreter where no GPU is.
+
+T tokens, D hidden, V vocabulary.
+"""
+
+import pytest
+import torch
+
+from entropy_kernels import reference
+from entropy_kernels.testing import assert_within_two_bounds
+from tests.test_linear_logprob_entropy import ROWS, make
+
+pytest.importorskip("triton")
+
+from entropy_kernels._triton import linear_logprob_entropy as launcher
+from entropy_kernels._triton import target, tiles
+from entropy_kernels._triton.linear_logprob_entropy import linear_logprob_entropy
+from entropy_kernels._triton.tiles import Tile
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+VARIANTS = ["pointer", "tma", "tma_split", "tma_ws", "cublas"]
+SHAPE = (33, 40, 301)
+SHAPES = {
+    "one": (1, 1, 1),
+    "two words": (3, 1, 2),
+    "prime": (31, 37, 97),
+    "one tile": (32, 32, 64),
+    "one more": (33, 36, 65),
+    "one split and one word": (5, 8, 129),
+}
+
+# NumPy, which computes in the interpreter, warns of what a GPU does silently.
+pytestmark = pytest.mark.filterwarnings("ignore:.*encountered:RuntimeWarning")
+
+
+@pytest.fixture(params=VARIANTS)
+def variant(request) -> str:
+    return request.param
+
+
+def forward(
+    h, w, y, *, bias=None, temperature=None, softcap=None, ignore=-100, keep=False, **chosen
+):
+    """The launcher with its many arguments named; skips what cannot run here."""
+    usable = tiles.variants(target.architecture(h), h, w)
+    if chosen.get("variant", "pointer") not in usable:
+        pytest.skip("this variant cannot run on these matrices here")
+    return linear_logprob_entropy(h, w, y, bias, temperature, softcap, ignore, keep, **chosen)
+
+
+def check(h, w, y, *, bias=None, temperature=None, softcap=None, ignore=-100, **chosen):
+    """Both bounds for logprob, entropy and logsumexp; and the parts of the last add up to it."""
+    got = forward(
+        h, w, y, bias=bias, temperature=temperature, softcap=softcap, ignore=ignore, **chosen
+    )
+    temperature = 1.0 if temperature is None else temperature
+
+    def expected(dtype):
+        b = None if bias is None else bias.to(dtype)
+        return reference.linear_logprob_entropy(
+            h.to(dtype), w.to(dtype), y, b, temperature, softcap, ignore
+        )
+
+    others = [expected(dtype) for dtype in (torch.float64, h.dtype, torch.float32)]
+    for one, *three in zip(got[:3], *others, strict=True):
+        assert one.dtype == torch.float32
+        assert_within_two_bounds(one, *three)
+    kept = y != ignore
+    parts = torch.where(kept, got.max / temperature + got.log_sum, 0)
+    torch.testing.assert_close(parts, got.logsumexp)
+    assert (got.logprob <= 0).all()
+    assert (got.log_sum >= 0).all()
+    return got
+
+
+def head(rows="peaked", shape=SHAPE, dtype=torch.float32):
+    return make(rows, shape, dtype, DEVICE)
+
+
+@pytest.mark.parametrize("rows", ROWS)
+def test_rows_of_every_kind(variant, rows):
+    check(*head(rows), variant=variant)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_dtypes(variant, dtype):
+    check(*head(dtype=dtype), variant=variant)
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_shapes(variant, shape):
+    check(*head(shape=shape), variant=variant)
+
+
+@pytest.mark.parametrize(
+    "names",
+    [["bias"], ["temperature"], ["softcap"], ["ignore"], ["bias", "temperature", "softcap"]],
+    ids="+".join,
+)
+def test_options(variant, names):
+    h, w, y = head()
+    options = {
+        "bias": torch.randn(w.shape[0], device=DEVICE),
+        "temperature": torch.rand(y.shape[0], device=DEVICE) + 0.5,
+        "softcap": 5.0,
+        "ignore": -1,
+    }
+    y[::3] = -1 if "ignore" in names else 0
+    got = check(h, w, y, variant=variant, **{name: options[name] for name in names})
+    if "ignore" in names:
+        assert not any(x[::3].any() for x in got[:5])
+
+
+def test_one_temperature_for_all_rows():
+    check(*head(), temperature=torch.full((1,), 0.7, device=DEVICE))
+
+
+@pytest.mark.parametrize("variant", ["pointer", "cublas", None])
+def test_kept_logits_are_the_product_with_bias(variant):
+    h, w, y = head(dtype=torch.bfloat16)
+    bias = torch.randn(w.shape[0], device=DEVICE).bfloat16()
+    got = forward(h, w, y, bias=bias, softcap=5.0, keep=True, variant=variant or "pointer")
+    truth = h.double() @ w.double().T + bias
+    plain = h.float() @ w.float().T + bias
+    assert_within_two_bounds(got.logits, truth, plain, plain)
+
+
+def test_kept_logits_need_a_variant_that_has_them():
+    with pytest.raises(ValueError, match="variant must be one of"):
+        forward(*head(), keep=True, variant="tma")
+
+
+def test_ties_of_the_maximum_are_counted_across_tiles_and_splits(variant):
+    """Every logit is 1: log V nats, from V ties in three splits of which each has some."""
+    T, D, V = SHAPE
+    ones = torch.ones(T, D, device=DEVICE)
+    w = torch.zeros(V, D, device=DEVICE)
+    w[:, 0] = 1
+    got = forward(ones, w, torch.zeros(T, dtype=torch.int64, device=DEVICE), variant=variant)
+    log_v = torch.tensor(float(V)).log().item()
+    assert (got.entropy - log_v).abs().max() < 1e-6
+    assert (got.logprob + log_v).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("gap", [3.0, 14.0, 27.0])
+def test_entropies_keep_their_digits(variant, gap):
+    """Two words g nats apart, in different splits: H = log1p(s) + g s / (1 + s), s = exp(-g)."""
+    V = SHAPE[2]
+    w = torch.full((V, 8), -200.0, device=DEVICE)
+    w[5], w[V - 1] = 0.0, -gap
+    h = torch.zeros(4, 8, device=DEVICE)
+    h[:, 0] = 1
+    y = torch.tensor([5, V - 1, 5, 5], device=DEVICE)
+    got = forward(h, w, y, variant=variant)
+    s = torch.tensor(-gap, dtype=torch.float64, device=DEVICE).exp()
+    entropy = s.log1p() + gap * s / (1 + s)
+    assert ((got.entropy - entropy).abs() / entropy).max() < 1e-5
+    assert ((got.logprob[0] + s.log1p()).abs() / s.log1p()) < 1e-5
+
+
+@pytest.mark.parametrize("broken", [torch.nan, torch.inf, -torch.inf], ids=str)
+def test_broken_rows_are_nan_and_no_others(variant, broken):
+    """A NaN or an infinity in a hidden state; of -inf some logits become +inf."""
+    h, w, y = head()
+    h[7, 3] = broken
+    got = forward(h, w, y, variant=variant)
+    rows = torch.arange(h.shape[0], device=DEVICE) == 7
+    for x in got[:5]:
+        assert torch.equal(x.isnan(), rows)
+
+
+@pytest.mark.parametrize("column", [0, 100, 300])
+def test_a_nan_anywhere_in_the_weight_reaches_all_rows(variant, column):
+    h, w, y = head()
+    w[column, 0] = torch.nan
+    assert all(x.isnan().all() for x in forward(h, w, y, variant=variant)[:5])
+
+
+@pytest.mark.parametrize("masked", [-torch.inf, torch.finfo(torch.float32).min], ids=str)
+def test_a_masked_vocabulary_is_legal(variant, masked):
+    """Columns of -inf hold nothing, a whole split and the tail among them."""
+    h, w, y = head()
+    bias = torch.zeros(w.shape[0], device=DEVICE)
+    bias[100:] = masked
+    got = forward(h, w, y.clamp_max(99), bias=bias, variant=variant)
+    few = forward(h, w[:100].contiguous(), y.clamp_max(99), variant=variant)
+    for one, other in zip(got[:5], few[:5], strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)
+
+
+def test_a_target_that_is_masked_has_no_probability(variant):
+    h, w, y = head()
+    bias = torch.zeros(w.shape[0], device=DEVICE)
+    bias[y[0]] = -torch.inf
+    got = forward(h, w, y, bias=bias, variant=variant)
+    assert got.logprob[0] == -torch.inf
+    assert got.entropy.isfinite().all()
+
+
+def test_rows_without_an_answer_are_nan(variant):
+    h, w, y = head()
+    temperature = torch.ones(y.shape[0], device=DEVICE)
+    y[2], y[5], y[8], temperature[11], temperature[14] = -1, w.shape[0], -100, 0, -1
+    got = forward(h, w, y, temperature=temperature, variant=variant)
+    for x in got[:5]:
+        assert x[[2, 5, 11, 14]].isnan().all()
+        assert x[8] == 0
+        assert x.isnan().sum() == 4
+    nothing = torch.full((w.shape[0],), -torch.inf, device=DEVICE)
+    got = forward(h, w, y, bias=nothing, variant=variant)
+    assert all(x.isnan().sum() == x.numel() - 1 for x in got[:5])
+
+
+@pytest.mark.parametrize("layout", ["transposed", "strided", "offset", "expanded"])
+@pytest.mark.parametrize("which", ["hidden", "weight"])
+def test_any_strides(which, layout):
+    """Where descriptors do not fit, the table's next choice is taken."""
+    h, w, y = head()
+    x = h if which == "hidden" else w
+    if layout == "transposed":
+        x = x.T.contiguous().T
+    elif layout == "strided":
+        x = torch.stack([x, torch.full_like(x, torch.nan)], dim=2)[:, :, 0]
+    elif layout == "offset":
+        x = torch.cat([torch.full_like(x[:, :1], torch.nan), x], dim=1)[:, 1:]
+    else:
+        x = x[:1].expand(x.shape)
+    assert tiles.variants("sm_90", x) == {"pointer", "cublas"}
+    check(*((x, w) if which == "hidden" else (h, x)), y)
+
+
+def test_strided_targets_bias_and_temperatures(variant):
+    h, w, y = head()
+    y = torch.stack([y, y.new_full(y.shape, -100)], dim=1)[:, 0]
+    bias = torch.randn(w.shape[0], 2, device=DEVICE)[:, 0]
+    temperature = torch.rand(y.shape[0], 2, device=DEVICE)[:, 0] + 0.5
+    check(h, w, y, bias=bias, temperature=temperature, variant=variant)
+
+
+def test_same_bits_twice(variant):
+    inputs = head(dtype=torch.bfloat16)
+    first, second = (forward(*inputs, variant=variant) for _ in range(2))
+    assert all(map(torch.equal, first, second))
+
+
+@pytest.mark.parametrize("split", [64, 192, 1 << 20])
+@pytest.mark.parametrize("name", ["pointer", "tma", "cublas"])
+def test_splits_of_any_size(name, split):
+    tile = Tile(name, 32, 64, 32, 4, 1, group_t=2, split_v=split)
+    if name not in tiles.variants(target.architecture(head()[0]), *head()[:2]):
+        pytest.skip("this variant cannot run here")
+    check(*head(), tile=tile)
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_a_small_workspace_takes_rows_in_chunks(monkeypatch, keep):
+    monkeypatch.setattr(launcher, "WORKSPACE_BYTES", 0)
+    monkeypatch.setattr(launcher, "_WORKSPACE_BLOCK", 16)
+    check(*head(), variant="cublas", keep=keep)
+
+
+def test_no_tokens():
+    h, w, y = head()
+    got = forward(h[:0], w, y[:0], keep=True)
+    assert [tuple(x.shape) for x in got] == [(0,)] * 5 + [(0, w.shape[0])]
+
+
+@pytest.mark.parametrize("processors", [1, 3, 132])
+@pytest.mark.parametrize("count", [1, 100, 8192])
+@pytest.mark.parametrize("vocabulary", [1, 256, 257, 50257, 151936])
+def test_splits_cover_the_vocabulary_and_none_is_empty(processors, count, vocabulary):
+    tile = Tile("tma", 128, 256, 64, 8, 3)
+    n_split, per_split = launcher._splits(tile, count, vocabulary, processors)
+    assert 1 <= per_split * tile.block_v <= max(tile.split_v, tile.block_v)
+    assert (n_split - 1) * per_split * tile.block_v < vocabulary
+    assert vocabulary <= n_split * per_split * tile.block_v
+
+
+@pytest.mark.parametrize("op", ["forward", "forward_softcap", "dlogits", "dlogits_softcap"])
+@pytest.mark.parametrize("arch", ["sm_80", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942", "other"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_every_architecture_has_a_tile(op, arch, dtype):
+    matrix = torch.empty(8, 64, dtype=dtype, device="meta")
+    for usable in (tiles.variants(arch, matrix), {"pointer"}):
+        tile = tiles.lookup(op, arch, dtype, 4096, 8192, usable)
+        assert tile.variant in usable
+        if tile.variant in tiles.TMA:
+            assert arch in ("sm_90", "sm_100")
+
+
+def test_the_smallest_shape_that_holds_this_one_is_taken(monkeypatch):
+    small, large = Tile("pointer", 1, 1, 1, 1, 1), Tile("pointer", 2, 2, 2, 2, 2)
+    table = {
+        tiles.Key("forward", "sm_90", "bfloat16", tiles.ANY, tiles.ANY): (large,),
+        tiles.Key("forward", "sm_90", "bfloat16", 1024, 8192): (small,),
+    }
+    monkeypatch.setattr(tiles, "TILES", table)
+    found = [
+        tiles.lookup("forward", "sm_90", torch.float16, hidden, tokens, {"pointer"})
+        for hidden, tokens in [(1024, 8192), (1025, 8192), (1024, 8193)]
+    ]
+    assert found == [small, large, large]
+    with pytest.raises(ValueError, match="no tile of 'forward'"):
+        tiles.lookup("forward", "sm_90", torch.bfloat16, 1, 1, {"tma"})
+
+
+def test_warp_specialisation_is_for_hopper_and_one_version(monkeypatch):
+    matrix = torch.empty(8, 64, device="meta")
+    for version, expected in [((3, 6), True), ((3, 9), False)]:
+        monkeypatch.setattr(target, "VERSION", version)
+        assert ("tma_ws" in tiles.variants("sm_90", matrix)) == expected
+        assert "tma_ws" not in tiles.variants("sm_100", matrix)
