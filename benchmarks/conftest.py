@@ -17,6 +17,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
+    parser.addoption(
+        "--contestants",
+        type=lambda names: names.split(","),
+        help="names, separated by commas, of those to measure where all would take too long",
+    )
+
+
 @pytest.fixture
 def quick(request) -> bool:
     return request.config.getoption("--quick")
