@@ -1,0 +1,233 @@
+"""Gradients of linear_logprob_entropy, from the rows whose incoming gradient is not zero.
+
+Those rows are brought together; then, a chunk of the vocabulary at a time, a kernel writes dz
+(dlogits_epilogue.py has the formula), from which torch's products give the
+weight's rows of that chunk, each written once, and a term of the hidden states' gradient, summed
+in fp32. No atomics: the same bits every time.
+
+T tokens, C room for active rows, D hidden, V vocabulary, N columns of a chunk, S splits of them.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from entropy_kernels._rows import Statistics
+from entropy_kernels._triton import products, tiles
+from entropy_kernels._triton import target as gpu
+from entropy_kernels._triton.active_rows import active_rows
+from entropy_kernels._triton.compact_rows import CompactRows, compact, spread
+from entropy_kernels._triton.dlogits import Chunk, Dlogits
+from entropy_kernels._triton.tiles import Tile
+
+# Columns of a chunk; halved, but not below the least, until dz fits its bytes.
+CHUNK_V = 16384
+LEAST_CHUNK_V = 1024
+DZ_BYTES = 1 << 28
+# Tile of cuBLAS, for which a product of fewer tiles than processors is split along its depth.
+PRODUCT_TILE = (128, 256)
+MAX_SPLITS = 8
+# fp32 rows of the weight's gradient on their way into a given buffer.
+STAGING_BYTES = 1 << 26
+
+
+class _Needs(NamedTuple):
+    """Whose gradient is wanted."""
+
+    hidden: bool
+    weight: bool
+    bias: bool
+
+
+@torch.no_grad()
+def linear_logprob_entropy_backward(
+    grad_logprob_T: Tensor | None,
+    grad_entropy_T: Tensor | None,
+    grad_logsumexp_T: Tensor | None,
+    hidden_TD: Tensor,
+    weight_VD: Tensor,
+    target_T: Tensor,
+    bias_V: Tensor | None,
+    temperature: Tensor | None,
+    softcap: float | None,
+    ignore_index: int,
+    found: Statistics,
+    needs: tuple[bool, bool, bool],
+    *,
+    max_active_rows: int | None = None,
+    weight_grad_out: Tensor | None = None,
+    tile: Tile | None = None,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of hidden states, weight and bias; None for what `needs` does not ask for.
+
+    max_active_rows: a bound of the number of rows with a gradient, C. Then the host waits for
+        nothing, and a CUDA graph can hold the call; more active rows make every gradient NaN.
+        None: the host reads their number, one synchronisation, and C is exact.
+    weight_grad_out: fp32 [V, D], to which the weight's gradient is added; None is returned for it.
+    tile: overrules the table, for tests and tuning.
+
+    With logits in `found` nothing is recomputed. dz is rounded to the dtype of the inputs, as
+    eager's is: fp16 wants a scaled loss here too. Products accumulate in fp32.
+
+    Beyond its results a call allocates at most, with E bytes an element of the inputs,
+
+        C D (E + 4)       the active rows of the hidden states, and their gradient in fp32
+        + N C E           dz; N = CHUNK_V, halved until this is <= DZ_BYTES or N = LEAST_CHUNK_V
+        + C D 4           a term of that gradient, where a second chunk follows
+        + S C D 4         the splits of a term, where fewer tiles than processors: <= 17 MB on 132
+        + 36 C + 4 T      their numbers, and those of the rows
+        + N C / 4         the bias's gradient, where needed
+        + STAGING_BYTES   where there is a `weight_grad_out`
+
+    Raises:
+        ValueError: a negative max_active_rows; a weight_grad_out that is not fp32 [V, D] on the
+            device of the weight, or given while the weight needs no gradient.
+    """
+    needs = _Needs(*needs)
+    _check(max_active_rows, weight_grad_out, weight_VD, needs)
+    gradients = (grad_logprob_T, grad_entropy_T, grad_logsumexp_T)
+    with gpu.on(hidden_TD.device):
+        active = active_rows(gradients, target_T, ignore_index, max_active_rows)
+        if active.index.numel() == 0:
+            return _zeros(hidden_TD, weight_VD, bias_V, needs, weight_grad_out)
+        rows = compact(active, gradients, hidden_TD, target_T, temperature, found)
+        kept = found.logits.numel() > 0
+        dlogits = Dlogits(
+            rows,
+            weight_VD,
+            None if bias_V is None else bias_V.contiguous(),
+            found.logits,
+            softcap,
+            grad_entropy_T is not None,
+            None if kept else tile or _choose(rows.hidden, weight_VD, softcap),
+        )
+        dhidden_CD, dweight_VD, dbias_V = _gradients(dlogits, needs, weight_grad_out)
+        dhidden_TD = None if dhidden_CD is None else spread(dhidden_CD, active, hidden_TD)
+    return dhidden_TD, dweight_VD, dbias_V
+
+
+def _check(
+    max_active_rows: int | None, weight_grad_out: Tensor | None, weight_VD: Tensor, needs: _Needs
+) -> None:
+    if max_active_rows is not None and max_active_rows < 0:
+        raise ValueError(f"max_active_rows must be >= 0 or None; got {max_active_rows}")
+    if weight_grad_out is None:
+        return
+    if not needs.weight:
+        raise ValueError("weight_grad_out is given, but the weight needs no gradient")
+    wanted = torch.float32, weight_VD.shape, weight_VD.device
+    got = weight_grad_out.dtype, weight_grad_out.shape, weight_grad_out.device
+    if got != wanted:
+        raise ValueError(f"weight_grad_out must be {wanted}; got {got}")
+
+
+def _choose(hidden_CD: Tensor, weight_VD: Tensor, softcap: float | None) -> Tile:
+    arch = gpu.architecture(hidden_CD)
+    usable = tiles.variants(arch, hidden_CD, weight_VD)
+    count, hidden = hidden_CD.shape
+    name = "dlogits" if softcap is None else "dlogits_softcap"
+    return tiles.lookup(name, arch, hidden_CD.dtype, hidden, count, usable)
+
+
+def _zeros(
+    hidden_TD: Tensor,
+    weight_VD: Tensor,
+    bias_V: Tensor | None,
+    needs: _Needs,
+    weight_grad_out: Tensor | None,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Of no active row: no product is launched, and nothing is added to `weight_grad_out`."""
+    return (
+        hidden_TD.new_zeros(hidden_TD.shape) if needs.hidden else None,
+        weight_VD.new_zeros(weight_VD.shape) if needs.weight and weight_grad_out is None else None,
+        bias_V.new_zeros(bias_V.shape) if needs.bias and bias_V is not None else None,
+    )
+
+
+def _gradients(
+    dlogits: Dlogits, needs: _Needs, weight_grad_out: Tensor | None
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """One pass over the vocabulary: fp32 dhidden [C, D], the others as they are returned."""
+    rows, weight_VD = dlogits.rows, dlogits.weight_VD
+    count, vocabulary = rows.hidden.shape[0], weight_VD.shape[0]
+    chunk_v = _chunk_columns(count, vocabulary, rows.hidden.element_size())
+    # Places beyond the last active row are never written.
+    buffer = rows.hidden.new_empty if rows.active.exact else rows.hidden.new_zeros
+    dz_CN = buffer(count, chunk_v)
+    blocks = triton.cdiv(count, dlogits.block_rows)
+    partials = buffer(blocks, chunk_v, dtype=torch.float32) if needs.bias else None
+    dhidden = _HiddenGradient(rows) if needs.hidden else None
+    own = needs.weight and weight_grad_out is None
+    dweight_VD = weight_VD.new_empty(weight_VD.shape) if own else None
+    dbias_V = rows.fields.new_empty(vocabulary) if needs.bias else None
+
+    for start in range(0, vocabulary, chunk_v):
+        stop = min(start + chunk_v, vocabulary)
+        dlogits.write(Chunk(start, stop, dz_CN, partials))
+        dz = dz_CN[:, : stop - start]
+        if dbias_V is not None and partials is not None:
+            torch.sum(partials[:, : stop - start], 0, out=dbias_V[start:stop])
+        if dweight_VD is not None:
+            products.mm(dz.T, rows.hidden, out=dweight_VD[start:stop])
+        if weight_grad_out is not None:
+            _add_weight_gradient(dz, rows.hidden, weight_grad_out[start:stop])
+        if dhidden is not None:
+            dhidden.add(dz, weight_VD[start:stop])
+    if dbias_V is not None and dlogits.bias_V is not None:
+        dbias_V = dbias_V.to(dlogits.bias_V.dtype)
+    return None if dhidden is None else dhidden.sum_CD, dweight_VD, dbias_V
+
+
+def _chunk_columns(count: int, vocabulary: int, element_size: int) -> int:
+    """Columns of a chunk, a multiple of 8: rows of dz begin at 16 bytes then."""
+    columns = CHUNK_V
+    while columns > LEAST_CHUNK_V and count * columns * element_size > DZ_BYTES:
+        columns //= 2
+    return min(columns, triton.cdiv(vocabulary, 8) * 8)
+
+
+def _add_weight_gradient(dz_CN: Tensor, hidden_CD: Tensor, out_ND: Tensor) -> None:
+    """out += dz^T hidden, by way of a buffer of bounded size."""
+    columns, hidden = out_ND.shape
+    step = min(columns, max(1, STAGING_BYTES // (4 * hidden)))
+    staging = torch.empty(step, hidden, dtype=torch.float32, device=out_ND.device)
+    for start in range(0, columns, step):
+        stop = min(start + step, columns)
+        term = staging[: stop - start]
+        products.mm(dz_CN[:, start:stop].T, hidden_CD, out=term)
+        out_ND[start:stop] += term
+
+
+class _HiddenGradient:
+    """The sum over chunks of dz W, fp32 [C, D].
+
+    Of few rows and columns a product has too few tiles for all processors; its depth is split
+    then, and the terms are added in their order.
+    """
+
+    def __init__(self, rows: CompactRows) -> None:
+        count, hidden = rows.hidden.shape
+        n_tiles = triton.cdiv(count, PRODUCT_TILE[0]) * triton.cdiv(hidden, PRODUCT_TILE[1])
+        fitting = gpu.processors(rows.hidden) // n_tiles
+        self._splits = min(MAX_SPLITS, 1 << max(0, fitting.bit_length() - 1))
+        self._empty = True
+        self.sum_CD = rows.fields.new_empty(count, hidden)
+
+    def add(self, dz_CN: Tensor, weight_ND: Tensor) -> None:
+        columns = weight_ND.shape[0]
+        splits = self._splits
+        while columns % (8 * splits) and splits > 1:
+            splits //= 2
+        term = self.sum_CD if self._empty else torch.empty_like(self.sum_CD)
+        if splits == 1:
+            products.mm(dz_CN, weight_ND, out=term)
+        else:
+            parts = term.new_empty(splits, *term.shape)
+            left = dz_CN.unflatten(1, (splits, -1)).transpose(0, 1)
+            products.bmm(left, weight_ND.unflatten(0, (splits, -1)), out=parts)
+            torch.sum(parts, 0, out=term)
+        if not self._empty:
+            self.sum_CD += term
+        self._empty = False

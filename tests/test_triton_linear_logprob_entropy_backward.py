@@ -1,0 +1,380 @@
+"""The compacted backward of the Triton kernels: its gradients against fp64, and what it may cost.
+
+T tokens, C room for active rows, D hidden, V vocabulary.
+"""
+
+import pytest
+import torch
+
+from entropy_kernels import _gpu, reference
+from entropy_kernels.testing import Watch, assert_within_two_bounds, peaked_head
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+WHY_NOT = _gpu.why_not(torch.device(DEVICE))
+if WHY_NOT is not None:
+    pytest.skip(WHY_NOT, allow_module_level=True)
+
+op = _gpu.kernels("linear_logprob_entropy_backward")
+forward = _gpu.kernels("linear_logprob_entropy").linear_logprob_entropy
+target = _gpu.kernels("target")
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+IGNORE = -100
+SHAPES = {
+    "one": (1, 1, 1),
+    "two words": (3, 1, 2),
+    "prime": (31, 37, 211),
+    "tiles": (32, 64, 128),
+    "one more": (33, 65, 129),
+    "several chunks": (67, 24, 301),
+}
+OPTIONS = {
+    "bias": {"bias": True},
+    "temperature": {"temperature": True},
+    "softcap": {"softcap": 5.0},
+    "all": {"bias": True, "temperature": True, "softcap": 5.0},
+}
+# NumPy, which interprets, warns of what infinities and NaN are there for.
+infinities = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+interpreted = pytest.mark.skipif(DEVICE != "cpu", reason="counts products as on a CPU")
+
+
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch):
+    monkeypatch.setattr(op, "CHUNK_V", 128)
+
+
+def make(shape=(43, 24, 301), dtype=torch.float32, rows="peaked"):
+    """Hidden states, weight and targets whose logits are of one kind; a few targets ignored."""
+    T, D, V = shape
+    h, w, y = peaked_head(T, D, V)
+    if rows == "tied":
+        w = w[: max(V // 2, 1)].repeat(3, 1)[:V]
+    elif rows == "very negative":
+        h[:, 0], w[:, 0] = 20.0, -20.0
+    elif rows == "large":
+        h = h / h.norm(dim=1, keepdim=True).clamp_min(1e-6) * 200
+    if V == 1:
+        h = torch.ones_like(h)
+    y[5::7] = IGNORE
+    return h.to(DEVICE, dtype), w.to(DEVICE, dtype), y.to(DEVICE)
+
+
+def gradients_of(count: int, keep: float = 0.5):
+    """What arrives at logprob, entropy and logsumexp, each at rows of its own."""
+    return [(torch.randn(count) * (torch.rand(count) < keep)).to(DEVICE) for _ in range(3)]
+
+
+def active(grads, y) -> int:
+    """Rows with a gradient."""
+    found = sum(g.isnan() | (g != 0) for g in grads) > 0
+    return int((found & (y != IGNORE)).sum())
+
+
+def run(grads, h, w, y, b=None, temperature=None, softcap=None, keep=False, **kwargs):
+    """Forward, then the launcher."""
+    needs = kwargs.pop("needs", (True, True, b is not None))
+    variant = kwargs["tile"].variant if kwargs.get("tile") else "pointer"
+    head = (h, w, y, b, temperature, softcap, IGNORE)
+    found = forward(*head, keep, variant=variant)
+    return op.linear_logprob_entropy_backward(*grads, *head, found, needs, **kwargs)
+
+
+def in_dtype(dtype, grads, h, w, y, b=None, temperature=None, softcap=None, **_):
+    """The reference's gradients, by autograd."""
+    leaves = [None if x is None else x.detach().to(dtype).requires_grad_() for x in (h, w, b)]
+    outputs = reference.linear_logprob_entropy(
+        leaves[0],
+        leaves[1],
+        y,
+        leaves[2],
+        1.0 if temperature is None else temperature.to(dtype),
+        softcap,
+        IGNORE,
+    )
+    torch.autograd.backward(
+        list(outputs), [g.to(o.dtype) for g, o in zip(grads, outputs, strict=True)]
+    )
+    return [None if x is None else x.grad for x in leaves]
+
+
+def check(got, inputs, **options):
+    """Both bounds for every gradient; dz is rounded to 16 bits, as eager's, where inputs are."""
+    dtype = inputs[1].dtype
+    wanted = [in_dtype(d, *inputs, **options) for d in (torch.float64, dtype, torch.float32)]
+    for result, *others in zip(got, *wanted, strict=True):
+        assert (result is None) == (others[0] is None)
+        if result is not None:
+            assert result.isfinite().all()
+            assert_within_two_bounds(result, *others, operands=dtype)
+
+
+def options_of(inputs, bias=False, temperature=False, softcap=None):
+    _, w, y = inputs
+    b = torch.randn(w.shape[0]).to(w) if bias else None
+    temperature_T = torch.rand(len(y)).to(DEVICE) + 0.5 if temperature else None
+    return {"b": b, "temperature": temperature_T, "softcap": softcap}
+
+
+def tiles_here():
+    """The tiles of the table that run on this device."""
+    tiles = _gpu.kernels("tiles")
+    some = torch.empty(16, 16, device=DEVICE)
+    arch = target.architecture(some)
+    keys = [key for key in tiles.TILES if (key.op, key.architecture) == ("dlogits", arch)]
+    usable = tiles.variants(arch, some)
+    return [tile for key in keys for tile in tiles.TILES[key] if tile.variant in usable]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_shapes(shape, dtype):
+    inputs = (gradients_of(shape[0], keep=0.8), *make(shape, dtype))
+    check(run(*inputs), inputs)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+@pytest.mark.parametrize("rows", ["tied", "very negative", "large"])
+def test_rows_of_every_kind(rows, dtype):
+    inputs = (gradients_of(43), *make(dtype=dtype, rows=rows))
+    check(run(*inputs), inputs)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+@pytest.mark.parametrize("names", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize("kept", [False, True], ids=["recomputed", "kept"])
+def test_options(names, dtype, kept):
+    inputs = (gradients_of(43), *make(dtype=dtype))
+    options = options_of(inputs[1:], **names)
+    check(run(*inputs, **options, keep=kept), inputs, **options)
+
+
+@pytest.mark.parametrize("tile", tiles_here(), ids=lambda tile: tile.variant)
+@pytest.mark.parametrize("names", [{}, OPTIONS["all"]], ids=["plain", "all options"])
+def test_every_tile(tile, names):
+    inputs = (gradients_of(43), *make())
+    options = options_of(inputs[1:], **names)
+    check(run(*inputs, **options, tile=tile), inputs, **options)
+    number = active(inputs[0], inputs[3])
+    bounded = run(*inputs, **options, tile=tile, max_active_rows=number + 50)
+    for got, want in zip(bounded, run(*inputs, **options, tile=tile), strict=True):
+        assert got is want is None or torch.equal(got, want)
+
+
+@pytest.mark.parametrize("used", range(3), ids=["logprob", "entropy", "logsumexp"])
+def test_an_output_that_is_not_used_has_no_gradient(used):
+    grads, h, w, y = gradients_of(43), *make()
+    zeros = [g if i == used else torch.zeros_like(g) for i, g in enumerate(grads)]
+    grads = [g if i == used else None for i, g in enumerate(grads)]
+    check(run(grads, h, w, y), (zeros, h, w, y))
+
+
+@infinities
+@pytest.mark.parametrize("kept", [False, True], ids=["recomputed", "kept"])
+@pytest.mark.parametrize("spare", [0, 1, 40])
+def test_places_left_over_add_nothing(spare, kept):
+    """Not even where row 0, to which they point, or the weight would make them NaN."""
+    grads, h, w, y = gradients_of(43), *make()
+    b = torch.zeros(w.shape[0], device=DEVICE)
+    b[7:9] = -torch.inf
+    y[y == 7] = y[y == 8] = 3
+    h[0] = torch.nan
+    for g in grads:
+        g[0] = 0.0
+    exact = run(grads, h, w, y, b, keep=kept)
+    number = active(grads, y)
+    bounded = run(grads, h, w, y, b, keep=kept, max_active_rows=number + spare)
+    for got, want in zip(bounded, exact, strict=True):
+        assert got.isfinite().all()
+        torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-7)
+    idle = torch.ones(43, dtype=torch.bool, device=DEVICE)
+    idle[active_numbers(grads, y)] = False
+    assert idle[0]
+    assert (bounded[0][idle] == 0).all()
+
+
+def active_numbers(grads, y):
+    return ((sum(g != 0 for g in grads) > 0) & (y != IGNORE)).nonzero().squeeze(1)
+
+
+@infinities
+@pytest.mark.parametrize("bound", [0, 1, "one too few"])
+def test_more_active_rows_than_the_bound_are_never_silent(bound):
+    grads, h, w, y = gradients_of(43), *make()
+    b = torch.zeros(w.shape[0], device=DEVICE)
+    bound = active(grads, y) - 1 if isinstance(bound, str) else bound
+    for gradient in run(grads, h, w, y, b, max_active_rows=bound):
+        assert gradient.isnan().all()
+    weight_grad = torch.zeros(w.shape, device=DEVICE)
+    run(grads, h, w, y, max_active_rows=bound, weight_grad_out=weight_grad)
+    assert weight_grad.isnan().all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_weight_gradient_is_added_to_a_given_buffer(dtype, monkeypatch):
+    grads, h, w, y = gradients_of(43), *make(dtype=dtype)
+    # Staged by 50 rows.
+    monkeypatch.setattr(op, "STAGING_BYTES", 50 * 4 * w.shape[1])
+    before = torch.randn(w.shape, device=DEVICE)
+    buffer = before.clone()
+    dhidden, dweight, dbias = run(grads, h, w, y, weight_grad_out=buffer)
+    assert dweight is None
+    assert dbias is None
+    want = run(grads, h, w, y)
+    assert torch.equal(dhidden, want[0])
+    added, rounded = buffer - before, want[1].float()
+    torch.testing.assert_close(added, rounded, rtol=torch.finfo(dtype).eps, atol=1e-5)
+
+
+@interpreted
+@pytest.mark.parametrize("splits", [1, 2])
+@pytest.mark.parametrize("frozen", [None, 0, 1, 2], ids=["none", "hidden", "weight", "bias"])
+def test_products_are_those_of_the_active_rows_and_of_what_is_needed(frozen, splits, monkeypatch):
+    monkeypatch.setattr(target, "processors", lambda x: splits)
+    grads, h, w, y = gradients_of(43), *make((43, 24, 304))
+    b = torch.zeros(w.shape[0], device=DEVICE)
+    needs = tuple(i != frozen for i in range(3))
+    number = active(grads, y)
+    with CountProducts(monkeypatch) as counted:
+        got = run(grads, h, w, y, b, needs=needs)
+    assert counted.batched == (splits > 1 and needs[0])
+    assert counted.products == (needs[0] + needs[1]) * number * w.numel()
+    for gradient, wanted in zip(got, needs, strict=True):
+        assert (gradient is not None) == wanted
+    for gradient, full in zip(got, run(grads, h, w, y, b), strict=True):
+        assert gradient is None or torch.equal(gradient, full)
+
+
+class CountProducts:
+    """Within, `products` is the sum of m n k over torch's products of backward."""
+
+    def __init__(self, monkeypatch):
+        self.products, self.batched = 0, False
+        for name in ("mm", "bmm"):
+            monkeypatch.setattr(op.products, name, self._counting(getattr(op.products, name)))
+
+    def _counting(self, function):
+        def counting(left, right, out):
+            self.products += left.numel() * right.shape[-1]
+            self.batched |= left.dim() == 3
+            function(left, right, out)
+
+        return counting
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        pass
+
+
+def test_nothing_to_do_launches_no_product():
+    h, w, y = make()
+    b = torch.zeros(w.shape[0], device=DEVICE)
+    zeros = torch.zeros(43, device=DEVICE)
+    ignored = torch.full_like(y, IGNORE)
+    for grads, targets in (([zeros] * 3, y), (gradients_of(43), ignored), ([None] * 3, y)):
+        with Watch() as watch:
+            got = run(grads, h, w, targets, b)
+        assert watch.products == 0
+        bounded = run(grads, h, w, targets, b, max_active_rows=3)
+        for gradients in (got, bounded):
+            for gradient, like in zip(gradients, (h, w, b), strict=True):
+                assert gradient.shape == like.shape
+                assert (gradient == 0).all()
+    buffer = torch.ones(w.shape, device=DEVICE)
+    run([zeros] * 3, h, w, y, weight_grad_out=buffer)
+    assert (buffer == 1).all()
+
+
+@pytest.mark.parametrize("bound", [None, 0, 5])
+def test_no_token(bound):
+    h, w, y = make()
+    empty = torch.empty(0, device=DEVICE)
+    dhidden, dweight, _ = run([empty] * 3, h[:0], w, y[:0], max_active_rows=bound)
+    assert dhidden.shape == (0, 24)
+    assert (dweight == 0).all()
+
+
+def test_strides():
+    grads, h, w, y = gradients_of(43), *make()
+    want = run(grads, h, w, y)
+    strided = torch.stack([torch.stack(grads), torch.randn(3, 43).to(DEVICE)], 2)[..., 0]
+    columns = h.T.contiguous().T, w.T.contiguous().T
+    rows = torch.stack([h, h], 1)[:, 0], torch.stack([w, w], 1)[:, 1]
+    targets = torch.stack([y, y], 1)[:, 0].to(torch.int32)
+    for hidden, weight in (columns, rows):
+        assert not hidden.is_contiguous()
+        assert not weight.is_contiguous()
+        got = run(list(strided), hidden, weight, targets)
+        for a, b in zip(got[:2], want[:2], strict=True):
+            assert a.is_contiguous()
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+    expanded = h[:1].expand(43, -1)
+    one = torch.tensor(1.0, device=DEVICE).expand(43)
+    got, want = (run([one, one, one], x, w, y) for x in (expanded, expanded.contiguous()))
+    for a, b in zip(got[:2], want[:2], strict=True):
+        assert torch.equal(a, b)
+
+
+def test_the_same_bits_twice():
+    inputs = (gradients_of(43), *make(dtype=torch.bfloat16))
+    options = options_of(inputs[1:], **OPTIONS["all"])
+    for first, second in zip(run(*inputs, **options), run(*inputs, **options), strict=True):
+        assert torch.equal(first, second)
+
+
+@infinities
+@pytest.mark.parametrize("kept", [False, True], ids=["recomputed", "kept"])
+def test_a_masked_vocabulary_has_no_gradient(kept):
+    grads, h, w, y = gradients_of(43), *make()
+    b = torch.zeros(w.shape[0], device=DEVICE)
+    b[100:200] = -torch.inf
+    y = torch.where((y >= 100) & (y < 200), 3, y)
+    dhidden, dweight, dbias = run(grads, h, w, y, b, keep=kept)
+    assert (dweight[100:200] == 0).all()
+    assert (dbias[100:200] == 0).all()
+    left = b == 0
+    renumbered = torch.where(y == IGNORE, y, (left.cumsum(0) - 1)[y.clamp_min(0)])
+    dense = (grads, h, w[left], renumbered, b[left])
+    check((dhidden, dweight[left], dbias[left]), dense)
+
+
+@infinities
+def test_a_nan_reaches_what_it_has_a_part_in_and_no_other_row():
+    grads, h, w, y = gradients_of(43), *make()
+    y[4] = 2
+    for broken in ("gradient", "hidden"):
+        incoming = [g.clone() for g in grads]
+        incoming[0][4] = torch.nan if broken == "gradient" else 1.0
+        hidden = h.clone()
+        if broken == "hidden":
+            hidden[4, 3] = torch.inf
+        dhidden, dweight, _ = run(incoming, hidden, w, y)
+        assert dhidden[4].isnan().all()
+        assert dweight.isnan().all()
+        assert dhidden[torch.arange(43) != 4].isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("count", "element_size", "columns"),
+    [(1638, 2, 16384), (8192, 2, 16384), (8193, 2, 8192), (6554, 4, 8192), (1 << 20, 2, 1024)],
+)
+def test_chunks_shrink_until_dz_fits(count, element_size, columns, monkeypatch):
+    monkeypatch.undo()
+    assert op._chunk_columns(count, 151936, element_size) == columns
+    assert op._chunk_columns(1, 301, element_size) == 304
+
+
+def test_bad_options_say_what_came_and_what_was_wanted():
+    grads, h, w, y = gradients_of(43), *make()
+    buffer = torch.zeros(w.shape, device=DEVICE)
+    bad = [
+        ({"max_active_rows": -1}, ">= 0 or None; got -1"),
+        ({"weight_grad_out": buffer.bfloat16()}, "float32.*got .*bfloat16"),
+        ({"weight_grad_out": buffer[:9]}, r"got .*9, 24"),
+        ({"weight_grad_out": buffer, "needs": (True, False, False)}, "needs no gradient"),
+    ]
+    for options, message in bad:
+        with pytest.raises(ValueError, match=message):
+            run(grads, h, w, y, **options)
