@@ -270,6 +270,7 @@ def test_no_tokens():
 @pytest.mark.parametrize("vocabulary", [1, 256, 257, 50257, 151936])
 def test_splits_cover_the_vocabulary_and_none_is_empty(processors, count, vocabulary):
     tile = Tile("tma", 128, 256, 64, 8, 3)
+    assert launcher._splits(tile._replace(variant="tma_ws"), count, vocabulary, processors)[1] == 1
     n_split, per_split = launcher._splits(tile, count, vocabulary, processors)
     assert 1 <= per_split * tile.block_v <= max(tile.split_v, tile.block_v)
     assert (n_split - 1) * per_split * tile.block_v < vocabulary

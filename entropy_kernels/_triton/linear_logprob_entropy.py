@@ -29,6 +29,7 @@ WORKSPACE_BYTES = 1 << 29
 _WORKSPACE_BLOCK = 128
 # Rows of one product with their targets' weights; of one program that merges splits, and splits.
 _TARGET_BLOCK = 64
+_TARGET_WARPS = {2: 4, 4: 8}
 _MERGE_BLOCK = (32, 16)
 
 
@@ -124,7 +125,8 @@ def _choose(
 def _splits(tile: Tile, count: int, vocabulary: int, processors: int) -> tuple[int, int]:
     """How many splits, and blocks of columns in each: what keeps all processors busy longest.
 
-    Of equally good ones the fewest splits: they are read again.
+    Of equally good ones the fewest splits: they are read again. Specialised warps cannot carry
+    statistics from one block of columns to the next.
     """
     blocks_t, blocks_v = triton.cdiv(count, tile.block_t), triton.cdiv(vocabulary, tile.block_v)
 
@@ -132,7 +134,8 @@ def _splits(tile: Tile, count: int, vocabulary: int, processors: int) -> tuple[i
         units = blocks_t * triton.cdiv(blocks_v, per_split)
         return triton.cdiv(units, processors) * per_split
 
-    sizes = range(min(max(tile.split_v // tile.block_v, 1), blocks_v), 0, -1)
+    most = 1 if tile.variant == "tma_ws" else max(tile.split_v // tile.block_v, 1)
+    sizes = range(min(most, blocks_v), 0, -1)
     per_split = min(sizes, key=steps)
     return triton.cdiv(blocks_v, per_split), per_split
 
@@ -277,7 +280,7 @@ def _target_logits(head: _Head, tile: Tile, out_T: Tensor) -> None:
         UPCAST=gpu.interpreting(),
         BLOCK_T=block_t,
         BLOCK_D=tile.block_d,
-        **tile._replace(num_warps=4).options,
+        **tile._replace(num_warps=_TARGET_WARPS[head.hidden_TD.element_size()]).options,
     )
 
 
