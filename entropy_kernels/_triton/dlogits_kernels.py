@@ -139,10 +139,9 @@ def dlogits_tma(
 ):
     """Each program takes every num_programs-th tile of the rows that are there.
 
-    The epilogue goes over a quarter of many columns at a time: of all it would need too many
+    The epilogue goes over a quarter of the columns at a time: of all it would need too many
     registers.
     """
-    PARTS: tl.constexpr = 4 if BLOCK_V > 128 else 1
     n_rows = tl.minimum(tl.load(number_ptr), capacity)
     blocks_c = tl.cdiv(n_rows, BLOCK_C)
     blocks_v = tl.cdiv(stop - start, BLOCK_V)
@@ -172,13 +171,10 @@ def dlogits_tma(
             HAS_BIAS,
             HAS_SOFTCAP,
         )
-        if PARTS == 4:
-            left, right = _halves(acc)
-            parts = _halves(left) + _halves(right)
-        else:
-            parts = (acc,)
-        for i in tl.static_range(PARTS):
-            offs_v = start_v + i * (BLOCK_V // PARTS) + tl.arange(0, BLOCK_V // PARTS)
+        left, right = _halves(acc)
+        parts = _halves(left) + _halves(right)
+        for i in tl.static_range(4):
+            offs_v = start_v + i * (BLOCK_V // 4) + tl.arange(0, BLOCK_V // 4)
             store_gradient(
                 add_bias(parts[i], bias_ptr, offs_v, stop, HAS_BIAS),
                 target,

@@ -126,11 +126,11 @@ TILES: dict[Key, tuple[Tile, ...]] = {
     Key("dlogits", "sm_80", "bfloat16", ANY, ANY): (Tile("pointer", 128, 128, 64, 8, 3),),
     Key("dlogits", "sm_86", "bfloat16", ANY, ANY): (Tile("pointer", 128, 128, 32, 8, 3),),
     Key("dlogits", "sm_90", "bfloat16", ANY, ANY): (
-        Tile("tma", 128, 256, 64, 8, 3),
+        Tile("tma", 128, 128, 64, 8, 4),
         Tile("pointer", 128, 128, 64, 8, 3),
     ),
     Key("dlogits", "sm_100", "bfloat16", ANY, ANY): (
-        Tile("tma", 128, 256, 64, 8, 3),
+        Tile("tma", 128, 128, 64, 8, 4),
         Tile("pointer", 128, 128, 64, 8, 3),
     ),
     Key("dlogits_softcap", "sm_90", "bfloat16", ANY, ANY): (
