@@ -9,6 +9,7 @@ import dataclasses
 import os
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -66,13 +67,16 @@ def _run(given: argparse.Namespace) -> int:
         setting = quick_setting(rows, device, given.out)
     else:
         setting = Setting(rows, device, given.out, quick=False)
-    chosen = {name: tuple(x) for name in ("tokens", "hidden") if (x := getattr(given, name))}
-    setting = dataclasses.replace(setting, **chosen)
+    setting = dataclasses.replace(
+        setting,
+        tokens=tuple(given.tokens or setting.tokens),
+        hidden=tuple(given.hidden or setting.hidden),
+    )
     status = 0
     for name in given.stages or STAGES:
         print(f"== {name}", flush=True)
         work = _stages()[name]
-        if not limited(given.limit, lambda work=work: work(setting)):
+        if not limited(given.limit, partial(work, setting)):
             print(f"{name} stopped at its limit of {given.limit} s; run it again to go on")
             status = 1
     return status

@@ -1,6 +1,7 @@
 """Tiles that are worth trying, by architecture: chosen by ahead-of-time compilation without spills.
 
-At most a dozen an op: half an hour of a GPU has to hold them all.
+At most a dozen an op: half an hour of a GPU has to hold them all. A warp-specialised program takes
+one block of columns: a loop over blocks becomes an empty kernel there.
 """
 
 import torch
@@ -16,8 +17,8 @@ HOPPER = (
     Tile("tma_split", 128, 128, 64, 4, 3),
     Tile("tma_split", 128, 256, 64, 8, 3),
     Tile("tma_split", 256, 128, 64, 8, 3),
-    Tile("tma_ws", 128, 256, 64, 4, 3),
-    Tile("tma_ws", 128, 256, 64, 4, 4),
+    Tile("tma_ws", 128, 256, 64, 4, 3, split_v=256),
+    Tile("tma_ws", 128, 256, 64, 4, 4, split_v=256),
     Tile("pointer", 128, 128, 64, 8, 3),
     Tile("pointer", 128, 256, 64, 8, 3),
     Tile("cublas", 4, 1024, 1, 4, 1),

@@ -89,5 +89,5 @@ def _products(
         "dH": (lambda: torch.mm(dz, w), FRACTION),
     }
     for parts in SPLITS:
-        found[f"dH, split {parts}"] = (lambda parts=parts: split(parts), FRACTION)
+        found[f"dH, split {parts}"] = (partial(split, parts), FRACTION)
     return found

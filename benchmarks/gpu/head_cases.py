@@ -153,19 +153,24 @@ def _reference(
     inputs: Inputs, gradients: list[Tensor], options: dict[str, Any], dtype: torch.dtype
 ) -> list[Tensor]:
     h, w, y, b = inputs
-    leaves = [None if x is None else x.detach().to(dtype).requires_grad_() for x in (h, w, b)]
+    leaves = [x.detach().to(dtype).requires_grad_() for x in (h, w, b) if x is not None]
     temperature = options.get("temperature")
     outputs = reference.linear_logprob_entropy(
         leaves[0],
         leaves[1],
         y,
-        leaves[2],
+        None if b is None else leaves[2],
         1.0 if temperature is None else temperature,
         options.get("softcap"),
         options.get("ignore_index", -100),
     )
     torch.autograd.backward(outputs, [g.to(dtype) for g in gradients])
-    return [x.detach() for x in outputs] + [x.grad for x in leaves if x is not None]
+    return [x.detach() for x in outputs] + [_grad(x) for x in leaves]
+
+
+def _grad(leaf: Tensor) -> Tensor:
+    assert leaf.grad is not None
+    return leaf.grad
 
 
 def _gradients(tokens: int, device: torch.device) -> list[Tensor]:
@@ -258,12 +263,11 @@ def _blocked_reference(inputs: Inputs, gradients: list[Tensor]) -> list[Tensor]:
     eye = torch.eye(z.shape[1], dtype=z.dtype, device=z.device) if z.shape[1] < 4096 else None
     outputs = _statistics(z, y) if eye is None else reference.linear_logprob_entropy(z, eye, y)
     torch.autograd.backward(outputs, [g.double() for g in gradients])
-    dz = z.grad
+    dz = _grad(z)
     starts = range(0, w.shape[0], 1 << 13)
-    dh = sum(
-        dz[:, start : start + len(block)] @ block.double()
-        for start, block in zip(starts, blocks, strict=True)
-    )
+    dh = torch.zeros(h.shape, dtype=torch.float64, device=h.device)
+    for start, block in zip(starts, blocks, strict=True):
+        dh += dz[:, start : start + len(block)] @ block.double()
     dw = torch.zeros(w.shape, dtype=torch.float32, device=w.device)
     tail = slice(max(w.shape[0] - 256, 0), w.shape[0])
     dw[tail] = (dz[:, tail].T @ h.double()).float()

@@ -42,7 +42,9 @@ def contestants(device: torch.device, only: str | None = None) -> list[Contestan
 
 def implementations(device: torch.device) -> list[str]:
     """Of the public functions, on this device."""
-    return [x for x in ops.IMPLEMENTATIONS if x != "cpu" or device.type == "cpu"]
+    here = [x for x in ops.IMPLEMENTATIONS if x != "cpu" or device.type == "cpu"]
+    # In the interpreter too, where the package does not count it.
+    return list(dict.fromkeys([*here, *elementwise_implementations(device)]))
 
 
 def elementwise_implementations(device: torch.device) -> list[str]:
@@ -62,11 +64,11 @@ def entropy_threshold(entropy_N: Tensor, mask_N: Tensor | None, impl: str) -> Te
 
 
 def _loss(problem: Problem, *, impl: str, way: str) -> Results:
-    chosen: dict[str, Any] = {
+    ways: dict[str, dict[str, Any]] = {
         "0.2": {"fraction": FRACTION},
         "threshold": {"threshold": problem.threshold},
         "known": {"selected": problem.selected},
-    }[way]
+    }
     loss, _ = ek.high_entropy_policy_loss(
         problem.hidden,
         problem.weight,
@@ -75,7 +77,7 @@ def _loss(problem: Problem, *, impl: str, way: str) -> Results:
         problem.advantage,
         problem.mask,
         impl=impl,
-        **chosen,
+        **ways[way],
     )
     return step(problem, loss)
 

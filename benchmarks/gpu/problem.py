@@ -3,7 +3,7 @@
 T tokens, D hidden, V vocabulary, R rows of a block.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -72,7 +72,7 @@ def peaked_head(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`entropy_kernels.testing.peaked_head`, drawn on the device and in larger blocks."""
     generator = torch.Generator(device).manual_seed(seed)
-    on = {"device": device, "generator": generator}
+    on: dict[str, Any] = {"device": device, "generator": generator}
     weight_VD = torch.randn(vocabulary, hidden, **on).div_(hidden**0.5)
     candidates = torch.randint(vocabulary, (tokens, min(6, vocabulary)), **on)
     gaps = (0.3 + torch.rand(candidates.shape, **on)).cumsum(1)

@@ -49,7 +49,8 @@ def measure(
     torch.compiler.reset()
     problem = make_problem(tokens, hidden, vocabulary, setting.dtype, setting.device, seed=tokens)
     found = {c.name: _first_look(setting, c, problem) for c in contestants}
-    together, alone = {}, {}
+    together: dict[str, Callable[[], None]] = {}
+    alone: dict[str, Callable[[], None]] = {}
     for contestant in contestants:
         row = found[contestant.name]
         if "error" in row or "refused" in row:

@@ -82,9 +82,10 @@ def _check(op: str, call: Callable[[], Any], problem: Problem) -> float:
         errors = [relative_error(x, problem.truth[name]) for x, name in pairs]
         allowed = FP32
     else:
-        inputs = [x.detach().requires_grad_() for x in (problem.hidden, problem.weight)]
-        logprob = ours.torch_logprob(*inputs, problem.target)
-        want = torch.autograd.grad(logprob, inputs, problem.advantage * problem.selected)
+        hidden, weight = problem.hidden, problem.weight
+        logprob = ours.torch_logprob(hidden, weight, problem.target)
+        gradient = problem.advantage * problem.selected
+        want = torch.autograd.grad(logprob, [hidden, weight], gradient)
         errors = [relative_error(x, y) for x, y in zip(got, want, strict=True)]
         allowed = FP32 if problem.hidden.dtype == torch.float32 else ROUNDED_ONCE
     worst = max(errors)

@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+from functools import partial
 
 from benchmarks.gpu import correctness, ours
 from benchmarks.gpu.environment import ROOT
@@ -49,9 +50,8 @@ def run(setting: Setting) -> None:
         for check in CHECKS:
             command = ["compute-sanitizer", "--tool", check, "--error-exitcode", "1"]
             name = f"{check} {launch}"
-            setting.rows.measure(
-                "profile", name, lambda c=command, n=name, w=launch: _sanitized(setting, c, n, w)
-            )
+            watch = partial(_sanitized, setting, command, name, launch)
+            setting.rows.measure("profile", name, watch)
         refusal = correctness.refusal(setting.rows)
         if refusal:
             setting.rows.log(f"profile: ncu {launch}: {refusal}")
@@ -60,9 +60,7 @@ def run(setting: Setting) -> None:
         command = ["ncu", "--clock-control", "none", "--launch-count", "1", *sections]
         command += ["--kernel-name", KERNELS[launch]]
         name = f"ncu {launch}"
-        setting.rows.measure(
-            "profile", name, lambda c=command, n=name, w=launch: _profiled(setting, c, n, w)
-        )
+        setting.rows.measure("profile", name, partial(_profiled, setting, command, name, launch))
 
 
 def _sanitized(setting: Setting, command: list[str], name: str, launch: str) -> Row:

@@ -45,7 +45,7 @@ def best(rows: list[Row], architecture: str, dtype: str, source: str) -> Table:
             here = [row for row in rows if (row["op"], row["hidden"]) == (op, hidden)]
             fastest: dict[str, Tile] = {}
             for row in sorted(here, key=lambda row: row["p50_ms"]):
-                fastest.setdefault(row["tile"][0], Tile(*row["tile"], source=source))
+                fastest.setdefault(row["tile"][0], Tile._make([*row["tile"], source]))
             limit = ANY if hidden == sizes[-1] else hidden
             found[Key(op, architecture, dtype, limit, ANY)] = tuple(fastest.values())
     return found
