@@ -1,0 +1,126 @@
+"""The launches that tests/test_triton_compile.py compiles: every launcher, every tile we ship.
+
+T tokens, R active rows, D hidden, V vocabulary, B sequences, L their length.
+"""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from entropy_kernels._rows import Statistics
+from entropy_kernels._triton import tiles
+from entropy_kernels._triton.keep_largest import keep_largest
+from entropy_kernels._triton.linear_logprob_entropy import linear_logprob_entropy
+from entropy_kernels._triton.linear_logprob_entropy_backward import linear_logprob_entropy_backward
+from entropy_kernels._triton.radix_histogram import radix_histogram, radix_pick
+from entropy_kernels._triton.ratio_loss import ratio_loss
+
+T, R, V = 8192, 1639, 151936
+# D changes no kernel while it is a multiple of every block, so these stand for all: each takes
+# another row of the table.
+HIDDEN = (2048, 4096)
+# Options are compiled with the tile that launchers choose for them. Only softcap has tiles of its
+# own, so one case has all of the others and one has all. Left out, for the time it takes, are the
+# other combinations; and matrices whose rows are not dense, which are loaded number by number,
+# whatever the registers.
+OPTIONS = (("bias", "temperature"), ("bias", "temperature", "softcap"))
+
+Cases = dict[str, Callable[[], object]]
+
+
+def cases(arch: str) -> Cases:
+    """By name, what to call on an architecture."""
+    return dict([*_head(arch), *_selection(), *_ratio_loss()])
+
+
+def _empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def _head(arch: str) -> Iterator[tuple[str, Callable[[], object]]]:
+    """Every tile of the table that this architecture can run; then what launchers choose."""
+    launches = {"forward": _forward, "dlogits": _backward}
+    bf16, fp16 = torch.bfloat16, torch.float16
+    for key, entries in tiles.TILES.items():
+        if key.architecture in (arch, "any"):
+            dtype = torch.float32 if key.dtype == "float32" else bf16
+            for tile in entries:
+                if tile.variant in usable(arch):
+                    name = f"{key.op} {describe(tile)} {key.dtype}"
+                    launch = launches[key.op.split("_")[0]]
+                    yield name, partial(launch, dtype, HIDDEN[-1], (), tile)
+    for op, launch in launches.items():
+        for hidden in HIDDEN:
+            for options in OPTIONS:
+                yield f"{op} D={hidden} {'+'.join(options)}", partial(launch, bf16, hidden, options)
+        yield f"{op} float16", partial(launch, fp16, HIDDEN[-1], ())
+
+
+def usable(arch: str) -> set[str]:
+    """The variants that this architecture and this version of Triton can run."""
+    return tiles.variants(arch)
+
+
+def describe(tile: tiles.Tile) -> str:
+    blocks = f"{tile.block_t}x{tile.block_v}x{tile.block_d}"
+    return f"{tile.variant} {blocks} warps={tile.num_warps} stages={tile.num_stages}"
+
+
+def _inputs(dtype: torch.dtype, hidden: int, options: tuple[str, ...]) -> tuple[Any, ...]:
+    """Positional arguments from hidden to softcap."""
+    matrices = [_empty(x, hidden, dtype=dtype) for x in (T, V)]
+    return (
+        *matrices,
+        _empty(T, dtype=torch.int64),
+        _empty(V, dtype=dtype) if "bias" in options else None,
+        _empty(T) if "temperature" in options else None,
+        30.0 if "softcap" in options else None,
+    )
+
+
+def _forward(
+    dtype: torch.dtype, hidden: int, options: tuple[str, ...], tile: tiles.Tile | None = None
+) -> None:
+    launcher: Callable[..., object] = linear_logprob_entropy
+    launcher(*_inputs(dtype, hidden, options), -100, False, tile=tile)
+
+
+def _backward(
+    dtype: torch.dtype, hidden: int, options: tuple[str, ...], tile: tiles.Tile | None = None
+) -> None:
+    found = Statistics._make([*(_empty(T) for _ in range(5)), _empty(0)])
+    # Where options are, entropies are differentiated too; a policy loss needs log-probs alone.
+    others = (_empty(T), _empty(T)) if options else (None, None)
+    launcher: Callable[..., object] = linear_logprob_entropy_backward
+    launcher(
+        _empty(T),
+        *others,
+        *_inputs(dtype, hidden, options),
+        -100,
+        found,
+        (True, True, "bias" in options),
+        max_active_rows=R,
+        tile=tile,
+    )
+
+
+def _selection() -> Iterator[tuple[str, Callable[[], object]]]:
+    values, mask, scalar = _empty(T), _empty(T, dtype=torch.bool), _empty(dtype=torch.int64)
+    for digit in ((21, 11, 0), (10, 11, 11), (0, 10, 22), (13, 19, 0)):
+        yield f"radix_histogram {digit}", partial(radix_histogram, values, mask, scalar, *digit)
+    for bits, before, shift in ((11, None, 21), (11, scalar, 10), (10, scalar, 0)):
+        counts = _empty(1 << bits, dtype=torch.int64)
+        launch = partial(radix_pick, counts, counts, scalar, before, 0.2, shift)
+        yield f"radix_pick shift={shift}", launch
+    yield "keep_largest", partial(keep_largest, values, mask, _empty(), scalar)
+
+
+def _ratio_loss() -> Iterator[tuple[str, Callable[[], object]]]:
+    for sequences, dual_clip in ((8, None), (1, 3.0)):
+        tokens = [_empty(sequences, T // sequences) for _ in range(3)]
+        kept = _empty(sequences, T // sequences, dtype=torch.bool)
+        arguments: list[Any] = [*tokens, kept, _empty(sequences), 0.2, 0.28, dual_clip, 20.0]
+        yield f"ratio_loss sequences={sequences}", partial(ratio_loss, *arguments)
