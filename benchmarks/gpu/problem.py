@@ -27,7 +27,7 @@ class Problem(NamedTuple):
     advantage: Tensor  # fp32 [T], one value a sequence
     mask: Tensor  # [T], all true
     selected: Tensor  # [T]: the FRACTION of highest entropy
-    threshold: Tensor  # fp32 []: the lowest entropy among them
+    threshold: Tensor  # fp32 []: between the lowest entropy among them and the next
     truth: dict[str, Tensor]
 
 
@@ -55,11 +55,16 @@ def make_problem(
         advantage_B[sequence_T],
         torch.ones(tokens, dtype=torch.bool, device=device),
         selected_T,
-        entropy_T.float()[selected_T].min(),
+        _between(entropy_T, selected_T),
         {"logprob": logprob_T, "entropy": entropy_T},
     )
     problem.truth.update(_gradients(problem))
     return problem
+
+
+def _between(entropy_T: Tensor, selected_T: Tensor) -> Tensor:
+    """A threshold that no rounding of an entropy crosses."""
+    return ((entropy_T[selected_T].min() + entropy_T[~selected_T].max()) / 2).float()
 
 
 def peaked_head(

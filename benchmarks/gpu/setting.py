@@ -39,11 +39,11 @@ def quick_setting(rows: Rows, device: torch.device, out: Path) -> Setting:
         device,
         out,
         quick=True,
-        tokens=(40,),
+        tokens=(24,),
         hidden=(32,),
         vocabulary=301,
         divided_vocabulary=1024,
         entropies=5000,
-        rounds=2,
+        rounds=1,
         dtype=torch.float32,
     )
