@@ -40,12 +40,12 @@ def check(found, gradients, target_T, limit=None):
     """Exactly the first `limit` active rows, in ascending order, and each row's place."""
     want = _rows.active_rows(gradients, target_T, IGNORE)
     assert found.number.item() == len(want)
-    placed = want[: len(found.index)]
-    assert found.index[: len(placed)].tolist() == placed.tolist()
-    assert (found.index[len(placed) :] == 0).all()
+    placed = want[: len(found.rows)]
+    assert found.rows[: len(placed)].tolist() == placed.tolist()
+    assert (found.rows[len(placed) :] == 0).all()
     slots = torch.full_like(target_T, -1).index_copy(0, placed, torch.arange(len(placed)).to(want))
     assert found.slot.tolist() == slots.tolist()
-    assert found.index.dtype == found.slot.dtype == found.number.dtype == torch.int32
+    assert found.rows.dtype == found.slot.dtype == found.number.dtype == torch.int32
 
 
 @pytest.mark.parametrize("count", SIZES.values(), ids=SIZES)
@@ -53,7 +53,7 @@ def check(found, gradients, target_T, limit=None):
 def test_the_active_rows_in_ascending_order(count, keep):
     *gradients, target_T = make(count, keep)
     found = op.active_rows(tuple(gradients), target_T, IGNORE, None)
-    assert len(found.index) == found.number.item() == found.limit
+    assert len(found.rows) == found.number.item() == found.limit
     check(found, gradients, target_T)
 
 
@@ -62,7 +62,7 @@ def test_a_bound_leaves_places_over_or_tells_that_it_was_too_small(spare):
     *gradients, target_T = make(300)
     number = len(_rows.active_rows(gradients, target_T, IGNORE))
     found = op.active_rows(tuple(gradients), target_T, IGNORE, number + spare)
-    assert len(found.index) == found.limit == number + spare
+    assert len(found.rows) == found.limit == number + spare
     assert (found.number.item() > found.limit) == (spare < 0)
     check(found, gradients, target_T)
 
@@ -73,11 +73,11 @@ def test_a_bound_of_nothing_and_one_beyond_all_rows():
     assert nothing.limit == 0 < nothing.number.item()
     check(nothing, gradients, target_T)
     everything = op.active_rows(tuple(gradients), target_T, IGNORE, 10**9)
-    assert len(everything.index) == 40
+    assert len(everything.rows) == 40
     check(everything, gradients, target_T)
 
 
-@pytest.mark.parametrize("blocks", [1, 2, 5])
+@pytest.mark.parametrize("blocks", [1, 2])
 def test_programs_take_consecutive_blocks(blocks, monkeypatch):
     monkeypatch.setattr(op, "BLOCK", 16)
     monkeypatch.setattr(op, "MAX_PROGRAMS", 8)
@@ -91,7 +91,7 @@ def test_a_nan_is_a_gradient_and_a_negative_zero_is_none():
     logprob_T = torch.tensor([0.0, torch.nan, -0.0, 1e-45, torch.inf], device=DEVICE)
     target_T = torch.zeros(5, dtype=torch.int64, device=DEVICE)
     found = op.active_rows((logprob_T, None, None), target_T, IGNORE, None)
-    assert found.index.tolist() == [1, 3, 4]
+    assert found.rows.tolist() == [1, 3, 4]
 
 
 def test_absent_gradients_strides_and_small_integers():
@@ -101,11 +101,11 @@ def test_absent_gradients_strides_and_small_integers():
     found = op.active_rows((strided, None, gradients[2]), targets, IGNORE, None)
     check(found, [strided, gradients[2]], target_T)
     none = op.active_rows((None, None, None), target_T, IGNORE, None)
-    assert len(none.index) == 0
+    assert len(none.rows) == 0
 
 
 @pytest.mark.parametrize("bound", [None, 0, 7])
 def test_no_token(bound):
     empty = torch.empty(0, device=DEVICE)
     found = op.active_rows((empty, None, None), empty.long(), IGNORE, bound)
-    assert len(found.index) == len(found.slot) == found.number.item() == 0
+    assert len(found.rows) == len(found.slot) == found.number.item() == 0

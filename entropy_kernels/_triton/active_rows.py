@@ -20,14 +20,14 @@ MAX_PROGRAMS = 1024
 class ActiveRows(NamedTuple):
     """Where the active rows are; `number` is on their device, the host knows only the bounds.
 
-    index: int32 [C], their row numbers, ascending; 0 beyond `number`.
-    slot: int32 [T], where in `index` each row is; -1 for rows that are not.
-    number: int32 [1], how many are active. More than `limit`: `index` has only the first of them.
+    rows: int32 [C], their row numbers, ascending; 0 beyond `number`.
+    slot: int32 [T], where in `rows` each row is; -1 for rows that are not.
+    number: int32 [1], how many are active. More than `limit`: `rows` has only the first of them.
     limit: what the caller allowed, at most T; C = max(1, limit) then. Or the number itself, = C.
-    exact: whether the latter, so that no place in `index` is left over.
+    exact: whether the latter, so that no place in `rows` is left over.
     """
 
-    index: Tensor
+    rows: Tensor
     slot: Tensor
     number: Tensor
     limit: int

@@ -147,7 +147,7 @@ def compact(
     found: Statistics,
 ) -> CompactRows:
     """The active rows of everything. 4 C (FIELDS + 2) bytes and a copy of their hidden states."""
-    capacity, hidden = active.index.numel(), hidden_TD.shape[1]
+    capacity, hidden = active.rows.numel(), hidden_TD.shape[1]
     temperature_T = per_row(temperature, target_T)
     rows = CompactRows(
         hidden_TD.new_empty(capacity, hidden),
@@ -163,7 +163,7 @@ def compact(
         found.entropy.contiguous(),
         found.max.contiguous(),
         found.log_sum.contiguous(),
-        active.index,
+        active.rows,
         active.number,
         rows.hidden,
         rows.fields,

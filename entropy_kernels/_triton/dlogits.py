@@ -71,7 +71,7 @@ class Dlogits(NamedTuple):
         blocks_v = triton.cdiv(chunk.stop - chunk.start, block_v)
         dlogits_read[(triton.cdiv(capacity, block_c) * blocks_v,)](
             self.logits_TV,
-            self.rows.active.index,
+            self.rows.active.rows,
             *self._tail(chunk),
             chunk.dz.stride(0),
             capacity,

@@ -90,7 +90,7 @@ def linear_logprob_entropy_backward(
     gradients = (grad_logprob_T, grad_entropy_T, grad_logsumexp_T)
     with gpu.on(hidden_TD.device):
         active = active_rows(gradients, target_T, ignore_index, max_active_rows)
-        if active.index.numel() == 0:
+        if active.rows.numel() == 0:
             return _zeros(hidden_TD, weight_VD, bias_V, needs, weight_grad_out)
         rows = compact(active, gradients, hidden_TD, target_T, temperature, found)
         kept = found.logits.numel() > 0

@@ -1,0 +1,84 @@
+"""What the tests of the compacted backward start from: heads, incoming gradients, and autograd.
+
+T tokens, D hidden, V vocabulary.
+"""
+
+import torch
+
+from entropy_kernels import reference
+from entropy_kernels.testing import peaked_head
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+IGNORE = -100
+
+
+def make(shape=(39, 16, 150), dtype=torch.float32, rows="peaked"):
+    """Hidden states, weight and targets whose logits are of one kind; a few targets ignored."""
+    T, D, V = shape
+    h, w, y = peaked_head(T, D, V)
+    if rows == "tied":
+        w = w[: max(V // 2, 1)].repeat(3, 1)[:V]
+    elif rows == "very negative":
+        h[:, 0], w[:, 0] = 20.0, -20.0
+    elif rows == "large":
+        h = h / h.norm(dim=1, keepdim=True).clamp_min(1e-6) * 200
+    if V == 1:
+        h = torch.ones_like(h)
+    y[5::7] = IGNORE
+    return h.to(DEVICE, dtype), w.to(DEVICE, dtype), y.to(DEVICE)
+
+
+def gradients_of(count: int, keep: float = 0.5):
+    """What arrives at logprob, entropy and logsumexp, each at rows of its own."""
+    return [(torch.randn(count) * (torch.rand(count) < keep)).to(DEVICE) for _ in range(3)]
+
+
+def active(grads, y) -> int:
+    """Rows with a gradient."""
+    found = sum(g.isnan() | (g != 0) for g in grads) > 0
+    return int((found & (y != IGNORE)).sum())
+
+
+def active_numbers(grads, y):
+    return ((sum(g != 0 for g in grads) > 0) & (y != IGNORE)).nonzero().squeeze(1)
+
+
+def in_dtype(dtype, grads, h, w, y, b=None, temperature=None, softcap=None, **_):
+    """The reference's gradients, by autograd."""
+    leaves = [None if x is None else x.detach().to(dtype).requires_grad_() for x in (h, w, b)]
+    outputs = reference.linear_logprob_entropy(
+        leaves[0],
+        leaves[1],
+        y,
+        leaves[2],
+        1.0 if temperature is None else temperature.to(dtype),
+        softcap,
+        IGNORE,
+    )
+    torch.autograd.backward(
+        list(outputs), [g.to(o.dtype) for g, o in zip(grads, outputs, strict=True)]
+    )
+    return [None if x is None else x.grad for x in leaves]
+
+
+class CountProducts:
+    """Within, `products` is the sum of m n k over torch's products of backward."""
+
+    def __init__(self, monkeypatch, products):
+        self.products, self.batched = 0, False
+        for name in ("mm", "bmm"):
+            monkeypatch.setattr(products, name, self._counting(getattr(products, name)))
+
+    def _counting(self, function):
+        def counting(left, right, out):
+            self.products += left.numel() * right.shape[-1]
+            self.batched |= left.dim() == 3
+            function(left, right, out)
+
+        return counting
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        pass
