@@ -74,16 +74,6 @@ def gather(
     mask = offs_c < tl.minimum(number, capacity)
     mask_out = offs_c < capacity
     row = tl.load(index_ptr + offs_c, mask=mask, other=0).to(tl.int64)
-    offs_d = tl.arange(0, BLOCK_D)
-    in_ptrs = hidden_ptr + row[:, None] * stride_ht + offs_d.to(tl.int64)[None, :] * stride_hd
-    out_ptrs = out_hidden_ptr + offs_c.to(tl.int64)[:, None] * D + offs_d[None, :]
-    for start_d in range(0, D, BLOCK_D):
-        mask_d = (offs_d < D - start_d)[None, :]
-        x = tl.load(in_ptrs, mask=mask[:, None] & mask_d, other=0.0)
-        tl.store(out_ptrs, x, mask=mask_out[:, None] & mask_d)
-        in_ptrs += BLOCK_D * stride_hd
-        out_ptrs += BLOCK_D
-
     inverse = load_inverse_temperature(
         temperature_ptr, stride_temperature, row, mask, HAS_TEMPERATURE
     )
@@ -109,6 +99,16 @@ def gather(
     tl.store(out_fields_ptr + 4 * capacity, g_entropy, mask=mask_out)
     tl.store(out_fields_ptr + 5 * capacity, rest, mask=mask_out)
     tl.store(out_target_ptr + offs_c, target.to(tl.int64), mask=mask_out)
+
+    offs_d = tl.arange(0, BLOCK_D)
+    in_ptrs = hidden_ptr + row[:, None] * stride_ht + offs_d.to(tl.int64)[None, :] * stride_hd
+    out_ptrs = out_hidden_ptr + offs_c.to(tl.int64)[:, None] * D + offs_d[None, :]
+    for start_d in range(0, D, BLOCK_D):
+        mask_d = (offs_d < D - start_d)[None, :]
+        x = tl.load(in_ptrs, mask=mask[:, None] & mask_d, other=0.0)
+        tl.store(out_ptrs, x, mask=mask_out[:, None] & mask_d)
+        in_ptrs += BLOCK_D * stride_hd
+        out_ptrs += BLOCK_D
 
 
 @triton.jit

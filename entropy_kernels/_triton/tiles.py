@@ -133,6 +133,7 @@ TILES: dict[Key, tuple[Tile, ...]] = {
         Tile("tma", 128, 128, 64, 8, 4),
         Tile("pointer", 128, 128, 64, 8, 3),
     ),
+    Key("dlogits_softcap", "sm_80", "bfloat16", ANY, ANY): (Tile("pointer", 64, 128, 64, 8, 3),),
     Key("dlogits_softcap", "sm_90", "bfloat16", ANY, ANY): (
         Tile("tma", 128, 128, 64, 8, 4),
         Tile("pointer", 128, 128, 64, 8, 3),
