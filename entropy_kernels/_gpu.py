@@ -43,3 +43,14 @@ def verified(device: torch.device) -> bool:
     if device.type != "cuda" or why_not(device) is not None:
         return False
     return kernels("target").verified(device)
+
+
+def architecture(device: torch.device) -> str:
+    """What the kernels' table of tiles calls the GPU `device`. The caller has asked `why_not`."""
+    return kernels("target").architecture_of(device)
+
+
+def products() -> int:
+    """Multiplications in the kernels' products so far: half their flops."""
+    module, _ = _load("products")
+    return 0 if module is None else module.counted()

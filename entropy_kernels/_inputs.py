@@ -9,33 +9,41 @@ import warnings
 import torch
 from torch import Tensor
 
-from entropy_kernels import _native, ops
+from entropy_kernels import _gpu, _native, ops
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_NAMES = ("auto", "reference", "torch", "cpu", "triton")
 
 
 def resolve(impl: str, device: torch.device) -> str:
     """The implementation that "auto" stands for."""
-    built = ops.IMPLEMENTATIONS
+    has_cpu = "cpu" in ops.IMPLEMENTATIONS
     if impl == "auto":
-        if device.type != "cpu":
-            return "torch"
-        if "cpu" not in built:
-            _warn_of_the_torch_path()
-        return "cpu" if "cpu" in built else "torch"
-    if impl == "cpu" and "cpu" not in built:
+        name = "cpu" if device.type == "cpu" and has_cpu else "torch"
+        name = "triton" if _gpu.verified(device) else name
+        if name == "torch":
+            _warn_of_the_torch_path(device)
+        return name
+    if impl not in _NAMES:
+        raise ValueError(f"impl must be one of {', '.join(_NAMES)}; got {impl!r}")
+    if impl == "cpu" and not has_cpu:
         raise ValueError(f'impl="cpu" is missing: {_native.why_missing("cpu")}')
-    if impl not in ("reference", *built):
-        known = ", ".join(["auto", "reference", *built])
-        raise ValueError(f"impl must be one of {known}; got {impl!r}")
     if impl == "cpu" and device.type != "cpu":
         raise ValueError(f'impl="cpu" needs tensors on the CPU; got {device}')
+    if impl == "triton" and (why := _gpu.why_not(device)) is not None:
+        raise ValueError(f'impl="triton" cannot run: {why}')
     return impl
 
 
+@torch.compiler.assume_constant_result
 @functools.cache
-def _warn_of_the_torch_path() -> None:
+def _warn_of_the_torch_path(device: torch.device) -> None:
     why = _native.why_missing("cpu")
+    if device.type != "cpu":
+        why = _gpu.why_not(device) or (
+            f"the Triton kernels have no recorded correctness run on {_gpu.architecture(device)}; "
+            'impl="triton" takes them'
+        )
     warnings.warn(
         f"linear_logprob_entropy takes the torch path, which is slower: {why}",
         RuntimeWarning,
@@ -141,3 +149,14 @@ def check_like(target: Tensor, **masks: Tensor | None) -> None:
                 f"{name} must be a bool tensor of target's shape {tuple(target.shape)} on "
                 f"{target.device}; got {mask.dtype} {tuple(mask.shape)} on {mask.device}"
             )
+
+
+def check_main_grad(main_grad: Tensor | None, weight: Tensor) -> None:
+    if main_grad is None:
+        return
+    got = main_grad.dtype, tuple(main_grad.shape), main_grad.device
+    wanted = torch.float32, tuple(weight.shape), weight.device
+    if got != wanted:
+        raise ValueError(f"main_grad must be {wanted}; got {got}")
+    if main_grad.requires_grad:
+        raise ValueError("main_grad is written to; got a tensor that requires grad")

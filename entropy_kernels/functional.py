@@ -14,6 +14,7 @@ from entropy_kernels._inputs import (
     cast_as_linear,
     check_head,
     check_like,
+    check_main_grad,
     check_selection,
     per_token_temperature,
     resolve,
@@ -23,7 +24,7 @@ from entropy_kernels.selection import top_entropy_mask
 
 # Logits of rows that are all trained on are kept for backward up to this size, and recomputed
 # beyond it.
-KEPT_LOGITS_BYTES = 1 << 28
+KEPT_LOGITS_BYTES = {"cpu": 1 << 28, "cuda": 1 << 30}
 
 
 class LogprobEntropy(NamedTuple):
@@ -44,6 +45,8 @@ def linear_logprob_entropy(
     softcap: float | None = None,
     ignore_index: int = -100,
     keep_logits: bool = False,
+    max_active_rows: int | None = None,
+    main_grad: Float[Tensor, "V D"] | None = None,
     impl: str = "auto",
 ) -> LogprobEntropy:
     """Log-probability of each target and entropy of its distribution, from hidden states.
@@ -65,31 +68,53 @@ def linear_logprob_entropy(
         softcap: bound of the logits, as in Gemma 2.
         keep_logits: keep fp32 logits [T, V] for backward, three products instead of four. For
             callers that have already dropped the rows they do not train on.
-        impl: "auto"; "cpu", the compiled kernels; "torch", blocks of torch.mm on any device; or
-            "reference", the specification, also in fp64; it holds the logits.
+        max_active_rows: a bound, known to the host, of the rows that will get a gradient: with it
+            the Triton backward does not wait for the GPU to count them, and a CUDA graph can hold
+            it. Where more rows get one, it gives NaN, the other backwards a ValueError.
+        main_grad: fp32 [V, D], to which backward adds the weight's gradient; `weight.grad` then
+            stays as it is. Rounded to 16 bits nowhere with impl="triton".
+        impl: "auto", the fastest that is known to be right here; "cpu", the compiled kernels;
+            "triton", the GPU kernels; "torch", blocks of torch.mm on any device; or "reference",
+            the specification, also in fp64; it holds the logits.
 
     Precision: logits and their sums are fp32 whatever the inputs, gradients are accumulated in
     fp32 and rounded once. Entropy is log s - E[z - max], both terms non-negative; logprob <= 0.
     -inf logits (a masked vocabulary) are legal. NaN or inf in a row makes that row's outputs NaN.
 
     Never allocates [T, V] unless asked to by `keep_logits`. Forward does not synchronise with a
-    CUDA device; backward does once, for the number of active rows.
+    CUDA device; backward does once, for the number of active rows, unless `max_active_rows` is
+    given.
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit; temperature <= 0; a target outside
-            [0, V). On CUDA a bad target or temperature tensor gives that row NaN instead, because
-            the check would synchronise.
+            [0, V); main_grad with impl="reference". On CUDA a bad target or temperature tensor
+            gives that row NaN instead, because the check would synchronise.
     """
     name = resolve(impl, hidden.device)
     hidden, weight, bias = cast_as_linear(hidden, weight, bias)
     check_head(hidden, weight, target, bias, softcap, fp64=name == "reference")
     scale = per_token_temperature(temperature, target)
     hidden_TD, target_T = hidden.reshape(-1, hidden.shape[-1]), target.reshape(-1).long()
+    check_main_grad(main_grad, weight)
+    if max_active_rows is not None and max_active_rows < 0:
+        raise ValueError(f"max_active_rows must be >= 0 or None; got {max_active_rows}")
+    if name == "reference" and main_grad is not None:
+        raise ValueError('main_grad is not written by impl="reference"')
     if name == "reference":
         found = _reference(hidden_TD, weight, target_T, bias, scale, softcap, ignore_index)
     else:
         found = ops.linear_logprob_entropy(
-            hidden_TD, weight, target_T, bias, scale, softcap, ignore_index, keep_logits, name
+            hidden_TD,
+            weight,
+            target_T,
+            bias,
+            scale,
+            softcap,
+            ignore_index,
+            keep_logits,
+            max_active_rows,
+            main_grad,
+            name,
         )
     return LogprobEntropy(*(x.reshape(target.shape) for x in found[:3]))
 
@@ -117,6 +142,8 @@ def high_entropy_policy_loss(
     dual_clip: float | None = None,
     denominator: str | float | Tensor = "selected",
     num_sequences: float | Tensor | None = None,
+    max_active_rows: int | None = None,
+    main_grad: Float[Tensor, "V D"] | None = None,
     impl: str = "auto",
 ) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
     """The paper's objective: the clipped policy loss on the tokens of highest entropy.
@@ -131,7 +158,7 @@ def high_entropy_policy_loss(
       that of the whole step from StreamingThreshold.
     - `selected`: beforehand, such as by the old policy's entropies. The head runs on the selected
       tokens alone: three products (logits, two gradients) of `fraction` of the rows, while their
-      fp32 logits fit into 256 MiB; beyond, they are recomputed, a fourth product.
+      fp32 logits fit into 256 MiB (on a GPU 1 GiB); beyond, they are recomputed, a fourth product.
 
     Args:
         hidden, weight, target, bias, temperature, softcap, impl: as in `linear_logprob_entropy`.
@@ -142,6 +169,9 @@ def high_entropy_policy_loss(
             threshold and on a CPU cost nothing.
         which, scope, group: as in `top_entropy_mask`.
         loss_type, clip_low, clip_high, dual_clip, denominator, num_sequences: as in `ratio_loss`.
+        max_active_rows, main_grad: as in `linear_logprob_entropy`. With a bound of the selected
+            tokens, such as ceil(fraction * n) of a batch whose n is known to the host, nothing
+            waits for a GPU. More selected tokens than that give NaN there, a ValueError on a CPU.
 
     Returns:
         The loss, a fp32 scalar, and its metrics, 0-dim tensors without gradient: those of
@@ -157,7 +187,13 @@ def high_entropy_policy_loss(
     """
     check_selection(selected, threshold, which, scope, group)
     check_like(target, mask=mask, selected=selected)
-    head: dict[str, Any] = {"bias": bias, "softcap": softcap, "impl": impl}
+    head: dict[str, Any] = {
+        "bias": bias,
+        "softcap": softcap,
+        "max_active_rows": max_active_rows,
+        "main_grad": main_grad,
+        "impl": impl,
+    }
     if selected is not None:
         selected = selected & mask
         found = _on_rows(hidden, weight, target, selected, temperature, head)
@@ -204,21 +240,42 @@ def _on_rows(
     temperature: float | Tensor,
     head: dict[str, Any],
 ) -> LogprobEntropy:
-    """The head on the tokens of `rows` alone; zeros elsewhere. Synchronises a CUDA device once."""
-    index_R = rows.reshape(-1).nonzero().squeeze(1)
+    """The head on the tokens of `rows` alone; zeros elsewhere.
+
+    Without max_active_rows it waits for a CUDA device once, for their number.
+    """
+    index_R, target_R = _compact(rows.reshape(-1), target.reshape(-1), head["max_active_rows"])
     if isinstance(temperature, Tensor) and temperature.numel() > 1:
         temperature = temperature.expand(target.shape).reshape(-1)[index_R]
     kept_bytes = 4 * index_R.shape[0] * weight.shape[0]
+    most_bytes = KEPT_LOGITS_BYTES["cuda" if hidden.is_cuda else "cpu"]
     found = linear_logprob_entropy(
         hidden.reshape(-1, hidden.shape[-1])[index_R],
         weight,
-        target.reshape(-1)[index_R],
+        target_R,
         temperature=temperature,
-        keep_logits=torch.is_grad_enabled() and kept_bytes <= KEPT_LOGITS_BYTES,
+        keep_logits=torch.is_grad_enabled() and kept_bytes <= most_bytes,
         **head,
     )
-    zeros = [x.new_zeros(target.numel()).index_copy(0, index_R, x) for x in found]
+    # Padding rows are zero and point at any token: adding them changes nothing.
+    zeros = [x.new_zeros(target.numel()).index_add(0, index_R, x) for x in found]
+    if head["max_active_rows"] is not None:
+        fits = rows.sum() <= head["max_active_rows"]
+        zeros = [torch.where(fits, x, torch.nan) for x in zeros]
     return LogprobEntropy(*(x.reshape(target.shape) for x in zeros))
+
+
+def _compact(rows_T: Tensor, target_T: Tensor, most: int | None) -> tuple[Tensor, Tensor]:
+    """Numbers and targets of the tokens of `rows_T`, filled up to `most` with ignored ones."""
+    if most is None:
+        index_R = rows_T.nonzero().squeeze(1)
+        return index_R, target_T[index_R]
+    if not rows_T.is_cuda and (count := int(rows_T.sum())) > most:
+        raise ValueError(f"max_active_rows is {most}; got {count} selected tokens")
+    most = min(most, rows_T.numel())
+    index_R = torch.nonzero_static(rows_T, size=most, fill_value=0).squeeze(1)
+    real_R = torch.arange(most, device=rows_T.device) < rows_T.sum()
+    return index_R, target_T[index_R].masked_fill(~real_R, -100)
 
 
 def _reference(

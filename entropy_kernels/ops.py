@@ -10,23 +10,50 @@ import torch
 from torch import Tensor
 
 from entropy_kernels import _gpu, _native
-from entropy_kernels._rows import Statistics
+from entropy_kernels._rows import Statistics, active_rows
 from entropy_kernels._torch.linear_logprob_entropy import linear_logprob_entropy as torch_forward
 from entropy_kernels._torch.linear_logprob_entropy_backward import (
     linear_logprob_entropy_backward as torch_backward,
 )
 from entropy_kernels._torch.ratio_loss import ratio_loss as torch_ratio_loss
 
-_FORWARD = {"torch": torch_forward, "cpu": _native.linear_logprob_entropy}
-_BACKWARD = {"torch": torch_backward, "cpu": _native.linear_logprob_entropy_backward}
+
+def _triton(op: str) -> Callable[..., Any]:
+    """The launcher of `op`, whose file is loaded at the first call."""
+
+    def launch(*arguments: Any, **options: Any) -> Any:
+        return getattr(_gpu.kernels(op), op)(*arguments, **options)
+
+    return launch
+
+
+_FORWARD = {
+    "torch": torch_forward,
+    "cpu": _native.linear_logprob_entropy,
+    "triton": _triton("linear_logprob_entropy"),
+}
+_BACKWARD = {
+    "torch": torch_backward,
+    "cpu": _native.linear_logprob_entropy_backward,
+    "triton": _triton("linear_logprob_entropy_backward"),
+}
 _RATIO_LOSS = {
     "torch": torch_ratio_loss,
     "cpu": _native.ratio_loss,
-    "triton": lambda *arguments: _gpu.kernels("ratio_loss").ratio_loss(*arguments),
+    "triton": _triton("ratio_loss"),
 }
 
+
+def _is_here(impl: str) -> bool:
+    """Triton's interpreter does not count."""
+    if impl == "cpu":
+        return _native.cpu() is not None
+    on_gpu = torch.cuda.is_available() and _gpu.why_not(torch.device("cuda")) is None
+    return impl == "torch" or on_gpu
+
+
 # What this machine has of them.
-IMPLEMENTATIONS = tuple(name for name in _FORWARD if name != "cpu" or _native.cpu() is not None)
+IMPLEMENTATIONS = tuple(filter(_is_here, _FORWARD))
 
 
 def _linear_logprob_entropy(
@@ -38,11 +65,14 @@ def _linear_logprob_entropy(
     softcap: float | None,
     ignore_index: int,
     keep_logits: bool,
+    max_active_rows: int | None,
+    main_grad: Tensor | None,
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """logprob, entropy, logsumexp, and what backward needs of forward: max, log_sum, logits.
 
     hidden [T, D], weight [V, D], target int64 [T], bias [V], temperature fp32 [1] or [T].
+    max_active_rows and main_grad, fp32 [V, D], are backward's.
     """
     if hidden.device.type == "cpu":
         check_values(target, temperature, weight.shape[0], ignore_index)
@@ -59,7 +89,19 @@ linear_logprob_entropy = torch.library.custom_op(
 
 
 @linear_logprob_entropy.register_fake
-def _(hidden, weight, target, bias, temperature, softcap, ignore_index, keep_logits, impl):
+def _(
+    hidden,
+    weight,
+    target,
+    bias,
+    temperature,
+    softcap,
+    ignore_index,
+    keep_logits,
+    max_active_rows,
+    main_grad,
+    impl,
+):
     rows = [torch.empty_like(target, dtype=torch.float32) for _ in range(5)]
     shape = target.shape[0], weight.shape[0]
     kept = _native.kept_logits(*shape) if impl == "cpu" else shape
@@ -84,15 +126,24 @@ def _linear_logprob_entropy_backward(
     need_hidden: bool,
     need_weight: bool,
     need_bias: bool,
+    max_active_rows: int | None,
+    main_grad: Tensor | None,
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of hidden, weight and bias; an empty tensor stands for one that is not needed."""
+    """Gradients of hidden, weight and bias; an empty tensor stands for one that is not needed.
+
+    Where there is a main_grad, fp32 [V, D], the weight's gradient is added to it and not returned.
+    """
     found = Statistics(entropy, entropy, entropy, max, log_sum, logits)
+    incoming = grad_logprob, grad_entropy, grad_logsumexp
+    options: dict[str, Any] = {}
+    if impl == "triton":
+        options = {"max_active_rows": max_active_rows, "weight_grad_out": main_grad}
+    elif max_active_rows is not None:
+        _check_active_rows(incoming, target, ignore_index, max_active_rows)
     with torch.autocast(hidden.device.type, enabled=False):
-        gradients = _BACKWARD[impl](
-            grad_logprob,
-            grad_entropy,
-            grad_logsumexp,
+        dhidden, dweight, dbias = _BACKWARD[impl](
+            *incoming,
             hidden,
             weight,
             target,
@@ -102,15 +153,20 @@ def _linear_logprob_entropy_backward(
             ignore_index,
             found,
             (need_hidden, need_weight, need_bias),
+            **options,
         )
-    dhidden, dweight, dbias = (hidden.new_empty(0) if g is None else g for g in gradients)
+    if main_grad is not None and dweight is not None:
+        main_grad += dweight
+        dweight = None
+    gradients = (hidden.new_empty(0) if g is None else g for g in (dhidden, dweight, dbias))
+    dhidden, dweight, dbias = gradients
     return dhidden, dweight, dbias
 
 
 linear_logprob_entropy_backward = torch.library.custom_op(
     "entropy_kernels::linear_logprob_entropy_backward",
     _linear_logprob_entropy_backward,
-    mutates_args=(),
+    mutates_args=("main_grad",),
 )
 
 
@@ -118,6 +174,7 @@ linear_logprob_entropy_backward = torch.library.custom_op(
 def _(*args):
     hidden, weight, bias = args[3], args[4], args[6]
     need_hidden, need_weight, need_bias = args[14:17]
+    need_weight = need_weight and args[18] is None
     dhidden = torch.empty_like(hidden, memory_format=torch.contiguous_format)
     dweight = torch.empty_like(weight, memory_format=torch.contiguous_format)
     return (
@@ -128,19 +185,18 @@ def _(*args):
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    hidden, weight, target, bias, temperature, softcap, ignore_index, _, impl = inputs
+    hidden, weight, target, bias, temperature, softcap, ignore_index, _, *options = inputs
     _, entropy, _, row_max, log_sum, logits = output
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(row_max, log_sum, logits)
     ctx.save_for_backward(
         hidden, weight, target, bias, temperature, entropy, row_max, log_sum, logits
     )
-    ctx.options = softcap, ignore_index, impl
+    ctx.head, ctx.options = (softcap, ignore_index), options
 
 
 def _backward(ctx, grad_logprob, grad_entropy, grad_logsumexp, *_):
     hidden, weight, target, bias, temperature, entropy, row_max, log_sum, logits = ctx.saved_tensors
-    softcap, ignore_index, impl = ctx.options
     need_hidden, need_weight, _, need_bias, *_ = ctx.needs_input_grad
     dhidden, dweight, dbias = linear_logprob_entropy_backward(
         grad_logprob,
@@ -151,8 +207,7 @@ def _backward(ctx, grad_logprob, grad_entropy, grad_logsumexp, *_):
         target,
         bias,
         temperature,
-        softcap,
-        ignore_index,
+        *ctx.head,
         entropy,
         row_max,
         log_sum,
@@ -160,14 +215,15 @@ def _backward(ctx, grad_logprob, grad_entropy, grad_logsumexp, *_):
         need_hidden,
         need_weight,
         need_bias,
-        impl,
+        *ctx.options,
     )
+    in_main_grad = ctx.options[1] is not None
     return (
         dhidden if need_hidden else None,
-        dweight if need_weight else None,
+        dweight if need_weight and not in_main_grad else None,
         None,
         dbias if need_bias else None,
-        *[None] * 5,
+        *[None] * 7,
     )
 
 
@@ -248,3 +304,12 @@ def check_values(
         )
     if temperature is not None and not (temperature > 0).all():
         raise ValueError(f"temperature must be > 0; got {float(temperature.min())}")
+
+
+def _check_active_rows(
+    gradients: tuple[Tensor | None, ...], target: Tensor, ignore_index: int, most: int
+) -> None:
+    """On a CPU, and where rows are counted on the host anyway."""
+    count = active_rows(gradients, target, ignore_index).numel()
+    if count > most:
+        raise ValueError(f"max_active_rows is {most}; got gradients at {count} rows")

@@ -10,10 +10,18 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from entropy_kernels import _native, ops
+from entropy_kernels import _gpu, _native, ops
 
 _LINEAR = "mkldnn._linear_pointwise.default"
-_PRODUCTS = {"aten.mm.default", "aten.mm.out", "aten.mm.dtype", "aten.addmm_.default", _LINEAR}
+_PRODUCTS = {
+    *("aten.mm.default", "aten.mm.out", "aten.mm.dtype", "aten.mm.dtype_out"),
+    *("aten.bmm.default", "aten.bmm.out", "aten.bmm.dtype", "aten.bmm.dtype_out"),
+    *("aten.addmm_.default", _LINEAR),
+}
+
+
+def _kernels_products() -> int:
+    return _native.products() + _gpu.products()
 
 
 class Watch(TorchDispatchMode):
@@ -31,7 +39,7 @@ class Watch(TorchDispatchMode):
 
     def __enter__(self) -> "Watch":
         if self._depth == 0:
-            self._before = _native.products()
+            self._before = _kernels_products()
         self._depth += 1
         return super().__enter__()
 
@@ -39,7 +47,7 @@ class Watch(TorchDispatchMode):
         super().__exit__(*exception)
         self._depth -= 1
         if self._depth == 0:
-            self.products += _native.products() - self._before
+            self.products += _kernels_products() - self._before
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         body = ops.BODIES.get(func.__name__.split(".")[0])
@@ -49,7 +57,7 @@ class Watch(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         if str(func) in _PRODUCTS:
             left, right = [x for x in args if isinstance(x, Tensor)][-2:]
-            self.products += left.numel() * right.shape[0 if str(func) == _LINEAR else 1]
+            self.products += left.numel() * right.shape[0 if str(func) == _LINEAR else -1]
         for x in tree_leaves(result):
             if isinstance(x, Tensor):
                 self.largest = max(self.largest, x.numel())

@@ -24,7 +24,8 @@ CHECKED = [
 jaxtyping.install_import_hook(CHECKED, f"{shapes.__name__}.checker")
 
 DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
-BACKENDS = [*(("torch", device) for device in DEVICES), ("cpu", "cpu")]
+# Triton on the GPU, or in its interpreter on the CPU.
+BACKENDS = [*(("torch", device) for device in DEVICES), ("cpu", "cpu"), ("triton", DEVICES[-1])]
 
 
 @pytest.fixture(autouse=True)
@@ -38,10 +39,13 @@ def _deterministic():
 @pytest.fixture(params=BACKENDS, ids=" on ".join)
 def backend(request) -> tuple[str, str]:
     """An implementation of linear_logprob_entropy and a device it runs on."""
-    from entropy_kernels import _native
+    from entropy_kernels import _gpu, _native
 
-    why = _native.why_missing("cpu")
-    if request.param[0] == "cpu" and why is not None:
+    impl, device = request.param
+    why = {"cpu": _native.why_missing("cpu"), "triton": _gpu.why_not(torch.device(device))}.get(
+        impl
+    )
+    if why is not None:
         pytest.skip(why)
     return request.param
 

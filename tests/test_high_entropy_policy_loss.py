@@ -94,7 +94,7 @@ def test_logits_too_large_to_keep_are_recomputed(batch, monkeypatch):
     h, w, *rest = batch
     selected = torch.rand(B, L) < 0.3
     kept = gradients(lambda h, w: ek.high_entropy_policy_loss(h, w, *rest, selected=selected), h, w)
-    monkeypatch.setattr(functional, "KEPT_LOGITS_BYTES", 0)
+    monkeypatch.setattr(functional, "KEPT_LOGITS_BYTES", {"cpu": 0, "cuda": 0})
     with Watch() as watch:
         recomputed = gradients(
             lambda h, w: ek.high_entropy_policy_loss(h, w, *rest, selected=selected), h, w
@@ -104,6 +104,29 @@ def test_logits_too_large_to_keep_are_recomputed(batch, monkeypatch):
     assert watch.products == (rows + 3 * active) * V * D
     for got, want in zip(recomputed[:3], kept[:3], strict=True):
         assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("room", [0, 7, 1000])
+def test_a_bound_of_the_selected_tokens_changes_nothing(batch, room):
+    h, w, *rest, mask = batch
+    selected = (torch.rand(B, L) < 0.3) & mask
+    temperature = torch.rand(B, L) + 0.5
+    results = []
+    for bound in (None, int(selected.sum()) + room):
+        options = {"max_active_rows": bound, "temperature": temperature, "selected": selected}
+        results.append(
+            gradients(
+                lambda h, w, o=options: ek.high_entropy_policy_loss(h, w, *rest, mask, **o), h, w
+            )
+        )
+    for got, want in zip(results[1][:3], results[0][:3], strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-7)
+
+
+def test_more_selected_tokens_than_their_bound_are_an_error(batch):
+    selected = torch.ones(B, L, dtype=torch.bool)
+    with pytest.raises(ValueError, match="max_active_rows is 9; got 150 selected tokens"):
+        ek.high_entropy_policy_loss(*batch, selected=selected, max_active_rows=9)
 
 
 def test_forward_never_holds_tokens_times_vocabulary():

@@ -23,10 +23,10 @@ ALLOWED = {
     "_radix": {"_gpu", "_native", "distributed"},
     "ops": {"_gpu", "_native", "_radix", "_rows", "_torch"},
     "selection": {"_radix", "distributed", "ops"},
-    "_inputs": {"_native", "ops"},
+    "_inputs": {"_gpu", "_native", "ops"},
     "functional": {"_inputs", "losses", "ops", "reference", "selection"},
     "nn": {"functional"},
-    "testing": {"_native", "ops", "reference"},
+    "testing": {"_gpu", "_native", "ops", "reference"},
     "__main__": ANYTHING,
     "__init__": ANYTHING,
 }

@@ -214,7 +214,7 @@ def test_auto_takes_a_kernel_only_where_it_was_found_right(monkeypatch):
     """Never on a CPU, where the interpreter would run it."""
     target = _gpu.kernels("target")
     cpu, gpu = torch.device("cpu"), torch.device("cuda", 0)
-    monkeypatch.setattr(target, "_architecture_of", lambda device: "sm_90")
+    monkeypatch.setattr(target, "architecture_of", lambda device: "sm_90")
     for architectures, name in ((frozenset(), "torch"), (frozenset({"sm_90"}), "triton")):
         monkeypatch.setattr(target, "VERIFIED", architectures)
         assert _radix._implementation("auto", gpu) == name

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import triton
 from torch import Tensor
 
+from entropy_kernels._triton import products
 from entropy_kernels._triton import target as gpu
 from entropy_kernels._triton.compact_rows import CompactRows
 from entropy_kernels._triton.dlogits_kernels import dlogits_pointer, dlogits_read, dlogits_tma
@@ -54,6 +55,8 @@ class Dlogits(NamedTuple):
             "HAS_ENTROPY": self.has_entropy,
             "NEEDS_BIAS": chunk.bias_partials is not None,
         }
+        if self.tile is not None:
+            products.count(self.rows.hidden.numel() * (chunk.stop - chunk.start))
         if self.tile is None:
             self._read(chunk, flags)
         elif self.tile.variant == "pointer":

@@ -15,8 +15,8 @@ import triton
 from torch import Tensor
 
 from entropy_kernels._rows import Statistics, per_row
+from entropy_kernels._triton import products, tiles
 from entropy_kernels._triton import target as gpu
-from entropy_kernels._triton import tiles
 from entropy_kernels._triton.forward_cublas import forward_cublas
 from entropy_kernels._triton.forward_pointer import forward_pointer
 from entropy_kernels._triton.forward_tma import forward_tma
@@ -66,7 +66,8 @@ def linear_logprob_entropy(
     """
     count, vocabulary = hidden_TD.shape[0], weight_VD.shape[0]
     logits_TV = _empty((count, vocabulary) if keep_logits else (0,), hidden_TD)
-    found = _empty((5, count), hidden_TD)
+    # Five tensors: an op's outputs are not views of one.
+    found = [_empty((count,), hidden_TD) for _ in range(5)]
     if count == 0:
         return Statistics._make([*found, logits_TV])
 
@@ -89,6 +90,7 @@ def linear_logprob_entropy(
         if tile.variant == "cublas":
             _from_products(head, tile, partials, target_logit_T, logits_TV)
         else:
+            products.count(hidden_TD.numel() * vocabulary)
             if tile.variant == "pointer":
                 _from_pointers(head, tile, partials, logits_TV)
             else:
@@ -285,7 +287,7 @@ def _target_logits(head: _Head, tile: Tile, out_T: Tensor) -> None:
 
 
 def _merge(
-    head: _Head, partials: Tensor, target_logit_T: Tensor, ignore_index: int, found: Tensor
+    head: _Head, partials: Tensor, target_logit_T: Tensor, ignore_index: int, found: list[Tensor]
 ) -> None:
     count, vocabulary = head.hidden_TD.shape[0], head.weight_VD.shape[0]
     block_t, block_s = _MERGE_BLOCK
@@ -294,7 +296,7 @@ def _merge(
         target_logit_T,
         head.target_T,
         head.temperature_T,
-        found,
+        *found,
         _stride(head.temperature_T),
         count,
         vocabulary,

@@ -1,4 +1,6 @@
-"""Matrix products of backward, by torch, accumulated in fp32 whatever the inputs.
+"""Matrix products: those of the kernels counted, and those of backward by torch.
+
+They accumulate in fp32 whatever the inputs.
 
 Only mm and bmm with `out_dtype`: addmm takes an fp32 addend of 16-bit products from torch 2.12 on.
 The user's settings of TF32 hold for fp32 inputs. A CPU, where the kernels are interpreted, has no
@@ -7,6 +9,19 @@ fp32 products of 16-bit matrices: it upcasts them.
 
 import torch
 from torch import Tensor
+
+_counted = 0
+
+
+def count(more: int) -> None:
+    """Adds the multiplications of a kernel's products, which torch does not see."""
+    global _counted
+    _counted += more
+
+
+def counted() -> int:
+    """Multiplications in the kernels' products since they were loaded: half their flops."""
+    return _counted
 
 
 def mm(left: Tensor, right: Tensor, out: Tensor) -> None:

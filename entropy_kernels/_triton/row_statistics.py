@@ -74,7 +74,11 @@ def merge(
     target_logit_ptr,  # [T]
     target_ptr,  # [T]
     temperature_ptr,
-    out_ptr,  # [5, T]: logprob, entropy, logsumexp, max, log_sum
+    logprob_ptr,  # [T], as the four that follow
+    entropy_ptr,
+    logsumexp_ptr,
+    max_ptr,
+    log_sum_ptr,
     stride_temperature,
     T,
     V,
@@ -129,8 +133,8 @@ def merge(
     # 0 for ignored rows, 1 for others, NaN for those without an answer.
     factor = tl.where(valid, 1.0, float("nan"))
     kept = target != ignore_index
-    tl.store(out_ptr + offs_t, tl.where(kept, logprob * factor, 0.0), mask=mask_t)
-    tl.store(out_ptr + T + offs_t, tl.where(kept, entropy * factor, 0.0), mask=mask_t)
-    tl.store(out_ptr + 2 * T + offs_t, tl.where(kept, logsumexp * factor, 0.0), mask=mask_t)
-    tl.store(out_ptr + 3 * T + offs_t, tl.where(kept, m * factor, 0.0), mask=mask_t)
-    tl.store(out_ptr + 4 * T + offs_t, tl.where(kept, log_sum * factor, 0.0), mask=mask_t)
+    tl.store(logprob_ptr + offs_t, tl.where(kept, logprob * factor, 0.0), mask=mask_t)
+    tl.store(entropy_ptr + offs_t, tl.where(kept, entropy * factor, 0.0), mask=mask_t)
+    tl.store(logsumexp_ptr + offs_t, tl.where(kept, logsumexp * factor, 0.0), mask=mask_t)
+    tl.store(max_ptr + offs_t, tl.where(kept, m * factor, 0.0), mask=mask_t)
+    tl.store(log_sum_ptr + offs_t, tl.where(kept, log_sum * factor, 0.0), mask=mask_t)

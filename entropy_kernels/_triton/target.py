@@ -31,11 +31,11 @@ def architecture(x: Tensor) -> str:
     """The architecture of the device that `x` lies on."""
     if interpreting():
         return INTERPRETER
-    return _architecture_of(x.device)
+    return architecture_of(x.device)
 
 
 @functools.cache
-def _architecture_of(device: torch.device) -> str:
+def architecture_of(device: torch.device) -> str:
     if device.type != "cuda":
         raise ValueError(
             f"Triton kernels need tensors on a GPU, or TRITON_INTERPRET=1; got tensors on {device}"
@@ -48,7 +48,7 @@ def _architecture_of(device: torch.device) -> str:
 
 def verified(device: torch.device) -> bool:
     """Whether kernels have passed their correctness run on the architecture of `device`."""
-    return device.type == "cuda" and _architecture_of(device) in VERIFIED
+    return device.type == "cuda" and architecture_of(device) in VERIFIED
 
 
 def on(device: torch.device) -> contextlib.AbstractContextManager[object]:
