@@ -16,6 +16,7 @@ from pathlib import Path
 from benchmarks import head_tables as head
 from benchmarks import other_tables as other
 from benchmarks.plot import plot, plot_cost
+from benchmarks.predicted_tables import predicted
 from benchmarks.tables import Run, by_shape
 
 ROOT = Path(__file__).parent.parent
@@ -101,7 +102,7 @@ def _summary(runs: dict[str, list[Run]]) -> str:
         parts.append(other.threshold_in_short(runs["entropy_threshold"]))
     if "ratio_loss" in runs:
         parts.append(other.ratio_loss_in_short(runs["ratio_loss"]))
-    return "\n\n".join([*parts, POINTER])
+    return "\n\n".join([*parts, POINTER, predicted()])
 
 
 def _full_page(runs: dict[str, list[Run]]) -> str:

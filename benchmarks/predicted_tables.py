@@ -1,0 +1,28 @@
+"""The table of what a GPU is expected to take, for as long as none has been measured."""
+
+from benchmarks.gpu import predictions
+from benchmarks.tables import table
+
+LABELS = {
+    "eager": "eager: all logits in fp32",
+    "compile": "torch.compile of all logits",
+    "verl": "verl's kernel",
+    "flsce": "Liger's FLSCE kernel, all tokens",
+    "flsce-composed": "Liger's FLSCE without gradient, a selection, FLSCE on it",
+    "triton-0.2": "ours (triton), 20% of the tokens",
+    "triton-known": "ours (triton), 20%, known beforehand",
+}
+TOKENS = 8192
+HEADING = (
+    "**On a GPU these are predictions: none has run the kernels yet.** Milliseconds of forward and "
+    f"backward on an {predictions.GPU}, {TOKENS:,} tokens, vocabulary {predictions.VOCABULARY:,}, "
+    "bf16, from a cost model (`benchmarks/gpu/predictions.py`), by hidden size:"
+)
+
+
+def predicted() -> str:
+    rows = [
+        [label, *(f"{milliseconds:g}" for milliseconds in predictions.STEP_MS[name][TOKENS])]
+        for name, label in LABELS.items()
+    ]
+    return f"{HEADING}\n\n{table(['predicted ms', *map(str, predictions.HIDDEN)], rows)}"
