@@ -1,4 +1,4 @@
-"""pytest benchmarks/ --benchmark-only [-k "bfloat16 and V151936"] [--quick] [--contestants NAMES] [-s]
+"""pytest benchmarks/ --benchmark-only [-k "bfloat16 and V151936"] [--quick] [--contestants NAMES]
 
 pytest-benchmark would time one contestant after the other; here it times whole rounds, in which
 all of them alternate, and carries their samples in extra_info. The result files are what counts.

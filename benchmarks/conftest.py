@@ -16,7 +16,6 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="a tiny shape, to see that the benchmarks run; writes no result files",
     )
 
-
     parser.addoption(
         "--contestants",
         type=lambda names: names.split(","),
