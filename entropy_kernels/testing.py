@@ -28,7 +28,7 @@ class Watch(TorchDispatchMode):
     """Counts the products and the largest tensor of everything inside, our ops included.
 
     `products`: sum of m * n * k over all matrix products (half their flops).
-    `largest`: elements of the largest tensor that any operation returned.
+    `largest`: size of the largest tensor that any operation returned, in 4-byte elements.
     """
 
     def __init__(self) -> None:
@@ -60,7 +60,7 @@ class Watch(TorchDispatchMode):
             self.products += left.numel() * right.shape[0 if str(func) == _LINEAR else -1]
         for x in tree_leaves(result):
             if isinstance(x, Tensor):
-                self.largest = max(self.largest, x.numel())
+                self.largest = max(self.largest, x.numel() * x.element_size() // 4)
         return result
 
 
@@ -72,12 +72,13 @@ def assert_within_two_bounds(
     *,
     factor: float = 2.0,
     operands: torch.dtype = torch.float32,
+    operand_ulps: float = 0.5,
 ) -> None:
     """Element by element, |got - truth| against the worst errors of two others, plus rounding.
 
     truth: fp64. eager: the formula in the dtype of the inputs. plain: the same in fp32 on upcast
     inputs; a 16-bit path must not be worse than that either, but for the rounding of its output,
-    and of the operands of its products where they are rounded to `operands`.
+    and of the operands of its products where they are rounded to `operands`, by `operand_ulps`.
     """
     truth = truth.double()
     error = (got.double() - truth).abs()
@@ -85,7 +86,7 @@ def assert_within_two_bounds(
     unit = (
         torch.finfo(torch.float32).eps
         if operands == torch.float32
-        else torch.finfo(operands).eps / 2
+        else torch.finfo(operands).eps * operand_ulps
     )
     rounding = rounding + unit * truth.abs().amax()
     for name, other in {"eager": eager, "plain fp32": plain}.items():

@@ -33,6 +33,10 @@ def head(impl):
     return functools.partial(ek.linear_logprob_entropy, impl=impl)
 
 
+# numpy, which computes in Triton's interpreter, warns of NaN and infinities that are meant.
+nan_is_meant = pytest.mark.filterwarnings("ignore:.*encountered:RuntimeWarning")
+
+
 @pytest.fixture
 def block(impl, device) -> tuple[int, int]:
     """(rows, vocabulary) of a block: small in Triton's interpreter, which takes ms for each."""
@@ -92,11 +96,16 @@ def check(head, inputs, device, keep=0.5, **options):
     plain = run(in_dtype(torch.float32), inputs, grads, **options)
     impl, dtype = head.keywords["impl"], inputs[0].dtype
     rounds = impl == "triton" or (impl == "cpu" and dtype == torch.bfloat16)
+    # Triton's interpreter cuts bf16 off instead of rounding it. fp16 has few digits below 6e-5,
+    # where many a dz lies: there eager alone, with a dz in fp16 too, is a bound.
+    ulps = 1.0 if impl == "triton" and device == "cpu" else 0.5
+    if impl == "triton" and dtype == torch.float16:
+        plain = plain[0], eager[1]
     for side, operands in ((0, torch.float32), (1, dtype if rounds else torch.float32)):
-        # Rounding errors of many rows' dz add up in an element of dW.
-        factor = 4.0 if impl == "triton" and operands != torch.float32 else 2.0
         for quartet in zip(got[side], truth[side], eager[side], plain[side], strict=True):
-            assert_within_two_bounds(*quartet, factor=factor, operands=operands)
+            # A Triton tile adds up D in an order of its own, and the worst of few rows decides.
+            factor = 3.0 if impl == "triton" else 2.0
+            assert_within_two_bounds(*quartet, factor=factor, operands=operands, operand_ulps=ulps)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -117,7 +126,7 @@ def test_shapes(head, shape, dtype, block, device):
 @pytest.mark.parametrize("vocabulary", VOCABULARIES)
 def test_vocabularies_that_no_tile_divides(head, vocabulary, dtype, block, device):
     if block[1] < BLOCK_V:
-        vocabulary %= 1024  # the same remainder of a block
+        vocabulary %= 1001  # as odd
     check(head, (*make("peaked", (31, 32, vocabulary), dtype, device), None), device)
 
 
@@ -146,7 +155,7 @@ def test_options(head, options, dtype, block, device):
     check(head, (h, w, y, b), device, **options)
 
 
-def test_entropies_keep_their_digits_down_to_1e_12(head):
+def test_entropies_keep_their_digits_down_to_1e_12(head, impl):
     """Two words g nats apart: s = exp(-g), logprob = -log1p(s), H = log1p(s) + g s / (1 + s).
 
     With D = 1 and h = 1 the weight is the logits. log_softmax in fp64 could not tell.
@@ -156,8 +165,10 @@ def test_entropies_keep_their_digits_down_to_1e_12(head):
         s = torch.tensor(-gap, dtype=torch.float64).exp()
         got = head(torch.ones(1, 1), z, torch.tensor([3]))
         entropy = s.log1p() + gap * s / (1 + s)
-        assert abs(got.entropy.double() - entropy) <= 3e-7 * entropy
-        assert abs(got.logprob.double() + s.log1p()) <= 3e-7 * s.log1p()
+        # On a GPU the exponent is taken to base 2, in fp32: it is rounded once more.
+        digits = 3e-7 + (gap * 2**-24 if impl == "triton" else 0)
+        assert abs(got.entropy.double() - entropy) <= digits * entropy
+        assert abs(got.logprob.double() + s.log1p()) <= digits * s.log1p()
 
 
 def test_entropy_is_never_negative_and_logprob_never_positive(head, block, device):
@@ -265,6 +276,7 @@ def test_kept_logits_save_a_product(head, block):
         assert torch.equal(kept, recomputed)
 
 
+@nan_is_meant
 def test_ignored_rows_cost_nothing_on_cpu_and_never_poison(head, impl):
     h, w, y = make("peaked", (60, 24, 1031), torch.float32)
     y[10:50] = -100
@@ -326,6 +338,7 @@ def test_the_same_bits_twice(head, block, device):
         assert torch.equal(first, second)
 
 
+@nan_is_meant
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 def test_a_bad_row_poisons_itself_alone(head, value, device):
     h, w, y = make("peaked", (9, 16, 1031), torch.float32, device)
@@ -347,6 +360,7 @@ def test_a_bad_weight_poisons_every_row(head, device):
     assert h.grad.isnan().all()
 
 
+@nan_is_meant
 def test_a_masked_vocabulary_is_legal(head, device):
     """-inf logits have probability 0, no part in the entropy, and no gradient."""
     h, w, y = make("peaked", (33, 16, 2 * BLOCK_V + 7), torch.float32, device)
