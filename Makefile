@@ -26,12 +26,12 @@ bench: $(VENV)/.dev
 	@echo "Running the benchmarks ..."
 	@$(BIN)/python -m pytest benchmarks/ --benchmark-only $(ARGS)
 
-# The package and its tests, copied beside a module of their own. Left out: the torch path, and
+# The package and its tests, copied beside a module of their own. Left out: other paths, and
 # tests of time.
 SANITIZED := $(CURDIR)/build/sanitize
 SANITIZED_TESTS := native native_ratio_loss native_linear_logprob_entropy linear_logprob_entropy \
 	ratio_loss entropy_threshold top_entropy_mask streaming_threshold high_entropy_policy_loss
-SANITIZED_NAMES := not torch and not ctrl_c and not hundred_million and not time_is_linear
+SANITIZED_NAMES := not torch and not triton and not ctrl_c and not hundred_million and not time_is_linear
 RUNTIMES = $(shell $(CXX) -print-file-name=libasan.so) $(shell $(CXX) -print-file-name=libubsan.so)
 
 sanitize: $(VENV)/.dev
