@@ -72,7 +72,7 @@ def linear_logprob_entropy(
             the Triton backward does not wait for the GPU to count them, and a CUDA graph can hold
             it. Where more rows get one, it gives NaN, the other backwards a ValueError.
         main_grad: fp32 [V, D], to which backward adds the weight's gradient; `weight.grad` then
-            stays as it is. Rounded to 16 bits nowhere with impl="triton".
+            stays as it is. With impl="triton" the sum itself is never rounded to 16 bits.
         impl: "auto", the fastest that is known to be right here; "cpu", the compiled kernels;
             "triton", the GPU kernels; "torch", blocks of torch.mm on any device; or "reference",
             the specification, also in fp64; it holds the logits.
