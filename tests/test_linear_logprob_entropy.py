@@ -103,7 +103,7 @@ def check(head, inputs, device, keep=0.5, **options):
         plain = plain[0], eager[1]
     for side, operands in ((0, torch.float32), (1, dtype if rounds else torch.float32)):
         for quartet in zip(got[side], truth[side], eager[side], plain[side], strict=True):
-            # A Triton tile adds up D in an order of its own, and the worst of few rows decides.
+            # At 2 one case fails: fp16 with ignored rows, by 15%. Why is not known.
             factor = 3.0 if impl == "triton" else 2.0
             assert_within_two_bounds(*quartet, factor=factor, operands=operands, operand_ulps=ulps)
 
