@@ -27,6 +27,7 @@ ALLOWED = {
     "functional": {"_inputs", "losses", "ops", "reference", "selection"},
     "nn": {"functional"},
     "testing": {"_gpu", "_native", "ops", "reference"},
+    "integrations": {"distributed", "functional", "losses", "nn", "selection"},
     "__main__": ANYTHING,
     "__init__": ANYTHING,
 }

@@ -1,0 +1,61 @@
+"""Attributes of other libraries' modules and classes, replaced and put back."""
+
+from importlib.metadata import PackageNotFoundError, version
+from types import TracebackType
+from typing import Any
+
+from packaging.version import Version
+
+
+class Patch:
+    """Replacements of attributes that are in force until `undo`, or until a `with` block ends.
+
+    Undoing twice does nothing. What somebody else has replaced since is left as it is: `undo` then
+    raises, naming the attribute, and puts nothing back.
+    """
+
+    def __init__(self, *replacements: tuple[Any, str, Any]) -> None:
+        """replacements: (owner, name of the attribute, what replaces it)."""
+        self._active = [
+            (owner, name, getattr(owner, name), new) for owner, name, new in replacements
+        ]
+        for owner, name, _, new in self._active:
+            setattr(owner, name, new)
+
+    @property
+    def active(self) -> bool:
+        """Whether the replacements are in force."""
+        return bool(self._active)
+
+    def undo(self) -> None:
+        """Put back what was there before."""
+        for owner, name, _, new in self._active:
+            if getattr(owner, name) is not new:
+                raise RuntimeError(
+                    f"{owner.__name__}.{name} was replaced again since; undo that patch first"
+                )
+        for owner, name, old, _ in reversed(self._active):
+            setattr(owner, name, old)
+        self._active = []
+
+    def __enter__(self) -> "Patch":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.undo()
+
+
+def require(package: str, least: str, below: str) -> None:
+    """ImportError unless `package` is installed in a version that the adapter was tested with."""
+    wanted = f"{package}>={least},<{below}"
+    try:
+        found = version(package)
+    except PackageNotFoundError:
+        raise ImportError(f"this adapter needs {wanted}, which is not installed") from None
+    if not Version(least) <= Version(found) < Version(below):
+        raise ImportError(f"this adapter needs {wanted}, whose internals it patches; got {found}")
