@@ -23,8 +23,10 @@ from entropy_kernels.losses import ratio_loss
 from entropy_kernels.selection import top_entropy_mask
 
 # Logits of rows that are all trained on are kept for backward up to this size, and recomputed
-# beyond it.
+# beyond it; and on a CPU below so many bytes a row of the weight: there a product of hidden states
+# costs less than the first touch of the memory for it.
 KEPT_LOGITS_BYTES = {"cpu": 1 << 28, "cuda": 1 << 30}
+LEAST_ROW_BYTES = {"cpu": 2048, "cuda": 0}
 
 
 class LogprobEntropy(NamedTuple):
@@ -158,7 +160,8 @@ def high_entropy_policy_loss(
       that of the whole step from StreamingThreshold.
     - `selected`: beforehand, such as by the old policy's entropies. The head runs on the selected
       tokens alone: three products (logits, two gradients) of `fraction` of the rows, while their
-      fp32 logits fit into 256 MiB (on a GPU 1 GiB); beyond, they are recomputed, a fourth product.
+      fp32 logits fit into 256 MiB (on a GPU 1 GiB). Beyond, and on a CPU where D is below 512 (of
+      16-bit inputs 1024) and memory costs more than products, they are recomputed: a fourth.
 
     Args:
         hidden, weight, target, bias, temperature, softcap, impl: as in `linear_logprob_entropy`.
@@ -247,14 +250,15 @@ def _on_rows(
     index_R, target_R = _compact(rows.reshape(-1), target.reshape(-1), head["max_active_rows"])
     if isinstance(temperature, Tensor) and temperature.numel() > 1:
         temperature = temperature.expand(target.shape).reshape(-1)[index_R]
-    kept_bytes = 4 * index_R.shape[0] * weight.shape[0]
-    most_bytes = KEPT_LOGITS_BYTES["cuda" if hidden.is_cuda else "cpu"]
+    device = "cuda" if hidden.is_cuda else "cpu"
+    fits = 4 * index_R.shape[0] * weight.shape[0] <= KEPT_LOGITS_BYTES[device]
+    pays = weight.shape[1] * weight.element_size() >= LEAST_ROW_BYTES[device]
     found = linear_logprob_entropy(
         hidden.reshape(-1, hidden.shape[-1])[index_R],
         weight,
         target_R,
         temperature=temperature,
-        keep_logits=torch.is_grad_enabled() and kept_bytes <= most_bytes,
+        keep_logits=torch.is_grad_enabled() and fits and pays,
         **head,
     )
     # Padding rows are zero and point at any token: adding them changes nothing.

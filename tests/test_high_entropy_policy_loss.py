@@ -54,8 +54,9 @@ def test_equals_the_reference(batch):
 
 
 @pytest.mark.parametrize("fraction", [1.0, 0.5, 0.2, 0.1])
-def test_the_three_ways_agree_and_cost_what_they_say(batch, fraction):
+def test_the_three_ways_agree_and_cost_what_they_say(batch, fraction, monkeypatch):
     """Units of T*V*D: 1 + 3f from the current policy's entropies, 3f with the mask known."""
+    monkeypatch.setattr(functional, "LEAST_ROW_BYTES", {"cpu": 0, "cuda": 0})
     h, w, *rest, mask = batch
     rest.append(mask)
     entropy = ek.linear_logprob_entropy(h, w, batch[2]).entropy
@@ -90,11 +91,17 @@ def test_the_three_ways_agree_and_cost_what_they_say(batch, fraction):
             torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6)
 
 
-def test_logits_too_large_to_keep_are_recomputed(batch, monkeypatch):
+@pytest.mark.parametrize("reason", ["too large", "not worth their memory"])
+def test_logits_not_kept_are_recomputed(batch, reason, monkeypatch):
     h, w, *rest = batch
+    monkeypatch.setattr(functional, "LEAST_ROW_BYTES", {"cpu": 0, "cuda": 0})
     selected = torch.rand(B, L) < 0.3
     kept = gradients(lambda h, w: ek.high_entropy_policy_loss(h, w, *rest, selected=selected), h, w)
-    monkeypatch.setattr(functional, "KEPT_LOGITS_BYTES", {"cpu": 0, "cuda": 0})
+    if reason == "too large":
+        monkeypatch.setattr(functional, "KEPT_LOGITS_BYTES", {"cpu": 0, "cuda": 0})
+    else:
+        least = w.shape[1] * w.element_size() + 1
+        monkeypatch.setattr(functional, "LEAST_ROW_BYTES", {"cpu": least, "cuda": least})
     with Watch() as watch:
         recomputed = gradients(
             lambda h, w: ek.high_entropy_policy_loss(h, w, *rest, selected=selected), h, w
