@@ -2,6 +2,7 @@
 uninitialised memory is NaN, so that a kernel that reads it shows."""
 
 import os
+from importlib.util import find_spec
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -14,6 +15,10 @@ from tests import shapes
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+    if find_spec("triton") is not None:
+        from tests.interpreter import mend
+
+        mend()
 
 # All of the package but the Triton kernels: its interpreter does not see through a wrapped one.
 CHECKED = [
