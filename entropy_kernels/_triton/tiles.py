@@ -78,7 +78,7 @@ TILES: dict[Key, tuple[Tile, ...]] = {
         Tile("cublas", 4, 1024, 1, 4, 1),
     ),
     Key("forward", "sm_90", "bfloat16", 2048, ANY): (
-        Tile("tma_split", 128, 128, 64, 4, 3),
+        Tile("tma_split", 128, 128, 64, 8, 3),
         Tile("tma_ws", 128, 256, 64, 4, 3),
         Tile("tma", 128, 256, 64, 8, 3),
         Tile("pointer", 128, 128, 64, 8, 3),
@@ -87,7 +87,7 @@ TILES: dict[Key, tuple[Tile, ...]] = {
     Key("forward", "sm_90", "bfloat16", ANY, ANY): (
         Tile("tma", 128, 256, 64, 8, 4),
         Tile("tma_ws", 128, 256, 64, 4, 3),
-        Tile("tma_split", 128, 128, 64, 4, 3),
+        Tile("tma_split", 128, 128, 64, 8, 3),
         Tile("pointer", 128, 128, 64, 8, 3),
         Tile("cublas", 4, 1024, 1, 4, 1),
     ),
@@ -115,7 +115,7 @@ TILES: dict[Key, tuple[Tile, ...]] = {
     ),
     Key("forward", "any", "float32", ANY, ANY): (
         Tile("cublas", 4, 1024, 1, 4, 1),
-        Tile("pointer", 64, 64, 32, 8, 2),
+        Tile("pointer", 64, 64, 16, 8, 2),
     ),
     Key("forward", "interpreter", "any", ANY, ANY): (
         Tile("pointer", 32, 64, 32, 4, 1, 2, 128),
