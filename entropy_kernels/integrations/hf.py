@@ -43,6 +43,9 @@ class LogprobEntropyOutput(ModelOutput):
     aux_loss: Any = None
 
 
+_FIELDS = tuple(field.name for field in fields(LogprobEntropyOutput))
+
+
 def patch_lm_head(model: nn.Module, *, impl: str = "auto") -> Patch:
     """Let a causal LM return log-probabilities and entropies of given targets instead of logits.
 
@@ -190,9 +193,8 @@ class _ModelForward:
             raise ValueError(f"{name} did not call its head; was its forward replaced before?")
         if not isinstance(output, ModelOutput):
             raise ValueError(f"with target, {name} must return a ModelOutput; return_dict is false")
-        computed = found._asdict()
-        others = {field.name for field in fields(LogprobEntropyOutput)} - set(computed)
-        return LogprobEntropyOutput(**computed, **{key: output.get(key) for key in others})
+        others = {key: output.get(key) for key in _FIELDS if key not in found._fields}
+        return LogprobEntropyOutput(**found._asdict(), **others)
 
     def _check(self, temperature: float | Tensor, options: dict[str, Any]) -> None:
         if options.get("labels") is not None:

@@ -1,4 +1,4 @@
-"""FSDP2 on two processes: the gradients of a patched model are those of one process."""
+"""FSDP2 and DDP on two processes: the gradients of a patched model are those of one process."""
 
 import warnings
 
@@ -8,6 +8,7 @@ import torch.distributed as dist
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.multiprocessing import spawn
+from torch.nn.parallel import DistributedDataParallel
 
 from entropy_kernels.integrations._head import as_linear
 from entropy_kernels.integrations.hf import patch_lm_head
@@ -22,6 +23,7 @@ CASES = {
     "head of its own, patched first": ("cohere-untied", ["layers", "head"], False),
     "tied": ("qwen3-tied", ["layers"], True),
     "LoRA on the head": ("lora", ["layers", "head"], True),
+    "DDP of a compiled model": ("granite", ["DDP"], False),
 }
 
 
@@ -42,13 +44,24 @@ def make(family):
 
 
 def shard(model, units):
+    """What is called instead of the model from now on."""
+    if units == ["DDP"]:
+        compiled = torch.compile(model, backend="aot_eager", dynamic=False, fullgraph=True)
+        return DistributedDataParallel(compiled)
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     if "layers" in units:
         for layer in inner.model.layers:
             fully_shard(layer)
     if "head" in units:
         fully_shard(inner.lm_head)
-    fully_shard(model)
+    return fully_shard(model)
+
+
+def whole(grad):
+    """The sum over the ranks of what each computed; FSDP and DDP average."""
+    if grad is None:
+        return None
+    return RANKS * (grad.full_tensor() if isinstance(grad, DTensor) else grad)
 
 
 def on_rank(rank, folder):
@@ -64,16 +77,15 @@ def on_rank(rank, folder):
             model = make(family)
             if not sharded_first:
                 patch_lm_head(model)
-            shard(model, units)
+            called = shard(model, units)
             patch_lm_head(model)
             tokens = {name: x.chunk(RANKS)[rank] for name, x in batch(sequences=4).items()}
-            found = model(**tokens)
+            found = called(**tokens)
             grads = gradients(model, found, share=(RANKS, rank))
-            assert all(isinstance(grad, DTensor) for grad in grads.values() if grad is not None)
-            full = {n: None if g is None else RANKS * g.full_tensor() for n, g in grads.items()}
-            results[case] = full, found.logprob.detach()
+            results[case] = {n: whole(grad) for n, grad in grads.items()}, found.logprob.detach()
+            if case == "LoRA on the head":
+                _check_refused(model)
         torch.save(results, f"{folder}/{rank}.pt")
-        _check_refused(model)
     finally:
         dist.destroy_process_group()
 
