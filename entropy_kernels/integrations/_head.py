@@ -101,12 +101,17 @@ def measure(model: Any, head: Any) -> tuple[float, float | None]:
     """
     name = type(model).__name__
     linear, _ = parts(head)
-    z = torch.empty(1, 3, linear.out_features, dtype=torch.float64, device="cpu")
+    device = linear.weight.device
+    # On "meta" the weights have no values yet; the logits must have.
+    place = "cpu" if device.type == "meta" else device
+    z = torch.empty(1, 3, linear.out_features, dtype=torch.float64, device=place)
     z[0, 0], z[0, 1] = _NEAR, _FAR
     z[0, 2] = torch.linspace(-_SPREAD, _SPREAD, linear.out_features, dtype=torch.float64)
-    states = torch.zeros(1, 3, linear.in_features, device="cpu")
-    tokens = torch.zeros(1, 3, dtype=torch.int64, device="cpu")
-    stand_ins = {model.base_model: _Backbone(model.base_model, states), head: _Head(head, z)}
+    tokens = torch.zeros(1, 3, dtype=torch.int64, device=device)
+    body = backbone(model)
+    width = getattr(model.config.get_text_config(), "hidden_size", linear.in_features)
+    states = torch.zeros(1, 3, width, dtype=linear.weight.dtype, device=device)
+    stand_ins = {body: _Backbone(body, states), head: _Head(head, z)}
     try:
         with _replaced(model, stand_ins):
             logits = type(model).forward(model, input_ids=tokens).logits.double()
@@ -131,6 +136,12 @@ def measure(model: Any, head: Any) -> tuple[float, float | None]:
     )
 
 
+def backbone(model: Any) -> Any:
+    """What gives the hidden states: `base_model`, or `model` where that is none; else None."""
+    found = model.base_model
+    return getattr(model, "model", None) if found is model else found
+
+
 class _StandIn:
     """Answers calls; its attributes are those of the module whose place it takes."""
 
@@ -143,7 +154,8 @@ class _StandIn:
 
 class _Head(_StandIn):
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
-        return self._answer
+        # A copy: some models write to their logits.
+        return self._answer.clone()
 
 
 class _Backbone(_StandIn):

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from entropy_kernels.functional import LogprobEntropy, linear_logprob_entropy
-from entropy_kernels.integrations._head import as_linear, measure, parts
+from entropy_kernels.integrations._head import as_linear, backbone, measure, parts
 from entropy_kernels.integrations._patch import Patch, require
 
 
@@ -229,7 +229,7 @@ def _causal_lm(model: Any) -> Any:
 
 def _check(model: Any, head: Any) -> None:
     name = type(model).__name__
-    if head is None or model.base_model is model or model.config.is_encoder_decoder:
+    if head is None or backbone(model) is None or model.config.is_encoder_decoder:
         raise ValueError(f"model must be a backbone and a head over its states; got {name}")
     if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
         raise ValueError("FSDP1 is not supported; shard with torch.distributed.fsdp.fully_shard")

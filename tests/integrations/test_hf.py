@@ -6,6 +6,7 @@ import inspect
 
 import pytest
 import torch
+import transformers
 from torch import nn
 from transformers import Qwen3ForCausalLM, T5Config, T5ForConditionalGeneration
 from transformers.modeling_outputs import CausalLMOutputWithPast, MoeCausalLMOutputWithPast
@@ -44,6 +45,8 @@ def check(model, tokens, temperature=1.0, **options):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_each_family(family):
+    if not hasattr(transformers, f"{FAMILIES[family][0]}PreTrainedModel"):
+        pytest.skip(f"transformers {transformers.__version__} has no {family}")
     model = build(family)
     head = model.get_output_embeddings()
     tied = head.weight is model.get_input_embeddings().weight
@@ -134,6 +137,30 @@ def test_other_outputs_are_passed_on():
     assert torch.equal(found.aux_loss, want.aux_loss)
     assert torch.equal(found.hidden_states[-1], want.hidden_states[-1])
     assert found.past_key_values.get_seq_length() == 11
+
+
+@pytest.mark.skipif(
+    "statistics" not in inspect.signature(ek.linear_logprob_entropy).parameters,
+    reason="linear_logprob_entropy has no statistics",
+)
+def test_statistics_are_of_the_logits_that_the_model_returns():
+    model, tokens = build("gemma2"), batch()
+    inputs = {name: x for name, x in tokens.items() if name != "target"}
+    logp = (model(**inputs).logits.double() / 0.7).log_softmax(-1)
+    none = tokens["target"] == -100
+    with patch_lm_head(model):
+        found = model(**tokens, temperature=0.7, statistics=("max_prob", "varentropy"))
+    mean = (logp.exp() * logp).sum(-1)
+    wants = {
+        "max_prob": logp.exp().amax(-1),
+        "varentropy": (logp.exp() * logp.square()).sum(-1) - mean.square(),
+    }
+    for name, want in wants.items():
+        assert not found[name].requires_grad
+        torch.testing.assert_close(
+            found[name].double(), want.masked_fill(none, 0.0), rtol=1e-5, atol=1e-5
+        )
+    assert found.sum_p2 is None
 
 
 def test_backward_runs_on_rows_with_gradient_and_logits_never_exist():
@@ -255,7 +282,7 @@ class Clamped(Qwen3ForCausalLM):
 class Masked(Qwen3ForCausalLM):
     def forward(self, *args, **options):
         output = super().forward(*args, **options)
-        output.logits[..., -3:] = -torch.inf
+        output.logits[..., -3:] = torch.finfo(output.logits.dtype).min
         return output
 
 
@@ -267,7 +294,7 @@ class Skipping(Qwen3ForCausalLM):
 
 REFUSED = {
     "clamped": (lambda config: Clamped(config), r"Clamped does to its logits.*softcap=20\.0"),
-    "masked": (lambda config: Masked(config), r"Masked does to its logits.*-inf"),
+    "masked": (lambda config: Masked(config), r"Masked does to its logits.*makes -1\.79769e\+308"),
     "not called": (lambda config: Skipping(config), "Skipping"),
     "no head": (lambda config: Qwen3ForCausalLM(config).model, "a backbone and a head"),
     "no model": (lambda config: nn.Linear(2, 2), "PeftModel of one.*got Linear"),

@@ -35,7 +35,7 @@ def adapted(family="qwen3", **options):
     """A PEFT model whose update is not zero. PEFT warns of a tied head with an update."""
     torch.manual_seed(5)
     tied = "lm_head" not in options["target_modules"] and family.endswith("tied")
-    settings = peft.LoraConfig(**{"r": 4, "lora_alpha": 6, **options})
+    settings = peft.LoraConfig(task_type="CAUSAL_LM", **{"r": 4, "lora_alpha": 6, **options})
     return fill(peft.get_peft_model(build(family, tie_word_embeddings=tied), settings))
 
 
