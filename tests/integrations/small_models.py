@@ -43,6 +43,10 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "hyperclovax": ("HyperCLOVAX", {"logits_scaling": 0.3}),
     "nanochat": ("NanoChat", {"final_logit_softcapping": 2.5}),
     "gpt-oss": ("GptOss", {"num_local_experts": 4, "num_experts_per_tok": 2}),
+    # Its base_model is itself; a mixture too.
+    "llama4": ("Llama4", {"num_local_experts": 2, "intermediate_size_mlp": 32}),
+    # A layer of its own between the backbone and the head.
+    "modernbert": ("ModernBertDecoder", {"bos_token_id": 1, "eos_token_id": 2}),
     "phi": ("Phi", {}),
     "gpt2": ("GPT2", {"tie_word_embeddings": True}),
 }
@@ -51,7 +55,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 def build(family: str, seed: int = 0, spread: float = 0.4, **changes: Any) -> Any:
     """A model whose logits differ by a few, and whose head's bias, if any, is not zero."""
     name, own = FAMILIES[family]
-    config = {"Gemma3": "Gemma3TextConfig"}.get(name, f"{name}Config")
+    config = f"{name}TextConfig" if name in ("Gemma3", "Llama4") else f"{name}Config"
     model = {"GPT2": "GPT2LMHeadModel"}.get(name, f"{name}ForCausalLM")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
