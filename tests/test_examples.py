@@ -1,4 +1,4 @@
-"""The scripts of examples/ run as they are, and do what they say."""
+"""The examples run as they are written, and do what they say."""
 
 import os
 import re
@@ -9,29 +9,24 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
+# Script: packages it needs besides the trainer's, arguments, and what its last line looks like.
+EXAMPLES = {
+    # Half of the tokens are small to begin with.
+    "own_loop.py": (
+        ["transformers"],
+        [],
+        r"step 11: reward 0\.[6-9]\d+, loss [+-]\d\.\d+, kept 205 of 1024 rows",
+    ),
+}
 
 
-def learns_on_a_fifth_of_the_tokens(printed):
-    line = r"step \d+: reward (\d\.\d+), loss [+-]\d\.\d+, kept 205 of 1024 rows"
-    rewards = [float(reward) for reward in re.findall(line, printed)]
-    assert len(rewards) == len(printed.splitlines()) == 12
-    assert rewards[-1] > rewards[0] + 0.1
-
-
-EXAMPLES = {"own_loop.py": learns_on_a_fifth_of_the_tokens}
-
-
-@pytest.mark.parametrize("script", EXAMPLES)
-def test_example(script):
-    pytest.importorskip("transformers")
-    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-    done = subprocess.run(
-        [sys.executable, "-W", "error", str(ROOT / "examples" / script)],
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)},
-        capture_output=True,
-        text=True,
-        timeout=200,
-        check=False,
-    )
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_example_runs(name, tmp_path):
+    needs, arguments, last = EXAMPLES[name]
+    for package in needs:
+        pytest.importorskip(package, reason=f"examples/{name} needs it")
+    command = [sys.executable, str(ROOT / "examples" / name), *arguments]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    EXAMPLES[script](done.stdout)
+    assert re.fullmatch(last, done.stdout.splitlines()[-1]), done.stdout
