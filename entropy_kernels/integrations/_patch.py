@@ -1,10 +1,14 @@
-"""Attributes of other libraries' modules and classes, replaced and put back."""
+"""Attributes of other libraries' modules, classes and objects, replaced and put back."""
 
 from importlib.metadata import PackageNotFoundError, version
 from types import TracebackType
 from typing import Any
 
 from packaging.version import Version
+
+
+class _Inherited:
+    """Stands for an attribute that its owner had from its class alone."""
 
 
 class Patch:
@@ -16,8 +20,11 @@ class Patch:
 
     def __init__(self, *replacements: tuple[Any, str, Any]) -> None:
         """replacements: (owner, name of the attribute, what replaces it)."""
+        for owner, name, _ in replacements:
+            getattr(owner, name)
         self._active = [
-            (owner, name, getattr(owner, name), new) for owner, name, new in replacements
+            (owner, name, vars(owner).get(name, _Inherited), new)
+            for owner, name, new in replacements
         ]
         for owner, name, _, new in self._active:
             setattr(owner, name, new)
@@ -30,12 +37,14 @@ class Patch:
     def undo(self) -> None:
         """Put back what was there before."""
         for owner, name, _, new in self._active:
-            if getattr(owner, name) is not new:
-                raise RuntimeError(
-                    f"{owner.__name__}.{name} was replaced again since; undo that patch first"
-                )
+            if vars(owner).get(name) is not new:
+                of = getattr(owner, "__name__", type(owner).__name__)
+                raise RuntimeError(f"{of}.{name} was replaced again since; undo that patch first")
         for owner, name, old, _ in reversed(self._active):
-            setattr(owner, name, old)
+            if old is _Inherited:
+                delattr(owner, name)
+            else:
+                setattr(owner, name, old)
         self._active = []
 
     def __enter__(self) -> "Patch":

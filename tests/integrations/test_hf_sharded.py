@@ -1,0 +1,114 @@
+"""FSDP2 and DDP on two processes: the gradients of a patched model are those of one process."""
+
+import warnings
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.multiprocessing import spawn
+from torch.nn.parallel import DistributedDataParallel
+
+from entropy_kernels.integrations._head import as_linear
+from entropy_kernels.integrations.hf import patch_lm_head
+from tests.integrations.small_models import assert_same_gradients, batch, build, gradients
+
+RANKS = 2
+# Family, units of their own besides the root, and whether sharding comes first.
+CASES = {
+    "root": ("qwen3", [], True),
+    "layers": ("gemma2", ["layers"], False),
+    "head of its own": ("qwen3", ["layers", "head"], True),
+    "head of its own, patched first": ("cohere-untied", ["layers", "head"], False),
+    "tied": ("qwen3-tied", ["layers"], True),
+    "LoRA on the head": ("lora", ["layers", "head"], True),
+    "DDP of a compiled model": ("granite", ["DDP"], False),
+}
+
+
+def make(family):
+    if family == "cohere-untied":
+        return build("cohere", tie_word_embeddings=False)
+    if family != "lora":
+        return build(family)
+    import peft
+
+    torch.manual_seed(5)
+    settings = peft.LoraConfig(target_modules=["q_proj", "lm_head"], r=4)
+    model = peft.get_peft_model(build("qwen3"), settings)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+def shard(model, units):
+    """What is called instead of the model from now on."""
+    if units == ["DDP"]:
+        compiled = torch.compile(model, backend="aot_eager", dynamic=False, fullgraph=True)
+        return DistributedDataParallel(compiled)
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if "layers" in units:
+        for layer in inner.model.layers:
+            fully_shard(layer)
+    if "head" in units:
+        fully_shard(inner.lm_head)
+    return fully_shard(model)
+
+
+def whole(grad):
+    """The sum over the ranks of what each computed; FSDP and DDP average."""
+    if grad is None:
+        return None
+    return RANKS * (grad.full_tensor() if isinstance(grad, DTensor) else grad)
+
+
+def on_rank(rank, folder):
+    """Gradients on this rank's sequences, averaged by FSDP, and the found log-probs."""
+    torch.set_num_threads(1)
+    warnings.simplefilter("error")
+    warnings.filterwarnings("ignore", ".is_gradient_checkpointing. is deprecated")
+    store = dist.FileStore(f"{folder}/store", RANKS)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=RANKS)
+    try:
+        results = {}
+        for case, (family, units, sharded_first) in CASES.items():
+            model = make(family)
+            if not sharded_first:
+                patch_lm_head(model)
+            called = shard(model, units)
+            patch_lm_head(model)
+            tokens = {name: x.chunk(RANKS)[rank] for name, x in batch(sequences=4).items()}
+            found = called(**tokens)
+            grads = gradients(model, found, share=(RANKS, rank))
+            results[case] = {n: whole(grad) for n, grad in grads.items()}, found.logprob.detach()
+            if case == "LoRA on the head":
+                _check_refused(model)
+        torch.save(results, f"{folder}/{rank}.pt")
+    finally:
+        dist.destroy_process_group()
+
+
+def _check_refused(model):
+    """The head outside of the modules whose hooks gather it."""
+    head = model.get_base_model().lm_head
+    head.reshard()
+    with pytest.raises(ValueError, match=r"DTensor .*Shard\(dim=0\).* during forward"):
+        as_linear(head, torch.zeros(2, 16))
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated")
+def test_two_ranks_give_the_gradients_of_one_process(tmp_path):
+    pytest.importorskip("peft")
+    spawn(on_rank, args=(str(tmp_path),), nprocs=RANKS)
+    found = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(RANKS)]
+    for case, (family, _, _) in CASES.items():
+        model = make(family)
+        with patch_lm_head(model):
+            want = model(**batch(sequences=4))
+            want_grads = gradients(model, want)
+        logprob = torch.cat([results[case][1] for results in found])
+        torch.testing.assert_close(logprob, want.logprob.detach(), rtol=1e-6, atol=1e-6)
+        for results in found:
+            assert_same_gradients(results[case][0], want_grads)
