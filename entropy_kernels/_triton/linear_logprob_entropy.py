@@ -27,9 +27,9 @@ from entropy_kernels._triton.tiles import Tile
 # fp32 logits of as many rows as fit, at least one block of them.
 WORKSPACE_BYTES = 1 << 29
 _WORKSPACE_BLOCK = 128
-# Rows of one product with their targets' weights; of one program that merges splits, and splits.
-_TARGET_BLOCK = 64
-_TARGET_WARPS = {2: 4, 4: 8}
+# Rows of one product with their targets' weights, by bytes of an element; of one program that
+# merges splits, and splits.
+_TARGET_BLOCK = {2: 64, 4: 32}
 _MERGE_BLOCK = (32, 16)
 
 
@@ -265,7 +265,7 @@ def _target_logits(head: _Head, tile: Tile, out_T: Tensor) -> None:
     (count, hidden), vocabulary = head.hidden_TD.shape, head.weight_VD.shape[0]
     flags = _flags(head)
     del flags["HAS_TEMPERATURE"]
-    block_t = min(_TARGET_BLOCK, tile.block_t)
+    block_t = min(_TARGET_BLOCK[head.hidden_TD.element_size()], tile.block_t)
     target_logit[(triton.cdiv(count, block_t),)](
         head.hidden_TD,
         head.weight_VD,
@@ -282,7 +282,7 @@ def _target_logits(head: _Head, tile: Tile, out_T: Tensor) -> None:
         UPCAST=gpu.interpreting(),
         BLOCK_T=block_t,
         BLOCK_D=tile.block_d,
-        **tile._replace(num_warps=_TARGET_WARPS[head.hidden_TD.element_size()]).options,
+        **tile._replace(num_warps=4).options,
     )
 
 
