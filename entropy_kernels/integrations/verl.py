@@ -1,0 +1,266 @@
+"""verl: its fused head computed by ours, and the paper's exact mask as one of its policy losses.
+
+T tokens, D hidden, V vocabulary, B sequences, L their length.
+
+verl 0.9 computes log-probs and entropies from hidden states where
+`actor_rollout_ref.model.use_fused_kernels=True`; with `fused_kernel_options.impl_backend` "torch"
+or "liger" that is one method, `FusedLinearForPPO.forward`, which `patch_verl` replaces for every
+model and actor. The backward of verl's and of Liger's covers all rows; here a row whose gradient is
+zero (masked, clipped, of advantage zero, prompt, padding) costs nothing.
+
+verl has no entropy mask. Its policy losses can be registered by name, but are not given entropies:
+`patch_verl` registers "high_entropy" and wraps `ppo_loss`, which has them, around it.
+
+Ray's workers are processes of their own. verl imports what `actor_rollout_ref.model.external_lib`
+names in each of them before it builds a model: `entropy_kernels.integrations.verl_external_lib`
+calls `patch_verl()` there.
+
+Not covered: the Megatron engine and `impl_backend=triton`, which keep verl's own Triton kernel. The
+second raises where verl would take it, "high_entropy" raises on any engine but FSDP's, and without
+`use_fused_kernels` verl makes all logits as ever. verl's FSDP engine refuses a temperature per
+sample with fused kernels, although the head here takes one a token.
+"""
+
+import math
+import sys
+from decimal import Decimal
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from entropy_kernels.functional import linear_logprob_entropy
+from entropy_kernels.integrations._patch import Patch, require
+from entropy_kernels.losses import ratio_loss
+from entropy_kernels.selection import top_entropy_mask
+
+LOSS_MODE = "high_entropy"
+BACKENDS = ("torch", "liger")
+STRATEGIES = ("fsdp", "fsdp2")
+# Modules of verl that hold a copy of `ppo_loss` once they are imported.
+_COPIES = ("verl.workers.engine_workers", "verl.trainer.distillation.losses")
+_in_force: "_VerlPatch | None" = None
+
+
+def patch_verl(
+    *,
+    impl: str = "auto",
+    fraction: float = 0.2,
+    over_ranks: bool = False,
+    denominator: str = "selected",
+) -> Patch:
+    """Give verl 0.9's fused head our kernels, and its actor the loss_mode "high_entropy".
+
+    The head keeps verl's signature, shapes ([T, D] or [B, L, D]) and temperature, which divides the
+    logits of both outputs. log_probs are fp32, as verl's. Entropies are fp32 too, where verl rounds
+    them to the dtype of the hidden states: of 16-bit entropies many tie, and a mask of the highest
+    fifth would be drawn among the ties. Rows whose label is -100 give zeros.
+
+    "high_entropy", for `actor_rollout_ref.actor.policy_loss.loss_mode`, is equation 6 of arXiv
+    2506.01939v2: the clipped ratio loss with dual clip of verl's "vanilla", on exactly
+    ceil(fraction * n) of the n response tokens, those of highest entropy under the current policy.
+    It needs `actor.calculate_entropy=True` and `actor.loss_agg_mode=token-mean`. A KL loss or an
+    entropy coefficient stays what verl makes of it, a sum over all response tokens, and gives all
+    of them a gradient.
+
+    Micro-batches and ranks: as verl's losses, the sum is divided by a count of the whole
+    mini-batch, so that micro-batches and ranks add up. The threshold is of one micro-batch on one
+    rank (the paper's code) or on all (`over_ranks`); how the mini-batch is split therefore decides
+    which tokens are kept, up to one more for each part, and nothing else. One micro-batch with
+    `over_ranks` is exactly the paper's formula. The paper's code instead averages over each
+    micro-batch's selected tokens and weighs micro-batches by their sequences.
+
+    Args:
+        impl: as in `linear_logprob_entropy`.
+        fraction: of the response tokens, in (0, 1].
+        over_ranks: take the threshold over the data-parallel ranks' micro-batches of the same
+            number together: histograms of 40 KB are summed, no entropy moves.
+        denominator: "selected", ceil(fraction * tokens of the mini-batch) (paper v2), or "all", the
+            tokens of the mini-batch (v1).
+
+    Returns:
+        The patch, with `undo`. Called again with the same options, that which is in force.
+
+    Raises:
+        ImportError: verl is missing or not 0.9.
+        ValueError: options out of range; verl is patched with other options, or has another
+            "high_entropy". Later, by what verl calls: `impl_backend=triton`, and the settings named
+            above that "high_entropy" cannot honour.
+    """
+    global _in_force
+    options = {
+        "impl": impl,
+        "fraction": fraction,
+        "over_ranks": over_ranks,
+        "denominator": denominator,
+    }
+    if _in_force is not None and _in_force.active:
+        if _in_force.options != options:
+            raise ValueError(f"verl is patched with {_in_force.options}; undo that first")
+        return _in_force
+    if not 0 < fraction <= 1:
+        raise ValueError(f"fraction must lie in (0, 1]; got {fraction}")
+    if denominator not in ("selected", "all"):
+        raise ValueError(f'denominator must be "selected" or "all"; got {denominator!r}')
+    require("verl", "0.9", "0.10")
+    _in_force = _VerlPatch(options)
+    return _in_force
+
+
+class _VerlPatch(Patch):
+    """The replacements, and the registered loss."""
+
+    def __init__(self, options: dict[str, Any]) -> None:
+        from verl.models.transformers import monkey_patch
+        from verl.trainer.ppo import core_algos
+        from verl.utils.experimental.torch_functional import FusedLinearForPPO
+        from verl.workers.utils import losses
+
+        self.options = options
+        self._registry = core_algos.POLICY_LOSS_REGISTRY
+        if LOSS_MODE in self._registry:
+            raise ValueError(f"verl has a policy loss {LOSS_MODE!r} already")
+        loss = _HighEntropyLoss(losses, options)
+        ppo_loss = loss.ppo_loss
+        holders = [losses, *(sys.modules[name] for name in _COPIES if name in sys.modules)]
+        super().__init__(
+            (FusedLinearForPPO, "forward", _head(options["impl"])),
+            (monkey_patch, "patch_forward_with_backends", _checked(monkey_patch)),
+            *((holder, "ppo_loss", ppo_loss) for holder in holders),
+        )
+        core_algos.register_policy_loss(LOSS_MODE)(loss.policy_loss)
+
+    def undo(self) -> None:
+        """Put back what was there before."""
+        super().undo()
+        self._registry.pop(LOSS_MODE, None)
+
+
+def _head(impl: str) -> Any:
+    """What stands in for FusedLinearForPPO.forward."""
+
+    def forward(
+        self: Any,
+        hidden_states: Tensor,
+        vocab_weights: Tensor,
+        input_ids: Tensor,
+        temperature: float | Tensor = 1.0,
+    ) -> tuple[Tensor, Tensor]:
+        """log_probs and entropy, fp32, of input_ids' shape."""
+        found = linear_logprob_entropy(
+            hidden_states, vocab_weights, input_ids.long(), temperature=temperature, impl=impl
+        )
+        return found.logprob, found.entropy
+
+    return forward
+
+
+def _checked(monkey_patch: Any) -> Any:
+    """verl's choice of a fused forward, which must come to the patched method."""
+    original = monkey_patch.patch_forward_with_backends
+
+    def patch_forward_with_backends(
+        model: Any, use_fused_kernels: bool = False, fused_kernels_backend: str | None = None
+    ) -> None:
+        if use_fused_kernels and fused_kernels_backend not in BACKENDS:
+            raise ValueError(
+                "patch_verl covers actor_rollout_ref.model.fused_kernel_options.impl_backend "
+                f"{' and '.join(BACKENDS)}; got {fused_kernels_backend}"
+            )
+        original(model, use_fused_kernels, fused_kernels_backend)
+
+    return patch_forward_with_backends
+
+
+class _HighEntropyLoss:
+    """verl's ppo_loss, and inside it the registered loss, to which the entropies are handed."""
+
+    def __init__(self, losses: Any, options: dict[str, Any]) -> None:
+        self._ppo_loss, self._pad = losses.ppo_loss, losses.no_padding_2_padding
+        self._fraction, self._denominator = options["fraction"], options["denominator"]
+        self._over_ranks = options["over_ranks"]
+        self._entropy: Tensor | None = None
+        self._group: Any = None
+
+    def ppo_loss(
+        self, config: Any, model_output: Any, data: Any, dp_group: Any = None
+    ) -> tuple[Tensor, dict[str, Any]]:
+        """verl's ppo_loss; under "high_entropy" `policy_loss` finds the entropies [B, L]."""
+        if config.policy_loss.get("loss_mode", "vanilla") != LOSS_MODE:
+            return self._ppo_loss(config, model_output, data, dp_group)
+        if config.strategy not in STRATEGIES:
+            raise ValueError(
+                f"loss_mode={LOSS_MODE} runs on the strategies {', '.join(STRATEGIES)}; "
+                f"got {config.strategy}"
+            )
+        if model_output.get("entropy") is None:
+            raise ValueError(
+                f"loss_mode={LOSS_MODE} needs actor_rollout_ref.actor.calculate_entropy=True"
+            )
+        self._entropy = self._pad(model_output["entropy"], data).detach().float()
+        self._group = dp_group if self._over_ranks else None
+        try:
+            return self._ppo_loss(config, model_output, data, dp_group)
+        finally:
+            self._entropy = self._group = None
+
+    def policy_loss(
+        self,
+        old_log_prob: Tensor,
+        log_prob: Tensor,
+        advantages: Tensor,
+        response_mask: Tensor,
+        loss_agg_mode: str = "token-mean",
+        config: Any = None,
+        rollout_is_weights: Tensor | None = None,
+    ) -> tuple[Tensor, dict[str, float]]:
+        """The loss of `patch_verl`, times the number of ranks, over which gradients are averaged.
+
+        All tensors are [B, L]. Metrics, over the selected tokens of this rank: actor/pg_clipfrac,
+        actor/ppo_kl; of the mask: actor/kept_fraction and the mean entropies actor/kept_entropy and
+        actor/mask_entropy.
+        """
+        if loss_agg_mode != "token-mean":
+            raise ValueError(
+                f"loss_mode={LOSS_MODE} has loss_agg_mode=token-mean; got {loss_agg_mode}"
+            )
+        if self._entropy is None:
+            raise ValueError(f"loss_mode={LOSS_MODE} runs inside verl's ppo_loss only")
+        mask = response_mask.bool()
+        selected = top_entropy_mask(self._entropy, mask, self._fraction, group=self._group)
+        if rollout_is_weights is not None:
+            # They are >= 0, so that min and clip commute with them.
+            advantages = advantages * rollout_is_weights
+        low, high = config.clip_ratio_low, config.clip_ratio_high
+        loss, found = ratio_loss(
+            log_prob,
+            old_log_prob,
+            advantages,
+            mask,
+            selected=selected,
+            clip_low=config.clip_ratio if low is None else low,
+            clip_high=config.clip_ratio if high is None else high,
+            dual_clip=config.get("clip_ratio_c", 3.0),
+            denominator=self._count(config.global_batch_info),
+        )
+        kept, valid = (torch.where(of, self._entropy, 0).sum() for of in (selected, mask))
+        metrics = {
+            "actor/pg_clipfrac": found["clip/low"] + found["clip/high"],
+            "actor/ppo_kl": found["kl/k1"],
+            "actor/kept_fraction": found["entropy/kept_fraction"],
+            "actor/kept_entropy": kept / found["tokens/kept"].clamp_min(1),
+            "actor/mask_entropy": valid / found["tokens/all"].clamp_min(1),
+        }
+        values = torch.stack([x.float() for x in metrics.values()]).tolist()
+        return loss, dict(zip(metrics, values, strict=True))
+
+    def _count(self, info: dict[str, Any]) -> float | str:
+        """The mini-batch's count of tokens, a rank's share of it; without one, that of the call."""
+        tokens, ranks = info.get("batch_num_tokens"), info.get("dp_size", 1)
+        if tokens is None and ranks > 1:
+            raise ValueError(f"dp_size={ranks} needs batch_num_tokens in global_batch_info")
+        if tokens is None:
+            return self._denominator
+        # As top_entropy_mask does, fraction is read as a decimal.
+        share = Decimal(str(self._fraction)) if self._denominator == "selected" else 1
+        return max(1, math.ceil(share * int(tokens))) / ranks

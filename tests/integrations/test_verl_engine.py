@@ -1,0 +1,177 @@
+"""An actor's step as verl's FSDP engine takes it, on a CPU and without sharding: packed sequences,
+labels rolled by the engine, autocast, nested outputs, ppo_loss and backward."""
+
+import math
+from functools import partial
+
+import pytest
+import torch
+
+from entropy_kernels.integrations.verl import patch_verl
+from entropy_kernels.testing import Watch
+
+MISSING = "verl is not installed"
+engines = pytest.importorskip("verl.workers.engine.fsdp.transformer_impl", reason=MISSING)
+monkey_patch = pytest.importorskip("verl.models.transformers.monkey_patch", reason=MISSING)
+losses = pytest.importorskip("verl.workers.utils.losses", reason=MISSING)
+config = pytest.importorskip("verl.workers.config", reason=MISSING)
+tu = pytest.importorskip("verl.utils.tensordict_utils", reason=MISSING)
+
+PROMPTS, RESPONSES = [3, 2, 4], [9, 12, 6]
+V, D = 301, 32
+TEMPERATURE = 0.8
+
+
+@pytest.fixture(autouse=True)
+def _on_a_cpu(monkeypatch):
+    """Without CUDA verl takes "cuda" for the device all the same."""
+    monkeypatch.setattr(engines, "get_device_id", lambda: "cpu")
+    monkeypatch.setattr(engines, "get_device_name", lambda: "cpu")
+
+
+def small_model(backend):
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    torch.manual_seed(0)
+    shape = Qwen3Config(
+        vocab_size=V,
+        hidden_size=D,
+        intermediate_size=48,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+        initializer_range=0.3,
+        tie_word_embeddings=False,
+    )
+    # A class of its own: verl replaces the forward of the class.
+    model = type("OwnQwen3", (Qwen3ForCausalLM,), {})(shape)
+    monkey_patch.patch_forward_with_backends(
+        model, use_fused_kernels=True, fused_kernels_backend=backend
+    )
+    return model
+
+
+def engine_of(model, dtype):
+    """verl's engine around a model that it did not build: its own needs CUDA or an NPU."""
+    engine = object.__new__(engines.FSDPEngineWithLMHead)
+    engine.module, engine._autocast_dtype = model, dtype
+    engine.use_ulysses_sp = engine.pad_to_length = False
+    engine.ulysses_device_mesh = None
+    return engine
+
+
+def micro_batch(temperature=TEMPERATURE):
+    generator = torch.Generator().manual_seed(1)
+    lengths = [p + r for p, r in zip(PROMPTS, RESPONSES, strict=True)]
+
+    def nested(rows):
+        return torch.nested.as_nested_tensor(list(rows), layout=torch.jagged)
+
+    ids = [torch.randint(V, (n,), generator=generator) for n in lengths]
+    tensors = {
+        "input_ids": nested(ids),
+        "position_ids": nested(torch.arange(n) for n in lengths),
+        "prompts": nested(x[:p] for x, p in zip(ids, PROMPTS, strict=True)),
+        "responses": nested(x[p:] for x, p in zip(ids, PROMPTS, strict=True)),
+        "response_mask": nested(torch.ones(r, dtype=torch.int64) for r in RESPONSES),
+        "old_log_probs": nested(-6 + torch.randn(r, generator=generator) for r in RESPONSES),
+        "advantages": nested(torch.randn(r, generator=generator) for r in RESPONSES),
+    }
+    settings = {
+        "temperature": temperature,
+        "use_fused_kernels": True,
+        "use_remove_padding": True,
+        "calculate_entropy": True,
+        "dp_size": 1,
+        "batch_num_tokens": sum(RESPONSES),
+        "global_batch_size": len(RESPONSES),
+    }
+    return tu.get_tensordict(tensors, settings)
+
+
+def loss_of(engine, loss_mode, **options):
+    """Loss and model outputs of one micro-batch."""
+    actor = config.FSDPActorConfig(
+        rollout_n=1,
+        ppo_micro_batch_size_per_gpu=1,
+        policy_loss=config.PolicyLossConfig(loss_mode=loss_mode),
+        **options,
+    )
+    loss, output = engine.forward_step(
+        micro_batch(), loss_function=partial(losses.ppo_loss, config=actor), forward_only=False
+    )
+    return loss, [output["model_output"][name].values() for name in ("log_probs", "entropy")]
+
+
+def step(engine, loss_mode):
+    """The same with gradients."""
+    engine.module.zero_grad()
+    loss, outputs = loss_of(engine, loss_mode)
+    loss.backward()
+    gradients = {name: p.grad.clone() for name, p in engine.module.named_parameters()}
+    return loss.detach(), outputs, gradients
+
+
+@pytest.mark.parametrize("backend", ["torch", "liger"])
+def test_verls_loss_is_the_same_with_either_head(backend):
+    engine = engine_of(small_model(backend), torch.float32)
+    before = step(engine, "vanilla")
+    with patch_verl():
+        got = step(engine, "vanilla")
+    torch.testing.assert_close(got[0], before[0], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(got[1], before[1], rtol=1e-4, atol=1e-5)
+    for name, gradient in before[2].items():
+        atol = 1e-5 * float(gradient.abs().max())
+        assert atol > 0
+        torch.testing.assert_close(got[2][name], gradient, rtol=1e-3, atol=atol)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_high_entropy_backward_runs_on_the_selected_rows(dtype):
+    model = small_model("torch")
+    rows = sum(PROMPTS) + sum(RESPONSES)
+    gradients = []
+
+    def watch_hidden_states(module, inputs, output):
+        """Which rows get a gradient from the head shows in that of the hidden states."""
+        output.last_hidden_state.register_hook(gradients.append)
+
+    model.model.register_forward_hook(watch_hidden_states)
+    with patch_verl():
+        loss, outputs, _ = step(engine_of(model, dtype), "high_entropy")
+    assert loss.isfinite()
+    assert outputs[1].dtype == torch.float32
+    kept = (gradients[0].reshape(rows, D) != 0).any(1)
+    assert 0 < int(kept.sum()) <= math.ceil(0.2 * sum(RESPONSES))
+    # They are responses' rows of the highest entropy: none that is left out lies above them.
+    ends = torch.tensor([p + r for p, r in zip(PROMPTS, RESPONSES, strict=True)]).cumsum(0)
+    of_responses = torch.zeros(rows, dtype=torch.bool)
+    for end, length in zip(ends.tolist(), RESPONSES, strict=True):
+        of_responses[end - length - 1 : end - 1] = True
+    k = math.ceil(0.2 * sum(RESPONSES))
+    highest = outputs[1].masked_fill(~of_responses, -1).topk(k).indices
+    assert set(kept.nonzero().flatten().tolist()) <= set(highest.tolist())
+
+
+@pytest.mark.parametrize("loss_mode", ["vanilla", "high_entropy"])
+def test_the_head_multiplies_the_rows_with_gradient_only(loss_mode):
+    model = small_model("torch").requires_grad_(False)
+    model.lm_head.requires_grad_(True)
+    # Nothing is clipped: every selected row has a gradient.
+    unclipped = {"clip_ratio_low": 1.0, "clip_ratio_high": 1e9, "clip_ratio_c": 1e9}
+    with patch_verl():
+        loss, _ = loss_of(engine_of(model, torch.float32), loss_mode, **unclipped)
+    with Watch() as watch:
+        loss.backward()
+    rows = sum(RESPONSES)
+    if loss_mode == "high_entropy":
+        rows = math.ceil(0.2 * rows)
+    # The logits again and the weight's gradient; the hidden states have none.
+    assert watch.products == 2 * rows * D * V
+
+
+def test_verl_itself_refuses_a_temperature_per_sample():
+    engine = engine_of(small_model("torch"), torch.float32)
+    with pytest.raises(AssertionError, match="does not support per sample temperature"):
+        engine.prepare_model_inputs(micro_batch(torch.ones(len(PROMPTS))))
