@@ -1,12 +1,15 @@
 PYTHON ?= python3
 EK_REQUIRE_NATIVE ?= 1
+WORKERS ?= auto
 VENV := .venv
 BIN := $(VENV)/bin
+VERL := .venv-verl
+VERL_NEEDS := tests/integrations/verl-requirements.txt
 comma := ,
 INPUTS := pyproject.toml constraints.txt setup.py CMakeLists.txt $(wildcard csrc/*/*)
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: train test lint bench sanitize clean
+.PHONY: train test test-verl lint bench sanitize clean
 
 train: $(VENV)/.trainer
 	@echo "Training ..."
@@ -14,7 +17,12 @@ train: $(VENV)/.trainer
 
 test: lint
 	@echo "Running the tests ..."
-	@EK_REQUIRE_NATIVE=$(EK_REQUIRE_NATIVE) $(BIN)/python -m pytest $(ARGS)
+	@EK_REQUIRE_NATIVE=$(EK_REQUIRE_NATIVE) $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
+
+# Beside the environment of all other tests, on top of which it lies.
+test-verl: $(VERL)/.installed
+	@echo "Running the tests of the adapter to verl ..."
+	@$(VERL)/bin/python -m pytest tests/integrations/test_verl*.py $(ARGS)
 
 lint: $(VENV)/.dev
 	@echo "Checking style and types ..."
@@ -56,8 +64,8 @@ sanitize: $(VENV)/.dev
 		$(SANITIZED_TESTS:%=tests/test_%.py) $(ARGS)
 
 clean:
-	@echo "Removing $(VENV), build outputs and caches; runs/ stays ..."
-	@rm -rf $(VENV) build dist *.egg-info entropy_kernels/*.so
+	@echo "Removing $(VENV), $(VERL), build outputs and caches; runs/ stays ..."
+	@rm -rf $(VENV) $(VERL) build dist *.egg-info entropy_kernels/*.so
 	@rm -rf .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
@@ -82,4 +90,13 @@ $(VENV)/.trainer: $(VENV)/.created $(INPUTS)
 	$(call install,trainer)
 
 $(VENV)/.dev: $(VENV)/.created $(INPUTS)
-	$(call install,trainer$(comma)gym$(comma)dev)
+	$(call install,trainer$(comma)gym$(comma)integrations$(comma)dev)
+
+$(VERL)/.installed: $(VENV)/.dev $(VERL_NEEDS)
+	@echo "Installing verl into $(VERL) ..."
+	@rm -rf $(VERL)
+	@$(BIN)/python -m venv $(VERL)
+	@$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+		> $$($(VERL)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/below.pth
+	@$(VERL)/bin/python -m pip install -q --no-deps -r $(VERL_NEEDS)
+	@touch $@
