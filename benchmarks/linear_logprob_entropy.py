@@ -189,9 +189,12 @@ def ours(
     return _step(problem, loss)
 
 
-def _our_forward(problem: Problem, *, impl: str) -> dict[str, Tensor]:
+def _our_forward(
+    problem: Problem, *, impl: str, statistics: tuple[str, ...] = ()
+) -> dict[str, Tensor]:
+    inputs = problem.hidden, problem.weight, problem.target
     with torch.no_grad():
-        found = ek.linear_logprob_entropy(problem.hidden, problem.weight, problem.target, impl=impl)
+        found = ek.linear_logprob_entropy(*inputs, statistics=statistics, impl=impl)
     return {"logprob": found.logprob, "entropy": found.entropy}
 
 
@@ -264,5 +267,10 @@ def _our_contestants(impl: str) -> list[Contestant]:
         found.append(Contestant(name, label, run, {"fraction": fraction, "half": half}, exact=True))
     setting = {"fraction": FRACTION, "half": False}
     label = f"ours ({impl}), forward alone"
-    run = partial(_our_forward, impl=impl)
-    return [*found, Contestant(f"{impl}-forward", label, run, setting, exact=True)]
+    for name, more, statistics in (
+        (f"{impl}-forward", "", ()),
+        (f"{impl}-forward-statistics", ", with all statistics", ops.MOMENTS),
+    ):
+        run = partial(_our_forward, impl=impl, statistics=statistics)
+        found.append(Contestant(name, label + more, run, setting, exact=True))
+    return found

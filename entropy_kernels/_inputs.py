@@ -5,6 +5,7 @@ T tokens, D hidden, V vocabulary.
 
 import functools
 import warnings
+from collections.abc import Collection
 
 import torch
 from torch import Tensor
@@ -60,6 +61,13 @@ def cast_as_linear(
         return hidden, weight, bias
     dtype = torch.get_autocast_dtype(device)
     return hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+
+
+def check_statistics(names: Collection[str]) -> None:
+    """Names out of ops.MOMENTS; one bare name is none of them."""
+    if isinstance(names, str) or not set(names) <= {*ops.MOMENTS}:
+        known = ", ".join(ops.MOMENTS)
+        raise ValueError(f"statistics must be a collection of names out of {known}; got {names!r}")
 
 
 def per_token_temperature(temperature: float | Tensor, target: Tensor) -> Tensor | None:

@@ -160,9 +160,11 @@ def linear_logprob_entropy(
     ignore_index: int,
     keep_logits: bool,
     isa: str = "",
+    moments: Tensor | None = None,
 ) -> Statistics:
     """The statistics of every row; zeros where the target is `ignore_index`, at no cost.
 
+    `moments`, contiguous fp32 [4, T], is filled with what _rows.MOMENTS names.
     `isa` names one of the instruction sets that the extension lists, the best by default. Sums
     over the vocabulary are divided among torch's threads in fixed parts: the same bits at the same
     number of threads. Logits are kept in the kernels' own order, of ignored rows too.
@@ -173,16 +175,23 @@ def linear_logprob_entropy(
     kept_T = target_T != ignore_index
     index_R = None if keep_logits or bool(kept_T.all()) else kept_T.nonzero().squeeze(1)
     found = torch.zeros(5, tokens)
+    if moments is not None:
+        assert _is_plain(moments, torch.float32)
+        assert moments.shape == (4, tokens)
+        moments.zero_()
     _count(
         _module().linear_logprob_entropy(
             _module().Head(**head, logits_ptr=_pointer(logits if keep_logits else None)),
             index_ptr=_pointer(index_R),
             count=tokens if index_R is None else index_R.numel(),
             statistics_ptr=found.data_ptr(),
+            moments_ptr=_pointer(moments),
             isa=isa,
         )
     )
     del inputs
+    if moments is not None:
+        moments.masked_fill_(~kept_T, 0)
     # An op's outputs are not views of one tensor.
     rows = [row.where(kept_T, 0) if keep_logits else row.clone() for row in found]
     return Statistics._make([*rows, logits])

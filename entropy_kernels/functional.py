@@ -3,6 +3,7 @@
 T tokens, D hidden, V vocabulary, B sequences, L their length.
 """
 
+from collections.abc import Collection
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +17,7 @@ from entropy_kernels._inputs import (
     check_like,
     check_main_grad,
     check_selection,
+    check_statistics,
     per_token_temperature,
     resolve,
 )
@@ -30,11 +32,18 @@ LEAST_ROW_BYTES = {"cpu": 2048, "cuda": 0}
 
 
 class LogprobEntropy(NamedTuple):
-    """What the head knows of each token, fp32, in the shape of the targets; entropy in nats."""
+    """What the head knows of each token, fp32, in the shape of the targets; entropy in nats.
+
+    What is below logsumexp is None unless asked for by `statistics`, and not differentiable.
+    """
 
     logprob: Float[Tensor, "*tokens"]
     entropy: Float[Tensor, "*tokens"]
     logsumexp: Float[Tensor, "*tokens"]
+    varentropy: Float[Tensor, "*tokens"] | None = None
+    max_prob: Float[Tensor, "*tokens"] | None = None
+    sum_p2: Float[Tensor, "*tokens"] | None = None
+    sum_p2_logp: Float[Tensor, "*tokens"] | None = None
 
 
 def linear_logprob_entropy(
@@ -49,6 +58,7 @@ def linear_logprob_entropy(
     keep_logits: bool = False,
     max_active_rows: int | None = None,
     main_grad: Float[Tensor, "V D"] | None = None,
+    statistics: Collection[str] = (),
     impl: str = "auto",
 ) -> LogprobEntropy:
     """Log-probability of each target and entropy of its distribution, from hidden states.
@@ -75,12 +85,19 @@ def linear_logprob_entropy(
             it. Where more rows get one, it gives NaN, the other backwards a ValueError.
         main_grad: fp32 [V, D], to which backward adds the weight's gradient; `weight.grad` then
             stays as it is. With impl="triton" the sum itself is never rounded to 16 bits.
+        statistics: of each distribution, in the same pass, as fields of the result, fp32 and not
+            differentiable: "varentropy", Var_p(log p) = sum p (log p)^2 - entropy^2 (nats^2);
+            "max_prob"; "sum_p2", sum p^2; "sum_p2_logp", sum p^2 log p (nats).
         impl: "auto", the fastest that is known to be right here; "cpu", the compiled kernels;
             "triton", the GPU kernels; "torch", blocks of torch.mm on any device; or "reference",
             the specification, also in fp64; it holds the logits.
 
     Precision: logits and their sums are fp32 whatever the inputs, gradients are accumulated in
     fp32 and rounded once. Entropy is log s - E[z - max], both terms non-negative; logprob <= 0.
+    Of the statistics, all but varentropy are sums of terms of one sign. varentropy is a sum of two
+    that are not negative, and keeps its digits at any small entropy (1e-6, 1e-12); where entropies
+    are high it loses E[(z - max)^2] / varentropy of them, 20 for logits that are normally
+    distributed.
     -inf logits (a masked vocabulary) are legal. NaN or inf in a row makes that row's outputs NaN.
 
     Never allocates [T, V] unless asked to by `keep_logits`. Forward does not synchronise with a
@@ -89,8 +106,9 @@ def linear_logprob_entropy(
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit; temperature <= 0; a target outside
-            [0, V); main_grad with impl="reference". On CUDA a bad target or temperature tensor
-            gives that row NaN instead, because the check would synchronise.
+            [0, V); an unknown name in `statistics`; main_grad with impl="reference". On CUDA a bad
+            target or temperature tensor gives that row NaN instead, because the check would
+            synchronise.
     """
     name = resolve(impl, hidden.device)
     hidden, weight, bias = cast_as_linear(hidden, weight, bias)
@@ -98,12 +116,14 @@ def linear_logprob_entropy(
     scale = per_token_temperature(temperature, target)
     hidden_TD, target_T = hidden.reshape(-1, hidden.shape[-1]), target.reshape(-1).long()
     check_main_grad(main_grad, weight)
+    check_statistics(statistics)
     if max_active_rows is not None and max_active_rows < 0:
         raise ValueError(f"max_active_rows must be >= 0 or None; got {max_active_rows}")
     if name == "reference" and main_grad is not None:
         raise ValueError('main_grad is not written by impl="reference"')
     if name == "reference":
-        found = _reference(hidden_TD, weight, target_T, bias, scale, softcap, ignore_index)
+        head = (hidden_TD, weight, target_T, bias, scale, softcap, ignore_index)
+        found = _reference(*head, bool(statistics))
     else:
         found = ops.linear_logprob_entropy(
             hidden_TD,
@@ -117,8 +137,10 @@ def linear_logprob_entropy(
             max_active_rows,
             main_grad,
             name,
+            bool(statistics),
         )
-    return LogprobEntropy(*(x.reshape(target.shape) for x in found[:3]))
+    rows = {x: found[-1][ops.MOMENTS.index(x)].reshape(target.shape) for x in statistics}
+    return LogprobEntropy(*(x.reshape(target.shape) for x in found[:3]), **rows)
 
 
 def high_entropy_policy_loss(
@@ -262,7 +284,7 @@ def _on_rows(
         **head,
     )
     # Padding rows are zero and point at any token: adding them changes nothing.
-    zeros = [x.new_zeros(target.numel()).index_add(0, index_R, x) for x in found]
+    zeros = [x.new_zeros(target.numel()).index_add(0, index_R, x) for x in found[:3]]
     if head["max_active_rows"] is not None:
         fits = rows.sum() <= head["max_active_rows"]
         zeros = [torch.where(fits, x, torch.nan) for x in zeros]
@@ -290,11 +312,12 @@ def _reference(
     temperature: Tensor | None,
     softcap: float | None,
     ignore_index: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The specification, in fp64 for fp64 inputs and in fp32 for all others."""
+    statistics: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The specification, in fp64 for fp64 inputs and in fp32 for all others; last as in the op."""
     ops.check_values(target, temperature, weight.shape[0], ignore_index)
     dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-    return reference.linear_logprob_entropy(
+    head = (
         hidden.to(dtype),
         weight.to(dtype),
         target,
@@ -303,3 +326,6 @@ def _reference(
         softcap,
         ignore_index,
     )
+    with torch.no_grad():
+        moments = torch.stack(reference.head_statistics(*head)) if statistics else hidden[:0]
+    return *reference.linear_logprob_entropy(*head), moments

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from entropy_kernels import _gpu, _native
-from entropy_kernels._rows import Statistics, active_rows
+from entropy_kernels._rows import MOMENTS, Statistics, active_rows
 from entropy_kernels._torch.linear_logprob_entropy import linear_logprob_entropy as torch_forward
 from entropy_kernels._torch.linear_logprob_entropy_backward import (
     linear_logprob_entropy_backward as torch_backward,
@@ -27,7 +27,7 @@ def _triton(op: str) -> Callable[..., Any]:
     return launch
 
 
-_FORWARD = {
+_FORWARD: dict[str, Callable[..., Any]] = {
     "torch": torch_forward,
     "cpu": _native.linear_logprob_entropy,
     "triton": _triton("linear_logprob_entropy"),
@@ -68,19 +68,32 @@ def _linear_logprob_entropy(
     max_active_rows: int | None,
     main_grad: Tensor | None,
     impl: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    statistics: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """logprob, entropy, logsumexp, and what backward needs of forward: max, log_sum, logits.
 
-    hidden [T, D], weight [V, D], target int64 [T], bias [V], temperature fp32 [1] or [T].
-    max_active_rows and main_grad, fp32 [V, D], are backward's.
+    Last the rows that MOMENTS names, fp32 [4, T], or an empty tensor. hidden [T, D],
+    weight [V, D], target int64 [T], bias [V], temperature fp32 [1] or [T]. max_active_rows and
+    main_grad, fp32 [V, D], are backward's.
     """
+    shape = (len(MOMENTS), target.shape[0]) if statistics else (0,)
+    moments = hidden.new_empty(shape, dtype=torch.float32)
     if hidden.device.type == "cpu":
         check_values(target, temperature, weight.shape[0], ignore_index)
     with torch.autocast(hidden.device.type, enabled=False):
         found = _FORWARD[impl](
-            hidden, weight, target, bias, temperature, softcap, ignore_index, keep_logits
+            hidden,
+            weight,
+            target,
+            bias,
+            temperature,
+            softcap,
+            ignore_index,
+            keep_logits,
+            moments=moments if statistics else None,
         )
-    return found.logprob, found.entropy, found.logsumexp, found.max, found.log_sum, found.logits
+    rows = found.logprob, found.entropy, found.logsumexp, found.max, found.log_sum
+    return *rows, found.logits, moments
 
 
 linear_logprob_entropy = torch.library.custom_op(
@@ -101,11 +114,16 @@ def _(
     max_active_rows,
     main_grad,
     impl,
+    statistics=False,
 ):
     rows = [torch.empty_like(target, dtype=torch.float32) for _ in range(5)]
     shape = target.shape[0], weight.shape[0]
     kept = _native.kept_logits(*shape) if impl == "cpu" else shape
-    return *rows, hidden.new_empty(kept if keep_logits else (0,), dtype=torch.float32)
+    return (
+        *rows,
+        hidden.new_empty(kept if keep_logits else (0,), dtype=torch.float32),
+        hidden.new_empty((len(MOMENTS), shape[0]) if statistics else (0,), dtype=torch.float32),
+    )
 
 
 def _linear_logprob_entropy_backward(
@@ -185,10 +203,10 @@ def _(*args):
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    hidden, weight, target, bias, temperature, softcap, ignore_index, _, *options = inputs
-    _, entropy, _, row_max, log_sum, logits = output
+    hidden, weight, target, bias, temperature, softcap, ignore_index, _, *options, _ = inputs
+    _, entropy, _, row_max, log_sum, logits, moments = output
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(row_max, log_sum, logits)
+    ctx.mark_non_differentiable(row_max, log_sum, logits, moments)
     ctx.save_for_backward(
         hidden, weight, target, bias, temperature, entropy, row_max, log_sum, logits
     )
@@ -223,7 +241,7 @@ def _backward(ctx, grad_logprob, grad_entropy, grad_logsumexp, *_):
         dweight if need_weight and not in_main_grad else None,
         None,
         dbias if need_bias else None,
-        *[None] * 7,
+        *[None] * 8,
     )
 
 

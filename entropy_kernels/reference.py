@@ -33,13 +33,7 @@ def linear_logprob_entropy(
 
     Rows whose target is `ignore_index` give zeros and carry no gradient.
     """
-    z_TV = hidden_TD @ weight_VD.T
-    if bias_V is not None:
-        z_TV = z_TV + bias_V
-    if softcap is not None:
-        z_TV = softcap * torch.tanh(z_TV / softcap)
-    z_TV = z_TV / torch.as_tensor(temperature, device=z_TV.device, dtype=z_TV.dtype).reshape(-1, 1)
-
+    z_TV = _logits(hidden_TD, weight_VD, bias_V, temperature, softcap)
     logsumexp_T = z_TV.logsumexp(1)
     logp_TV = z_TV.log_softmax(1)
     # p log p is 0 where p is 0, and its derivative there is taken as 0 too.
@@ -54,6 +48,57 @@ def linear_logprob_entropy(
         torch.where(ignored_T, zero, entropy_T),
         torch.where(ignored_T, zero, logsumexp_T),
     )
+
+
+def head_statistics(
+    hidden_TD: Tensor,
+    weight_VD: Tensor,
+    target_T: Tensor,
+    bias_V: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    ignore_index: int = -100,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Varentropy, largest probability, sum of p^2 and sum of p^2 log p of the same distributions.
+
+    varentropy_t = Var_p(log p) = sum_j p_j (log p_j + H_t)^2 = sum_j p_j (log p_j)^2 - H_t^2
+    max_prob_t = max_j p_j,   sum_p2_t = sum_j p_j^2,   sum_p2_logp_t = sum_j p_j^2 log p_j
+
+    in nats^2, 1, 1 and nats. sum_p2 is the probability that two samples agree;
+    H sum_p2 + sum_p2_logp is the expectation under p of p_j (log p_j + H), the discriminator of
+    entropy changes (arXiv 2602.03392). Rows whose target is `ignore_index` give zeros.
+    """
+    logp_TV = _logits(hidden_TD, weight_VD, bias_V, temperature, softcap).log_softmax(1)
+    p_TV = logp_TV.exp()
+    # Where p is 0 every term is, whatever its log.
+    logp_TV = torch.where(p_TV == 0, 0.0, logp_TV)
+    entropy_T = -(p_TV * logp_TV).sum(1, keepdim=True)
+    found = (
+        (p_TV * (logp_TV + entropy_T).square()).sum(1),
+        p_TV.amax(1),
+        p_TV.square().sum(1),
+        (p_TV.square() * logp_TV).sum(1),
+    )
+    varentropy_T, max_prob_T, sum_p2_T, sum_p2_logp_T = (
+        torch.where(target_T == ignore_index, 0.0, x) for x in found
+    )
+    return varentropy_T, max_prob_T, sum_p2_T, sum_p2_logp_T
+
+
+def _logits(
+    hidden_TD: Tensor,
+    weight_VD: Tensor,
+    bias_V: Tensor | None,
+    temperature: float | Tensor,
+    softcap: float | None,
+) -> Tensor:
+    """softcap * tanh((h W^T + b) / softcap) / temperature."""
+    z_TV = hidden_TD @ weight_VD.T
+    if bias_V is not None:
+        z_TV = z_TV + bias_V
+    if softcap is not None:
+        z_TV = softcap * torch.tanh(z_TV / softcap)
+    return z_TV / torch.as_tensor(temperature, device=z_TV.device, dtype=z_TV.dtype).reshape(-1, 1)
 
 
 def ratio_loss(

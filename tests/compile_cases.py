@@ -42,7 +42,8 @@ def _empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 def _head(arch: str) -> Iterator[tuple[str, Callable[[], object]]]:
     """Every tile of the table that this architecture can run; then what launchers choose."""
-    launches = {"forward": _forward, "dlogits": _backward}
+    launches: dict[str, Callable[..., None]] = {"forward": _forward, "dlogits": _backward}
+    statistics = partial(_forward, statistics=True)
     bf16, fp16 = torch.bfloat16, torch.float16
     for key, entries in tiles.TILES.items():
         if key.architecture in (arch, "any"):
@@ -51,12 +52,15 @@ def _head(arch: str) -> Iterator[tuple[str, Callable[[], object]]]:
                 if tile.variant in usable(arch):
                     name = f"{key.op} {describe(tile)} {key.dtype}"
                     launch = launches[key.op.split("_")[0]]
+                    launch = statistics if "_statistics" in key.op else launch
                     yield name, partial(launch, dtype, HIDDEN[-1], (), tile)
-    for op, launch in launches.items():
+    for op, launch in (launches | {"forward_statistics": statistics}).items():
         for hidden in HIDDEN:
             for options in OPTIONS:
                 yield f"{op} D={hidden} {'+'.join(options)}", partial(launch, bf16, hidden, options)
         yield f"{op} float16", partial(launch, fp16, HIDDEN[-1], ())
+    # Where no row of the table is for it, it takes a plainer op's.
+    yield "forward_statistics float32", partial(statistics, torch.float32, HIDDEN[-1], ())
 
 
 def usable(arch: str) -> set[str]:
@@ -82,10 +86,16 @@ def _inputs(dtype: torch.dtype, hidden: int, options: tuple[str, ...]) -> tuple[
 
 
 def _forward(
-    dtype: torch.dtype, hidden: int, options: tuple[str, ...], tile: tiles.Tile | None = None
+    dtype: torch.dtype,
+    hidden: int,
+    options: tuple[str, ...],
+    tile: tiles.Tile | None = None,
+    *,
+    statistics: bool = False,
 ) -> None:
     launcher: Callable[..., object] = linear_logprob_entropy
-    launcher(*_inputs(dtype, hidden, options), -100, False, tile=tile)
+    moments = _empty(4, T) if statistics else None
+    launcher(*_inputs(dtype, hidden, options), -100, False, tile=tile, moments=moments)
 
 
 def _backward(

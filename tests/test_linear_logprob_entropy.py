@@ -63,7 +63,7 @@ def run(function, inputs, grads, **options):
     h, w, y, b = inputs
     h, w = h.detach().clone().requires_grad_(), w.detach().clone().requires_grad_()
     b = None if b is None else b.detach().clone().requires_grad_()
-    outputs = list(function(h, w, y, bias=b, **options))
+    outputs = list(function(h, w, y, bias=b, **options)[:3])
     torch.autograd.backward(outputs, [g.to(o.dtype) for g, o in zip(grads, outputs, strict=True)])
     return [o.detach() for o in outputs], [x.grad for x in (h, w, b) if x is not None]
 
@@ -279,7 +279,7 @@ def test_ignored_rows_cost_nothing_on_cpu_and_never_poison(head, impl):
         found = head(h, w, y)
     # On a GPU their number would have to reach the host first.
     assert forward.products == (60 if impl == "triton" else 20) * 24 * 1031
-    for x in found:
+    for x in found[:3]:
         assert (x[10:50] == 0).all()
         assert x.isfinite().all()
     found.logprob.sum().backward()
@@ -306,7 +306,7 @@ def test_leading_dimensions_and_strides(head, device):
     strided_w = torch.stack([w, w], dim=1)[:, 0]
     assert not strided_w.is_contiguous()
     found = head(strided_h, strided_w, y.reshape(2, 3, 4).to(torch.int32))
-    for got, want in zip(found, flat, strict=True):
+    for got, want in zip(found[:3], flat[:3], strict=True):
         assert got.shape == (2, 3, 4)
         assert torch.equal(got.flatten(), want)
 
@@ -326,7 +326,7 @@ def test_the_same_bits_twice(head, block, device):
         weight = w.clone().requires_grad_()
         found = head(x, weight, y)
         (found.logprob + found.entropy).sum().backward()
-        results.append([*found, x.grad, weight.grad])
+        results.append([*found[:3], x.grad, weight.grad])
     for first, second in zip(*results, strict=True):
         assert torch.equal(first, second)
 
@@ -337,7 +337,7 @@ def test_a_bad_row_poisons_itself_alone(head, value, device):
     h, w, y = make("peaked", (9, 16, 1031), torch.float32, device)
     clean = head(h, w, y)
     h[4, 3] = value
-    for got, want in zip(head(h, w, y), clean, strict=True):
+    for got, want in zip(head(h, w, y)[:3], clean[:3], strict=True):
         assert got[4].isnan()
         others = [0, 1, 2, 3, 5, 6, 7, 8]
         torch.testing.assert_close(got[others], want[others], rtol=1e-6, atol=1e-6)
@@ -346,7 +346,7 @@ def test_a_bad_row_poisons_itself_alone(head, value, device):
 def test_a_bad_weight_poisons_every_row(head, device):
     h, w, y = make("peaked", (9, 16, 1031), torch.float32, device)
     w[1030, 2] = torch.nan
-    for x in head(h, w, y):
+    for x in head(h, w, y)[:3]:
         assert x.isnan().all()
     h.requires_grad_()
     head(h, w, y).logprob.sum().backward()
@@ -391,7 +391,7 @@ def test_opcheck(impl, device, unchecked_shapes):
         arguments = (h, w, y, b, temperature, 5.0, -100, keep_logits, None, None, impl)
         torch.library.opcheck(forward, arguments)
     found = forward(h, w, y, b, temperature, 5.0, -100, False, None, None, impl)
-    statistics = [x.detach() for x in (found[1], *found[3:])]
+    statistics = [x.detach() for x in (found[1], *found[3:6])]
     grads = [torch.randn(9, device=device), torch.randn(9, device=device), None]
     leaves = [x.detach() for x in (h, w, y, b, temperature)]
     torch.library.opcheck(

@@ -277,7 +277,13 @@ def test_splits_cover_the_vocabulary_and_none_is_empty(processors, count, vocabu
     assert vocabulary <= n_split * per_split * tile.block_v
 
 
-@pytest.mark.parametrize("op", ["forward", "forward_softcap", "dlogits", "dlogits_softcap"])
+@pytest.mark.parametrize(
+    "op",
+    [
+        *("forward", "forward_softcap", "forward_statistics", "forward_statistics_softcap"),
+        *("dlogits", "dlogits_softcap"),
+    ],
+)
 @pytest.mark.parametrize("arch", ["sm_80", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942", "other"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_every_architecture_has_a_tile(op, arch, dtype):

@@ -72,6 +72,7 @@ def cases(tiles: tuple[Any, Any], dtype: torch.dtype, device: torch.device, quic
             add(f"options: {name}", small, "peaked", *options)
     found.append(Case("rows without an answer", lambda: _no_answer(tiles, small, dtype, device)))
     found.append(Case("-inf logits", lambda: _minus_infinity(tiles, small, dtype, device)))
+    found.append(Case("moments", lambda: _moments(tiles, small, dtype, device)))
     found.append(Case("same bits twice", lambda: _twice(tiles, small, dtype, device)))
     return found
 
@@ -221,6 +222,23 @@ def _minus_infinity(tiles, shape, dtype, device) -> None:
     want = _forward(tiles, (h, w[:allowed].contiguous(), y, None), options)
     for name in ("logprob", "entropy", "logsumexp"):
         torch.testing.assert_close(getattr(got, name), getattr(want, name), rtol=2e-6, atol=2e-6)
+
+
+def _moments(tiles, shape, dtype, device) -> None:
+    """Varentropy, largest probability, and the sums of p^2 and p^2 log p."""
+    inputs, options = _inputs(shape, dtype, device, "peaked", ("temperatures", "softcap", "ignore"))
+    moments = torch.full((4, shape[0]), math.nan, device=device)
+    # Without the variant that the table has no use for here.
+    forward = None if tiles[0] is not None and tiles[0].variant == "tma_ws" else tiles[0]
+    _forward((forward, tiles[1]), inputs, options | {"moments": moments})
+    h, w, y, _ = inputs
+    head = options["temperature"], options["softcap"], options["ignore_index"]
+    others = [
+        reference.head_statistics(h.to(kind), w.to(kind), y, None, *head)
+        for kind in (torch.float64, dtype, torch.float32)
+    ]
+    for quartet in zip(moments, *others, strict=True):
+        assert_within_two_bounds(*quartet)
 
 
 def _twice(tiles, shape, dtype, device) -> None:

@@ -107,12 +107,11 @@ def has_triton() -> bool:
 
 def launch_forward(inputs: Inputs, tile: Any, options: dict[str, Any]) -> Statistics:
     """The forward of one tile of entropy_kernels._triton.tiles; None stands for the table's."""
-    hidden, weight, target, bias = inputs
     launcher = importlib.import_module(f"{TRITON}.{HEAD}").linear_logprob_entropy
     softcap, ignored = options.get("softcap"), options.get("ignore_index", -100)
     temperature = options.get("temperature")
-    keep = options.get("keep_logits", False)
-    return launcher(hidden, weight, target, bias, temperature, softcap, ignored, keep, tile=tile)
+    keep, moments = options.get("keep_logits", False), options.get("moments")
+    return launcher(*inputs, temperature, softcap, ignored, keep, moments=moments, tile=tile)
 
 
 def launch_backward(

@@ -64,9 +64,14 @@ Head make_head(Pointer hidden_ptr, std::int64_t hidden_stride, Pointer weight_pt
           as<float>(logits_ptr)};
 }
 
-Statistics statistics(Pointer rows_ptr, std::int64_t tokens) {
+Statistics statistics(Pointer rows_ptr, Pointer moments_ptr, std::int64_t tokens) {
   float* rows = as<float>(rows_ptr);
-  return {rows, rows + tokens, rows + 2 * tokens, rows + 3 * tokens, rows + 4 * tokens};
+  return {rows,
+          rows + tokens,
+          rows + 2 * tokens,
+          rows + 3 * tokens,
+          rows + 4 * tokens,
+          as<float>(moments_ptr)};
 }
 
 // Ctrl-C between blocks: pending signal handlers run, and one that raises stops the kernel.
@@ -93,11 +98,11 @@ std::int64_t without_gil(Run run) {
 }
 
 std::int64_t linear_logprob_entropy(const Head& head, Pointer index_ptr, std::int64_t count,
-                            Pointer statistics_ptr, const std::string& isa) {
+                            Pointer statistics_ptr, Pointer moments_ptr, const std::string& isa) {
   const Kernels& chosen = kernels(isa);
   return without_gil([&] {
     return chosen.forward(head, Rows{as<const std::int64_t>(index_ptr), count},
-                          statistics(statistics_ptr, head.tokens), signal_raised);
+                          statistics(statistics_ptr, moments_ptr, head.tokens), signal_raised);
   });
 }
 
@@ -112,7 +117,8 @@ std::int64_t linear_logprob_entropy_backward(const Head& head, Pointer index_ptr
   const Gradients out{as<float>(dhidden_ptr), as<void>(dweight_ptr), as<float>(dbias_ptr)};
   return without_gil([&] {
     return chosen.backward(head, Rows{as<const std::int64_t>(index_ptr), count},
-                           statistics(statistics_ptr, head.tokens), incoming, out, signal_raised);
+                           statistics(statistics_ptr, 0, head.tokens), incoming, out,
+                           signal_raised);
   });
 }
 
@@ -136,9 +142,11 @@ PYBIND11_MODULE(_cpu, m) {
            py::arg("temperature_ptr"), py::arg("softcap"), py::arg("target_ptr"), py::arg("tokens"),
            py::arg("dim"), py::arg("vocabulary"), py::arg("dtype"), py::arg("threads"), py::arg("logits_ptr"));
   m.def("linear_logprob_entropy", &linear_logprob_entropy, py::arg("head"), py::kw_only(),
-        py::arg("index_ptr"), py::arg("count"), py::arg("statistics_ptr"), py::arg("isa") = "",
-        "Writes logprob, entropy, logsumexp, max and log_sum: fp32 [5, T]. Returns the "
-        "multiplications done.");
+        py::arg("index_ptr"), py::arg("count"), py::arg("statistics_ptr"),
+        py::arg("moments_ptr") = 0, py::arg("isa") = "",
+        "Writes logprob, entropy, logsumexp, max and log_sum: fp32 [5, T]; and varentropy, the "
+        "largest probability, and the sums of p^2 and p^2 log p: fp32 [4, T], unless moments_ptr "
+        "is 0. Returns the multiplications done.");
   m.def("linear_logprob_entropy_backward", &linear_logprob_entropy_backward, py::arg("head"),
         py::kw_only(), py::arg("index_ptr"), py::arg("count"), py::arg("statistics_ptr"),
         py::arg("grad_logprob_ptr"), py::arg("grad_entropy_ptr"),

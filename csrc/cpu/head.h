@@ -36,6 +36,8 @@ struct Rows {
 // What forward finds of each token, all [T].
 struct Statistics {
   float *logprob, *entropy, *logsumexp, *max, *log_sum;
+  // [4, T]: varentropy, the largest p, sum of p^2, sum of p^2 log p; or nullptr
+  float* moments;
 };
 
 // What arrives at the R rows of backward, each [R] or nullptr.

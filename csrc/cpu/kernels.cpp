@@ -3,11 +3,18 @@
 
 namespace EK_ISA {
 
+template <class E>
+static std::int64_t forward_of(const Head& head, const Rows& rows, const Statistics& out,
+                               Stop stop) {
+  return out.moments != nullptr ? forward<E, Moments>(head, rows, out, stop)
+                                : forward<E, NoMoments>(head, rows, out, stop);
+}
+
 static std::int64_t forward_any(const Head& head, const Rows& rows, const Statistics& out, Stop stop) {
 #ifdef EK_BF16
-  if (head.dtype == Dtype::bf16) return forward<BF16>(head, rows, out, stop);
+  if (head.dtype == Dtype::bf16) return forward_of<BF16>(head, rows, out, stop);
 #endif
-  return forward<F32>(head, rows, out, stop);
+  return forward_of<F32>(head, rows, out, stop);
 }
 
 static std::int64_t backward_any(const Head& head, const Rows& rows, const Statistics& found,

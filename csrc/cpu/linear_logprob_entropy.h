@@ -14,6 +14,7 @@
 #include <numeric>
 
 #include "blocks.h"
+#include "moments.h"
 #include "pages.h"
 #include "rows.h"
 
@@ -27,10 +28,13 @@ constexpr float kLowest = -1e30f;           // the maximum's start; finite, so -
 constexpr float kLowestExponent = -87.0f;   // exp of less is subnormal
 
 // A panel of 64 tokens as far as the vocabulary has been walked. `present` counts the maximum: 0
-// before the first logit, then 1. s leaves that one out; others that tie with it stay in.
+// before the first logit, then 1. s leaves that one out; others that tie with it stay in. M is
+// Moments or NoMoments.
+template <class M>
 struct Running {
   float max[kPanel], present[kPanel], target[kPanel], temperature[kPanel];
   double s[kPanel], t[kPanel];
+  M moments;
 
   void start(const Head& head, const Rows& rows, std::int64_t first) {
     for (int i = 0; i < kPanel; ++i) {
@@ -39,6 +43,7 @@ struct Running {
       temperature[i] = scaled ? head.temperature[rows[first + i]] : 1.0f;
       present[i] = target[i] = 0.0f;
       s[i] = t[i] = 0.0;
+      moments.start(i);
     }
   }
 
@@ -46,6 +51,7 @@ struct Running {
   void move(int i, float to) {
     const double shift = (double(max[i]) - double(to)) / temperature[i];
     const double a = std::exp(shift), sum = s[i] + present[i];
+    moments.move(i, shift, a, t[i], sum, present[i]);
     t[i] = a * t[i] + (a == 0 ? 0 : a * sum * shift);
     s[i] = a * sum;
     present[i] = 1.0f;
@@ -59,10 +65,12 @@ struct Running {
       move(i, other.max[i]);
       s[i] += other.s[i];
       t[i] += other.t[i];
+      moments.add(other.moments, i);
     } else {
       other.move(i, max[i]);
       s[i] += other.s[i];
       t[i] += other.t[i];
+      moments.add(other.moments, i);
     }
     target[i] += other.target[i];
   }
@@ -73,7 +81,8 @@ static void cap_tile(float softcap, std::int64_t rows, float* tile) {
 }
 
 // Where a tile holds a new maximum, the sums move to it and that logit becomes -inf: it drops out.
-static void take_maxima(Vec top, int first, float* tile, Running& running) {
+template <class M>
+static void take_maxima(Vec top, int first, float* tile, Running<M>& running) {
   float highest[kLanes];
   store(highest, top);
   for (int i = first; i < first + kLanes; ++i) {
@@ -86,8 +95,8 @@ static void take_maxima(Vec top, int first, float* tile, Running& running) {
 }
 
 // Adds a tile of logits to the sums; overwrites some of it.
-template <bool kScaled>
-static void reduce_tile(float* tile, std::int64_t rows, Running& running) {
+template <bool kScaled, class M>
+static void reduce_tile(float* tile, std::int64_t rows, Running<M>& running) {
   for (int j = 0; j < kPanel; j += kLanes) {
     const Vec before = load(running.max + j);
     Vec top = before;
@@ -97,6 +106,7 @@ static void reduce_tile(float* tile, std::int64_t rows, Running& running) {
     const Vec max = load(running.max + j), temperature = load(running.temperature + j);
     const Vec low = splat(kLowestExponent);
     Vec s{}, t{};
+    typename M::Tile moments;
     for (std::int64_t r = 0; r < rows; ++r) {
       Vec d = load(tile + r * kPanel + j) - max;
       if (kScaled) d = d / temperature;
@@ -104,7 +114,9 @@ static void reduce_tile(float* tile, std::int64_t rows, Running& running) {
       const Vec e = exp_nonpositive(d);
       s += e;
       t += e * d;
+      moments.add(e, d);
     }
+    running.moments.add(moments, j);
     float s_out[kLanes], t_out[kLanes];
     store(s_out, s), store(t_out, t);
     for (int i = 0; i < kLanes; ++i) {
@@ -114,16 +126,18 @@ static void reduce_tile(float* tile, std::int64_t rows, Running& running) {
   }
 }
 
+template <class M>
 static void take_targets(const std::int64_t* target, const std::int64_t* token, std::int64_t count,
                          std::int64_t first, std::int64_t height, const float* tile,
-                         Running& running) {
+                         Running<M>& running) {
   for (std::int64_t i = 0; i < count; ++i) {
     const std::int64_t row = target[token[i]] - first;
     if (row >= 0 && row < height) running.target[i] = tile[row * kPanel + i];
   }
 }
 
-static void finish(const Head& head, const Running& running, int i, std::int64_t token,
+template <class M>
+static void finish(const Head& head, const Running<M>& running, int i, std::int64_t token,
                    const Statistics& out) {
   const double temperature = head.temperature == nullptr ? 1.0 : head.temperature[token];
   // The left-out maximum and logits of -inf added exp(-87) each.
@@ -138,10 +152,11 @@ static void finish(const Head& head, const Running& running, int i, std::int64_t
   out.logprob[token] = float((running.target[i] - max) / temperature - log_sum);
   out.entropy[token] = float(max - max + log_sum - t / (1.0 + s));
   out.logsumexp[token] = float(max / temperature + log_sum);
+  running.moments.finish(i, s, t, max - max, token, head.tokens, out.moments);
 }
 
 // Up to 2048 tokens, packed, and what each thread has seen of them.
-template <class E>
+template <class E, class M>
 class Walk {
   using Unit = typename E::Unit;
 
@@ -182,7 +197,7 @@ class Walk {
   }
 
  private:
-  Running& running(int thread, std::int64_t p) { return running_[thread * capacity_ + p]; }
+  Running<M>& running(int thread, std::int64_t p) { return running_[thread * capacity_ + p]; }
 
   std::int64_t tokens_of(std::int64_t p, std::int64_t* token) const {
     const std::int64_t here = std::min<std::int64_t>(kPanel, count_ - p * kPanel);
@@ -240,18 +255,18 @@ class Walk {
   const std::int64_t units_, capacity_, tiles_;
   std::int64_t first_ = 0, count_ = 0;
   std::vector<Unit> packed_, buffer_, scratch_;
-  std::vector<Running> running_;
+  std::vector<Running<M>> running_;
   std::vector<std::int64_t> products_;
 };
 
-template <class E>
+template <class E, class M>
 static std::int64_t forward(const Head& head, const Rows& rows, const Statistics& out, Stop stop) {
   if (rows.count == 0) return 0;
   if (head.logits != nullptr)
     entropy_kernels::prefer_huge_pages(
         head.logits, round_up(head.tokens, kPanel) * head.vocabulary * sizeof(float));
   Interrupt interrupted(stop);
-  Walk<E> walk(head, rows, usable_threads(head.threads));
+  Walk<E, M> walk(head, rows, usable_threads(head.threads));
   for (std::int64_t first = 0; first < rows.count && !interrupted(); first += kTokenChunk)
     walk.chunk(first, out, interrupted);
   return interrupted() ? -1 : walk.products();

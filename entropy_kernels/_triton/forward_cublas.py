@@ -8,7 +8,8 @@ import triton.language as tl
 
 from entropy_kernels._triton.logits import LOG2E, LOWEST, cap
 from entropy_kernels._triton.logits import load_inverse_temperature as load_inverse
-from entropy_kernels._triton.row_statistics import store, update
+from entropy_kernels._triton.moments import store_moments
+from entropy_kernels._triton.row_statistics import store, update, update_moments
 
 
 @triton.jit
@@ -16,7 +17,7 @@ def forward_cublas(
     logits_ptr,  # [rows, V], of tokens first_t and on; with bias, not capped
     target_ptr,  # [T]
     temperature_ptr,
-    partials_ptr,  # [4, S, T]
+    partials_ptr,  # [4, S, T]; with moments [7, S, T]
     target_logit_ptr,  # [T], capped
     stride_temperature,
     first_t,
@@ -27,6 +28,7 @@ def forward_cublas(
     softcap,
     HAS_TEMPERATURE: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
+    MOMENTS: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_V: tl.constexpr,
     TILES: tl.constexpr,
@@ -44,14 +46,22 @@ def forward_cublas(
     n = tl.zeros([BLOCK_T], tl.float32)
     s = tl.zeros([BLOCK_T], tl.float32)
     u = tl.zeros([BLOCK_T], tl.float32)
+    w = tl.zeros([BLOCK_T], tl.float32)
+    q = tl.zeros([BLOCK_T], tl.float32)
+    r = tl.zeros([BLOCK_T], tl.float32)
 
     for tile in range(TILES):
         offs_v = (split * TILES + tile) * BLOCK_V + tl.arange(0, BLOCK_V)
         mask = mask_t[:, None] & (offs_v < V)[None, :]
         z = tl.load(row_ptrs[:, None] + offs_v[None, :], mask=mask, other=0.0)
         z = tl.where(mask, cap(z, softcap, HAS_SOFTCAP), LOWEST)
-        m, n, s, u = update(m, n, s, u, z, scale)
+        if MOMENTS:
+            m, n, s, u, w, q, r = update_moments(m, n, s, u, w, q, r, z, scale)
+        else:
+            m, n, s, u = update(m, n, s, u, z, scale)
     store(partials_ptr, split, n_split, offs_t, end_t, T, m, n, s, u)
+    if MOMENTS:
+        store_moments(partials_ptr, split, n_split, offs_t, end_t, T, w, q, r)
 
     target = tl.load(target_ptr + offs_t, mask=mask_t, other=-1)
     start_v = split * TILES * BLOCK_V

@@ -8,7 +8,8 @@ import triton.language as tl
 
 from entropy_kernels._triton.logits import LOG2E, LOWEST, add_bias, cap, dot
 from entropy_kernels._triton.logits import load_inverse_temperature as load_inverse
-from entropy_kernels._triton.row_statistics import store, update
+from entropy_kernels._triton.moments import store_moments
+from entropy_kernels._triton.row_statistics import store, update, update_moments
 
 
 @triton.jit
@@ -27,7 +28,7 @@ def forward_pointer(
     weight_ptr,
     bias_ptr,
     temperature_ptr,
-    partials_ptr,  # [4, S, T]
+    partials_ptr,  # [4, S, T]; with moments [7, S, T]
     logits_ptr,  # [T, V]
     stride_ht,
     stride_hd,
@@ -42,6 +43,7 @@ def forward_pointer(
     HAS_BIAS: tl.constexpr,
     HAS_TEMPERATURE: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
+    MOMENTS: tl.constexpr,
     KEEP_LOGITS: tl.constexpr,
     EVEN_D: tl.constexpr,
     UPCAST: tl.constexpr,
@@ -67,6 +69,9 @@ def forward_pointer(
     n = tl.zeros([BLOCK_T], tl.float32)
     s = tl.zeros([BLOCK_T], tl.float32)
     u = tl.zeros([BLOCK_T], tl.float32)
+    w = tl.zeros([BLOCK_T], tl.float32)
+    q = tl.zeros([BLOCK_T], tl.float32)
+    r = tl.zeros([BLOCK_T], tl.float32)
 
     for tile in range(TILES):
         offs_v = (split * TILES + tile) * BLOCK_V + tl.arange(0, BLOCK_V)
@@ -92,6 +97,11 @@ def forward_pointer(
             ptrs = logits_ptr + offs_t.to(tl.int64)[:, None] * V + offs_v[None, :]
             tl.store(ptrs, z, mask=inside)
         z = tl.where((offs_v < V)[None, :], cap(z, softcap, HAS_SOFTCAP), LOWEST)
-        m, n, s, u = update(m, n, s, u, z, scale)
+        if MOMENTS:
+            m, n, s, u, w, q, r = update_moments(m, n, s, u, w, q, r, z, scale)
+        else:
+            m, n, s, u = update(m, n, s, u, z, scale)
 
     store(partials_ptr, split, n_split, offs_t, T, T, m, n, s, u)
+    if MOMENTS:
+        store_moments(partials_ptr, split, n_split, offs_t, T, T, w, q, r)

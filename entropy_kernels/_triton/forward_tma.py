@@ -9,7 +9,8 @@ import triton.language as tl
 from entropy_kernels._triton.forward_pointer import order
 from entropy_kernels._triton.logits import LOG2E, LOWEST, add_bias, cap, dot
 from entropy_kernels._triton.logits import load_inverse_temperature as load_inverse
-from entropy_kernels._triton.row_statistics import of_tile, store, update
+from entropy_kernels._triton.moments import moments_of_tile, store_moments
+from entropy_kernels._triton.row_statistics import of_tile, store, update, update_moments
 
 
 @triton.jit
@@ -18,7 +19,7 @@ def forward_tma(
     weight_desc,  # blocks of [BLOCK_V, BLOCK_D]
     bias_ptr,
     temperature_ptr,
-    partials_ptr,  # [4, S, T]
+    partials_ptr,  # [4, S, T]; with moments [7, S, T]
     stride_temperature,
     T,
     D,
@@ -28,6 +29,7 @@ def forward_tma(
     HAS_BIAS: tl.constexpr,
     HAS_TEMPERATURE: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
+    MOMENTS: tl.constexpr,
     UPCAST: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_V: tl.constexpr,
@@ -53,6 +55,9 @@ def forward_tma(
     n = tl.zeros([BLOCK_T], tl.float32)
     s = tl.zeros([BLOCK_T], tl.float32)
     u = tl.zeros([BLOCK_T], tl.float32)
+    w = tl.zeros([BLOCK_T], tl.float32)
+    q = tl.zeros([BLOCK_T], tl.float32)
+    r = tl.zeros([BLOCK_T], tl.float32)
 
     for step in tl.range(0, n_steps, flatten=FLATTEN, warp_specialize=WARP_SPECIALIZE):
         unit = pid + step // TILES * tl.num_programs(0)
@@ -79,7 +84,14 @@ def forward_tma(
             n = tl.where(begins, 0.0, n)
             s = tl.where(begins, 0.0, s)
             u = tl.where(begins, 0.0, u)
-            m, n, s, u = update(m, n, s, u, z, scale)
+            if MOMENTS:
+                w = tl.where(begins, 0.0, w)
+                q = tl.where(begins, 0.0, q)
+                r = tl.where(begins, 0.0, r)
+                m, n, s, u, w, q, r = update_moments(m, n, s, u, w, q, r, z, scale)
+                store_moments(partials_ptr, split, n_split, offs_t, T, T, w, q, r)
+            else:
+                m, n, s, u = update(m, n, s, u, z, scale)
             store(partials_ptr, split, n_split, offs_t, T, T, m, n, s, u)
         else:
             # Nothing is carried from tile to tile, as warp specialisation in Triton 3.6 demands:
@@ -87,3 +99,6 @@ def forward_tma(
             top = tl.maximum(tl.max(z, 1), LOWEST)
             ties, rest, product = of_tile(z, top, scale)
             store(partials_ptr, split, n_split, offs_t, T, T, top, ties, rest, product)
+            if MOMENTS:
+                w, q, r = moments_of_tile(z, top, scale)
+                store_moments(partials_ptr, split, n_split, offs_t, T, T, w, q, r)

@@ -1,9 +1,9 @@
 """Log-probability and entropy of every row: which kernel computes the statistics, and its launch.
 
 Each program sums a block of rows over a split of the vocabulary, into four fp32 partials a row
-and split (row_statistics.py); one more kernel merges the splits. No atomics: same bits every time.
-Beyond its results a call allocates 4 T (4 S + 1) bytes, and the variant "cublas" a workspace of
-about WORKSPACE_BYTES.
+and split (row_statistics.py), with moments seven (moments.py); one more kernel merges the splits.
+No atomics: same bits every time. Beyond its results a call allocates 4 T (4 S + 1) bytes, with
+moments 4 T (7 S + 1), and the variant "cublas" a workspace of about WORKSPACE_BYTES.
 
 T tokens, D hidden, V vocabulary, S vocabulary splits.
 """
@@ -34,7 +34,7 @@ _MERGE_BLOCK = (32, 16)
 
 
 class _Head(NamedTuple):
-    """The inputs of all kernels, and S."""
+    """The inputs of all kernels, where moments go if they are wanted, and S."""
 
     hidden_TD: Tensor
     weight_VD: Tensor
@@ -42,6 +42,7 @@ class _Head(NamedTuple):
     bias_V: Tensor | None
     temperature_T: Tensor | None
     softcap: float | None
+    moments: Tensor | None
     n_split: int
     tiles_per_split: int
 
@@ -56,13 +57,15 @@ def linear_logprob_entropy(
     ignore_index: int,
     keep_logits: bool,
     *,
+    moments: Tensor | None = None,
     variant: str | None = None,
     tile: Tile | None = None,
 ) -> Statistics:
     """The statistics of every row; zeros where the target is `ignore_index`.
 
-    Ignored rows are computed, then zeroed: their number never reaches the host. `variant` and
-    `tile` overrule the table, for tests and tuning; a variant that cannot run here is an error.
+    Ignored rows are computed, then zeroed: their number never reaches the host. `moments`, fp32
+    [4, T] and contiguous, is filled with what _rows.MOMENTS names. `variant` and `tile` overrule
+    the table, for tests and tuning; a variant that cannot run here is an error.
     """
     count, vocabulary = hidden_TD.shape[0], weight_VD.shape[0]
     logits_TV = _empty((count, vocabulary) if keep_logits else (0,), hidden_TD)
@@ -72,7 +75,8 @@ def linear_logprob_entropy(
         return Statistics._make([*found, logits_TV])
 
     if tile is None:
-        tile = _choose(hidden_TD, weight_VD, softcap, keep_logits, variant)
+        more = moments is not None
+        tile = _choose(hidden_TD, weight_VD, softcap, keep_logits, more, variant)
     n_split, tiles_per_split = _splits(tile, count, vocabulary, gpu.processors(hidden_TD))
     head = _Head(
         hidden_TD,
@@ -81,10 +85,11 @@ def linear_logprob_entropy(
         None if bias_V is None else bias_V.contiguous(),
         per_row(temperature, target_T),
         softcap,
+        moments,
         n_split,
         tiles_per_split,
     )
-    partials = _empty((4, n_split, count), hidden_TD)
+    partials = _empty((4 if moments is None else 7, n_split, count), hidden_TD)
     target_logit_T = _empty((count,), hidden_TD)
     with gpu.on(hidden_TD.device):
         if tile.variant == "cublas":
@@ -109,18 +114,22 @@ def _choose(
     weight_VD: Tensor,
     softcap: float | None,
     keep_logits: bool,
+    moments: bool,
     variant: str | None,
 ) -> Tile:
     arch = gpu.architecture(hidden_TD)
     usable = tiles.variants(arch, hidden_TD, weight_VD)
     if keep_logits:
         usable -= {*tiles.TMA}
+    if moments:
+        # Of its registers with seven sums nothing is known: Triton 3.6 alone has it.
+        usable -= {"tma_ws"}
     if variant is not None:
         if variant not in usable:
             raise ValueError(f"variant must be one of {sorted(usable)} here; got {variant!r}")
         usable = {variant}
     count, hidden = hidden_TD.shape
-    op = "forward" if softcap is None else "forward_softcap"
+    op = "forward" + "_statistics" * moments + "_softcap" * (softcap is not None)
     return tiles.lookup(op, arch, hidden_TD.dtype, hidden, count, usable)
 
 
@@ -172,6 +181,7 @@ def _from_pointers(head: _Head, tile: Tile, partials: Tensor, logits_TV: Tensor)
         head.n_split,
         head.softcap or 0.0,
         **_flags(head),
+        MOMENTS=head.moments is not None,
         KEEP_LOGITS=logits_TV.numel() > 0,
         EVEN_D=hidden % tile.block_d == 0,
         UPCAST=gpu.interpreting(),
@@ -204,6 +214,7 @@ def _from_descriptors(head: _Head, tile: Tile, partials: Tensor) -> None:
         head.n_split,
         head.softcap or 0.0,
         **_flags(head),
+        MOMENTS=head.moments is not None,
         UPCAST=gpu.interpreting(),
         BLOCK_T=tile.block_t,
         BLOCK_V=tile.block_v,
@@ -246,6 +257,7 @@ def _from_products(
             head.n_split,
             head.softcap or 0.0,
             **flags,
+            MOMENTS=head.moments is not None,
             BLOCK_T=tile.block_t,
             BLOCK_V=tile.block_v,
             TILES=head.tiles_per_split,
@@ -297,12 +309,14 @@ def _merge(
         head.target_T,
         head.temperature_T,
         *found,
+        head.moments,
         _stride(head.temperature_T),
         count,
         vocabulary,
         head.n_split,
         ignore_index,
         HAS_TEMPERATURE=head.temperature_T is not None,
+        MOMENTS=head.moments is not None,
         BLOCK_T=block_t,
         BLOCK_S=block_s,
         num_warps=4,

@@ -10,7 +10,8 @@ u <- 2^shift (u + (s + n) shift), n <- 0. The maximum's own 1 never enters s, so
 
     H = log1p(s + n - 1) - ln(2) u / (s + n)
 
-keeps its digits when it is 1e-9: neither term is negative.
+keeps its digits when it is 1e-9: neither term is negative. On request there are three numbers more
+(moments.py).
 
 T tokens, V vocabulary, S vocabulary splits.
 """
@@ -19,6 +20,7 @@ import triton
 import triton.language as tl
 
 from entropy_kernels._triton.logits import LN2, LOG2E, LOWEST, LOWEST_EXPONENT, log1p
+from entropy_kernels._triton.moments import finish_moments, moments_of_tile, moved_moments
 
 
 @triton.jit
@@ -57,8 +59,19 @@ def update(m, n, s, u, z, scale):
 
 
 @triton.jit
+def update_moments(m, n, s, u, w, q, r, z, scale):
+    """The statistics and moments [T] with one more tile of columns."""
+    top = tl.maximum(m, tl.max(z, 1))
+    w, q, r = moved_moments(m, n, s, u, w, q, r, scale, top)
+    n, s, u = _moved(m, n, s, u, scale, top)
+    tile_n, tile_s, tile_u = of_tile(z, top, scale)
+    tile_w, tile_q, tile_r = moments_of_tile(z, top, scale)
+    return top, n + tile_n, s + tile_s, u + tile_u, w + tile_w, q + tile_q, r + tile_r
+
+
+@triton.jit
 def store(partials_ptr, split, n_split, offs_t, end_t, T, m, n, s, u):
-    """Into partials [4, S, T], rows before end_t."""
+    """Into fields 0 to 3 of partials [4 or 7, S, T], rows before end_t."""
     mask = offs_t < end_t
     offs = tl.cast(split, tl.int64) * T + offs_t
     field = tl.cast(n_split, tl.int64) * T
@@ -70,7 +83,7 @@ def store(partials_ptr, split, n_split, offs_t, end_t, T, m, n, s, u):
 
 @triton.jit
 def merge(
-    partials_ptr,  # [4, S, T]
+    partials_ptr,  # [4, S, T]; with moments [7, S, T]
     target_logit_ptr,  # [T]
     target_ptr,  # [T]
     temperature_ptr,
@@ -79,12 +92,14 @@ def merge(
     logsumexp_ptr,
     max_ptr,
     log_sum_ptr,
+    moments_ptr,  # [4, T]
     stride_temperature,
     T,
     V,
     n_split,
     ignore_index,
     HAS_TEMPERATURE: tl.constexpr,
+    MOMENTS: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_S: tl.constexpr,
 ):
@@ -100,6 +115,9 @@ def merge(
     n = tl.zeros([BLOCK_T], tl.float32)
     s = tl.zeros([BLOCK_T], tl.float32)
     u = tl.zeros([BLOCK_T], tl.float32)
+    w = tl.zeros([BLOCK_T], tl.float32)
+    q = tl.zeros([BLOCK_T], tl.float32)
+    r = tl.zeros([BLOCK_T], tl.float32)
     field = tl.cast(n_split, tl.int64) * T
 
     for start in range(0, n_split, BLOCK_S):
@@ -111,6 +129,17 @@ def merge(
         s_ST = tl.load(ptrs + 2 * field, mask=mask, other=0.0)
         u_ST = tl.load(ptrs + 3 * field, mask=mask, other=0.0)
         top = tl.maximum(m, tl.max(m_ST, 0))
+        if MOMENTS:
+            w_ST = tl.load(ptrs + 4 * field, mask=mask, other=0.0)
+            q_ST = tl.load(ptrs + 5 * field, mask=mask, other=0.0)
+            r_ST = tl.load(ptrs + 6 * field, mask=mask, other=0.0)
+            w_ST, q_ST, r_ST = moved_moments(
+                m_ST, n_ST, s_ST, u_ST, w_ST, q_ST, r_ST, scale[None, :], top[None, :]
+            )
+            w, q, r = moved_moments(m, n, s, u, w, q, r, scale, top)
+            w += tl.sum(w_ST, 0)
+            q += tl.sum(q_ST, 0)
+            r += tl.sum(r_ST, 0)
         n_ST, s_ST, u_ST = _moved(m_ST, n_ST, s_ST, u_ST, scale[None, :], top[None, :])
         n, s, u = _moved(m, n, s, u, scale, top)
         n += tl.sum(n_ST, 0)
@@ -138,3 +167,5 @@ def merge(
     tl.store(logsumexp_ptr + offs_t, tl.where(kept, logsumexp * factor, 0.0), mask=mask_t)
     tl.store(max_ptr + offs_t, tl.where(kept, m * factor, 0.0), mask=mask_t)
     tl.store(log_sum_ptr + offs_t, tl.where(kept, log_sum * factor, 0.0), mask=mask_t)
+    if MOMENTS:
+        finish_moments(moments_ptr, offs_t, mask_t, T, n, rest, u, w, q, r, log_sum, kept, factor)

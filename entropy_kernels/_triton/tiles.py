@@ -53,8 +53,9 @@ class Tile(NamedTuple):
 class Key(NamedTuple):
     """hidden and tokens are the largest that the tile is meant for.
 
-    Ops are "forward" and "dlogits", and with "_softcap" behind, where a tanh an element needs
-    registers of its own; without such a row, the plain one holds.
+    Ops are "forward" and "dlogits"; "forward_statistics", which sums more a row; and any with
+    "_softcap" behind, where a tanh an element needs registers of its own. Without such a row, that
+    of the plainer op holds.
     """
 
     op: str
@@ -106,6 +107,18 @@ TILES: dict[Key, tuple[Tile, ...]] = {
     Key("forward_softcap", "sm_100", "bfloat16", ANY, ANY): (
         Tile("tma", 128, 128, 64, 8, 4),
         Tile("pointer", 128, 128, 64, 8, 3),
+        Tile("cublas", 4, 1024, 1, 4, 1),
+    ),
+    Key("forward_statistics", "sm_90", "bfloat16", ANY, ANY): (
+        Tile("tma", 128, 128, 64, 8, 4),
+        Tile("tma_split", 128, 128, 64, 8, 4),
+        Tile("pointer", 128, 128, 64, 8, 3),
+        Tile("cublas", 4, 1024, 1, 4, 1),
+    ),
+    Key("forward_statistics", "sm_100", "bfloat16", ANY, ANY): (
+        Tile("tma", 128, 64, 64, 8, 4),
+        Tile("tma_split", 128, 64, 64, 8, 4),
+        Tile("pointer", 128, 64, 64, 8, 3),
         Tile("cublas", 4, 1024, 1, 4, 1),
     ),
     Key("forward", "gfx942", "bfloat16", ANY, ANY): (Tile("pointer", 128, 128, 32, 8, 2),),
@@ -182,12 +195,13 @@ def lookup(
 ) -> Tile:
     """The preferred tile of `variants`, of the smallest shape in the table that holds this one.
 
-    op may end in "_softcap". fp16 takes the rows of bf16. An unknown architecture takes tiles that
-    fit everywhere.
+    op may end in "_statistics", "_softcap" or both. fp16 takes the rows of bf16. An unknown
+    architecture takes tiles that fit everywhere.
     """
     name = "float32" if dtype == torch.float32 else "bfloat16"
-    plain = op.removesuffix("_softcap")
-    for candidate in itertools.product((arch, _LIKE.get(arch), "any"), (op, plain)):
+    uncapped = op.removesuffix("_softcap")
+    ops = (op, uncapped, uncapped.removesuffix("_statistics"))
+    for candidate in itertools.product((arch, _LIKE.get(arch), "any"), ops):
         fitting = [
             key
             for key in TILES

@@ -1,0 +1,349 @@
+"""Statistics on request of linear_logprob_entropy: values against fp64, and that they cost others
+nothing: no bit of an output, no gradient.
+
+T tokens, D hidden, V vocabulary.
+"""
+
+import functools
+
+import pytest
+import torch
+from torch import Tensor
+
+import entropy_kernels as ek
+from entropy_kernels import _native, ops, reference
+from entropy_kernels.testing import assert_within_two_bounds
+from tests.test_linear_logprob_entropy import DTYPES, ROWS, make
+
+NAMES = ops.MOMENTS
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+SHAPES = {"one": (1, 1, 1), "two words": (3, 1, 2), "prime": (31, 37, 97), "one more": (33, 36, 65)}
+# numpy, which computes in Triton's interpreter, warns of NaN and infinities that are meant.
+pytestmark = pytest.mark.filterwarnings("ignore:.*encountered:RuntimeWarning")
+
+
+@pytest.fixture
+def head(impl):
+    return functools.partial(ek.linear_logprob_entropy, impl=impl, statistics=NAMES)
+
+
+@pytest.fixture
+def vocabulary(impl, device) -> int:
+    """Two blocks and a bit: of the torch path's, more of the others'."""
+    return 135 if impl == "triton" and device == "cpu" else 2055
+
+
+def truth(dtype, h, w, y, *, bias=None, temperature=1.0, softcap=None, ignore_index=-100):
+    b = None if bias is None else bias.to(dtype)
+    return reference.head_statistics(
+        h.to(dtype), w.to(dtype), y, b, temperature, softcap, ignore_index
+    )
+
+
+def plain(truths, h, w, y, **options):
+    """The formula in fp32 with the worst of a few orders of summation of the logits.
+
+    A statistic is as far off as its logits are, and two words that tie in one order may not in
+    another: of a max_prob of 1/2, a whole rounding of a logit. One-hot hidden states pick logits.
+    """
+    h, w = h.float(), w.float()
+    orders = [slice(None), torch.randperm(h.shape[1]), torch.randperm(h.shape[1])]
+    z = [h[:, order] @ w[:, order].T for order in orders]
+    other_half = torch.arange(w.shape[0], device=w.device) % 2 == 0
+    z += [z[1].where(other_half, z[0]), z[0].where(other_half, z[2])]
+    eye = torch.eye(h.shape[0], device=h.device)
+    found = [truth(torch.float32, eye, x.T, y, **options) for x in z]
+    return [
+        max(got, key=lambda one, want=want: (one - want).abs().max())
+        for got, want in zip(zip(*found, strict=True), truths, strict=True)
+    ]
+
+
+def check_rows(got, h, w, y, **options):
+    """Both bounds for each statistic of `got`."""
+    truths = truth(torch.float64, h, w, y, **options)
+    eager = truth(h.dtype, h, w, y, **options) if h.dtype != torch.float32 else None
+    worst = plain(truths, h, w, y, **options)
+    for one, *three in zip(got, truths, eager or worst, worst, strict=True):
+        assert one.dtype == torch.float32
+        assert_within_two_bounds(one, *three)
+
+
+def check(head, h, w, y, **options):
+    found = head(h, w, y, **options)
+    assert not any(x.requires_grad for x in found[3:])
+    check_rows(found[3:], h, w, y, **options)
+    return found
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rows", ROWS)
+def test_rows_of_every_kind(head, rows, dtype, vocabulary, device):
+    check(head, *make(rows, (67, 40, vocabulary), dtype, device))
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_shapes(head, shape, device):
+    check(head, *make("peaked", shape, torch.float32, device))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["bias"],
+        ["temperature"],
+        ["softcap"],
+        ["ignore_index"],
+        ["bias", "temperature", "softcap", "ignore_index"],
+    ],
+    ids="+".join,
+)
+def test_options(head, names, dtype, vocabulary, device):
+    h, w, y = make("peaked", (67, 40, vocabulary), dtype, device)
+    options = {
+        "bias": torch.randn(vocabulary, device=device).to(dtype),
+        "temperature": torch.rand(67, device=device) + 0.5,
+        "softcap": 5.0,
+        "ignore_index": -1,
+    }
+    if "ignore_index" in names:
+        y[::3] = -1
+    found = check(head, h, w, y, **{name: options[name] for name in names})
+    if "ignore_index" in names:
+        assert not any(x[::3].any() for x in found)
+
+
+def test_one_temperature_and_leading_dimensions(head, device):
+    h, w, y = make("peaked", (6, 16, 97), torch.float32, device)
+    flat = check(head, h, w, y, temperature=0.7)
+    found = head(h.view(2, 3, 16), w, y.view(2, 3), temperature=0.7)
+    assert all(torch.equal(x, want.view(2, 3)) for x, want in zip(found, flat, strict=True))
+
+
+def rows_of_logits(V: int) -> dict[str, Tensor]:
+    """Rows of logits, and below how they look, in fp64 but exact in fp32."""
+    normal = torch.randn(V)
+    peak = (-35 + normal).index_fill(0, torch.tensor([V // 2]), 0.0)
+    return {
+        "normal": normal,
+        "steep": 20 * normal,
+        "nearly uniform": 1e-3 * normal,
+        "uniform": torch.full((V,), -7.25),
+        "one word": torch.full((V,), -torch.inf).index_fill(0, torch.tensor([V - 1]), 3.5),
+        "few words": normal.where(torch.arange(V) % 61 == 5, -torch.inf),
+        "entropy 1e-6": peak.index_fill(0, torch.tensor([V - 2]), -16.5),
+        "entropy below 1e-10": peak,
+        "two tie": peak.index_fill(0, torch.tensor([V - 1]), 0.0),
+        "very negative": -4000 + normal,
+        "very large": 4000 + 30 * normal,
+        "masked": normal.index_fill(0, torch.arange(V // 3, V - 2), torch.finfo(torch.float32).min),
+    }
+
+
+def test_each_row_keeps_its_digits(head, vocabulary, device, impl):
+    """One-hot hidden states pick a column of the weight, so logits are exact, and what is left is
+    the statistics' own error, relative to each value.
+
+    varentropy may lose what E[d^2] - E[d]^2 cancels in fp32 sums: about 12 times for the normal
+    rows here.
+    """
+    z = rows_of_logits(vocabulary)
+    w = torch.stack(list(z.values()), dim=1).to(device)
+    # No 0 * inf.
+    w = w.clamp_min(torch.finfo(torch.float32).min)
+    T = len(z)
+    found = head(torch.eye(T, device=device), w, torch.zeros(T, dtype=torch.int64, device=device))
+    h64 = torch.eye(T, dtype=torch.float64, device=device)
+    wanted = truth(torch.float64, h64, w, torch.zeros(T, dtype=torch.int64, device=device))
+    for name, want in zip(NAMES, wanted, strict=True):
+        digits = 5e-6 if name == "varentropy" else 1e-6
+        error = (getattr(found, name).double() - want).abs()
+        # fp64 itself leaves 1e-30 where all logits are equal.
+        bad = error > digits * want.abs() + 1e-13
+        assert not bad.any(), f"{name}: {dict(zip(z, (error / want.abs()).tolist(), strict=True))}"
+
+
+def test_entropies_of_1e_12_leave_digits(head, impl):
+    """Two words g nats apart, s = exp(-g): all four statistics in closed form."""
+    for gap in (0.5, 1.0, 5.0, 10.0, 15.0, 20.0, 25.0, 30.0):
+        z = torch.tensor([[-100.0], [-gap], [-100.0], [0.0], [-100.0]])
+        s = torch.tensor(-gap, dtype=torch.float64).exp()
+        found = head(torch.ones(1, 1), z, torch.tensor([3]))
+        wanted = {
+            "varentropy": gap**2 * s / (1 + s) ** 2,
+            "max_prob": 1 / (1 + s),
+            "sum_p2": (1 + s**2) / (1 + s) ** 2,
+            "sum_p2_logp": -(gap * s**2 + s.log1p() * (1 + s**2)) / (1 + s) ** 2,
+        }
+        # On a GPU the exponent is taken to base 2, in fp32: it is rounded once more.
+        digits = 4e-7 + (gap * 2**-23 if impl == "triton" else 0)
+        for name, want in wanted.items():
+            assert abs(getattr(found, name).double() - want) <= digits * abs(want), (name, gap)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_bad_row_poisons_itself_alone(head, value, device):
+    h, w, y = make("peaked", (9, 16, 1031), torch.float32, device)
+    h[4, 3] = value
+    for x in head(h, w, y):
+        assert x.isnan().nonzero().flatten().tolist() == [4]
+
+
+def test_a_bad_weight_poisons_every_row_but_the_ignored(head, device):
+    h, w, y = make("peaked", (9, 16, 131), torch.float32, device)
+    w[130, 2] = torch.nan
+    y[3] = -100
+    for keep_logits in (False, True):
+        for x in head(h, w, y, keep_logits=keep_logits):
+            assert x.isnan().sum() == 8
+            assert x[3] == 0
+
+
+def test_a_masked_vocabulary_is_legal(head, vocabulary, device):
+    h, w, y = make("peaked", (9, 16, vocabulary), torch.float32, device)
+    b = torch.zeros(vocabulary, device=device)
+    b[40:-3] = -torch.inf
+    few = torch.cat([w[:40], w[-3:]])
+    y = y.clamp_max(39)
+    for got, want in zip(head(h, w, y, bias=b), head(h, few, y), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+    nowhere = head(h, w, y, bias=torch.full_like(b, -torch.inf))
+    assert all(x.isnan().all() for x in nowhere)
+
+
+@pytest.mark.parametrize("keep_logits", [False, True])
+def test_no_other_bit_changes(impl, device, vocabulary, keep_logits):
+    results = []
+    for names in ((), NAMES):
+        h, w, y = make("peaked", (67, 40, vocabulary), torch.bfloat16, device)
+        y[::5] = -100
+        h, w = h.requires_grad_(), w.requires_grad_()
+        found = ek.linear_logprob_entropy(
+            h, w, y, temperature=0.9, keep_logits=keep_logits, statistics=names, impl=impl
+        )
+        (found.logprob + 0.3 * found.entropy).sum().backward()
+        results.append([*found[:3], h.grad, w.grad])
+    assert all(map(torch.equal, *results))
+
+
+@pytest.mark.parametrize("names", [(), ("max_prob",), ["sum_p2", "varentropy"], {*NAMES}], ids=str)
+def test_what_is_not_asked_for_is_none(impl, device, names):
+    h, w, y = make("peaked", (9, 8, 67), torch.float32, device)
+    found = ek.linear_logprob_entropy(h, w, y, statistics=names, impl=impl)
+    wanted = dict(zip(NAMES, truth(torch.float64, h, w, y), strict=True))
+    for name in NAMES:
+        got = getattr(found, name)
+        if name in names:
+            torch.testing.assert_close(got, wanted[name].float(), rtol=1e-5, atol=1e-6)
+        else:
+            assert got is None
+
+
+@pytest.mark.parametrize("names", [("entropy",), ["max_prob", "top2"], "max_prob"], ids=str)
+def test_unknown_names_are_refused(names):
+    h, w, y = make("peaked", (3, 8, 11), torch.float32)
+    with pytest.raises(ValueError, match="varentropy, max_prob, sum_p2, sum_p2_logp; got"):
+        ek.linear_logprob_entropy(h, w, y, statistics=names)
+
+
+@pytest.mark.parametrize("tokens", [0, 5])
+def test_nothing_to_do(head, tokens, device):
+    h, w = torch.randn(tokens, 8, device=device), torch.randn(33, 8, device=device)
+    found = head(h, w, torch.full((tokens,), -100, device=device))
+    assert all(x.shape == (tokens,) and not x.any() for x in found)
+
+
+def test_reference_implementation_takes_fp64():
+    h, w, y = make("peaked", (9, 8, 67), torch.float32)
+    h = h.double().requires_grad_()
+    found = ek.linear_logprob_entropy(h, w.double(), y, statistics=NAMES, impl="reference")
+    p = (h @ w.double().T).detach().softmax(1)
+    varentropy = (p * p.log().square()).sum(1) - found.entropy.detach().square()
+    torch.testing.assert_close(found.varentropy, varentropy)
+    torch.testing.assert_close(found.max_prob, p.max(1).values)
+    torch.testing.assert_close(found.sum_p2, p.square().sum(1))
+    torch.testing.assert_close(found.sum_p2_logp, (p.square() * p.log()).sum(1))
+    assert not any(x.requires_grad for x in found[3:])
+
+
+def test_opcheck(impl, device, unchecked_shapes):
+    h, w, y = make("peaked", (9, 8, 67), torch.float32, device)
+    h, w = h.requires_grad_(), w.requires_grad_()
+    for keep_logits in (False, True):
+        arguments = (h, w, y, None, None, 5.0, -100, keep_logits, None, None, impl, True)
+        torch.library.opcheck(torch.ops.entropy_kernels.linear_logprob_entropy.default, arguments)
+
+
+def test_compiles_into_one_graph(head, unchecked_shapes):
+    h, w, y = make("peaked", (9, 8, 67), torch.float32)
+
+    def step(h, w):
+        found = head(h, w, y, temperature=0.7)
+        weight = found.max_prob * found.sum_p2 + found.varentropy + found.sum_p2_logp
+        return (found.logprob * weight).sum()
+
+    results = []
+    for function in (step, torch.compile(step, fullgraph=True, backend="aot_eager")):
+        x, weight = h.clone().requires_grad_(), w.clone().requires_grad_()
+        loss = function(x, weight)
+        loss.backward()
+        results.append([loss, x.grad, weight.grad])
+    for compiled, eager in zip(*results, strict=True):
+        torch.testing.assert_close(compiled, eager, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.skipif(_native.cpu() is None, reason=_native.why_missing("cpu") or "built")
+def test_instruction_sets_and_threads_agree():
+    """Every set against fp64, with and without moments, by one thread and by three."""
+    h, w, y = make("peaked", (70, 33, 5003), torch.bfloat16)
+    temperature = torch.rand(70) + 0.5
+    before = torch.get_num_threads()
+    try:
+        for isa in _native.cpu().instruction_sets():
+            for threads in (1, 3):
+                torch.set_num_threads(threads)
+                moments = torch.full((4, 70), torch.nan)
+                call = functools.partial(
+                    _native.linear_logprob_entropy,
+                    *(h, w, y, None, temperature, 12.0, -100, False),
+                    isa=isa,
+                )
+                assert all(map(torch.equal, call(), call(moments=moments)))
+                check_rows(moments, h, w, y, temperature=temperature, softcap=12.0)
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("variant", ["pointer", "tma", "tma_split", "cublas"])
+@pytest.mark.parametrize("split", [64, 128], ids=["one block a split", "two"])
+@pytest.mark.parametrize("rows", ROWS)
+def test_variants_of_triton(variant, split, rows):
+    """Of one block a split nothing is carried from block to block."""
+    tiles = pytest.importorskip("entropy_kernels._triton.tiles")
+    from entropy_kernels._triton import target
+    from entropy_kernels._triton.linear_logprob_entropy import linear_logprob_entropy
+
+    h, w, y = make(rows, (33, 40, 301), torch.float32, DEVICE)
+    if variant not in tiles.variants(target.architecture(h), h, w):
+        pytest.skip("this variant cannot run on these matrices here")
+    moments = torch.full((4, 33), torch.nan, device=DEVICE)
+    call = functools.partial(
+        linear_logprob_entropy,
+        *(h, w, y, None, None, None, -100, False),
+        tile=tiles.Tile(variant, 32, 64, 32, 4, 1, group_t=2, split_v=split),
+    )
+    assert all(map(torch.equal, call(), call(moments=moments)))
+    check_rows(moments, h, w, y)
+
+
+def test_specialised_warps_have_no_moments():
+    pytest.importorskip("triton")
+    from entropy_kernels._triton.linear_logprob_entropy import linear_logprob_entropy
+
+    h, w, y = make("peaked", (3, 8, 16), torch.float32, DEVICE)
+    moments = torch.empty(4, 3, device=DEVICE)
+    with pytest.raises(ValueError, match="variant must be one of"):
+        linear_logprob_entropy(
+            h, w, y, None, None, None, -100, False, moments=moments, variant="tma_ws"
+        )
