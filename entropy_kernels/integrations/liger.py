@@ -11,6 +11,7 @@ import math
 from typing import Any
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from entropy_kernels.functional import linear_logprob_entropy
@@ -21,20 +22,20 @@ class LinearScaledCrossEntropy:
 
     @staticmethod
     def apply(
-        _input: Tensor,
-        weight: Tensor,
-        target: Tensor,
+        _input: Float[Tensor, "T D"],
+        weight: Float[Tensor, "V D"],
+        target: Int[Tensor, " T"],
         temperature: float = 1.0,
         ignore_index: int = -100,
         m_tiles_per_cluster: int = 1,
         return_entropy: bool = False,
-        selected_token_ids: Tensor | None = None,
+        selected_token_ids: Int[Tensor, " K"] | None = None,
     ) -> Any:
         """nll = -log softmax(h W^T / temperature)[target]; its entropy in nats.
 
         All outputs are fp32 and differentiable; rows with `ignore_index` are zero and get no
         gradient. Where Liger rounds the entropy to the inputs' 16 bits, this one stays fp32:
-        rounded entropies tie, and those that tie at a quantile are selected at random.
+        rounded entropies tie, and a quantile of them selects too many or too few.
 
         Args:
             _input: hidden states [T, D], fp32, bf16 or fp16.
@@ -60,7 +61,7 @@ class LinearScaledCrossEntropy:
         found = linear_logprob_entropy(
             _input, weight, target, temperature=float(temperature), ignore_index=ignore_index
         )
-        outputs = (-found.logprob,)
+        outputs: tuple[Tensor, ...] = (-found.logprob,)
         if return_entropy:
             outputs += (found.entropy,)
         if selected_token_ids is not None:
@@ -73,7 +74,9 @@ class LinearScaledCrossEntropy:
         return outputs if len(outputs) > 1 else outputs[0]
 
 
-def _check_options(temperature: object, m_tiles_per_cluster: object, return_entropy: object) -> None:
+def _check_options(
+    temperature: object, m_tiles_per_cluster: object, return_entropy: object
+) -> None:
     if isinstance(temperature, bool) or not isinstance(temperature, int | float):
         raise TypeError(f"temperature must be a number; got {temperature!r}")
     if not math.isfinite(temperature) or temperature <= 0:
