@@ -1,7 +1,7 @@
 """A GRPOTrainer on a Qwen3 so small that a step takes a tenth of a second.
 
 python -m tests.integrations.small_grpo prints, for each loss type of TRL's, by how much 20 steps on
-our head differ from 20 on TRL's.
+our head differ from 20 on TRL's; and by how much TRL's do from its own with chunks of another size.
 """
 
 import tempfile
@@ -72,17 +72,23 @@ def difference(got: Tensor, want: Tensor) -> Tensor:
 
 
 def main() -> None:
+    from trl.trainer import utils
+
+    from entropy_kernels.integrations._patch import Patch
     from entropy_kernels.integrations.trl import patch_trl
+
+    def run(patch: Any, options: dict[str, Any]) -> Tensor:
+        with patch, tempfile.TemporaryDirectory() as folder:
+            return train(folder, model=build_model("qwen3", vocab_size=512), **options)
 
     for loss_type in LOSS_TYPES:
         for quantile in (1.0, 0.2):
             options = {"loss_type": loss_type, "top_entropy_quantile": quantile, "max_steps": 20}
-            with tempfile.TemporaryDirectory() as folder:
-                want = train(folder, model=build_model("qwen3", vocab_size=512), **options)
-                with patch_trl():
-                    got = train(folder, model=build_model("qwen3", vocab_size=512), **options)
-            found = zip(COLUMNS, difference(got, want).tolist(), strict=True)
-            print(loss_type, quantile, *(f"{name} {worst:.1e}" for name, worst in found))
+            want = run(Patch(), options)
+            chunks = run(Patch((utils, "_CHUNKED_LOGPROB_CHUNK_SIZE", 100)), options)
+            for name, got in {"ours": run(patch_trl(), options), "chunks of 100": chunks}.items():
+                found = zip(COLUMNS, difference(got, want).tolist(), strict=True)
+                print(loss_type, quantile, name, *(f"{x} {worst:.1e}" for x, worst in found))
 
 
 if __name__ == "__main__":

@@ -7,6 +7,8 @@ import socket
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.multiprocessing import spawn
 
 pytest.importorskip("trl", reason="the adapter is for TRL")
@@ -192,17 +194,29 @@ def test_a_step_not_generated_as_a_whole_is_refused(tmp_path, settings):
         )
 
 
+def _sharded_gradients():
+    """Of a head under FSDP2, on tokens of this rank's own."""
+    model = build_model("qwen3")
+    utils.add_fused_lm_head(model, outputs=("log_probs", "entropy"))
+    fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
+    ids = torch.arange(14).view(2, 7) % 5 + 3 * dist.get_rank()
+    out = model(input_ids=ids, labels=ids, fused_lm_head=True)
+    (out.loss - 0.1 * out.entropy.mean()).backward()
+    return [p.grad.full_tensor() for p in model.parameters()]
+
+
 def _rank(rank, folder, port):
-    """Both runs on two processes, and the step's threshold over them."""
+    """Both runs on two processes, gradients of a sharded head, and the threshold over both."""
     names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_PORT": port}
     os.environ.update(
         {name: str(value) for name, value in names.items()} | {"MASTER_ADDR": "127.0.0.1"}
     )
     torch.set_num_threads(1)
     options = {"top_entropy_quantile": 0.2, "ddp_backend": "gloo", "max_steps": 2}
-    found = {"theirs": train(f"{folder}/{rank}", **options)}
+    found = {"theirs": train(f"{folder}/{rank}", **options), "sharded": [_sharded_gradients()]}
     with patch_trl():
         found["ours"] = train(f"{folder}/{rank}", **options)
+        found["sharded"].append(_sharded_gradients())
     with pytest.MonkeyPatch.context() as monkeypatch:
         steps = StepByStep(monkeypatch)
         with patch_trl(scope="step"):
@@ -219,6 +233,9 @@ def test_two_processes(tmp_path):
     spawn(_rank, args=(str(tmp_path), port), nprocs=2)
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     assert (difference(first["ours"], first["theirs"]) < FIVE_DIGITS).all(), first
+    for theirs, ours in zip(*first["sharded"], strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6 * float(theirs.abs().max()))
+        assert ours.any()
     rows = {step: first["seen"][step] + second["seen"][step] for step in first["seen"]}
     assert len(rows) == 2
     assert_exact(rows, 0.2, micro_batches=4)
