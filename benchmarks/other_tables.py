@@ -1,4 +1,4 @@
-"""Tables and plot data of the threshold, the ratio loss, and the growth of cost."""
+"""Tables and plot data of the threshold, the ratio loss, TRL's step, and the growth of cost."""
 
 import math
 from typing import Any
@@ -62,6 +62,19 @@ def ratio_loss_tables(runs: list[Run]) -> str:
         for r in runs
     ]
     return "\n\n".join(["**Ratio loss, its gradient and its metrics**", *parts, about(runs[-1])])
+
+
+def trl_step_tables(runs: list[Run]) -> str:
+    """Everything about the step of TRL's trainer."""
+    parts = []
+    for run in runs:
+        shape = "{sequences:,} prompts of {prompt:,} tokens, completions of {completion:,}".format(
+            **run["shape"]
+        )
+        size = "hidden size {hidden:,}, vocabulary {vocabulary:,}".format(**run["shape"])
+        parts.append(f"{shape}, {size}\n\n{seconds_table(run)}")
+    title = "**TRL's GRPOTrainer: loss and backward of a micro-batch, one layer**"
+    return "\n\n".join([title, *parts, about(runs[-1])])
 
 
 def cost_in_short(runs: list[Run]) -> str:

@@ -10,6 +10,7 @@ from benchmarks import bench_forward_floor as floor
 from benchmarks import bench_linear_cost as cost
 from benchmarks import bench_linear_logprob_entropy as bench
 from benchmarks import bench_ratio_loss as ratio
+from benchmarks import bench_trl_step as trl_step
 from benchmarks import chunked_head, other_tables, peers, report, runner, tables
 from benchmarks import linear_logprob_entropy as op
 from benchmarks.runner import Contestant
@@ -90,6 +91,7 @@ def tree(tmp_path_factory):
             cost.measure(cost.QUICK, dtype, 2, results, log=_quiet)
         threshold.measure(20_000, 2, results, log=_quiet)
         ratio.measure((8, 64), 2, results, log=_quiet)
+        trl_step.measure(*trl_step.QUICK, results, log=_quiet)
     (root / "README.md").write_text(f"before\n{report.BEGIN}\nstale\n{report.END}\nafter\n")
     return root
 
@@ -170,6 +172,7 @@ def test_report_renders_every_result_file(tree):
     assert "exponent" in text
     assert "20,000 entropies" in text
     assert "512 tokens" in text
+    assert "4 prompts of 3 tokens, completions of 8" in texts["README.md"]
     assert "refused: on purpose" in texts["README.md"]
     assert "refused: needs trl" in texts["README.md"]
     assert "Forward on one thread, 40 x 16 x 96, bf16" in texts["README.md"]
@@ -209,6 +212,21 @@ def test_peers_that_are_installed_compute_the_step(monkeypatch):
             assert max(errors.values(), default=0.0) < 1e-5
             checked.append(contestant.name)
     assert {"eager", "chunked", "checkpoint", "floor"} <= set(checked)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_both_heads_compute_the_step_of_trls_trainer():
+    """TRL's head multiplies prompts and all of backward; its trainer's warnings are its own."""
+    pytest.importorskip("trl", reason="the step is that of TRL's trainer")
+    shape, rounds = trl_step.QUICK
+    contestants, problem = trl_step.contestants(), trl_step.make_problem(*shape)
+    entries = runner.run_suite(
+        contestants, problem, trl_step.truth, rounds=rounds, dtype=torch.float32, log=_quiet
+    )
+    assert all(entry["error"] < 1e-4 for entry in entries), entries
+    flops = {entry["name"]: entry["flops"] for entry in entries}
+    assert flops["ours"] < flops["trl-labels"] < flops["trl"]
+    assert flops["ours-all"] == flops["trl-labels"]
 
 
 def test_peak_memory_sees_what_a_step_holds():

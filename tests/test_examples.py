@@ -17,6 +17,11 @@ EXAMPLES = {
         [],
         r"step 11: reward 0\.[6-9]\d+, loss [+-]\d\.\d+, kept 205 of 1024 rows",
     ),
+    "grpo_trl.py": (
+        ["trl"],
+        ["--steps=2"],
+        r"step 2 loss -?0\.\d+ entropy [12]\.\d+ reward 0\.\d+",
+    ),
 }
 
 
