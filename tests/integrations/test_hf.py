@@ -139,10 +139,6 @@ def test_other_outputs_are_passed_on():
     assert found.past_key_values.get_seq_length() == 11
 
 
-@pytest.mark.skipif(
-    "statistics" not in inspect.signature(ek.linear_logprob_entropy).parameters,
-    reason="linear_logprob_entropy has no statistics",
-)
 def test_statistics_are_of_the_logits_that_the_model_returns():
     model, tokens = build("gemma2"), batch()
     inputs = {name: x for name, x in tokens.items() if name != "target"}
