@@ -173,7 +173,9 @@ def ratio_loss(
         dtype=dtype,
     )
     counted = mask if isinstance(denominator, str) and denominator == "all" else kept
-    tokens = {"kept": (kept, scale(counted=counted)), "all": (mask, scale(counted=mask))}
+    tokens = {"kept": (kept, scale(counted=counted))}
+    if "all" in (kl_on, entropy_on):
+        tokens["all"] = mask, scale(counted=mask)
 
     if by_kernel:
         total, found = clipped_by_kernel(new, old, advantage, factor, *tokens["kept"], clip, impl)

@@ -7,7 +7,7 @@ import torch
 
 import entropy_kernels as ek
 from entropy_kernels import loss_terms, losses
-from entropy_kernels.testing import peaked_head
+from entropy_kernels.testing import Watch, peaked_head
 from tests.loss_cases import L, gradient, make_case
 from tests.loss_formulas import LENGTH
 
@@ -148,7 +148,8 @@ def by_hand(correction, log_ratio, mask, cap, floor):
 def test_corrections_are_weights(case, correction, cap, floor, loss_type):
     g = torch.Generator().manual_seed(3)
     move = 0.5 * torch.randn(case.old.shape, generator=g, dtype=torch.float64)
-    sampler = (case.old - move).masked_fill(~case.mask, torch.nan)
+    # A ratio that would count, were it of a token of the mask.
+    sampler = (case.old - move).masked_fill(~case.mask, -99.0)
     options = {"sampler_logprob": sampler, "correction": correction}
     options |= {"correction_cap": cap, "correction_floor": floor, "loss_type": loss_type}
     got = gradient(case.logprob, loss_of(case, **options))
@@ -385,6 +386,23 @@ def test_the_head_takes_every_loss(loss_type, way):
     for g, t in zip(got, want, strict=True):
         torch.testing.assert_close(g, t, rtol=2e-4, atol=2e-6)
     assert (got[1][~selected] == 0).all()
+
+
+@pytest.mark.parametrize("extra", [{}, {"kl_on": "all"}, {"entropy_on": "all"}], ids=str)
+def test_backward_costs_the_rows_that_get_a_gradient(extra):
+    """1 + 3f units with all terms on the kept tokens, 1 + 3 with one of them on all."""
+    h, w, y, old, advantage, mask, _ = head_batch()
+    options = {"loss_type": "sapo", "entropy_coef": 0.01, "kl_coef": 0.1} | extra
+    with Watch() as watch:
+        gradient(
+            h,
+            lambda x: ek.high_entropy_policy_loss(
+                x, w, y, old, advantage, mask, fraction=0.25, reference_logprob=old, **options
+            )[0],
+        )
+    # The weight is frozen: logits, logits again and one gradient.
+    rows = int(mask.sum()) if extra else 9
+    assert watch.products == (36 + 2 * rows) * 301 * 16
 
 
 BEYOND = {

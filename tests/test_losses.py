@@ -191,6 +191,17 @@ def test_extreme_ratios_stay_finite(name):
         assert got[1].isfinite().all()
 
 
+@pytest.mark.parametrize("name", ["dapo", "sapo", "gmpo", "gspo"])
+def test_a_log_ratio_is_clamped_at_twenty(name):
+    """Not at 10 nor at 88, where fp32 ends; of sapo's gate the limit is all that is left."""
+    x = torch.tensor([[30.0]], dtype=torch.float64)
+    mask = torch.ones(1, 1, dtype=torch.bool)
+    got = gradient(x, lambda x: by_name(name, x, x.detach() - 30, -(x.detach() ** 0), mask)[0])
+    want = 4 / 1.05 if name == "sapo" else math.exp(20)
+    torch.testing.assert_close(got[0], torch.tensor(want, dtype=torch.float64))
+    assert got[1] == 0
+
+
 @pytest.mark.parametrize("name", ["cispo", "gpg", "reinforce", "vespo", "dppo_tv"])
 def test_a_token_without_advantage_may_be_impossible(name):
     """-inf as its log-probability, of a vocabulary that is masked in one engine: 0 * inf is 0."""
