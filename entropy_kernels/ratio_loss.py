@@ -133,7 +133,7 @@ def ratio_loss(
     loss, own_aggregation, own_over = find_loss(loss_type)
     aggregation, over = aggregation or own_aggregation, sequence_over or own_over
     clip: dict[str, Any] = {"clip_low": clip_low, "clip_high": clip_high, "dual_clip": dual_clip}
-    bounds = {"cap": correction_cap, "floor": correction_floor}
+    bounds = correction_cap, correction_floor
     check_tensors(
         logprob,
         {"mask": mask, "selected": selected},
@@ -148,7 +148,7 @@ def ratio_loss(
     )
     check_loss(logprob, loss_type, sequence_over, own_over is not None, clip)
     check_aggregation(logprob, loss_type, aggregation, denominator, num_sequences)
-    check_correction(logprob, loss_type, sampler_logprob, correction, **bounds)
+    check_correction(logprob, loss_type, sampler_logprob, correction, *bounds)
     check_terms(reference_logprob, kl_coef, kl_type, kl_on, entropy, entropy_coef, entropy_on)
     dtype = torch.float64 if logprob.dtype == torch.float64 else torch.float32
     by_kernel = has_kernel(loss_type, clip_low, clip_high)
@@ -157,13 +157,8 @@ def ratio_loss(
     kept = mask & selected
     new, advantage = logprob.to(dtype), _per_token(advantage, logprob).to(dtype)
     old = (new if old_logprob is None else old_logprob.to(dtype)).detach()
-    factor = None if token_weight is None else token_weight.detach().to(dtype)
-    metrics: dict[str, Tensor] = {}
-    if sampler_logprob is not None:
-        sampler = sampler_logprob.to(dtype)
-        corrected, metrics = _correction(old, sampler, mask, kept, correction, **bounds)
-        if corrected is not None:
-            factor = corrected if factor is None else factor * corrected
+    weights = token_weight, sampler_logprob
+    factor, metrics = _factor(old, mask, kept, *weights, correction, *bounds)
     scale = functools.partial(
         aggregation_weight,
         aggregation,
@@ -186,8 +181,8 @@ def ratio_loss(
         total, found = _by_function(loss, new, old, advantage, factor, seen, *tokens["kept"])
     metrics |= found | _counts(kept, mask)
     if reference_logprob is not None:
-        reference = reference_logprob.to(dtype)
-        term, metrics["kl/reference"] = _kl(new, old, reference, kl_coef, kl_type, *tokens[kl_on])
+        how = kl_coef, kl_type, *tokens[kl_on]
+        term, metrics["kl/reference"] = _kl(new, old, reference_logprob.to(dtype), *how)
         total = total + term
     if entropy is not None and entropy_coef != 0:
         on, scale_B = tokens[entropy_on]
@@ -222,27 +217,32 @@ def beyond_kept(
     return 'entropy_on="all"' if entropy_on == "all" else None
 
 
-def _correction(
+def _factor(
     old: Tensor,
-    sampler: Tensor,
     mask: Tensor,
     kept: Tensor,
+    token_weight: Tensor | None,
+    sampler_logprob: Tensor | None,
     correction: str | None,
     cap: float | None,
     floor: float | None,
 ) -> tuple[Tensor | None, dict[str, Tensor]]:
     """What the tokens' losses are multiplied with, and how far sampler and trainer are apart."""
+    factor = None if token_weight is None else token_weight.detach().to(old.dtype)
+    if sampler_logprob is None:
+        return factor, {}
+    sampler = sampler_logprob.to(old.dtype)
     log_ratio = mismatch(old, sampler, mask)
     among = kept.sum().clamp_min(1)
     excess = torch.where(kept, log_ratio.expm1() - log_ratio, 0.0)
     largest = _largest(log_ratio.exp(), kept)
     metrics = {"mismatch/k3": excess.sum() / among, "mismatch/max_ratio": largest}
     if correction is None:
-        return None, metrics
+        return factor, metrics
     ratio = mismatch(old, sampler, mask, correction).exp()
     weight = correction_weight(ratio, correction, cap=cap, floor=floor)
     metrics["mismatch/outside"] = (kept & (weight != ratio)).sum() / among
-    return weight, metrics
+    return weight if factor is None else factor * weight, metrics
 
 
 def _by_function(
