@@ -5,13 +5,14 @@ exact entropy threshold; the clipped policy loss on the tokens above it; and a b
 only for the rows that carry gradient. Method: arXiv 2506.01939.
 """
 
+from entropy_kernels import losses, token_rules
 from entropy_kernels.functional import (
     LogprobEntropy,
     high_entropy_policy_loss,
     linear_logprob_entropy,
 )
-from entropy_kernels.losses import ratio_loss
 from entropy_kernels.nn import HighEntropyPolicyLoss
+from entropy_kernels.ratio_loss import ratio_loss
 from entropy_kernels.selection import StreamingThreshold, entropy_threshold, top_entropy_mask
 
 __version__ = "0.1.0"
@@ -23,6 +24,8 @@ __all__ = [
     "entropy_threshold",
     "high_entropy_policy_loss",
     "linear_logprob_entropy",
+    "losses",
     "ratio_loss",
+    "token_rules",
     "top_entropy_mask",
 ]

@@ -21,7 +21,8 @@ from entropy_kernels._inputs import (
     per_token_temperature,
     resolve,
 )
-from entropy_kernels.losses import ratio_loss
+from entropy_kernels._ratio_kernel import has_kernel
+from entropy_kernels.ratio_loss import LOSS_OPTIONS, beyond_kept, ratio_loss
 from entropy_kernels.selection import top_entropy_mask
 
 # Logits of rows that are all trained on are kept for backward up to this size, and recomputed
@@ -160,15 +161,10 @@ def high_entropy_policy_loss(
     bias: Float[Tensor, " V"] | None = None,
     temperature: float | Float[Tensor, "..."] = 1.0,
     softcap: float | None = None,
-    loss_type: str = "dapo",
-    clip_low: float = 0.2,
-    clip_high: float = 0.28,
-    dual_clip: float | None = None,
-    denominator: str | float | Tensor = "selected",
-    num_sequences: float | Tensor | None = None,
     max_active_rows: int | None = None,
     main_grad: Float[Tensor, "V D"] | None = None,
     impl: str = "auto",
+    **loss_options: Any,
 ) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
     """The paper's objective: the clipped policy loss on the tokens of highest entropy.
 
@@ -193,7 +189,11 @@ def high_entropy_policy_loss(
         mask: the loss mask; false for prompt, padding and tool tokens, which never enter the
             threshold and on a CPU cost nothing.
         which, scope, group: as in `top_entropy_mask`.
-        loss_type, clip_low, clip_high, dual_clip, denominator, num_sequences: as in `ratio_loss`.
+        loss_options: keywords of `ratio_loss`, all but its entropy, which is the head's: loss_type,
+            clip_low, clip_high, dual_clip, sequence_over, aggregation, denominator, num_sequences,
+            token_weight, sampler_logprob, correction, correction_cap, correction_floor,
+            reference_logprob, kl_coef, kl_type, kl_on, entropy_coef, entropy_on. With `selected`
+            the head knows of the selected tokens alone, and one that reads others raises.
         max_active_rows, main_grad: as in `linear_logprob_entropy`. With a bound of the selected
             tokens, such as ceil(fraction * n) of a batch whose n is known to the host, nothing
             waits for a GPU. More selected tokens than that give NaN there, a ValueError on a CPU.
@@ -208,9 +208,10 @@ def high_entropy_policy_loss(
 
     Raises:
         ValueError: as the functions it is made of; both `selected` and `threshold` given, or one of
-            them together with which, scope or group.
+            them together with which, scope or group; an unknown option.
     """
     check_selection(selected, threshold, which, scope, group)
+    _check_loss_options(loss_options, selected is not None, old_logprob is None)
     check_like(target, mask=mask, selected=selected)
     head: dict[str, Any] = {
         "bias": bias,
@@ -240,13 +241,9 @@ def high_entropy_policy_loss(
         advantage,
         mask,
         selected=selected,
-        loss_type=loss_type,
-        clip_low=clip_low,
-        clip_high=clip_high,
-        dual_clip=dual_clip,
-        denominator=denominator,
-        num_sequences=num_sequences,
-        impl="torch" if impl == "reference" else impl,
+        entropy=found.entropy,
+        impl=_loss_impl(impl, loss_options),
+        **loss_options,
     )
     lowest = entropy.masked_fill(~selected, torch.inf).flatten()
     lowest = torch.cat([lowest, lowest.new_full((1,), torch.inf)]).min()
@@ -255,6 +252,29 @@ def high_entropy_policy_loss(
         total = torch.where(among, entropy, 0.0).sum()
         metrics[name] = total / among.sum().clamp_min(1)
     return loss, metrics
+
+
+def _check_loss_options(options: dict[str, Any], rows_known: bool, on_policy: bool) -> None:
+    unknown = sorted(set(options) - LOSS_OPTIONS)
+    if unknown:
+        raise ValueError(
+            f"unknown options {', '.join(unknown)}; those of the loss are "
+            f"{', '.join(sorted(LOSS_OPTIONS))}"
+        )
+    reads = beyond_kept(on_policy, **options) if rows_known else None
+    if reads is not None:
+        raise ValueError(
+            f"{reads} reads tokens that are not selected, of which the head knows nothing with "
+            "selected=; select by fraction= or threshold="
+        )
+
+
+def _loss_impl(impl: str, options: dict[str, Any]) -> str:
+    """`impl` names the head's; the reference has no ratio loss with gradient, others no kernel."""
+    chosen = ("loss_type", "clip_low", "clip_high")
+    if not has_kernel(**{name: options[name] for name in chosen if name in options}):
+        return "auto"
+    return "torch" if impl == "reference" else impl
 
 
 def _on_rows(

@@ -1,107 +1,280 @@
-"""The policy loss on per-token log-probabilities: counts and weights, then the op.
+"""The policy losses of the literature, a function each, on per-token log-probabilities.
 
-B sequences, L their length.
+    loss(logprob, old_logprob, advantage, mask, *, options) -> the loss of each token
+
+All four are [*tokens], and [B, L] where a loss sums over sequences. `mask` says which tokens those
+sums run over; elsewhere the inputs are finite and the result is not used. Only logprob carries
+gradient. `ratio_loss` takes such a function as its `loss_type`: one of these by its name, with
+other options as `functools.partial(losses.sapo, tau_neg=1.1)`, or one of your own. It masks, weighs
+and aggregates. A token that a loss gives no gradient gets exactly 0.
+
+r_t = exp(logprob_t - old_logprob_t), |log r_t| <= 20; sg is stop-gradient. B sequences, L tokens.
 """
+
+import math
+from collections.abc import Callable
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from entropy_kernels import _gpu, _native, ops
-
-LOSS_TYPES = ("dapo", "grpo")
 # |log ratio| is clamped here before exp, as verl does; beyond, the ratio is meaningless.
 LOG_RATIO_BOUND = 20.0
+AGGREGATIONS = (
+    "token-mean",
+    "seq-mean-token-mean",
+    "seq-mean-token-sum",
+    "seq-mean-token-sum-norm",
+)
+
+Loss = Callable[..., Tensor]
+Clip = float | Float[Tensor, "..."]
 
 
-def ratio_loss(
+def clipped_ratio(
     logprob: Float[Tensor, "*tokens"],
-    old_logprob: Float[Tensor, "*tokens"] | None,
-    advantage: Float[Tensor, "..."],
+    old_logprob: Float[Tensor, "*tokens"],
+    advantage: Float[Tensor, "*tokens"],
     mask: Bool[Tensor, "*tokens"],
     *,
-    selected: Bool[Tensor, "*tokens"] | None = None,
-    loss_type: str = "dapo",
-    clip_low: float = 0.2,
-    clip_high: float = 0.28,
+    clip_low: Clip = 0.2,
+    clip_high: Clip = 0.28,
     dual_clip: float | None = None,
-    denominator: str | float | Tensor = "selected",
-    num_sequences: float | Tensor | None = None,
-    impl: str = "auto",
-) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
-    """The clipped policy loss of PPO, GRPO and DAPO over the selected tokens.
+) -> Float[Tensor, "*tokens"]:
+    """-min(r A, clip(r, 1 - clip_low, 1 + clip_high) A), for A < 0 at most -dual_clip A.
 
-    r_t = exp(logprob_t - old_logprob_t)
-    loss_t = -min(r_t A_t, clip(r_t, 1 - clip_low, 1 + clip_high) A_t)
-    and, with dual clip c, for A_t < 0: min(loss_t, -c A_t).
-
-    loss_type "dapo" (DAPO, arXiv 2503.14476; arXiv 2506.01939v2, equation 6): the sum over the
-    selected tokens, over one count of tokens: the `denominator`.
-    loss_type "grpo" (DeepSeekMath, arXiv 2402.03300): each sequence's sum over its own count, then
-    the mean over the sequences with a token of the loss mask, or over `num_sequences`.
-
-    Differentiable once, with respect to logprob; its gradient is found in the same pass. A token
-    whose ratio is clipped, whose advantage is zero, or that is not selected gets a gradient of
-    exactly zero, whatever its logprob (inf and NaN included); so does one whose |log ratio|
-    passes 20, where it is clamped. On a bound itself a ratio counts as inside. A NaN among the
-    selected tokens makes the loss NaN, and that token's gradient unless its advantage is zero. No
-    selected token: the loss is 0, its gradients too.
-
-    Args:
-        logprob: with gradient; computed in fp32, or in fp64 where it is fp64. [B, L] for "grpo".
-        old_logprob: of the sampling policy, without gradient; None: on-policy, ratio 1.
-        advantage: one a token, or [B] where logprob is [B, L].
-        mask: the loss mask: false for prompt, padding and tool tokens.
-        selected: the tokens to train on, a subset is formed with `mask`; None: all of the mask.
-        dual_clip: c > 1 (10 in the paper's scripts), or None.
-        denominator: "selected" (paper v2 and its code), "all" tokens of the mask (paper v1, TRL),
-            or for "dapo" a count: that of the whole step, so that the sum over micro-batches and
-            ranks equals one batch.
-        num_sequences: for "grpo", the number of sequences of the whole step, to the same end.
-        impl: "auto", what fits of the following; "cpu", the compiled kernel, for fp32 on a CPU;
-            "triton", fp32 on a GPU (by itself only where it was found to be right on that kind of
-            GPU); or "torch", any device.
-
-    Returns:
-        The loss, and metrics as 0-dim tensors without gradient: clip/low, clip/high (share of the
-        selected tokens whose gradient was clipped away; clip/low includes the dual clip),
-        ratio/mean, ratio/max, kl/k1, kl/k3 (estimates of KL(old || new) over the selected tokens),
-        entropy/kept_fraction (selected over mask), head/active_rows (tokens whose gradient is not
-        zero), tokens/all, tokens/kept.
-
-    Raises:
-        ValueError: shapes, dtypes or devices that do not fit, an unknown loss_type, denominator or
-            impl, a clip range or dual_clip out of bounds.
+    PPO (arXiv 1707.06347), GRPO (2402.03300, both clips 0.2), DAPO (2503.14476); dual clip
+    1912.09729. INTELLECT-2's two-sided delta (2505.07291) is dual_clip = delta >= 1 + clip_high.
     """
-    selected = mask if selected is None else selected
-    _check_tensors(logprob, old_logprob, advantage, mask, selected)
-    _check_aggregation(logprob, loss_type, denominator, num_sequences)
-    _check_clip(clip_low, clip_high, dual_clip)
-    dtype = torch.float64 if logprob.dtype == torch.float64 else torch.float32
-    name = _resolve(impl, logprob.device, dtype)
-    kept = mask & selected
-    counted = mask if isinstance(denominator, str) and denominator == "all" else kept
-    shape: tuple[int, ...] = logprob.shape
-    if loss_type == "dapo":
-        shape = (1, logprob.numel())
+    return _clipped(_ratio(logprob, old_logprob), advantage, clip_low, clip_high, dual_clip)
+
+
+def gspo(
+    logprob: Float[Tensor, "B L"],
+    old_logprob: Float[Tensor, "B L"],
+    advantage: Float[Tensor, "B L"],
+    mask: Bool[Tensor, "B L"],
+    *,
+    clip_low: Clip = 3e-4,
+    clip_high: Clip = 4e-4,
+) -> Float[Tensor, "B L"]:
+    """-min(s A, clip(s, 1 - clip_low, 1 + clip_high) A), s = exp(mean_t log r_t) of the sequence.
+
+    GSPO, arXiv 2507.18071; a clipped sequence has no gradient at all.
+    """
+    ratio_B1 = bounded(_mean(logprob - old_logprob, mask)).exp()
+    return _clipped(ratio_B1, advantage, clip_low, clip_high)
+
+
+def gspo_token(
+    logprob: Float[Tensor, "B L"],
+    old_logprob: Float[Tensor, "B L"],
+    advantage: Float[Tensor, "B L"],
+    mask: Bool[Tensor, "B L"],
+    *,
+    clip_low: Clip = 3e-4,
+    clip_high: Clip = 4e-4,
+) -> Float[Tensor, "B L"]:
+    """As `gspo` with s_t = sg(s) pi_t / sg(pi_t): its value, but a gradient of each token's own.
+
+    GSPO-token, arXiv 2507.18071: for advantages that differ within a sequence.
+    """
+    log_ratio_B1 = bounded(_mean(logprob - old_logprob, mask)).detach()
+    ratio = (logprob - logprob.detach() + log_ratio_B1).exp()
+    return _clipped(ratio, advantage, clip_low, clip_high)
+
+
+def luspo(
+    logprob: Float[Tensor, "B L"],
+    old_logprob: Float[Tensor, "B L"],
+    advantage: Float[Tensor, "B L"],
+    mask: Bool[Tensor, "B L"],
+    *,
+    clip_low: Clip = 2e-3,
+    clip_high: Clip = 2.5e-3,
+) -> Float[Tensor, "B L"]:
+    """As `gspo`; summed over the tokens of a sequence, the loss is |o| times GSPO's.
+
+    LUSPO, arXiv 2602.05261.
+    """
+    return gspo(logprob, old_logprob, advantage, mask, clip_low=clip_low, clip_high=clip_high)
+
+
+def gmpo(
+    logprob: Float[Tensor, "B L"],
+    old_logprob: Float[Tensor, "B L"],
+    advantage: Float[Tensor, "B L"],
+    mask: Bool[Tensor, "B L"],
+    *,
+    clip_low: Clip = 0.4,
+    clip_high: Clip = 0.4,
+) -> Float[Tensor, "B L"]:
+    """-exp(mean_t c_t) A, c = min(l, clip(l, -clip_low, clip_high)), max where A <= 0; l = log r.
+
+    GMPO, arXiv 2507.20673: a geometric mean of ratios, each clipped to (e^-0.4, e^0.4).
+    """
+    log_ratio = logprob - old_logprob
+    clipped = _clamp(log_ratio, -clip_low, clip_high)
+    least, most = torch.minimum(log_ratio, clipped), torch.maximum(log_ratio, clipped)
+    worst = torch.where(advantage > 0, least, most)
+    return -bounded(_mean(worst, mask)).exp() * advantage
+
+
+def cispo(
+    logprob: Float[Tensor, "*tokens"],
+    old_logprob: Float[Tensor, "*tokens"],
+    advantage: Float[Tensor, "*tokens"],
+    mask: Bool[Tensor, "*tokens"],
+    *,
+    clip_low: Clip = 1.0,
+    clip_high: Clip = 4.0,
+) -> Float[Tensor, "*tokens"]:
+    """-sg(clip(r, 1 - clip_low, 1 + clip_high)) A log pi: no token loses its gradient.
+
+    CISPO, arXiv 2506.13585, without a lower bound; 5 as the upper one follows ScaleRL (2510.13786).
+    TRL's epsilon_high is that bound itself, 1 + clip_high here.
+    """
+    weight = _clamp(_ratio(logprob, old_logprob), 1 - clip_low, 1 + clip_high)
+    return _reinforce(weight * advantage, logprob)
+
+
+def sapo(
+    logprob: Float[Tensor, "*tokens"],
+    old_logprob: Float[Tensor, "*tokens"],
+    advantage: Float[Tensor, "*tokens"],
+    mask: Bool[Tensor, "*tokens"],
+    *,
+    tau_pos: float = 1.0,
+    tau_neg: float = 1.05,
+) -> Float[Tensor, "*tokens"]:
+    """-(4 / tau) sigmoid(tau (r - 1)) A, tau = tau_pos where A > 0, else tau_neg.
+
+    SAPO, arXiv 2511.20347: a gate in place of the clip, of slope 1 at r = 1.
+    """
+    tau = _choose(advantage > 0, tau_pos, tau_neg, advantage)
+    return -4 / tau * torch.sigmoid(tau * (_ratio(logprob, old_logprob) - 1)) * advantage
+
+
+def vespo(
+    logprob: Float[Tensor, "B L"],
+    old_logprob: Float[Tensor, "B L"],
+    advantage: Float[Tensor, "B L"],
+    mask: Bool[Tensor, "B L"],
+    *,
+    k_pos: float = 2.0,
+    lambda_pos: float = 3.0,
+    k_neg: float = 3.0,
+    lambda_neg: float = 2.0,
+) -> Float[Tensor, "B L"]:
+    """-sg(W^k exp(lambda (1 - W))) A log pi, W = prod_t r_t of the sequence, in [1e-8, e^20].
+
+    VESPO, arXiv 2602.10693; k and lambda by the sign of A.
+    """
+    log_ratio = torch.where(mask, bounded(logprob - old_logprob), 0.0)
+    log_w = log_ratio.sum(1, keepdim=True).clamp(math.log(1e-8), LOG_RATIO_BOUND)
+    k = _choose(advantage >= 0, k_pos, k_neg, advantage)
+    rate = _choose(advantage >= 0, lambda_pos, lambda_neg, advantage)
+    return _reinforce((rate + k * log_w - rate * log_w.exp()).exp() * advantage, logprob)
+
+
+def dppo_tv(
+    logprob: Float[Tensor, "*tokens"],
+    old_logprob: Float[Tensor, "*tokens"],
+    advantage: Float[Tensor, "*tokens"],
+    mask: Bool[Tensor, "*tokens"],
+    *,
+    clip_low: Clip = 0.15,
+    clip_high: Clip = 0.15,
+    cap: float = 20.0,
+) -> Float[Tensor, "*tokens"]:
+    """-sg(min(r, cap)) A log pi; 0 where A > 0 and pi - pi_old > clip_high, or mirrored.
+
+    DPPO-Binary-TV, arXiv 2602.04879: what the probability moved by, not its ratio, ends the trust.
+    """
+    moved = logprob.exp() - old_logprob.exp()
+    inside = torch.where(advantage > 0, moved <= clip_high, moved >= -clip_low)
+    weight = _ratio(logprob, old_logprob).clamp(max=cap) * advantage
+    return _reinforce(torch.where(inside, weight, 0.0), logprob)
+
+
+def dppo_kl(
+    logprob: Float[Tensor, "*tokens"],
+    old_logprob: Float[Tensor, "*tokens"],
+    advantage: Float[Tensor, "*tokens"],
+    mask: Bool[Tensor, "*tokens"],
+    *,
+    clip_low: Clip = 0.05,
+    clip_high: Clip = 0.05,
+    cap: float = 20.0,
+) -> Float[Tensor, "*tokens"]:
+    """As `dppo_tv`, by KL(old || new) of the token against all others; 1e-8 keeps its log finite.
+
+    DPPO-Binary-KL, arXiv 2602.04879.
+    """
+    new, old = logprob.exp(), old_logprob.exp()
+    others = (1 - old) * ((1 - old + 1e-8) / (1 - new + 1e-8)).log()
+    divergence = old * (old_logprob - logprob) + others
+    rose = (divergence <= clip_high) | (new <= old)
+    fell = (divergence <= clip_low) | (new >= old)
+    weight = _ratio(logprob, old_logprob).clamp(max=cap) * advantage
+    inside = torch.where(advantage > 0, rose, fell)
+    return _reinforce(torch.where(inside, weight, 0.0), logprob)
+
+
+def reinforce(
+    logprob: Float[Tensor, "*tokens"],
+    old_logprob: Float[Tensor, "*tokens"],
+    advantage: Float[Tensor, "*tokens"],
+    mask: Bool[Tensor, "*tokens"],
+) -> Float[Tensor, "*tokens"]:
+    """-A log pi: REINFORCE, and GPG (arXiv 2504.02546) with its advantages. No ratio."""
+    return _reinforce(advantage, logprob)
+
+
+# The name of each loss: its function, and how its tokens are summed unless told otherwise.
+LOSSES: dict[str, tuple[Loss, str]] = {
+    "dapo": (clipped_ratio, "token-mean"),
+    "grpo": (clipped_ratio, "seq-mean-token-mean"),
+    "bnpo": (clipped_ratio, "token-mean"),
+    "dr_grpo": (clipped_ratio, "seq-mean-token-sum-norm"),
+    "gspo": (gspo, "seq-mean-token-mean"),
+    "gspo_token": (gspo_token, "seq-mean-token-mean"),
+    "luspo": (luspo, "seq-mean-token-sum"),
+    "gmpo": (gmpo, "seq-mean-token-mean"),
+    "cispo": (cispo, "token-mean"),
+    "sapo": (sapo, "seq-mean-token-mean"),
+    "vespo": (vespo, "token-mean"),
+    "dppo_tv": (dppo_tv, "token-mean"),
+    "dppo_kl": (dppo_kl, "token-mean"),
+    "gpg": (reinforce, "token-mean"),
+    "reinforce": (reinforce, "token-mean"),
+}
+# Those that sum over a sequence, and over which of its tokens.
+SEQUENCE_OVER = {gspo: "all", gspo_token: "all", luspo: "all", vespo: "all", gmpo: "selected"}
+
+
+def aggregation_weight(
+    aggregation: str,
+    mask: Bool[Tensor, "*tokens"],
+    counted: Bool[Tensor, "*tokens"],
+    denominator: str | float | Tensor,
+    num_sequences: float | Tensor | None,
+    dtype: torch.dtype,
+) -> Float[Tensor, " B"]:
+    """What the sum of a sequence's token losses is multiplied with; [1] for "token-mean".
+
+    1 / count; 1 / (own count x sequences); 1 / sequences; 1 / (length x sequences).
+    """
+    if aggregation == "token-mean":
         count = counted.sum() if isinstance(denominator, str) else denominator
-        weight = 1 / _at_least_one(count, logprob.device, dtype)
-    else:
-        sequences = mask.any(1).sum() if num_sequences is None else num_sequences
-        sequences = _at_least_one(sequences, logprob.device, dtype)
-        weight = 1 / (counted.sum(1).clamp_min(1) * sequences)
-    old = (logprob if old_logprob is None else old_logprob).detach()
-    loss, _, sums, counts = ops.ratio_loss(
-        *(x.to(dtype).reshape(shape) for x in (logprob, old, _per_token(advantage, logprob))),
-        kept.reshape(shape),
-        weight,
-        clip_low,
-        clip_high,
-        dual_clip,
-        LOG_RATIO_BOUND,
-        name,
-    )
-    return loss, _metrics(sums, counts, kept.sum(), mask.sum())
+        return 1 / _at_least_one(count, mask.device, dtype)
+    sequences = mask.any(1).sum() if num_sequences is None else num_sequences
+    sequences = _at_least_one(sequences, mask.device, dtype)
+    if aggregation == "seq-mean-token-mean":
+        return 1 / (counted.sum(1).clamp_min(1) * sequences)
+    if aggregation == "seq-mean-token-sum-norm" and not isinstance(denominator, str):
+        sequences = sequences * _at_least_one(denominator, mask.device, dtype)
+    return (1 / sequences).repeat(mask.shape[0])
 
 
 def _at_least_one(count: float | Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
@@ -111,107 +284,42 @@ def _at_least_one(count: float | Tensor, device: torch.device, dtype: torch.dtyp
     return torch.full((1,), count, device=device, dtype=dtype)
 
 
-def _resolve(impl: str, device: torch.device, dtype: torch.dtype) -> str:
-    """The implementation that "auto" stands for."""
-    built, fp32 = ops.IMPLEMENTATIONS, dtype == torch.float32
-    on_cpu = fp32 and device.type == "cpu"
-    if impl == "auto":
-        if fp32 and _gpu.verified(device):
-            return "triton"
-        return "cpu" if on_cpu and "cpu" in built else "torch"
-    if impl == "cpu" and "cpu" not in built:
-        raise ValueError(f'impl="cpu" is missing: {_native.why_missing("cpu")}')
-    names = ("auto", *built) if "triton" in built else ("auto", *built, "triton")
-    if impl not in names:
-        raise ValueError(f"impl must be one of {', '.join(names)}; got {impl!r}")
-    if impl == "cpu" and not on_cpu:
-        raise ValueError(f'impl="cpu" needs fp32 tensors on the CPU; got {dtype} on {device}')
-    if impl == "triton" and (why := _gpu.why_not(device)) is not None:
-        raise ValueError(f'impl="triton" cannot run: {why}')
-    if impl == "triton" and not fp32:
-        raise ValueError(f'impl="triton" needs fp32 tensors; got {dtype}')
-    return impl
+def bounded(log_ratio: Float[Tensor, "*tokens"]) -> Float[Tensor, "*tokens"]:
+    """Clamped to LOG_RATIO_BOUND on both sides, without gradient beyond."""
+    return log_ratio.clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND)
 
 
-def _per_token(advantage: Tensor, logprob: Tensor) -> Tensor:
-    if advantage.shape == logprob.shape:
-        return advantage.detach()
-    if logprob.ndim == 2 and advantage.shape == logprob.shape[:1]:
-        return advantage.detach().unsqueeze(1).expand_as(logprob)
-    raise ValueError(
-        f"advantage must have logprob's shape {tuple(logprob.shape)}, or be [B] where logprob is "
-        f"[B, L]; got {tuple(advantage.shape)}"
-    )
+def _ratio(logprob: Tensor, old_logprob: Tensor) -> Tensor:
+    return bounded(logprob - old_logprob).exp()
 
 
-def _metrics(sums: Tensor, counts: Tensor, kept: Tensor, valid: Tensor) -> dict[str, Tensor]:
-    among = kept.clamp_min(1)
-    mean_ratio, _, mean_log_ratio, mean_excess = (sums / among).unbind()
-    low, high, _ = (counts / among).unbind()
-    return {
-        "clip/low": low,
-        "clip/high": high,
-        "ratio/mean": mean_ratio,
-        "ratio/max": sums[1],
-        "kl/k1": -mean_log_ratio,
-        "kl/k3": mean_excess,
-        "entropy/kept_fraction": kept / valid.clamp_min(1),
-        "head/active_rows": counts[2],
-        "tokens/all": valid,
-        "tokens/kept": kept,
-    }
+def _clamp(x: Tensor, low: Clip, high: Clip) -> Tensor:
+    """In two steps, as one bound may be a number and the other a tensor."""
+    return x.clamp(min=low).clamp(max=high)
 
 
-def _check_tensors(
-    logprob: Tensor,
-    old_logprob: Tensor | None,
-    advantage: Tensor,
-    mask: Tensor,
-    selected: Tensor,
-) -> None:
-    like = {"old_logprob": old_logprob, "mask": mask, "selected": selected}
-    for name, x in (like | {"advantage": advantage}).items():
-        if x is not None and x.device != logprob.device:
-            raise ValueError(f"{name} must be on {logprob.device}, like logprob; got {x.device}")
-    for name, x in like.items():
-        if x is not None and x.shape != logprob.shape:
-            raise ValueError(
-                f"{name} must have logprob's shape {tuple(logprob.shape)}; got {tuple(x.shape)}"
-            )
-    for name, x in {"mask": mask, "selected": selected}.items():
-        if x.dtype != torch.bool:
-            raise ValueError(f"{name} must be a bool tensor; got {x.dtype}")
+def _choose(condition: Tensor, yes: float, no: float, like: Tensor) -> Tensor:
+    """In the precision of `like`, which torch.where of two numbers has not."""
+    return torch.full_like(like, no).masked_fill(condition, yes)
 
 
-def _check_aggregation(
-    logprob: Tensor,
-    loss_type: str,
-    denominator: str | float | Tensor,
-    num_sequences: float | Tensor | None,
-) -> None:
-    if loss_type not in LOSS_TYPES:
-        raise ValueError(f"loss_type must be one of {', '.join(LOSS_TYPES)}; got {loss_type!r}")
-    if isinstance(denominator, str) and denominator not in ("selected", "all"):
-        raise ValueError(f'denominator must be "selected", "all" or a count; got {denominator!r}')
-    for name, count in {"denominator": denominator, "num_sequences": num_sequences}.items():
-        if isinstance(count, int | float) and not count > 0:
-            raise ValueError(f"{name} must be > 0; got {count}")
-    if loss_type == "grpo" and not isinstance(denominator, str):
-        raise ValueError(
-            'with loss_type="grpo" denominator must be "selected" or "all", each sequence has its '
-            f"own count (num_sequences takes the step's); got {denominator!r}"
-        )
-    if loss_type == "grpo" and logprob.ndim != 2:
-        raise ValueError(f'loss_type="grpo" needs [B, L] inputs; got {tuple(logprob.shape)}')
-    if loss_type == "dapo" and num_sequences is not None:
-        raise ValueError('num_sequences has a meaning with loss_type="grpo" only')
+def _mean(x_BL: Tensor, mask_BL: Tensor) -> Tensor:
+    """[B, 1]; 0 for an empty sequence."""
+    total_B1 = torch.where(mask_BL, x_BL, 0.0).sum(1, keepdim=True)
+    return total_B1 / mask_BL.sum(1, keepdim=True).clamp_min(1)
 
 
-def _check_clip(clip_low: float, clip_high: float, dual_clip: float | None) -> None:
-    if not 0 <= clip_low <= 1 or not clip_high >= 0:
-        raise ValueError(
-            "clip_low must lie in [0, 1] and clip_high be >= 0; "
-            f"got clip_low={clip_low}, clip_high={clip_high}"
-        )
-    if dual_clip is not None and not dual_clip > 1:
-        raise ValueError(f"dual_clip must be > 1 or None; got {dual_clip}")
+def _clipped(
+    ratio: Tensor, advantage: Tensor, low: Clip, high: Clip, dual_clip: float | None = None
+) -> Tensor:
+    clipped = _clamp(ratio, 1 - low, 1 + high)
+    loss = -torch.minimum(ratio * advantage, clipped * advantage)
+    if dual_clip is None:
+        return loss
+    return torch.where((advantage < 0) & (ratio > dual_clip), -dual_clip * advantage, loss)
+
+
+def _reinforce(weight: Tensor, logprob: Tensor) -> Tensor:
+    """-sg(weight) log pi, in which 0 * -inf is 0."""
+    weight = weight.detach()
+    return -torch.where(weight == 0, 0.0, weight * logprob)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from entropy_kernels.functional import high_entropy_policy_loss
+from entropy_kernels.ratio_loss import LOSS_OPTIONS
 
 
 class HighEntropyPolicyLoss(torch.nn.Module):
@@ -20,7 +21,7 @@ class HighEntropyPolicyLoss(torch.nn.Module):
     def __init__(self, **options: Any) -> None:
         super().__init__()
         parameters = inspect.signature(high_entropy_policy_loss).parameters.values()
-        known = {p.name for p in parameters if p.kind is p.KEYWORD_ONLY}
+        known = {p.name for p in parameters if p.kind is p.KEYWORD_ONLY} | LOSS_OPTIONS
         unknown = sorted(set(options) - known)
         if unknown:
             raise ValueError(

@@ -304,7 +304,7 @@ BAD = {
     "advantage": ({"advantage": torch.zeros(L)}, r"\(5, 11\).*\[B\].*got \(11,\)"),
     "mask": ({"mask": torch.ones(B, L)}, "bool tensor; got torch.float32"),
     "selected": ({"selected": torch.ones(B, dtype=torch.bool)}, "selected.*shape"),
-    "loss": ({"loss_type": "ppo"}, "dapo, grpo; got 'ppo'"),
+    "loss": ({"loss_type": "ppo"}, "dapo, grpo, bnpo.*, or a function; got 'ppo'"),
     "denominator": ({"denominator": "mean"}, "selected.*all.*got 'mean'"),
     "zero denominator": ({"denominator": 0}, "denominator must be > 0; got 0"),
     "grpo count": ({"loss_type": "grpo", "denominator": 3}, "own count.*got 3"),

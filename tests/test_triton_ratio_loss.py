@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import entropy_kernels as ek
-from entropy_kernels import _gpu, losses, ops
+from entropy_kernels import _gpu, _ratio_kernel, losses, ops
 from entropy_kernels.testing import assert_within_two_bounds
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -180,7 +180,7 @@ def test_compiles_into_one_graph():
 
 def test_auto_takes_the_kernel_only_where_it_was_found_right(monkeypatch):
     cpu, gpu = torch.device("cpu"), torch.device("cuda", 0)
-    resolve = losses._resolve
+    resolve = _ratio_kernel.resolve
     for found, name in ((False, "torch"), (True, "triton")):
         monkeypatch.setattr(_gpu, "verified", lambda device, f=found: f and device == gpu)
         assert resolve("auto", gpu, torch.float32) == name

@@ -1,0 +1,72 @@
+"""What is added to a policy loss or multiplied with it: a KL, the correction of a sampler.
+
+B sequences, L tokens.
+"""
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from entropy_kernels.losses import bounded
+
+KL_TYPES = ("k1", "k2", "k3", "k1+", "k3+", "k3_corrected", "abs")
+CORRECTIONS = ("tis", "mis", "sequence_truncate", "sequence_mask")
+
+
+def kl_divergence(
+    logprob: Float[Tensor, "*tokens"],
+    reference_logprob: Float[Tensor, "*tokens"],
+    kind: str,
+    old_logprob: Float[Tensor, "*tokens"] | None = None,
+) -> Float[Tensor, "*tokens"]:
+    """An estimate of KL(pi || reference) from each sampled token; d = logprob - reference_logprob.
+
+    k1: d. k2: d^2 / 2. k3: exp(-d) - 1 + d, |d| <= 20 (http://joschu.net/blog/kl-approx.html).
+    abs: |d|. As a loss only k2 has the gradient of the KL; k1's is 0 on average. So "k1+" and "k3+"
+    have their value and k2's gradient, and "k3_corrected" is r k3, unbiased (DeepSeek-V3.2).
+    """
+    d = logprob - reference_logprob
+    if kind in ("k1+", "k3+"):
+        value = kl_divergence(logprob, reference_logprob, kind[:2]).detach()
+        return value + (d.square() - d.detach().square()) / 2
+    if kind == "k3_corrected":
+        if old_logprob is None:
+            raise ValueError('"k3_corrected" needs old_logprob')
+        ratio = bounded(logprob - old_logprob).exp()
+        return ratio * kl_divergence(logprob, reference_logprob, "k3")
+    if kind == "k3":
+        d = bounded(d)
+        return torch.expm1(-d) + d
+    return {"k1": d, "abs": d.abs(), "k2": d.square() / 2}[kind]
+
+
+def mismatch(
+    old_logprob: Float[Tensor, "*tokens"],
+    sampler_logprob: Float[Tensor, "*tokens"],
+    mask: Bool[Tensor, "*tokens"],
+    correction: str | None = None,
+) -> Float[Tensor, "*tokens"]:
+    """log(pi_old / pi_sampler) of each token, or for "sequence_..." the sum over its sequence.
+
+    Clamped to 20 on both sides. It is 0 outside of `mask` and where sampler_logprob is NaN: an
+    engine that did not report one.
+    """
+    known = mask & ~sampler_logprob.isnan()
+    log_ratio = torch.where(known, old_logprob - sampler_logprob, 0.0).detach()
+    if correction is not None and correction.startswith("sequence"):
+        log_ratio = log_ratio.sum(1, keepdim=True).expand_as(log_ratio)
+    return bounded(log_ratio)
+
+
+def correction_weight(
+    ratio: Float[Tensor, "*tokens"], correction: str, *, cap: float | None, floor: float | None
+) -> Float[Tensor, "*tokens"]:
+    """TIS clamps the ratio into [floor, cap]; MIS (IcePop) makes it 0 outside. None: no bound.
+
+    TIS: fengyao.notion.site/off-policy-rl; IcePop: arXiv 2510.18855; both of tokens and sequences:
+    richardli.xyz/rl-collapse.
+    """
+    inside = ratio.clamp(min=0.0 if floor is None else floor, max=cap)
+    if correction in ("tis", "sequence_truncate"):
+        return inside
+    return torch.where(ratio == inside, ratio, 0.0)

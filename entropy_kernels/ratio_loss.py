@@ -1,0 +1,328 @@
+"""The policy loss on per-token log-probabilities: counts and weights, then a loss and its terms.
+
+B sequences, L their length.
+"""
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from entropy_kernels._loss_options import (
+    check_aggregation,
+    check_correction,
+    check_loss,
+    check_tensors,
+    check_terms,
+    find_loss,
+)
+from entropy_kernels._ratio_kernel import clipped_by_kernel, has_kernel, of_ratios, plain, resolve
+from entropy_kernels.loss_terms import correction_weight, kl_divergence, mismatch
+from entropy_kernels.losses import Loss, aggregation_weight, bounded
+
+
+def ratio_loss(
+    logprob: Float[Tensor, "*tokens"],
+    old_logprob: Float[Tensor, "*tokens"] | None,
+    advantage: Float[Tensor, "..."],
+    mask: Bool[Tensor, "*tokens"],
+    *,
+    selected: Bool[Tensor, "*tokens"] | None = None,
+    loss_type: str | Callable[..., Tensor] = "dapo",
+    clip_low: float | Float[Tensor, "..."] | None = None,
+    clip_high: float | Float[Tensor, "..."] | None = None,
+    dual_clip: float | None = None,
+    sequence_over: str | None = None,
+    aggregation: str | None = None,
+    denominator: str | float | Tensor = "selected",
+    num_sequences: float | Tensor | None = None,
+    token_weight: Float[Tensor, "*tokens"] | Bool[Tensor, "*tokens"] | None = None,
+    sampler_logprob: Float[Tensor, "*tokens"] | None = None,
+    correction: str | None = None,
+    correction_cap: float | None = 2.0,
+    correction_floor: float | None = None,
+    reference_logprob: Float[Tensor, "*tokens"] | None = None,
+    kl_coef: float | Float[Tensor, "..."] = 0.0,
+    kl_type: str = "k3",
+    kl_on: str = "kept",
+    entropy: Float[Tensor, "*tokens"] | None = None,
+    entropy_coef: float = 0.0,
+    entropy_on: str = "kept",
+    impl: str = "auto",
+) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
+    """The policy loss over the selected tokens; by default DAPO's clipped ratio.
+
+    sum_b weight_b sum_t w_t loss_t + kl_coef KL_t - entropy_coef H_t, t over the kept tokens:
+    those of `mask` that are `selected`. loss_t is one of `entropy_kernels.losses`: for "dapo",
+    "grpo", "bnpo" and "dr_grpo", with r_t = exp(logprob_t - old_logprob_t),
+
+    loss_t = -min(r_t A_t, clip(r_t, 1 - clip_low, 1 + clip_high) A_t), for A_t < 0 at most
+    -dual_clip A_t (arXiv 2506.01939v2, equation 6; DAPO 2503.14476; DeepSeekMath 2402.03300).
+
+    With clips that are numbers these have one kernel that finds the gradient in the same pass; the
+    others, the KL and the entropy bonus are plain PyTorch. docs/losses.md has all of them, their
+    sources and where conventions differ.
+
+    Differentiable once, with respect to logprob and entropy. loss_t gives a gradient of exactly
+    zero to a token that is not kept; in losses of single tokens also to one whose advantage or
+    weight is zero, whose ratio is clipped, or whose |log ratio| passes 20, where it is clamped (by
+    the kernel whatever the logprob, inf and NaN included); in losses over sequences to all of a
+    sequence that is clipped. On a bound itself a ratio counts as inside. What is not kept may be
+    anything, unless a sequence's sum runs over it. A NaN among the kept tokens makes the loss NaN.
+    No kept token: the loss is 0, its gradients too.
+
+    Args:
+        logprob: with gradient; computed in fp32, or in fp64 where it is fp64. [B, L] for losses and
+            aggregations over sequences.
+        old_logprob: of the sampling policy, without gradient; None: on-policy, ratio 1.
+        advantage: one a token (PPO with a value function), or [B] where logprob is [B, L].
+        mask: the loss mask: false for prompt, padding and tool tokens.
+        selected: the tokens to train on, a subset is formed with `mask`; None: all of the mask.
+        loss_type: "dapo", "grpo", "bnpo", "dr_grpo", "gspo", "gspo_token", "luspo", "gmpo",
+            "cispo", "sapo", "vespo", "dppo_tv", "dppo_kl", "gpg" or "reinforce"; or a function
+            (logprob, old_logprob, advantage, mask) -> the loss of each token, as those are.
+        clip_low, clip_high: None for the loss's own (0.2 and 0.28); a tensor for a range a token.
+        dual_clip: c > 1 (10 in the paper's scripts), or None. A two-sided delta is the same.
+        sequence_over: the tokens that a loss over sequences sums log-ratios over: "all" of the mask
+            (default of gspo, gspo_token, luspo, vespo), or the "selected" (gmpo, and what a
+            function of your own gets as its mask). Only kept tokens get a gradient either way.
+        aggregation: None for the loss's own, or "token-mean", "seq-mean-token-mean",
+            "seq-mean-token-sum", "seq-mean-token-sum-norm" (verl's names).
+        denominator: "selected" (paper v2 and its code), "all" tokens of the mask (paper v1, TRL),
+            or for "token-mean" a count: that of the whole step, so that the sum over micro-batches
+            and ranks equals one batch. For "seq-mean-token-sum-norm" the constant length.
+        num_sequences: for the aggregations over sequences, their number in the whole step, to the
+            same end; None: those with a token of the loss mask.
+        token_weight: w_t >= 0 from outside, such as a soft mask; the denominator is as without.
+        sampler_logprob: of the engine that sampled, where its log-probs differ from old_logprob's.
+            w_t is multiplied with a correction of pi_old / pi_sampler.
+        correction: "tis" (truncated to the cap), "mis" (IcePop: 0 outside of floor and cap), and
+            "sequence_truncate", "sequence_mask", the same with the product over all of the
+            sequence's mask. None: metrics alone.
+        correction_cap, correction_floor: the bounds, or None.
+        reference_logprob: of the reference policy. KL_t is an estimate of KL(pi || reference).
+        kl_coef: one, or one a token.
+        kl_type: "k1", "k2", "k3", "abs"; "k1+", "k3+", with the gradient of k2; "k3_corrected".
+        kl_on: "kept" tokens, or "all" of the mask: every row then gets a gradient, and the head's
+            backward is dense. Words as denominator then count all of the mask for the KL.
+        entropy: of each token, with gradient: `linear_logprob_entropy(...).entropy`.
+        entropy_coef: of the entropy bonus, aggregated as the loss is.
+        entropy_on: as kl_on.
+        impl: of the clipped ratio's kernel: "auto", what fits of the following; "cpu", the compiled
+            kernel, for fp32 on a CPU; "triton", fp32 on a GPU (by itself only where it was found
+            to be right on that kind of GPU); or "torch", any device.
+
+    Returns:
+        The loss, and metrics as 0-dim tensors without gradient: ratio/mean, ratio/max, kl/k1,
+        kl/k3 (estimates of KL(old || new) over the kept tokens), entropy/kept_fraction (kept over
+        mask), tokens/all, tokens/kept; from the kernel also clip/low, clip/high (share of the kept
+        tokens whose gradient was clipped away; clip/low includes the dual clip) and, without KL and
+        bonus, head/active_rows (tokens whose gradient is not zero); with reference_logprob
+        kl/reference; with sampler_logprob mismatch/k3, mismatch/max_ratio and, with a correction,
+        mismatch/outside (share of kept tokens whose ratio was truncated or masked).
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit, an unknown word, a bound out of its
+            range, an option without meaning for the loss or aggregation that was asked for.
+    """
+    selected = mask if selected is None else selected
+    loss, own_aggregation, own_over = find_loss(loss_type)
+    aggregation, over = aggregation or own_aggregation, sequence_over or own_over
+    clip: dict[str, Any] = {"clip_low": clip_low, "clip_high": clip_high, "dual_clip": dual_clip}
+    bounds = correction_cap, correction_floor
+    check_tensors(
+        logprob,
+        {"mask": mask, "selected": selected},
+        old_logprob=old_logprob,
+        token_weight=token_weight,
+        sampler_logprob=sampler_logprob,
+        reference_logprob=reference_logprob,
+        entropy=entropy,
+        kl_coef=kl_coef,
+        clip_low=clip_low,
+        clip_high=clip_high,
+    )
+    check_loss(logprob, loss_type, sequence_over, own_over is not None, clip)
+    check_aggregation(logprob, loss_type, aggregation, denominator, num_sequences)
+    check_correction(logprob, loss_type, sampler_logprob, correction, *bounds)
+    check_terms(reference_logprob, kl_coef, kl_type, kl_on, entropy, entropy_coef, entropy_on)
+    dtype = torch.float64 if logprob.dtype == torch.float64 else torch.float32
+    by_kernel = has_kernel(loss_type, clip_low, clip_high)
+    impl = resolve(impl, logprob.device, dtype) if by_kernel else plain(impl)
+
+    kept = mask & selected
+    new, advantage = logprob.to(dtype), _per_token(advantage, logprob).to(dtype)
+    old = (new if old_logprob is None else old_logprob.to(dtype)).detach()
+    weights = token_weight, sampler_logprob
+    factor, metrics = _factor(old, mask, kept, *weights, correction, *bounds)
+    scale = functools.partial(
+        aggregation_weight,
+        aggregation,
+        mask,
+        denominator=denominator,
+        num_sequences=num_sequences,
+        dtype=dtype,
+    )
+    counted = mask if isinstance(denominator, str) and denominator == "all" else kept
+    tokens = {"kept": (kept, scale(counted=counted))}
+    if "all" in (kl_on, entropy_on):
+        tokens["all"] = mask, scale(counted=mask)
+
+    if by_kernel:
+        total, found = clipped_by_kernel(new, old, advantage, factor, *tokens["kept"], clip, impl)
+    else:
+        given = {name: value for name, value in clip.items() if value is not None}
+        loss = functools.partial(loss, **given) if given else loss
+        seen = mask if over == "all" else kept
+        total, found = _by_function(loss, new, old, advantage, factor, seen, *tokens["kept"])
+    metrics |= found | _counts(kept, mask)
+    if reference_logprob is not None:
+        how = kl_coef, kl_type, *tokens[kl_on]
+        term, metrics["kl/reference"] = _kl(new, old, reference_logprob.to(dtype), *how)
+        total = total + term
+    if entropy is not None and entropy_coef != 0:
+        on, scale_B = tokens[entropy_on]
+        total = total - entropy_coef * _sum(torch.where(on, entropy.to(dtype), 0.0), scale_B)
+    if reference_logprob is not None or entropy_coef != 0:
+        metrics.pop("head/active_rows", None)
+    return total, metrics
+
+
+# What callers that select tokens and have the head's entropy themselves forward to ratio_loss.
+LOSS_OPTIONS = frozenset(
+    p.name for p in inspect.signature(ratio_loss).parameters.values() if p.kind is p.KEYWORD_ONLY
+) - {"selected", "entropy", "impl"}
+
+
+def beyond_kept(
+    on_policy: bool,
+    loss_type: str | Callable[..., Tensor] = "dapo",
+    sequence_over: str | None = None,
+    kl_on: str = "kept",
+    entropy_on: str = "kept",
+    correction: str | None = None,
+    **_: Any,
+) -> str | None:
+    """The option, if any, that reads log-probs or entropies of tokens that are not kept."""
+    if (sequence_over or find_loss(loss_type)[2]) == "all":
+        return f'loss_type={loss_type!r} with sequence_over="all"'
+    if on_policy and correction is not None and correction.startswith("sequence"):
+        return f"correction={correction!r} without old_logprob"
+    if kl_on == "all":
+        return 'kl_on="all"'
+    return 'entropy_on="all"' if entropy_on == "all" else None
+
+
+def _factor(
+    old: Tensor,
+    mask: Tensor,
+    kept: Tensor,
+    token_weight: Tensor | None,
+    sampler_logprob: Tensor | None,
+    correction: str | None,
+    cap: float | None,
+    floor: float | None,
+) -> tuple[Tensor | None, dict[str, Tensor]]:
+    """What the tokens' losses are multiplied with, and how far sampler and trainer are apart."""
+    factor = None if token_weight is None else token_weight.detach().to(old.dtype)
+    if sampler_logprob is None:
+        return factor, {}
+    sampler = sampler_logprob.to(old.dtype)
+    log_ratio = mismatch(old, sampler, mask)
+    among = kept.sum().clamp_min(1)
+    excess = torch.where(kept, log_ratio.expm1() - log_ratio, 0.0)
+    largest = _largest(log_ratio.exp(), kept)
+    metrics = {"mismatch/k3": excess.sum() / among, "mismatch/max_ratio": largest}
+    if correction is None:
+        return factor, metrics
+    ratio = mismatch(old, sampler, mask, correction).exp()
+    weight = correction_weight(ratio, correction, cap=cap, floor=floor)
+    metrics["mismatch/outside"] = (kept & (weight != ratio)).sum() / among
+    return weight if factor is None else factor * weight, metrics
+
+
+def _by_function(
+    loss: Loss,
+    new: Tensor,
+    old: Tensor,
+    advantage: Tensor,
+    factor: Tensor | None,
+    over: Tensor,
+    kept: Tensor,
+    scale_B: Tensor,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """What is not kept is a constant to the loss, and what it does not look at is zero."""
+    seen = torch.where(kept, new, new.detach())
+    seen, old, advantage = (torch.where(over, x, 0.0) for x in (seen, old, advantage))
+    token_loss = loss(seen, old, advantage, over)
+    if token_loss.shape != new.shape:
+        raise ValueError(
+            f"loss_type must return the loss of each token, {tuple(new.shape)}; "
+            f"got {tuple(token_loss.shape)}"
+        )
+    if factor is not None:
+        active = kept & (factor != 0)
+        token_loss = torch.where(active, token_loss * torch.where(active, factor, 0.0), 0.0)
+    token_loss = torch.where(kept, token_loss, 0.0)
+
+    log_ratio = bounded(torch.where(kept, new.detach() - old, 0.0))
+    ratio = torch.where(kept, log_ratio.exp(), 0.0)
+    excess = (log_ratio.expm1() - log_ratio).sum()
+    sums = torch.stack([ratio.sum(), _largest(ratio, kept), log_ratio.sum(), excess])
+    return _sum(token_loss, scale_B), of_ratios(sums, kept.sum().clamp_min(1))
+
+
+def _kl(
+    new: Tensor,
+    old: Tensor,
+    reference: Tensor,
+    coef: float | Tensor,
+    kind: str,
+    on: Tensor,
+    scale_B: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """The term, and the mean over its tokens; others may be anything."""
+    new, old, reference = (torch.where(on, x, 0.0) for x in (new, old, reference.detach()))
+    kl = kl_divergence(new, reference, kind, old)
+    mean = torch.where(on, kl.detach(), 0.0).sum() / on.sum().clamp_min(1)
+    coef = torch.as_tensor(coef, dtype=new.dtype, device=new.device).detach()
+    return _sum(torch.where(on & (coef != 0), coef * kl, 0.0), scale_B), mean
+
+
+def _sum(x: Tensor, scale_B: Tensor) -> Tensor:
+    """Of the tokens, each sequence's times its scale, or all of them times the one scale."""
+    if scale_B.numel() == 1:
+        return x.sum() * scale_B[0]
+    return (x.sum(1) * scale_B).sum()
+
+
+def _largest(x: Tensor, among: Tensor) -> Tensor:
+    return torch.where(among, x, 0.0).amax() if x.numel() else x.new_zeros(())
+
+
+def _per_token(advantage: Tensor, logprob: Tensor) -> Tensor:
+    if advantage.device != logprob.device:
+        raise ValueError(
+            f"advantage must be on {logprob.device}, like logprob; got {advantage.device}"
+        )
+    if advantage.shape == logprob.shape:
+        return advantage.detach()
+    if logprob.ndim == 2 and advantage.shape == logprob.shape[:1]:
+        return advantage.detach().unsqueeze(1).expand_as(logprob)
+    raise ValueError(
+        f"advantage must have logprob's shape {tuple(logprob.shape)}, or be [B] where logprob is "
+        f"[B, L]; got {tuple(advantage.shape)}"
+    )
+
+
+def _counts(kept: Tensor, mask: Tensor) -> dict[str, Tensor]:
+    count, valid = kept.sum(), mask.sum()
+    return {
+        "entropy/kept_fraction": count / valid.clamp_min(1),
+        "tokens/all": valid,
+        "tokens/kept": count,
+    }

@@ -1,0 +1,150 @@
+"""The options of the loss on the head, what cannot be had together, and what errors say."""
+
+import pytest
+import torch
+
+import entropy_kernels as ek
+from entropy_kernels import losses
+from entropy_kernels.testing import Watch, peaked_head
+from tests.loss_cases import gradient
+
+
+def head_batch():
+    h, w, y = peaked_head(4 * 12, 16, 301)
+    h, y = h.reshape(4, 12, 16), y.reshape(4, 12)
+    mask = torch.arange(12) < torch.tensor([12, 9, 12, 3])[:, None]
+    out = ek.linear_logprob_entropy(h, w, y)
+    old = out.logprob + 0.2 * torch.randn(4, 12)
+    return h, w, y, old, torch.tensor([1.0, -1.0, 0.5, -0.3]), mask, out
+
+
+@pytest.mark.parametrize("way", ["fraction", "selected"])
+@pytest.mark.parametrize("loss_type", [n for n in losses.LOSSES if n != "dr_grpo"])
+def test_the_head_takes_every_loss(loss_type, way):
+    h, w, y, old, advantage, mask, out = head_batch()
+    selected = ek.top_entropy_mask(out.entropy, mask, 0.5)
+    options = {"loss_type": loss_type, "entropy_coef": 0.01, "token_weight": selected.float() * 0.5}
+    options |= {"reference_logprob": old, "kl_coef": 0.1, "kl_type": "k2"}
+    if loss_type != "vespo":
+        options |= {"sampler_logprob": old + 0.1, "correction": "mis"}
+    if loss_type in ("gspo", "gspo_token", "luspo", "vespo") and way == "selected":
+        options["sequence_over"] = "selected"
+    choice = {"selected": selected} if way == "selected" else {"fraction": 0.5}
+
+    def fused(x):
+        return ek.high_entropy_policy_loss(x, w, y, old, advantage, mask, **choice, **options)[0]
+
+    def apart(x):
+        found = ek.linear_logprob_entropy(x, w, y)
+        return ek.ratio_loss(
+            found.logprob, old, advantage, mask, selected=selected, entropy=found.entropy, **options
+        )[0]
+
+    got, want = gradient(h, fused), gradient(h, apart)
+    assert want[1].abs().max() > 0
+    for g, t in zip(got, want, strict=True):
+        torch.testing.assert_close(g, t, rtol=2e-4, atol=2e-6)
+    assert (got[1][~selected] == 0).all()
+
+
+@pytest.mark.parametrize("extra", [{}, {"kl_on": "all"}, {"entropy_on": "all"}], ids=str)
+def test_backward_costs_the_rows_that_get_a_gradient(extra):
+    """1 + 3f units with all terms on the kept tokens, 1 + 3 with one of them on all."""
+    h, w, y, old, advantage, mask, _ = head_batch()
+    options = {"loss_type": "sapo", "entropy_coef": 0.01, "kl_coef": 0.1} | extra
+    with Watch() as watch:
+        gradient(
+            h,
+            lambda x: ek.high_entropy_policy_loss(
+                x, w, y, old, advantage, mask, fraction=0.25, reference_logprob=old, **options
+            )[0],
+        )
+    # The weight is frozen: logits, logits again and one gradient.
+    rows = int(mask.sum()) if extra else 9
+    assert watch.products == (36 + 2 * rows) * 301 * 16
+
+
+BEYOND = {
+    "sequence": ({"loss_type": "gspo"}, "loss_type='gspo' with sequence_over=\"all\" reads"),
+    "kl": ({"kl_on": "all"}, 'kl_on="all" reads tokens that are not selected'),
+    "entropy": ({"entropy_on": "all"}, 'entropy_on="all" reads'),
+    "correction": ({"correction": "sequence_mask"}, "correction='sequence_mask' without old_logp"),
+}
+
+
+@pytest.mark.parametrize(("options", "message"), BEYOND.values(), ids=BEYOND)
+def test_what_reads_other_tokens_cannot_have_the_head_on_the_selected_alone(options, message):
+    h, w, y, old, advantage, mask, _ = head_batch()
+    more = {"reference_logprob": old, "sampler_logprob": old, "selected": mask}
+    with pytest.raises(ValueError, match=message):
+        ek.high_entropy_policy_loss(h, w, y, None, advantage, mask, **more, **options)
+    ek.high_entropy_policy_loss(
+        h, w, y, None, advantage, mask, **(more | {"selected": None}), **options
+    )
+
+
+def test_unknown_options_are_named():
+    h, w, y, old, advantage, mask, _ = head_batch()
+    with pytest.raises(
+        ValueError, match=r"unknown options kl_coeff; those of the loss are .*kl_coef"
+    ):
+        ek.high_entropy_policy_loss(h, w, y, old, advantage, mask, kl_coeff=0.1)
+    module = ek.HighEntropyPolicyLoss(fraction=0.5, loss_type="sapo", entropy_coef=0.01)
+    want = ek.high_entropy_policy_loss(
+        h, w, y, old, advantage, mask, fraction=0.5, loss_type="sapo", entropy_coef=0.01
+    )[0]
+    assert torch.equal(module(h, w, y, old, advantage, mask)[0], want)
+    with pytest.raises(ValueError, match=r"unknown options kl_coeff; known are .*kl_coef"):
+        ek.HighEntropyPolicyLoss(kl_coeff=0.1)
+
+
+X = torch.zeros(2, 3)
+BAD = {
+    "clip of sapo": ({"loss_type": "sapo", "clip_low": 0.1}, "clip_low has no meaning.*'sapo'"),
+    "dual of gspo": ({"loss_type": "gspo", "dual_clip": 3.0}, "dual_clip has no meaning.*'gspo'"),
+    "clip of a function": ({"loss_type": losses.sapo, "clip_high": 0.1}, "functools.partial"),
+    "no function": ({"loss_type": 3}, "a name or a function; got 3"),
+    "a sum": ({"loss_type": lambda *_: X.sum()}, r"loss of each token, \(2, 3\); got \(\)"),
+    "over": ({"loss_type": "gspo", "sequence_over": "kept"}, "all, selected; got 'kept'"),
+    "over of dapo": ({"sequence_over": "all"}, "sequence_over has no meaning.*'dapo'"),
+    "aggregation": ({"aggregation": "mean"}, "token-mean, seq-mean.*got 'mean'"),
+    "dr_grpo": ({"loss_type": "dr_grpo"}, "a number, the constant length.*got 'selected'"),
+    "luspo": ({"loss_type": "luspo", "denominator": "all"}, "no denominator; got 'all'"),
+    "bnpo": ({"loss_type": "bnpo", "denominator": 3}, "own count.*got denominator=3"),
+    "kl": ({"kl_coef": 0.1}, "kl_coef=0.1 needs reference_logprob"),
+    "kl type": ({"kl_type": "k4"}, "k1, k2.*got 'k4'"),
+    "kl on": ({"kl_on": "selected"}, "kept, all; got 'selected'"),
+    "entropy": ({"entropy_coef": 0.1}, "entropy_coef=0.1 needs entropy"),
+    "correction": ({"correction": "tis"}, "'tis' needs sampler_logprob"),
+    "no correction": ({"correction": "icepop", "sampler_logprob": X}, "tis, mis.*got 'icepop'"),
+    "bounds": (
+        {"correction": "mis", "sampler_logprob": X, "correction_floor": 3.0},
+        "correction_floor <= correction_cap.*3.0 and 2.0",
+    ),
+    "vespo": (
+        {"loss_type": "vespo", "correction": "tis", "sampler_logprob": X},
+        "give sampler_logprob as old_logprob",
+    ),
+    "token_weight": (
+        {"token_weight": torch.zeros(3)},
+        r"token_weight must have.*\(2, 3\); got \(3,\)",
+    ),
+    "clip tensor": ({"clip_low": torch.zeros(2)}, r"clip_low must have.*got \(2,\)"),
+    "impl": ({"loss_type": "sapo", "impl": "cpu"}, "impl='cpu' is a kernel of the clipped"),
+    "impl of a range": ({"clip_low": X, "impl": "triton"}, "impl='triton' is a kernel"),
+}
+
+
+@pytest.mark.parametrize(("options", "message"), BAD.values(), ids=BAD)
+def test_bad_options_say_what_came_and_what_was_wanted(options, message, unchecked_shapes):
+    with pytest.raises(ValueError, match=message):
+        ek.ratio_loss(X, X, X, X == 0, **options)
+
+
+def test_losses_over_sequences_need_them(unchecked_shapes):
+    x = torch.zeros(6)
+    for options in ({"loss_type": "vespo"}, {"aggregation": "seq-mean-token-sum"}):
+        with pytest.raises(ValueError, match=r"\[B, L\] inputs.*got \(6,\)"):
+            ek.ratio_loss(x, x, x, x == 0, **options)
+    with pytest.raises(ValueError, match=r"correction='sequence_mask' needs \[B, L\]"):
+        ek.ratio_loss(x, x, x, x == 0, sampler_logprob=x, correction="sequence_mask")

@@ -1,0 +1,350 @@
+"""The KL to a reference, the correction of a sampler, weights, the entropy bonus, aggregations."""
+
+import math
+
+import pytest
+import torch
+
+import entropy_kernels as ek
+from entropy_kernels import loss_terms, losses
+from entropy_kernels.testing import peaked_head
+from tests.loss_cases import L, gradient, make_case
+from tests.loss_formulas import LENGTH
+
+KINDS = {
+    "k1": lambda d, r: d,
+    "k2": lambda d, r: d**2 / 2,
+    "k3": lambda d, r: (-d).exp() - 1 + d,
+    "abs": lambda d, r: d.abs(),
+    "k3_corrected": lambda d, r: r * ((-d).exp() - 1 + d),
+}
+SEQUENCES = ["seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm"]
+
+
+@pytest.fixture
+def case():
+    return make_case()
+
+
+@pytest.fixture
+def reference(case):
+    g = torch.Generator().manual_seed(7)
+    return case.logprob + 0.4 * torch.randn(case.logprob.shape, generator=g, dtype=torch.float64)
+
+
+def loss_of(case, **options):
+    keywords = {"selected": case.selected} | options
+    return lambda x: ek.ratio_loss(x, case.old, case.advantage, case.mask, **keywords)[0]
+
+
+def assert_gradients_equal(got, want, rtol=1e-12):
+    for g, w in zip(got, want, strict=True):
+        torch.testing.assert_close(g, w, rtol=rtol, atol=1e-14)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("on", ["kept", "all"])
+@pytest.mark.parametrize("loss_type", ["dapo", "sapo"])
+def test_kl_is_its_formula_on_its_tokens(case, reference, kind, on, loss_type):
+    kept = case.mask & case.selected
+    tokens = kept if on == "kept" else case.mask
+    options = {"loss_type": loss_type, "aggregation": "token-mean"}
+
+    def written(x):
+        kl = KINDS[kind](x - reference, (x - case.old).exp())
+        return loss_of(case, **options)(x) + 0.3 * kl[tokens].sum() / tokens.sum()
+
+    more = {"reference_logprob": reference, "kl_coef": 0.3, "kl_type": kind, "kl_on": on}
+    got = gradient(case.logprob, loss_of(case, **options, **more))
+    assert_gradients_equal(got, gradient(case.logprob, written))
+    assert (got[1][~tokens] == 0).all()
+    metrics = ek.ratio_loss(
+        case.logprob, case.old, case.advantage, case.mask, selected=case.selected, **more
+    )[1]
+    value = KINDS[kind](case.logprob - reference, (case.logprob - case.old).exp())[tokens].mean()
+    torch.testing.assert_close(metrics["kl/reference"], value)
+
+
+@pytest.mark.parametrize("kind", ["k1", "k3"])
+def test_straight_through_has_the_value_of_one_and_the_gradient_of_another(case, reference, kind):
+    through, value, slope = (
+        gradient(
+            case.logprob,
+            lambda x, t=t: loss_terms.kl_divergence(x, reference, t)[case.mask].sum(),
+        )
+        for t in (f"{kind}+", kind, "k2")
+    )
+    assert_gradients_equal(through, (value[0], slope[1]))
+
+
+def test_only_k2_has_the_gradient_of_the_kl():
+    """Exactly, over a vocabulary: d KL / d logits = E_p[k2' d log p], which k1 and k3 miss."""
+    logits = torch.randn(7, dtype=torch.float64)
+    other = torch.randn(7, dtype=torch.float64).log_softmax(0)
+
+    def expected(kind):
+        x = logits.clone().requires_grad_()
+        logp = x.log_softmax(0)
+        kl = loss_terms.kl_divergence(logp, other, kind, logp.detach())
+        (logp.detach().exp() * kl).sum().backward()
+        return x.grad
+
+    x = logits.clone().requires_grad_()
+    (x.softmax(0) * (x.log_softmax(0) - other)).sum().backward()
+    for kind in ("k2", "k1+", "k3+", "k3_corrected"):
+        torch.testing.assert_close(expected(kind), x.grad, rtol=1e-12, atol=1e-14)
+    assert expected("k1").abs().max() < 1e-15
+    assert (expected("k3") - x.grad).abs().max() > 0.01
+
+
+def test_a_kl_coefficient_a_token(case, reference):
+    some = torch.rand(case.mask.shape) < 0.5
+    got = gradient(
+        case.logprob,
+        loss_of(case, reference_logprob=reference, kl_coef=torch.where(some, 0.25, 0.0)),
+    )
+    kept = case.mask & case.selected
+
+    def written(x):
+        kl = (reference - x).exp() - 1 - (reference - x)
+        return loss_of(case)(x) + 0.25 * kl[kept & some].sum() / kept.sum()
+
+    assert_gradients_equal(got, gradient(case.logprob, written))
+    without = gradient(case.logprob, loss_of(case))
+    assert torch.equal(got[1][~some], without[1][~some])
+
+
+def test_a_far_reference_stays_finite(case):
+    for shift in (-300, 300):
+        for kind in (*KINDS, "k1+", "k3+"):
+            got = gradient(
+                case.logprob,
+                loss_of(case, reference_logprob=case.logprob + shift, kl_coef=0.1, kl_type=kind),
+            )
+            assert got[0].isfinite()
+            assert got[1].isfinite().all()
+
+
+def by_hand(correction, log_ratio, mask, cap, floor):
+    """One sequence and token after another."""
+    weight = torch.ones_like(log_ratio)
+    for b in range(len(log_ratio)):
+        total = sum(float(log_ratio[b, t]) for t in range(L) if mask[b, t])
+        for t in range(L):
+            over = total if correction.startswith("sequence") else float(log_ratio[b, t])
+            w = math.exp(over)
+            inside = (floor or 0) <= w <= (cap or math.inf)
+            if correction in ("mis", "sequence_mask"):
+                w = w if inside else 0.0
+            else:
+                w = min(max(w, floor or 0), cap or math.inf)
+            weight[b, t] = w
+    return weight
+
+
+@pytest.mark.parametrize("correction", loss_terms.CORRECTIONS)
+@pytest.mark.parametrize(("cap", "floor"), [(2.0, None), (2.0, 0.5), (None, 0.8)])
+@pytest.mark.parametrize("loss_type", ["dapo", "gspo_token"])
+def test_corrections_are_weights(case, correction, cap, floor, loss_type):
+    g = torch.Generator().manual_seed(3)
+    move = 0.5 * torch.randn(case.old.shape, generator=g, dtype=torch.float64)
+    # A ratio that would count, were it of a token of the mask.
+    sampler = (case.old - move).masked_fill(~case.mask, -99.0)
+    options = {"sampler_logprob": sampler, "correction": correction}
+    options |= {"correction_cap": cap, "correction_floor": floor, "loss_type": loss_type}
+    got = gradient(case.logprob, loss_of(case, **options))
+    weight = by_hand(correction, move, case.mask, cap, floor)
+    want = gradient(case.logprob, loss_of(case, token_weight=weight, loss_type=loss_type))
+    assert_gradients_equal(got, want)
+    metrics = ek.ratio_loss(
+        case.logprob, case.old, case.advantage, case.mask, selected=case.selected, **options
+    )[1]
+    kept = case.mask & case.selected
+    expected = {
+        "mismatch/k3": (move.exp() - 1 - move)[kept].mean(),
+        "mismatch/max_ratio": move.exp()[kept].max(),
+        "mismatch/outside": (weight != by_hand(correction, move, case.mask, None, None))[kept]
+        .double()
+        .mean(),
+    }
+    for name, value in expected.items():
+        torch.testing.assert_close(metrics[name].double(), value)
+    if correction.endswith(("mis", "mask")):
+        assert (got[1][weight == 0] == 0).all()
+
+
+def test_a_log_prob_that_the_engine_did_not_report_is_not_corrected(case):
+    sampler = case.old - 3
+    sampler[0, 1] = torch.nan
+    options = {"sampler_logprob": sampler, "correction": "mis", "selected": None}
+    grad = gradient(case.logprob, loss_of(case, **options))[1]
+    plain = gradient(case.logprob, loss_of(case, selected=None))[1]
+    assert grad[0, 1] == plain[0, 1] != 0
+    assert (grad[1:] == 0).all()
+
+
+def test_a_small_mismatch_has_a_metric_with_digits():
+    old = -torch.rand(1000)
+    sampler = old + 1e-4 * torch.randn(1000)
+    ones = torch.ones(1000)
+    got = ek.ratio_loss(old, old, ones, ones > 0, sampler_logprob=sampler)[1]["mismatch/k3"]
+    d = old.double() - sampler.double()
+    torch.testing.assert_close(got.double(), (d.expm1() - d).mean(), rtol=2e-2, atol=0)
+
+
+@pytest.mark.parametrize("loss_type", ["dapo", "grpo", "cispo", "gspo"])
+def test_weights_multiply_the_loss_of_their_tokens(case, loss_type):
+    """In the kernel they are folded into the advantage; elsewhere they are not."""
+    weight = torch.rand(case.mask.shape, dtype=torch.float64)
+    weight[:, ::3] = 0
+    got = gradient(case.logprob, loss_of(case, token_weight=weight, loss_type=loss_type))
+    kept = case.mask & case.selected
+    function, how = losses.LOSSES[loss_type]
+
+    def written(x):
+        over = case.mask if loss_type == "gspo" else kept
+        x = torch.where(kept, x, x.detach())
+        tokens = torch.where(kept, function(x, case.old, case.advantage, over) * weight, 0)
+        if how == "token-mean":
+            return tokens.sum() / kept.sum()
+        return (tokens.sum(1) / kept.sum(1).clamp_min(1)).sum() / case.mask.any(1).sum()
+
+    assert_gradients_equal(got, gradient(case.logprob, written))
+    if loss_type != "gspo":
+        assert (got[1][weight == 0] == 0).all()
+    as_bool = ek.ratio_loss(
+        case.logprob,
+        case.old,
+        case.advantage,
+        case.mask,
+        token_weight=weight > 0,
+        loss_type=loss_type,
+    )[0]
+    ones = (weight > 0).double()
+    want = ek.ratio_loss(
+        case.logprob, case.old, case.advantage, case.mask, token_weight=ones, loss_type=loss_type
+    )[0]
+    assert torch.equal(as_bool, want)
+
+
+@pytest.mark.parametrize("on", ["kept", "all"])
+def test_the_entropy_bonus_is_on_its_tokens(case, on):
+    entropy = torch.rand(case.mask.shape, dtype=torch.float64)
+    kept = case.mask & case.selected
+    tokens = kept if on == "kept" else case.mask
+    dirty = entropy.masked_fill(~tokens, torch.nan).requires_grad_()
+    loss = loss_of(case, entropy=dirty, entropy_coef=0.1, entropy_on=on)(case.logprob)
+    want = loss_of(case)(case.logprob) - 0.1 * entropy[tokens].mean()
+    torch.testing.assert_close(loss, want, rtol=1e-12, atol=0)
+    loss.backward()
+    want = torch.where(tokens, -0.1 / tokens.sum().double(), 0.0)
+    torch.testing.assert_close(dirty.grad, want, rtol=1e-12, atol=0)
+
+
+def test_the_bonus_goes_through_the_head_and_respects_the_mask():
+    """Its gradient is exact, and rows that get neither loss nor bonus are dropped."""
+    h, w, y = peaked_head(40, 16, 301)
+    mask, selected = torch.rand(40) < 0.8, torch.rand(40) < 0.4
+    advantage = torch.zeros(40)
+
+    def bonus(x, fused):
+        if fused:
+            options = {"entropy_coef": 0.5, "selected": selected}
+            return ek.high_entropy_policy_loss(x, w, y, None, advantage, mask, **options)[0]
+        logp = (x @ w.double().T).log_softmax(1)
+        entropy = -(logp.exp() * logp).sum(1)
+        return -0.5 * entropy[mask & selected].mean()
+
+    got = gradient(h, lambda x: bonus(x, True))
+    want = gradient(h.double(), lambda x: bonus(x, False))
+    for g, t in zip(got, want, strict=True):
+        torch.testing.assert_close(g.double(), t, rtol=1e-4, atol=1e-7)
+    assert (got[1][~(mask & selected)] == 0).all()
+    assert (got[1][mask & selected] != 0).any(1).all()
+
+
+def steps(case, **more):
+    """The whole batch in one call, and in three: both sum to the step's loss."""
+    rows = [slice(0, 1), slice(1, 4), slice(4, 6)]
+
+    def one(x, r):
+        own = {
+            k: v[r] if isinstance(v, torch.Tensor) and v.ndim == 2 else v for k, v in more.items()
+        }
+        tensors = (v[r] for v in (case.old, case.advantage, case.mask))
+        return ek.ratio_loss(x[r], *tensors, selected=case.selected[r], **own)[0]
+
+    whole = gradient(case.logprob, lambda x: one(x, slice(None)))
+    return whole, gradient(case.logprob, lambda x: sum(one(x, r) for r in rows))
+
+
+@pytest.mark.parametrize("loss_type", ["dapo", "sapo", "gmpo"])
+@pytest.mark.parametrize("aggregation", losses.AGGREGATIONS)
+@pytest.mark.parametrize("terms", [False, True], ids=["loss", "with terms"])
+def test_accumulation_and_sharding_change_nothing(case, reference, loss_type, aggregation, terms):
+    """With the counts of the step every split of it has the sum of one batch."""
+    kept, present = int((case.mask & case.selected).sum()), int(case.mask.any(1).sum())
+    counts = {
+        "token-mean": {"denominator": kept},
+        "seq-mean-token-mean": {"num_sequences": present},
+        "seq-mean-token-sum": {"num_sequences": present},
+        "seq-mean-token-sum-norm": {"num_sequences": present, "denominator": LENGTH},
+    }[aggregation]
+    options = {"loss_type": loss_type, "aggregation": aggregation} | counts
+    if terms:
+        entropy = torch.rand(case.mask.shape, dtype=torch.float64)
+        options |= {"reference_logprob": reference, "kl_coef": 0.1, "kl_type": "k3+"}
+        options |= {"entropy": entropy, "entropy_coef": 0.2, "token_weight": entropy}
+        options |= {"sampler_logprob": case.old + 0.1, "correction": "sequence_truncate"}
+    whole, split = steps(case, **options)
+    assert_gradients_equal(split, whole)
+    own = (
+        ek.ratio_loss(
+            case.logprob,
+            case.old,
+            case.advantage,
+            case.mask,
+            selected=case.selected,
+            **{k: v for k, v in options.items() if k != "num_sequences" and v != kept},
+        )[0]
+        if not terms
+        else None
+    )
+    if own is not None:
+        torch.testing.assert_close(own, whole[0])
+
+
+@pytest.mark.parametrize("aggregation", SEQUENCES)
+def test_aggregations_are_what_their_names_say(case, aggregation):
+    ones = torch.ones_like(case.logprob)
+    denominator = LENGTH if aggregation.endswith("norm") else "selected"
+    loss = ek.ratio_loss(
+        case.logprob,
+        None,
+        -ones * torch.arange(1, 7)[:, None],
+        case.mask,
+        aggregation=aggregation,
+        denominator=denominator,
+    )[0]
+    sums = torch.tensor([9 * 1, 7 * 2, 8 * 3, 4 * 4, 2 * 5.0])
+    counts = {"mean": torch.tensor([9, 7, 8, 4, 2]), "sum": 1, "norm": LENGTH}
+    want = (sums / counts[aggregation.rsplit("-", 1)[1]]).mean()
+    torch.testing.assert_close(loss, want.double())
+
+
+@pytest.mark.parametrize("over", ["all", "selected"])
+@pytest.mark.parametrize("loss_type", ["gspo", "gspo_token", "luspo", "vespo", "gmpo"])
+def test_what_a_sequence_is_summed_over(case, loss_type, over):
+    """The value may hang on tokens that are not kept; the gradient never does."""
+    kept = case.mask & case.selected
+    other = case._replace(logprob=torch.where(kept, case.logprob, case.logprob - 0.01))
+    got, moved = (
+        gradient(c.logprob, loss_of(c, loss_type=loss_type, sequence_over=over))
+        for c in (case, other)
+    )
+    assert torch.equal(got[0], moved[0]) == (over == "selected")
+    assert (got[1][~kept] == 0).all()
+    by_default = gradient(case.logprob, loss_of(case, loss_type=loss_type))
+    assert torch.equal(by_default[0], got[0]) == (
+        over == losses.SEQUENCE_OVER[losses.LOSSES[loss_type][0]]
+    )

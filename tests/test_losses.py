@@ -1,0 +1,330 @@
+"""Every loss against its written formula in fp64; what gets no gradient gets exactly none."""
+
+import functools
+import math
+
+import pytest
+import torch
+
+import entropy_kernels as ek
+from entropy_kernels import losses
+from entropy_kernels.testing import assert_within_two_bounds
+from tests import loss_formulas
+from tests.loss_cases import gradient, make_case
+
+NAMES = list(losses.LOSSES)
+UNCLIPPED = ["cispo", "sapo", "vespo", "gpg", "reinforce"]
+OF_SEQUENCES = ["gspo", "gspo_token", "luspo", "vespo"]
+
+
+def options(name):
+    return {"denominator": loss_formulas.LENGTH} if name == "dr_grpo" else {}
+
+
+def by_name(name, x, old, advantage, mask, selected=None, **more):
+    keywords = {"loss_type": name, "selected": selected} | options(name) | more
+    return ek.ratio_loss(x, old, advantage, mask, **keywords)
+
+
+def test_the_table_of_formulas_is_complete():
+    assert set(loss_formulas.FORMULAS) == set(losses.LOSSES)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("few", [False, True], ids=["all tokens", "selected tokens"])
+def test_equals_the_written_formula(name, few):
+    c = make_case()
+    selected = c.selected if few else torch.ones_like(c.mask)
+    got = gradient(c.logprob, lambda x: by_name(name, x, c.old, c.advantage, c.mask, selected)[0])
+    want = gradient(
+        c.logprob, lambda x: loss_formulas.loss(name, x, c.old, c.advantage, c.mask, selected)
+    )
+    assert got[0].abs() > 1e-3
+    for g, w in zip(got, want, strict=True):
+        torch.testing.assert_close(g, w, rtol=1e-12, atol=1e-14)
+    assert torch.equal(got[1] == 0, want[1] == 0)
+
+
+@pytest.mark.parametrize("name", [n for n in NAMES if losses.LOSSES[n][0] is losses.gspo_token])
+def test_gspo_token_has_gspos_value(name):
+    c = make_case()
+    got, want = (by_name(n, c.logprob, c.old, c.advantage_B, c.mask)[0] for n in (name, "gspo"))
+    torch.testing.assert_close(got, want, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_fp32_is_as_good_as_the_formula_in_fp32(name):
+    c = make_case()
+    tensors = c.logprob, c.old, c.advantage
+    fp32 = [x.float() for x in tensors]
+    # The truth of the rounded inputs.
+    fp64 = [x.double() for x in fp32]
+    results = [
+        gradient(
+            x, lambda x, r=rest: loss_formulas.loss(name, x, *r, c.mask, torch.ones_like(c.mask))
+        )
+        for x, *rest in (fp64, fp32)
+    ]
+    got = gradient(fp32[0], lambda x: by_name(name, x, *fp32[1:], c.mask)[0])
+    assert got[0].dtype == torch.float32
+    for g, truth, plain in zip(got, *results, strict=True):
+        assert_within_two_bounds(g, truth, plain, plain, factor=4)
+
+
+@pytest.mark.parametrize("name", ["dapo", "grpo", "bnpo", "dr_grpo"])
+def test_the_kernel_is_the_plain_function(name):
+    """A partial of the same function takes the way of the other losses."""
+    c = make_case()
+    how = losses.LOSSES[name][1]
+    for dual in (None, 3.0):
+        plain = functools.partial(losses.clipped_ratio, dual_clip=dual)
+        tensors = c.old, c.advantage, c.mask, c.selected
+        got = gradient(
+            c.logprob,
+            lambda x, p=plain, t=tensors: by_name(p, x, *t, aggregation=how, **options(name))[0],
+        )
+        want = gradient(
+            c.logprob, lambda x, t=tensors, d=dual: by_name(name, x, *t, dual_clip=d)[0]
+        )
+        for g, w in zip(got, want, strict=True):
+            torch.testing.assert_close(g, w, rtol=1e-12, atol=1e-14)
+            assert torch.equal(g == 0, w == 0)
+
+
+def clipped_tokens(name, c):
+    """Where the papers say that the gradient is zero though the advantage is not."""
+    up, ratio = c.advantage > 0, (c.logprob - c.old).exp()
+    if name in ("dapo", "grpo", "bnpo", "dr_grpo"):
+        return torch.where(up, ratio > 1.28, ratio < 0.8)
+    if name in ("gspo", "gspo_token", "luspo"):
+        low, high = (2e-3, 2.5e-3) if name == "luspo" else (3e-4, 4e-4)
+        total = torch.where(c.mask, c.logprob - c.old, 0).sum(1, keepdim=True)
+        mean = (total / c.mask.sum(1, keepdim=True).clamp_min(1)).exp()
+        return torch.where(up, mean > 1 + high, mean < 1 - low).expand_as(up)
+    if name == "gmpo":
+        return torch.where(up, c.logprob - c.old > 0.4, c.logprob - c.old < -0.4)
+    if name == "dppo_tv":
+        moved = c.logprob.exp() - c.old.exp()
+        return torch.where(up, moved > 0.15, moved < -0.15)
+    return torch.zeros_like(up)
+
+
+@pytest.mark.parametrize("name", [n for n in NAMES if n != "dppo_kl"])
+def test_rows_without_gradient_are_exactly_zero(name):
+    """Unselected, clipped and of zero advantage: 0.0, not nearly so."""
+    c = make_case()
+    # One advantage a sequence where a zero one would not be the token's own matter.
+    advantage = c.advantage_B if name in ("gspo", "luspo", "gmpo") else c.advantage
+    c = c._replace(advantage=advantage if advantage.ndim == 2 else advantage[:, None].expand(6, 9))
+    c = c._replace(advantage=torch.where(torch.arange(6)[:, None] == 1, 0.0, c.advantage))
+    grad = gradient(
+        c.logprob.float(),
+        lambda x: by_name(name, x, c.old.float(), c.advantage.float(), c.mask, c.selected)[0],
+    )[1]
+    active = c.mask & c.selected & (c.advantage != 0) & ~clipped_tokens(name, c)
+    assert torch.equal(grad != 0, active)
+    assert 0 < active.sum() < (c.mask & c.selected).sum()
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("way", ["nothing kept", "no advantage"])
+def test_nothing_to_learn_is_a_zero_loss_with_zero_gradients(name, way):
+    c = make_case()
+    mask = torch.zeros_like(c.mask) if way == "nothing kept" else c.mask
+    advantage = c.advantage * 0 if way == "no advantage" else c.advantage
+    loss, grad = gradient(c.logprob, lambda x: by_name(name, x, c.old, advantage, mask)[0])
+    assert loss == 0
+    assert torch.equal(grad, torch.zeros_like(grad))
+    metrics = by_name(name, c.logprob, c.old, advantage, mask)[1]
+    assert all(v.isfinite() for v in metrics.values())
+
+
+@pytest.mark.parametrize("name", [n for n in NAMES if n not in UNCLIPPED])
+def test_all_tokens_clipped_is_a_loss_without_gradient(name):
+    c = make_case()
+    likely, unlikely = torch.full_like(c.logprob, -0.01), torch.full_like(c.logprob, -2.0)
+    rose = c.advantage_B[:, None] > 0
+    x, old = torch.where(rose, likely, unlikely), torch.where(rose, unlikely, likely)
+    loss, grad = gradient(x, lambda x: by_name(name, x, old, c.advantage_B, c.mask)[0])
+    assert torch.equal(grad, torch.zeros_like(grad))
+    # DPPO gives a token outside of its region no loss at all, the others that of the bound.
+    assert (loss == 0) == name.startswith("dppo")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_is_outside_the_mask_may_be_anything(name):
+    """No 0 * inf: not in the loss, not in a gradient, not in a metric."""
+    c = make_case()
+    kept = c.mask & c.selected
+    outside = ~c.mask if name in OF_SEQUENCES else ~kept
+    clean = gradient(
+        c.logprob, lambda x: by_name(name, x, c.old, c.advantage, c.mask, c.selected)[0]
+    )
+    for value in (torch.nan, torch.inf, -torch.inf):
+        dirty = [x.masked_fill(outside, value) for x in (c.logprob, c.old, c.advantage)]
+        weight = torch.ones_like(c.logprob).masked_fill(outside, value)
+        sampler = dirty[1].masked_fill(kept, 0) + c.old.masked_fill(~kept, 0)
+        more = {"token_weight": weight, "reference_logprob": dirty[0], "kl_coef": 0.0}
+        if name != "vespo":
+            more |= {"sampler_logprob": sampler, "correction": "tis"}
+        metrics = {}
+
+        def loss(x, d=dirty, m=more, seen=metrics):
+            found, values = by_name(name, x, d[1], d[2], c.mask, c.selected, **m)
+            seen.update(values)
+            return found
+
+        got = gradient(dirty[0], loss)
+        for g, w in zip(got, clean, strict=True):
+            assert torch.equal(g, w)
+        assert all(v.isfinite() for v in metrics.values())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_extreme_ratios_stay_finite(name):
+    c = make_case()
+    for shift in (-200, 200):
+        got = gradient(
+            c.logprob, lambda x, s=shift: by_name(name, x, x.detach() + s, c.advantage, c.mask)[0]
+        )
+        assert got[0].isfinite()
+        assert got[1].isfinite().all()
+
+
+@pytest.mark.parametrize("name", ["dapo", "sapo", "gmpo", "gspo"])
+def test_a_log_ratio_is_clamped_at_twenty(name):
+    """Not at 10 nor at 88, where fp32 ends; of sapo's gate the limit is all that is left."""
+    x = torch.tensor([[30.0]], dtype=torch.float64)
+    mask = torch.ones(1, 1, dtype=torch.bool)
+    got = gradient(x, lambda x: by_name(name, x, x.detach() - 30, -(x.detach() ** 0), mask)[0])
+    want = 4 / 1.05 if name == "sapo" else math.exp(20)
+    torch.testing.assert_close(got[0], torch.tensor(want, dtype=torch.float64))
+    assert got[1] == 0
+
+
+@pytest.mark.parametrize("name", ["cispo", "gpg", "reinforce", "vespo", "dppo_tv"])
+def test_a_token_without_advantage_may_be_impossible(name):
+    """-inf as its log-probability, of a vocabulary that is masked in one engine: 0 * inf is 0."""
+    c = make_case()
+    x, old, advantage = c.logprob.clone(), c.old.clone(), c.advantage.clone()
+    advantage[1] = 0
+    clean = gradient(x, lambda x: by_name(name, x, old, advantage, c.mask)[0])
+    x[1, 3] = -torch.inf
+    got = gradient(x, lambda x: by_name(name, x, old, advantage, c.mask)[0])
+    for g, w in zip(got, clean, strict=True):
+        assert torch.equal(g, w)
+
+
+def test_gmpo_is_not_grpo():
+    """A trainer whose GMPO silently ran GRPO's loss would pass a test of shapes."""
+    c = make_case()
+    both = [
+        gradient(c.logprob, lambda x, n=n: by_name(n, x, c.old, c.advantage_B, c.mask)[0])
+        for n in ("gmpo", "grpo")
+    ]
+    assert (both[0][0] - both[1][0]).abs() > 1e-3
+    assert (both[0][1] - both[1][1]).abs().max() > 1e-3
+
+
+def test_the_dual_clip_bounds_losses_of_bad_tokens_from_above():
+    """The wrong sign would bound those of good ones, or make bad tokens worth repeating."""
+    one = torch.ones(1, dtype=torch.float64)
+    mask = torch.ones(1, dtype=torch.bool)
+    for advantage, ratio, want in [
+        (-2.0, 10.0, 6.0),
+        (-2.0, 2.0, 4.0),
+        (2.0, 10.0, -2.56),
+        (2.0, 0.5, -1.0),
+    ]:
+        got = ek.ratio_loss(one * math.log(ratio), one * 0, one * advantage, mask, dual_clip=3.0)[0]
+        torch.testing.assert_close(got, torch.tensor(want, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("delta", [1.28, 1.5, 4.0])
+def test_a_two_sided_delta_is_the_dual_clip(delta):
+    """INTELLECT-2: -min(min(r, delta) A, clip(r) A)."""
+    c = make_case()
+
+    def two_sided(x):
+        ratio = (x - c.old).exp()
+        terms = ratio.clamp(max=delta) * c.advantage, ratio.clamp(0.8, 1.28) * c.advantage
+        return -torch.where(c.mask, torch.minimum(*terms), 0).sum() / c.mask.sum()
+
+    got = gradient(
+        c.logprob, lambda x: ek.ratio_loss(x, c.old, c.advantage, c.mask, dual_clip=delta)[0]
+    )
+    for g, w in zip(got, gradient(c.logprob, two_sided), strict=True):
+        torch.testing.assert_close(g, w, rtol=1e-12, atol=1e-14)
+
+
+def test_options_of_a_loss_are_set_by_partial():
+    c = make_case()
+    tensors = c.logprob, c.old, c.advantage, c.mask
+    softer = functools.partial(losses.sapo, tau_neg=1.1)
+    assert by_name(softer, *tensors)[0] != by_name("sapo", *tensors)[0]
+    same = functools.partial(losses.sapo, tau_neg=1.05)
+    assert torch.equal(by_name(same, *tensors)[0], by_name("sapo", *tensors)[0])
+    assert torch.equal(by_name(losses.gspo, *tensors)[0], by_name("gspo", *tensors)[0])
+    narrow = functools.partial(losses.gspo, clip_low=1e-5, clip_high=1e-5)
+    got = by_name("gspo", *tensors, clip_low=1e-5, clip_high=1e-5)[0]
+    assert torch.equal(by_name(narrow, *tensors)[0], got)
+    assert got != by_name("gspo", *tensors)[0]
+
+
+def test_a_loss_of_ones_own():
+    """prime-rl's form, unclipped, with a square of the log-ratio; its mask is the kept tokens."""
+    c = make_case()
+
+    def mine(logprob, old_logprob, advantage, mask):
+        assert torch.equal(mask, c.mask & c.selected)
+        log_ratio = logprob - old_logprob
+        return -log_ratio.exp() * advantage + 1e-3 * log_ratio.square()
+
+    got = gradient(c.logprob, lambda x: by_name(mine, x, c.old, c.advantage, c.mask, c.selected)[0])
+    kept = c.mask & c.selected
+    want = gradient(c.logprob, lambda x: mine(x, c.old, c.advantage, kept)[kept].sum() / kept.sum())
+    for g, w in zip(got, want, strict=True):
+        torch.testing.assert_close(g, w, rtol=1e-12, atol=1e-14)
+
+
+def test_a_value_functions_advantages_are_the_same_loss():
+    """PPO: one advantage a token, token-mean over everything."""
+    c = make_case()
+    ratio = (c.logprob - c.old).exp()
+    terms = -torch.minimum(ratio * c.advantage, ratio.clamp(0.8, 1.2) * c.advantage)
+    got = ek.ratio_loss(c.logprob, c.old, c.advantage, c.mask, clip_high=0.2)[0]
+    torch.testing.assert_close(got, terms[c.mask].mean())
+
+
+def test_a_clip_range_a_token():
+    c = make_case()
+    high = torch.rand(6, 9) < 0.5
+    low_T, high_T = ek.token_rules.two_clip_ranges(high)
+    got = gradient(
+        c.logprob,
+        lambda x: ek.ratio_loss(x, c.old, c.advantage, c.mask, clip_low=low_T, clip_high=high_T)[0],
+    )
+    want = [
+        gradient(
+            c.logprob,
+            lambda x, s=s, e=e: ek.ratio_loss(
+                x, c.old, c.advantage, c.mask, selected=s, clip_low=e, clip_high=e, denominator=1
+            )[0],
+        )
+        for s, e in ((high, 0.5), (~high, 0.2))
+    ]
+    # The ranges are fp32, as tensors from a mask are.
+    for g, *parts in zip(got, *want, strict=True):
+        torch.testing.assert_close(g, sum(parts) / c.mask.sum(), rtol=1e-7, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", ["gspo", "gmpo", "sapo", "dppo_kl"])
+def test_compiles_into_one_graph(name, unchecked_shapes):
+    c = make_case()
+
+    def step(x):
+        return by_name(name, x, c.old, c.advantage, c.mask, c.selected)[0]
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    for g, w in zip(gradient(c.logprob, compiled), gradient(c.logprob, step), strict=True):
+        torch.testing.assert_close(g, w, rtol=1e-12, atol=1e-14)

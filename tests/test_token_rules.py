@@ -1,0 +1,161 @@
+"""Rules beyond the top entropies: against their written definitions, in fp64."""
+
+import pytest
+import torch
+
+import entropy_kernels as ek
+from entropy_kernels import token_rules
+from tests.loss_cases import make_case
+
+T, V = 40, 13
+
+
+@pytest.fixture
+def case():
+    return make_case()
+
+
+@pytest.fixture
+def tokens():
+    """logits, target, logprob, entropy, max_prob, sum_p2, sum_p2_logp of each token."""
+    logits = 2 * torch.randn(T, V, dtype=torch.float64)
+    logp = logits.log_softmax(1)
+    p = logp.exp()
+    target = torch.multinomial(p, 1).squeeze(1)
+    logprob = logp.gather(1, target[:, None]).squeeze(1)
+    sums = -(p * logp).sum(1), p.amax(1), (p**2).sum(1), (p**2 * logp).sum(1)
+    return logits, target, logprob, *sums
+
+
+def test_covariance_is_about_the_means_of_the_mask(case):
+    a, x = case.advantage[case.mask], case.logprob[case.mask]
+    dirty = [v.masked_fill(~case.mask, torch.nan) for v in (case.logprob, case.advantage)]
+    got = token_rules.covariance(*dirty, case.mask)
+    torch.testing.assert_close(got[case.mask], (a - a.mean()) * (x - x.mean()))
+    assert (got[~case.mask] == 0).all()
+    got = token_rules.covariance(case.logprob, case.advantage_B, case.mask)
+    want = token_rules.covariance(case.logprob, case.advantage_B[:, None].expand(6, 9), case.mask)
+    assert torch.equal(got, want)
+
+
+def test_clip_cov_drops_so_many_of_the_right_ones(case):
+    score = token_rules.covariance(case.logprob, case.advantage, case.mask)
+    clipped = torch.rand(case.mask.shape) < 0.3
+    right = case.mask & (score > 0.05) & (score < 2.0) & ~clipped
+    assert right.sum() > 4
+    drawn = set()
+    for seed in range(20):
+        keep = token_rules.clip_cov(
+            case.logprob,
+            case.advantage,
+            case.mask,
+            fraction=0.1,
+            low=0.05,
+            high=2.0,
+            clipped=clipped,
+            generator=torch.Generator().manual_seed(seed),
+        )
+        dropped = case.mask & ~keep
+        assert (dropped & ~right).sum() == 0
+        assert dropped.sum() == 3  # floor(0.1 * 30)
+        assert not (keep & ~case.mask).any()
+        drawn |= set(dropped.flatten().nonzero().squeeze(1).tolist())
+    assert len(drawn) > 4
+    assert torch.equal(token_rules.clip_cov(case.logprob, case.advantage * 0, case.mask), case.mask)
+
+
+def test_kl_cov_takes_the_largest(case):
+    for fraction, count in ((2e-4, 1), (0.1, 3), (1.0, 30)):
+        got = token_rules.kl_cov(case.logprob, case.advantage, case.mask, fraction=fraction)
+        score = token_rules.covariance(case.logprob, case.advantage, case.mask)[case.mask]
+        assert torch.equal(got[case.mask], score >= score.topk(count).values[-1])
+        assert not (got & ~case.mask).any()
+    with pytest.raises(ValueError, match=r"\(0, 1\]; got 0"):
+        token_rules.kl_cov(case.logprob, case.advantage, case.mask, fraction=0.0)
+    nothing = torch.zeros_like(case.mask)
+    assert not token_rules.kl_cov(case.logprob, case.advantage, nothing).any()
+
+
+def test_entropy_shaped_advantages_keep_their_sign():
+    entropy = torch.tensor([[0.0, 1.0, 10.0]]).requires_grad_()
+    for a, want in ((2.0, [2.0, 2.4, 3.0]), (-2.0, [-2.0, -1.6, -1.0]), (0.0, [0.0, 0.0, 0.0])):
+        got = token_rules.entropy_advantage(torch.tensor([a]), entropy)
+        torch.testing.assert_close(got, torch.tensor([want]))
+        assert not got.requires_grad
+
+
+def test_two_clip_ranges():
+    high = torch.tensor([True, False])
+    clip_low, clip_high = token_rules.two_clip_ranges(high, low=(0.1, 0.2), high=(0.5, 0.6))
+    torch.testing.assert_close(clip_low, torch.tensor([0.5, 0.1]))
+    torch.testing.assert_close(clip_high, torch.tensor([0.6, 0.2]))
+
+
+def test_select_token_is_its_two_conditions(tokens):
+    logits, target, logprob, _, max_prob, sum_p2, _ = tokens
+    mask = torch.rand(T) < 0.8
+    got = token_rules.select_token(logprob, max_prob, sum_p2, mask)
+    for t in range(T):
+        p = logits[t].softmax(0)
+        want = bool(mask[t]) and float(p.max()) < 0.5 and p[target[t]] > (p * p).sum()
+        assert bool(got[t]) == bool(want)
+    assert 0 < got.sum() < mask.sum()
+
+
+def test_the_discriminators_are_the_change_of_entropy(tokens):
+    """dH of a step on the sampled logit is -S; of a policy gradient step -A (S - E[S])."""
+    logits, target, logprob, entropy, _, sum_p2, sum_p2_logp = tokens
+    x = logits.clone().requires_grad_()
+    logp = x.log_softmax(1)
+    (slope,) = torch.autograd.grad(-(logp.exp() * logp).sum(), x)
+    one_hot = torch.nn.functional.one_hot(target, V)
+    score = token_rules.discriminator(logprob, entropy)
+    torch.testing.assert_close((slope * one_hot).sum(1), -score)
+    expected = token_rules.expected_discriminator(entropy, sum_p2, sum_p2_logp)
+    step = 0.7 * (one_hot - logits.softmax(1))
+    torch.testing.assert_close((slope * step).sum(1), -0.7 * (score - expected))
+
+
+@pytest.mark.parametrize("centred", ["batch", "vocabulary"])
+def test_clip_discriminator_drops_bad_tokens_far_below_the_centre(tokens, centred):
+    _, _, logprob, entropy, _, sum_p2, sum_p2_logp = tokens
+    score = token_rules.discriminator(logprob, entropy)
+    mask, advantage = torch.rand(T) < 0.8, torch.randn(T, dtype=torch.float64)
+    expected = token_rules.expected_discriminator(entropy, sum_p2, sum_p2_logp)
+    centre = None if centred == "batch" else expected
+    got = token_rules.clip_discriminator(score, advantage, mask, centre=centre, mu=0.5)
+    z = score - (score[mask].mean() if centre is None else expected)
+    far = z < -0.5 * z[mask].std(correction=0)
+    assert torch.equal(got, mask & ~(far & (advantage < 0)))
+    assert 0 < (mask & ~got).sum() < (mask & far).sum()
+
+
+def test_archers_two_ranges_with_a_kl_for_the_rest(case):
+    """A recipe of rules and options together, against one written out."""
+    entropy = torch.rand(6, 9, dtype=torch.float64)
+    high = ek.top_entropy_mask(entropy.float(), case.mask, 0.2, scope="sequence")
+    clip_low, clip_high = token_rules.two_clip_ranges(high)
+    reference = case.logprob.flip(1)
+    got = ek.ratio_loss(
+        case.logprob,
+        case.old,
+        case.advantage,
+        case.mask,
+        clip_low=clip_low,
+        clip_high=clip_high,
+        reference_logprob=reference,
+        kl_coef=torch.where(high, 0.0, 1e-3),
+    )[0]
+    total = 0.0
+    for b, t in case.mask.nonzero().tolist():
+        ratio, a = (case.logprob[b, t] - case.old[b, t]).exp(), case.advantage[b, t]
+        e = 0.5 if high[b, t] else 0.2
+        total -= min(ratio * a, ratio.clamp(1 - e, 1 + e) * a)
+        d = reference[b, t] - case.logprob[b, t]
+        total += 0 if high[b, t] else 1e-3 * (d.exp() - d - 1)
+    torch.testing.assert_close(got, total / case.mask.sum(), rtol=1e-6, atol=0)
+
+
+def test_advantages_that_do_not_fit_are_named(case, unchecked_shapes):
+    with pytest.raises(ValueError, match=r"\(6, 9\), or be \[B\].*got \(9,\)"):
+        token_rules.kl_cov(case.logprob, case.advantage[0], case.mask)
