@@ -227,7 +227,11 @@ def test_no_other_bit_changes(impl, device, vocabulary, keep_logits):
     assert all(map(torch.equal, *results))
 
 
-@pytest.mark.parametrize("names", [(), ("max_prob",), ["sum_p2", "varentropy"], {*NAMES}], ids=str)
+@pytest.mark.parametrize(
+    "names",
+    [(), ("max_prob",), ["sum_p2", "varentropy"], {*NAMES}],
+    ids="none one list set".split(),
+)
 def test_what_is_not_asked_for_is_none(impl, device, names):
     h, w, y = make("peaked", (9, 8, 67), torch.float32, device)
     found = ek.linear_logprob_entropy(h, w, y, statistics=names, impl=impl)

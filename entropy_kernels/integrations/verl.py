@@ -31,7 +31,7 @@ from torch import Tensor
 
 from entropy_kernels.functional import linear_logprob_entropy
 from entropy_kernels.integrations._patch import Patch, require
-from entropy_kernels.losses import ratio_loss
+from entropy_kernels.ratio_loss import ratio_loss
 from entropy_kernels.selection import top_entropy_mask
 
 LOSS_MODE = "high_entropy"
