@@ -230,7 +230,7 @@ def test_no_other_bit_changes(impl, device, vocabulary, keep_logits):
 @pytest.mark.parametrize(
     "names",
     [(), ("max_prob",), ["sum_p2", "varentropy"], {*NAMES}],
-    ids="none one list set".split(),
+    ids=["none", "one", "list", "set"],
 )
 def test_what_is_not_asked_for_is_none(impl, device, names):
     h, w, y = make("peaked", (9, 8, 67), torch.float32, device)

@@ -143,8 +143,8 @@ class LogProbFunction:
             **options,
         )
         entropy = found.entropy if "entropy" in outputs else None
-        sum_p2 = getattr(found, "sum_p2", None)
-        return found.logprob, entropy, None if sum_p2 is None else sum_p2.log(), None, None
+        log_sum_sq_probs = None if found.sum_p2 is None else found.sum_p2.log()
+        return found.logprob, entropy, log_sum_sq_probs, None, None
 
 
 def _drops_unlabelled(device: torch.device) -> bool:
