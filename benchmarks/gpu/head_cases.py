@@ -238,7 +238,9 @@ def _moments(tiles, shape, dtype, device) -> None:
         for kind in (torch.float64, dtype, torch.float32)
     ]
     for quartet in zip(moments, *others, strict=True):
-        assert_within_two_bounds(*quartet)
+        # A largest p of 1/2 is off by a whole rounding of a logit, which every order of summation
+        # rounds differently.
+        assert_within_two_bounds(*quartet, factor=4.0)
 
 
 def _twice(tiles, shape, dtype, device) -> None:
