@@ -59,20 +59,21 @@ def plain(truths, h, w, y, **options):
     ]
 
 
-def check_rows(got, h, w, y, **options):
-    """Both bounds for each statistic of `got`."""
+def check_rows(got, h, w, y, factor=2.0, **options):
+    """Both bounds for each statistic of `got`; Triton rounds exponents to base 2, and its tanh."""
     truths = truth(torch.float64, h, w, y, **options)
     eager = truth(h.dtype, h, w, y, **options) if h.dtype != torch.float32 else None
     worst = plain(truths, h, w, y, **options)
     for one, *three in zip(got, truths, eager or worst, worst, strict=True):
         assert one.dtype == torch.float32
-        assert_within_two_bounds(one, *three)
+        assert_within_two_bounds(one, *three, factor=factor)
 
 
 def check(head, h, w, y, **options):
     found = head(h, w, y, **options)
     assert not any(x.requires_grad for x in found[3:])
-    check_rows(found[3:], h, w, y, **options)
+    factor = 3.0 if head.keywords["impl"] == "triton" else 2.0
+    check_rows(found[3:], h, w, y, factor, **options)
     return found
 
 
@@ -338,7 +339,7 @@ def test_variants_of_triton(variant, split, rows):
         tile=tiles.Tile(variant, 32, 64, 32, 4, 1, group_t=2, split_v=split),
     )
     assert all(map(torch.equal, call(), call(moments=moments)))
-    check_rows(moments, h, w, y)
+    check_rows(moments, h, w, y, factor=3.0)
 
 
 def test_specialised_warps_have_no_moments():
