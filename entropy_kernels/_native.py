@@ -185,7 +185,7 @@ def linear_logprob_entropy(
     del inputs
     # An op's outputs are not views of one tensor.
     rows = [row.where(kept_T, 0) if keep_logits else row.clone() for row in found]
-    return Statistics._make([*rows, logits])
+    return Statistics._make([*rows, logits, None])
 
 
 def kept_logits(tokens: int, vocabulary: int) -> tuple[int, int]:

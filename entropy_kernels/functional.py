@@ -16,14 +16,15 @@ from entropy_kernels._inputs import (
     check_like,
     check_main_grad,
     check_selection,
+    kept_rows,
     per_token_temperature,
     resolve,
 )
 from entropy_kernels.losses import ratio_loss
 from entropy_kernels.selection import top_entropy_mask
 
-# Logits of rows that are all trained on are kept for backward up to this size, and recomputed
-# beyond it.
+# Logits of rows that are trained on are kept for backward up to this size, and recomputed beyond
+# it.
 KEPT_LOGITS_BYTES = {"cpu": 1 << 28, "cuda": 1 << 30}
 
 
@@ -45,6 +46,7 @@ def linear_logprob_entropy(
     softcap: float | None = None,
     ignore_index: int = -100,
     keep_logits: bool = False,
+    keep_logits_above: float | Float[Tensor, ""] | None = None,
     max_active_rows: int | None = None,
     main_grad: Float[Tensor, "V D"] | None = None,
     impl: str = "auto",
@@ -68,11 +70,21 @@ def linear_logprob_entropy(
         softcap: bound of the logits, as in Gemma 2.
         keep_logits: keep fp32 logits [T, V] for backward, three products instead of four. For
             callers that have already dropped the rows they do not train on.
+        keep_logits_above: an entropy in nats. Where forward has whole rows of logits at hand, it
+            keeps those of rows of at least that entropy, in fp32, and backward reads them: 1 + 2f
+            products instead of 1 + 3f where the fraction f of the rows above is trained on. It
+            changes the cost and never which rows get a gradient: one without kept logits is
+            recomputed. Only impl="triton" does so, where its table of tiles takes chunks of
+            cuBLAS's products for it; the others recompute everything, as without it. There is room
+            for the first 1 GiB of such rows (256 MiB on a CPU), at most for max_active_rows.
+            Backward reads the rows that come before the first one, among those with a gradient,
+            that was not kept.
         max_active_rows: a bound, known to the host, of the rows that will get a gradient: with it
             the Triton backward does not wait for the GPU to count them, and a CUDA graph can hold
             it. Where more rows get one, it gives NaN, the other backwards a ValueError.
         main_grad: fp32 [V, D], to which backward adds the weight's gradient; `weight.grad` then
             stays as it is. With impl="triton" the sum itself is never rounded to 16 bits.
+            A frozen weight has no gradient to add: an error.
         impl: "auto", the fastest that is known to be right here; "cpu", the compiled kernels;
             "triton", the GPU kernels; "torch", blocks of torch.mm on any device; or "reference",
             the specification, also in fp64; it holds the logits.
@@ -81,25 +93,35 @@ def linear_logprob_entropy(
     fp32 and rounded once. Entropy is log s - E[z - max], both terms non-negative; logprob <= 0.
     -inf logits (a masked vocabulary) are legal. NaN or inf in a row makes that row's outputs NaN.
 
-    Never allocates [T, V] unless asked to by `keep_logits`. Forward does not synchronise with a
-    CUDA device; backward does once, for the number of active rows, unless `max_active_rows` is
-    given.
+    Never allocates [T, V] unless asked to by `keep_logits`, or for few tokens by
+    `keep_logits_above`. Forward does not synchronise with a CUDA device; backward does once, for
+    the number of active rows, unless `max_active_rows` is given.
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit; temperature <= 0; a target outside
-            [0, V); main_grad with impl="reference". On CUDA a bad target or temperature tensor
+            [0, V); main_grad with impl="reference" or a weight that requires no gradient;
+            keep_logits together with keep_logits_above. On CUDA a bad target or temperature tensor
             gives that row NaN instead, because the check would synchronise.
     """
     name = resolve(impl, hidden.device)
+    if name == "reference" and main_grad is not None:
+        raise ValueError('main_grad is not written by impl="reference"')
+    check_main_grad(main_grad, weight)
     hidden, weight, bias = cast_as_linear(hidden, weight, bias)
     check_head(hidden, weight, target, bias, softcap, fp64=name == "reference")
     scale = per_token_temperature(temperature, target)
     hidden_TD, target_T = hidden.reshape(-1, hidden.shape[-1]), target.reshape(-1).long()
-    check_main_grad(main_grad, weight)
     if max_active_rows is not None and max_active_rows < 0:
         raise ValueError(f"max_active_rows must be >= 0 or None; got {max_active_rows}")
-    if name == "reference" and main_grad is not None:
-        raise ValueError('main_grad is not written by impl="reference"')
+    kept = kept_rows(
+        keep_logits_above,
+        keep_logits,
+        max_active_rows,
+        name,
+        hidden_TD,
+        weight.shape[0],
+        KEPT_LOGITS_BYTES["cuda" if hidden.is_cuda else "cpu"],
+    )
     if name == "reference":
         found = _reference(hidden_TD, weight, target_T, bias, scale, softcap, ignore_index)
     else:
@@ -115,6 +137,7 @@ def linear_logprob_entropy(
             max_active_rows,
             main_grad,
             name,
+            *kept,
         )
     return LogprobEntropy(*(x.reshape(target.shape) for x in found[:3]))
 
@@ -155,7 +178,7 @@ def high_entropy_policy_loss(
     - `fraction` (default): by the entropies of the current policy, among the tokens of this call,
       or of all ranks of `group`. Forward runs on the mask's tokens, backward on the selected.
     - `threshold`: by the entropies of the current policy, against a tau known beforehand, such as
-      that of the whole step from StreamingThreshold.
+      that of the whole step from StreamingThreshold. It is the head's `keep_logits_above`.
     - `selected`: beforehand, such as by the old policy's entropies. The head runs on the selected
       tokens alone: three products (logits, two gradients) of `fraction` of the rows, while their
       fp32 logits fit into 256 MiB (on a GPU 1 GiB); beyond, they are recomputed, a fourth product.
@@ -187,6 +210,8 @@ def high_entropy_policy_loss(
     """
     check_selection(selected, threshold, which, scope, group)
     check_like(target, mask=mask, selected=selected)
+    if threshold is not None:
+        threshold = torch.as_tensor(threshold, dtype=torch.float32, device=hidden.device)
     head: dict[str, Any] = {
         "bias": bias,
         "softcap": softcap,
@@ -199,12 +224,16 @@ def high_entropy_policy_loss(
         found = _on_rows(hidden, weight, target, selected, temperature, head)
     else:
         found = linear_logprob_entropy(
-            hidden, weight, target.masked_fill(~mask, -100), temperature=temperature, **head
+            hidden,
+            weight,
+            target.masked_fill(~mask, -100),
+            temperature=temperature,
+            keep_logits_above=threshold,
+            **head,
         )
     entropy = found.entropy.detach()
     means = {"entropy/mean": mask} if selected is None else {}
     if threshold is not None:
-        threshold = torch.as_tensor(threshold, dtype=torch.float32, device=entropy.device)
         selected = mask & (entropy >= threshold)
     elif selected is None:
         selected = top_entropy_mask(entropy, mask, fraction, which=which, scope=scope, group=group)

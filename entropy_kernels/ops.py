@@ -68,19 +68,28 @@ def _linear_logprob_entropy(
     max_active_rows: int | None,
     main_grad: Tensor | None,
     impl: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """logprob, entropy, logsumexp, and what backward needs of forward: max, log_sum, logits.
+    keep_above: Tensor | None = None,
+    keep_rows: int = 0,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """logprob, entropy, logsumexp, and for backward: max, log_sum, kept logits and their places.
 
     hidden [T, D], weight [V, D], target int64 [T], bias [V], temperature fp32 [1] or [T].
-    max_active_rows and main_grad, fp32 [V, D], are backward's.
+    max_active_rows and main_grad, fp32 [V, D], are backward's. With a keep_above, fp32 [], logits
+    are those of keep_rows rows of at least that entropy, by "triton" alone.
     """
+    options: dict[str, Any] = {}
+    if keep_above is not None:
+        options = {"keep_above": keep_above, "keep_rows": keep_rows}
     if hidden.device.type == "cpu":
         check_values(target, temperature, weight.shape[0], ignore_index)
     with torch.autocast(hidden.device.type, enabled=False):
         found = _FORWARD[impl](
-            hidden, weight, target, bias, temperature, softcap, ignore_index, keep_logits
+            hidden, weight, target, bias, temperature, softcap, ignore_index, keep_logits, **options
         )
-    return found.logprob, found.entropy, found.logsumexp, found.max, found.log_sum, found.logits
+    empty = hidden.new_empty(0, dtype=torch.int32)
+    places = empty if found.places is None else found.places
+    statistics = found.logprob, found.entropy, found.logsumexp, found.max, found.log_sum
+    return *statistics, found.logits, places
 
 
 linear_logprob_entropy = torch.library.custom_op(
@@ -101,11 +110,17 @@ def _(
     max_active_rows,
     main_grad,
     impl,
+    keep_above=None,
+    keep_rows=0,
 ):
     rows = [torch.empty_like(target, dtype=torch.float32) for _ in range(5)]
     shape = target.shape[0], weight.shape[0]
     kept = _native.kept_logits(*shape) if impl == "cpu" else shape
-    return *rows, hidden.new_empty(kept if keep_logits else (0,), dtype=torch.float32)
+    logits = hidden.new_empty(kept if keep_logits else (0,), dtype=torch.float32)
+    if keep_above is None:
+        return *rows, logits, hidden.new_empty(0, dtype=torch.int32)
+    logits = logits.new_empty(keep_rows, shape[1])
+    return *rows, logits, torch.empty_like(target, dtype=torch.int32)
 
 
 def _linear_logprob_entropy_backward(
@@ -129,12 +144,13 @@ def _linear_logprob_entropy_backward(
     max_active_rows: int | None,
     main_grad: Tensor | None,
     impl: str,
+    places: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of hidden, weight and bias; an empty tensor stands for one that is not needed.
 
     Where there is a main_grad, fp32 [V, D], the weight's gradient is added to it and not returned.
     """
-    found = Statistics(entropy, entropy, entropy, max, log_sum, logits)
+    found = Statistics(entropy, entropy, entropy, max, log_sum, logits, places)
     incoming = grad_logprob, grad_entropy, grad_logsumexp
     options: dict[str, Any] = {}
     if impl == "triton":
@@ -186,17 +202,19 @@ def _(*args):
 
 def _setup_context(ctx, inputs, output) -> None:
     hidden, weight, target, bias, temperature, softcap, ignore_index, _, *options = inputs
-    _, entropy, _, row_max, log_sum, logits = output
+    *options, keep_above, _ = options
+    _, entropy, _, *others = output
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(row_max, log_sum, logits)
-    ctx.save_for_backward(
-        hidden, weight, target, bias, temperature, entropy, row_max, log_sum, logits
-    )
+    ctx.mark_non_differentiable(*others)
+    *others, places = others
+    places = None if keep_above is None else places
+    ctx.save_for_backward(hidden, weight, target, bias, temperature, entropy, *others, places)
     ctx.head, ctx.options = (softcap, ignore_index), options
 
 
 def _backward(ctx, grad_logprob, grad_entropy, grad_logsumexp, *_):
-    hidden, weight, target, bias, temperature, entropy, row_max, log_sum, logits = ctx.saved_tensors
+    *inputs, entropy, row_max, log_sum, logits, places = ctx.saved_tensors
+    hidden, weight, target, bias, temperature = inputs
     need_hidden, need_weight, _, need_bias, *_ = ctx.needs_input_grad
     dhidden, dweight, dbias = linear_logprob_entropy_backward(
         grad_logprob,
@@ -216,6 +234,7 @@ def _backward(ctx, grad_logprob, grad_entropy, grad_logsumexp, *_):
         need_weight,
         need_bias,
         *ctx.options,
+        places,
     )
     in_main_grad = ctx.options[1] is not None
     return (
@@ -223,7 +242,7 @@ def _backward(ctx, grad_logprob, grad_entropy, grad_logsumexp, *_):
         dweight if need_weight and not in_main_grad else None,
         None,
         dbias if need_bias else None,
-        *[None] * 7,
+        *[None] * 9,
     )
 
 

@@ -52,14 +52,16 @@ def linear_logprob_entropy(
     temperature_T = per_row(temperature, target_T)
     if hidden_TD.device.type != "cpu" or keep_logits or bool(kept_T.all()):
         found = _statistics(hidden_TD, target_T, temperature_T, head, keep_logits)
-        return Statistics._make([*(torch.where(kept_T, x, 0) for x in found[:5]), found.logits])
+        rows = [torch.where(kept_T, x, 0) for x in found[:5]]
+        return Statistics._make([*rows, found.logits, None])
 
     index_R = kept_T.nonzero().squeeze(1)
     found = _statistics(
         hidden_TD[index_R], target_T[index_R], at(temperature_T, index_R), head, False
     )
     zero_T = hidden_TD.new_zeros(target_T.shape, dtype=torch.float32)
-    return Statistics._make([*(zero_T.index_copy(0, index_R, x) for x in found[:5]), found.logits])
+    rows = [zero_T.index_copy(0, index_R, x) for x in found[:5]]
+    return Statistics._make([*rows, found.logits, None])
 
 
 def _statistics(
@@ -98,7 +100,8 @@ def _statistics(
     valid_T = (max_T > LOWEST) & (target_T >= 0) & (target_T < vocabulary)
     if temperature_T is not None:
         valid_T &= temperature_T > 0
-    return Statistics._make([*(torch.where(valid_T, x, torch.nan) for x in found), logits_TV])
+    rows_T = [torch.where(valid_T, x, torch.nan) for x in found]
+    return Statistics._make([*rows_T, logits_TV, None])
 
 
 def _block_sums(
