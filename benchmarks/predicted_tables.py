@@ -10,6 +10,7 @@ LABELS = {
     "flsce": "Liger's FLSCE kernel, all tokens",
     "flsce-composed": "Liger's FLSCE without gradient, a selection, FLSCE on it",
     "triton-0.2": "ours (triton), 20% of the tokens",
+    "triton-threshold": "ours (triton), 20%, threshold known beforehand, logits kept up to 1 GiB",
     "triton-known": "ours (triton), 20%, known beforehand",
 }
 TOKENS = 8192

@@ -50,6 +50,12 @@ def architecture(device: torch.device) -> str:
     return kernels("target").architecture_of(device)
 
 
+@torch.compiler.assume_constant_result
+def keeps_rows(device: torch.device, dtype: torch.dtype, hidden: int) -> bool:
+    """Whether forward keeps rows above a threshold there. The caller has asked `why_not`."""
+    return kernels("tiles").keeps_rows(device, dtype, hidden)
+
+
 def products() -> int:
     """Multiplications in the kernels' products so far: half their flops."""
     module, _ = _load("products")

@@ -4,6 +4,8 @@ T tokens, D hidden, V vocabulary.
 """
 
 import functools
+import math
+import operator
 import warnings
 from collections.abc import Collection
 
@@ -139,6 +141,8 @@ def check_selection(
 ) -> None:
     if selected is not None and threshold is not None:
         raise ValueError("selected and threshold both name the tokens; give one of them")
+    if isinstance(threshold, Tensor) and threshold.numel() != 1:
+        raise ValueError(f"threshold must be one value; got {tuple(threshold.shape)}")
     chosen = (which, scope, group) != ("top", "batch", None)
     if chosen and (selected is not None or threshold is not None):
         name = "selected" if selected is not None else "threshold"
@@ -168,3 +172,45 @@ def check_main_grad(main_grad: Tensor | None, weight: Tensor) -> None:
         raise ValueError(f"main_grad must be {wanted}; got {got}")
     if main_grad.requires_grad:
         raise ValueError("main_grad is written to; got a tensor that requires grad")
+    if not weight.requires_grad:
+        raise ValueError(
+            "main_grad takes the gradient of weight; got a weight without one (frozen)"
+        )
+
+
+def kept_rows(
+    above: float | Tensor | None,
+    keep_logits: bool,
+    max_active_rows: int | None,
+    name: str,
+    hidden_TD: Tensor,
+    vocabulary: int,
+    most_bytes: int,
+) -> tuple[Tensor | None, int]:
+    """The threshold, fp32 [], and how many rows' logits there is room for; or None and 0.
+
+    None where implementation `name` keeps no rows, here or at all, or no backward can follow.
+    """
+    if above is None:
+        return None, 0
+    if keep_logits:
+        raise ValueError("keep_logits keeps all rows; keep_logits_above has no meaning with it")
+    if isinstance(above, Tensor):
+        if above.numel() != 1 or above.device != hidden_TD.device:
+            raise ValueError(
+                f"keep_logits_above must be one value on {hidden_TD.device}, like hidden; "
+                f"got {tuple(above.shape)} on {above.device}"
+            )
+    elif math.isnan(above):
+        raise ValueError("keep_logits_above must be an entropy in nats; got nan")
+    rows = min(hidden_TD.shape[0], most_bytes // (4 * vocabulary))
+    rows = rows if max_active_rows is None else min(rows, max_active_rows)
+    if rows == 0 or name != "triton" or not torch.is_grad_enabled():
+        return None, 0
+    # An index is a constant to torch.compile, the size of a dynamic shape is not.
+    hidden = operator.index(hidden_TD.shape[1])
+    if not _gpu.keeps_rows(hidden_TD.device, hidden_TD.dtype, hidden):
+        return None, 0
+    if isinstance(above, Tensor):
+        return above.detach().reshape(()).float(), rows
+    return torch.full((), above, dtype=torch.float32, device=hidden_TD.device), rows

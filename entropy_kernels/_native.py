@@ -194,7 +194,7 @@ def linear_logprob_entropy(
         moments.masked_fill_(~kept_T, 0)
     # An op's outputs are not views of one tensor.
     rows = [row.where(kept_T, 0) if keep_logits else row.clone() for row in found]
-    return Statistics._make([*rows, logits])
+    return Statistics._make([*rows, logits, None])
 
 
 def kept_logits(tokens: int, vocabulary: int) -> tuple[int, int]:

@@ -17,7 +17,9 @@ MOMENTS = ("varentropy", "max_prob", "sum_p2", "sum_p2_logp")
 class Statistics(NamedTuple):
     """What forward knows of each row, all fp32 [T]; and h W^T + b, or empty if not kept.
 
-    Kept logits are [T, V], or in an order of their own, known to the backend that keeps them.
+    Kept logits are [T, V], or in an order of their own, known to the backend that keeps them. Where
+    those of some rows are kept, `places`, int32 [T], is the row of the logits that each token's
+    are, -1 where they are not kept.
 
     Backward takes the log-sum-exp as two floats, (max, log_sum): at |z| = 6e3 their rounded sum
     alone would cost the gradient 25 times its error.
@@ -29,6 +31,7 @@ class Statistics(NamedTuple):
     max: Tensor
     log_sum: Tensor
     logits: Tensor
+    places: Tensor | None = None
 
 
 def active_rows(gradients: Iterable[Tensor | None], target_T: Tensor, ignore_index: int) -> Tensor:

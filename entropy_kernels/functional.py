@@ -18,6 +18,7 @@ from entropy_kernels._inputs import (
     check_main_grad,
     check_selection,
     check_statistics,
+    kept_rows,
     per_token_temperature,
     resolve,
 )
@@ -25,9 +26,9 @@ from entropy_kernels._ratio_kernel import has_kernel
 from entropy_kernels.ratio_loss import LOSS_OPTIONS, beyond_kept, ratio_loss
 from entropy_kernels.selection import top_entropy_mask
 
-# Logits of rows that are all trained on are kept for backward up to this size, and recomputed
-# beyond it; and on a CPU below so many bytes a row of the weight: there a product of hidden states
-# costs less than the first touch of the memory for it.
+# Logits of rows that are trained on are kept for backward up to this size, and recomputed beyond
+# it; and on a CPU below so many bytes a row of the weight: there a product of hidden states costs
+# less than the first touch of the memory for it.
 KEPT_LOGITS_BYTES = {"cpu": 1 << 28, "cuda": 1 << 30}
 LEAST_ROW_BYTES = {"cpu": 2048, "cuda": 0}
 
@@ -57,6 +58,7 @@ def linear_logprob_entropy(
     softcap: float | None = None,
     ignore_index: int = -100,
     keep_logits: bool = False,
+    keep_logits_above: float | Float[Tensor, ""] | None = None,
     max_active_rows: int | None = None,
     main_grad: Float[Tensor, "V D"] | None = None,
     statistics: Collection[str] = (),
@@ -81,11 +83,21 @@ def linear_logprob_entropy(
         softcap: bound of the logits, as in Gemma 2.
         keep_logits: keep fp32 logits [T, V] for backward, three products instead of four. For
             callers that have already dropped the rows they do not train on.
+        keep_logits_above: an entropy in nats. Where forward has whole rows of logits at hand, it
+            keeps those of rows of at least that entropy, in fp32, and backward reads them: 1 + 2f
+            products instead of 1 + 3f where the fraction f of the rows above is trained on. It
+            changes the cost and never which rows get a gradient: one without kept logits is
+            recomputed. Only impl="triton" does so, where its table of tiles takes chunks of
+            cuBLAS's products for it; the others recompute everything, as without it. There is room
+            for the first 1 GiB of such rows (256 MiB on a CPU), at most for max_active_rows.
+            Backward reads the rows that come before the first one, among those with a gradient,
+            that was not kept.
         max_active_rows: a bound, known to the host, of the rows that will get a gradient: with it
             the Triton backward does not wait for the GPU to count them, and a CUDA graph can hold
             it. Where more rows get one, it gives NaN, the other backwards a ValueError.
         main_grad: fp32 [V, D], to which backward adds the weight's gradient; `weight.grad` then
             stays as it is. With impl="triton" the sum itself is never rounded to 16 bits.
+            A frozen weight has no gradient to add: an error.
         statistics: of each distribution, in the same pass, as fields of the result, fp32 and not
             differentiable: "varentropy", Var_p(log p) = sum p (log p)^2 - entropy^2 (nats^2);
             "max_prob"; "sum_p2", sum p^2; "sum_p2_logp", sum p^2 log p (nats).
@@ -101,27 +113,37 @@ def linear_logprob_entropy(
     distributed.
     -inf logits (a masked vocabulary) are legal. NaN or inf in a row makes that row's outputs NaN.
 
-    Never allocates [T, V] unless asked to by `keep_logits`. Forward does not synchronise with a
-    CUDA device; backward does once, for the number of active rows, unless `max_active_rows` is
-    given.
+    Never allocates [T, V] unless asked to by `keep_logits`, or for few tokens by
+    `keep_logits_above`. Forward does not synchronise with a CUDA device; backward does once, for
+    the number of active rows, unless `max_active_rows` is given.
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit; temperature <= 0; a target outside
-            [0, V); an unknown name in `statistics`; main_grad with impl="reference". On CUDA a bad
+            [0, V); an unknown name in `statistics`; main_grad with impl="reference" or a weight
+            that requires no gradient; keep_logits together with keep_logits_above. On CUDA a bad
             target or temperature tensor gives that row NaN instead, because the check would
             synchronise.
     """
     name = resolve(impl, hidden.device)
+    if name == "reference" and main_grad is not None:
+        raise ValueError('main_grad is not written by impl="reference"')
+    check_main_grad(main_grad, weight)
     hidden, weight, bias = cast_as_linear(hidden, weight, bias)
     check_head(hidden, weight, target, bias, softcap, fp64=name == "reference")
     scale = per_token_temperature(temperature, target)
     hidden_TD, target_T = hidden.reshape(-1, hidden.shape[-1]), target.reshape(-1).long()
-    check_main_grad(main_grad, weight)
     check_statistics(statistics)
     if max_active_rows is not None and max_active_rows < 0:
         raise ValueError(f"max_active_rows must be >= 0 or None; got {max_active_rows}")
-    if name == "reference" and main_grad is not None:
-        raise ValueError('main_grad is not written by impl="reference"')
+    kept = kept_rows(
+        keep_logits_above,
+        keep_logits,
+        max_active_rows,
+        name,
+        hidden_TD,
+        weight.shape[0],
+        KEPT_LOGITS_BYTES["cuda" if hidden.is_cuda else "cpu"],
+    )
     if name == "reference":
         head = (hidden_TD, weight, target_T, bias, scale, softcap, ignore_index)
         found = _reference(*head, bool(statistics))
@@ -138,6 +160,7 @@ def linear_logprob_entropy(
             max_active_rows,
             main_grad,
             name,
+            *kept,
             bool(statistics),
         )
     rows = {x: found[-1][ops.MOMENTS.index(x)].reshape(target.shape) for x in statistics}
@@ -175,7 +198,7 @@ def high_entropy_policy_loss(
     - `fraction` (default): by the entropies of the current policy, among the tokens of this call,
       or of all ranks of `group`. Forward runs on the mask's tokens, backward on the selected.
     - `threshold`: by the entropies of the current policy, against a tau known beforehand, such as
-      that of the whole step from StreamingThreshold.
+      that of the whole step from StreamingThreshold. It is the head's `keep_logits_above`.
     - `selected`: beforehand, such as by the old policy's entropies. The head runs on the selected
       tokens alone: three products (logits, two gradients) of `fraction` of the rows, while their
       fp32 logits fit into 256 MiB (on a GPU 1 GiB). Beyond, and on a CPU where D is below 512 (of
@@ -213,6 +236,8 @@ def high_entropy_policy_loss(
     check_selection(selected, threshold, which, scope, group)
     _check_loss_options(loss_options, selected is not None, old_logprob is None)
     check_like(target, mask=mask, selected=selected)
+    if threshold is not None:
+        threshold = torch.as_tensor(threshold, dtype=torch.float32, device=hidden.device)
     head: dict[str, Any] = {
         "bias": bias,
         "softcap": softcap,
@@ -225,12 +250,16 @@ def high_entropy_policy_loss(
         found = _on_rows(hidden, weight, target, selected, temperature, head)
     else:
         found = linear_logprob_entropy(
-            hidden, weight, target.masked_fill(~mask, -100), temperature=temperature, **head
+            hidden,
+            weight,
+            target.masked_fill(~mask, -100),
+            temperature=temperature,
+            keep_logits_above=threshold,
+            **head,
         )
     entropy = found.entropy.detach()
     means = {"entropy/mean": mask} if selected is None else {}
     if threshold is not None:
-        threshold = torch.as_tensor(threshold, dtype=torch.float32, device=entropy.device)
         selected = mask & (entropy >= threshold)
     elif selected is None:
         selected = top_entropy_mask(entropy, mask, fraction, which=which, scope=scope, group=group)

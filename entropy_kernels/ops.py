@@ -68,32 +68,32 @@ def _linear_logprob_entropy(
     max_active_rows: int | None,
     main_grad: Tensor | None,
     impl: str,
+    keep_above: Tensor | None = None,
+    keep_rows: int = 0,
     statistics: bool = False,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """logprob, entropy, logsumexp, and what backward needs of forward: max, log_sum, logits.
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """logprob, entropy, logsumexp; for backward max, log_sum, kept logits and their places; and
+    the rows that MOMENTS names, fp32 [4, T], or an empty tensor.
 
-    Last the rows that MOMENTS names, fp32 [4, T], or an empty tensor. hidden [T, D],
-    weight [V, D], target int64 [T], bias [V], temperature fp32 [1] or [T]. max_active_rows and
-    main_grad, fp32 [V, D], are backward's.
+    hidden [T, D], weight [V, D], target int64 [T], bias [V], temperature fp32 [1] or [T].
+    max_active_rows and main_grad, fp32 [V, D], are backward's. With a keep_above, fp32 [], logits
+    are those of keep_rows rows of at least that entropy, by "triton" alone.
     """
     shape = (len(MOMENTS), target.shape[0]) if statistics else (0,)
     moments = hidden.new_empty(shape, dtype=torch.float32)
+    options: dict[str, Any] = {"moments": moments if statistics else None}
+    if keep_above is not None:
+        options |= {"keep_above": keep_above, "keep_rows": keep_rows}
     if hidden.device.type == "cpu":
         check_values(target, temperature, weight.shape[0], ignore_index)
     with torch.autocast(hidden.device.type, enabled=False):
         found = _FORWARD[impl](
-            hidden,
-            weight,
-            target,
-            bias,
-            temperature,
-            softcap,
-            ignore_index,
-            keep_logits,
-            moments=moments if statistics else None,
+            hidden, weight, target, bias, temperature, softcap, ignore_index, keep_logits, **options
         )
+    empty = hidden.new_empty(0, dtype=torch.int32)
+    places = empty if found.places is None else found.places
     rows = found.logprob, found.entropy, found.logsumexp, found.max, found.log_sum
-    return *rows, found.logits, moments
+    return *rows, found.logits, places, moments
 
 
 linear_logprob_entropy = torch.library.custom_op(
@@ -114,16 +114,20 @@ def _(
     max_active_rows,
     main_grad,
     impl,
+    keep_above=None,
+    keep_rows=0,
     statistics=False,
 ):
     rows = [torch.empty_like(target, dtype=torch.float32) for _ in range(5)]
     shape = target.shape[0], weight.shape[0]
     kept = _native.kept_logits(*shape) if impl == "cpu" else shape
-    return (
-        *rows,
-        hidden.new_empty(kept if keep_logits else (0,), dtype=torch.float32),
-        hidden.new_empty((len(MOMENTS), shape[0]) if statistics else (0,), dtype=torch.float32),
-    )
+    logits = hidden.new_empty(kept if keep_logits else (0,), dtype=torch.float32)
+    places = hidden.new_empty(0, dtype=torch.int32)
+    if keep_above is not None:
+        logits = logits.new_empty(keep_rows, shape[1])
+        places = torch.empty_like(target, dtype=torch.int32)
+    moments = (len(MOMENTS), shape[0]) if statistics else (0,)
+    return *rows, logits, places, hidden.new_empty(moments, dtype=torch.float32)
 
 
 def _linear_logprob_entropy_backward(
@@ -147,12 +151,13 @@ def _linear_logprob_entropy_backward(
     max_active_rows: int | None,
     main_grad: Tensor | None,
     impl: str,
+    places: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of hidden, weight and bias; an empty tensor stands for one that is not needed.
 
     Where there is a main_grad, fp32 [V, D], the weight's gradient is added to it and not returned.
     """
-    found = Statistics(entropy, entropy, entropy, max, log_sum, logits)
+    found = Statistics(entropy, entropy, entropy, max, log_sum, logits, places)
     incoming = grad_logprob, grad_entropy, grad_logsumexp
     options: dict[str, Any] = {}
     if impl == "triton":
@@ -203,18 +208,20 @@ def _(*args):
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    hidden, weight, target, bias, temperature, softcap, ignore_index, _, *options, _ = inputs
-    _, entropy, _, row_max, log_sum, logits, moments = output
+    hidden, weight, target, bias, temperature, softcap, ignore_index, _, *options = inputs
+    *options, keep_above, _, _ = options
+    _, entropy, _, *others = output
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(row_max, log_sum, logits, moments)
-    ctx.save_for_backward(
-        hidden, weight, target, bias, temperature, entropy, row_max, log_sum, logits
-    )
+    ctx.mark_non_differentiable(*others)
+    *others, places, _ = others
+    places = None if keep_above is None else places
+    ctx.save_for_backward(hidden, weight, target, bias, temperature, entropy, *others, places)
     ctx.head, ctx.options = (softcap, ignore_index), options
 
 
 def _backward(ctx, grad_logprob, grad_entropy, grad_logsumexp, *_):
-    hidden, weight, target, bias, temperature, entropy, row_max, log_sum, logits = ctx.saved_tensors
+    *inputs, entropy, row_max, log_sum, logits, places = ctx.saved_tensors
+    hidden, weight, target, bias, temperature = inputs
     need_hidden, need_weight, _, need_bias, *_ = ctx.needs_input_grad
     dhidden, dweight, dbias = linear_logprob_entropy_backward(
         grad_logprob,
@@ -234,6 +241,7 @@ def _backward(ctx, grad_logprob, grad_entropy, grad_logsumexp, *_):
         need_weight,
         need_bias,
         *ctx.options,
+        places,
     )
     in_main_grad = ctx.options[1] is not None
     return (
@@ -241,7 +249,7 @@ def _backward(ctx, grad_logprob, grad_entropy, grad_logsumexp, *_):
         dweight if need_weight and not in_main_grad else None,
         None,
         dbias if need_bias else None,
-        *[None] * 8,
+        *[None] * 10,
     )
 
 

@@ -1,4 +1,5 @@
-"""What tests and benchmarks share: realistic heads, counted products, and watched allocations.
+"""What tests and benchmarks share: realistic heads, counted products, watched allocations, and an
+interpreter of Triton that computes as GPUs do.
 
 T tokens, D hidden, V vocabulary.
 """
@@ -148,3 +149,33 @@ def _scale_to_entropy(z_TV: Tensor, wanted_T: Tensor) -> Tensor:
         flat = torch.special.entr(p_TV).sum(1) > wanted_T
         low, high = torch.where(flat, middle, low), torch.where(flat, high, middle)
     return high.unsqueeze(1)
+
+
+def mend_interpreter() -> None:
+    """Lets Triton's interpreter compute what GPUs do, in this process from now on.
+
+    It cuts bits off where fp32 becomes bf16: here they are rounded to nearest, ties to even. Its
+    fp32 products are numpy's, whose sums depend on the shape, the processor and its threads; a
+    column of two tiles must be the same to the bit, which kernels rely on: here they are summed in
+    fp64 and rounded once a step.
+    """
+    import numpy as np
+    import triton.language as tl
+    from triton.runtime.interpreter import InterpreterBuilder as Builder
+    from triton.runtime.interpreter import TensorHandle
+
+    cast, dot = Builder.cast_impl, Builder.create_dot
+
+    def cast_impl(self: Any, src: Any, dst_type: Any) -> Any:
+        if (src.dtype.scalar, dst_type.scalar) != (tl.float32, tl.bfloat16):
+            return cast(self, src, dst_type)
+        rounded = torch.from_numpy(np.array(src.data)).bfloat16().view(torch.int16)
+        return TensorHandle(rounded.numpy().view(np.uint16), dst_type.scalar)
+
+    def create_dot(self: Any, a: Any, b: Any, d: Any, *options: Any) -> Any:
+        if a.dtype.scalar != tl.float32:
+            return dot(self, a, b, d, *options)
+        product = np.matmul(a.data.astype(np.float64), b.data.astype(np.float64))
+        return TensorHandle((product + d.data).astype(np.float32), d.dtype.scalar)
+
+    Builder.cast_impl, Builder.create_dot = cast_impl, create_dot

@@ -61,6 +61,8 @@ def _head(arch: str) -> Iterator[tuple[str, Callable[[], object]]]:
         yield f"{op} float16", partial(launch, fp16, HIDDEN[-1], ())
     # Where no row of the table is for it, it takes a plainer op's.
     yield "forward_statistics float32", partial(statistics, torch.float32, HIDDEN[-1], ())
+    for options in ((), *OPTIONS):
+        yield f"kept rows {'+'.join(options)}", partial(_kept_rows, bf16, HIDDEN[-1], options)
 
 
 def usable(arch: str) -> set[str]:
@@ -98,10 +100,22 @@ def _forward(
     launcher(*_inputs(dtype, hidden, options), -100, False, tile=tile, moments=moments)
 
 
+def _kept_rows(dtype: torch.dtype, hidden: int, options: tuple[str, ...]) -> None:
+    """A forward that keeps the logits of rows above a threshold, and its backward."""
+    launcher: Callable[..., Statistics] = linear_logprob_entropy
+    inputs = _inputs(dtype, hidden, options)
+    found = launcher(*inputs, -100, False, keep_above=_empty(), keep_rows=R)
+    _backward(dtype, hidden, options, found=found)
+
+
 def _backward(
-    dtype: torch.dtype, hidden: int, options: tuple[str, ...], tile: tiles.Tile | None = None
+    dtype: torch.dtype,
+    hidden: int,
+    options: tuple[str, ...],
+    tile: tiles.Tile | None = None,
+    found: Statistics | None = None,
 ) -> None:
-    found = Statistics._make([*(_empty(T) for _ in range(5)), _empty(0)])
+    found = found or Statistics(*(_empty(T) for _ in range(5)), _empty(0))
     # Where options are, entropies are differentiated too; a policy loss needs log-probs alone.
     others = (_empty(T), _empty(T)) if options else (None, None)
     launcher: Callable[..., object] = linear_logprob_entropy_backward

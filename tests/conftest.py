@@ -15,10 +15,6 @@ from tests import shapes
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
-    if find_spec("triton") is not None:
-        from tests.interpreter import mend
-
-        mend()
 
 # All of the package but the Triton kernels: its interpreter does not see through a wrapped one.
 CHECKED = [
@@ -27,6 +23,11 @@ CHECKED = [
     if path.stem != "_triton"
 ]
 jaxtyping.install_import_hook(CHECKED, f"{shapes.__name__}.checker")
+
+if os.environ.get("TRITON_INTERPRET") == "1" and find_spec("triton") is not None:
+    from entropy_kernels.testing import mend_interpreter
+
+    mend_interpreter()
 
 DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
 # Triton on the GPU, or in its interpreter on the CPU.

@@ -191,12 +191,13 @@ def test_tuner_keeps_the_fastest_of_each_variant_and_what_was_not_measured():
 def test_predictions_scale_with_the_tokens_and_say_nothing_of_other_shapes():
     assert predictions.milliseconds("triton-0.2", 8192, 4096) == 26.0
     assert predictions.milliseconds("triton-0.2", 32768, 4096) == 101.7
+    assert predictions.milliseconds("triton-threshold", 8192, 4096) == 21.3
     assert predictions.milliseconds("cce-exact", 32768, 1024) == 120
     assert predictions.milliseconds("eager", 8192, 333) is None
     forward = predictions.milliseconds("triton-forward", 8192, 4096)
     assert forward == pytest.approx(16.4, rel=0.01)
 
 
-@pytest.mark.parametrize("name", ["selection", "ratio_loss"])
+@pytest.mark.parametrize("name", ["kept_rows", "selection", "ratio_loss"])
 def test_one_launch_for_tools_that_watch_a_process(name):
     one_launch.main(name, "small", "cpu")

@@ -269,6 +269,7 @@ BAD = {
     ),
     "threshold and scope": ({"threshold": 0.1, "scope": "sequence"}, "with threshold=.*'sequence'"),
     "selected": ({"selected": torch.ones(B, L)}, r"bool tensor.*\(4, 50\).*got torch.float32"),
+    "thresholds": ({"threshold": torch.zeros(4)}, r"threshold must be one value; got \(4,\)"),
     "fraction": ({"fraction": 1.5}, r"\(0, 1\].*1.5"),
 }
 

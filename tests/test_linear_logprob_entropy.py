@@ -269,6 +269,30 @@ def test_kept_logits_save_a_product(head, block):
         assert torch.equal(kept, recomputed)
 
 
+@pytest.mark.parametrize("as_tensor", [False, True])
+def test_logits_of_rows_above_a_threshold_may_be_kept_and_change_no_gradient(
+    head, impl, block, device, as_tensor
+):
+    """By "triton" alone: two products of the rows above instead of three."""
+    vocabulary = 2 * block[1] + 5
+    h, w, y = make("peaked", (50, 24, vocabulary), torch.float32, device)
+    w.requires_grad_()
+    h.requires_grad_()
+    entropy = head(h, w, y).entropy.detach()
+    above = entropy.sort(descending=True).values[9]
+    grads = []
+    for options in ({"keep_logits_above": above if as_tensor else above.item()}, {}):
+        h.grad = w.grad = None
+        found = head(h, w, y, **options)
+        with Watch() as backward:
+            ((found.logprob - 0.1 * found.entropy) * (entropy >= above)).sum().backward()
+        products = 2 if impl == "triton" and options else 3
+        assert backward.products == products * 10 * 24 * vocabulary
+        grads.append((h.grad, w.grad))
+    for kept, recomputed in zip(*grads, strict=True):
+        torch.testing.assert_close(kept, recomputed, rtol=1e-4, atol=1e-6)
+
+
 @nan_is_meant
 def test_ignored_rows_cost_nothing_on_cpu_and_never_poison(head, impl):
     h, w, y = make("peaked", (60, 24, 1031), torch.float32)
@@ -419,6 +443,24 @@ def test_the_weights_gradient_can_go_into_a_main_grad(head, dtype, device):
     torch.testing.assert_close(main_grad, want, rtol=0, atol=unit)
 
 
+def test_a_main_grad_of_a_frozen_weight_is_an_error(head, device):
+    h, w, y = make("peaked", (9, 8, 67), torch.float32, device)
+    main_grad = torch.zeros_like(w)
+    with pytest.raises(ValueError, match=r"main_grad takes the gradient of weight.*frozen"):
+        head(h.requires_grad_(), w, y, main_grad=main_grad)
+    with pytest.raises(ValueError, match=r"main_grad takes the gradient of weight.*frozen"):
+        ek.high_entropy_policy_loss(
+            h,
+            w,
+            y,
+            None,
+            torch.ones(9, device=device),
+            torch.ones(9, dtype=torch.bool, device=device),
+            main_grad=main_grad,
+            impl=head.keywords["impl"],
+        )
+
+
 @pytest.mark.parametrize("bound", [20, 33, 100])
 def test_a_bound_of_the_active_rows_changes_nothing(head, bound, device):
     h, w, y = make("peaked", (33, 16, 1031), torch.float32, device)
@@ -532,6 +574,21 @@ BAD = {
         lambda h, w, y: (h, w, y),
         {"main_grad": torch.zeros(67, 8), "impl": "reference"},
         "not written",
+    ),
+    "two ways to keep logits": (
+        lambda h, w, y: (h, w, y),
+        {"keep_logits": True, "keep_logits_above": 0.5},
+        "keep_logits keeps all",
+    ),
+    "keep_logits_above": (
+        lambda h, w, y: (h, w, y),
+        {"keep_logits_above": torch.nan},
+        "nats; got nan",
+    ),
+    "keep_logits_above shape": (
+        lambda h, w, y: (h, w, y),
+        {"keep_logits_above": torch.zeros(9)},
+        r"one value on cpu.*got \(9,\)",
     ),
     "impl": (lambda h, w, y: (h, w, y), {"impl": "fast"}, r"auto, reference, torch.*; got 'fast'"),
     "device": (lambda h, w, y: (h, w.to("meta"), y), {}, "on cpu, like hidden; got meta"),

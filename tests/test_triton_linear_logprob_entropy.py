@@ -240,7 +240,7 @@ def test_strided_targets_bias_and_temperatures(variant):
 def test_same_bits_twice(variant):
     inputs = head(dtype=torch.bfloat16)
     first, second = (forward(*inputs, variant=variant) for _ in range(2))
-    assert all(map(torch.equal, first, second))
+    assert all(map(torch.equal, first[:6], second[:6]))
 
 
 @pytest.mark.parametrize("split", [64, 192, 1 << 20])
@@ -262,7 +262,7 @@ def test_a_small_workspace_takes_rows_in_chunks(monkeypatch, keep):
 def test_no_tokens():
     h, w, y = head()
     got = forward(h[:0], w, y[:0], keep=True)
-    assert [tuple(x.shape) for x in got] == [(0,)] * 5 + [(0, w.shape[0])]
+    assert [tuple(x.shape) for x in got[:6]] == [(0,)] * 5 + [(0, w.shape[0])]
 
 
 @pytest.mark.parametrize("processors", [1, 3, 132])
@@ -281,7 +281,7 @@ def test_splits_cover_the_vocabulary_and_none_is_empty(processors, count, vocabu
     "op",
     [
         *("forward", "forward_softcap", "forward_statistics", "forward_statistics_softcap"),
-        *("dlogits", "dlogits_softcap"),
+        *("forward_keep", "dlogits", "dlogits_softcap"),
     ],
 )
 @pytest.mark.parametrize("arch", ["sm_80", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942", "other"])

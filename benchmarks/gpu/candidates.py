@@ -63,6 +63,11 @@ def dlogits(device: torch.device) -> tuple[Tile, ...]:
     return tuple(tile for tile in forward(device) if tile.variant in DLOGITS_VARIANTS)
 
 
+def forward_keep(device: torch.device) -> tuple[Tile, ...]:
+    """One a variant: whether it pays to keep logits, which "cublas" does, depends on that."""
+    return tuple(_one_a_variant(forward(device)))
+
+
 def pairs(device: torch.device, quick: bool) -> list[tuple[Tile | None, Tile | None]]:
     """(forward, dlogits) for correctness: the table's own choice, then one tile a variant.
 

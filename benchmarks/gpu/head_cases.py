@@ -74,6 +74,11 @@ def cases(tiles: tuple[Any, Any], dtype: torch.dtype, device: torch.device, quic
     found.append(Case("-inf logits", lambda: _minus_infinity(tiles, small, dtype, device)))
     found.append(Case("moments", lambda: _moments(tiles, small, dtype, device)))
     found.append(Case("same bits twice", lambda: _twice(tiles, small, dtype, device)))
+    if tiles[0] is None or tiles[0].variant == "cublas":
+        for bounded in (False, True):
+            name = f"kept rows{', bounded' * bounded}"
+            run = partial(_kept_rows, tiles, small, dtype, device, bounded)
+            found.append(Case(name, run))
     return found
 
 
@@ -85,8 +90,11 @@ def offset_cases(tiles: tuple[Any, Any], dtype: torch.dtype, device: torch.devic
         "hidden": (big // 4096 + 3, 4096, 264) if not quick else (big // 32 + 3, 32, 40),
         "weight": (130, 16384, big // 16384 + 5) if not quick else (9, 32, big // 32 + 5),
         "logits": (big // 65536 + 70, 64, 65537) if not quick else (67, 32, 61),
+        "kept rows": (big // 65536 + 70, 64, 65537) if not quick else (67, 32, 61),
     }.items():
-        options = {"keep_logits": name == "logits"}
+        options: dict[str, Any] = {"keep_logits": name == "logits"}
+        if name == "kept rows":
+            options |= {"keep_above": torch.zeros((), device=device), "keep_rows": shape[0]}
         run = partial(_last_rows, tiles, shape, dtype, device, options)
         found.append(Case(f"2^31: {name}", run, 7 * 2 * big))
     return found
@@ -138,7 +146,8 @@ def _ours(
 
 def _forward(tiles: tuple[Any, Any], inputs: Inputs, options: dict[str, Any]) -> Statistics:
     # Few variants can keep logits.
-    tile = None if options.get("keep_logits") else _fitting(tiles[0], inputs)
+    keeps = options.get("keep_logits") or "keep_above" in options
+    tile = None if keeps else _fitting(tiles[0], inputs)
     return launch_forward(inputs, tile, options)
 
 
@@ -207,7 +216,7 @@ def _no_answer(tiles, shape, dtype, device) -> None:
     wrong = torch.zeros(shape[0], dtype=torch.bool, device=device)
     wrong[[3, 5, 7]] = True
     for name, x in found._asdict().items():
-        if name != "logits":
+        if name not in ("logits", "places"):
             assert torch.equal(x.isnan(), wrong), f"{name}: rows {x.isnan().nonzero().flatten()}"
 
 
@@ -256,6 +265,36 @@ def _twice(tiles, shape, dtype, device) -> None:
     first, second = (_ours(tiles, inputs, gradients, options) for _ in range(2))
     for x, y in zip(first, second, strict=True):
         assert torch.equal(x, y), "two runs differ"
+
+
+def _kept_rows(tiles, shape, dtype, device, bounded: bool) -> None:
+    """Of all rows, of none, of some, of more than fit; gradients at rows kept and not kept.
+
+    A row that is recomputed has sums of another order than forward's, so only where all are read
+    both bounds hold; otherwise each row of the gradient is one of the two, to the bit.
+    """
+    inputs, options = _inputs(shape, dtype, device, "peaked", ("bias", "temperatures", "ignore"))
+    gradients = _gradients(shape[0], device)
+    if bounded:
+        options["max_active_rows"] = shape[0]
+    truth, *others = (
+        _reference(inputs, gradients, options, kind)
+        for kind in (torch.float64, dtype, torch.float32)
+    )
+
+    def kept(above: float | Tensor, rows: int) -> list[Tensor]:
+        keep = {"keep_above": torch.as_tensor(above, device=device), "keep_rows": rows}
+        return _ours(tiles, inputs, gradients, options | keep)
+
+    read, recomputed = kept(0.0, shape[0]), kept(math.inf, 3)
+    for number, quartet in enumerate(zip(read, truth, *others, strict=True)):
+        assert_within_two_bounds(*quartet, operands=torch.float32 if number < 3 else dtype)
+    for above, rows in ((read[1].median(), shape[0]), (0.0, 2 * shape[0] // 3)):
+        got = kept(above, rows)
+        either = (got[3] == read[3]).all(1) | (got[3] == recomputed[3]).all(1)
+        assert either.all(), f"rows {(~either).nonzero().flatten().tolist()}"
+        for x, wanted in zip(got[3:], truth[3:], strict=True):
+            _close(x, wanted, dtype)
 
 
 def _last_rows(tiles, shape, dtype, device, options) -> None:

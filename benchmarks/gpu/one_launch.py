@@ -1,13 +1,16 @@
 """python -m benchmarks.gpu.one_launch NAME small|full: one call, for tools that watch a process."""
 
 import sys
+from typing import Any
 
 import torch
 
 import entropy_kernels as ek
 from benchmarks.gpu import ours
 
-LAUNCHES = ("forward", "backward", "selection", "ratio_loss")
+LAUNCHES = ("forward", "backward", "kept_rows", "selection", "ratio_loss")
+# Room for the logits that are kept: fewer rows than there are.
+KEPT_ROWS = {"small": 100, "full": 1024}
 # (tokens, hidden, vocabulary): odd ones for the sanitizer, real ones for the profiler.
 SIZES = {"small": (130, 72, 1037), "full": (8192, 4096, 151936)}
 
@@ -25,8 +28,11 @@ def main(name: str, size: str, device: str = "cuda") -> None:
     h = torch.randn(tokens, hidden, device=device, dtype=dtype)
     w = torch.randn(vocabulary, hidden, device=device, dtype=dtype) / hidden**0.5
     inputs = (h, w, torch.arange(tokens, device=device), None)
-    found = ours.launch_forward(inputs, None, {})
-    if name == "backward":
+    options: dict[str, Any] = {}
+    if name == "kept_rows":
+        options = {"keep_above": torch.zeros((), device=device), "keep_rows": KEPT_ROWS[size]}
+    found = ours.launch_forward(inputs, None, options)
+    if name != "forward":
         gradient = (entropy > 0.8).float()
         options = {"max_active_rows": int(gradient.sum())}
         ours.launch_backward([gradient, None, None], inputs, found, None, options)

@@ -7,6 +7,7 @@ import importlib
 import math
 from functools import partial
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from torch import Tensor
 import entropy_kernels as ek
 from benchmarks.gpu.contestant import Contestant, Results, step
 from benchmarks.gpu.problem import FRACTION, Problem
-from entropy_kernels import _gpu, _radix, ops
+from entropy_kernels import _gpu, _radix, functional, ops
 from entropy_kernels._rows import Statistics
 
 TRITON = "entropy_kernels._triton"
@@ -22,23 +23,43 @@ HEAD = "linear_logprob_entropy"
 Inputs = tuple[Tensor, Tensor, Tensor, Tensor | None]
 
 
-def contestants(device: torch.device, only: str | None = None) -> list[Contestant]:
-    """Every way to take a step: by the current entropies, a known threshold, a known mask."""
+def contestants(
+    device: torch.device, tokens: int, vocabulary: int, only: str | None = None
+) -> list[Contestant]:
+    """Every way to take a step: by the current entropies, a known threshold, a known mask.
+
+    A known threshold both ways, whatever the table of tiles says: with the logits of the rows above
+    it kept for backward, and with all recomputed.
+    """
     found = []
     for impl in implementations(device):
         if only not in (None, impl):
             continue
-        for name, label, units in (
-            (f"{impl}-0.2", f"ours ({impl}), 20% of the tokens", 1 + 3 * FRACTION),
-            (f"{impl}-threshold", f"ours ({impl}), threshold known", 1 + 2 * FRACTION),
-            (f"{impl}-known", f"ours ({impl}), mask known", 3 * FRACTION),
-        ):
-            run = partial(_loss, impl=impl, way=name.rpartition("-")[2])
-            found.append(Contestant(name, label, run, units, exact=True))
+        ways = [
+            ("0.2", "20% of the tokens", 1 + 3 * FRACTION),
+            ("threshold", "20%, threshold known beforehand", 1 + 3 * FRACTION),
+            ("known", "20%, mask known beforehand", 3 * FRACTION),
+        ]
+        if impl == "triton":
+            units = 1 + 3 * FRACTION - _kept(device, tokens, vocabulary)
+            ways[1:2] = [
+                ("threshold", f"{ways[1][1]}, logits kept", units),
+                ("recomputed", f"{ways[1][1]}, recomputed", 1 + 3 * FRACTION),
+            ]
+        for way, label, units in ways:
+            run = partial(_loss, impl=impl, way=way)
+            label = f"ours ({impl}), {label}"
+            found.append(Contestant(f"{impl}-{way}", label, run, units, exact=True))
         label = f"ours ({impl}), forward alone"
         run = partial(_forward, impl=impl)
         found.append(Contestant(f"{impl}-forward", label, run, 1.0, exact=True))
     return found
+
+
+def _kept(device: torch.device, tokens: int, vocabulary: int) -> float:
+    """The share of all tokens whose logits fit, of those trained on."""
+    room = functional.KEPT_LOGITS_BYTES[device.type] // (4 * vocabulary)
+    return min(FRACTION, room / tokens)
 
 
 def implementations(device: torch.device) -> list[str]:
@@ -68,20 +89,22 @@ def _loss(problem: Problem, *, impl: str, way: str) -> Results:
     ways: dict[str, dict[str, Any]] = {
         "0.2": {"fraction": FRACTION},
         "threshold": {"threshold": problem.threshold},
+        "recomputed": {"threshold": problem.threshold},
         "known": {"selected": problem.selected},
     }
-    loss, _ = ek.high_entropy_policy_loss(
-        problem.hidden,
-        problem.weight,
-        problem.target,
-        problem.old_logprob,
-        problem.advantage,
-        problem.mask,
-        # So that nothing waits for the GPU, and a CUDA graph can hold the step.
-        max_active_rows=math.ceil(FRACTION * problem.target.numel()),
-        impl=impl,
-        **ways[way],
-    )
+    with mock.patch.object(_gpu, "keeps_rows", return_value=way == "threshold"):
+        loss, _ = ek.high_entropy_policy_loss(
+            problem.hidden,
+            problem.weight,
+            problem.target,
+            problem.old_logprob,
+            problem.advantage,
+            problem.mask,
+            # So that nothing waits for the GPU, and a CUDA graph can hold the step.
+            max_active_rows=math.ceil(FRACTION * problem.target.numel()),
+            impl=impl,
+            **ways[way],
+        )
     return step(problem, loss)
 
 
@@ -111,7 +134,9 @@ def launch_forward(inputs: Inputs, tile: Any, options: dict[str, Any]) -> Statis
     softcap, ignored = options.get("softcap"), options.get("ignore_index", -100)
     temperature = options.get("temperature")
     keep, moments = options.get("keep_logits", False), options.get("moments")
-    return launcher(*inputs, temperature, softcap, ignored, keep, moments=moments, tile=tile)
+    kept = {name: options[name] for name in ("keep_above", "keep_rows") if name in options}
+    head = (*inputs, temperature, softcap, ignored, keep)
+    return launcher(*head, moments=moments, tile=tile, **kept)
 
 
 def launch_backward(

@@ -64,7 +64,8 @@ def run_graphs(setting: Setting) -> None:
     tokens = setting.tokens[0]
     for hidden in setting.hidden:
         shape = {"tokens": tokens, "hidden": hidden, "vocabulary": setting.vocabulary}
-        wanted = {c.name: c for c in ours.contestants(setting.device, impl)}
+        own = ours.contestants(setting.device, tokens, setting.vocabulary, impl)
+        wanted = {c.name: c for c in own}
         if all(setting.rows.has("graphs", name, **shape) for name in wanted):
             continue
         sizes = (tokens, hidden, setting.vocabulary)

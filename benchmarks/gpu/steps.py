@@ -21,7 +21,8 @@ CROWDED = 0.4
 
 def run_peers(setting: Setting) -> None:
     for tokens, hidden in setting.shapes:
-        found = [*peers.contestants(setting.quick), *ours.contestants(setting.device)]
+        own = ours.contestants(setting.device, tokens, setting.vocabulary)
+        found = [*peers.contestants(setting.quick), *own]
         measure(setting, "peers", tokens, hidden, setting.vocabulary, found)
 
 
@@ -29,7 +30,8 @@ def run_verl(setting: Setting) -> None:
     """verl's kernel and ours, at a vocabulary that it computes rightly."""
     for tokens, hidden in setting.shapes:
         only = "triton" if "triton" in ours.implementations(setting.device) else "torch"
-        found = [*peers.verl_contestants(), *ours.contestants(setting.device, only)]
+        own = ours.contestants(setting.device, tokens, setting.divided_vocabulary, only)
+        found = [*peers.verl_contestants(), *own]
         measure(setting, "verl", tokens, hidden, setting.divided_vocabulary, found)
 
 

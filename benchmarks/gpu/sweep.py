@@ -1,7 +1,9 @@
 """Stage `sweep`: every candidate tile at every hidden size, checked, then timed in alternation.
 
 A dlogits tile is timed within the backward of a fifth of the rows: what is around it is the same
-for all. `tune` writes the table from these rows.
+for all. "forward_keep" is a forward and that backward with the threshold known: "cublas" keeps the
+logits of the rows above it, as many as the public function would, the others keep none. `tune`
+writes the table from these rows.
 """
 
 from collections.abc import Callable
@@ -14,10 +16,11 @@ from benchmarks.gpu.contestant import FP32, ROUNDED_ONCE, WrongResultError, rela
 from benchmarks.gpu.problem import Problem, make_problem
 from benchmarks.gpu.rows import Row, reason
 from benchmarks.gpu.setting import Setting
+from entropy_kernels import functional
 from entropy_kernels._triton.tiles import Tile
 
 STAGE = "sweep"
-OPS = ("forward", "dlogits")
+OPS = ("forward", "forward_keep", "dlogits")
 
 
 def run(setting: Setting) -> None:
@@ -68,10 +71,21 @@ def _call(op: str, tile: Tile, problem: Problem) -> Callable[[], Any]:
     inputs = (problem.hidden.detach(), problem.weight.detach(), problem.target, None)
     if op == "forward":
         return lambda: ours.launch_forward(inputs, tile, {})
-    found = ours.launch_forward(inputs, None, {})
-    gradient = problem.advantage * problem.selected
-    options = {"max_active_rows": int(problem.selected.sum())}
-    return lambda: ours.launch_backward([gradient, None, None], inputs, found, tile, options)
+    gradients = [problem.advantage * problem.selected, None, None]
+    options: dict[str, Any] = {"max_active_rows": int(problem.selected.sum())}
+    if op == "dlogits":
+        found = ours.launch_forward(inputs, None, {})
+        return lambda: ours.launch_backward(gradients, inputs, found, tile, options)
+    if tile.variant == "cublas":
+        most = functional.KEPT_LOGITS_BYTES[problem.hidden.device.type]
+        rows = min(options["max_active_rows"], most // (4 * problem.weight.shape[0]))
+        options |= {"keep_above": problem.threshold, "keep_rows": rows}
+
+    def step() -> list[torch.Tensor]:
+        found = ours.launch_forward(inputs, tile, options)
+        return ours.launch_backward(gradients, inputs, found, None, options)
+
+    return step
 
 
 def _check(op: str, call: Callable[[], Any], problem: Problem) -> float:

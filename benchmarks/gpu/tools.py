@@ -29,6 +29,7 @@ SECTIONS = (
 KERNELS = {
     "forward": "regex:forward_.*",
     "backward": "regex:dlogits_.*",
+    "kept_rows": "regex:copy_rows",
     "selection": "regex:.*histogram.*",
     "ratio_loss": "regex:.*tokens_kernel",
 }

@@ -58,7 +58,8 @@ def linear_logprob_entropy(
         found = _statistics(hidden_TD, target_T, temperature_T, head, keep_logits, moments)
         if moments is not None:
             moments.masked_fill_(~kept_T, 0)
-        return Statistics._make([*(torch.where(kept_T, x, 0) for x in found[:5]), found.logits])
+        rows = [torch.where(kept_T, x, 0) for x in found[:5]]
+        return Statistics._make([*rows, found.logits, None])
 
     index_R = kept_T.nonzero().squeeze(1)
     few = None if moments is None else moments.new_empty(4, index_R.numel())
@@ -68,7 +69,8 @@ def linear_logprob_entropy(
     if moments is not None and few is not None:
         moments.zero_().index_copy_(1, index_R, few)
     zero_T = hidden_TD.new_zeros(target_T.shape, dtype=torch.float32)
-    return Statistics._make([*(zero_T.index_copy(0, index_R, x) for x in found[:5]), found.logits])
+    rows = [zero_T.index_copy(0, index_R, x) for x in found[:5]]
+    return Statistics._make([*rows, found.logits, None])
 
 
 def _statistics(
@@ -112,7 +114,8 @@ def _statistics(
         valid_T &= temperature_T > 0
     if moments is not None:
         moments.copy_(torch.where(valid_T, finish_moments(sums), torch.nan))
-    return Statistics._make([*(torch.where(valid_T, x, torch.nan) for x in found), logits_TV])
+    rows_T = [torch.where(valid_T, x, torch.nan) for x in found]
+    return Statistics._make([*rows_T, logits_TV, None])
 
 
 def _block_sums(

@@ -13,6 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from entropy_kernels._triton.kept_rows import KeptRows, kept_rows
+
 BLOCK = 1024
 MAX_PROGRAMS = 1024
 
@@ -25,6 +27,7 @@ class ActiveRows(NamedTuple):
     number: int32 [1], how many are active. More than `limit`: `rows` has only the first of them.
     limit: what the caller allowed, at most T; C = max(1, limit) then. Or the number itself, = C.
     exact: whether the latter, so that no place in `rows` is left over.
+    kept: those of them whose logits forward has kept, where it has kept some rows'.
     """
 
     rows: Tensor
@@ -32,6 +35,7 @@ class ActiveRows(NamedTuple):
     number: Tensor
     limit: int
     exact: bool
+    kept: KeptRows | None = None
 
 
 @triton.jit
@@ -145,11 +149,12 @@ def active_rows(
     target_T: Tensor,
     ignore_index: int,
     max_active_rows: int | None,
+    places_T: Tensor | None = None,
 ) -> ActiveRows:
     """The rows at which any of the gradients (logprob, entropy, logsumexp), fp32 [T], is not 0.
 
     With `max_active_rows` the host waits for nothing. Without, it reads their number: one
-    synchronisation, and nothing is left over.
+    synchronisation, and nothing is left over. `places_T`: where forward has kept their logits.
     """
     count = target_T.numel()
     blocks_per_program = triton.cdiv(count, BLOCK * MAX_PROGRAMS)
@@ -178,8 +183,8 @@ def active_rows(
         num_warps=4,
     )
     exact = max_active_rows is None
-    limit = int(counts.sum()) if max_active_rows is None else min(max_active_rows, count)
-    capacity = limit if exact else max(1, limit)
+    limit = count if max_active_rows is None else min(max_active_rows, count)
+    capacity = max(1, limit)
     index_C = torch.zeros(capacity, **int32)
     write_active[(programs,)](
         *inputs,
@@ -196,4 +201,9 @@ def active_rows(
         MAX_PROGRAMS=MAX_PROGRAMS,
         num_warps=4,
     )
-    return ActiveRows(index_C, slot_T, number, limit, exact)
+    kept = None if places_T is None else kept_rows(index_C, number, places_T)
+    if exact:
+        limit, *known = torch.cat([number] if kept is None else [number, kept.number]).tolist()
+        index_C = index_C[:limit]
+        kept = None if kept is None else kept._replace(known=known[0])
+    return ActiveRows(index_C, slot_T, number, limit, exact, kept)

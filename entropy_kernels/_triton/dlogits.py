@@ -8,10 +8,11 @@ from typing import Any, NamedTuple
 import triton
 from torch import Tensor
 
-from entropy_kernels._triton import products
+from entropy_kernels._triton import kept_rows, products
 from entropy_kernels._triton import target as gpu
 from entropy_kernels._triton.compact_rows import CompactRows
 from entropy_kernels._triton.dlogits_kernels import dlogits_pointer, dlogits_read, dlogits_tma
+from entropy_kernels._triton.kept_rows import KeptRows
 from entropy_kernels._triton.tiles import Tile
 
 # Rows and columns of a tile where the logits are read, not recomputed.
@@ -23,7 +24,8 @@ class Chunk(NamedTuple):
 
     dz: [C, at least N], rows of dense columns. Rows beyond the number of active ones keep what
         they hold: zeros.
-    bias_partials: fp32 [blocks of rows, the same columns], or None where the bias needs none.
+    bias_partials: fp32 [n_partials, the same columns], zeros at first, or None where the bias needs
+        none.
     """
 
     start: int
@@ -33,20 +35,32 @@ class Chunk(NamedTuple):
 
 
 class Dlogits(NamedTuple):
-    """What every chunk of one backward has in common; `tile` is None where logits are read."""
+    """What every chunk of one backward has in common.
+
+    Rows that `kept` tells are read from `logits`; the others are recomputed by `tile`. It is None
+    where there are none, and so is `kept`.
+    """
 
     rows: CompactRows
     weight_VD: Tensor
     bias_V: Tensor | None
-    logits_TV: Tensor
+    logits: Tensor
+    kept: KeptRows | None
     softcap: float | None
     has_entropy: bool
     tile: Tile | None
 
     @property
-    def block_rows(self) -> int:
-        """Rows whose bias gradients one partial sums."""
-        return BLOCK_READ[0] if self.tile is None else self.tile.block_t
+    def n_partials(self) -> int:
+        """Blocks of rows, each of which sums the gradient of the bias: first of those read."""
+        blocks = self._blocks_read
+        if self.tile is not None:
+            blocks += triton.cdiv(self.rows.hidden.shape[0], self.tile.block_t)
+        return blocks
+
+    @property
+    def _blocks_read(self) -> int:
+        return 0 if self.kept is None else triton.cdiv(self.rows.hidden.shape[0], BLOCK_READ[0])
 
     def write(self, chunk: Chunk) -> None:
         """dz of the columns of `chunk`."""
@@ -55,30 +69,40 @@ class Dlogits(NamedTuple):
             "HAS_ENTROPY": self.has_entropy,
             "NEEDS_BIAS": chunk.bias_partials is not None,
         }
-        if self.tile is not None:
-            products.count(self.rows.hidden.numel() * (chunk.stop - chunk.start))
+        if self.kept is not None:
+            self._read(chunk, self.kept, flags)
         if self.tile is None:
-            self._read(chunk, flags)
-        elif self.tile.variant == "pointer":
+            return
+        assert self.kept is None or kept_rows.STEP % self.tile.block_t == 0
+        capacity, hidden = self.rows.hidden.shape
+        known = 0 if self.kept is None else self.kept.known
+        products.count((capacity - known) * hidden * (chunk.stop - chunk.start))
+        if chunk.bias_partials is not None:
+            chunk = chunk._replace(bias_partials=chunk.bias_partials[self._blocks_read :])
+        if self.tile.variant == "pointer":
             self._from_pointers(chunk, self.tile, flags)
         else:
             self._from_descriptors(chunk, self.tile, flags)
 
-    def _tail(self, chunk: Chunk) -> tuple[Any, ...]:
-        rows = self.rows
-        return rows.fields, rows.target, rows.active.number, chunk.dz, chunk.bias_partials
+    def _recomputed(self, chunk: Chunk) -> tuple[Any, ...]:
+        rows, first = self.rows, None if self.kept is None else self.kept.number
+        return rows.fields, rows.target, first, rows.active.number, chunk.dz, chunk.bias_partials
 
-    def _read(self, chunk: Chunk, flags: dict[str, bool]) -> None:
+    def _read(self, chunk: Chunk, kept: KeptRows, flags: dict[str, bool]) -> None:
         block_c, block_v = BLOCK_READ
         capacity = self.rows.hidden.shape[0]
         blocks_v = triton.cdiv(chunk.stop - chunk.start, block_v)
         dlogits_read[(triton.cdiv(capacity, block_c) * blocks_v,)](
-            self.logits_TV,
-            self.rows.active.rows,
-            *self._tail(chunk),
+            self.logits,
+            kept.place,
+            self.rows.fields,
+            self.rows.target,
+            kept.number,
+            chunk.dz,
+            chunk.bias_partials,
             chunk.dz.stride(0),
             capacity,
-            self.logits_TV.shape[1],
+            self.logits.shape[1],
             chunk.start,
             chunk.stop,
             self.softcap or 0.0,
@@ -95,7 +119,7 @@ class Dlogits(NamedTuple):
             self.rows.hidden,
             self.weight_VD,
             self.bias_V,
-            *self._tail(chunk),
+            *self._recomputed(chunk),
             *self.weight_VD.stride(),
             chunk.dz.stride(0),
             capacity,
@@ -120,7 +144,7 @@ class Dlogits(NamedTuple):
             TensorDescriptor.from_tensor(self.rows.hidden, [tile.block_t, tile.block_d]),
             TensorDescriptor.from_tensor(self.weight_VD, [tile.block_v, tile.block_d]),
             self.bias_V,
-            *self._tail(chunk),
+            *self._recomputed(chunk),
             chunk.dz.stride(0),
             capacity,
             hidden,
@@ -134,6 +158,7 @@ class Dlogits(NamedTuple):
 
     def _constants(self, tile: Tile) -> dict[str, Any]:
         return {
+            "HAS_FIRST": self.kept is not None,
             "HAS_BIAS": self.bias_V is not None,
             "UPCAST": gpu.interpreting(),
             "BLOCK_C": tile.block_t,

@@ -1,6 +1,7 @@
 """Kernels of dz, the gradient with respect to the logits h W^T + b, one tile at a time.
 
-Logits are recomputed with fp32 accumulators, or read where forward has kept them.
+Logits are recomputed with fp32 accumulators, or read where forward has kept them. Kernels that
+recompute can leave the first rows to the one that reads: HAS_FIRST.
 
 C compact rows, D hidden, V vocabulary.
 """
@@ -20,6 +21,7 @@ def dlogits_pointer(
     bias_ptr,
     fields_ptr,  # [FIELDS, C]
     target_ptr,
+    first_ptr,
     number_ptr,
     dz_ptr,
     bias_partials_ptr,
@@ -31,6 +33,7 @@ def dlogits_pointer(
     start,
     stop,
     softcap,
+    HAS_FIRST: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     HAS_ENTROPY: tl.constexpr,
@@ -46,6 +49,8 @@ def dlogits_pointer(
     n_rows = tl.minimum(tl.load(number_ptr), capacity)
     blocks_v = tl.cdiv(stop - start, BLOCK_V)
     block, block_v = order(tl.program_id(0), tl.cdiv(capacity, BLOCK_C), blocks_v, GROUP_C)
+    if HAS_FIRST:
+        block += tl.cdiv(tl.load(first_ptr), BLOCK_C)
     if block * BLOCK_C >= n_rows:
         return
     offs_c = block * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -117,6 +122,7 @@ def dlogits_tma(
     bias_ptr,
     fields_ptr,  # [FIELDS, C]
     target_ptr,
+    first_ptr,
     number_ptr,
     dz_ptr,
     bias_partials_ptr,
@@ -126,6 +132,7 @@ def dlogits_tma(
     start,
     stop,
     softcap,
+    HAS_FIRST: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     HAS_ENTROPY: tl.constexpr,
@@ -145,10 +152,16 @@ def dlogits_tma(
     n_rows = tl.minimum(tl.load(number_ptr), capacity)
     blocks_c = tl.cdiv(n_rows, BLOCK_C)
     blocks_v = tl.cdiv(stop - start, BLOCK_V)
+    first_block = 0
+    if HAS_FIRST:
+        first_block = tl.cdiv(tl.load(first_ptr), BLOCK_C)
+        blocks_c -= first_block
     for tile in tl.range(
         tl.program_id(0), blocks_c * blocks_v, tl.num_programs(0), flatten=FLATTEN
     ):
         block, block_v = order(tile, blocks_c, blocks_v, GROUP_C)
+        if HAS_FIRST:
+            block += first_block
         start_c = block * BLOCK_C
         start_v = start + block_v * BLOCK_V
         acc = tl.zeros([BLOCK_C, BLOCK_V], tl.float32)
@@ -199,8 +212,8 @@ def dlogits_tma(
 
 @triton.jit
 def dlogits_read(
-    logits_ptr,  # fp32 [T, V], bias included
-    index_ptr,
+    logits_ptr,  # fp32 [rows, V], bias included
+    index_ptr,  # [C], the row of each
     fields_ptr,  # [FIELDS, C]
     target_ptr,
     number_ptr,
@@ -218,7 +231,7 @@ def dlogits_read(
     BLOCK_C: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    """One program a tile, from the logits that forward kept of all rows."""
+    """One program a tile, from the logits that forward kept."""
     n_rows = tl.minimum(tl.load(number_ptr), capacity)
     blocks_v = tl.cdiv(stop - start, BLOCK_V)
     block = tl.program_id(0) // blocks_v

@@ -3,11 +3,14 @@
 Each program sums a block of rows over a split of the vocabulary, into four fp32 partials a row
 and split (row_statistics.py), with moments seven (moments.py); one more kernel merges the splits.
 No atomics: same bits every time. Beyond its results a call allocates 4 T (4 S + 1) bytes, with
-moments 4 T (7 S + 1), and the variant "cublas" a workspace of about WORKSPACE_BYTES.
+moments 4 T (7 S + 1), and the variant "cublas" a workspace of about WORKSPACE_BYTES. That variant
+alone has whole rows of logits at hand, so only it can keep those of some rows for backward.
 
 T tokens, D hidden, V vocabulary, S vocabulary splits.
 """
 
+from collections.abc import Iterator
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -20,16 +23,15 @@ from entropy_kernels._triton import target as gpu
 from entropy_kernels._triton.forward_cublas import forward_cublas
 from entropy_kernels._triton.forward_pointer import forward_pointer
 from entropy_kernels._triton.forward_tma import forward_tma
+from entropy_kernels._triton.kept_rows import Keeping
 from entropy_kernels._triton.row_statistics import merge
-from entropy_kernels._triton.target_logit import target_logit
+from entropy_kernels._triton.target_logit import target_logits
 from entropy_kernels._triton.tiles import Tile
 
 # fp32 logits of as many rows as fit, at least one block of them.
 WORKSPACE_BYTES = 1 << 29
 _WORKSPACE_BLOCK = 128
-# Rows of one product with their targets' weights, by bytes of an element; of one program that
-# merges splits, and splits.
-_TARGET_BLOCK = {2: 64, 4: 32}
+# Rows of one program that merges splits, and splits.
 _MERGE_BLOCK = (32, 16)
 
 
@@ -58,25 +60,33 @@ def linear_logprob_entropy(
     keep_logits: bool,
     *,
     moments: Tensor | None = None,
+    keep_above: Tensor | None = None,
+    keep_rows: int = 0,
     variant: str | None = None,
     tile: Tile | None = None,
 ) -> Statistics:
     """The statistics of every row; zeros where the target is `ignore_index`.
 
-    Ignored rows are computed, then zeroed: their number never reaches the host. `moments`, fp32
-    [4, T] and contiguous, is filled with what _rows.MOMENTS names. `variant` and `tile` overrule
-    the table, for tests and tuning; a variant that cannot run here is an error.
+    Ignored rows are computed, then zeroed: their number never reaches the host. `variant` and
+    `tile` overrule the table, for tests and tuning; a variant that cannot run here is an error.
+
+    moments: fp32 [4, T], contiguous, to be filled with what _rows.MOMENTS names.
+    keep_above, keep_rows: keeps the logits [keep_rows, V] of the first rows that are not ignored
+        and whose entropy is at least keep_above, fp32 [], by the variant "cublas".
     """
     count, vocabulary = hidden_TD.shape[0], weight_VD.shape[0]
     logits_TV = _empty((count, vocabulary) if keep_logits else (0,), hidden_TD)
     # Five tensors: an op's outputs are not views of one.
     found = [_empty((count,), hidden_TD) for _ in range(5)]
     if count == 0:
-        return Statistics._make([*found, logits_TV])
+        return Statistics._make([*found, logits_TV, None])
 
     if tile is None:
-        more = moments is not None
-        tile = _choose(hidden_TD, weight_VD, softcap, keep_logits, more, variant)
+        more, rows = moments is not None, keep_above is not None
+        tile = _choose(hidden_TD, weight_VD, softcap, keep_logits, more, rows, variant)
+    if keep_above is not None and tile.variant != "cublas":
+        raise ValueError(f'keep_above needs the variant "cublas"; got {tile.variant!r}')
+    keeping = Keeping.room(keep_above, keep_rows, count, vocabulary)
     n_split, tiles_per_split = _splits(tile, count, vocabulary, gpu.processors(hidden_TD))
     head = _Head(
         hidden_TD,
@@ -91,18 +101,24 @@ def linear_logprob_entropy(
     )
     partials = _empty((4 if moments is None else 7, n_split, count), hidden_TD)
     target_logit_T = _empty((count,), hidden_TD)
+    merge_rows = partial(_merge, head, partials, target_logit_T, ignore_index, found)
     with gpu.on(hidden_TD.device):
         if tile.variant == "cublas":
-            _from_products(head, tile, partials, target_logit_T, logits_TV)
+            for z_TV, start in _from_products(head, tile, partials, target_logit_T, logits_TV):
+                merge_rows(start, start + z_TV.shape[0])
+                if keeping is not None:
+                    keeping.take(z_TV, start, found[1], head.target_T, ignore_index)
         else:
             products.count(hidden_TD.numel() * vocabulary)
             if tile.variant == "pointer":
                 _from_pointers(head, tile, partials, logits_TV)
             else:
                 _from_descriptors(head, tile, partials)
-            _target_logits(head, tile, target_logit_T)
-        _merge(head, partials, target_logit_T, ignore_index, found)
-    return Statistics._make([*found, logits_TV])
+            target_logits(*head[:4], softcap, tile, target_logit_T)
+            merge_rows(0, count)
+    if keeping is not None:
+        return Statistics._make([*found, keeping.logits, keeping.places])
+    return Statistics._make([*found, logits_TV, None])
 
 
 def _empty(shape: tuple[int, ...], like: Tensor) -> Tensor:
@@ -115,6 +131,7 @@ def _choose(
     softcap: float | None,
     keep_logits: bool,
     moments: bool,
+    keep_rows: bool,
     variant: str | None,
 ) -> Tile:
     arch = gpu.architecture(hidden_TD)
@@ -124,12 +141,15 @@ def _choose(
     if moments:
         # Of its registers with seven sums nothing is known: Triton 3.6 alone has it.
         usable -= {"tma_ws"}
+    if keep_rows:
+        usable &= {"cublas"}
     if variant is not None:
         if variant not in usable:
             raise ValueError(f"variant must be one of {sorted(usable)} here; got {variant!r}")
         usable = {variant}
     count, hidden = hidden_TD.shape
-    op = "forward" + "_statistics" * moments + "_softcap" * (softcap is not None)
+    op = "forward" + "_keep" * keep_rows + "_statistics" * moments
+    op += "_softcap" * (softcap is not None)
     return tiles.lookup(op, arch, hidden_TD.dtype, hidden, count, usable)
 
 
@@ -229,7 +249,11 @@ def _from_descriptors(head: _Head, tile: Tile, partials: Tensor) -> None:
 
 def _from_products(
     head: _Head, tile: Tile, partials: Tensor, target_logit_T: Tensor, logits_TV: Tensor
-) -> None:
+) -> Iterator[tuple[Tensor, int]]:
+    """The logits of each chunk of rows and its first row, once its partials are there.
+
+    They are valid until the next chunk.
+    """
     count, vocabulary = head.hidden_TD.shape[0], head.weight_VD.shape[0]
     flags = _flags(head)
     del flags["HAS_BIAS"]
@@ -240,7 +264,7 @@ def _from_products(
     for start in range(0, count, rows):
         end = min(start + rows, count)
         z = workspace[start:end] if kept else workspace[: end - start]
-        _product(head.hidden_TD[start:end], head.weight_VD, z)
+        products.mm(head.hidden_TD[start:end], head.weight_VD.T, out=z)
         if head.bias_V is not None:
             z += head.bias_V
         forward_cublas[(triton.cdiv(end - start, tile.block_t) * head.n_split,)](
@@ -263,47 +287,21 @@ def _from_products(
             TILES=head.tiles_per_split,
             **tile.options,
         )
-
-
-def _product(hidden_TD: Tensor, weight_VD: Tensor, out_TV: Tensor) -> None:
-    """out = hidden weight^T in fp32, of 16-bit operands too. A CPU needs them upcast."""
-    if hidden_TD.dtype == torch.float32 or hidden_TD.device.type == "cpu":
-        torch.mm(hidden_TD.float(), weight_VD.float().T, out=out_TV)
-    else:
-        torch.mm(hidden_TD, weight_VD.T, out_dtype=torch.float32, out=out_TV)
-
-
-def _target_logits(head: _Head, tile: Tile, out_T: Tensor) -> None:
-    (count, hidden), vocabulary = head.hidden_TD.shape, head.weight_VD.shape[0]
-    flags = _flags(head)
-    del flags["HAS_TEMPERATURE"]
-    block_t = min(_TARGET_BLOCK[head.hidden_TD.element_size()], tile.block_t)
-    target_logit[(triton.cdiv(count, block_t),)](
-        head.hidden_TD,
-        head.weight_VD,
-        head.bias_V,
-        head.target_T,
-        out_T,
-        *head.hidden_TD.stride(),
-        *head.weight_VD.stride(),
-        count,
-        hidden,
-        vocabulary,
-        head.softcap or 0.0,
-        **flags,
-        UPCAST=gpu.interpreting(),
-        BLOCK_T=block_t,
-        BLOCK_D=tile.block_d,
-        **tile._replace(num_warps=4).options,
-    )
+        yield z, start
 
 
 def _merge(
-    head: _Head, partials: Tensor, target_logit_T: Tensor, ignore_index: int, found: list[Tensor]
+    head: _Head,
+    partials: Tensor,
+    target_logit_T: Tensor,
+    ignore_index: int,
+    found: list[Tensor],
+    start: int,
+    stop: int,
 ) -> None:
     count, vocabulary = head.hidden_TD.shape[0], head.weight_VD.shape[0]
     block_t, block_s = _MERGE_BLOCK
-    merge[(triton.cdiv(count, block_t),)](
+    merge[(triton.cdiv(stop - start, block_t),)](
         partials,
         target_logit_T,
         head.target_T,
@@ -311,6 +309,8 @@ def _merge(
         *found,
         head.moments,
         _stride(head.temperature_T),
+        start,
+        stop,
         count,
         vocabulary,
         head.n_split,

@@ -17,9 +17,10 @@ from torch import Tensor
 from entropy_kernels._rows import Statistics
 from entropy_kernels._triton import products, tiles
 from entropy_kernels._triton import target as gpu
-from entropy_kernels._triton.active_rows import active_rows
+from entropy_kernels._triton.active_rows import ActiveRows, active_rows
 from entropy_kernels._triton.compact_rows import CompactRows, compact, spread
 from entropy_kernels._triton.dlogits import Chunk, Dlogits
+from entropy_kernels._triton.kept_rows import KeptRows
 from entropy_kernels._triton.tiles import Tile
 
 # Columns of a chunk; halved, but not below the least, until dz fits its bytes.
@@ -68,8 +69,9 @@ def linear_logprob_entropy_backward(
     weight_grad_out: fp32 [V, D], to which the weight's gradient is added; None is returned for it.
     tile: overrules the table, for tests and tuning.
 
-    With logits in `found` nothing is recomputed. dz is rounded to the dtype of the inputs, as
-    eager's is: fp16 wants a scaled loss here too. Products accumulate in fp32.
+    With the logits of all rows in `found` nothing is recomputed; with those of some rows, the
+    active rows from the first that is not among them (kept_rows.py). dz is rounded to the dtype of
+    the inputs, as eager's is: fp16 wants a scaled loss here too. Products accumulate in fp32.
 
     Beyond its results a call allocates at most, with E bytes an element of the inputs,
 
@@ -77,8 +79,8 @@ def linear_logprob_entropy_backward(
         + N C E           dz; N = CHUNK_V, halved until this is <= DZ_BYTES or N = LEAST_CHUNK_V
         + C D 4           a term of that gradient, where a second chunk follows
         + S C D 4         the splits of a term, where fewer tiles than processors: <= 17 MB on 132
-        + 36 C + 4 T      their numbers, and those of the rows
-        + N C / 4         the bias's gradient, where needed
+        + 36 C + 12 T     their numbers, and those of the rows
+        + N C / 3         the bias's gradient, where needed
         + STAGING_BYTES   where there is a `weight_grad_out`
 
     Raises:
@@ -89,19 +91,22 @@ def linear_logprob_entropy_backward(
     _check(max_active_rows, weight_grad_out, weight_VD, needs)
     gradients = (grad_logprob_T, grad_entropy_T, grad_logsumexp_T)
     with gpu.on(hidden_TD.device):
-        active = active_rows(gradients, target_T, ignore_index, max_active_rows)
+        places_T = found.places
+        active = active_rows(gradients, target_T, ignore_index, max_active_rows, places_T)
         if active.rows.numel() == 0:
             return _zeros(hidden_TD, weight_VD, bias_V, needs, weight_grad_out)
         rows = compact(active, gradients, hidden_TD, target_T, temperature, found)
-        kept = found.logits.numel() > 0
+        kept = _kept(active, found)
+        all_kept = kept is not None and kept.known == active.rows.numel()
         dlogits = Dlogits(
             rows,
             weight_VD,
             None if bias_V is None else bias_V.contiguous(),
             found.logits,
+            kept,
             softcap,
             grad_entropy_T is not None,
-            None if kept else tile or _choose(rows.hidden, weight_VD, softcap),
+            None if all_kept else tile or _choose(rows.hidden, weight_VD, softcap),
         )
         dhidden_CD, dweight_VD, dbias_V = _gradients(dlogits, needs, weight_grad_out)
         dhidden_TD = None if dhidden_CD is None else spread(dhidden_CD, active, hidden_TD)
@@ -121,6 +126,15 @@ def _check(
     got = weight_grad_out.dtype, weight_grad_out.shape, weight_grad_out.device
     if got != wanted:
         raise ValueError(f"weight_grad_out must be {wanted}; got {got}")
+
+
+def _kept(active: ActiveRows, found: Statistics) -> KeptRows | None:
+    """The active rows whose logits are read; None where the host knows that there are none."""
+    if found.places is None and found.logits.numel():
+        return KeptRows(active.rows, active.number, active.rows.numel())
+    if active.kept is not None and active.exact and active.kept.known == 0:
+        return None
+    return active.kept
 
 
 def _choose(hidden_CD: Tensor, weight_VD: Tensor, softcap: float | None) -> Tile:
@@ -153,11 +167,10 @@ def _gradients(
     rows, weight_VD = dlogits.rows, dlogits.weight_VD
     count, vocabulary = rows.hidden.shape[0], weight_VD.shape[0]
     chunk_v = _chunk_columns(count, vocabulary, rows.hidden.element_size())
-    # Places beyond the last active row are never written.
+    # Places beyond the last active row are never written, nor the partials of blocks without one.
     buffer = rows.hidden.new_empty if rows.active.exact else rows.hidden.new_zeros
     dz_CN = buffer(count, chunk_v)
-    blocks = triton.cdiv(count, dlogits.block_rows)
-    partials = buffer(blocks, chunk_v, dtype=torch.float32) if needs.bias else None
+    partials = rows.fields.new_zeros(dlogits.n_partials, chunk_v) if needs.bias else None
     dhidden = _HiddenGradient(rows) if needs.hidden else None
     own = needs.weight and weight_grad_out is None
     dweight_VD = weight_VD.new_empty(weight_VD.shape) if own else None

@@ -94,6 +94,8 @@ def merge(
     log_sum_ptr,
     moments_ptr,  # [4, T]
     stride_temperature,
+    first_t,
+    end_t,
     T,
     V,
     n_split,
@@ -104,8 +106,8 @@ def merge(
     BLOCK_S: tl.constexpr,
 ):
     """Natural units; zeros where the target is ignored, NaN where a row has no answer."""
-    offs_t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
-    mask_t = offs_t < T
+    offs_t = first_t + tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    mask_t = offs_t < end_t
     temperature = tl.full([BLOCK_T], 1.0, tl.float32)
     if HAS_TEMPERATURE:
         offs = offs_t.to(tl.int64) * stride_temperature

@@ -22,7 +22,8 @@ class Tile(NamedTuple):
 
     variant: which kernel. "pointer"; "tma", persistent with tensor descriptors; "tma_split", the
         same with one program a vocabulary split; "tma_ws", persistent and warp-specialised; and
-        of "forward" "cublas", chunks of torch.mm with fp32 output.
+        of "forward" "cublas", chunks of torch.mm with fp32 output. It alone has whole rows of
+        logits at hand.
     block_t, block_v, block_d: rows, vocabulary and depth of one step.
     group_t: blocks of rows that take the same columns before the next columns come, so that all
         of them read a block of the weight from L2.
@@ -53,9 +54,10 @@ class Tile(NamedTuple):
 class Key(NamedTuple):
     """hidden and tokens are the largest that the tile is meant for.
 
-    Ops are "forward" and "dlogits"; "forward_statistics", which sums more a row; and any with
-    "_softcap" behind, where a tanh an element needs registers of its own. Without such a row, that
-    of the plainer op holds.
+    Ops are "forward" and "dlogits"; "forward_statistics", which sums more a row; "forward_keep",
+    which could keep the logits of rows above a threshold, and does where "cublas" comes first; and
+    any with "_softcap" behind, where a tanh an element needs registers of its own. Without such a
+    row, that of the plainer op holds.
     """
 
     op: str
@@ -68,7 +70,9 @@ class Key(NamedTuple):
 ANY = 1 << 62
 TMA = ("tma", "tma_split", "tma_ws")
 
-# Of each key the tiles in order of preference: the first one that can run is taken.
+# Of each key the tiles in order of preference: the first one that can run is taken. In fp32 that is
+# not "cublas": backward recomputes logits in the pointer kernel's order of summation, and of a row
+# that is nearly certain their difference from forward's has few digits.
 TILES: dict[Key, tuple[Tile, ...]] = {
     Key("forward", "sm_80", "bfloat16", ANY, ANY): (
         Tile("pointer", 128, 128, 64, 8, 3),
@@ -127,8 +131,8 @@ TILES: dict[Key, tuple[Tile, ...]] = {
         Tile("cublas", 4, 1024, 1, 4, 1),
     ),
     Key("forward", "any", "float32", ANY, ANY): (
-        Tile("cublas", 4, 1024, 1, 4, 1),
         Tile("pointer", 64, 64, 16, 8, 2),
+        Tile("cublas", 4, 1024, 1, 4, 1),
     ),
     Key("forward", "interpreter", "any", ANY, ANY): (
         Tile("pointer", 32, 64, 32, 4, 1, 2, 128),
@@ -136,6 +140,39 @@ TILES: dict[Key, tuple[Tile, ...]] = {
         Tile("tma_split", 32, 64, 32, 4, 1, 2, 128),
         Tile("cublas", 32, 64, 1, 4, 1, 1, 128),
     ),
+    Key("forward_keep", "sm_80", "bfloat16", 1024, ANY): (
+        Tile("pointer", 128, 128, 64, 8, 3),
+        Tile("cublas", 4, 1024, 1, 4, 1),
+    ),
+    Key("forward_keep", "sm_80", "bfloat16", ANY, ANY): (
+        Tile("cublas", 4, 1024, 1, 4, 1),
+        Tile("pointer", 128, 128, 64, 8, 3),
+    ),
+    Key("forward_keep", "sm_90", "bfloat16", 1024, ANY): (
+        Tile("tma_split", 128, 128, 64, 4, 3),
+        Tile("cublas", 4, 1024, 1, 4, 1),
+    ),
+    Key("forward_keep", "sm_90", "bfloat16", ANY, ANY): (
+        Tile("cublas", 4, 1024, 1, 4, 1),
+        Tile("tma", 128, 256, 64, 8, 4),
+    ),
+    Key("forward_keep", "sm_100", "bfloat16", 1024, ANY): (
+        Tile("tma", 128, 128, 64, 8, 4),
+        Tile("cublas", 4, 1024, 1, 4, 1),
+    ),
+    Key("forward_keep", "sm_100", "bfloat16", ANY, ANY): (
+        Tile("cublas", 4, 1024, 1, 4, 1),
+        Tile("tma", 128, 128, 64, 8, 4),
+    ),
+    Key("forward_keep", "any", "bfloat16", ANY, ANY): (
+        Tile("pointer", 64, 128, 32, 4, 3),
+        Tile("cublas", 4, 1024, 1, 4, 1),
+    ),
+    Key("forward_keep", "any", "float32", ANY, ANY): (
+        Tile("cublas", 4, 1024, 1, 4, 1),
+        Tile("pointer", 64, 64, 32, 8, 2),
+    ),
+    Key("forward_keep", "interpreter", "any", ANY, ANY): (Tile("cublas", 32, 64, 1, 4, 1, 1, 128),),
     Key("dlogits", "sm_80", "bfloat16", ANY, ANY): (Tile("pointer", 128, 128, 64, 8, 3),),
     Key("dlogits", "sm_86", "bfloat16", ANY, ANY): (Tile("pointer", 128, 128, 32, 8, 3),),
     Key("dlogits", "sm_90", "bfloat16", ANY, ANY): (
@@ -215,3 +252,15 @@ def lookup(
                 if tile.variant in variants:
                     return tile
     raise ValueError(f"no tile of {op!r} for {arch}, {name}, D={hidden}, T={tokens}, {variants}")
+
+
+def keeps_rows(device: torch.device, dtype: torch.dtype, hidden: int) -> bool:
+    """Whether a forward keeps the logits of rows above a threshold, where they fit, for backward.
+
+    The kernels that keep nothing are faster where a product is short against the traffic of its
+    logits, which "cublas" writes and reads.
+    """
+    interpreting = target.interpreting()
+    arch = target.INTERPRETER if interpreting else target.architecture_of(device)
+    everywhere = {"pointer", "cublas", *TMA}
+    return lookup("forward_keep", arch, dtype, hidden, ANY, everywhere).variant == "cublas"

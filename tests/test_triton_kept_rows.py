@@ -1,0 +1,365 @@
+"""Logits of rows above a threshold, kept by Triton's forward and read by its backward.
+
+T tokens, C compact rows, D hidden, V vocabulary.
+"""
+
+from itertools import cycle
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import entropy_kernels as ek
+from entropy_kernels import _gpu, functional
+from entropy_kernels.testing import Watch, assert_within_two_bounds
+from tests.backward_cases import (
+    DEVICE,
+    IGNORE,
+    active,
+    active_numbers,
+    gradients_of,
+    in_dtype,
+    make,
+)
+from tests.test_triton_linear_logprob_entropy_backward import OPTIONS, options_of, tiles_here
+
+WHY_NOT = _gpu.why_not(torch.device(DEVICE))
+if WHY_NOT is not None:
+    pytest.skip(WHY_NOT, allow_module_level=True)
+
+kept_rows = _gpu.kernels("kept_rows")
+forward = _gpu.kernels("linear_logprob_entropy")
+backward = _gpu.kernels("linear_logprob_entropy_backward")
+
+T, D, V = SHAPE = (75, 8, 100)
+INTERPRETED = _gpu.kernels("target").interpreting()
+ROWS = {"all": (0.0, T), "none": (100.0, 9), "some": (0.1, T), "too many": (0.0, 50)}
+# NumPy, which interprets, warns of what infinities and NaN are there for.
+infinities = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+
+
+@pytest.fixture(autouse=True)
+def small_sizes(monkeypatch):
+    """Several chunks of rows and of columns, and blocks of rows."""
+    monkeypatch.setattr(backward, "CHUNK_V", 64)
+    monkeypatch.setattr(forward, "WORKSPACE_BYTES", 0)
+    monkeypatch.setattr(forward, "_WORKSPACE_BLOCK", 32)
+    monkeypatch.setattr(kept_rows, "BLOCK", 16)
+    if INTERPRETED:
+        monkeypatch.setattr(kept_rows, "STEP", 32)
+
+
+def keep(above, rows, h, w, y, b=None, temperature=None, softcap=None):
+    """Forward."""
+    above = torch.as_tensor(above, dtype=torch.float32, device=DEVICE)
+    head = (h, w, y, b, temperature, softcap, IGNORE)
+    return forward.linear_logprob_entropy(*head, False, keep_above=above, keep_rows=rows)
+
+
+def back(found, grads, h, w, y, b=None, temperature=None, softcap=None, **kwargs):
+    needs = kwargs.pop("needs", (True, True, b is not None))
+    head = (h, w, y, b, temperature, softcap, IGNORE)
+    return backward.linear_logprob_entropy_backward(*grads, *head, found, needs, **kwargs)
+
+
+def check(got, inputs, found, bound=None, tile=None, **options):
+    """Each row of hidden's gradient is, to the bit, that of the logits forward has: of all rows
+    kept, or of none. Both bounds for the others; but where rows are recomputed by sums of another
+    order than forward's, what the same forward without kept rows errs is allowed too.
+    """
+    grads, *head = inputs
+    head = (*head, *(options.get(name) for name in ("b", "temperature", "softcap")))
+    kept, recomputed = (
+        back(
+            forward.linear_logprob_entropy(*head, IGNORE, keep, variant="cublas"),
+            grads,
+            *head,
+            max_active_rows=bound,
+            tile=tile,
+        )
+        for keep in (True, False)
+    )
+    numbers = active_numbers(grads, head[2])
+    places = found.places[numbers]
+    front = len(numbers)
+    if (places < 0).any():
+        front = int((places < 0).nonzero()[0]) // kept_rows.STEP * kept_rows.STEP
+    assert torch.equal(got[0][numbers[:front]], kept[0][numbers[:front]])
+    assert torch.equal(got[0][numbers[front:]], recomputed[0][numbers[front:]])
+    dtype = head[0].dtype
+    truth, *others = (
+        in_dtype(d, *inputs, **options) for d in (torch.float64, dtype, torch.float32)
+    )
+    for result, true, *pair, other in zip(got, truth, *others, recomputed, strict=True):
+        if result is None:
+            continue
+        errors = [(x.double() - true).abs().max() for x in (*pair, other)]
+        if front < len(numbers):
+            pair = [x if e > errors[2] else other for x, e in zip(pair, errors[:2], strict=True)]
+        assert_within_two_bounds(result, true, *pair, operands=dtype)
+
+
+def at_rows(rows) -> list:
+    """Gradients of all three outputs at these rows alone."""
+    grads = [torch.zeros(T, device=DEVICE) for _ in range(3)]
+    for grad in grads:
+        grad[rows] = torch.randn(len(rows), device=DEVICE)
+    return grads
+
+
+@pytest.mark.parametrize(("above", "rows"), ROWS.values(), ids=ROWS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_forward_keeps_the_first_rows_above_the_threshold(above, rows, dtype, monkeypatch):
+    monkeypatch.setattr(kept_rows, "COPY_V", 64)
+    monkeypatch.setattr(kept_rows, "COPY_BLOCK_V", 32)
+    h, w, y = make(SHAPE, dtype)
+    b = torch.randn(V, device=DEVICE).to(dtype)
+    temperature = torch.rand(T, device=DEVICE) + 0.5
+    head = (h, w, y, b, temperature, 5.0, IGNORE)
+    plain = forward.linear_logprob_entropy(*head, True, variant="cublas")
+    found = keep(above, rows, *head[:6])
+    for got, want in zip(found[:5], plain[:5], strict=True):
+        assert torch.equal(got, want)
+    wanted = ((plain.entropy >= above) & (y != IGNORE)).nonzero().squeeze(1)[:rows]
+    places = torch.full((T,), -1, device=DEVICE)
+    places[wanted] = torch.arange(len(wanted), device=DEVICE)
+    assert found.places.tolist() == places.tolist()
+    assert found.logits.shape == (rows, V)
+    assert torch.equal(found.logits[: len(wanted)], plain.logits[wanted])
+
+
+@infinities
+def test_an_entropy_of_exactly_the_threshold_is_above_it_and_a_nan_is_not():
+    h, w, y = make(SHAPE)
+    y[:] = 3
+    h[7] = torch.nan
+    entropy = keep(0.0, T, h, w, y).entropy
+    for above in (entropy[20], entropy[33].item()):
+        found = keep(above, T, h, w, y)
+        assert (found.places >= 0).tolist() == (entropy >= above).tolist()
+    assert found.places[7] == -1
+    assert (keep(torch.nan, T, h, w, y).places == -1).all()
+
+
+@pytest.mark.parametrize("bounded", [False, True], ids=["counted", "bounded"])
+@pytest.mark.parametrize(
+    ("above", "rows", "dtype"),
+    [*((*case, torch.float32) for case in ROWS.values()), (0.0, 50, torch.float16)],
+    ids=[*ROWS, "too many, fp16"],
+)
+def test_gradients_at_rows_kept_and_not_kept(above, rows, dtype, bounded):
+    inputs = (gradients_of(T), *make(SHAPE, dtype))
+    bound = active(inputs[0], inputs[3]) + 9 if bounded else None
+    found = keep(above, rows, *inputs[1:])
+    check(back(found, *inputs, max_active_rows=bound), inputs, found, bound)
+
+
+@pytest.mark.parametrize("names", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize(("tile", "bounded"), [*zip(tiles_here(), cycle([False, True]))])
+def test_options_with_the_first_rows_kept(tile, names, bounded):
+    """All logits fit but the last rows': those before are read, the others recomputed."""
+    inputs = (gradients_of(T), *make(SHAPE))
+    options = options_of(inputs[1:], **names)
+    number = active(inputs[0], inputs[3])
+    found = keep(0.0, 60, *inputs[1:], **options)
+    first = active_numbers(inputs[0], inputs[3])
+    front = int((found.places[first] >= 0).sum())
+    assert 32 < front < number
+    bound = number + 9 if bounded else None
+    got = back(found, *inputs, **options, tile=tile, max_active_rows=bound)
+    check(got, inputs, found, bound, tile, **options)
+
+
+@pytest.mark.parametrize("bounded", [False, True], ids=["counted", "bounded"])
+def test_rows_that_are_read_are_not_recomputed(bounded):
+    """With another weight in backward, what is recomputed is NaN, and what is read is not."""
+    h, w, y = make(SHAPE)
+    b = torch.zeros(V, device=DEVICE)
+    found = keep(0.1, T, h, w, y, b)
+    above = (found.places >= 0).nonzero().squeeze(1)
+    below = ((found.places < 0) & (y != IGNORE)).nonzero().squeeze(1)
+    bound = T if bounded else None
+    options = {"needs": (False, True, True), "max_active_rows": bound}
+    grads = at_rows(above)
+    everything = back(found, grads, h, w, y, b, max_active_rows=bound)
+    check(everything, (grads, h, w, y), found, bound, b=b)
+    want = back(found, grads, h, w, y, b, **options)
+    got = back(found, grads, h, torch.full_like(w, torch.nan), y, b, **options)
+    for x, wanted in zip(got[1:], want[1:], strict=True):
+        assert x.isfinite().all()
+        assert torch.equal(x, wanted)
+    grads[1][below[0]] = 1.0
+    got = back(found, grads, h, torch.full_like(w, torch.nan), y, b, **options)
+    assert got[1].isnan().any()
+    got = back(found, grads, h, w, y, b, max_active_rows=bound)
+    check(got, (grads, h, w, y), found, bound, b=b)
+
+
+@infinities
+@pytest.mark.parametrize("bound", [0, 1, "one too few"])
+def test_more_active_rows_than_the_bound_are_never_silent(bound):
+    grads, h, w, y = gradients_of(T), *make(SHAPE)
+    b = torch.zeros(V, device=DEVICE)
+    bound = active(grads, y) - 1 if isinstance(bound, str) else bound
+    found = keep(0.0, max(bound, 1), h, w, y, b)
+    for gradient in back(found, grads, h, w, y, b, max_active_rows=bound):
+        assert gradient.isnan().all()
+
+
+class NoWaiting(TorchDispatchMode):
+    """Fails where the host reads a number of a tensor."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert func.__name__.split(".")[0] not in ("_local_scalar_dense", "nonzero", "is_nonzero")
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("spare", [0, 9])
+def test_a_bound_makes_the_host_wait_for_nothing(spare, monkeypatch):
+    grads, h, w, y = gradients_of(T), *make(SHAPE)
+    bound = active(grads, y) + spare
+    above = torch.tensor(0.1, device=DEVICE)
+
+    def fail(self):
+        raise AssertionError("the host waits for a tensor's numbers")
+
+    def step():
+        head = (h, w, y, None, None, None, IGNORE)
+        kept = {"keep_above": above, "keep_rows": bound}
+        found = forward.linear_logprob_entropy(*head, False, **kept)
+        return found, back(found, grads, h, w, y, max_active_rows=bound)
+
+    with monkeypatch.context() as patch, NoWaiting():
+        patch.setattr(torch.Tensor, "tolist", fail)
+        found, got = step()
+        with pytest.raises(AssertionError):
+            back(keep(above, 9, h, w, y), grads, h, w, y)
+    check(got, (grads, h, w, y), found, bound)
+
+
+@pytest.mark.parametrize("count", [0, 1, 31, 32, 33, 75])
+@pytest.mark.parametrize("gap", [None, 0, 16, 32, 50])
+def test_the_front_ends_at_the_first_row_without_logits(count, gap):
+    index_C = torch.arange(0, 2 * 80, 2, dtype=torch.int32, device=DEVICE)
+    places_T = torch.arange(160, 0, -1, dtype=torch.int32, device=DEVICE)
+    if gap is not None:
+        places_T[2 * gap] = places_T[2 * gap + 20] = -1
+    number = torch.tensor([count], dtype=torch.int32, device=DEVICE)
+    found = kept_rows.kept_rows(index_C, number, places_T)
+    broken = gap is not None and gap < count
+    assert found.number.item() == (gap // kept_rows.STEP * kept_rows.STEP if broken else count)
+    assert found.place[:count].tolist() == places_T[index_C[:count].long()].tolist()
+
+
+@pytest.mark.parametrize("tokens", [0, 5])
+def test_nothing_to_do(tokens):
+    h = torch.randn(tokens, 8, device=DEVICE, requires_grad=True)
+    w = torch.randn(33, 8, device=DEVICE, requires_grad=True)
+    y = torch.full((tokens,), IGNORE, device=DEVICE)
+    found = ek.linear_logprob_entropy(h, w, y, keep_logits_above=0.0, impl="triton")
+    found.logprob.sum().backward()
+    assert (h.grad == 0).all()
+    assert (w.grad == 0).all()
+
+
+def test_the_same_bits_twice():
+    inputs = (gradients_of(T), *make(SHAPE, torch.bfloat16))
+    options = options_of(inputs[1:], **OPTIONS["all"])
+    first, second = (back(keep(0.0, 60, *inputs[1:], **options), *inputs, **options) for _ in "ab")
+    for one, other in zip(first, second, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_only_chunks_of_products_keep_rows():
+    h, w, y = make(SHAPE)
+    above = torch.zeros((), device=DEVICE)
+    head = (h, w, y, None, None, None, IGNORE, False)
+    with pytest.raises(ValueError, match="variant must be one of"):
+        forward.linear_logprob_entropy(*head, keep_above=above, keep_rows=9, variant="pointer")
+    tile = tiles_here()[0]
+    with pytest.raises(ValueError, match="keep_above needs the variant \"cublas\"; got 'pointer'"):
+        forward.linear_logprob_entropy(*head, keep_above=above, keep_rows=9, tile=tile)
+
+
+def policy_loss(h, w, y, **options):
+    """The loss and its gradients."""
+    h, w = h.detach().clone().requires_grad_(), w.detach().clone().requires_grad_()
+    mask = torch.arange(T, device=DEVICE) % 5 > 0
+    advantage = torch.where(torch.arange(T, device=DEVICE) % 3 > 0, 1.0, -0.5)
+    loss, metrics = ek.high_entropy_policy_loss(
+        h, w, y.clamp_min(0), None, advantage, mask, impl="triton", **options
+    )
+    loss.backward()
+    return (loss.detach(), h.grad, w.grad), metrics
+
+
+@pytest.mark.parametrize("room", [1.0, 0.5, 0.0], ids=["all fit", "half fit", "none fits"])
+def test_a_known_threshold_costs_two_products_of_the_rows_above_it(room, monkeypatch):
+    """Units of T V D: 1 + 2f; what does not fit costs one more."""
+    inputs = make(SHAPE)
+    want, metrics = policy_loss(*inputs, fraction=0.8)
+    threshold, kept = metrics["entropy/threshold"], int(metrics["tokens/kept"])
+    fitting = int(room * kept)
+    bytes_of = dict.fromkeys(("cpu", "cuda"), 4 * V * fitting)
+    monkeypatch.setattr(functional, "KEPT_LOGITS_BYTES", bytes_of)
+    with Watch() as watch:
+        got, found = policy_loss(*inputs, threshold=threshold)
+    assert found["tokens/kept"] == kept == found["head/active_rows"]
+    read = kept if room == 1 else fitting // kept_rows.STEP * kept_rows.STEP
+    assert watch.products == (T + 3 * kept - read) * V * D
+    bounded, _ = policy_loss(*inputs, threshold=threshold, max_active_rows=kept)
+    for result in (got, bounded):
+        for x, y in zip(result, want, strict=True):
+            torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-5)
+
+
+def test_without_a_backward_nothing_is_kept(monkeypatch):
+    h, w, y = make(SHAPE)
+    asked = []
+    monkeypatch.setattr(_gpu, "keeps_rows", lambda *shape: asked.append(shape) or False)
+    options = {"keep_logits_above": 0.1, "impl": "triton"}
+    with torch.no_grad():
+        ek.linear_logprob_entropy(h, w, y, **options)
+    assert asked == []
+    with Watch() as watch:
+        found = ek.linear_logprob_entropy(h, w.requires_grad_(), y, **options)
+        found.logprob[(y != IGNORE) & (found.entropy >= 0.1)].sum().backward()
+    assert asked == [(h.device, h.dtype, D)]
+    rows = int(((y != IGNORE) & (found.entropy >= 0.1)).sum())
+    assert watch.products == (T + 2 * rows) * V * D
+
+
+def test_opcheck(unchecked_shapes):
+    h, w, y = make((9, 8, 67))
+    h, w = h.requires_grad_(), w.requires_grad_()
+    above = torch.tensor(0.1, device=DEVICE)
+    head = (h, w, y, None, None, 5.0, IGNORE, False, None, None, "triton")
+    op = torch.ops.entropy_kernels.linear_logprob_entropy.default
+    torch.library.opcheck(op, (*head, above, 4))
+    found = [x.detach() for x in op(*head, above, 4)]
+    grads = [torch.randn(9, device=DEVICE) for _ in range(3)]
+    leaves = (h.detach(), w.detach(), y, None, None, 5.0, IGNORE)
+    needs = (True, True, False)
+    torch.library.opcheck(
+        torch.ops.entropy_kernels.linear_logprob_entropy_backward.default,
+        (*grads, *leaves, found[1], *found[3:6], *needs, 9, None, "triton", found[6]),
+    )
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiles_into_one_graph(dynamic, unchecked_shapes):
+    h, w, y = make((9, 8, 67))
+    threshold = torch.tensor(0.1, device=DEVICE)
+
+    def step(h, w):
+        found = ek.linear_logprob_entropy(h, w, y, keep_logits_above=threshold, impl="triton")
+        return (found.logprob - 0.1 * found.entropy).sum()
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    grads = []
+    for function in (step, compiled):
+        x, weight = h.clone().requires_grad_(), w.clone().requires_grad_()
+        function(x, weight).backward()
+        grads.append((x.grad, weight.grad))
+    for eager, got in zip(*grads, strict=True):
+        torch.testing.assert_close(got, eager, rtol=1e-6, atol=1e-7)
