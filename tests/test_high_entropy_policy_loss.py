@@ -1,6 +1,7 @@
 """high_entropy_policy_loss: equation 6 end to end, and what each way to select costs."""
 
 import copy
+import sys
 
 import pytest
 import torch
@@ -10,6 +11,8 @@ from entropy_kernels import functional, reference
 from entropy_kernels.testing import Watch, assert_within_two_bounds, peaked_head
 
 B, L, D, V = 4, 50, 48, 1031
+# The module, whose name in the package is the function's.
+loss = sys.modules["entropy_kernels.high_entropy_policy_loss"]
 
 
 @pytest.fixture
@@ -56,7 +59,7 @@ def test_equals_the_reference(batch):
 @pytest.mark.parametrize("fraction", [1.0, 0.5, 0.2, 0.1])
 def test_the_three_ways_agree_and_cost_what_they_say(batch, fraction, monkeypatch):
     """Units of T*V*D: 1 + 3f from the current policy's entropies, 3f with the mask known."""
-    monkeypatch.setattr(functional, "LEAST_ROW_BYTES", {"cpu": 0, "cuda": 0})
+    monkeypatch.setattr(loss, "LEAST_ROW_BYTES", {"cpu": 0, "cuda": 0})
     h, w, *rest, mask = batch
     rest.append(mask)
     entropy = ek.linear_logprob_entropy(h, w, batch[2]).entropy
@@ -94,14 +97,14 @@ def test_the_three_ways_agree_and_cost_what_they_say(batch, fraction, monkeypatc
 @pytest.mark.parametrize("reason", ["too large", "not worth their memory"])
 def test_logits_not_kept_are_recomputed(batch, reason, monkeypatch):
     h, w, *rest = batch
-    monkeypatch.setattr(functional, "LEAST_ROW_BYTES", {"cpu": 0, "cuda": 0})
+    monkeypatch.setattr(loss, "LEAST_ROW_BYTES", {"cpu": 0, "cuda": 0})
     selected = torch.rand(B, L) < 0.3
     kept = gradients(lambda h, w: ek.high_entropy_policy_loss(h, w, *rest, selected=selected), h, w)
     if reason == "too large":
         monkeypatch.setattr(functional, "KEPT_LOGITS_BYTES", {"cpu": 0, "cuda": 0})
     else:
         least = w.shape[1] * w.element_size() + 1
-        monkeypatch.setattr(functional, "LEAST_ROW_BYTES", {"cpu": least, "cuda": least})
+        monkeypatch.setattr(loss, "LEAST_ROW_BYTES", {"cpu": least, "cuda": least})
     with Watch() as watch:
         recomputed = gradients(
             lambda h, w: ek.high_entropy_policy_loss(h, w, *rest, selected=selected), h, w

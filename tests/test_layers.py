@@ -29,8 +29,11 @@ ALLOWED = {
     "_inputs": {"_gpu", "_native", "ops"},
     "_ratio_kernel": {"_gpu", "_loss_options", "_native", "losses", "ops"},
     "ratio_loss": {"_loss_options", "_ratio_kernel", "loss_terms", "losses"},
-    "functional": {"_inputs", "_ratio_kernel", "ops", "ratio_loss", "reference", "selection"},
-    "nn": {"functional", "ratio_loss"},
+    "functional": {"_inputs", "ops", "reference"},
+    "high_entropy_policy_loss": {
+        *("_inputs", "_ratio_kernel", "functional", "ratio_loss", "selection"),
+    },
+    "nn": {"high_entropy_policy_loss", "ratio_loss"},
     "testing": {"_gpu", "_native", "ops", "reference"},
     "integrations": {"distributed", "functional", "losses", "nn", "ratio_loss", "selection"},
     "__main__": ANYTHING,

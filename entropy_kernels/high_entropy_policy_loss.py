@@ -1,0 +1,207 @@
+"""The paper's objective on the head: which tokens, then the loss on them.
+
+T tokens, D hidden, V vocabulary, B sequences, L their length.
+"""
+
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from entropy_kernels import functional
+from entropy_kernels._inputs import check_like, check_selection
+from entropy_kernels._ratio_kernel import has_kernel
+from entropy_kernels.functional import LogprobEntropy, linear_logprob_entropy
+from entropy_kernels.ratio_loss import LOSS_OPTIONS, beyond_kept, ratio_loss
+from entropy_kernels.selection import top_entropy_mask
+
+# On a CPU, of a weight's row: below so many bytes a product of hidden states costs less than the
+# first touch of the memory for its logits.
+LEAST_ROW_BYTES = {"cpu": 2048, "cuda": 0}
+
+
+def high_entropy_policy_loss(
+    hidden: Float[Tensor, "*tokens D"],
+    weight: Float[Tensor, "V D"],
+    target: Int[Tensor, "*tokens"],
+    old_logprob: Float[Tensor, "*tokens"] | None,
+    advantage: Float[Tensor, "..."],
+    mask: Bool[Tensor, "*tokens"],
+    *,
+    fraction: float = 0.2,
+    selected: Bool[Tensor, "*tokens"] | None = None,
+    threshold: float | Float[Tensor, ""] | None = None,
+    which: str = "top",
+    scope: str = "batch",
+    group: Any = None,
+    bias: Float[Tensor, " V"] | None = None,
+    temperature: float | Float[Tensor, "..."] = 1.0,
+    softcap: float | None = None,
+    max_active_rows: int | None = None,
+    main_grad: Float[Tensor, "V D"] | None = None,
+    impl: str = "auto",
+    **loss_options: Any,
+) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
+    """The paper's objective: the clipped policy loss on the tokens of highest entropy.
+
+    J = 1 / sum_t I[H_t >= tau] * sum_t I[H_t >= tau] min(r_t A_t, clip(r_t) A_t)
+    (arXiv 2506.01939v2, equation 6), where tau is the entropy that `fraction` of the loss mask's
+    tokens reach. Which tokens those are can be known in three ways:
+
+    - `fraction` (default): by the entropies of the current policy, among the tokens of this call,
+      or of all ranks of `group`. Forward runs on the mask's tokens, backward on the selected.
+    - `threshold`: by the entropies of the current policy, against a tau known beforehand, such as
+      that of the whole step from StreamingThreshold. It is the head's `keep_logits_above`.
+    - `selected`: beforehand, such as by the old policy's entropies. The head runs on the selected
+      tokens alone: three products (logits, two gradients) of `fraction` of the rows, while their
+      fp32 logits fit into 256 MiB (on a GPU 1 GiB). Beyond, and on a CPU where D is below 512 (of
+      16-bit inputs 1024) and memory costs more than products, they are recomputed: a fourth.
+
+    Args:
+        hidden, weight, target, bias, temperature, softcap, impl: as in `linear_logprob_entropy`.
+            hidden[t] is the state that predicts target[t].
+        old_logprob: log-probabilities under the sampling policy; None: on-policy, ratio 1.
+        advantage: one a token, or one a sequence where target is [B, L].
+        mask: the loss mask; false for prompt, padding and tool tokens, which never enter the
+            threshold and on a CPU cost nothing.
+        which, scope, group: as in `top_entropy_mask`.
+        loss_options: keywords of `ratio_loss`, all but its entropy, which is the head's: loss_type,
+            clip_low, clip_high, dual_clip, sequence_over, aggregation, denominator, num_sequences,
+            token_weight, sampler_logprob, correction, correction_cap, correction_floor,
+            reference_logprob, kl_coef, kl_type, kl_on, entropy_coef, entropy_on. With `selected`
+            the head knows of the selected tokens alone, and one that reads others raises.
+        max_active_rows, main_grad: as in `linear_logprob_entropy`. With a bound of the selected
+            tokens, such as ceil(fraction * n) of a batch whose n is known to the host, nothing
+            waits for a GPU. More selected tokens than that give NaN there, a ValueError on a CPU.
+
+    Returns:
+        The loss, a fp32 scalar, and its metrics, 0-dim tensors without gradient: those of
+        `ratio_loss`; entropy/threshold, the lowest entropy among this rank's selected tokens, or
+        the `threshold` given; entropy/kept_mean over the selected tokens; and entropy/mean over
+        the mask's, unless `selected` was given.
+
+    An empty mask or selection gives a zero loss with zero gradients.
+
+    Raises:
+        ValueError: as the functions it is made of; both `selected` and `threshold` given, or one of
+            them together with which, scope or group; an unknown option.
+    """
+    check_selection(selected, threshold, which, scope, group)
+    _check_loss_options(loss_options, selected is not None, old_logprob is None)
+    check_like(target, mask=mask, selected=selected)
+    if threshold is not None:
+        threshold = torch.as_tensor(threshold, dtype=torch.float32, device=hidden.device)
+    head: dict[str, Any] = {
+        "bias": bias,
+        "softcap": softcap,
+        "max_active_rows": max_active_rows,
+        "main_grad": main_grad,
+        "impl": impl,
+    }
+    if selected is not None:
+        selected = selected & mask
+        found = _on_rows(hidden, weight, target, selected, temperature, head)
+    else:
+        found = linear_logprob_entropy(
+            hidden,
+            weight,
+            target.masked_fill(~mask, -100),
+            temperature=temperature,
+            keep_logits_above=threshold,
+            **head,
+        )
+    entropy = found.entropy.detach()
+    means = {"entropy/mean": mask} if selected is None else {}
+    if threshold is not None:
+        selected = mask & (entropy >= threshold)
+    elif selected is None:
+        selected = top_entropy_mask(entropy, mask, fraction, which=which, scope=scope, group=group)
+
+    loss, metrics = ratio_loss(
+        found.logprob,
+        old_logprob,
+        advantage,
+        mask,
+        selected=selected,
+        entropy=found.entropy,
+        impl=_loss_impl(impl, loss_options),
+        **loss_options,
+    )
+    lowest = entropy.masked_fill(~selected, torch.inf).flatten()
+    lowest = torch.cat([lowest, lowest.new_full((1,), torch.inf)]).min()
+    metrics["entropy/threshold"] = lowest if threshold is None else threshold
+    for name, among in (means | {"entropy/kept_mean": selected}).items():
+        total = torch.where(among, entropy, 0.0).sum()
+        metrics[name] = total / among.sum().clamp_min(1)
+    return loss, metrics
+
+
+def _check_loss_options(options: dict[str, Any], rows_known: bool, on_policy: bool) -> None:
+    unknown = sorted(set(options) - LOSS_OPTIONS)
+    if unknown:
+        raise ValueError(
+            f"unknown options {', '.join(unknown)}; those of the loss are "
+            f"{', '.join(sorted(LOSS_OPTIONS))}"
+        )
+    reads = beyond_kept(on_policy, **options) if rows_known else None
+    if reads is not None:
+        raise ValueError(
+            f"{reads} reads tokens that are not selected, of which the head knows nothing with "
+            "selected=; select by fraction= or threshold="
+        )
+
+
+def _loss_impl(impl: str, options: dict[str, Any]) -> str:
+    """`impl` names the head's; the reference has no ratio loss with gradient, others no kernel."""
+    chosen = ("loss_type", "clip_low", "clip_high")
+    if not has_kernel(**{name: options[name] for name in chosen if name in options}):
+        return "auto"
+    return "torch" if impl == "reference" else impl
+
+
+def _on_rows(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    rows: Tensor,
+    temperature: float | Tensor,
+    head: dict[str, Any],
+) -> LogprobEntropy:
+    """The head on the tokens of `rows` alone; zeros elsewhere.
+
+    Without max_active_rows it waits for a CUDA device once, for their number.
+    """
+    index_R, target_R = _compact(rows.reshape(-1), target.reshape(-1), head["max_active_rows"])
+    if isinstance(temperature, Tensor) and temperature.numel() > 1:
+        temperature = temperature.expand(target.shape).reshape(-1)[index_R]
+    device = "cuda" if hidden.is_cuda else "cpu"
+    fits = 4 * index_R.shape[0] * weight.shape[0] <= functional.KEPT_LOGITS_BYTES[device]
+    pays = weight.shape[1] * weight.element_size() >= LEAST_ROW_BYTES[device]
+    found = linear_logprob_entropy(
+        hidden.reshape(-1, hidden.shape[-1])[index_R],
+        weight,
+        target_R,
+        temperature=temperature,
+        keep_logits=torch.is_grad_enabled() and fits and pays,
+        **head,
+    )
+    # Padding rows are zero and point at any token: adding them changes nothing.
+    zeros = [x.new_zeros(target.numel()).index_add(0, index_R, x) for x in found[:3]]
+    if head["max_active_rows"] is not None:
+        fits = rows.sum() <= head["max_active_rows"]
+        zeros = [torch.where(fits, x, torch.nan) for x in zeros]
+    return LogprobEntropy(*(x.reshape(target.shape) for x in zeros))
+
+
+def _compact(rows_T: Tensor, target_T: Tensor, most: int | None) -> tuple[Tensor, Tensor]:
+    """Numbers and targets of the tokens of `rows_T`, filled up to `most` with ignored ones."""
+    if most is None:
+        index_R = rows_T.nonzero().squeeze(1)
+        return index_R, target_T[index_R]
+    if not rows_T.is_cuda and (count := int(rows_T.sum())) > most:
+        raise ValueError(f"max_active_rows is {most}; got {count} selected tokens")
+    most = min(most, rows_T.numel())
+    index_R = torch.nonzero_static(rows_T, size=most, fill_value=0).squeeze(1)
+    real_R = torch.arange(most, device=rows_T.device) < rows_T.sum()
+    return index_R, target_T[index_R].masked_fill(~real_R, -100)
