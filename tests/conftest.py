@@ -1,6 +1,7 @@
 """Shared fixtures. Shapes and types of the public functions are checked as they are called, and
 uninitialised memory is NaN, so that a kernel that reads it shows."""
 
+import functools
 import os
 from importlib.util import find_spec
 from pathlib import Path
@@ -64,6 +65,22 @@ def impl(backend) -> str:
 @pytest.fixture
 def device(backend) -> str:
     return backend[1]
+
+
+@pytest.fixture
+def head(impl):
+    """linear_logprob_entropy by one implementation."""
+    import entropy_kernels as ek
+
+    return functools.partial(ek.linear_logprob_entropy, impl=impl)
+
+
+@pytest.fixture
+def block(impl, device) -> tuple[int, int]:
+    """(rows, vocabulary) of a block: small in Triton's interpreter, which takes ms for each."""
+    from tests.head_cases import BLOCK_T, BLOCK_V
+
+    return (32, 64) if impl == "triton" and device == "cpu" else (BLOCK_T, BLOCK_V)
 
 
 @pytest.fixture

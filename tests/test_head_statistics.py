@@ -13,7 +13,7 @@ from torch import Tensor
 import entropy_kernels as ek
 from entropy_kernels import _native, ops, reference
 from entropy_kernels.testing import assert_within_two_bounds
-from tests.test_linear_logprob_entropy import DTYPES, ROWS, make
+from tests.head_cases import DTYPES, ROWS, make
 
 NAMES = ops.MOMENTS
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

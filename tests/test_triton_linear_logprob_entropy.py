@@ -8,7 +8,7 @@ import torch
 
 from entropy_kernels import reference
 from entropy_kernels.testing import assert_within_two_bounds
-from tests.test_linear_logprob_entropy import ROWS, make
+from tests.head_cases import ROWS, make
 
 pytest.importorskip("triton")
 

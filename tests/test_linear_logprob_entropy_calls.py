@@ -1,0 +1,168 @@
+"""linear_logprob_entropy as it is called: registered, compiled, cast, and with bad input.
+
+T tokens, D hidden, V vocabulary.
+"""
+
+import pytest
+import torch
+
+import entropy_kernels as ek
+from tests.head_cases import make
+
+
+def test_opcheck(impl, device, unchecked_shapes):
+    h, w, y = make("peaked", (9, 8, 67), torch.float32, device)
+    h.requires_grad_()
+    w.requires_grad_()
+    b = torch.randn(67, device=device, requires_grad=True)
+    temperature = torch.rand(9, device=device) + 0.5
+    forward = torch.ops.entropy_kernels.linear_logprob_entropy.default
+    for keep_logits in (False, True):
+        arguments = (h, w, y, b, temperature, 5.0, -100, keep_logits, None, None, impl)
+        torch.library.opcheck(forward, arguments)
+    found = forward(h, w, y, b, temperature, 5.0, -100, False, None, None, impl)
+    statistics = [x.detach() for x in (found[1], *found[3:6])]
+    grads = [torch.randn(9, device=device), torch.randn(9, device=device), None]
+    leaves = [x.detach() for x in (h, w, y, b, temperature)]
+    torch.library.opcheck(
+        torch.ops.entropy_kernels.linear_logprob_entropy_backward.default,
+        (*grads, *leaves, 5.0, -100, *statistics, True, False, True, None, None, impl),
+    )
+    main_grad = torch.ones(67, 8, device=device)
+    torch.library.opcheck(
+        torch.ops.entropy_kernels.linear_logprob_entropy_backward.default,
+        (*grads, *leaves, 5.0, -100, *statistics, True, True, True, 9, main_grad, impl),
+    )
+
+
+def test_compiles_into_one_graph(head, unchecked_shapes):
+    h, w, y = make("peaked", (9, 8, 67), torch.float32)
+
+    def step(h, w):
+        found = head(h, w, y, temperature=0.7, softcap=5.0)
+        return (found.logprob - 0.1 * found.entropy).sum()
+
+    grads = []
+    for function in (step, torch.compile(step, fullgraph=True, backend="aot_eager")):
+        x, weight = h.clone().requires_grad_(), w.clone().requires_grad_()
+        function(x, weight).backward()
+        grads.append((x.grad, weight.grad))
+    for eager, compiled in zip(*grads, strict=True):
+        torch.testing.assert_close(compiled, eager, rtol=1e-6, atol=1e-7)
+
+
+def test_autocast_casts_as_linear_does_and_stays_fp32_inside(head, device):
+    h, w, y = make("peaked", (33, 16, 1031), torch.float32, device)
+    h, w = h.requires_grad_(), w.requires_grad_()
+    with torch.autocast(device, dtype=torch.bfloat16):
+        found = head(h, w, y)
+        found.logprob.sum().backward()
+    want = head(h.bfloat16(), w.bfloat16(), y)
+    assert torch.equal(found.logprob, want.logprob)
+    assert torch.equal(found.entropy, want.entropy)
+    assert h.grad.dtype == w.grad.dtype == torch.float32
+
+
+def test_reference_implementation_takes_fp64():
+    h, w, y = make("peaked", (9, 8, 67), torch.float32)
+    found = ek.linear_logprob_entropy(h.double(), w.double(), y, impl="reference")
+    assert found.entropy.dtype == torch.float64
+    default = ek.linear_logprob_entropy(h, w, y)
+    torch.testing.assert_close(default.entropy.double(), found.entropy, rtol=1e-5, atol=1e-6)
+
+
+BAD = {
+    "dtype": (lambda h, w, y: (h.double(), w.double(), y), {}, "float64"),
+    "mixed dtypes": (lambda h, w, y: (h, w.bfloat16(), y), {}, "got torch.bfloat16"),
+    "hidden size": (lambda h, w, y: (h[:, :7], w, y), {}, r"\(9, 7\) and \(67, 8\)"),
+    "weight rank": (lambda h, w, y: (h, w[0], y), {}, r"\[V, D\]"),
+    "empty vocabulary": (lambda h, w, y: (h, w[:0], y), {}, r"V > 0.*\(0, 8\)"),
+    "target shape": (lambda h, w, y: (h, w, y[:8]), {}, r"\(9,\); got \(8,\)"),
+    "target dtype": (lambda h, w, y: (h, w, y.float()), {}, "int64 or int32; got torch.float32"),
+    "target too large": (lambda h, w, y: (h, w, y + 67), {}, r"\[0, 67\)"),
+    "target negative": (lambda h, w, y: (h, w, y - 100), {"ignore_index": -1}, "ignore_index=-1"),
+    "bias shape": (lambda h, w, y: (h, w, y), {"bias": torch.zeros(66)}, r"\[67\]; got \(66,\)"),
+    "bias dtype": (
+        lambda h, w, y: (h, w, y),
+        {"bias": torch.zeros(67, dtype=torch.float16)},
+        "got torch.float16",
+    ),
+    "temperature": (lambda h, w, y: (h, w, y), {"temperature": 0.0}, "> 0; got 0.0"),
+    "a temperature": (
+        lambda h, w, y: (h, w, y),
+        {"temperature": torch.tensor([1.0] * 8 + [-1.0])},
+        "> 0; got -1.0",
+    ),
+    "temperature shape": (
+        lambda h, w, y: (h, w, y),
+        {"temperature": torch.ones(8)},
+        r"\(9,\); got \(8,\)",
+    ),
+    "temperature with gradient": (
+        lambda h, w, y: (h, w, y),
+        {"temperature": torch.ones(9, requires_grad=True)},
+        "not differentiated",
+    ),
+    "softcap": (lambda h, w, y: (h, w, y), {"softcap": -1.0}, "> 0 or None; got -1.0"),
+    "max_active_rows": (
+        lambda h, w, y: (h, w, y),
+        {"max_active_rows": -1},
+        ">= 0 or None; got -1",
+    ),
+    "main_grad": (
+        lambda h, w, y: (h, w, y),
+        {"main_grad": torch.zeros(67, 9)},
+        r"main_grad must be .*\(67, 8\).*; got .*\(67, 9\)",
+    ),
+    "main_grad with gradient": (
+        lambda h, w, y: (h, w, y),
+        {"main_grad": torch.zeros(67, 8, requires_grad=True)},
+        "written to",
+    ),
+    "main_grad of the reference": (
+        lambda h, w, y: (h, w, y),
+        {"main_grad": torch.zeros(67, 8), "impl": "reference"},
+        "not written",
+    ),
+    "two ways to keep logits": (
+        lambda h, w, y: (h, w, y),
+        {"keep_logits": True, "keep_logits_above": 0.5},
+        "keep_logits keeps all",
+    ),
+    "keep_logits_above": (
+        lambda h, w, y: (h, w, y),
+        {"keep_logits_above": torch.nan},
+        "nats; got nan",
+    ),
+    "keep_logits_above shape": (
+        lambda h, w, y: (h, w, y),
+        {"keep_logits_above": torch.zeros(9)},
+        r"one value on cpu.*got \(9,\)",
+    ),
+    "impl": (lambda h, w, y: (h, w, y), {"impl": "fast"}, r"auto, reference, torch.*; got 'fast'"),
+    "device": (lambda h, w, y: (h, w.to("meta"), y), {}, "on cpu, like hidden; got meta"),
+}
+
+
+@pytest.mark.parametrize(("change", "options", "message"), BAD.values(), ids=BAD)
+def test_bad_input_says_what_came_and_what_was_wanted(change, options, message, unchecked_shapes):
+    h, w, y = change(*make("peaked", (9, 8, 67), torch.float32))
+    with pytest.raises(ValueError, match=message):
+        ek.linear_logprob_entropy(h, w, y, **options)
+
+
+def test_values_that_cannot_be_checked_without_synchronising_become_nan():
+    """What CUDA sees, called below the check: the row is poisoned, its neighbours are not."""
+    h, w, y = make("peaked", (9, 8, 67), torch.float32)
+    y[2] = 67
+    temperature = torch.ones(9)
+    temperature[5] = 0.0
+    found = _torch_forward(h, w, y, None, temperature, None, -100, keep_logits=False)
+    assert found.logprob.isnan().nonzero().flatten().tolist() == [2, 5]
+    assert found.entropy.isnan().nonzero().flatten().tolist() == [2, 5]
+
+
+def _torch_forward(*args, **kwargs):
+    from entropy_kernels._torch.linear_logprob_entropy import linear_logprob_entropy
+
+    return linear_logprob_entropy(*args, **kwargs)
