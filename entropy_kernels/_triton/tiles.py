@@ -170,7 +170,7 @@ TILES: dict[Key, tuple[Tile, ...]] = {
     ),
     Key("forward_keep", "any", "float32", ANY, ANY): (
         Tile("cublas", 4, 1024, 1, 4, 1),
-        Tile("pointer", 64, 64, 32, 8, 2),
+        Tile("pointer", 64, 64, 16, 8, 2),
     ),
     Key("forward_keep", "interpreter", "any", ANY, ANY): (Tile("cublas", 32, 64, 1, 4, 1, 1, 128),),
     Key("dlogits", "sm_80", "bfloat16", ANY, ANY): (Tile("pointer", 128, 128, 64, 8, 3),),
