@@ -189,8 +189,8 @@ def _on_rows(
     # Padding rows are zero and point at any token: adding them changes nothing.
     zeros = [x.new_zeros(target.numel()).index_add(0, index_R, x) for x in found[:3]]
     if head["max_active_rows"] is not None:
-        fits = rows.sum() <= head["max_active_rows"]
-        zeros = [torch.where(fits, x, torch.nan) for x in zeros]
+        bounded = rows.sum() <= head["max_active_rows"]
+        zeros = [torch.where(bounded, x, torch.nan) for x in zeros]
     return LogprobEntropy(*(x.reshape(target.shape) for x in zeros))
 
 

@@ -5,11 +5,17 @@ T tokens, D hidden, V vocabulary.
 
 import torch
 
-from entropy_kernels import reference
+from entropy_kernels import _gpu, reference
 from entropy_kernels.testing import peaked_head
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 IGNORE = -100
+OPTIONS = {
+    "bias": {"bias": True},
+    "temperature": {"temperature": True},
+    "softcap": {"softcap": 5.0},
+    "all": {"bias": True, "temperature": True, "softcap": 5.0},
+}
 
 
 def make(shape=(39, 16, 150), dtype=torch.float32, rows="peaked"):
@@ -59,6 +65,23 @@ def in_dtype(dtype, grads, h, w, y, b=None, temperature=None, softcap=None, **_)
         list(outputs), [g.to(o.dtype) for g, o in zip(grads, outputs, strict=True)]
     )
     return [None if x is None else x.grad for x in leaves]
+
+
+def options_of(inputs, bias=False, temperature=False, softcap=None):
+    _, w, y = inputs
+    b = torch.randn(w.shape[0]).to(w) if bias else None
+    temperature_T = torch.rand(len(y)).to(DEVICE) + 0.5 if temperature else None
+    return {"b": b, "temperature": temperature_T, "softcap": softcap}
+
+
+def tiles_here():
+    """The tiles of the table that run on this device."""
+    tiles = _gpu.kernels("tiles")
+    some = torch.empty(16, 16, device=DEVICE)
+    arch = _gpu.kernels("target").architecture(some)
+    keys = [key for key in tiles.TILES if (key.op, key.architecture) == ("dlogits", arch)]
+    usable = tiles.variants(arch, some)
+    return [tile for key in keys for tile in tiles.TILES[key] if tile.variant in usable]
 
 
 class CountProducts:

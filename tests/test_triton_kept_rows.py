@@ -15,13 +15,15 @@ from entropy_kernels.testing import Watch, assert_within_two_bounds
 from tests.backward_cases import (
     DEVICE,
     IGNORE,
+    OPTIONS,
     active,
     active_numbers,
     gradients_of,
     in_dtype,
     make,
+    options_of,
+    tiles_here,
 )
-from tests.test_triton_linear_logprob_entropy_backward import OPTIONS, options_of, tiles_here
 
 WHY_NOT = _gpu.why_not(torch.device(DEVICE))
 if WHY_NOT is not None:

@@ -11,12 +11,15 @@ from entropy_kernels.testing import assert_within_two_bounds
 from tests.backward_cases import (
     DEVICE,
     IGNORE,
+    OPTIONS,
     CountProducts,
     active,
     active_numbers,
     gradients_of,
     in_dtype,
     make,
+    options_of,
+    tiles_here,
 )
 
 WHY_NOT = _gpu.why_not(torch.device(DEVICE))
@@ -35,12 +38,6 @@ SHAPES = {
     "tiles": (32, 64, 128),
     "one more": (33, 65, 129),
     "several chunks": (67, 24, 201),
-}
-OPTIONS = {
-    "bias": {"bias": True},
-    "temperature": {"temperature": True},
-    "softcap": {"softcap": 5.0},
-    "all": {"bias": True, "temperature": True, "softcap": 5.0},
 }
 # NumPy, which interprets, warns of what infinities and NaN are there for.
 infinities = pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -70,23 +67,6 @@ def check(got, inputs, **options):
         if result is not None:
             assert result.isfinite().all()
             assert_within_two_bounds(result, *others, operands=dtype)
-
-
-def options_of(inputs, bias=False, temperature=False, softcap=None):
-    _, w, y = inputs
-    b = torch.randn(w.shape[0]).to(w) if bias else None
-    temperature_T = torch.rand(len(y)).to(DEVICE) + 0.5 if temperature else None
-    return {"b": b, "temperature": temperature_T, "softcap": softcap}
-
-
-def tiles_here():
-    """The tiles of the table that run on this device."""
-    tiles = _gpu.kernels("tiles")
-    some = torch.empty(16, 16, device=DEVICE)
-    arch = target.architecture(some)
-    keys = [key for key in tiles.TILES if (key.op, key.architecture) == ("dlogits", arch)]
-    usable = tiles.variants(arch, some)
-    return [tile for key in keys for tile in tiles.TILES[key] if tile.variant in usable]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

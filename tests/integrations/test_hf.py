@@ -236,7 +236,7 @@ def test_a_deep_copy_is_a_model_of_its_own():
 
 
 def test_hooks_of_a_device_map_keep_running(unchecked_shapes):
-    accelerate = pytest.importorskip("accelerate")
+    accelerate = pytest.importorskip("accelerate", reason="its hooks are what is tested")
     model, tokens = build("qwen3"), batch()
     want = by_logits(model, tokens)
     devices = {"model": "cpu", "lm_head": "cpu"}

@@ -14,7 +14,7 @@ from tests.integrations.small_models import (
     gradients,
 )
 
-peft = pytest.importorskip("peft")
+peft = pytest.importorskip("peft", reason="its adapters are what is tested")
 # PEFT 0.21 asks transformers 5.23 in the old way.
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated")
 
