@@ -61,13 +61,12 @@ def start(settings: Config, ranks: Ranks) -> Run:
     """The run of `settings`, from its last checkpoint where its folder has one.
 
     Raises:
-        ValueError: the folder holds a run with other settings, or a damaged checkpoint.
+        ValueError: the folder holds a run with other settings, or damaged checkpoints only.
     """
     folder = Path(settings.root) / settings.name
-    found = ranks.gather(checkpoint.latest(folder))[0]
+    found = checkpoint.latest(folder, ranks)
     if found is not None:
         _check_same(folder, settings)
-        checkpoint.check(found)
     if settings.threads:
         torch.set_num_threads(settings.threads)
     policy, engine, task = _policy_engine_task(settings, ranks, found)
@@ -77,17 +76,14 @@ def start(settings: Config, ranks: Ranks) -> Run:
         betas=settings.optimizer.betas,
         weight_decay=settings.optimizer.weight_decay,
     )
+    fresh = found is None
+    state = checkpoint.load(found, policy, optimizer, ranks) if found else Progress()
+    engine.update_weights(policy.weights())
     log = RunLog(folder)
-    run = Run(settings, folder, ranks, policy, engine, task, optimizer, log, Progress())
-    if found is None:
-        run.fresh = True
-    else:
-        checkpoint.load_optimizer(found, optimizer)
-        run.progress = checkpoint.load_progress(found)
     if ranks.first:
-        run.log = RunLog.open(folder, settings, device=_describe(ranks))
-        run.log.rewind(-1 if run.fresh else run.progress.step)
-    return run
+        log = RunLog.open(folder, settings, device=_describe(ranks))
+        log.rewind(-1 if fresh else state.step)
+    return Run(settings, folder, ranks, policy, engine, task, optimizer, log, state, fresh)
 
 
 def _policy_engine_task(
@@ -97,7 +93,7 @@ def _policy_engine_task(
     model = settings.model
     if found is not None:
         model = dataclasses.replace(model, path=str(found))
-    policy = read_policy(model, settings.seed)
+    policy = read_policy(model, settings.seed, pretrained=found is None)
     if ranks.group is None:
         policy.to(ranks.device)
     task = make_task(settings.data, settings.seed, policy.tokenizer)
