@@ -1,6 +1,7 @@
 """The command line: `python -m trainer train [PRESET] [--options]`, `python -m trainer report RUN`.
 
 Both need no option: `train` runs the preset "tiny". `train --help` lists every option.
+`torchrun --nproc-per-node N -m trainer train ...` is the same on N devices; docs/trainer.md.
 """
 
 import os
@@ -23,10 +24,14 @@ def main(arguments: list[str]) -> int:
     try:
         return _train(rest) if command == "train" else _report(rest)
     except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
+        where = "" if _first() else f"rank {os.environ['RANK']}: "
+        print(f"{where}error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("\ninterrupted; the same command resumes from the last checkpoint", file=sys.stderr)
+        if _first():
+            print(
+                "\ninterrupted; the same command resumes from the last checkpoint", file=sys.stderr
+            )
         return 130
 
 
@@ -47,8 +52,15 @@ def _train(arguments: list[str]) -> int:
     from trainer.train import train
 
     transformers.utils.logging.disable_progress_bar()
-    print(f"report: {train(settings)}")
+    report = train(settings)
+    if _first():
+        print(f"report: {report}")
     return 0
+
+
+def _first() -> bool:
+    """Whether this is the first of the processes that torchrun started, or the only one."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def _report(arguments: list[str]) -> int:
