@@ -22,7 +22,7 @@ from trainer.ranks import join
 from trainer.report import write_report
 from trainer.run import Run, start
 from trainer.samples import entropy_metrics, write_samples
-from trainer.update import Batch, Meter, clock, score, update
+from trainer.update import Batch, Meter, at_least, clock, score, update
 
 
 def train(settings: Config, on_step: Callable[[int], Any] = lambda step: None) -> Path:
@@ -80,7 +80,7 @@ def _step(run: Run) -> dict[str, float]:
         policy, rollouts, settings, run.ranks
     )
     if algorithm.which == "top":
-        selected_BL = threshold.mask(entropy_BL, rollouts.mask_BL)
+        selected_BL = rollouts.mask_BL & at_least(entropy_BL, threshold)
     else:
         torch.manual_seed(run.seed(-1))  # the same on every rank; rounds of sampling have others
         selected_BL = ek.top_entropy_mask(
@@ -90,7 +90,7 @@ def _step(run: Run) -> dict[str, float]:
     metrics["time/score"] = scored - sampled
 
     # An optimizer step on each mini-batch of whole groups.
-    batch = Batch(rollouts, advantage_B, old_logprob_BL, selected_BL, threshold.value())
+    batch = Batch(rollouts, advantage_B, old_logprob_BL, selected_BL, threshold)
     meter = Meter()
     for index in _mini_batches(rollouts.group_B, settings.optimizer.mini_batches):
         metrics["lr"] = run.set_learning_rate()
@@ -106,7 +106,7 @@ def _step(run: Run) -> dict[str, float]:
         write_samples(run, batch, entropy_BL)
     metrics |= meter.result() | entropy_metrics(entropy_BL[rollouts.mask_BL])
     return metrics | {
-        "entropy/threshold": float(threshold.value()),
+        "entropy/threshold": float(threshold),
         "tokens_per_second": metrics["tokens"] / (ended - began),
         "time/update": ended - scored,
         "time/head": head_seconds,
