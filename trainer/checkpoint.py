@@ -217,7 +217,9 @@ def _delete_old(root: Path, keep: int) -> None:
     replaced = [root / (_REPLACED + path.name) for path in checkpoints]
     for old in (*checkpoints[:-keep], *replaced):
         if old.exists():
-            shutil.rmtree(old)
+            # Hidden first: one that is partly gone is no checkpoint.
+            hidden = old.rename(root / (_UNFINISHED + secrets.token_hex(4)))
+            shutil.rmtree(hidden)
 
 
 def _checkpoints(root: Path) -> list[Path]:
