@@ -70,7 +70,7 @@ def save(
             bytes needed and free.
     """
     root = folder / "checkpoints"
-    final = root / f"step-{progress.step:06d}"
+    final = path_of(folder, progress.step)
     weights = sharded.weights(policy.model)
     moments = sharded.moments(policy.model, optimizer)
     unfinished = root / ranks.on_first(lambda: _UNFINISHED + secrets.token_hex(4))
@@ -154,6 +154,11 @@ def check(checkpoint: Path, ranks: Ranks) -> str | None:
         return next(filter(None, problems), None)
 
     return next(filter(None, ranks.on_all(share)), None)
+
+
+def path_of(folder: Path, step: int) -> Path:
+    """Where the run in `folder` has its checkpoint of `step`."""
+    return folder / "checkpoints" / f"step-{step:06d}"
 
 
 def _begin(unfinished: Path) -> None:

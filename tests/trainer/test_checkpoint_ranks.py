@@ -13,10 +13,12 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
+from transformers import AutoModelForCausalLM
 
 from tests.trainer.small import WORDS, build_model, build_tokenizer
 from trainer import checkpoint, sharded
 from trainer.checkpoint import Progress
+from trainer.export import export
 from trainer.policy import Policy
 from trainer.ranks import Ranks
 
@@ -129,6 +131,8 @@ def test_another_number_of_ranks_goes_on_bit_for_bit(tmp_path, processes, model,
         run(processes, tmp_path, size, pass_on, tmp_path, model, step)
         last = checkpoint.latest(tmp_path, ALONE)
         assert len(list(last.glob("shard-*"))) == len(list((last / "optimizer").iterdir())) == size
+    exported = AutoModelForCausalLM.from_pretrained(export(tmp_path, tmp_path / "exported"))
+    assert_equal(exported.state_dict(), policy.model.state_dict())
     other = build(ALONE, *model, seed=1)
     checkpoint.load(last, *other, ALONE)
     assert_equal(state(*other), state(policy, optimizer))
