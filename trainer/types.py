@@ -4,36 +4,14 @@ B sequences, P prompt width, L response width.
 """
 
 from dataclasses import dataclass, fields
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from trainer.problems import Problem, Task
 
-@dataclass(frozen=True)
-class Problem:
-    """One prompt and what its verifier needs to know."""
-
-    prompt: str
-    """The text the tokenizer sees, chat template included."""
-    answer: Any
-    """JSON-serialisable ground truth, read by the task's `reward` only."""
-
-
-class Task(Protocol):
-    """A stream of problems and their verifier. An index fixes its problem, for runs to resume."""
-
-    name: str
-    num_test: int
-    """How many held-out problems there are; `problem("test", i)` takes i < num_test."""
-
-    def problem(self, split: str, index: int) -> Problem:
-        """Problem `index` of "train" (endless) or "test" (held out, disjoint from train)."""
-        ...
-
-    def reward(self, problem: Problem, response: str) -> float:
-        """1.0 for a right answer, 0.0 for a wrong one."""
-        ...
+__all__ = ["Problem", "Rollouts", "Task"]
 
 
 @dataclass

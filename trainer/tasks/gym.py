@@ -10,11 +10,11 @@ from math_verify.utils import timeout
 from reasoning_gym.factory import DATASETS
 
 from trainer.config import Data
+from trainer.problems import Problem
 from trainer.tasks.answers import final_answer
 from trainer.tasks.harmless import harmless
 from trainer.tasks.render import render
 from trainer.tasks.split import check_index, held_out, stable_hash
-from trainer.types import Problem
 
 BLOCK = 256
 TEST_FRACTION = 1 / 8
