@@ -94,6 +94,28 @@ class Rollout:
 
 
 @dataclass(frozen=True)
+class Reward:
+    """The verdict on a response."""
+
+    function: str = ""
+    """A verifier of your own, "module:function", in place of the task's. It is called in processes
+    of its own as `function(prompt=..., response=..., answer=...)`, the answer as the data has it,
+    and returns a finite number."""
+    seconds: float = 10.0
+    """Limit of one answer in such a process; over it the answer scores 0 and is counted."""
+    gigabytes: float = 4.0
+    """What such a process may allocate beyond its imports; held on Linux."""
+    workers: int = 4
+    """Such processes at most, on each rank."""
+
+    def __post_init__(self) -> None:
+        _at_least(self, 1, "workers")
+        for name in ("seconds", "gigabytes"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"reward.{name} must be > 0; got {getattr(self, name)}")
+
+
+@dataclass(frozen=True)
 class Algorithm:
     """The objective: GRPO or DAPO on the high-entropy tokens."""
 
@@ -193,6 +215,7 @@ class Config:
     warm_start: WarmStart = field(default_factory=WarmStart)
     engine: Engine = field(default_factory=Engine)
     rollout: Rollout = field(default_factory=Rollout)
+    reward: Reward = field(default_factory=Reward)
     algorithm: Algorithm = field(default_factory=Algorithm)
     optimizer: Optimizer = field(default_factory=Optimizer)
 

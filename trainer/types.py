@@ -27,7 +27,9 @@ class Rollouts:
     mask_BL: Tensor  # bool: response tokens, end-of-sequence included
     sampler_logprob_BL: Tensor  # fp32: as the engine sampled them
     truncated_B: Tensor  # bool: stopped by the length limit
-    reward_B: Tensor  # fp32
+    reward_B: Tensor  # fp32: the verdict, without terms
+    timed_out_B: Tensor  # bool: the verifier took too long
+    crashed_B: Tensor  # bool: the verifier failed
 
     def __len__(self) -> int:
         return len(self.problems)
@@ -71,4 +73,6 @@ class Rollouts:
             sampler_logprob_BL=torch.cat([right(part.sampler_logprob_BL, 0) for part in parts]),
             truncated_B=torch.cat([part.truncated_B for part in parts]),
             reward_B=torch.cat([part.reward_B for part in parts]),
+            timed_out_B=torch.cat([part.timed_out_B for part in parts]),
+            crashed_B=torch.cat([part.crashed_B for part in parts]),
         )

@@ -24,6 +24,8 @@ class PromptSet:
     leaves nothing to train on or to hold out.
     """
 
+    verifier = "trainer.tasks.math_answers:math_verifier"
+
     def __init__(self, data: Data, seed: int, tokenizer: Any):
         self.name = data.task
         self._data = data
