@@ -1,5 +1,6 @@
 """The configuration of a run: frozen dataclasses, and presets as functions."""
 
+import re
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -95,7 +96,7 @@ class Rollout:
 
 @dataclass(frozen=True)
 class Reward:
-    """The verdict on a response."""
+    """The verdict on a response, and what is added to it."""
 
     function: str = ""
     """A verifier of your own, "module:function", in place of the task's. It is called in processes
@@ -107,12 +108,28 @@ class Reward:
     """What such a process may allocate beyond its imports; held on Linux."""
     workers: int = 4
     """Such processes at most, on each rank."""
+    format: str = "boxed"
+    """What a response of the right form has: "boxed", a closed \\boxed{...}; "answer",
+    <answer>...</answer>; or a regular expression, searched for (in the trainer's process, without
+    a time limit)."""
+    format_weight: float = 0.0
+    """Added to the reward of a response of the right form."""
+    drop_truncated: bool = False
+    """Leave truncated responses out of the loss (overlong filtering). They still count in their
+    group's mean."""
 
     def __post_init__(self) -> None:
         _at_least(self, 1, "workers")
         for name in ("seconds", "gigabytes"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"reward.{name} must be > 0; got {getattr(self, name)}")
+        try:
+            re.compile(self.format)
+        except re.error as error:
+            raise ValueError(
+                'reward.format must be "boxed", "answer" or a regular expression; got '
+                f"{self.format!r}: {error}"
+            ) from error
 
 
 @dataclass(frozen=True)

@@ -139,6 +139,7 @@ def test_reasoning_gym(name):
         ({"workers": 0}, "workers must be at least 1; got 0"),
         ({"seconds": 0.0}, "reward.seconds must be > 0; got 0.0"),
         ({"gigabytes": -1.0}, "reward.gigabytes must be > 0; got -1.0"),
+        ({"format": "(a"}, 'reward.format must be "boxed", "answer" or a regular expression; got'),
     ],
 )
 def test_settings_that_make_no_sense(options, message):
