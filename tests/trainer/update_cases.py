@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from tests.trainer.small import Even, settings
+from tests.trainer.small import Even, even_verifier, settings
 from trainer.advantages import group_advantages
 from trainer.config import Optimizer, Rollout
 from trainer.engines.transformers import TransformersEngine
@@ -47,7 +47,7 @@ def roll(policy):
     problems = [Even().problem("train", index) for index in range(3)]
     options = {"group_size": 4, "max_new_tokens": 8, "seed": 0}
     engine = TransformersEngine(policy, batch_size=64)
-    return sample(engine, policy, Even(), problems, temperature=TEMPERATURE, **options)
+    return sample(engine, policy, even_verifier(), problems, temperature=TEMPERATURE, **options)
 
 
 def on_policy(policy, config=CONFIG):
