@@ -1,8 +1,13 @@
-"""The command line: `python -m trainer train [PRESET] [--options]`, `python -m trainer report RUN`.
+"""The command line.
 
-Both need no option: `train` runs the preset "tiny". `train --help` lists every option.
+python -m trainer train [PRESET] [--options]   train, or go on from the last checkpoint
+python -m trainer report RUN                   write the report of a run
+python -m trainer export RUN OUT [--options]   write its policy as a transformers folder
+
+None needs an option: `train` runs the preset "tiny". `--help` after a command lists its options.
 """
 
+import errno
 import os
 import sys
 
@@ -17,13 +22,19 @@ USAGE = __doc__
 def main(arguments: list[str]) -> int:
     """Run one command; returns the exit status."""
     command, rest = (arguments[0], arguments[1:]) if arguments else ("", [])
-    if command not in ("train", "report"):
+    commands = {"train": _train, "report": _report, "export": _export}
+    if command not in commands:
         print(USAGE.strip() if USAGE else "")
         return 0 if command in ("-h", "--help") else 2
     try:
-        return _train(rest) if command == "train" else _report(rest)
+        return commands[command](rest)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        print(f"error: {error.strerror}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("\ninterrupted; the same command resumes from the last checkpoint", file=sys.stderr)
@@ -57,6 +68,16 @@ def _report(arguments: list[str]) -> int:
     if len(arguments) != 1:
         raise ValueError(f"report takes one run's folder; got {len(arguments)} arguments")
     print(f"report: {write_report(Path(arguments[0]))}")
+    return 0
+
+
+def _export(arguments: list[str]) -> int:
+    import tyro
+
+    from trainer.export import export
+
+    out = tyro.cli(export, args=arguments, prog="python -m trainer export")
+    print(f"model: {out}")
     return 0
 
 
