@@ -94,7 +94,7 @@ def test_test_split_is_held_out_and_leaves_train(tmp_path):
 def test_hub_names_and_configurations(monkeypatch):
     asked = []
 
-    def load_dataset(name, configuration):
+    def load_dataset(name, configuration, split):
         asked.append((name, configuration))
         return DatasetDict(train=Dataset.from_list(ROWS))
 
@@ -105,7 +105,7 @@ def test_hub_names_and_configurations(monkeypatch):
 
 
 def test_hub_out_of_reach(monkeypatch):
-    def load_dataset(*_):
+    def load_dataset(*_, split):
         raise ConnectionError("no network")
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
