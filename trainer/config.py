@@ -1,6 +1,7 @@
 """The configuration of a run: frozen dataclasses, and presets as functions."""
 
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from typing import Literal
 
 
@@ -169,6 +170,21 @@ class Optimizer:
 
 
 @dataclass(frozen=True)
+class Tracking:
+    """Where the metrics of a run go beside its metrics.jsonl."""
+
+    trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
+    """Libraries that are installed; each has its own environment variables."""
+    project: str = "entropy-kernels"
+    """Of wandb and trackio."""
+
+    def __post_init__(self) -> None:
+        for name in self.trackers:
+            if find_spec(name) is None:
+                raise ValueError(f"tracker {name!r} is not installed: pip install {name}")
+
+
+@dataclass(frozen=True)
 class Config:
     """One run."""
 
@@ -203,6 +219,7 @@ class Config:
     rollout: Rollout = field(default_factory=Rollout)
     algorithm: Algorithm = field(default_factory=Algorithm)
     optimizer: Optimizer = field(default_factory=Optimizer)
+    tracking: Tracking = field(default_factory=Tracking)
 
     def __post_init__(self) -> None:
         _at_least(self, 1, "eval_every", "eval_problems", "checkpoint_every", "keep_checkpoints")

@@ -25,6 +25,8 @@ import torch
 from torch import Tensor
 
 import entropy_kernels
+from trainer.config import Config
+from trainer.trackers import Trackers
 
 _KEY = re.compile(r"[a-z][a-z0-9_]*(/[A-Za-z0-9_.]+)?")
 
@@ -48,10 +50,11 @@ class Sample:
 
 
 class RunLog:
-    """Writes a run's folder. Every write is flushed; nothing is kept in memory."""
+    """Writes a run's folder, and to its trackers. Every write to the folder is flushed."""
 
     def __init__(self, folder: Path):
         self.folder = folder
+        self._trackers: Trackers | None = None
         self.metrics_path = folder / "metrics.jsonl"
         self.samples_path = folder / "samples.jsonl"
 
@@ -66,7 +69,7 @@ class RunLog:
         log.folder.mkdir(parents=True, exist_ok=True)
         path = log.folder / "run.json"
         earlier = json.loads(path.read_text("utf-8"))["starts"] if path.exists() else []
-        run = {"config": asdict(config), "starts": [*earlier, _provenance(device)]}
+        run = {"config": asdict(config), "starts": [*earlier, provenance(device)]}
         _replace(path, json.dumps(run, indent=2) + "\n")
         return log
 
@@ -74,8 +77,9 @@ class RunLog:
         """Append one row to metrics.jsonl: numbers or one-element tensors under flat keys.
 
         Values that are not finite become null; a row that has any says how many under
-        "log/nonfinite". Raises ValueError without an integer "step", for a key that is not
-        "name" or "group/name", and for a value that is not one number.
+        "log/nonfinite". What trackers failed at since the last row is its "log/tracker_failures".
+        Raises ValueError without an integer "step", for a key that is not "name" or "group/name",
+        and for a value that is not one number.
         """
         row = {key: _number(key, value) for key, value in metrics.items()}
         step = row.pop("step", None)
@@ -83,7 +87,21 @@ class RunLog:
             raise ValueError(f"a row of metrics needs an integer step, got {step!r}")
         if lost := sum(value is None for value in row.values()):
             row["log/nonfinite"] = lost
+        if self._trackers and self._trackers.failures:
+            row["log/tracker_failures"] = self._trackers.failures
+            self._trackers.failures = 0
         _append(self.metrics_path, [{"step": step, **row}])
+        if self._trackers:
+            self._trackers.write(step, row)
+
+    def track(self, settings: Config, step: int) -> None:
+        """Open the trackers that `settings` asks for; they go on after `step`."""
+        self._trackers = Trackers(settings, self.folder, step)
+
+    def close(self) -> None:
+        """Tell the trackers that the run has ended."""
+        if self._trackers:
+            self._trackers.close()
 
     def samples(self, step: int, rows: Iterable[Sample]) -> None:
         """Append `rows`, the responses sampled at `step`, to samples.jsonl."""
@@ -165,7 +183,8 @@ def _replace(path: Path, text: str) -> None:
     os.replace(temporary, path)
 
 
-def _provenance(device: str) -> dict[str, Any]:
+def provenance(device: str) -> dict[str, Any]:
+    """Time, commit, versions and machine of what starts now."""
     commit, dirty = _commit()
     return {
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),

@@ -75,11 +75,13 @@ def start(settings: Config, ranks: Ranks) -> Run:
     run = Run(settings, folder, ranks, policy, engine, task, optimizer, log, Progress())
     if found is None:
         log.rewind(-1)
+        log.track(settings, -1)
         run.fresh = True
         return run
     checkpoint.load_optimizer(found, optimizer)
     run.progress = checkpoint.load_progress(found)
     log.rewind(run.progress.step)
+    log.track(settings, run.progress.step)
     return run
 
 
@@ -100,13 +102,13 @@ def _policy_and_task(settings: Config, ranks: Ranks, found: Path | None) -> tupl
 
 
 def _check_same(folder: Path, settings: Config) -> None:
-    """A run resumes with the settings it was started with; `steps` and the folder may change."""
+    """A run resumes with its settings; `steps`, the folder and the trackers may change."""
     before = json.loads((folder / "run.json").read_text())["config"]
     now = json.loads(json.dumps(dataclasses.asdict(settings)))
     different = [
         f"{name} was {old}, now {new}"
         for name, (old, new) in sorted(_pairs(before, now).items())
-        if old != new and name not in ("steps", "name", "root")
+        if old != new and name.partition(".")[0] not in ("steps", "name", "root", "tracking")
     ]
     if different:
         raise ValueError(
