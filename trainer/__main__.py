@@ -1,6 +1,10 @@
-"""The command line: `python -m trainer train [PRESET] [--options]`, `python -m trainer report RUN`.
+"""The command line.
 
-Both need no option: `train` runs the preset "tiny". `train --help` lists every option.
+python -m trainer train [PRESET] [--options]   a run; without options, of the preset "tiny"
+python -m trainer evaluate --model M --data D  accuracy, pass@k and lengths of a model or a run
+python -m trainer report RUN                   write the page of a run
+
+`train --help` and `evaluate --help` list every option.
 """
 
 import os
@@ -17,11 +21,12 @@ USAGE = __doc__
 def main(arguments: list[str]) -> int:
     """Run one command; returns the exit status."""
     command, rest = (arguments[0], arguments[1:]) if arguments else ("", [])
-    if command not in ("train", "report"):
+    commands = {"train": _train, "evaluate": _evaluate, "report": _report}
+    if command not in commands:
         print(USAGE.strip() if USAGE else "")
         return 0 if command in ("-h", "--help") else 2
     try:
-        return _train(rest) if command == "train" else _report(rest)
+        return commands[command](rest)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -48,6 +53,18 @@ def _train(arguments: list[str]) -> int:
 
     transformers.utils.logging.disable_progress_bar()
     print(f"report: {train(settings)}")
+    return 0
+
+
+def _evaluate(arguments: list[str]) -> int:
+    import transformers
+    import tyro
+
+    from trainer.evaluation import Evaluation, evaluate_model
+
+    settings = tyro.cli(Evaluation, args=arguments, prog="python -m trainer evaluate")
+    transformers.utils.logging.disable_progress_bar()
+    evaluate_model(settings)
     return 0
 
 
