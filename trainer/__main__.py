@@ -2,11 +2,13 @@
 
 python -m trainer train [PRESET] [--options]   a run; without options, of the preset "tiny"
 python -m trainer evaluate --model M --data D  accuracy, pass@k and lengths of a model or a run
+python -m trainer watch RUN                    follow a run from another terminal
 python -m trainer report RUN                   write the page of a run
 
 `train --help` and `evaluate --help` list every option.
 """
 
+import contextlib
 import os
 import sys
 
@@ -21,7 +23,7 @@ USAGE = __doc__
 def main(arguments: list[str]) -> int:
     """Run one command; returns the exit status."""
     command, rest = (arguments[0], arguments[1:]) if arguments else ("", [])
-    commands = {"train": _train, "evaluate": _evaluate, "report": _report}
+    commands = {"train": _train, "evaluate": _evaluate, "watch": _watch, "report": _report}
     if command not in commands:
         print(USAGE.strip() if USAGE else "")
         return 0 if command in ("-h", "--help") else 2
@@ -65,6 +67,16 @@ def _evaluate(arguments: list[str]) -> int:
     settings = tyro.cli(Evaluation, args=arguments, prog="python -m trainer evaluate")
     transformers.utils.logging.disable_progress_bar()
     evaluate_model(settings)
+    return 0
+
+
+def _watch(arguments: list[str]) -> int:
+    from trainer.watch import watch
+
+    if len(arguments) != 1:
+        raise ValueError(f"watch takes one run's folder; got {len(arguments)} arguments")
+    with contextlib.suppress(KeyboardInterrupt):
+        watch(Path(arguments[0]))
     return 0
 
 

@@ -43,7 +43,7 @@ def test_without_a_command_it_says_which_there_are(capsys):
     assert main(["--help"]) == main(["-h"]) == 0
     assert main(["bake"]) == 2
     printed = capsys.readouterr().out
-    for command in ("train", "evaluate", "report"):
+    for command in ("train", "evaluate", "watch", "report"):
         assert f"python -m trainer {command} " in printed
 
 
