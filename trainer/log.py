@@ -52,20 +52,21 @@ class Sample:
 class RunLog:
     """Writes a run's folder, and to its trackers. Every write to the folder is flushed."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, config: Config | None = None):
         self.folder = folder
+        self._config = config
         self._trackers: Trackers | None = None
         self.metrics_path = folder / "metrics.jsonl"
         self.samples_path = folder / "samples.jsonl"
 
     @classmethod
-    def open(cls, folder: str | Path, config: Any, device: str = "") -> "RunLog":
+    def open(cls, folder: str | Path, config: Config, device: str = "") -> "RunLog":
         """Create `folder` where it is missing and note in run.json what starts now.
 
-        `config` is the resolved configuration, a dataclass; `device` names the hardware. The
-        metrics of an earlier start stay: call `rewind` with the step to go on from.
+        `device` names the hardware. The metrics of an earlier start stay: call `rewind` with the
+        step to go on from.
         """
-        log = cls(Path(folder))
+        log = cls(Path(folder), config)
         log.folder.mkdir(parents=True, exist_ok=True)
         path = log.folder / "run.json"
         earlier = json.loads(path.read_text("utf-8"))["starts"] if path.exists() else []
@@ -94,10 +95,6 @@ class RunLog:
         if self._trackers:
             self._trackers.write(step, row)
 
-    def track(self, settings: Config, step: int) -> None:
-        """Open the trackers that `settings` asks for; they go on after `step`."""
-        self._trackers = Trackers(settings, self.folder, step)
-
     def close(self) -> None:
         """Tell the trackers that the run has ended."""
         if self._trackers:
@@ -123,10 +120,13 @@ class RunLog:
         """Drop every row after `step`, the checkpoint's, and a last line torn by a kill.
 
         Each file is replaced at once or not at all. `rewind(-1)` empties them for a fresh start.
+        The trackers are opened here, to go on after `step`; ValueError where one does not start.
         """
         for path in (self.metrics_path, self.samples_path):
             if path.exists():
                 _replace(path, _lines(row for row in read_rows(path) if row["step"] <= step))
+        if self._config is not None:
+            self._trackers = Trackers(self._config, self.folder, step)
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:

@@ -75,13 +75,11 @@ def start(settings: Config, ranks: Ranks) -> Run:
     run = Run(settings, folder, ranks, policy, engine, task, optimizer, log, Progress())
     if found is None:
         log.rewind(-1)
-        log.track(settings, -1)
         run.fresh = True
         return run
     checkpoint.load_optimizer(found, optimizer)
     run.progress = checkpoint.load_progress(found)
     log.rewind(run.progress.step)
-    log.track(settings, run.progress.step)
     return run
 
 

@@ -59,7 +59,6 @@ def open_log(folder, *trackers, step=-1):
     config = Config(tracking=Tracking(trackers, project="p"))
     log = RunLog.open(folder / "a", config)
     log.rewind(step)
-    log.track(config, step)
     return log
 
 
