@@ -2,8 +2,9 @@
 
 OUT/settings.json      what was asked for; another evaluation does not go into the same folder
 OUT/generations.jsonl  one object a problem: "data", "problem" (its number), "prompt", "answer",
-                       "responses": [{"text", "reward", "length", "truncated", "logprob"}]; lengths
-                       in tokens, "logprob" the sum of the tokens' log-probs as sampled, in nats
+                       "responses": [{"text", "reward", "length", "truncated", "logprob",
+                       "timed_out", "crashed"}]; lengths in tokens, "logprob" the sum of the tokens'
+                       log-probs as sampled, in nats, the last two of the verifier
 OUT/results.json       what results.py makes of them
 """
 
@@ -19,16 +20,18 @@ from typing import Any, Literal
 import tyro
 
 from trainer import checkpoint
-from trainer.config import Config, Data, Engine, Model, Rollout
+from trainer.config import Config, Data, Engine, Model, Reward, Rollout
 from trainer.engines import make_engine
 from trainer.policy import Policy, load_policy
+from trainer.problems import Problem, Task
 from trainer.progress import Columns, progress
 from trainer.ranks import Ranks, join
 from trainer.results import show, write_results
+from trainer.rewards.verifier import Verifier
 from trainer.rollout import sample
 from trainer.tasks.benchmarks import make_benchmark
 from trainer.tasks.split import stable_hash
-from trainer.types import Problem, Rollouts, Task
+from trainer.types import Rollouts
 
 INSTRUCTION = "Please reason step by step, and put your final answer within \\boxed{}."
 MAX_NEW_TOKENS = 20_480  # The paper's.
@@ -41,7 +44,7 @@ _COLUMNS: Columns = {
 Asked = Mapping[str, tuple[Task, list[Problem]]]
 """Each set by its short name, and those of its problems that are asked."""
 # What may differ when an evaluation goes on: what is asked, and where and in what portions it runs.
-_FREE = {"data", "problems", "out", "batch_size", "device"}
+_FREE = {"data", "problems", "out", "batch_size", "device", "workers"}
 
 
 @dataclass(frozen=True)
@@ -71,6 +74,12 @@ class Evaluation:
     """Of file: and hub: sources: the column of the answer."""
     split: str = "test"
     """Of file: and hub: sources with splits: which."""
+    function: str = ""
+    """As `reward.function` of a run: a verifier of your own, "module:function"."""
+    seconds: float = 10.0
+    """Limit of the verifier for one answer, where it runs in processes of its own."""
+    workers: int = 4
+    """Such processes at most, on each rank."""
     out: str = ""
     """Folder of the results; by default in `evaluations`, named after the model."""
     seed: int = 0
@@ -231,6 +240,10 @@ def _generate(
     ]
     if not portions:
         return
+    reward = Reward(settings.function, settings.seconds, workers=settings.workers)
+    verifiers = {name: Verifier(task, reward) for name, (task, _) in asked.items()}
+    for verifier in verifiers.values():
+        verifier.start()  # before what takes long
     engine = make_engine(_config(settings), policy)
     total = sum(len(problems) for _, problems in asked.values())
     done = total - sum(len(portion) for *_, portion in portions)
@@ -239,7 +252,7 @@ def _generate(
             rollouts = sample(
                 engine,
                 policy,
-                asked[name][0],
+                verifiers[name],
                 portion,
                 group_size=settings.samples,
                 max_new_tokens=settings.max_new_tokens,
@@ -252,6 +265,8 @@ def _generate(
             if bar is not None:
                 _append(folder / "generations.jsonl", name, first, rollouts)
                 bar.update(done, _metrics(rollouts))
+    for verifier in verifiers.values():
+        verifier.close()
 
 
 def _config(settings: Evaluation) -> Config:
@@ -283,6 +298,8 @@ def _append(path: Path, name: str, first: int, rollouts: Rollouts) -> None:
             "length": int(length_B[b]),
             "truncated": bool(rollouts.truncated_B[b]),
             "logprob": float(logprob_B[b]),
+            "timed_out": bool(rollouts.timed_out_B[b]),
+            "crashed": bool(rollouts.crashed_B[b]),
         }
         lines.setdefault(group, row)["responses"].append(response)
     with path.open("a", encoding="utf-8", newline="\n") as file:

@@ -60,15 +60,16 @@ def summarize(rows: Sequence[Row], sampled: bool = True) -> dict[str, Any]:
     "avg@n", the share of right responses, with its standard error; "pass@k" for k = 1, 2, 4, ...,
     n; "maj@n", the accuracy of the most frequent answer; each {"value", "low", "high"}, a 95%
     confidence interval over problems. "length" in tokens: mean, percentiles and maximum.
-    "truncated", the share that the length limit cut. "entropy" in nats a token, of the
-    distributions sampled from, by the mean of -log p over the sampled tokens; not if greedy.
+    "truncated", the share that the length limit cut. "timeouts" and "crashes" of the verifier,
+    which count as wrong. "entropy" in nats a token, of the distributions sampled from, by the mean
+    of -log p over the sampled tokens; not if greedy.
     """
-    samples = len(rows[0]["rewards"])
-    right = [sum(reward >= 1 for reward in row["rewards"]) for row in rows]
+    samples = len(rows[0]["reward"])
+    right = [sum(reward >= 1 for reward in row["reward"]) for row in rows]
     accuracy = [count / samples for count in right]
-    lengths = np.array([row["lengths"] for row in rows])
-    logprob = sum(sum(row["logprobs"]) for row in rows)
-    votes = [majority(row["answers"], [float(r >= 1) for r in row["rewards"]]) for row in rows]
+    lengths = np.array([row["length"] for row in rows])
+    logprob = sum(sum(row["logprob"]) for row in rows)
+    votes = [majority(row["answers"], [float(r >= 1) for r in row["reward"]]) for row in rows]
     summary: dict[str, Any] = {
         "problems": len(rows),
         "samples": samples,
@@ -85,6 +86,8 @@ def summarize(rows: Sequence[Row], sampled: bool = True) -> dict[str, Any]:
         "max": int(lengths.max()),
     }
     summary["truncated"] = fmean(cut for row in rows for cut in row["truncated"])
+    summary["timeouts"] = sum(sum(row["timed_out"]) for row in rows)
+    summary["crashes"] = sum(sum(row["crashed"]) for row in rows)
     if sampled:
         summary["entropy"] = -logprob / int(lengths.sum())
     return summary
@@ -113,11 +116,9 @@ def show(results: Mapping[str, Any]) -> None:
 def _numbers(row: Row) -> Row:
     """What `summarize` needs of a row, without the texts."""
     responses = row["responses"]
+    names = ("reward", "length", "truncated", "logprob", "timed_out", "crashed")
     return {
-        "rewards": [response["reward"] for response in responses],
-        "lengths": [response["length"] for response in responses],
-        "truncated": [response["truncated"] for response in responses],
-        "logprobs": [response["logprob"] for response in responses],
+        **{name: [response[name] for response in responses] for name in names},
         # Blanks and case change no answer.
         "answers": ["".join(final_answer(r["text"]).split()).casefold() for r in responses],
     }

@@ -193,6 +193,23 @@ def test_greedy_has_no_entropy_to_estimate(asked):
     assert "entropy" not in found
 
 
+def test_what_the_verifier_fails_on_is_wrong_and_counted(asked, tmp_path, monkeypatch):
+    (tmp_path / "own_verifier.py").write_text(
+        "def judge(prompt, response, answer):\n    return 1 / len(response.split())\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    own = replace(asked, function="own_verifier:judge", workers=1)
+    found = json.loads(evaluate_model(own).read_text())["sets"]["amc23"]
+    responses = [response for row in lines(asked.out) for response in row["responses"]]
+    empty = [response["text"].split() == [] for response in responses]
+    assert [response["crashed"] for response in responses] == empty
+    assert found["crashes"] == sum(empty) > 0
+    assert found["timeouts"] == 0
+    # Partial credit is not right.
+    right = [len(response["text"].split()) == 1 for response in responses]
+    assert found["avg@4"]["value"] == pytest.approx(statistics.fmean(right))
+
+
 def test_a_run_is_evaluated_as_it_was_trained(model, sums, tmp_path, monkeypatch):
     """Its last checkpoint, with its template, instruction and length limit."""
     monkeypatch.setattr(trainer.run, "make_task", None)
@@ -258,18 +275,20 @@ def evaluate_on_a_rank(rank, rendezvous, settings):
     evaluate_model(settings)
 
 
-def test_two_ranks_sample_what_one_does(asked, tmp_path):
-    evaluate_model(asked)
+def test_two_ranks_sample_what_one_does(tmp_path):
+    out = [str(tmp_path / name) for name in ("one", "two")]
+    one = Evaluation("tiny", ("ladder",), samples=3, problems=5, max_new_tokens=6, out=out[0])
+    evaluate_model(one)
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = str(free.getsockname()[1])
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.trainer.small", "trainer.evaluation"])
-    other = replace(asked, out=str(tmp_path / "two"))
-    ranks = [context.Process(target=evaluate_on_a_rank, args=(r, port, other)) for r in (0, 1)]
+    two = replace(one, out=out[1], batch_size=9)
+    ranks = [context.Process(target=evaluate_on_a_rank, args=(r, port, two)) for r in (0, 1)]
     for rank in ranks:
         rank.start()
     for rank in ranks:
         rank.join(120)
     assert [rank.exitcode for rank in ranks] == [0, 0]
-    assert texts(other.out) == texts(asked.out)
+    assert texts(two.out) == texts(one.out)

@@ -4,8 +4,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from trainer.config import Data
+from trainer.problems import Task
 from trainer.tasks import make_task
-from trainer.types import Task
 
 
 @dataclass(frozen=True)

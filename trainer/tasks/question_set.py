@@ -4,10 +4,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from trainer.config import Data
+from trainer.problems import Problem
 from trainer.tasks.math_answers import math_reward
 from trainer.tasks.render import render
 from trainer.tasks.sources import load_split, read_row
-from trainer.types import Problem
 
 
 class QuestionSet:
@@ -18,6 +18,8 @@ class QuestionSet:
     are right together. Raises ValueError for a source that cannot be read or is empty, and for a
     row without a question or an answer.
     """
+
+    verifier = "trainer.tasks.math_answers:math_verifier"
 
     def __init__(self, name: str, source: str, split: str, data: Data, tokenizer: Any):
         self.name = name
