@@ -1,14 +1,16 @@
 """The command line.
 
-python -m trainer train [PRESET] [--options]   a run; without options, of the preset "tiny"
+python -m trainer train [PRESET] [--options]   train, or go on from the last checkpoint
 python -m trainer evaluate --model M --data D  accuracy, pass@k and lengths of a model or a run
 python -m trainer watch RUN                    follow a run from another terminal
-python -m trainer report RUN                   write the page of a run
+python -m trainer report RUN                   write the report of a run
+python -m trainer export RUN OUT [--options]   write its policy as a transformers folder
 
-`train --help` and `evaluate --help` list every option.
+`train` needs no option: it runs the preset "tiny". `--help` after a command lists its options.
 """
 
 import contextlib
+import errno
 import os
 import sys
 
@@ -23,7 +25,13 @@ USAGE = __doc__
 def main(arguments: list[str]) -> int:
     """Run one command; returns the exit status."""
     command, rest = (arguments[0], arguments[1:]) if arguments else ("", [])
-    commands = {"train": _train, "evaluate": _evaluate, "watch": _watch, "report": _report}
+    commands = {
+        "train": _train,
+        "evaluate": _evaluate,
+        "watch": _watch,
+        "report": _report,
+        "export": _export,
+    }
     if command not in commands:
         print(USAGE.strip() if USAGE else "")
         return 0 if command in ("-h", "--help") else 2
@@ -31,6 +39,11 @@ def main(arguments: list[str]) -> int:
         return commands[command](rest)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        print(f"error: {error.strerror}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("\ninterrupted; the same command resumes from the last checkpoint", file=sys.stderr)
@@ -86,6 +99,16 @@ def _report(arguments: list[str]) -> int:
     if len(arguments) != 1:
         raise ValueError(f"report takes one run's folder; got {len(arguments)} arguments")
     print(f"report: {write_report(Path(arguments[0]))}")
+    return 0
+
+
+def _export(arguments: list[str]) -> int:
+    import tyro
+
+    from trainer.export import export
+
+    out = tyro.cli(export, args=arguments, prog="python -m trainer export")
+    print(f"model: {out}")
     return 0
 
 

@@ -52,7 +52,7 @@ class Evaluation:
     """One model on some data. The defaults are the paper's protocol."""
 
     model: str
-    """A transformers folder or hub name; or the folder of a run, for its last checkpoint."""
+    """A transformers folder or hub name, a checkpoint, or a run's folder for its last one."""
     data: tyro.conf.UseAppendAction[tuple[str, ...]]
     """aime24, aime25, amc23, math500, minerva, olympiadbench, from the hub or as NAME=PATH from a
     local copy; file:PATH, hub:NAME[:CONFIGURATION], gym:NAME or ladder. Can be repeated."""
@@ -112,9 +112,8 @@ def evaluate_model(settings: Evaluation) -> Path:
         ValueError: a model or data that cannot be read, a folder with another evaluation.
     """
     with join(settings.device) as ranks:
-        settings = _resolved(settings)
-        model = Model(settings.model, settings.dtype, settings.attention)
-        policy = load_policy(model, settings.seed, ranks.device)
+        settings = _resolved(settings, ranks)
+        policy = _load(settings, ranks)
         asked = _problems(settings, policy)
         settings = _with_limit(settings, policy, asked)
         folder = Path(settings.out)
@@ -133,12 +132,12 @@ def _short(name: str) -> str:
     return name if name.startswith(("file:", "hub:")) else name.partition("=")[0]
 
 
-def _resolved(settings: Evaluation) -> Evaluation:
+def _resolved(settings: Evaluation, ranks: Ranks) -> Evaluation:
     """With a run's own settings where the model is one, and with the defaults elsewhere."""
     path = Path(settings.model)
     model, data, limit = settings.model, Data(instruction=INSTRUCTION), 0
     if (path / "run.json").exists():
-        found = checkpoint.latest(path)
+        found = checkpoint.latest(path, ranks)
         if found is None:
             raise ValueError(f"the run in {path} has no checkpoint yet")
         config = json.loads((path / "run.json").read_text())["config"]
@@ -152,6 +151,16 @@ def _resolved(settings: Evaluation) -> Evaluation:
         instruction=data.instruction if settings.instruction == "auto" else settings.instruction,
         max_new_tokens=settings.max_new_tokens or limit,
     )
+
+
+def _load(settings: Evaluation, ranks: Ranks) -> Policy:
+    """A whole model on every rank; of a checkpoint too, by however many ranks it was written."""
+    model = Model(settings.model, settings.dtype, settings.attention)
+    if not (Path(settings.model) / "manifest.json").exists():
+        return load_policy(model, settings.seed, ranks.device)
+    policy = load_policy(model, settings.seed, ranks.device, pretrained=False)
+    checkpoint.load(Path(settings.model), policy, None, Ranks(ranks.device))
+    return policy
 
 
 def _problems(settings: Evaluation, policy: Policy) -> Asked:

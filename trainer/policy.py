@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 import entropy_kernels as ek
 from trainer import config
@@ -72,8 +72,12 @@ def positions(mask: Tensor) -> Tensor:
     return (mask.long().cumsum(1) - 1).clamp_min(0)
 
 
-def load_policy(settings: config.Model, seed: int, device: torch.device) -> Policy:
+def load_policy(
+    settings: config.Model, seed: int, device: torch.device, *, pretrained: bool = True
+) -> Policy:
     """The model and tokenizer of `settings.path`, on `device`, ready to train.
+
+    With `pretrained=False` the weights are random, for a checkpoint to fill them.
 
     Dropout is off, in training too: ratios compare the policy with the one that sampled, and
     would be noise with another network each time.
@@ -86,7 +90,7 @@ def load_policy(settings: config.Model, seed: int, device: torch.device) -> Poli
     if settings.path == "tiny":
         model, tokenizer = build_tiny(seed, settings.attention, dtype)
     else:
-        model, tokenizer = _from_pretrained(settings, dtype)
+        model, tokenizer = _from_folder(settings, dtype, pretrained)
     if settings.gradient_checkpointing:
         # Its name changed within transformers 5.
         old = model.gradient_checkpointing_enable
@@ -96,17 +100,19 @@ def load_policy(settings: config.Model, seed: int, device: torch.device) -> Poli
     return policy
 
 
-def _from_pretrained(settings: config.Model, dtype: torch.dtype) -> tuple[Any, Any]:
-    path = settings.path
+def _from_folder(settings: config.Model, dtype: torch.dtype, pretrained: bool) -> tuple[Any, Any]:
+    path, options = settings.path, {"dtype": dtype, "attn_implementation": settings.attention}
     try:
         architecture = AutoConfig.from_pretrained(path)
         for part in (architecture, architecture.get_text_config()):
             for name, value in vars(part).items():
                 if "drop" in name and isinstance(value, float):
                     setattr(part, name, 0.0)
-        model = AutoModelForCausalLM.from_pretrained(
-            path, config=architecture, dtype=dtype, attn_implementation=settings.attention
-        )
+        if pretrained:
+            model = AutoModelForCausalLM.from_pretrained(path, config=architecture, **options)
+        else:
+            model = AutoModelForCausalLM.from_config(architecture, **options).eval()
+            model.generation_config = GenerationConfig.from_pretrained(path)
         tokenizer = AutoTokenizer.from_pretrained(path, padding_side="left")
     except OSError as error:
         raise ValueError(f"no model can be loaded from model.path {path!r}: {error}") from error

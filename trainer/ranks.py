@@ -1,7 +1,7 @@
 """Where this process stands among those of a run: alone, or one of several under torchrun."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -33,6 +33,25 @@ class Ranks:
         values: list[Any] = [None] * self.size
         dist.all_gather_object(values, value, group=self.group)
         return values
+
+    def on_all(self, call: Callable[[], T]) -> list[T]:
+        """What `call` returns on each rank; what it raises on one is raised on all; collective."""
+        outcome: T | Exception
+        try:
+            outcome = call()
+        except Exception as error:
+            outcome = error
+        outcomes = self.gather(outcome)
+        if isinstance(outcome, Exception):
+            raise outcome
+        for other in outcomes:
+            if isinstance(other, Exception):
+                raise other
+        return outcomes  # type: ignore[return-value]
+
+    def on_first(self, call: Callable[[], T]) -> T:
+        """What `call` returns or raises on the first rank, which alone runs it; collective."""
+        return self.on_all(lambda: call() if self.first else None)[0]  # type: ignore[return-value]
 
 
 @contextmanager

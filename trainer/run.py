@@ -56,34 +56,30 @@ def start(settings: Config, ranks: Ranks) -> Run:
     """The run of `settings`, from its last checkpoint where its folder has one.
 
     Raises:
-        ValueError: the folder holds a run with other settings, or a damaged checkpoint, or the
+        ValueError: the folder holds a run with other settings, or damaged checkpoints only, or the
             verifier cannot be imported.
     """
     folder = Path(settings.root) / settings.name
-    found = checkpoint.latest(folder)
+    found = checkpoint.latest(folder, ranks)
     if found is not None:
         _check_same(folder, settings)
-        checkpoint.check(found)
     if settings.threads:
         torch.set_num_threads(settings.threads)
     policy, task, verifier = _parts(settings, ranks, found)
-    engine = make_engine(settings, policy)
     optimizer = torch.optim.AdamW(
         policy.model.parameters(),
         lr=settings.optimizer.learning_rate,
         betas=settings.optimizer.betas,
         weight_decay=settings.optimizer.weight_decay,
     )
+    fresh = found is None
+    state = checkpoint.load(found, policy, optimizer, ranks) if found else Progress()
+    engine = make_engine(settings, policy)
     log = RunLog.open(folder, settings, device=_describe(policy.device))
-    run = Run(settings, folder, ranks, policy, engine, task, verifier, optimizer, log, Progress())
-    if found is None:
-        log.rewind(-1)
-        run.fresh = True
-        return run
-    checkpoint.load_optimizer(found, optimizer)
-    run.progress = checkpoint.load_progress(found)
-    log.rewind(run.progress.step)
-    return run
+    log.rewind(-1 if fresh else state.step)
+    return Run(
+        settings, folder, ranks, policy, engine, task, verifier, optimizer, log, state, fresh
+    )
 
 
 def _parts(settings: Config, ranks: Ranks, found: Path | None) -> tuple[Policy, Task, Verifier]:
@@ -91,7 +87,7 @@ def _parts(settings: Config, ranks: Ranks, found: Path | None) -> tuple[Policy, 
     model = settings.model
     if found is not None:
         model = dataclasses.replace(model, path=str(found))
-    policy = load_policy(model, settings.seed, ranks.device)
+    policy = load_policy(model, settings.seed, ranks.device, pretrained=found is None)
     task = make_task(settings.data, settings.seed, policy.tokenizer)
     verifier = Verifier(task, settings.reward)
     verifier.start()  # before what takes long

@@ -130,5 +130,10 @@ def _evaluate(run: Run) -> dict[str, float]:
 
 def _save(run: Run) -> None:
     checkpoint.save(
-        run.folder, run.policy, run.optimizer, run.progress, run.settings.keep_checkpoints
+        run.folder,
+        run.policy,
+        run.optimizer,
+        run.progress,
+        run.settings.keep_checkpoints,
+        run.ranks,
     )
