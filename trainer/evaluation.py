@@ -1,27 +1,19 @@
-"""Evaluating a model: many responses a problem, kept as they come, and what they say of it.
-
-OUT/settings.json      what was asked for; another evaluation does not go into the same folder
-OUT/generations.jsonl  one object a problem: "data", "problem" (its number), "prompt", "answer",
-                       "responses": [{"text", "reward", "length", "truncated", "logprob",
-                       "timed_out", "crashed"}]; lengths in tokens, "logprob" the sum of the tokens'
-                       log-probs as sampled, in nats, the last two of the verifier
-OUT/results.json       what results.py makes of them
-"""
+"""Evaluating a model: many responses a problem, kept as they come, and what they say of it."""
 
 import json
-import os
 import re
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import tyro
 
 from trainer import checkpoint
 from trainer.config import Config, Data, Engine, Model, Reward, Rollout
 from trainer.engines import make_engine
+from trainer.generations import append, open_folder
 from trainer.policy import Policy, load_policy
 from trainer.problems import Problem, Task
 from trainer.progress import Columns, progress
@@ -34,7 +26,9 @@ from trainer.tasks.split import stable_hash
 from trainer.types import Rollouts
 
 INSTRUCTION = "Please reason step by step, and put your final answer within \\boxed{}."
-MAX_NEW_TOKENS = 20_480  # The paper's.
+# Section 5.2 of "Beyond the 80/20 Rule".
+TEMPLATES = {"paper": f"User:\n{{question}}\n{INSTRUCTION}\n\nAssistant:\n"}
+MAX_NEW_TOKENS = 20_480
 
 _COLUMNS: Columns = {
     "accuracy": (("accuracy",), ".1%"),
@@ -65,7 +59,8 @@ class Evaluation:
     max_new_tokens: int = 0
     """Length limit of a response; 0: the run's, or 20,480 where the model has the positions."""
     template: str = ""
-    """As `data.template` of a run, or "paper"; empty: the run's, or "auto"."""
+    """As `data.template` of a run, or "paper", which has the instruction in it; empty: the run's,
+    or "auto"."""
     instruction: str = "auto"
     """As `data.instruction` of a run; "auto": the run's, or to reason and to box the answer."""
     prompt_field: str = "prompt"
@@ -117,11 +112,14 @@ def evaluate_model(settings: Evaluation) -> Path:
         asked = _problems(settings, policy)
         settings = _with_limit(settings, policy, asked)
         folder = Path(settings.out)
-        found = _open(folder, settings, asked) if ranks.first else {}
+        problems = {name: own for name, (_, own) in asked.items()}
+        found = {}
+        if ranks.first:
+            found = open_folder(folder, asdict(settings), _FREE, problems)
         found = ranks.gather(found)[0]
         _generate(folder, settings, policy, asked, found, ranks)
         if ranks.first:
-            counts = {name: len(problems) for name, (_, problems) in asked.items()}
+            counts = {name: len(own) for name, own in problems.items()}
             show(write_results(folder, asdict(settings), counts, str(ranks.device)))
             print(f"results: {folder / 'results.json'}")
     return folder / "results.json"
@@ -143,12 +141,15 @@ def _resolved(settings: Evaluation, ranks: Ranks) -> Evaluation:
         config = json.loads((path / "run.json").read_text())["config"]
         data = Data(**config["data"])
         model, limit = str(found), config["rollout"]["max_new_tokens"]
+    instruction = settings.instruction
+    if instruction == "auto":
+        instruction = "" if settings.template in TEMPLATES else data.instruction
     return replace(
         settings,
         model=model,
         out=settings.out or str(Path("evaluations") / re.sub(r"[^\w.-]+", "-", model).strip("-.")),
-        template=settings.template or data.template,
-        instruction=data.instruction if settings.instruction == "auto" else settings.instruction,
+        template=TEMPLATES.get(settings.template, settings.template or data.template),
+        instruction=instruction,
         max_new_tokens=settings.max_new_tokens or limit,
     )
 
@@ -193,45 +194,6 @@ def _with_limit(settings: Evaluation, policy: Policy, asked: Asked) -> Evaluatio
     return replace(settings, max_new_tokens=min(left, MAX_NEW_TOKENS))
 
 
-def _open(folder: Path, settings: Evaluation, asked: Asked) -> dict[str, int]:
-    """Make `folder`, or find in it how many problems of each set were answered."""
-    folder.mkdir(parents=True, exist_ok=True)
-    path, now = folder / "settings.json", json.loads(json.dumps(asdict(settings)))
-    before = json.loads(path.read_text()) if path.exists() else now
-    different = [
-        f"{name} was {before.get(name)!r}, now {now.get(name)!r}"
-        for name in sorted((before.keys() | now.keys()) - _FREE)
-        if before.get(name) != now.get(name)
-    ]
-    if different:
-        raise ValueError(
-            f"{folder} holds an evaluation with other settings: {'; '.join(different)}. "
-            "Choose another --out, or delete the folder."
-        )
-    path.write_text(json.dumps(now, indent=2) + "\n")
-    return _found(folder / "generations.jsonl", asked)
-
-
-def _found(path: Path, asked: Asked) -> dict[str, int]:
-    """How many problems of each set `path` has; a last line torn by a kill is cut off."""
-    counts: dict[str, int] = {}
-    if not path.exists():
-        return counts
-    text = path.read_bytes()
-    os.truncate(path, text.rfind(b"\n") + 1)
-    for line in text.split(b"\n")[:-1]:
-        row = json.loads(line)
-        name, number = row["data"], row["problem"]
-        counts[name] = number + 1
-        problems = asked[name][1] if name in asked else []
-        if number < len(problems) and problems[number].prompt != row["prompt"]:
-            raise ValueError(
-                f"{path} has another problem {number} of {name} than {name} has now; choose "
-                "another --out"
-            )
-    return counts
-
-
 def _generate(
     folder: Path,
     settings: Evaluation,
@@ -272,7 +234,7 @@ def _generate(
             )
             done += len(portion)
             if bar is not None:
-                _append(folder / "generations.jsonl", name, first, rollouts)
+                append(folder, name, first, rollouts)
                 bar.update(done, _metrics(rollouts))
     for verifier in verifiers.values():
         verifier.close()
@@ -291,28 +253,6 @@ def _config(settings: Evaluation) -> Config:
             batch_size=settings.batch_size,
         ),
     )
-
-
-def _append(path: Path, name: str, first: int, rollouts: Rollouts) -> None:
-    """A line a problem of set `name`; the problems of `rollouts` follow `first`."""
-    length_B = rollouts.mask_BL.sum(1)
-    logprob_B = rollouts.sampler_logprob_BL.double().sum(1)
-    lines: dict[int, dict[str, Any]] = {}
-    for b, group in enumerate(rollouts.group_B.tolist()):
-        problem = rollouts.problems[b]
-        row = {"data": name, "problem": first + group, **asdict(problem), "responses": []}
-        response = {
-            "text": rollouts.responses[b],
-            "reward": float(rollouts.reward_B[b]),
-            "length": int(length_B[b]),
-            "truncated": bool(rollouts.truncated_B[b]),
-            "logprob": float(logprob_B[b]),
-            "timed_out": bool(rollouts.timed_out_B[b]),
-            "crashed": bool(rollouts.crashed_B[b]),
-        }
-        lines.setdefault(group, row)["responses"].append(response)
-    with path.open("a", encoding="utf-8", newline="\n") as file:
-        file.write("".join(json.dumps(line) + "\n" for line in lines.values()))
 
 
 def _metrics(rollouts: Rollouts) -> dict[str, float]:

@@ -71,7 +71,7 @@ class RunLog:
         path = log.folder / "run.json"
         earlier = json.loads(path.read_text("utf-8"))["starts"] if path.exists() else []
         run = {"config": asdict(config), "starts": [*earlier, provenance(device)]}
-        _replace(path, json.dumps(run, indent=2) + "\n")
+        replace_text(path, json.dumps(run, indent=2) + "\n")
         return log
 
     def write(self, metrics: Mapping[str, float | Tensor]) -> None:
@@ -124,7 +124,7 @@ class RunLog:
         """
         for path in (self.metrics_path, self.samples_path):
             if path.exists():
-                _replace(path, _lines(row for row in read_rows(path) if row["step"] <= step))
+                replace_text(path, _lines(row for row in read_rows(path) if row["step"] <= step))
         if self._config is not None:
             self._trackers = Trackers(self._config, self.folder, step)
 
@@ -176,7 +176,7 @@ def _append(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
         file.write(_lines(rows))
 
 
-def _replace(path: Path, text: str) -> None:
+def replace_text(path: Path, text: str) -> None:
     """Put `text` at `path`: a kill leaves the old file or the new one."""
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(text, encoding="utf-8", newline="\n")

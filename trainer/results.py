@@ -19,7 +19,8 @@ from trainer.estimators import (
     powers_up_to,
     standard_error,
 )
-from trainer.log import provenance
+from trainer.generations import rows
+from trainer.log import provenance, replace_text
 from trainer.tasks.answers import final_answer
 
 PERCENTILES = (50, 90, 99)
@@ -36,13 +37,10 @@ def write_results(
     "sets" has for each set of `counts`, by its first so many problems, what `summarize` returns,
     and "average" the unweighted mean over the sets.
     """
-    rows: dict[str, list[Row]] = {name: [] for name in counts}
-    with (folder / "generations.jsonl").open(encoding="utf-8") as lines:
-        for line in lines:
-            row = json.loads(line)
-            if row["problem"] < counts.get(row["data"], 0):
-                rows[row["data"]].append(_numbers(row))
-    sets = {name: summarize(own, settings["temperature"] > 0) for name, own in rows.items()}
+    found: dict[str, list[Row]] = {name: [] for name in counts}
+    for row in rows(folder, counts):
+        found[row["data"]].append(_numbers(row))
+    sets = {name: summarize(own, settings["temperature"] > 0) for name, own in found.items()}
     results = {
         "settings": dict(settings),
         "made": provenance(device),
@@ -50,7 +48,7 @@ def write_results(
         "average": _average(list(sets.values())),
     }
     text = json.dumps(results, indent=2, default=list) + "\n"
-    (folder / "results.json").write_text(text, encoding="utf-8")
+    replace_text(folder / "results.json", text)
     return results
 
 

@@ -18,6 +18,7 @@ from tests.trainer.small import Even, save_folder, settings, use_task
 from trainer.__main__ import main
 from trainer.estimators import estimate
 from trainer.evaluation import INSTRUCTION, Evaluation, evaluate_model
+from trainer.export import export
 from trainer.train import train
 
 SAMPLES = 4
@@ -225,10 +226,26 @@ def test_a_run_is_evaluated_as_it_was_trained(model, sums, tmp_path, monkeypatch
     used = json.loads(path.read_text())["settings"]
     assert (used["max_new_tokens"], used["instruction"]) == (6, "9")
     assert used["model"].endswith("step-000002")
+    # Its policy as a folder, and the checkpoint itself, say the same.
+    exported = export(folder, Path("exported"))
+    same = replace(Evaluation(str(exported), (sums,), samples=2, device="cpu"), max_new_tokens=6)
+    same = replace(same, instruction="9", template="{question} 5")
+    for model in (str(exported), used["model"]):
+        other = evaluate_model(replace(same, model=model, out=f"again-{Path(model).name}"))
+        assert texts(other.parent) == texts(path.parent)
     for checkpoint in (folder / "checkpoints").iterdir():
         checkpoint.rename(folder / checkpoint.name)
     with pytest.raises(ValueError, match="has no checkpoint yet"):
         evaluate_model(Evaluation(str(folder), (sums,)))
+
+
+def test_the_template_of_the_paper_has_the_instruction_in_it(asked):
+    paper = replace(asked, template="paper", instruction="auto", problems=1)
+    evaluate_model(paper)
+    assert lines(asked.out)[0]["prompt"] == (
+        "User:\n0 + 7 =\nPlease reason step by step, and put your final answer within \\boxed{}."
+        "\n\nAssistant:\n"
+    )
 
 
 def test_without_a_run_the_limit_is_what_the_positions_leave(asked):
