@@ -111,16 +111,13 @@ def evaluate_model(settings: Evaluation) -> Path:
         policy = _load(settings, ranks)
         asked = _problems(settings, policy)
         settings = _with_limit(settings, policy, asked)
-        folder = Path(settings.out)
+        folder, plain = Path(settings.out), asdict(settings)
         problems = {name: own for name, (_, own) in asked.items()}
-        found = {}
-        if ranks.first:
-            found = open_folder(folder, asdict(settings), _FREE, problems)
-        found = ranks.gather(found)[0]
+        found = ranks.on_first(lambda: open_folder(folder, plain, _FREE, problems))
         _generate(folder, settings, policy, asked, found, ranks)
         if ranks.first:
             counts = {name: len(own) for name, own in problems.items()}
-            show(write_results(folder, asdict(settings), counts, str(ranks.device)))
+            show(write_results(folder, plain, counts, str(ranks.device)))
             print(f"results: {folder / 'results.json'}")
     return folder / "results.json"
 
