@@ -188,7 +188,7 @@ def program(folder: Path, response: str, seconds: float) -> subprocess.Popen:
 def test_kill_9_of_the_trainer_leaves_no_process(response, tmp_path):
     with program(tmp_path, response, seconds=2.0) as trainer:
         trainer.kill()
-        trainer.communicate()
+        trainer.wait()
     wait_for_end(tmp_path, 8)
 
 

@@ -5,11 +5,18 @@ import torch
 from transformers import Qwen3NextConfig, Qwen3NextForCausalLM
 
 import entropy_kernels as ek
-from tests.trainer.small import EOS, PAD, POSITIONS, WORDS, Even, build_policy, build_tokenizer
-from trainer.config import Reward
+from tests.trainer.small import (
+    EOS,
+    PAD,
+    POSITIONS,
+    WORDS,
+    Even,
+    build_policy,
+    build_tokenizer,
+    even_verifier,
+)
 from trainer.engines.transformers import TransformersEngine
 from trainer.policy import Policy
-from trainer.rewards.verifier import Verifier
 from trainer.rollout import sample
 from trainer.types import Problem
 
@@ -25,8 +32,7 @@ OPTIONS = {
 
 def draw(policy, problems=PROMPTS, batch_size=64, **changes):
     engine = TransformersEngine(policy, batch_size)
-    verifier = Verifier(Even(), Reward())
-    return sample(engine, policy, verifier, problems, **OPTIONS | changes)
+    return sample(engine, policy, even_verifier(), problems, **OPTIONS | changes)
 
 
 def set_eos(policy, ids):
