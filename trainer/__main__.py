@@ -1,13 +1,16 @@
 """The command line.
 
 python -m trainer train [PRESET] [--options]   train, or go on from the last checkpoint
+python -m trainer evaluate --model M --data D  accuracy, pass@k and lengths of a model or a run
+python -m trainer watch RUN                    follow a run from another terminal
 python -m trainer report RUN                   write the report of a run
 python -m trainer export RUN OUT [--options]   write its policy as a transformers folder
 
-None needs an option: `train` runs the preset "tiny". `--help` after a command lists its options.
+`train` needs no option: it runs the preset "tiny". `--help` after a command lists its options.
 `torchrun --nproc-per-node N -m trainer train ...` trains on N devices; docs/trainer.md.
 """
 
+import contextlib
 import errno
 import os
 import sys
@@ -23,7 +26,13 @@ USAGE = __doc__
 def main(arguments: list[str]) -> int:
     """Run one command; returns the exit status."""
     command, rest = (arguments[0], arguments[1:]) if arguments else ("", [])
-    commands = {"train": _train, "report": _report, "export": _export}
+    commands = {
+        "train": _train,
+        "evaluate": _evaluate,
+        "watch": _watch,
+        "report": _report,
+        "export": _export,
+    }
     if command not in commands:
         print(USAGE.strip() if USAGE else "")
         return 0 if command in ("-h", "--help") else 2
@@ -72,6 +81,28 @@ def _train(arguments: list[str]) -> int:
 def _first() -> bool:
     """Whether this is the first of the processes that torchrun started, or the only one."""
     return os.environ.get("RANK", "0") == "0"
+
+
+def _evaluate(arguments: list[str]) -> int:
+    import transformers
+    import tyro
+
+    from trainer.evaluation import Evaluation, evaluate_model
+
+    settings = tyro.cli(Evaluation, args=arguments, prog="python -m trainer evaluate")
+    transformers.utils.logging.disable_progress_bar()
+    evaluate_model(settings)
+    return 0
+
+
+def _watch(arguments: list[str]) -> int:
+    from trainer.watch import watch
+
+    if len(arguments) != 1:
+        raise ValueError(f"watch takes one run's folder; got {len(arguments)} arguments")
+    with contextlib.suppress(KeyboardInterrupt):
+        watch(Path(arguments[0]))
+    return 0
 
 
 def _report(arguments: list[str]) -> int:
