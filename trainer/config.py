@@ -36,12 +36,20 @@ class Data:
     """Prompt sets: the column of the question, text or chat messages."""
     answer_field: str = "answer"
     """Prompt sets: the column of the answer."""
-    template: Literal["auto", "none"] = "auto"
-    """"auto" applies the tokenizer's chat template where it has one."""
+    template: str = "auto"
+    """"auto" applies the tokenizer's chat template where it has one, "none" nothing; any other
+    text stands for itself, with the question in the place of {question}."""
     instruction: str = ""
     """Appended to every question of a prompt set or reasoning-gym task."""
     test_fraction: float = 0.05
     """Prompt sets without a test split: the share held out, by hash of the prompt."""
+
+    def __post_init__(self) -> None:
+        if self.template not in ("auto", "none") and "{question}" not in self.template:
+            raise ValueError(
+                'template must be "auto", "none" or a text with {question} in it; '
+                f"got {self.template!r}"
+            )
 
 
 @dataclass(frozen=True)

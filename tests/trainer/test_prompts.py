@@ -182,6 +182,13 @@ def test_render():
     assert render(tokenizer, "Hi", plain) == render(None, "Hi", Data()) == "Hi"
     assert render(None, chat[1:], plain) == "Hi"
     assert chat[1]["content"] == "Hi"
+    own = Data(template="Q: {question}\n\\boxed{} A:", instruction="Think.")
+    assert render(tokenizer, chat[1:], own) == "Q: Hi\n\nThink.\n\\boxed{} A:"
+    assert render(None, "{question}", Data(template="{question}{question}")) == "{question}" * 2
+    with pytest.raises(ValueError, match="2 chat messages"):
+        render(tokenizer, chat, own)
+    with pytest.raises(ValueError, match=r"a text with {question} in it; got 'chatml'"):
+        Data(template="chatml")
     with pytest.raises(ValueError, match="2 chat messages needs a tokenizer with a chat template"):
         render(tokenizer, chat, plain)
     for prompt in (7, [], [{"role": "user"}], ["Hi"], [{"role": "user", "content": [1]}]):
