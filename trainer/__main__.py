@@ -33,13 +33,18 @@ def main(arguments: list[str]) -> int:
 def _train(arguments: list[str]) -> int:
     import tyro
 
-    from trainer.config import PRESETS, Config
+    from trainer.config import Config
+    from trainer.presets import PRESETS
 
     name = arguments.pop(0) if arguments and not arguments[0].startswith("-") else "tiny"
     if name not in PRESETS:
         raise ValueError(f"no preset {name!r}; there are {', '.join(PRESETS)}")
     settings = tyro.cli(
-        Config, default=PRESETS[name](), args=arguments, prog=f"python -m trainer train {name}"
+        Config,
+        default=PRESETS[name](),
+        args=arguments,
+        prog=f"python -m trainer train {name}",
+        description=f"One run, from the preset {name!r}. Presets: {', '.join(PRESETS)}.",
     )
 
     import transformers
