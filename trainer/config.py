@@ -73,6 +73,14 @@ class WarmStart:
 
 
 @dataclass(frozen=True)
+class Engine:
+    """Who samples the responses."""
+
+    kind: Literal["transformers", "vllm"] = "transformers"
+    """"transformers" samples with the model that is trained, token by token."""
+
+
+@dataclass(frozen=True)
 class Rollout:
     """How responses are sampled."""
 
@@ -85,7 +93,7 @@ class Rollout:
     temperature: float = 1.0
     """Of sampling, and of the log-probs and entropies in the loss."""
     batch_size: int = 256
-    """Sequences sampled at once, by whole groups."""
+    """Sequences the transformers engine samples at once."""
 
     def __post_init__(self) -> None:
         _at_least(self, 1, "prompts", "group_size", "max_new_tokens", "batch_size")
@@ -191,6 +199,7 @@ class Config:
     model: Model = field(default_factory=Model)
     data: Data = field(default_factory=Data)
     warm_start: WarmStart = field(default_factory=WarmStart)
+    engine: Engine = field(default_factory=Engine)
     rollout: Rollout = field(default_factory=Rollout)
     algorithm: Algorithm = field(default_factory=Algorithm)
     optimizer: Optimizer = field(default_factory=Optimizer)

@@ -66,14 +66,15 @@ def _round(run: Run, number: int) -> Rollouts:
     rollout, first = run.settings.rollout, run.progress.next_problem
     run.progress.next_problem += rollout.prompts
     rollouts = sample(
+        run.engine,
         run.policy,
         run.task,
         [run.task.problem("train", first + i) for i in range(rollout.prompts)],
         group_size=rollout.group_size,
         max_new_tokens=rollout.max_new_tokens,
         temperature=rollout.temperature,
-        batch_size=rollout.batch_size,
         seed=run.seed(number),
+        ranks=run.ranks,
     )
     rollouts.group_B += number * rollout.prompts
     return rollouts

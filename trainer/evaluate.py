@@ -1,26 +1,32 @@
 """Accuracy on held-out problems."""
 
-from trainer.config import Config
-from trainer.policy import Policy
 from trainer.rollout import sample
-from trainer.types import Task
+from trainer.run import Run
+from trainer.types import Rollouts
 
 # Fixed, so that evaluations of one run and of different runs see the same random numbers.
 SEED = 20_250_602
 
 
-def evaluate(policy: Policy, task: Task, settings: Config) -> dict[str, float]:
+def evaluate(run: Run) -> dict[str, float]:
     """One sample a problem at temperature 1, and one greedy, on the same held-out problems."""
-    count = min(settings.eval_problems, task.num_test)
-    problems = [task.problem("test", index) for index in range(count)]
-    options = {
-        "group_size": 1,
-        "max_new_tokens": settings.rollout.max_new_tokens,
-        "batch_size": settings.rollout.batch_size,
-        "seed": SEED,
-    }
-    sampled = sample(policy, task, problems, temperature=1.0, **options)
-    greedy = sample(policy, task, problems, temperature=0.0, **options)
+    count = min(run.settings.eval_problems, run.task.num_test)
+    problems = [run.task.problem("test", index) for index in range(count)]
+
+    def draw(temperature: float) -> Rollouts:
+        return sample(
+            run.engine,
+            run.policy,
+            run.task,
+            problems,
+            group_size=1,
+            max_new_tokens=run.settings.rollout.max_new_tokens,
+            temperature=temperature,
+            seed=SEED,
+            ranks=run.ranks,
+        )
+
+    sampled, greedy = draw(1.0), draw(0.0)
     return {
         "eval/accuracy": float(sampled.reward_B.mean()),
         "eval/greedy": float(greedy.reward_B.mean()),

@@ -3,6 +3,7 @@
 B sequences, P prompt width, L response width, D hidden, V vocabulary.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,6 +48,11 @@ class Policy:
             "softcap": getattr(settings, "final_logit_softcapping", None),
             "temperature": temperature / scale,
         }
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Every parameter by its name, whole; a tied one once."""
+        for name, parameter in self.model.named_parameters():
+            yield name, parameter.detach()
 
     def response_hidden(self, rollouts: Rollouts) -> Tensor:
         """Hidden states [B, L, D]: the one at [b, l] predicts response token l."""

@@ -1,24 +1,23 @@
-"""Sampling responses with transformers: one prefill a prompt, then a token a step.
+"""Rollouts of problems: prompts to an engine, its responses to the task's verifier.
 
-B sequences, P prompt width, L response width, V vocabulary.
+B sequences, P prompt width, L response width.
 """
 
+import hashlib
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from torch.nn.utils.rnn import pad_sequence
 
-from trainer.policy import Policy, positions
+from trainer.engines import Engine, Sampled
+from trainer.policy import Policy
+from trainer.ranks import Ranks
 from trainer.types import Problem, Rollouts, Task
 
-# Finished rows leave the batch once they are this share of it; leaving copies the cache.
-DROP_SHARE = 0.2
 
-
-@torch.no_grad()
 def sample(
+    engine: Engine,
     policy: Policy,
     task: Task,
     problems: Sequence[Problem],
@@ -26,78 +25,78 @@ def sample(
     group_size: int,
     max_new_tokens: int,
     temperature: float,
-    batch_size: int,
     seed: int,
+    ranks: Ranks | None = None,
 ) -> Rollouts:
     """`group_size` responses to each problem, verified; temperature 0 is greedy.
 
-    Responses depend on `seed` and the weights only: there is no other random state.
+    Each rank samples its share of the groups, and all of them get the rollouts of all. A response
+    depends on `seed`, the place of its problem, its own place in the group, and the weights: there
+    is no other random state, and other ranks sample the same but for rounding.
     """
-    policy.model.eval()
-    generator = torch.Generator(policy.device).manual_seed(seed)
-    prompts = max(batch_size // group_size, 1)
-    parts = [
-        _sample_batch(
-            policy,
-            problems[start : start + prompts],
-            start,
-            group_size,
-            max_new_tokens,
-            temperature,
-            generator,
-        )
-        for start in range(0, len(problems), prompts)
-    ]
-    rollouts = Rollouts.concatenate(parts, policy.tokenizer.pad_token_id)
-    rewards = [
-        task.reward(problem, response)
-        for problem, response in zip(rollouts.problems, rollouts.responses, strict=True)
-    ]
-    rollouts.reward_B = torch.tensor(rewards, dtype=torch.float32, device=policy.device)
-    return rollouts
+    ranks = ranks or Ranks(policy.device)
+    prompts = policy.tokenizer(
+        [problem.prompt for problem in problems], add_special_tokens=False
+    ).input_ids
+    _check_length(policy, max(map(len, prompts)), max_new_tokens)
+    mine = range(ranks.rank, len(problems), ranks.size)
+    rows = [(group, member) for group in mine for member in range(group_size)]
+    sampled = engine.sample(
+        [prompts[group] for group, _ in rows],
+        [_seed(seed, group, member) for group, member in rows],
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+    )
+    parts = ranks.gather(_verified(policy, task, problems, prompts, rows, sampled))
+    everything = Rollouts.concatenate(
+        [part for part in parts if part is not None], policy.tokenizer.pad_token_id
+    )
+    return everything.rows(everything.group_B.argsort(stable=True)).to(policy.device)
 
 
-def _sample_batch(
+def _seed(seed: int, group: int, member: int) -> int:
+    """Of one sequence's random numbers, in [0, 2^56)."""
+    digest = hashlib.sha256(f"{seed}/{group}/{member}".encode()).digest()
+    return int.from_bytes(digest[:7], "big")
+
+
+def _verified(
     policy: Policy,
+    task: Task,
     problems: Sequence[Problem],
-    first_group: int,
-    group_size: int,
-    max_new_tokens: int,
-    temperature: float,
-    generator: torch.Generator,
-) -> Rollouts:
-    encoded = policy.tokenizer(
-        [problem.prompt for problem in problems],
-        padding=True,
-        padding_side="left",
-        add_special_tokens=False,
-        return_tensors="pt",
-    ).to(policy.device)
-    mask = encoded["attention_mask"].bool()
-    _check_length(policy, mask.shape[1], max_new_tokens)
-    response_BL = _decode(
-        policy, encoded["input_ids"], mask, group_size, max_new_tokens, temperature, generator
-    )
-    ended = torch.isin(response_BL, policy.eos_ids)
-    mask_BL = ended.long().cumsum(1) - ended.long() == 0
-    width = int(mask_BL.sum(1).max())
-    response_BL, mask_BL, ended = response_BL[:, :width], mask_BL[:, :width], ended[:, :width]
+    prompts: Sequence[list[int]],
+    rows: Sequence[tuple[int, int]],
+    sampled: Sequence[Sampled],
+) -> Rollouts | None:
+    """Rollouts, on the CPU, of this rank's `rows`: (number of the problem, place in its group)."""
+    if not rows:
+        return None
+    pad_id, eos_ids = policy.tokenizer.pad_token_id, policy.eos_ids.cpu()
+    asked = [torch.tensor(prompts[group], dtype=torch.long) for group, _ in rows]
+    answered = [one.tokens for one in sampled]
+    ended = [bool(torch.isin(tokens[-1:], eos_ids).all()) for tokens in answered]
     texts = [
-        policy.tokenizer.decode(row[keep], skip_special_tokens=True)
-        for row, keep in zip(response_BL, mask_BL & ~ended, strict=True)
+        policy.tokenizer.decode(tokens[:-1] if end else tokens, skip_special_tokens=True)
+        for tokens, end in zip(answered, ended, strict=True)
     ]
-    groups = torch.arange(first_group, first_group + len(problems), device=policy.device)
+    posed = [problems[group] for group, _ in rows]
+    rewards = [task.reward(problem, text) for problem, text in zip(posed, texts, strict=True)]
     return Rollouts(
-        problems=[problem for problem in problems for _ in range(group_size)],
+        problems=posed,
         responses=texts,
-        group_B=groups.repeat_interleave(group_size),
-        prompt_BP=encoded["input_ids"].repeat_interleave(group_size, 0),
-        prompt_mask_BP=mask.repeat_interleave(group_size, 0),
-        response_BL=response_BL.masked_fill(~mask_BL, policy.tokenizer.pad_token_id),
-        mask_BL=mask_BL,
-        truncated_B=~ended.any(1),
-        reward_B=torch.zeros(len(texts), device=policy.device),
+        group_B=torch.tensor([group for group, _ in rows]),
+        prompt_BP=_pad(asked, pad_id, "left"),
+        prompt_mask_BP=_pad([torch.ones_like(x).bool() for x in asked], 0, "left"),
+        response_BL=_pad(answered, pad_id),
+        mask_BL=_pad([torch.ones_like(x).bool() for x in answered], 0),
+        sampler_logprob_BL=_pad([one.logprobs for one in sampled], 0),
+        truncated_B=~torch.tensor(ended),
+        reward_B=torch.tensor(rewards, dtype=torch.float32),
     )
+
+
+def _pad(rows: list[Tensor], fill: int, side: str = "right") -> Tensor:
+    return pad_sequence(rows, batch_first=True, padding_value=fill, padding_side=side)
 
 
 def _check_length(policy: Policy, prompt: int, new: int) -> None:
@@ -108,70 +107,3 @@ def _check_length(policy: Policy, prompt: int, new: int) -> None:
             f"a prompt of {prompt} tokens and up to {new} new ones do not fit into the model's "
             f"{limit} positions; lower rollout.max_new_tokens or leave such prompts out"
         )
-
-
-def _decode(
-    policy: Policy,
-    prompt: Tensor,
-    mask: Tensor,
-    group_size: int,
-    max_new_tokens: int,
-    temperature: float,
-    generator: torch.Generator,
-) -> Tensor:
-    """Token ids [B, max_new_tokens]; what follows an end-of-sequence is padding."""
-    model, cache, eos_ids = policy.model, _cache(policy), policy.eos_ids
-    logits = model(
-        input_ids=prompt,
-        attention_mask=mask.long(),
-        position_ids=positions(mask),
-        past_key_values=cache,
-        use_cache=True,
-        logits_to_keep=1,
-    ).logits[:, -1]
-    cache.batch_repeat_interleave(group_size)
-    logits, mask = (x.repeat_interleave(group_size, 0) for x in (logits, mask))
-    rows = torch.arange(len(mask), device=mask.device)  # the sequence of each row of the batch
-    running = torch.ones_like(rows, dtype=torch.bool)
-    response = torch.full(
-        (len(rows), max_new_tokens), policy.tokenizer.pad_token_id, device=mask.device
-    )
-    for step in range(max_new_tokens):
-        token = _draw(logits, temperature, generator)
-        response[rows[running], step] = token[running]
-        running = running & ~torch.isin(token, eos_ids)
-        if step + 1 == max_new_tokens or not running.any():
-            break
-        if running.float().mean() <= 1 - DROP_SHARE:
-            keep = running.nonzero().squeeze(1)
-            cache.batch_select_indices(keep)
-            rows, token, mask, running = (x[keep] for x in (rows, token, mask, running))
-        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
-        logits = model(
-            input_ids=token.unsqueeze(1),
-            attention_mask=mask.long(),
-            position_ids=positions(mask)[:, -1:],
-            past_key_values=cache,
-            use_cache=True,
-        ).logits[:, -1]
-    return response
-
-
-def _cache(policy: Policy) -> DynamicCache:
-    """An empty cache whose rows can be repeated and dropped, in every layer."""
-    cache = DynamicCache(config=policy.model.config)
-    other = {type(layer) for layer in cache.layers} - {DynamicLayer, DynamicSlidingWindowLayer}
-    if other:
-        raise ValueError(
-            f"{type(policy.model).__name__} cannot be sampled: rows of its cache's "
-            f"{', '.join(sorted(kind.__name__ for kind in other))} cannot be dropped; wanted "
-            "attention in all layers"
-        )
-    return cache
-
-
-def _draw(logits: Tensor, temperature: float, generator: torch.Generator) -> Tensor:
-    if temperature == 0:
-        return logits.argmax(1)
-    p = (logits.float() / temperature).softmax(1)
-    return torch.multinomial(p, 1, generator=generator).squeeze(1)

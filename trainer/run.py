@@ -11,9 +11,11 @@ import torch
 from trainer import checkpoint
 from trainer.checkpoint import Progress
 from trainer.config import Config
+from trainer.engines import Engine, make_engine
 from trainer.log import RunLog
 from trainer.policy import Policy, load_policy
 from trainer.progress import WARM_START, progress
+from trainer.ranks import Ranks
 from trainer.tasks import make_task
 from trainer.types import Task
 from trainer.warm_start import load_or_warm_start
@@ -25,7 +27,9 @@ class Run:
 
     settings: Config
     folder: Path
+    ranks: Ranks
     policy: Policy
+    engine: Engine
     task: Task
     optimizer: torch.optim.Optimizer
     log: RunLog
@@ -46,7 +50,7 @@ class Run:
         return settings.learning_rate * warm
 
 
-def start(settings: Config) -> Run:
+def start(settings: Config, ranks: Ranks) -> Run:
     """The run of `settings`, from its last checkpoint where its folder has one.
 
     Raises:
@@ -59,7 +63,8 @@ def start(settings: Config) -> Run:
         checkpoint.check(found)
     if settings.threads:
         torch.set_num_threads(settings.threads)
-    policy, task = _policy_and_task(settings, found)
+    policy, task = _policy_and_task(settings, ranks, found)
+    engine = make_engine(settings, policy)
     optimizer = torch.optim.AdamW(
         policy.model.parameters(),
         lr=settings.optimizer.learning_rate,
@@ -67,23 +72,23 @@ def start(settings: Config) -> Run:
         weight_decay=settings.optimizer.weight_decay,
     )
     log = RunLog.open(folder, settings, device=_describe(policy.device))
+    run = Run(settings, folder, ranks, policy, engine, task, optimizer, log, Progress())
     if found is None:
         log.rewind(-1)
-        return Run(settings, folder, policy, task, optimizer, log, Progress(), fresh=True)
+        run.fresh = True
+        return run
     checkpoint.load_optimizer(found, optimizer)
-    state = checkpoint.load_progress(found)
-    log.rewind(state.step)
-    return Run(settings, folder, policy, task, optimizer, log, state)
+    run.progress = checkpoint.load_progress(found)
+    log.rewind(run.progress.step)
+    return run
 
 
-def _policy_and_task(settings: Config, found: Path | None) -> tuple[Policy, Task]:
+def _policy_and_task(settings: Config, ranks: Ranks, found: Path | None) -> tuple[Policy, Task]:
     """From a checkpoint, or from the model and its warm start."""
-    available = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(available if settings.device == "auto" else settings.device)
     model = settings.model
     if found is not None:
         model = dataclasses.replace(model, path=str(found))
-    policy = load_policy(model, settings.seed, device)
+    policy = load_policy(model, settings.seed, ranks.device)
     task = make_task(settings.data, settings.seed, policy.tokenizer)
     warm = settings.warm_start
     if found is None and warm.steps:

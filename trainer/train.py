@@ -18,6 +18,7 @@ from trainer.config import Config
 from trainer.dynamic_sampling import sample_useful
 from trainer.evaluate import evaluate
 from trainer.progress import progress
+from trainer.ranks import join
 from trainer.report import write_report
 from trainer.run import Run, start
 from trainer.samples import entropy_metrics, write_samples
@@ -29,7 +30,12 @@ def train(settings: Config, on_step: Callable[[int], Any] = lambda step: None) -
 
     `on_step` is called after each step is on disk. Returns the path of the report.
     """
-    run = start(settings)
+    with join(settings.device) as ranks:
+        return _train(start(settings, ranks), on_step)
+
+
+def _train(run: Run, on_step: Callable[[int], Any]) -> Path:
+    settings = run.settings
     if run.fresh:
         run.log.write({"step": 0, **_evaluate(run)})
         _save(run)
@@ -56,6 +62,7 @@ def _step(run: Run) -> dict[str, float]:
 
     # Sample G responses a prompt; keep the groups that are neither all right nor all wrong.
     rollouts, metrics = sample_useful(run)
+    run.engine.sleep()
     sampled = clock(policy.device)
     metrics["time/sample"] = sampled - began
     if metrics["groups/useful"] < algorithm.min_groups:
@@ -89,6 +96,7 @@ def _step(run: Run) -> dict[str, float]:
         run.progress.updates += 1
         head_seconds += seconds
         meter.add(updated, weight=updated["head/rows"])
+    run.engine.update_weights(policy.weights())
     ended = clock(policy.device)
 
     if run.progress.step % settings.samples_every == 0 or run.progress.step in (1, settings.steps):
@@ -111,7 +119,7 @@ def _mini_batches(group_B: Tensor, count: int) -> list[Tensor]:
 
 def _evaluate(run: Run) -> dict[str, float]:
     began = time.perf_counter()
-    metrics = evaluate(run.policy, run.task, run.settings)
+    metrics = evaluate(run)
     return metrics | {"time/evaluate": time.perf_counter() - began}
 
 

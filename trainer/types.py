@@ -3,7 +3,7 @@
 B sequences, P prompt width, L response width.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, Protocol
 
 import torch
@@ -47,6 +47,7 @@ class Rollouts:
     prompt_mask_BP: Tensor  # bool
     response_BL: Tensor  # int64 token ids, end-of-sequence included
     mask_BL: Tensor  # bool: response tokens, end-of-sequence included
+    sampler_logprob_BL: Tensor  # fp32: as the engine sampled them
     truncated_B: Tensor  # bool: stopped by the length limit
     reward_B: Tensor  # fp32
 
@@ -62,6 +63,12 @@ class Rollouts:
                 value[index] if isinstance(value, Tensor) else [value[i] for i in index.tolist()]
             )
         return Rollouts(**picked)
+
+    def to(self, device: torch.device) -> "Rollouts":
+        """The same on `device`."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        moved: dict[str, Any] = {k: x.to(device) for k, x in values.items() if torch.is_tensor(x)}
+        return replace(self, **moved)
 
     @staticmethod
     def concatenate(parts: "list[Rollouts]", pad_id: int) -> "Rollouts":
@@ -83,6 +90,7 @@ class Rollouts:
             prompt_mask_BP=torch.cat([left(part.prompt_mask_BP, False) for part in parts]),
             response_BL=torch.cat([right(part.response_BL, pad_id) for part in parts]),
             mask_BL=torch.cat([right(part.mask_BL, False) for part in parts]),
+            sampler_logprob_BL=torch.cat([right(part.sampler_logprob_BL, 0) for part in parts]),
             truncated_B=torch.cat([part.truncated_B for part in parts]),
             reward_B=torch.cat([part.reward_B for part in parts]),
         )

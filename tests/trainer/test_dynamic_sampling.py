@@ -12,6 +12,8 @@ from tests.trainer.small import build_policy, settings
 from trainer.checkpoint import Progress
 from trainer.config import Algorithm, Rollout
 from trainer.dynamic_sampling import sample_useful, sort_groups
+from trainer.engines.transformers import TransformersEngine
+from trainer.ranks import Ranks
 from trainer.run import Run
 from trainer.types import Problem
 
@@ -46,7 +48,9 @@ def sample_script(script: str, rounds: int, next_problem: int = 0):
         algorithm=Algorithm(max_rounds=rounds, min_groups=1),
     )
     progress = Progress(step=1, next_problem=next_problem)
-    run = Run(config, Path(), build_policy(), task, None, None, progress)
+    policy = build_policy()
+    engine, ranks = TransformersEngine(policy, batch_size=4), Ranks(policy.device)
+    run = Run(config, Path(), ranks, policy, engine, task, None, None, progress)
     return *sample_useful(run), run
 
 

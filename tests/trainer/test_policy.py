@@ -18,6 +18,7 @@ from tests.trainer.small import (
 )
 from trainer import policy as module
 from trainer.config import Model
+from trainer.engines.transformers import TransformersEngine
 from trainer.policy import Policy, load_policy
 from trainer.rollout import sample
 
@@ -39,13 +40,13 @@ def test_log_probs_are_those_of_the_unpadded_sequence(family, attention):
     policy = build_policy(family, attention=attention)
     policy.model.generation_config.eos_token_id = [1, 4, 7]
     rollouts = sample(
+        TransformersEngine(policy, batch_size=64),
         policy,
         Even(),
         PROMPTS,
         group_size=2,
         max_new_tokens=9,
         temperature=1.0,
-        batch_size=64,
         seed=2,
     )
     assert len(rollouts.mask_BL.sum(1).unique()) >= 3

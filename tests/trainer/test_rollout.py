@@ -4,7 +4,9 @@ import pytest
 import torch
 from transformers import Qwen3NextConfig, Qwen3NextForCausalLM
 
+import entropy_kernels as ek
 from tests.trainer.small import EOS, PAD, POSITIONS, WORDS, Even, build_policy, build_tokenizer
+from trainer.engines.transformers import TransformersEngine
 from trainer.policy import Policy
 from trainer.rollout import sample
 from trainer.types import Problem
@@ -15,13 +17,13 @@ OPTIONS = {
     "group_size": 1,
     "max_new_tokens": WIDTH,
     "temperature": 1.0,
-    "batch_size": 64,
     "seed": 5,
 }
 
 
-def draw(policy, problems=PROMPTS, **changes):
-    return sample(policy, Even(), problems, **OPTIONS | changes)
+def draw(policy, problems=PROMPTS, batch_size=64, **changes):
+    engine = TransformersEngine(policy, batch_size)
+    return sample(engine, policy, Even(), problems, **OPTIONS | changes)
 
 
 def set_eos(policy, ids):
@@ -121,11 +123,30 @@ def test_groups_are_whole_and_numbered_by_prompt(batch_size):
         assert rollouts.prompt_mask_BP[b].int().diff().min() >= 0
 
 
-def test_greedy_does_not_depend_on_the_batch():
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_tokens_do_not_depend_on_the_batch(temperature):
     policy = set_eos(build_policy(), [1, 4, 7, 9])
-    whole = draw(policy, temperature=0.0)
-    single = draw(policy, temperature=0.0, batch_size=1)
-    assert torch.equal(whole.response_BL, single.response_BL)
+    whole = draw(policy, temperature=temperature, group_size=4)
+    for size in (1, 7):
+        parts = draw(policy, temperature=temperature, group_size=4, batch_size=size)
+        assert torch.equal(whole.response_BL, parts.response_BL)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+def test_logprobs_are_those_of_the_distribution_sampled_from(temperature):
+    policy = set_eos(build_policy(), [1, 4, 7])
+    rollouts = draw(policy, group_size=4, temperature=temperature)
+    head = policy.head(temperature)
+    with torch.no_grad():
+        hidden = policy.response_hidden(rollouts)
+        scored = ek.linear_logprob_entropy(hidden, target=rollouts.response_BL, **head).logprob
+        largest = (hidden @ head["weight"].T).abs().max() / temperature
+    mask = rollouts.mask_BL
+    error = (scored - rollouts.sampler_logprob_BL)[mask].abs().max()
+    # Two passes through the backbone, with a cache and without.
+    assert error < 32 * torch.finfo(torch.float32).eps * largest
+    assert (rollouts.sampler_logprob_BL[~mask] == 0).all()
+    assert (~mask).any()
 
 
 def test_padding_may_be_the_end_of_sequence():

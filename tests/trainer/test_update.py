@@ -12,6 +12,7 @@ from entropy_kernels import reference
 from tests.trainer.small import Even, build_policy, save_folder, settings
 from trainer.advantages import group_advantages
 from trainer.config import Algorithm, Model, Optimizer, Rollout
+from trainer.engines.transformers import TransformersEngine
 from trainer.policy import load_policy
 from trainer.rollout import sample
 from trainer.update import Batch, Meter, micro_batches, score, update
@@ -51,8 +52,9 @@ def roll(policy):
     """Twelve responses of different lengths to three prompts of different lengths."""
     policy.model.generation_config.eos_token_id = [1, 4]
     problems = [Even().problem("train", index) for index in range(3)]
-    options = {"group_size": 4, "max_new_tokens": 8, "batch_size": 64, "seed": 0}
-    return sample(policy, Even(), problems, temperature=TEMPERATURE, **options)
+    options = {"group_size": 4, "max_new_tokens": 8, "seed": 0}
+    engine = TransformersEngine(policy, batch_size=64)
+    return sample(engine, policy, Even(), problems, temperature=TEMPERATURE, **options)
 
 
 def on_policy(policy, config=CONFIG):

@@ -1,0 +1,144 @@
+"""Sampling with the trainer's own model: one prefill a prompt, then a token a step.
+
+B sequences of a batch, P prompt width, L response width, V vocabulary.
+"""
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+from trainer.engines import Sampled
+from trainer.policy import Policy, positions
+
+# Finished rows leave the batch once they are this share of it; leaving copies the cache.
+DROP_SHARE = 0.2
+
+
+class TransformersEngine:
+    """Samples `batch_size` sequences at once from the model that is trained."""
+
+    def __init__(self, policy: Policy, batch_size: int):
+        self._policy, self._batch_size = policy, batch_size
+
+    def sample(
+        self,
+        prompts: Sequence[Sequence[int]],
+        seeds: Sequence[int],
+        *,
+        max_new_tokens: int,
+        temperature: float,
+    ) -> list[Sampled]:
+        """As `Engine.sample`."""
+        self._policy.model.eval()
+        size = self._batch_size
+        return [
+            sampled
+            for start in range(0, len(prompts), size)
+            for sampled in self._batch(
+                prompts[start : start + size],
+                _uniform(seeds[start : start + size], max_new_tokens).to(self._policy.device),
+                temperature,
+            )
+        ]
+
+    def sleep(self) -> None:
+        """Nothing to give back."""
+
+    def update_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        """Nothing to do: the model is shared."""
+
+    @torch.no_grad()
+    def _batch(
+        self, prompts: Sequence[Sequence[int]], uniform_BL: Tensor, temperature: float
+    ) -> list[Sampled]:
+        """One response a prompt; `uniform_BL` are the random numbers of each."""
+        policy = self._policy
+        model, eos_ids, cache = policy.model, policy.eos_ids, _cache(policy)
+        different = list(dict.fromkeys(map(tuple, prompts)))
+        prompt_BP, mask = _left_padded(different, policy)
+        logits = model(
+            input_ids=prompt_BP,
+            attention_mask=mask.long(),
+            position_ids=positions(mask),
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        ).logits[:, -1]
+        place = {prompt: row for row, prompt in enumerate(different)}
+        keep = torch.tensor([place[tuple(prompt)] for prompt in prompts], device=policy.device)
+        cache.batch_select_indices(keep)
+        logits, mask = logits[keep], mask[keep]
+        rows = torch.arange(len(mask), device=mask.device)  # the sequence of each row of the batch
+        running = torch.ones_like(rows, dtype=torch.bool)
+        response_BL = torch.zeros_like(uniform_BL, dtype=torch.long)
+        logprob_BL, length_B = torch.zeros_like(uniform_BL), torch.zeros_like(rows)
+        for step in range(uniform_BL.shape[1]):
+            token, logprob = _draw(logits, temperature, uniform_BL[rows, step])
+            response_BL[rows[running], step] = token[running]
+            logprob_BL[rows[running], step] = logprob[running]
+            length_B[rows[running]] += 1
+            running = running & ~torch.isin(token, eos_ids)
+            if step + 1 == uniform_BL.shape[1] or not running.any():
+                break
+            if running.float().mean() <= 1 - DROP_SHARE:
+                keep = running.nonzero().squeeze(1)
+                cache.batch_select_indices(keep)
+                rows, token, mask, running = (x[keep] for x in (rows, token, mask, running))
+            mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
+            logits = model(
+                input_ids=token.unsqueeze(1),
+                attention_mask=mask.long(),
+                position_ids=positions(mask)[:, -1:],
+                past_key_values=cache,
+                use_cache=True,
+            ).logits[:, -1]
+        response_BL, logprob_BL = response_BL.cpu(), logprob_BL.cpu()
+        return [
+            Sampled(response_BL[b, :length].clone(), logprob_BL[b, :length].clone())
+            for b, length in enumerate(length_B.tolist())
+        ]
+
+
+def _uniform(seeds: Sequence[int], count: int) -> Tensor:
+    """`count` numbers from [0, 1) for each seed, drawn on the CPU: the same on every device."""
+    generator = torch.Generator()
+    return torch.stack([torch.rand(count, generator=generator.manual_seed(seed)) for seed in seeds])
+
+
+def _left_padded(prompts: Sequence[Sequence[int]], policy: Policy) -> tuple[Tensor, Tensor]:
+    """Token ids and mask [B, P], padded on the left."""
+    width, pad_id = max(map(len, prompts)), policy.tokenizer.pad_token_id
+    ids = torch.tensor([[pad_id] * (width - len(p)) + list(p) for p in prompts])
+    lengths = torch.tensor([[len(p)] for p in prompts])
+    mask = torch.arange(width) >= width - lengths
+    return ids.to(policy.device), mask.to(policy.device)
+
+
+def _cache(policy: Policy) -> DynamicCache:
+    """An empty cache whose rows can be repeated and dropped, in every layer."""
+    cache = DynamicCache(config=policy.model.config)
+    other = {type(layer) for layer in cache.layers} - {DynamicLayer, DynamicSlidingWindowLayer}
+    if other:
+        raise ValueError(
+            f"{type(policy.model).__name__} cannot be sampled: rows of its cache's "
+            f"{', '.join(sorted(kind.__name__ for kind in other))} cannot be dropped; wanted "
+            "attention in all layers"
+        )
+    return cache
+
+
+def _draw(logits_BV: Tensor, temperature: float, uniform_B: Tensor) -> tuple[Tensor, Tensor]:
+    """A token a row by inversion of the distribution function, and its log-probability."""
+    logprob_BV = (logits_BV.float() / (temperature or 1.0)).log_softmax(1)
+    if temperature == 0:
+        token_B = logits_BV.argmax(1)
+    else:
+        cdf_BV = logprob_BV.exp().cumsum(1)
+        # Strictly above: a token of no probability is not drawn.
+        at_B1 = (uniform_B * cdf_BV[:, -1]).unsqueeze(1)
+        token_B = torch.searchsorted(cdf_BV, at_B1, right=True).squeeze(1)
+        token_B = token_B.clamp_max(logits_BV.shape[1] - 1)
+    return token_B, logprob_BV.gather(1, token_B.unsqueeze(1)).squeeze(1)
