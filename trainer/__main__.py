@@ -1,6 +1,10 @@
-"""The command line: `python -m trainer train [PRESET] [--options]`, `python -m trainer report RUN`.
+"""The command line: `python -m trainer` and one of
 
-Both need no option: `train` runs the preset "tiny". `train --help` lists every option.
+    train [PRESET] [--options]      needs none: it runs the preset "tiny"
+    plan --preset P --gpus N        memory, flops and time of a run, before it is started
+    report RUN                      write the page of a run
+
+`train --help` and `plan --help` list every option.
 """
 
 import os
@@ -17,11 +21,12 @@ USAGE = __doc__
 def main(arguments: list[str]) -> int:
     """Run one command; returns the exit status."""
     command, rest = (arguments[0], arguments[1:]) if arguments else ("", [])
-    if command not in ("train", "report"):
+    commands = {"train": _train, "plan": _plan, "report": _report}
+    if command not in commands:
         print(USAGE.strip() if USAGE else "")
         return 0 if command in ("-h", "--help") else 2
     try:
-        return _train(rest) if command == "train" else _report(rest)
+        return commands[command](rest)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -54,6 +59,12 @@ def _train(arguments: list[str]) -> int:
     transformers.utils.logging.disable_progress_bar()
     print(f"report: {train(settings)}")
     return 0
+
+
+def _plan(arguments: list[str]) -> int:
+    from trainer.plan import main as plan
+
+    return plan(arguments)
 
 
 def _report(arguments: list[str]) -> int:
