@@ -131,10 +131,13 @@ def llama(path: str) -> Config:
 
     Paper, appendix: the base model cannot do it, so it is first trained on 10,000 right responses
     of Qwen3-32B to prompts of DAPO-Math-17K. Neither the responses nor the settings of that
-    training are published: `path` is a model trained so, and the prompts are a local file.
+    training are published, and `warm_start` trains neither on a file nor on several GPUs: `path` is
+    a model trained so elsewhere, and the other prompts are a local file. Llama's tokenizer starts a
+    text with a token of its own, which templates must write out.
     """
     config = high_entropy(dapo("llama-8b", path))
-    data = replace(dapo_math(), task="file:data/dapo-math-7398.jsonl")
+    template = "<|begin_of_text|>" + QUESTION
+    data = replace(dapo_math(), task="file:data/dapo-math-7398.jsonl", template=template)
     return replace(config, data=data)
 
 

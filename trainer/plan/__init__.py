@@ -102,11 +102,10 @@ def make_job(request: Request) -> Job:
     Raises ValueError for numbers that cannot be meant and for an unknown architecture.
     """
     device = GPUS[request.gpu] if request.gpu != "cpu" else cpu()
+    names = (request.architecture,) if request.architecture else ()
     return Job(
         config=request.config,
-        architecture=find_architecture(
-            request.architecture or request.config.model.path, request.preset
-        ),
+        architecture=find_architecture(*names or (request.config.model.path, request.preset)),
         device=_with_own_numbers(device, request),
         gpus=request.gpus,
         gpus_per_node=request.gpus_per_node,

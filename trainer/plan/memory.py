@@ -11,29 +11,42 @@ from trainer.plan.job import Job
 Memory = dict[str, dict[str, float]]
 """Phase -> part -> bytes."""
 
-# Of entropy_kernels on a GPU: forward's workspace, and dz, of so many columns or bytes.
+# Of entropy_kernels on a GPU: forward's workspace, and dz, whose columns are halved down to the
+# least until it is no more than its bytes.
 FORWARD_WORKSPACE = 1 << 29
 DZ_COLUMNS, DZ_BYTES, DZ_LEAST = 16_384, 1 << 28, 1024
 
 
 def step_memory(job: Job) -> Memory:
-    """Bytes of each part on one GPU, in every phase of a step."""
-    model, master, E = job.architecture, job.master_bytes, job.compute_bytes
+    """Bytes of each part on one GPU, in every phase of a step.
+
+    Backward goes from the head through the last layer to the first and ends at the embedding; on
+    its way it frees activations and, in an update's first micro-batch, makes gradients.
+    """
+    model, master = job.architecture, job.master_bytes
     share = master * model.parameters / job.gpus
     always = {"weights": share, "AdamW's moments": 2 * share}
     if job.device.is_gpu:
         always["reserved"] = job.assumptions.reserved
-    training = always | {"gradients": share}
-    checkpoints = {"activations kept": _kept_by_layers(job)}
+    gradients = {"gradients": share}
+    before = always | (gradients if job.micro_batches > 1 else {})
+    gathered = {}
     if job.copies:
-        training["embedding and head, gathered"] = E * model.outside
-    head_gradient = {"gradient of the head": E * model.head} if _is_another(job) else {}
+        gathered["embedding and head"] = float(job.compute_bytes * model.outside)
+    tokens = float(job.micro_batch)
+    kept = {"activations kept": tokens * model.layers * _kept_by_layer(job)}
+    one = {"activations kept": tokens * _kept_by_layer(job)}
+    layer = gathered | _one_layer(job)
+    head = _head_gradient(job)
+    # Beside the sum of earlier micro-batches only until it is added to it.
+    later = head if job.copies or job.micro_batches == 1 else {}
     return {
-        "sampling": always | _sampling(job, sum(always.values())),
-        "head": training | checkpoints | head_gradient | {"head's workspace": _head(job)},
-        "layers": training | checkpoints | head_gradient | _one_layer(job),
-        "embedding": training | _embedding(job),
-        "AdamW": always | {"gradients": share, "AdamW's temporaries": _optimizer(job)},
+        "sample": always | _sampling(job, sum(always.values())),
+        "head": before | gathered | kept | head | {"head's workspace": _head(job)},
+        "last layer": before | layer | kept | later,
+        "first layer": always | gradients | layer | one | (head if job.copies else {}),
+        "end": always | gradients | gathered | _embedding(job),
+        "AdamW": always | gradients | {"AdamW's temporaries": _optimizer(job)},
     }
 
 
@@ -56,18 +69,15 @@ def cache_bytes(job: Job) -> float:
     return 2.0 * model.layers * heads * model.head_dim * job.compute_bytes
 
 
-def _is_another(job: Job) -> bool:
-    """Whether a micro-batch's gradient of the head lies beside the one it is added to."""
-    return job.copies or job.micro_batches > 1
+def _head_gradient(job: Job) -> dict[str, float]:
+    """Of one micro-batch; where layers and head compute on the optimizer's weights, in place."""
+    return {"gradient of the head": float(job.compute_bytes * job.architecture.head)}
 
 
-def _kept_by_layers(job: Job) -> float:
-    """From forward to backward: each layer's input, or all that its backward needs."""
-    model, tokens = job.architecture, job.micro_batch
-    inputs = float(job.compute_bytes * model.hidden)
-    if not job.config.model.gradient_checkpointing:
-        inputs += _saved(job)
-    return tokens * model.layers * inputs
+def _kept_by_layer(job: Job) -> float:
+    """Bytes a token from forward to backward: the layer's input, or all that its backward needs."""
+    own = 0.0 if job.config.model.gradient_checkpointing else _saved(job)
+    return job.compute_bytes * job.architecture.hidden + own
 
 
 def _saved(job: Job) -> float:
@@ -75,14 +85,17 @@ def _saved(job: Job) -> float:
     model, E, attention = job.architecture, job.compute_bytes, job.config.model.attention
     q, kv = model.heads * model.head_dim, model.kv_heads * model.head_dim
     # RMSNorm works in fp32: its input's fp32 copy (in fp32 the input itself, which for the first
-    # norm is the layer's), and what it is before and after the weight.
+    # norm is the layer's), and what it is before and after the weight; q's and k's go on to RoPE.
     norms = 4 * model.hidden * (2 if E < 4 else 1) + 2 * 2 * E * model.hidden
-    queries_keys = (q + kv) * (E + (4 + E if model.qk_norm else 0))
-    attended = E * kv + E * q * (1 if attention.startswith("flash") else 2)
+    norms += (q + kv) * (4 + E) * model.qk_norm
+    # q, k, v and the result, which flash attention has in the order that the next product wants;
+    # others repeat k and v for each head.
+    attended = E * (2 * q + 2 * kv if attention.startswith("flash") else 4 * q)
     if attention == "eager":
-        repeated = 2 * E * q
-        attended += repeated + model.heads * job.longest * (4 if E == 4 else 4 + E)
-    return norms + queries_keys + attended + 4 * E * model.intermediate
+        attended += model.heads * job.longest * (4 if E == 4 else 4 + E)
+    elif not attention.startswith("flash"):
+        attended += E * q
+    return norms + attended + 4 * E * model.intermediate
 
 
 def _one_layer(job: Job) -> dict[str, float]:
@@ -91,11 +104,11 @@ def _one_layer(job: Job) -> dict[str, float]:
     between = 2 * E * (model.intermediate + model.hidden)
     if job.config.model.attention == "eager":
         between += 2 * 4 * model.heads * job.longest
-    parts = {"gradients of activations": float(tokens * between)}
+    parts = {"activation gradients": float(tokens * between)}
     if job.config.model.gradient_checkpointing:
         parts["activations recomputed"] = tokens * _saved(job)
     if job.copies:
-        parts["two layers, gathered"] = 2.0 * E * model.layer
+        parts["two layers"] = 2.0 * E * model.layer
         parts["gradient of a layer"] = (E + 4.0) * model.layer
     return parts
 
@@ -103,10 +116,13 @@ def _one_layer(job: Job) -> dict[str, float]:
 def _head(job: Job) -> float:
     """Hidden states, their gradient, and the more of forward's workspace and backward's."""
     model, E, rows = job.architecture, job.compute_bytes, job.kept_rows
-    hidden = 2.0 * E * job.micro_batch * model.hidden
+    # And what the last norm keeps.
+    hidden = (2.0 * E + 4 + E) * job.micro_batch * model.hidden
     if not job.device.is_gpu:
         return hidden + job.kept_logits + rows * model.hidden * (E + 4)
-    columns = min(max(DZ_BYTES // (E * rows), DZ_LEAST), DZ_COLUMNS, model.vocabulary)
+    columns = DZ_COLUMNS
+    while columns > DZ_LEAST and rows * columns * E > DZ_BYTES:
+        columns //= 2
     backward = rows * (model.hidden * (E + 4 + 4) + columns * E) + job.kept_logits
     return hidden + max(FORWARD_WORKSPACE, backward)
 
@@ -115,16 +131,19 @@ def _embedding(job: Job) -> dict[str, float]:
     """The end of backward: the embedding's gradient, and its reduction with the head's in fp32."""
     model, E = job.architecture, job.compute_bytes
     if job.copies:
-        return {"gradients of embedding and head": (E + 4.0) * model.outside}
+        return {"embedding's gradient": (E + 4.0) * model.outside}
     # Another tensor of V x D where it is added to one: the head's, or an earlier micro-batch's.
     added = model.tied or job.micro_batches > 1
-    return {"gradients of embedding and head": float(E * model.head)} if added else {}
+    return {"embedding's gradient": float(E * model.head)} if added else {}
 
 
 def _optimizer(job: Job) -> float:
-    """The square roots of the second moments: of all weights at once on a GPU, else of one."""
+    """The square roots of the second moments of all weights on a GPU; elsewhere of one weight at a
+    time, twice."""
     model = job.architecture
-    return job.master_bytes * (model.parameters / job.gpus if job.device.is_gpu else model.head)
+    if job.device.is_gpu:
+        return job.master_bytes * model.parameters / job.gpus
+    return 2.0 * job.master_bytes * max(model.head, model.hidden * model.intermediate)
 
 
 def _sampling(job: Job, others: float) -> dict[str, float]:

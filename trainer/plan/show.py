@@ -72,9 +72,9 @@ def head_variants(plan: Plan) -> dict[str, float]:
     fraction = plan.job.config.algorithm.fraction
     return {
         "eager logits [T, V]": 3.0,
-        "compaction, entropies of the current policy: 1 + 3f": 1 + 3 * fraction,
-        "the same, threshold known and logits kept: 1 + 2f": 1 + 2 * fraction,
-        "mask known, logits recomputed: 4f": 4 * fraction,
+        "compaction: 1 + 3f": 1 + 3 * fraction,
+        "threshold known, logits kept: 1 + 2f": 1 + 2 * fraction,
+        "mask known, recomputed: 4f": 4 * fraction,
         "mask known, logits kept: 3f": 3 * fraction,
         "this run": head_units(plan.job),
     }
@@ -128,15 +128,16 @@ def _summary(plan: Plan) -> list[str]:
 def _memory(plan: Plan) -> Table:
     table = Table(title="Memory of a GPU, GB (1e9 bytes)", title_justify="left")
     phases = list(plan.memory)
-    for heading in ("", *phases):
-        table.add_column(heading, justify="right" if heading else "left")
+    table.add_column("", no_wrap=True)
+    for phase in phases:
+        table.add_column(phase, justify="right")
     parts = dict.fromkeys(part for phase in phases for part in plan.memory[phase])
     for part in parts:
         cells = (plan.memory[phase].get(part) for phase in phases)
         table.add_row(part, *("" if cell is None else _gb(cell) for cell in cells))
     table.add_section()
     table.add_row("sum", *(_gb(sum(plan.memory[phase].values())) for phase in phases))
-    table.add_row("eager logits, more", "", _gb(eager_logits(plan.job)))
+    table.add_row("eager: [T, V] logits", "", _gb(eager_logits(plan.job)))
     return table
 
 
@@ -155,7 +156,7 @@ def _head(plan: Plan) -> Table:
     table = Table(
         title=f"The head, f = {plan.job.config.algorithm.fraction:g}", title_justify="left"
     )
-    for heading in ("", "units", "flops of the update's", "share of score and update"):
+    for heading in ("", "units", "flops", "of the trainer's"):
         table.add_column(heading, justify="right" if heading else "left")
     for name, units in head_variants(plan).items():
         flops = f"{units * unit(plan.job):.3g}"

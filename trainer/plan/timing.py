@@ -58,7 +58,7 @@ def slots(job: Job, memory: Memory) -> int:
     """Sequences that an engine decodes at once: all of its own, or what its cache holds."""
     own = math.ceil(job.sequences * job.tensor_parallel / job.gpus)
     each = (job.assumptions.prompt + job.response) * cache_bytes(job)
-    return max(1, min(own, int(memory["sampling"]["cache"] / each)))
+    return max(1, min(own, int(memory["sample"]["cache"] / each)))
 
 
 def _decode(job: Job, flops: Flops, memory: Memory, rate: float) -> float:
