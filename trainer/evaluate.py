@@ -17,7 +17,7 @@ def evaluate(run: Run) -> dict[str, float]:
         return sample(
             run.engine,
             run.policy,
-            run.task,
+            run.verifier,
             problems,
             group_size=1,
             max_new_tokens=run.settings.rollout.max_new_tokens,

@@ -16,6 +16,7 @@ from trainer.log import RunLog
 from trainer.policy import Policy, load_policy
 from trainer.progress import WARM_START, progress
 from trainer.ranks import Ranks
+from trainer.rewards.verifier import Verifier
 from trainer.tasks import make_task
 from trainer.types import Task
 from trainer.warm_start import load_or_warm_start
@@ -31,6 +32,7 @@ class Run:
     policy: Policy
     engine: Engine
     task: Task
+    verifier: Verifier
     optimizer: torch.optim.Optimizer
     log: RunLog
     progress: Progress
@@ -54,7 +56,8 @@ def start(settings: Config, ranks: Ranks) -> Run:
     """The run of `settings`, from its last checkpoint where its folder has one.
 
     Raises:
-        ValueError: the folder holds a run with other settings, or a damaged checkpoint.
+        ValueError: the folder holds a run with other settings, or a damaged checkpoint, or the
+            verifier cannot be imported.
     """
     folder = Path(settings.root) / settings.name
     found = checkpoint.latest(folder)
@@ -63,7 +66,7 @@ def start(settings: Config, ranks: Ranks) -> Run:
         checkpoint.check(found)
     if settings.threads:
         torch.set_num_threads(settings.threads)
-    policy, task = _policy_and_task(settings, ranks, found)
+    policy, task, verifier = _parts(settings, ranks, found)
     engine = make_engine(settings, policy)
     optimizer = torch.optim.AdamW(
         policy.model.parameters(),
@@ -72,7 +75,7 @@ def start(settings: Config, ranks: Ranks) -> Run:
         weight_decay=settings.optimizer.weight_decay,
     )
     log = RunLog.open(folder, settings, device=_describe(policy.device))
-    run = Run(settings, folder, ranks, policy, engine, task, optimizer, log, Progress())
+    run = Run(settings, folder, ranks, policy, engine, task, verifier, optimizer, log, Progress())
     if found is None:
         log.rewind(-1)
         run.fresh = True
@@ -83,20 +86,22 @@ def start(settings: Config, ranks: Ranks) -> Run:
     return run
 
 
-def _policy_and_task(settings: Config, ranks: Ranks, found: Path | None) -> tuple[Policy, Task]:
+def _parts(settings: Config, ranks: Ranks, found: Path | None) -> tuple[Policy, Task, Verifier]:
     """From a checkpoint, or from the model and its warm start."""
     model = settings.model
     if found is not None:
         model = dataclasses.replace(model, path=str(found))
     policy = load_policy(model, settings.seed, ranks.device)
     task = make_task(settings.data, settings.seed, policy.tokenizer)
+    verifier = Verifier(task, settings.reward)
+    verifier.start()  # before what takes long
     warm = settings.warm_start
     if found is None and warm.steps:
         with progress("warm start", warm.steps, columns=WARM_START) as bar:
             load_or_warm_start(
                 policy.model, policy.tokenizer, task, warm, settings.seed, bar.update
             )
-    return policy, task
+    return policy, task, verifier
 
 
 def _check_same(folder: Path, settings: Config) -> None:

@@ -13,13 +13,14 @@ from torch import Tensor
 
 import entropy_kernels as ek
 from trainer import checkpoint
-from trainer.advantages import group_advantages, overlong_punishment
+from trainer.advantages import group_advantages
 from trainer.config import Config
 from trainer.dynamic_sampling import sample_useful
 from trainer.evaluate import evaluate
 from trainer.progress import progress
 from trainer.ranks import join
 from trainer.report import write_report
+from trainer.rewards.terms import shaped_reward
 from trainer.run import Run, start
 from trainer.samples import entropy_metrics, write_samples
 from trainer.update import Batch, Meter, clock, score, update
@@ -68,13 +69,16 @@ def _step(run: Run) -> dict[str, float]:
     if metrics["groups/useful"] < algorithm.min_groups:
         return metrics | {"skipped/few_groups": 1.0, "time/step": sampled - began}
 
-    # Group advantages, the soft punishment of overlong responses included.
-    punishment_B = overlong_punishment(
-        rollouts.mask_BL.sum(1), settings.rollout.max_new_tokens, algorithm
-    )
-    advantage_B = group_advantages(
-        rollouts.reward_B + punishment_B, rollouts.group_B, algorithm.advantage
-    )
+    # Group advantages of the verdict and what is added to it, such as the overlong punishment.
+    shaped_B, terms = shaped_reward(rollouts, settings)
+    metrics |= terms
+    advantage_B = group_advantages(shaped_B, rollouts.group_B, algorithm.advantage)
+    if settings.reward.drop_truncated:
+        kept = (~rollouts.truncated_B).nonzero().squeeze(1)
+        metrics["skipped/truncated"] = float(len(rollouts) - len(kept))
+        rollouts, advantage_B = rollouts.rows(kept), advantage_B[kept]
+        if not len(kept):
+            return metrics | {"skipped/all_truncated": 1.0, "time/step": sampled - began}
 
     # Old-policy log-probs and entropies in one pass; tau and the mask over the whole step.
     old_logprob_BL, entropy_BL, threshold, head_seconds = score(policy, rollouts, settings)

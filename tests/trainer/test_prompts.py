@@ -219,8 +219,3 @@ def test_render():
 )
 def test_math_reward(gold, response, right):
     assert math_reward(gold, response) == float(right)
-
-
-def test_what_takes_too_long_is_wrong(monkeypatch):
-    monkeypatch.setattr("trainer.tasks.math_answers.SECONDS", 1)
-    assert math_reward("2", "\\boxed{9^{9^{9^{9}}}}") == 0.0

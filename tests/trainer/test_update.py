@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from entropy_kernels import reference
-from tests.trainer.small import Even, build_policy, save_folder, settings
+from tests.trainer.small import Even, build_policy, even_verifier, save_folder, settings
 from trainer.advantages import group_advantages
 from trainer.config import Algorithm, Model, Optimizer, Rollout
 from trainer.engines.transformers import TransformersEngine
@@ -54,7 +54,7 @@ def roll(policy):
     problems = [Even().problem("train", index) for index in range(3)]
     options = {"group_size": 4, "max_new_tokens": 8, "seed": 0}
     engine = TransformersEngine(policy, batch_size=64)
-    return sample(engine, policy, Even(), problems, temperature=TEMPERATURE, **options)
+    return sample(engine, policy, even_verifier(), problems, temperature=TEMPERATURE, **options)
 
 
 def on_policy(policy, config=CONFIG):
