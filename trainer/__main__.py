@@ -7,8 +7,8 @@
     report RUN                      write the page of a run
     export RUN OUT [--options]      write its policy as a transformers folder
 
-`--help` after a command lists its options. `torchrun --nproc-per-node N -m trainer train ...` trains
-on N devices; docs/trainer.md.
+`--help` after a command lists its options. `torchrun --nproc-per-node N -m trainer train ...`
+trains on N devices; docs/trainer.md.
 """
 
 import contextlib
