@@ -128,10 +128,12 @@ def _report(arguments: list[str]) -> int:
 
 
 def _export(arguments: list[str]) -> int:
+    import transformers
     import tyro
 
     from trainer.export import export
 
+    transformers.utils.logging.disable_progress_bar()
     out = tyro.cli(export, args=arguments, prog="python -m trainer export")
     print(f"model: {out}")
     return 0
