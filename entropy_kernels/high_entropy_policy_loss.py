@@ -38,6 +38,7 @@ def high_entropy_policy_loss(
     bias: Float[Tensor, " V"] | None = None,
     temperature: float | Float[Tensor, "..."] = 1.0,
     softcap: float | None = None,
+    vocab_group: Any = None,
     max_active_rows: int | None = None,
     main_grad: Float[Tensor, "V D"] | None = None,
     impl: str = "auto",
@@ -59,8 +60,9 @@ def high_entropy_policy_loss(
       16-bit inputs 1024) and memory costs more than products, they are recomputed: a fourth.
 
     Args:
-        hidden, weight, target, bias, temperature, softcap, impl: as in `linear_logprob_entropy`.
-            hidden[t] is the state that predicts target[t].
+        hidden, weight, target, bias, temperature, softcap, vocab_group, impl: as in
+            `linear_logprob_entropy`. hidden[t] is the state that predicts target[t]. Every rank of
+            a vocab_group has the whole loss, and which="random" would choose other tokens on each.
         old_logprob: log-probabilities under the sampling policy; None: on-policy, ratio 1.
         advantage: one a token, or one a sequence where target is [B, L].
         mask: the loss mask; false for prompt, padding and tool tokens, which never enter the
@@ -85,9 +87,10 @@ def high_entropy_policy_loss(
 
     Raises:
         ValueError: as the functions it is made of; both `selected` and `threshold` given, or one of
-            them together with which, scope or group; an unknown option.
+            them together with which, scope or group; which="random" with a vocab_group; an unknown
+            option.
     """
-    check_selection(selected, threshold, which, scope, group)
+    check_selection(selected, threshold, which, scope, group, vocab_group)
     _check_loss_options(loss_options, selected is not None, old_logprob is None)
     check_like(target, mask=mask, selected=selected)
     if threshold is not None:
@@ -95,6 +98,7 @@ def high_entropy_policy_loss(
     head: dict[str, Any] = {
         "bias": bias,
         "softcap": softcap,
+        "vocab_group": vocab_group,
         "max_active_rows": max_active_rows,
         "main_grad": main_grad,
         "impl": impl,
