@@ -14,8 +14,8 @@ ANYTHING = None
 ALLOWED = {
     "reference": set(),
     "distributed": set(),
-    "losses": set(),
-    "loss_terms": {"losses"},
+    "losses": {"distributed"},
+    "loss_terms": {"distributed", "losses"},
     "_loss_options": {"loss_terms", "losses"},
     "token_rules": set(),
     "_rows": set(),
