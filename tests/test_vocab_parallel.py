@@ -14,7 +14,16 @@ import entropy_kernels as ek
 from entropy_kernels import ops
 from entropy_kernels.testing import assert_within_two_bounds
 from tests.head_cases import check_statistics, in_dtype, make, run
-from tests.vocab_parallel_cases import CASES, MISSING, OF_TRITON, case, losses, work
+from tests.vocab_parallel_cases import (
+    BEST,
+    CASES,
+    GAPS,
+    MISSING,
+    OF_TRITON,
+    case,
+    losses,
+    work,
+)
 
 PAIRS = [
     pytest.param(
@@ -65,12 +74,13 @@ def test_shards_find_what_one_rank_finds(ranks, impl, name):
     check_statistics(found[0]["moments"], h, w, y, factor=factor, bias=bias, **options)
 
 
-@pytest.mark.parametrize("gap", [0.5, 5.0, 15.0, 30.0])
-def test_entropies_of_two_words_on_two_ranks_keep_their_digits(ranks, gap):
+@pytest.mark.parametrize("best", BEST, ids=["one rank", "two ranks"])
+@pytest.mark.parametrize("gap", GAPS)
+def test_entropies_of_two_words_keep_their_digits(ranks, gap, best):
     s = torch.tensor(-gap, dtype=torch.float64).exp()
     entropy = s.log1p() + gap * s / (1 + s)
     for rank in ranks:
-        got = rank["extremes"][gap]
+        got = rank["extremes"][gap, best]
         assert ((got.entropy.double() - entropy).abs() <= 3e-7 * entropy).all()
         assert abs(got.logprob[0].double() + s.log1p()) <= 3e-7 * s.log1p()
         assert abs(got.logprob[1].double() + s.log1p() + gap) <= 3e-7 * gap
