@@ -7,6 +7,8 @@ python -m trainer report RUN                   write the report of a run
 python -m trainer export RUN OUT [--options]   write its policy as a transformers folder
 
 `train` needs no option: it runs the preset "tiny". `--help` after a command lists its options.
+`torchrun --nproc-per-node N -m trainer train ...` trains on N devices (docs/trainer.md), and
+`evaluate` spreads the problems over them.
 """
 
 import contextlib
@@ -38,7 +40,8 @@ def main(arguments: list[str]) -> int:
     try:
         return commands[command](rest)
     except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
+        where = "" if _first() else f"rank {os.environ['RANK']}: "
+        print(f"{where}error: {error}", file=sys.stderr)
         return 1
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
@@ -46,7 +49,10 @@ def main(arguments: list[str]) -> int:
         print(f"error: {error.strerror}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("\ninterrupted; the same command resumes from the last checkpoint", file=sys.stderr)
+        if _first():
+            print(
+                "\ninterrupted; the same command resumes from the last checkpoint", file=sys.stderr
+            )
         return 130
 
 
@@ -67,8 +73,15 @@ def _train(arguments: list[str]) -> int:
     from trainer.train import train
 
     transformers.utils.logging.disable_progress_bar()
-    print(f"report: {train(settings)}")
+    report = train(settings)
+    if _first():
+        print(f"report: {report}")
     return 0
+
+
+def _first() -> bool:
+    """Whether this is the first of the processes that torchrun started, or the only one."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def _evaluate(arguments: list[str]) -> int:

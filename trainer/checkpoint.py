@@ -68,6 +68,7 @@ def save(
     Raises:
         OSError: it could not be written, and the one before it stays; on a full disk with the
             bytes needed and free.
+        ValueError: the ranks do not share a file system, or a sharded model has no group.
     """
     root = folder / "checkpoints"
     final = path_of(folder, progress.step)
@@ -191,6 +192,11 @@ def _finish(
         (unfinished / OPTIMIZER).rmdir()
     (unfinished / "state.json").write_text(json.dumps(asdict(progress)))
     files = {name: entry for part in entries for name, entry in part.items()}
+    if lost := [name for name in files if not (unfinished / name).is_file()]:
+        raise ValueError(
+            f"{unfinished} lacks {', '.join(lost)}, which other ranks wrote; all ranks need the "
+            "run's folder on one file system"
+        )
     for path in unfinished.rglob("*"):
         name = str(path.relative_to(unfinished))
         if path.is_file() and name not in files:

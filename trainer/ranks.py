@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 T = TypeVar("T")
 
@@ -34,6 +35,12 @@ class Ranks:
         dist.all_gather_object(values, value, group=self.group)
         return values
 
+    def sum(self, tensor: Tensor) -> Tensor:
+        """`tensor`, in place, added up over the ranks; collective."""
+        if self.group is not None:
+            dist.all_reduce(tensor, group=self.group)
+        return tensor
+
     def on_all(self, call: Callable[[], T]) -> list[T]:
         """What `call` returns on each rank; what it raises on one is raised on all; collective."""
         outcome: T | Exception
@@ -55,20 +62,24 @@ class Ranks:
 
 
 @contextmanager
-def join(device: str = "auto") -> Iterator[Ranks]:
+def join(device: str = "auto", group: bool = False) -> Iterator[Ranks]:
     """The ranks that torchrun started, joined for as long as the context lasts; else one alone.
 
     `device` is "auto" (CUDA where there is one; under torchrun the one of the local rank) or
-    torch's name of a device. NCCL on CUDA, else gloo.
+    torch's name of a device. NCCL on CUDA, else gloo. With `group` one alone has a group too.
     """
     kind = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-    if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
+    several = "RANK" in os.environ and "WORLD_SIZE" in os.environ
+    if not several and not group:
         yield Ranks(torch.device(kind))
         return
     if kind == "cuda":
         kind = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
         torch.cuda.set_device(kind)
-    dist.init_process_group("nccl" if kind.startswith("cuda") else "gloo")
+    alone: dict[str, Any] = {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+    dist.init_process_group(
+        "nccl" if kind.startswith("cuda") else "gloo", **({} if several else alone)
+    )
     try:
         yield Ranks(torch.device(kind), dist.get_rank(), dist.get_world_size(), dist.group.WORLD)
     finally:

@@ -158,6 +158,17 @@ def test_what_fails_on_one_rank_fails_on_all(tmp_path, processes):
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-000002"]
 
 
+def save_apart(ranks, folder):
+    policy, optimizer = build(ranks)
+    with pytest.raises(ValueError, match=r"lacks shard-00002-.* need the run's folder on one file"):
+        checkpoint.save(folder / str(ranks.rank), policy, optimizer, Progress(), 2, ranks)
+
+
+def test_ranks_without_a_common_file_system_are_refused(tmp_path, processes):
+    run(processes, tmp_path, 2, save_apart, tmp_path)
+    assert not list((tmp_path / "0" / "checkpoints").iterdir())
+
+
 def agree_on(ranks, folder, want):
     """Every rank takes the same; so does the loop's next collective."""
     found = checkpoint.latest(folder, ranks)
