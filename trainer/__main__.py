@@ -1,14 +1,14 @@
-"""The command line.
+"""The command line: `python -m trainer` and one of
 
-python -m trainer train [PRESET] [--options]   train, or go on from the last checkpoint
-python -m trainer evaluate --model M --data D  accuracy, pass@k and lengths of a model or a run
-python -m trainer watch RUN                    follow a run from another terminal
-python -m trainer report RUN                   write the report of a run
-python -m trainer export RUN OUT [--options]   write its policy as a transformers folder
+    train [PRESET] [--options]      needs none: it runs the preset "tiny"; goes on from a checkpoint
+    evaluate --model M --data D     accuracy, pass@k and lengths of a model or a run
+    plan --preset P --gpus N        memory, flops and time of a run, before it is started
+    watch RUN                       follow a run from another terminal
+    report RUN                      write the page of a run
+    export RUN OUT [--options]      write its policy as a transformers folder
 
-`train` needs no option: it runs the preset "tiny". `--help` after a command lists its options.
-`torchrun --nproc-per-node N -m trainer train ...` trains on N devices (docs/trainer.md), and
-`evaluate` spreads the problems over them.
+`--help` after a command lists its options. `torchrun --nproc-per-node N -m trainer train ...`
+trains on N devices (docs/trainer.md), and `evaluate` spreads its problems over them.
 """
 
 import contextlib
@@ -30,6 +30,7 @@ def main(arguments: list[str]) -> int:
     commands = {
         "train": _train,
         "evaluate": _evaluate,
+        "plan": _plan,
         "watch": _watch,
         "report": _report,
         "export": _export,
@@ -59,13 +60,18 @@ def main(arguments: list[str]) -> int:
 def _train(arguments: list[str]) -> int:
     import tyro
 
-    from trainer.config import PRESETS, Config
+    from trainer.config import Config
+    from trainer.presets import PRESETS
 
     name = arguments.pop(0) if arguments and not arguments[0].startswith("-") else "tiny"
     if name not in PRESETS:
         raise ValueError(f"no preset {name!r}; there are {', '.join(PRESETS)}")
     settings = tyro.cli(
-        Config, default=PRESETS[name](), args=arguments, prog=f"python -m trainer train {name}"
+        Config,
+        default=PRESETS[name](),
+        args=arguments,
+        prog=f"python -m trainer train {name}",
+        description=f"One run, from the preset {name!r}. Presets: {', '.join(PRESETS)}.",
     )
 
     import transformers
@@ -104,6 +110,12 @@ def _watch(arguments: list[str]) -> int:
     with contextlib.suppress(KeyboardInterrupt):
         watch(Path(arguments[0]))
     return 0
+
+
+def _plan(arguments: list[str]) -> int:
+    from trainer.plan import main as plan
+
+    return plan(arguments)
 
 
 def _report(arguments: list[str]) -> int:

@@ -1,4 +1,4 @@
-"""The configuration of a run: frozen dataclasses, and presets as functions."""
+"""The configuration of a run: frozen dataclasses. presets.py has some."""
 
 import re
 from dataclasses import dataclass, field
@@ -279,17 +279,3 @@ class Config:
                 "algorithm.overlong_cache must be at most rollout.max_new_tokens, "
                 f"{self.rollout.max_new_tokens}; got {self.algorithm.overlong_cache}"
             )
-
-
-def tiny() -> Config:
-    """A 0.3 M-parameter Qwen3 on the number ladder: warm start and RL in minutes on a laptop."""
-    return Config(
-        steps=100,
-        threads=1,
-        eval_problems=1024,
-        warm_start=WarmStart(steps=600),
-        algorithm=Algorithm(max_rounds=2),
-    )
-
-
-PRESETS = {"tiny": tiny}

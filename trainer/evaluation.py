@@ -14,6 +14,7 @@ from trainer.config import Config, Data, Engine, Model, Reward, Rollout
 from trainer.engines import make_engine
 from trainer.generations import append, open_folder
 from trainer.policy import Policy, read_policy
+from trainer.presets import QUESTION
 from trainer.problems import Problem, Task
 from trainer.progress import Columns, progress
 from trainer.ranks import Ranks, join
@@ -25,8 +26,8 @@ from trainer.tasks.split import stable_hash
 from trainer.types import Rollouts
 
 INSTRUCTION = "Please reason step by step, and put your final answer within \\boxed{}."
-# Section 5.2 of "Beyond the 80/20 Rule".
-TEMPLATES = {"paper": f"User:\n{{question}}\n{INSTRUCTION}\n\nAssistant:\n"}
+# The paper's.
+TEMPLATES = {"paper": QUESTION}
 MAX_NEW_TOKENS = 20_480
 
 _COLUMNS: Columns = {

@@ -18,8 +18,9 @@ import torch
 import trainer.run
 from tests.trainer.small import Even, save_folder, settings, train_even, use_task
 from trainer.__main__ import main
-from trainer.config import PRESETS, Algorithm, Model
+from trainer.config import Algorithm, Model
 from trainer.log import read_rows
+from trainer.presets import PRESETS
 from trainer.sharded import read_whole
 from trainer.train import train
 
