@@ -8,7 +8,7 @@
     export RUN OUT [--options]      write its policy as a transformers folder
 
 `--help` after a command lists its options. `torchrun --nproc-per-node N -m trainer train ...`
-trains on N devices; docs/trainer.md.
+trains on N devices (docs/trainer.md), and `evaluate` spreads its problems over them.
 """
 
 import contextlib
