@@ -86,7 +86,9 @@ def digests(run: Path) -> dict[str, str]:
     found = {"progress": hashlib.sha256((last / "state.json").read_bytes()).hexdigest()}
     for name, folder in (("weights", last), ("optimizer", last / checkpoint.OPTIMIZER)):
         digest = hashlib.sha256()
-        for key, value in sorted(read_whole(folder).items()):
+        # Before the first update there is no optimizer's state.
+        tensors = read_whole(folder) if folder.exists() else {}
+        for key, value in sorted(tensors.items()):
             digest.update(f"{key} {value.dtype} {tuple(value.shape)} ".encode())
             digest.update(value.contiguous().reshape(-1).view(torch.uint8).numpy())
         found[name] = digest.hexdigest()

@@ -1,13 +1,17 @@
-"""The command line.
+"""The command line: `python -m trainer` and one of
 
-python -m trainer train [PRESET] [--options]   train, or go on from the last checkpoint
-python -m trainer report RUN                   write the report of a run
-python -m trainer export RUN OUT [--options]   write its policy as a transformers folder
+    train [PRESET] [--options]      needs none: it runs the preset "tiny"; goes on from a checkpoint
+    evaluate --model M --data D     accuracy, pass@k and lengths of a model or a run
+    plan --preset P --gpus N        memory, flops and time of a run, before it is started
+    watch RUN                       follow a run from another terminal
+    report RUN                      write the page of a run
+    export RUN OUT [--options]      write its policy as a transformers folder
 
-None needs an option: `train` runs the preset "tiny". `--help` after a command lists its options.
-`torchrun --nproc-per-node N -m trainer train ...` trains on N devices; docs/trainer.md.
+`--help` after a command lists its options. `torchrun --nproc-per-node N -m trainer train ...`
+trains on N devices (docs/trainer.md), and `evaluate` spreads its problems over them.
 """
 
+import contextlib
 import errno
 import os
 import sys
@@ -23,7 +27,14 @@ USAGE = __doc__
 def main(arguments: list[str]) -> int:
     """Run one command; returns the exit status."""
     command, rest = (arguments[0], arguments[1:]) if arguments else ("", [])
-    commands = {"train": _train, "report": _report, "export": _export}
+    commands = {
+        "train": _train,
+        "evaluate": _evaluate,
+        "plan": _plan,
+        "watch": _watch,
+        "report": _report,
+        "export": _export,
+    }
     if command not in commands:
         print(USAGE.strip() if USAGE else "")
         return 0 if command in ("-h", "--help") else 2
@@ -49,13 +60,18 @@ def main(arguments: list[str]) -> int:
 def _train(arguments: list[str]) -> int:
     import tyro
 
-    from trainer.config import PRESETS, Config
+    from trainer.config import Config
+    from trainer.presets import PRESETS
 
     name = arguments.pop(0) if arguments and not arguments[0].startswith("-") else "tiny"
     if name not in PRESETS:
         raise ValueError(f"no preset {name!r}; there are {', '.join(PRESETS)}")
     settings = tyro.cli(
-        Config, default=PRESETS[name](), args=arguments, prog=f"python -m trainer train {name}"
+        Config,
+        default=PRESETS[name](),
+        args=arguments,
+        prog=f"python -m trainer train {name}",
+        description=f"One run, from the preset {name!r}. Presets: {', '.join(PRESETS)}.",
     )
 
     import transformers
@@ -74,6 +90,34 @@ def _first() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
+def _evaluate(arguments: list[str]) -> int:
+    import transformers
+    import tyro
+
+    from trainer.evaluation import Evaluation, evaluate_model
+
+    settings = tyro.cli(Evaluation, args=arguments, prog="python -m trainer evaluate")
+    transformers.utils.logging.disable_progress_bar()
+    evaluate_model(settings)
+    return 0
+
+
+def _watch(arguments: list[str]) -> int:
+    from trainer.watch import watch
+
+    if len(arguments) != 1:
+        raise ValueError(f"watch takes one run's folder; got {len(arguments)} arguments")
+    with contextlib.suppress(KeyboardInterrupt):
+        watch(Path(arguments[0]))
+    return 0
+
+
+def _plan(arguments: list[str]) -> int:
+    from trainer.plan import main as plan
+
+    return plan(arguments)
+
+
 def _report(arguments: list[str]) -> int:
     from trainer.report import write_report
 
@@ -84,10 +128,12 @@ def _report(arguments: list[str]) -> int:
 
 
 def _export(arguments: list[str]) -> int:
+    import transformers
     import tyro
 
     from trainer.export import export
 
+    transformers.utils.logging.disable_progress_bar()
     out = tyro.cli(export, args=arguments, prog="python -m trainer export")
     print(f"model: {out}")
     return 0

@@ -1,7 +1,8 @@
-"""The configuration of a run: frozen dataclasses, and presets as functions."""
+"""The configuration of a run: frozen dataclasses. presets.py has some."""
 
 import re
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from typing import Literal
 
 
@@ -40,12 +41,20 @@ class Data:
     """Prompt sets: the column of the question, text or chat messages."""
     answer_field: str = "answer"
     """Prompt sets: the column of the answer."""
-    template: Literal["auto", "none"] = "auto"
-    """"auto" applies the tokenizer's chat template where it has one."""
+    template: str = "auto"
+    """"auto" applies the tokenizer's chat template where it has one, "none" nothing; any other
+    text stands for itself, with the question in the place of {question}."""
     instruction: str = ""
     """Appended to every question of a prompt set or reasoning-gym task."""
     test_fraction: float = 0.05
     """Prompt sets without a test split: the share held out, by hash of the prompt."""
+
+    def __post_init__(self) -> None:
+        if self.template not in ("auto", "none") and "{question}" not in self.template:
+            raise ValueError(
+                'template must be "auto", "none" or a text with {question} in it; '
+                f"got {self.template!r}"
+            )
 
 
 @dataclass(frozen=True)
@@ -204,6 +213,21 @@ class Optimizer:
 
 
 @dataclass(frozen=True)
+class Tracking:
+    """Where the metrics of a run go beside its metrics.jsonl."""
+
+    trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
+    """Libraries that are installed; each has its own environment variables."""
+    project: str = "entropy-kernels"
+    """Of wandb and trackio."""
+
+    def __post_init__(self) -> None:
+        for name in self.trackers:
+            if find_spec(name) is None:
+                raise ValueError(f"tracker {name!r} is not installed: pip install {name}")
+
+
+@dataclass(frozen=True)
 class Config:
     """One run."""
 
@@ -239,6 +263,7 @@ class Config:
     reward: Reward = field(default_factory=Reward)
     algorithm: Algorithm = field(default_factory=Algorithm)
     optimizer: Optimizer = field(default_factory=Optimizer)
+    tracking: Tracking = field(default_factory=Tracking)
 
     def __post_init__(self) -> None:
         _at_least(self, 1, "eval_every", "eval_problems", "checkpoint_every", "keep_checkpoints")
@@ -254,17 +279,3 @@ class Config:
                 "algorithm.overlong_cache must be at most rollout.max_new_tokens, "
                 f"{self.rollout.max_new_tokens}; got {self.algorithm.overlong_cache}"
             )
-
-
-def tiny() -> Config:
-    """A 0.3 M-parameter Qwen3 on the number ladder: warm start and RL in minutes on a laptop."""
-    return Config(
-        steps=100,
-        threads=1,
-        eval_problems=1024,
-        warm_start=WarmStart(steps=600),
-        algorithm=Algorithm(max_rounds=2),
-    )
-
-
-PRESETS = {"tiny": tiny}

@@ -27,13 +27,15 @@ def sample(
     max_new_tokens: int,
     temperature: float,
     seed: int,
+    first: int = 0,
     ranks: Ranks | None = None,
 ) -> Rollouts:
     """`group_size` responses to each problem, verified; temperature 0 is greedy.
 
     Each rank samples its share of the groups, and all of them get the rollouts of all. A response
     depends on `seed`, the place of its problem, its own place in the group, and the weights: there
-    is no other random state, and other ranks sample the same but for rounding.
+    is no other random state, and other ranks sample the same but for rounding. Places count from
+    `first`, so that part of a list of problems has the responses that it has in the whole.
     """
     ranks = ranks or Ranks(policy.device)
     prompts = policy.tokenizer(
@@ -44,7 +46,7 @@ def sample(
     rows = [(group, member) for group in mine for member in range(group_size)]
     sampled = engine.sample(
         [prompts[group] for group, _ in rows],
-        [_seed(seed, group, member) for group, member in rows],
+        [_seed(seed, first + group, member) for group, member in rows],
         max_new_tokens=max_new_tokens,
         temperature=temperature,
     )

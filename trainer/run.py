@@ -134,13 +134,13 @@ def _warm_start(settings: Config, policy: Policy, task: Task, ranks: Ranks) -> N
 
 
 def _check_same(folder: Path, settings: Config) -> None:
-    """A run resumes with the settings it was started with; `steps` and the folder may change."""
+    """A run resumes with its settings; `steps`, the folder and the trackers may change."""
     before = json.loads((folder / "run.json").read_text())["config"]
     now = json.loads(json.dumps(dataclasses.asdict(settings)))
     different = [
         f"{name} was {old}, now {new}"
         for name, (old, new) in sorted(_pairs(before, now).items())
-        if old != new and name not in ("steps", "name", "root")
+        if old != new and name.partition(".")[0] not in ("steps", "name", "root", "tracking")
     ]
     if different:
         raise ValueError(

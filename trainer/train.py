@@ -52,6 +52,7 @@ def _train(run: Run, on_step: Callable[[int], Any]) -> Path:
                 _save(run)
             bar.update(step, metrics)
             on_step(step)
+    run.log.close()
     return write_report(run.folder) if first else run.folder / "report.html"
 
 
