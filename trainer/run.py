@@ -108,7 +108,8 @@ def _parts(
         _warm_start(settings, policy, task, ranks)
     dtype = getattr(torch, model.compute_dtype or model.dtype)
     # The engine's copy is made of whole weights.
-    engine = make_engine(settings, policy, copy_in=dtype if ranks.group is not None else None)
+    copy_in = dtype if ranks.group is not None else None
+    engine = make_engine(settings, policy, ranks.device, copy_in)
     if ranks.group is not None:
         policy.compute_dtype = dtype
         shard(policy, policy.model, ranks, dtype)

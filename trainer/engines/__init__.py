@@ -45,11 +45,17 @@ class Engine(Protocol):
         ...
 
 
-def make_engine(settings: Config, policy: Policy, copy_in: torch.dtype | None = None) -> Engine:
+def make_engine(
+    settings: Config,
+    policy: Policy,
+    device: torch.device | None = None,
+    copy_in: torch.dtype | None = None,
+) -> Engine:
     """The engine that `settings.engine` names, with the weights of `policy`.
 
-    `copy_in`: the dtype of its own weights, where it cannot share those of `policy`.
+    `device` is the one the policy will train on, if it is not there yet; `copy_in` the dtype of
+    the weights of transformers' engine, where it cannot share those of `policy`.
     """
     from trainer.engines.transformers import TransformersEngine
 
-    return TransformersEngine(policy, settings.rollout.batch_size, copy_in)
+    return TransformersEngine(policy, settings.rollout.batch_size, copy_in, device)
