@@ -46,6 +46,10 @@ class Engine(Protocol):
 
 def make_engine(settings: Config, policy: Policy) -> Engine:
     """The engine that `settings.engine` names, with the weights of `policy`."""
+    if settings.engine.kind == "vllm":
+        from trainer.engines.vllm import VllmEngine
+
+        return VllmEngine(policy, settings)
     from trainer.engines.transformers import TransformersEngine
 
     return TransformersEngine(policy, settings.rollout.batch_size)
