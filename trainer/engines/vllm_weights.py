@@ -71,7 +71,7 @@ def pusher(
 
 
 def repack_tied_head(model: torch.nn.Module) -> None:
-    """Pack a head's weights again, which vLLM on a CPU does not when those they are tied to change."""
+    """Pack the head again: vLLM on a CPU does not where it is tied to what was reloaded."""
     for module in model.modules():
         if isinstance(module, ParallelLMHead):
             module.quant_method.process_weights_after_loading(module)
