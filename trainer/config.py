@@ -145,6 +145,13 @@ class Algorithm:
     """Upper clip range of the ratio (clip-higher)."""
     dual_clip: float | None = None
     """Bound of the ratio for negative advantages (10 in the paper's scripts)."""
+    correction: Literal["auto", "none", "tis", "mis"] = "auto"
+    """Of the engine's mismatch, by pi_old / pi_sampler of each token: "tis" truncates it to
+    [correction_floor, correction_cap], "mis" drops tokens outside; "auto": "tis" in bf16."""
+    correction_cap: float = 2.0
+    """Upper bound of the corrected ratio."""
+    correction_floor: float = 0.0
+    """Lower bound."""
     advantage: Literal["grpo", "dr_grpo"] = "grpo"
     """"grpo" divides by the group's standard deviation, "dr_grpo" does not."""
     max_rounds: int = 1
@@ -161,6 +168,11 @@ class Algorithm:
         _at_least(self, 0, "overlong_cache")
         if not 0 < self.fraction <= 1:
             raise ValueError(f"fraction must lie in (0, 1]; got {self.fraction}")
+        if not 0 <= self.correction_floor <= 1 <= self.correction_cap:
+            raise ValueError(
+                "0 <= correction_floor <= 1 <= correction_cap is wanted, or equal policies would "
+                f"be corrected; got {self.correction_floor} and {self.correction_cap}"
+            )
         if self.which != "top" and self.entropy_source != "old":
             raise ValueError(
                 f'which={self.which!r} needs entropy_source="old": a threshold keeps the top; '

@@ -17,6 +17,7 @@ from trainer.advantages import group_advantages, overlong_punishment
 from trainer.config import Config
 from trainer.dynamic_sampling import sample_useful
 from trainer.evaluate import evaluate
+from trainer.mismatch import mismatch_metrics
 from trainer.progress import progress
 from trainer.ranks import join
 from trainer.report import write_report
@@ -62,11 +63,11 @@ def _step(run: Run) -> dict[str, float]:
 
     # Sample G responses a prompt; keep the groups that are neither all right nor all wrong.
     rollouts, metrics = sample_useful(run)
-    run.engine.sleep()
     sampled = clock(policy.device)
     metrics["time/sample"] = sampled - began
     if metrics["groups/useful"] < algorithm.min_groups:
         return metrics | {"skipped/few_groups": 1.0, "time/step": sampled - began}
+    run.engine.sleep()
 
     # Group advantages, the soft punishment of overlong responses included.
     punishment_B = overlong_punishment(
@@ -102,6 +103,9 @@ def _step(run: Run) -> dict[str, float]:
     if run.progress.step % settings.samples_every == 0 or run.progress.step in (1, settings.steps):
         write_samples(run, batch, entropy_BL)
     metrics |= meter.result() | entropy_metrics(entropy_BL[rollouts.mask_BL])
+    metrics |= mismatch_metrics(
+        old_logprob_BL, rollouts.sampler_logprob_BL, rollouts.mask_BL, settings
+    )
     return metrics | {
         "entropy/threshold": float(threshold.value()),
         "tokens_per_second": metrics["tokens"] / (ended - began),

@@ -13,8 +13,14 @@ from torch import Tensor
 
 import entropy_kernels as ek
 from trainer import config
+from trainer.mismatch import correction
 from trainer.policy import Policy
 from trainer.types import Rollouts
+
+OF_THE_STEP = (
+    *("entropy/threshold", "entropy/mean"),
+    *("mismatch/k3", "mismatch/max_ratio", "mismatch/outside"),
+)
 
 
 @dataclass
@@ -112,9 +118,9 @@ def update(
         hidden = policy.response_hidden(part.rollouts)
         began = clock(policy.device)
         leaf = hidden.detach().requires_grad_()
-        loss, metrics = _loss(leaf, part, head, settings.algorithm)
+        loss, metrics = _loss(leaf, part, head, settings)
         loss.backward()
-        for name in ("entropy/threshold", "entropy/mean"):
+        for name in OF_THE_STEP:
             metrics.pop(name, None)  # of this micro-batch; the step has its own
         seconds += clock(policy.device) - began
         hidden.backward(leaf.grad)
@@ -142,13 +148,13 @@ def update(
 
 
 def _loss(
-    hidden: Tensor, part: Batch, head: dict[str, Any], settings: config.Algorithm
+    hidden: Tensor, part: Batch, head: dict[str, Any], settings: config.Config
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The sum of the batch's loss: equation 6 of the paper without its normalisation."""
-    rollouts = part.rollouts
-    grpo = settings.loss_type == "grpo"
+    rollouts, algorithm, corrected = part.rollouts, settings.algorithm, correction(settings)
+    grpo = algorithm.loss_type == "grpo"
     # A threshold would drop tokens whose entropy has fallen below all of the old ones.
-    known = settings.entropy_source == "old" or settings.fraction == 1
+    known = algorithm.entropy_source == "old" or algorithm.fraction == 1
     return ek.high_entropy_policy_loss(
         hidden,
         target=rollouts.response_BL.masked_fill(~rollouts.mask_BL, 0),
@@ -157,12 +163,14 @@ def _loss(
         mask=rollouts.mask_BL,
         selected=part.selected_BL if known else None,
         threshold=None if known else part.threshold,
-        loss_type=settings.loss_type,
-        clip_low=settings.clip_low,
-        clip_high=settings.clip_high,
-        dual_clip=settings.dual_clip,
-        denominator=settings.denominator if grpo else 1.0,
+        loss_type=algorithm.loss_type,
+        clip_low=algorithm.clip_low,
+        clip_high=algorithm.clip_high,
+        dual_clip=algorithm.dual_clip,
+        denominator=algorithm.denominator if grpo else 1.0,
         num_sequences=1.0 if grpo else None,
+        sampler_logprob=rollouts.sampler_logprob_BL if corrected else None,
+        **corrected,
         **head,
     )
 
