@@ -26,10 +26,11 @@ test-verl: $(VERL)/.installed
 	@echo "Running the tests of the adapter to verl ..."
 	@$(VERL)/bin/python -m pytest tests/integrations/test_verl*.py $(ARGS)
 
-# Likewise. One thread: two that share a core wait for each other.
+# Likewise. One thread: two that share a core wait for each other. No torch.compile, which vLLM
+# has for a kernel that is not worth the compiler's time here.
 test-vllm: $(VLLM)/.installed
 	@echo "Running the tests of the vLLM engine ..."
-	@OMP_NUM_THREADS=1 $(VLLM)/bin/python -m pytest tests/trainer/test_vllm*.py $(ARGS)
+	@OMP_NUM_THREADS=1 TORCHDYNAMO_DISABLE=1 $(VLLM)/bin/python -m pytest tests/trainer/test_vllm*.py $(ARGS)
 
 lint: $(VENV)/.dev
 	@echo "Checking style and types ..."

@@ -39,12 +39,12 @@ class VllmEngine:
         self._eos_ids = policy.eos_ids.tolist()
         self._sleeps = _shares_gpu(settings, policy)
         self._asleep = False
-        self._folder = tempfile.TemporaryDirectory(prefix="vllm-model-")
-        _write_configuration(policy, self._folder.name)
-        with _environment(settings), _own_threads():
+        with tempfile.TemporaryDirectory() as folder, _own_threads():
+            _write_configuration(policy, folder)
+            _set_environment(settings)
             from vllm import LLM
 
-            self._llm = LLM(self._folder.name, **_options(policy, config, self._sleeps))
+            self._llm = LLM(folder, **_options(policy, config, self._sleeps))
         self._longest = self._llm.llm_engine.model_config.max_model_len
         self._push = _pusher(self._llm, settings, policy)
         self.update_weights(policy.weights())
@@ -198,8 +198,7 @@ def _pusher(
     return push
 
 
-@contextmanager
-def _environment(settings: Settings) -> Iterator[None]:
+def _set_environment(settings: Settings) -> None:
     """What vLLM reads from the environment when it starts."""
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
@@ -208,7 +207,6 @@ def _environment(settings: Settings) -> Iterator[None]:
     if settings.placement == "beside":
         # CUDA's handles of memory are objects that msgpack does not know.
         os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"
-    yield
 
 
 @contextmanager
