@@ -17,7 +17,7 @@ def correction(settings: Config) -> dict[str, Any]:
     """
     algorithm, name = settings.algorithm, settings.algorithm.correction
     if name == "auto":
-        dtypes = settings.model.dtype, settings.engine.dtype
+        dtypes = settings.model.compute_dtype or settings.model.dtype, settings.engine.dtype
         name = "tis" if "bfloat16" in dtypes else "none"
     if name == "none":
         return {}

@@ -5,7 +5,8 @@ import itertools
 import pytest
 import torch
 
-from tests.trainer.small import WORDS, Even, build_model, build_tokenizer, settings
+from tests.trainer.small import WORDS, Even, build_model, build_tokenizer, even_verifier, settings
+from tests.trainer.update_cases import ALONE
 from tests.trainer.vllm_cases import IGNORED  # first: it skips where vLLM is missing
 from trainer.config import Engine, Rollout
 from trainer.engines.transformers import TransformersEngine
@@ -36,7 +37,9 @@ def pair(request, tmp_path_factory):
     policy = Policy(build_model(family, spread=0.2, **SHAPE), build_tokenizer())
     policy.model.generation_config.eos_token_id = EOS
     threads = torch.get_num_threads()
-    engine = VllmEngine(policy, configure(tmp_path_factory.mktemp("run"), placement))
+    config = configure(tmp_path_factory.mktemp("run"), placement)
+    engine = VllmEngine(policy, config, policy.device)
+    engine.update_weights(policy.weights())
     assert torch.get_num_threads() == threads
     return engine, policy
 
@@ -100,10 +103,9 @@ def test_forgets_the_cached_prompt_of_older_weights(pair, monkeypatch):
 def test_log_probs_are_those_that_the_trainer_scores(pair, tmp_path):
     engine, policy = pair
     problems = [Even().problem("train", index) for index in range(4)]
-    rollouts = sample(
-        engine, policy, Even(), problems, group_size=4, max_new_tokens=16, temperature=0.7, seed=1
-    )
-    logprob_BL, *_ = score(policy, rollouts, configure(tmp_path))
+    options = {"group_size": 4, "max_new_tokens": 16, "temperature": 0.7, "seed": 1}
+    rollouts = sample(engine, policy, even_verifier(), problems, **options)
+    logprob_BL, *_ = score(policy, rollouts, configure(tmp_path), ALONE)
     mask_BL = rollouts.mask_BL
     torch.testing.assert_close(
         rollouts.sampler_logprob_BL[mask_BL], logprob_BL[mask_BL], atol=1e-5, rtol=0

@@ -27,27 +27,26 @@ CPU_CACHE_BYTES = 2**28
 
 
 class VllmEngine:
-    """A vLLM engine with the weights of `policy`."""
+    """A vLLM engine of the architecture of `policy`, on or beside `device`, where that trains.
 
-    def __init__(self, policy: Policy, config: Config):
-        """
-        Raises:
-            ValueError: vLLM is missing, or older than the calls made here.
-        """
+    Raises:
+        ValueError: vLLM is missing, or older than the calls made here; too few GPUs are set aside.
+    """
+
+    def __init__(self, policy: Policy, config: Config, device: torch.device):
         settings = config.engine
         _check_vllm()
         self._eos_ids = policy.eos_ids.tolist()
-        self._sleeps = _shares_gpu(settings, policy)
+        self._sleeps = device.type == "cuda" and not settings.devices
         self._asleep = False
         with tempfile.TemporaryDirectory() as folder, _own_threads():
             _write_configuration(policy, folder)
             _set_environment(settings)
             from vllm import LLM
 
-            self._llm = LLM(folder, **_options(policy, config, self._sleeps))
+            self._llm = LLM(folder, **_options(config, device, self._sleeps))
         self._longest = self._llm.llm_engine.model_config.max_model_len
-        self._push = _pusher(self._llm, settings, policy)
-        self.update_weights(policy.weights())
+        self._push = _pusher(self._llm, policy, settings, device)
 
     def sample(
         self,
@@ -122,15 +121,14 @@ def _check_vllm() -> None:
 def _write_configuration(policy: Policy, folder: str) -> None:
     """A transformers folder without weights."""
     configuration = copy.deepcopy(policy.model.config)
-    # A model that fully_shard has sharded is of a class of its own.
-    configuration.architectures = [type(policy.model).__name__.removeprefix("FSDP")]
+    configuration.architectures = [type(policy.model).__name__]
     configuration.save_pretrained(folder)
 
 
-def _options(policy: Policy, config: Config, sleeps: bool) -> dict[str, Any]:
+def _options(config: Config, device: torch.device, sleeps: bool) -> dict[str, Any]:
     """Of vLLM's LLM."""
-    settings, on_cpu = config.engine, policy.device.type == "cpu"
-    dtype = str(policy.model.dtype).removeprefix("torch.")
+    settings, on_cpu = config.engine, device.type == "cpu"
+    dtype = config.model.compute_dtype or config.model.dtype
     cache = settings.kv_cache_bytes or (CPU_CACHE_BYTES if on_cpu else None)
     options = {
         "load_format": "dummy",
@@ -147,22 +145,18 @@ def _options(policy: Policy, config: Config, sleeps: bool) -> dict[str, Any]:
         "enable_sleep_mode": sleeps,
     }
     if not on_cpu:
-        options["device_ids"] = _devices(settings, policy)
+        options["device_ids"] = _devices(settings, device)
     if settings.placement == "beside":
         from trainer.engines import vllm_weights
 
-        options |= vllm_weights.options(_backend(settings, policy))
+        options |= vllm_weights.options(_backend(settings, device))
     return options
 
 
-def _shares_gpu(settings: Settings, policy: Policy) -> bool:
-    return policy.device.type == "cuda" and not settings.devices
-
-
-def _devices(settings: Settings, policy: Policy) -> list[int]:
+def _devices(settings: Settings, device: torch.device) -> list[int]:
     """GPUs of this rank's engine: the trainer's, or its share of those set aside."""
     if not settings.devices:
-        return [policy.device.index or 0]
+        return [device.index or 0]
     size, rank = settings.tensor_parallel, int(os.environ.get("LOCAL_RANK", 0))
     mine = list(settings.devices[rank * size : (rank + 1) * size])
     if len(mine) < size:
@@ -173,24 +167,24 @@ def _devices(settings: Settings, policy: Policy) -> list[int]:
     return mine
 
 
-def _backend(settings: Settings, policy: Policy) -> str:
+def _backend(settings: Settings, device: torch.device) -> str:
     """Of vLLM's weight transfer."""
-    if policy.device.type == "cpu":
+    if device.type == "cpu":
         return "memory_file"
     return "nccl" if settings.devices else "ipc"
 
 
 def _pusher(
-    llm: Any, settings: Settings, policy: Policy
+    llm: Any, policy: Policy, settings: Settings, device: torch.device
 ) -> Callable[[Iterable[tuple[str, Tensor]]], None]:
     if settings.placement == "beside":
         from trainer.engines import vllm_weights
 
-        return vllm_weights.pusher(llm, _backend(settings, policy), policy, settings)
+        return vllm_weights.pusher(llm, _backend(settings, device), policy, settings)
 
     def push(weights: Iterable[tuple[str, Tensor]]) -> None:
         llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(weights)})
-        if policy.device.type == "cpu":
+        if device.type == "cpu":
             from trainer.engines.vllm_weights import repack_tied_head
 
             llm.apply_model(repack_tied_head)

@@ -55,9 +55,7 @@ def pusher(
     llm: Any, backend: str, policy: Policy, settings: Settings
 ) -> Callable[[Iterable[tuple[str, Tensor]]], None]:
     """A function that gives weights to `llm`, whose workers end the transfer `backend`."""
-    source = _Source(
-        [ParamMeta(name, p.dtype, tuple(p.shape)) for name, p in policy.model.named_parameters()]
-    )
+    source = _Source(policy)
     transfer = WeightTransferTrainerFactory.trainer_init(
         _init_info(backend, settings), client=_Client(llm), source=source
     )
@@ -104,14 +102,17 @@ class _Client:
 
 
 class _Source(WeightSource):
-    """The weights of one push, whose names and shapes are always the same."""
+    """The weights of one push: those of `policy`, as it gives them."""
 
-    def __init__(self, metadata: list[ParamMeta]):
-        self._metadata = metadata
+    def __init__(self, policy: Policy):
+        self._policy = policy
         self.weights: Iterable[tuple[str, Tensor]] = ()
 
     def metadata(self) -> list[ParamMeta]:
-        return self._metadata
+        return [
+            ParamMeta(name, self._policy.compute_dtype or p.dtype, tuple(p.shape))
+            for name, p in self._policy.model.named_parameters()
+        ]
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
         return iter(self.weights)
