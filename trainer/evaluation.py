@@ -217,6 +217,7 @@ def _generate(
     for verifier in verifiers.values():
         verifier.start()  # before what takes long
     engine = make_engine(_config(settings), policy)
+    engine.update_weights(policy.weights())
     total = sum(len(problems) for _, problems in asked.values())
     done = total - sum(len(portion) for *_, portion in portions)
     with progress("evaluation", total, done, _COLUMNS, shown=ranks.first) as bar:

@@ -17,6 +17,7 @@ from trainer.advantages import group_advantages
 from trainer.config import Config
 from trainer.dynamic_sampling import sample_useful
 from trainer.evaluate import evaluate
+from trainer.mismatch import mismatch_metrics
 from trainer.progress import progress
 from trainer.ranks import join
 from trainer.report import write_report
@@ -63,7 +64,6 @@ def _step(run: Run) -> dict[str, float]:
 
     # Sample G responses a prompt; keep the groups that are neither all right nor all wrong.
     rollouts, metrics = sample_useful(run)
-    run.engine.sleep()
     sampled = clock(policy.device)
     metrics["time/sample"] = sampled - began
     if metrics["groups/useful"] < algorithm.min_groups:
@@ -79,6 +79,7 @@ def _step(run: Run) -> dict[str, float]:
         rollouts, advantage_B = rollouts.rows(kept), advantage_B[kept]
         if not len(kept):
             return metrics | {"skipped/all_truncated": 1.0, "time/step": sampled - began}
+    run.engine.sleep()
 
     # Old-policy log-probs and entropies in one pass; tau and the mask over the whole step.
     old_logprob_BL, entropy_BL, threshold, head_seconds = score(
@@ -110,6 +111,9 @@ def _step(run: Run) -> dict[str, float]:
     if run.ranks.first and (shown or run.progress.step in (1, settings.steps)):
         write_samples(run, batch, entropy_BL)
     metrics |= meter.result() | entropy_metrics(entropy_BL[rollouts.mask_BL])
+    metrics |= mismatch_metrics(
+        old_logprob_BL, rollouts.sampler_logprob_BL, rollouts.mask_BL, settings
+    )
     return metrics | {
         "entropy/threshold": float(threshold),
         "tokens_per_second": metrics["tokens"] / (ended - began),

@@ -14,6 +14,7 @@ from torch import Tensor
 import entropy_kernels as ek
 from trainer import config
 from trainer.fsdp import release, whole
+from trainer.mismatch import correction
 from trainer.packing import lengths, pack
 from trainer.partition import partition
 from trainer.policy import Policy
@@ -25,6 +26,10 @@ SUMS = ("head/", "skipped/", "sum/", "tokens/")
 # Entropies this close, relatively, tie. Those of one token differ by the rounding of sums in
 # another order, and the token at the threshold must not fall out by it.
 TIE = 1e-5
+OF_THE_STEP = (
+    *("entropy/threshold", "entropy/mean"),
+    *("mismatch/k3", "mismatch/max_ratio", "mismatch/outside"),
+)
 
 
 @dataclass
@@ -195,7 +200,7 @@ def _backward(
         if hidden_TD.requires_grad:
             hidden_TD.register_hook(lambda _: watch.stop())
         watch.start()
-        found = _loss(hidden_TD, part, head, settings.algorithm)
+        found = _loss(hidden_TD, part, head, settings)
         watch.stop()
         return found
 
@@ -203,36 +208,41 @@ def _backward(
     loss, metrics = policy(packed, settings.rollout.temperature, head)
     watch.start()
     loss.backward()
-    for name in ("entropy/threshold", "entropy/mean"):
+    for name in OF_THE_STEP:
         metrics.pop(name, None)  # of this micro-batch; the step has its own
     return metrics | {"sum/loss": loss.detach()}
 
 
 def _loss(
-    hidden_TD: Tensor, part: Batch, head: dict[str, Any], settings: config.Algorithm
+    hidden_TD: Tensor, part: Batch, head: dict[str, Any], settings: config.Config
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The sum of the batch's loss: equation 6 of the paper without its normalisation."""
+    algorithm, corrected = settings.algorithm, correction(settings)
     mask_BL = part.rollouts.mask_BL
     sequence_T, _ = mask_BL.nonzero(as_tuple=True)
     target_T, selected_T = part.rollouts.response_BL[mask_BL], part.selected_BL[mask_BL]
     mask_T = torch.ones_like(selected_T)
 
     def options(selected_T: Tensor) -> dict[str, Any]:
-        counted_T = selected_T if settings.denominator == "selected" else mask_T
+        counted_T = selected_T if algorithm.denominator == "selected" else mask_T
         return {
             "old_logprob": part.old_logprob_BL[mask_BL],
             "advantage": part.advantage_B[sequence_T],
             "mask": mask_T,
             "selected": selected_T,
-            "clip_low": settings.clip_low,
-            "clip_high": settings.clip_high,
-            "dual_clip": settings.dual_clip,
+            "clip_low": algorithm.clip_low,
+            "clip_high": algorithm.clip_high,
+            "dual_clip": algorithm.dual_clip,
             "denominator": 1.0,
-            "token_weight": _share(counted_T, sequence_T) if settings.loss_type == "grpo" else None,
+            "token_weight": _share(counted_T, sequence_T)
+            if algorithm.loss_type == "grpo"
+            else None,
+            "sampler_logprob": part.rollouts.sampler_logprob_BL[mask_BL] if corrected else None,
+            **corrected,
         }
 
     # A threshold would drop tokens whose entropy has fallen below all of the old ones.
-    if settings.entropy_source == "old" or settings.fraction == 1:
+    if algorithm.entropy_source == "old" or algorithm.fraction == 1:
         return ek.high_entropy_policy_loss(
             hidden_TD, target=target_T, **options(selected_T), **head
         )

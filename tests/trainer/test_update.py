@@ -252,3 +252,23 @@ def test_meter_joins_parts():
     meter.add({"clip/low": 0.1, "ratio/max": 1.5, "head/rows": 4, "skipped/x": 0}, weight=3)
     want = {"clip/low": 0.2, "ratio/max": 2.0, "head/rows": 7, "skipped/x": 1}
     assert meter.result() == pytest.approx(want)
+
+
+@pytest.mark.parametrize("source", ["old", "current"])
+@pytest.mark.parametrize(
+    ("correction", "ratio", "factor"), [("tis", 1.5, 1.5), ("tis", 3.0, 2.0), ("mis", 3.0, 0.0)]
+)
+def test_multiplies_the_gradient_with_the_correction_of_the_sampler(
+    correction, ratio, factor, source
+):
+    policy = build_policy()
+    batch = off_policy(policy)
+    plain, _ = gradients(policy, batch, configure(Algorithm(entropy_source=source)))
+    sampler_logprob_BL = batch.old_logprob_BL - math.log(ratio)
+    rollouts = dataclasses.replace(batch.rollouts, sampler_logprob_BL=sampler_logprob_BL)
+    config = configure(Algorithm(entropy_source=source, correction=correction), tokens=64)
+    got, _ = gradients(policy, dataclasses.replace(batch, rollouts=rollouts), config)
+    if factor == 0:
+        assert all(not g.any() for g in got)
+    else:
+        assert distance(got, [factor * g for g in plain]) < 1e-5

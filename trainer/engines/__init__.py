@@ -51,11 +51,16 @@ def make_engine(
     device: torch.device | None = None,
     copy_in: torch.dtype | None = None,
 ) -> Engine:
-    """The engine that `settings.engine` names, with the weights of `policy`.
+    """The engine that `settings.engine` names. Before it samples it needs `update_weights`, but for
+    transformers' that shares the model of `policy`.
 
     `device` is the one the policy will train on, if it is not there yet; `copy_in` the dtype of
     the weights of transformers' engine, where it cannot share those of `policy`.
     """
+    if settings.engine.kind == "vllm":
+        from trainer.engines.vllm import VllmEngine
+
+        return VllmEngine(policy, settings, device or policy.device)
     from trainer.engines.transformers import TransformersEngine
 
     return TransformersEngine(policy, settings.rollout.batch_size, copy_in, device)
