@@ -4,7 +4,8 @@
     plan --preset P --gpus N        memory, flops and time of a run, before it is started
     report RUN                      write the page of a run
 
-`train --help` and `plan --help` list every option.
+`train --help` and `plan --help` list every option. `torchrun --nproc-per-node N -m trainer train ...`
+is the same on N devices; docs/trainer.md.
 """
 
 import os
@@ -28,10 +29,14 @@ def main(arguments: list[str]) -> int:
     try:
         return commands[command](rest)
     except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
+        where = "" if _first() else f"rank {os.environ['RANK']}: "
+        print(f"{where}error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("\ninterrupted; the same command resumes from the last checkpoint", file=sys.stderr)
+        if _first():
+            print(
+                "\ninterrupted; the same command resumes from the last checkpoint", file=sys.stderr
+            )
         return 130
 
 
@@ -57,7 +62,9 @@ def _train(arguments: list[str]) -> int:
     from trainer.train import train
 
     transformers.utils.logging.disable_progress_bar()
-    print(f"report: {train(settings)}")
+    report = train(settings)
+    if _first():
+        print(f"report: {report}")
     return 0
 
 
@@ -65,6 +72,11 @@ def _plan(arguments: list[str]) -> int:
     from trainer.plan import main as plan
 
     return plan(arguments)
+
+
+def _first() -> bool:
+    """Whether this is the first of the processes that torchrun started, or the only one."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def _report(arguments: list[str]) -> int:

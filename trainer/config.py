@@ -19,6 +19,9 @@ class Model:
     dtype: Literal["float32", "bfloat16"] = "float32"
     """The type of the weights and of AdamW's moments. In bfloat16 a step of less than 1/512 of a
     weight rounds to nothing; float16 is left out, its second moments underflow."""
+    compute_dtype: Literal["float32", "bfloat16"] | None = None
+    """Of the arithmetic; None: that of the weights. "bfloat16" beside float32 weights is mixed
+    precision: weights and moments stay exact, and gradients are added up in float32."""
     attention: str = "eager"
     """transformers' attn_implementation: eager, sdpa, flash_attention_2."""
     gradient_checkpointing: bool = False
@@ -162,7 +165,8 @@ class Optimizer:
     mini_batches: int = 2
     """Optimizer steps a sampling step."""
     tokens_per_micro_batch: int = 16_384
-    """Padded tokens, prompt included, of one forward and backward."""
+    """Tokens, prompt included and without padding, of one forward and backward of a rank; a longer
+    sequence is one by itself."""
 
     def __post_init__(self) -> None:
         _at_least(self, 1, "mini_batches", "tokens_per_micro_batch")

@@ -40,9 +40,10 @@ class Bar:
         start: int,
         columns: Columns,
         live: rich.progress.Progress | None,
+        shown: bool = True,
     ):
         self._description, self._total, self._start = description, total, start
-        self._columns, self._live = columns, live
+        self._columns, self._live, self._plain = columns, live, shown and live is None
         self._shown: dict[str, str] = {}
         self._began = self._printed = time.monotonic()
         if live is not None:
@@ -59,7 +60,7 @@ class Bar:
         text = "  ".join(filter(None, [place, self._left(step), *shown]))
         if self._live is not None:
             self._live.update(self._task, completed=step, text=text)
-        elif self._due(step):
+        elif self._plain and self._due(step):
             print(text, flush=True)
 
     def _left(self, step: int) -> str:
@@ -81,15 +82,17 @@ class Bar:
 
 
 @contextmanager
-def progress(description: str, total: int, start: int = 0, columns: Columns = RL) -> Iterator[Bar]:
-    """A `Bar` from `start` steps done to `total`.
+def progress(
+    description: str, total: int, start: int = 0, columns: Columns = RL, shown: bool = True
+) -> Iterator[Bar]:
+    """A `Bar` from `start` steps done to `total`; nothing is seen of it unless `shown`.
 
     On a terminal it is drawn live on stderr, and what the loop prints appears above it. Where
     stdout or stderr is a file or a pipe, lines without control characters go to stdout.
     """
     console = Console(stderr=True)
-    if not (sys.stdout.isatty() and sys.stderr.isatty()) or console.is_dumb_terminal:
-        yield Bar(description, total, start, columns, None)
+    if not shown or not (sys.stdout.isatty() and sys.stderr.isatty()) or console.is_dumb_terminal:
+        yield Bar(description, total, start, columns, None, shown)
         return
     # One column of text: a narrow terminal cuts its end and not the middle of each part.
     parts: list[rich.progress.ProgressColumn] = [

@@ -30,35 +30,34 @@ def train(settings: Config, on_step: Callable[[int], Any] = lambda step: None) -
 
     `on_step` is called after each step is on disk. Returns the path of the report.
     """
-    with join(settings.device) as ranks:
+    with join(settings.device, group=settings.model.compute_dtype is not None) as ranks:
         return _train(start(settings, ranks), on_step)
 
 
 def _train(run: Run, on_step: Callable[[int], Any]) -> Path:
-    settings = run.settings
+    settings, first = run.settings, run.ranks.first
     if run.fresh:
-        run.log.write({"step": 0, **_evaluate(run)})
+        run.write({"step": 0, **_evaluate(run)})
         _save(run)
-    with progress("RL", settings.steps, start=run.progress.step) as bar:
+    with progress("RL", settings.steps, start=run.progress.step, shown=first) as bar:
         for step in range(run.progress.step + 1, settings.steps + 1):
             run.progress.step = step
             last = step == settings.steps
             metrics = _step(run)
             if last or step % settings.eval_every == 0:
                 metrics |= _evaluate(run)
-            run.log.write({"step": step, **metrics})
+            run.write({"step": step, **metrics})
             if last or step % settings.checkpoint_every == 0:
                 _save(run)
             bar.update(step, metrics)
             on_step(step)
-    return write_report(run.folder)
+    return write_report(run.folder) if first else run.folder / "report.html"
 
 
 def _step(run: Run) -> dict[str, float]:
     """Sample, verify, select the tokens, update."""
     settings, algorithm, policy = run.settings, run.settings.algorithm, run.policy
     began = clock(policy.device)
-    torch.manual_seed(run.seed(-1))  # rounds of sampling have their own, from 0
 
     # Sample G responses a prompt; keep the groups that are neither all right nor all wrong.
     rollouts, metrics = sample_useful(run)
@@ -77,10 +76,13 @@ def _step(run: Run) -> dict[str, float]:
     )
 
     # Old-policy log-probs and entropies in one pass; tau and the mask over the whole step.
-    old_logprob_BL, entropy_BL, threshold, head_seconds = score(policy, rollouts, settings)
+    old_logprob_BL, entropy_BL, threshold, head_seconds = score(
+        policy, rollouts, settings, run.ranks
+    )
     if algorithm.which == "top":
         selected_BL = threshold.mask(entropy_BL, rollouts.mask_BL)
     else:
+        torch.manual_seed(run.seed(-1))  # the same on every rank; rounds of sampling have others
         selected_BL = ek.top_entropy_mask(
             entropy_BL, rollouts.mask_BL, algorithm.fraction, which=algorithm.which
         )
@@ -92,14 +94,15 @@ def _step(run: Run) -> dict[str, float]:
     meter = Meter()
     for index in _mini_batches(rollouts.group_B, settings.optimizer.mini_batches):
         metrics["lr"] = run.set_learning_rate()
-        updated, seconds = update(policy, run.optimizer, batch.rows(index), settings)
+        updated, seconds = update(policy, run.optimizer, batch.rows(index), settings, run.ranks)
         run.progress.updates += 1
         head_seconds += seconds
         meter.add(updated, weight=updated["head/rows"])
     run.engine.update_weights(policy.weights())
     ended = clock(policy.device)
 
-    if run.progress.step % settings.samples_every == 0 or run.progress.step in (1, settings.steps):
+    shown = run.progress.step % settings.samples_every == 0
+    if run.ranks.first and (shown or run.progress.step in (1, settings.steps)):
         write_samples(run, batch, entropy_BL)
     metrics |= meter.result() | entropy_metrics(entropy_BL[rollouts.mask_BL])
     return metrics | {
@@ -125,5 +128,10 @@ def _evaluate(run: Run) -> dict[str, float]:
 
 def _save(run: Run) -> None:
     checkpoint.save(
-        run.folder, run.policy, run.optimizer, run.progress, run.settings.keep_checkpoints
+        run.folder,
+        run.policy,
+        run.optimizer,
+        run.progress,
+        run.settings.keep_checkpoints,
+        run.ranks,
     )

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 import trainer.run
 from trainer.config import Algorithm, Config, Model, Optimizer, Rollout
-from trainer.policy import Policy
+from trainer.policy import Policy, check_policy
 from trainer.train import train
 from trainer.types import Problem
 
@@ -91,7 +91,9 @@ def build_model(
 
 def build_policy(family: str = "llama", **options: Any) -> Policy:
     """A small model with the small tokenizer."""
-    return Policy(build_model(family, **options), build_tokenizer())
+    policy = Policy(build_model(family, **options), build_tokenizer())
+    check_policy(policy)
+    return policy
 
 
 def save_folder(folder: Path, family: str = "llama", **options: Any) -> str:

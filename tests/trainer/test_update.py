@@ -14,9 +14,11 @@ from trainer.advantages import group_advantages
 from trainer.config import Algorithm, Model, Optimizer, Rollout
 from trainer.engines.transformers import TransformersEngine
 from trainer.policy import load_policy
+from trainer.ranks import Ranks
 from trainer.rollout import sample
-from trainer.update import Batch, Meter, micro_batches, score, update
+from trainer.update import Batch, Meter, score, update
 
+ALONE = Ranks(torch.device("cpu"))
 TEMPERATURE = 0.8
 CONFIG = settings(Path(), rollout=Rollout(temperature=TEMPERATURE))
 OBJECTIVES = [
@@ -60,7 +62,7 @@ def roll(policy):
 def on_policy(policy, config=CONFIG):
     """The batch of a step's first mini-batch."""
     rollouts = roll(policy)
-    old_logprob_BL, entropy_BL, threshold, _ = score(policy, rollouts, config)
+    old_logprob_BL, entropy_BL, threshold, _ = score(policy, rollouts, config, ALONE)
     advantage_B = group_advantages(torch.linspace(-1, 1, 12).square(), rollouts.group_B)
     selected_BL = threshold.mask(entropy_BL, rollouts.mask_BL)
     return Batch(rollouts, advantage_B, old_logprob_BL, selected_BL, threshold.value()), entropy_BL
@@ -116,7 +118,7 @@ def gradients(policy, batch, config):
     """The gradients that `update` steps along, and its metrics, on a copy of the policy."""
     policy = copy.deepcopy(policy)
     optimizer = Recorder(policy)
-    metrics, seconds = update(policy, optimizer, batch, config)
+    metrics, seconds = update(policy, optimizer, batch, config, ALONE)
     assert seconds > 0
     assert all(p.grad is None for p in policy.model.parameters())
     return [optimizer.seen[id(p)] for p in policy.model.parameters()], metrics
@@ -170,22 +172,11 @@ def test_micro_batches_change_nothing(algorithm):
         assert other == pytest.approx(metrics, rel=1e-5, abs=1e-7)
 
 
-@pytest.mark.parametrize("rows", [1, 5, 12, 100])
-def test_micro_batches_hold_every_row_within_the_limit(rows):
-    rollouts = roll(build_policy(spread=0.2))
-    width = rollouts.prompt_BP.shape[1] + rollouts.response_BL.shape[1]
-    parts = [part.tolist() for part in micro_batches(rollouts, rows * width + width - 1)]
-    assert [row for part in parts for row in part] == list(range(12))
-    assert {len(part) for part in parts[:-1]} <= {rows}
-    assert len(parts[-1]) <= rows
-    assert [part.tolist() for part in micro_batches(rollouts, 1)] == [[row] for row in range(12)]
-
-
 def test_the_objective_counts_its_tokens():
     """Rows of the head, rows with a gradient, clipped shares and fractions, by hand."""
     policy = build_policy(spread=0.2)
     batch = off_policy(policy)
-    new_BL, _, _, _ = score(policy, batch.rollouts, CONFIG)
+    new_BL, _, _, _ = score(policy, batch.rollouts, CONFIG, ALONE)
     _, metrics = gradients(policy, batch, configure(tokens=50))
     kept = batch.selected_BL
     ratio = (new_BL - batch.old_logprob_BL).exp()
@@ -234,7 +225,7 @@ def test_fraction_1_trains_on_all_tokens(source):
 def test_scores_are_those_of_the_dense_model_and_set_the_threshold():
     policy = build_policy()
     rollouts = roll(policy)
-    logprob_BL, entropy_BL, threshold, _ = score(policy, rollouts, configure(tokens=40))
+    logprob_BL, entropy_BL, threshold, _ = score(policy, rollouts, configure(tokens=40), ALONE)
     entropies = []
     for b in range(len(rollouts)):
         prompt = rollouts.prompt_BP[b][rollouts.prompt_mask_BP[b]]
@@ -281,7 +272,7 @@ def test_gradient_checkpointing_recomputes_and_changes_nothing(tmp_path):
     norm = saving.model.model.layers[0].input_layernorm
     norm.register_forward_hook(lambda *_: passes.append(1))
     optimizer = Recorder(saving)
-    update(saving, optimizer, batch, configure())
+    update(saving, optimizer, batch, configure(), ALONE)
     assert len(passes) == 2
     got = [optimizer.seen[id(p)] for p in saving.model.parameters()]
     assert distance(got, want) < 1e-6
@@ -302,7 +293,7 @@ def test_a_gradient_that_is_not_finite_makes_no_step():
     batch.advantage_B[2] = torch.nan
     before = copy.deepcopy(policy.model.state_dict())
     optimizer = Recorder(policy)
-    metrics, _ = update(policy, optimizer, batch, configure())
+    metrics, _ = update(policy, optimizer, batch, configure(), ALONE)
     assert optimizer.seen is None
     assert metrics["skipped/nonfinite_gradient"] == 1
     assert not math.isfinite(metrics["grad_norm"])

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
 from trainer.config import Config
@@ -44,8 +45,11 @@ class Engine(Protocol):
         ...
 
 
-def make_engine(settings: Config, policy: Policy) -> Engine:
-    """The engine that `settings.engine` names, with the weights of `policy`."""
+def make_engine(settings: Config, policy: Policy, copy_in: torch.dtype | None = None) -> Engine:
+    """The engine that `settings.engine` names, with the weights of `policy`.
+
+    `copy_in`: the dtype of its own weights, where it cannot share those of `policy`.
+    """
     from trainer.engines.transformers import TransformersEngine
 
-    return TransformersEngine(policy, settings.rollout.batch_size)
+    return TransformersEngine(policy, settings.rollout.batch_size, copy_in)
