@@ -50,6 +50,10 @@ def make_engine(settings: Config, policy: Policy, copy_in: torch.dtype | None = 
 
     `copy_in`: the dtype of its own weights, where it cannot share those of `policy`.
     """
+    if settings.engine.kind == "vllm":
+        from trainer.engines.vllm import VllmEngine
+
+        return VllmEngine(policy, settings)
     from trainer.engines.transformers import TransformersEngine
 
     return TransformersEngine(policy, settings.rollout.batch_size, copy_in)
