@@ -4,8 +4,8 @@
     plan --preset P --gpus N        memory, flops and time of a run, before it is started
     report RUN                      write the page of a run
 
-`train --help` and `plan --help` list every option. `torchrun --nproc-per-node N -m trainer train ...`
-is the same on N devices; docs/trainer.md.
+`train --help` and `plan --help` list every option.
+`torchrun --nproc-per-node N -m trainer train ...` is the same on N devices; docs/trainer.md.
 """
 
 import os
