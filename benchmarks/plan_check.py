@@ -64,7 +64,7 @@ class Case:
             ),
         )
         assumptions = Assumptions(response_share=1.0, prompt=PROMPT, useful=1.0)
-        return Job(config, self.architecture, cpu(), compute="float32", assumptions=assumptions)
+        return Job(config, self.architecture, cpu(), assumptions=assumptions)
 
 
 # About 100 M parameters each: most of them in the embedding, or in the layers.
