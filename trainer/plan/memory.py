@@ -46,7 +46,11 @@ def step_memory(job: Job) -> Memory:
     return sampling | {
         "head": before | gathered | kept | head | {"head's workspace": _head(job)},
         "last layer": before | layer | kept | later,
-        "first layer": always | gradients | layer | one | (head if job.sharded else {}),
+        "first layer": always
+        | _almost_all(job, share)
+        | layer
+        | one
+        | (head if job.sharded else {}),
         "end": always | gradients | gathered | _embedding(job),
         "AdamW": always | gradients | {"AdamW's temporaries": _optimizer(job)},
     }
@@ -77,6 +81,13 @@ def engine_room(job: Job) -> float:
     share = job.config.engine.memory_utilization * job.device.memory
     longest = job.config.engine.max_model_len or job.longest
     return share - _engine_weights(job) - longest * cache_bytes(job)
+
+
+def _almost_all(job: Job, share: float) -> dict[str, float]:
+    """Gradients before those of the first layer and the embedding, in a first micro-batch."""
+    model = job.architecture
+    missing = model.layer + (0 if model.tied else model.head) if job.micro_batches == 1 else 0
+    return {"gradients": share - job.master_bytes * missing / job.gpus}
 
 
 def _head_gradient(job: Job) -> dict[str, float]:
@@ -153,7 +164,7 @@ def _optimizer(job: Job) -> float:
     model = job.architecture
     if job.device.is_gpu:
         return job.master_bytes * model.parameters / job.gpus
-    return 2.0 * job.master_bytes * max(model.head, model.hidden * model.intermediate)
+    return 2.0 * job.master_bytes * max(model.head, model.hidden * model.intermediate) / job.gpus
 
 
 def _engine(job: Job) -> dict[str, float]:
