@@ -101,7 +101,8 @@ def test_memory_of_14b_on_128_gpus():
     assert last["embedding and head"] == 2 * (2 * HEAD_14B + 5120)
     assert last["activations kept"] == TOKENS * 40 * 2 * 5120
     assert last["gradient of the head"] == 2 * HEAD_14B
-    assert last["two layers"] == 2 * 2 * (LAYER_14B + 2 * 5120 + 2 * 128)
+    assert last["gathered layers"] == 2 * 2 * (LAYER_14B + 2 * 5120 + 2 * 128)
+    assert memory["first layer"]["gathered layers"] == last["gathered layers"] / 2
     assert memory["first layer"]["activations kept"] == TOKENS * 2 * 5120
     assert end["embedding's gradient"] == (2 + 4) * (2 * HEAD_14B + 5120)
     assert memory["AdamW"]["AdamW's temporaries"] == share

@@ -40,6 +40,7 @@ def step_memory(job: Job) -> Memory:
     kept = {"activations kept": tokens * model.layers * _kept_by_layer(job)}
     one = {"activations kept": tokens * _kept_by_layer(job)}
     layer = gathered | _one_layer(job)
+    alone = {"gathered layers": layer["gathered layers"] / 2} if job.sharded else {}
     head = _head_gradient(job)
     # Beside the sum of earlier micro-batches only until it is added to it.
     later = head if job.sharded or job.micro_batches == 1 else {}
@@ -49,6 +50,7 @@ def step_memory(job: Job) -> Memory:
         "first layer": always
         | _almost_all(job, share)
         | layer
+        | alone
         | one
         | (head if job.sharded else {}),
         "end": always | gradients | gathered | _embedding(job),
@@ -109,13 +111,11 @@ def _saved(job: Job) -> float:
     # norm is the layer's), and what it is before and after the weight; q's and k's go on to RoPE.
     norms = 4 * model.hidden * (2 if E < 4 else 1) + 2 * 2 * E * model.hidden
     norms += (q + kv) * (4 + E) * model.qk_norm
-    # q, k, v and the result, which flash attention has in the order that the next product wants;
-    # others repeat k and v for each head.
+    # q, k, v and the result; where there is a mask, as over packed sequences, k and v are repeated
+    # for each head, but for flash attention.
     attended = E * (2 * q + 2 * kv if attention.startswith("flash") else 4 * q)
     if attention == "eager":
         attended += model.heads * job.longest * (4 if E == 4 else 4 + E)
-    elif not attention.startswith("flash"):
-        attended += E * q
     return norms + attended + 4 * E * model.intermediate
 
 
@@ -129,7 +129,7 @@ def _one_layer(job: Job) -> dict[str, float]:
     if job.config.model.gradient_checkpointing:
         parts["activations recomputed"] = tokens * _saved(job)
     if job.sharded:
-        parts["two layers"] = 2.0 * E * model.layer
+        parts["gathered layers"] = 2.0 * E * model.layer
         parts["gradient of a layer"] = (E + 4.0) * model.layer
     return parts
 
