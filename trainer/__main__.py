@@ -1,13 +1,18 @@
-"""The command line: `python -m trainer` and one of
+"""The command line.
 
-    train [PRESET] [--options]      needs none: it runs the preset "tiny"
-    plan --preset P --gpus N        memory, flops and time of a run, before it is started
-    report RUN                      write the page of a run
+python -m trainer train [PRESET] [--options]   train, or go on from the last checkpoint
+python -m trainer evaluate --model M --data D  accuracy, pass@k and lengths of a model or a run
+python -m trainer plan --preset P --gpus N     memory, flops and time of a run, beforehand
+python -m trainer watch RUN                    follow a run from another terminal
+python -m trainer report RUN                   write the report of a run
+python -m trainer export RUN OUT [--options]   write its policy as a transformers folder
 
-`train --help` and `plan --help` list every option.
-`torchrun --nproc-per-node N -m trainer train ...` is the same on N devices; docs/trainer.md.
+`train` needs no option: it runs the preset "tiny". `--help` after a command lists its options.
+`torchrun --nproc-per-node N -m trainer train ...` trains on N devices; docs/trainer.md.
 """
 
+import contextlib
+import errno
 import os
 import sys
 
@@ -22,7 +27,14 @@ USAGE = __doc__
 def main(arguments: list[str]) -> int:
     """Run one command; returns the exit status."""
     command, rest = (arguments[0], arguments[1:]) if arguments else ("", [])
-    commands = {"train": _train, "plan": _plan, "report": _report}
+    commands = {
+        "train": _train,
+        "evaluate": _evaluate,
+        "plan": _plan,
+        "watch": _watch,
+        "report": _report,
+        "export": _export,
+    }
     if command not in commands:
         print(USAGE.strip() if USAGE else "")
         return 0 if command in ("-h", "--help") else 2
@@ -31,6 +43,11 @@ def main(arguments: list[str]) -> int:
     except ValueError as error:
         where = "" if _first() else f"rank {os.environ['RANK']}: "
         print(f"{where}error: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        print(f"error: {error.strerror}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         if _first():
@@ -79,12 +96,44 @@ def _first() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
+def _evaluate(arguments: list[str]) -> int:
+    import transformers
+    import tyro
+
+    from trainer.evaluation import Evaluation, evaluate_model
+
+    settings = tyro.cli(Evaluation, args=arguments, prog="python -m trainer evaluate")
+    transformers.utils.logging.disable_progress_bar()
+    evaluate_model(settings)
+    return 0
+
+
+def _watch(arguments: list[str]) -> int:
+    from trainer.watch import watch
+
+    if len(arguments) != 1:
+        raise ValueError(f"watch takes one run's folder; got {len(arguments)} arguments")
+    with contextlib.suppress(KeyboardInterrupt):
+        watch(Path(arguments[0]))
+    return 0
+
+
 def _report(arguments: list[str]) -> int:
     from trainer.report import write_report
 
     if len(arguments) != 1:
         raise ValueError(f"report takes one run's folder; got {len(arguments)} arguments")
     print(f"report: {write_report(Path(arguments[0]))}")
+    return 0
+
+
+def _export(arguments: list[str]) -> int:
+    import tyro
+
+    from trainer.export import export
+
+    out = tyro.cli(export, args=arguments, prog="python -m trainer export")
+    print(f"model: {out}")
     return 0
 
 

@@ -68,9 +68,10 @@ def save(
     Raises:
         OSError: it could not be written, and the one before it stays; on a full disk with the
             bytes needed and free.
+        ValueError: the ranks do not share a file system, or a sharded model has no group.
     """
     root = folder / "checkpoints"
-    final = root / f"step-{progress.step:06d}"
+    final = path_of(folder, progress.step)
     weights = sharded.weights(policy.model)
     moments = sharded.moments(policy.model, optimizer)
     unfinished = root / ranks.on_first(lambda: _UNFINISHED + secrets.token_hex(4))
@@ -156,6 +157,11 @@ def check(checkpoint: Path, ranks: Ranks) -> str | None:
     return next(filter(None, ranks.on_all(share)), None)
 
 
+def path_of(folder: Path, step: int) -> Path:
+    """Where the run in `folder` has its checkpoint of `step`."""
+    return folder / "checkpoints" / f"step-{step:06d}"
+
+
 def _begin(unfinished: Path) -> None:
     """A folder to write into; what killed runs left is removed."""
     root = unfinished.parent
@@ -186,6 +192,11 @@ def _finish(
         (unfinished / OPTIMIZER).rmdir()
     (unfinished / "state.json").write_text(json.dumps(asdict(progress)))
     files = {name: entry for part in entries for name, entry in part.items()}
+    if lost := [name for name in files if not (unfinished / name).is_file()]:
+        raise ValueError(
+            f"{unfinished} lacks {', '.join(lost)}, which other ranks wrote; all ranks need the "
+            "run's folder on one file system"
+        )
     for path in unfinished.rglob("*"):
         name = str(path.relative_to(unfinished))
         if path.is_file() and name not in files:
@@ -217,7 +228,9 @@ def _delete_old(root: Path, keep: int) -> None:
     replaced = [root / (_REPLACED + path.name) for path in checkpoints]
     for old in (*checkpoints[:-keep], *replaced):
         if old.exists():
-            shutil.rmtree(old)
+            # Hidden first: one that is partly gone is no checkpoint.
+            hidden = old.rename(root / (_UNFINISHED + secrets.token_hex(4)))
+            shutil.rmtree(hidden)
 
 
 def _checkpoints(root: Path) -> list[Path]:

@@ -1,6 +1,8 @@
 """The configuration of a run: frozen dataclasses. presets.py has some."""
 
+import re
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from typing import Literal
 
 
@@ -136,6 +138,44 @@ class Rollout:
 
 
 @dataclass(frozen=True)
+class Reward:
+    """The verdict on a response, and what is added to it."""
+
+    function: str = ""
+    """A verifier of your own, "module:function", in place of the task's. It is called in processes
+    of its own as `function(prompt=..., response=..., answer=...)`, the answer as the data has it,
+    and returns a finite number."""
+    seconds: float = 10.0
+    """Limit of one answer in such a process; over it the answer scores 0 and is counted."""
+    gigabytes: float = 4.0
+    """What such a process may allocate beyond its imports; held on Linux."""
+    workers: int = 4
+    """Such processes at most, on each rank."""
+    format: str = "boxed"
+    """What a response of the right form has: "boxed", a closed \\boxed{...}; "answer",
+    <answer>...</answer>; or a regular expression, searched for (in the trainer's process, without
+    a time limit)."""
+    format_weight: float = 0.0
+    """Added to the reward of a response of the right form."""
+    drop_truncated: bool = False
+    """Leave truncated responses out of the loss (overlong filtering). They still count in their
+    group's mean."""
+
+    def __post_init__(self) -> None:
+        _at_least(self, 1, "workers")
+        for name in ("seconds", "gigabytes"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"reward.{name} must be > 0; got {getattr(self, name)}")
+        try:
+            re.compile(self.format)
+        except re.error as error:
+            raise ValueError(
+                'reward.format must be "boxed", "answer" or a regular expression; got '
+                f"{self.format!r}: {error}"
+            ) from error
+
+
+@dataclass(frozen=True)
 class Algorithm:
     """The objective: GRPO or DAPO on the high-entropy tokens."""
 
@@ -204,6 +244,21 @@ class Optimizer:
 
 
 @dataclass(frozen=True)
+class Tracking:
+    """Where the metrics of a run go beside its metrics.jsonl."""
+
+    trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
+    """Libraries that are installed; each has its own environment variables."""
+    project: str = "entropy-kernels"
+    """Of wandb and trackio."""
+
+    def __post_init__(self) -> None:
+        for name in self.trackers:
+            if find_spec(name) is None:
+                raise ValueError(f"tracker {name!r} is not installed: pip install {name}")
+
+
+@dataclass(frozen=True)
 class Config:
     """One run."""
 
@@ -236,8 +291,10 @@ class Config:
     warm_start: WarmStart = field(default_factory=WarmStart)
     engine: Engine = field(default_factory=Engine)
     rollout: Rollout = field(default_factory=Rollout)
+    reward: Reward = field(default_factory=Reward)
     algorithm: Algorithm = field(default_factory=Algorithm)
     optimizer: Optimizer = field(default_factory=Optimizer)
+    tracking: Tracking = field(default_factory=Tracking)
 
     def __post_init__(self) -> None:
         _at_least(self, 1, "eval_every", "eval_problems", "checkpoint_every", "keep_checkpoints")

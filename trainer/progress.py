@@ -30,6 +30,16 @@ _PLAIN_LINES = 20  # About so many plain lines a run, ...
 _PLAIN_SECONDS = 60.0  # ... and never a longer silence than this between steps.
 
 
+def labelled(columns: Columns, metrics: Mapping[str, float | Tensor | None]) -> dict[str, str]:
+    """Each of `columns` that has all of its metrics, by its label, as text."""
+    shown = {}
+    for label, (keys, form) in columns.items():
+        values = [value for value in map(metrics.get, keys) if value is not None]
+        if len(values) == len(keys):
+            shown[label] = format(sum(map(float, values)), form)
+    return shown
+
+
 class Bar:
     """Where a loop stands. A column whose metrics a step lacks keeps what it last showed."""
 
@@ -51,9 +61,7 @@ class Bar:
 
     def update(self, step: int, metrics: Mapping[str, float | Tensor]) -> None:
         """Show that `step` of the loop is done, with `metrics` of that step."""
-        for label, (keys, form) in self._columns.items():
-            if all(key in metrics for key in keys):
-                self._shown[label] = format(sum(float(metrics[key]) for key in keys), form)
+        self._shown |= labelled(self._columns, metrics)
         # In the order of the columns, whichever metric came first.
         shown = [f"{label} {self._shown[label]}" for label in self._columns if label in self._shown]
         place = f"{self._description} {step}/{self._total}"

@@ -18,6 +18,7 @@ from trainer.log import RunLog
 from trainer.policy import Policy, check_policy, read_policy
 from trainer.progress import WARM_START, progress
 from trainer.ranks import Ranks
+from trainer.rewards.verifier import Verifier
 from trainer.tasks import make_task
 from trainer.types import Task
 from trainer.warm_start import load_or_warm_start
@@ -33,6 +34,7 @@ class Run:
     policy: Policy
     engine: Engine
     task: Task
+    verifier: Verifier
     optimizer: torch.optim.Optimizer
     log: RunLog
     progress: Progress
@@ -61,7 +63,8 @@ def start(settings: Config, ranks: Ranks) -> Run:
     """The run of `settings`, from its last checkpoint where its folder has one.
 
     Raises:
-        ValueError: the folder holds a run with other settings, or damaged checkpoints only.
+        ValueError: the folder holds a run with other settings, or damaged checkpoints only, or the
+            verifier cannot be imported.
     """
     folder = Path(settings.root) / settings.name
     found = checkpoint.latest(folder, ranks)
@@ -69,7 +72,7 @@ def start(settings: Config, ranks: Ranks) -> Run:
         _check_same(folder, settings)
     if settings.threads:
         torch.set_num_threads(settings.threads)
-    policy, engine, task = _policy_engine_task(settings, ranks, found)
+    policy, engine, task, verifier = _parts(settings, ranks, found)
     optimizer = torch.optim.AdamW(
         policy.model.parameters(),
         lr=settings.optimizer.learning_rate,
@@ -83,12 +86,14 @@ def start(settings: Config, ranks: Ranks) -> Run:
     if ranks.first:
         log = RunLog.open(folder, settings, device=_describe(ranks))
         log.rewind(-1 if fresh else state.step)
-    return Run(settings, folder, ranks, policy, engine, task, optimizer, log, state, fresh)
+    return Run(
+        settings, folder, ranks, policy, engine, task, verifier, optimizer, log, state, fresh
+    )
 
 
-def _policy_engine_task(
+def _parts(
     settings: Config, ranks: Ranks, found: Path | None
-) -> tuple[Policy, Engine, Task]:
+) -> tuple[Policy, Engine, Task, Verifier]:
     """From a checkpoint, or from the model and its warm start; sharded where there is a group."""
     model = settings.model
     if found is not None:
@@ -97,6 +102,8 @@ def _policy_engine_task(
     if ranks.group is None:
         policy.to(ranks.device)
     task = make_task(settings.data, settings.seed, policy.tokenizer)
+    verifier = Verifier(task, settings.reward)
+    verifier.start()  # before what takes long
     if found is None and settings.warm_start.steps:
         _warm_start(settings, policy, task, ranks)
     dtype = getattr(torch, model.compute_dtype or model.dtype)
@@ -109,7 +116,7 @@ def _policy_engine_task(
     if ranks.first and policy.layout == "padded":
         name = type(policy.model).__name__
         print(f"{name} does not keep packed sequences apart: one sequence a row", file=sys.stderr)
-    return policy, engine, task
+    return policy, engine, task, verifier
 
 
 def _warm_start(settings: Config, policy: Policy, task: Task, ranks: Ranks) -> None:
@@ -126,13 +133,13 @@ def _warm_start(settings: Config, policy: Policy, task: Task, ranks: Ranks) -> N
 
 
 def _check_same(folder: Path, settings: Config) -> None:
-    """A run resumes with the settings it was started with; `steps` and the folder may change."""
+    """A run resumes with its settings; `steps`, the folder and the trackers may change."""
     before = json.loads((folder / "run.json").read_text())["config"]
     now = json.loads(json.dumps(dataclasses.asdict(settings)))
     different = [
         f"{name} was {old}, now {new}"
         for name, (old, new) in sorted(_pairs(before, now).items())
-        if old != new and name not in ("steps", "name", "root")
+        if old != new and name.partition(".")[0] not in ("steps", "name", "root", "tracking")
     ]
     if different:
         raise ValueError(

@@ -24,7 +24,7 @@ from torch.distributed.tensor import DTensor
 from trainer.ranks import Ranks
 
 # A file on each rank. torch makes a whole file in memory before it writes it.
-FILE_BYTES = 1 << 30
+FILE_BYTES = 1 << 29
 
 Tensors = dict[str, Tensor]
 

@@ -13,16 +13,17 @@ from torch import Tensor
 
 import entropy_kernels as ek
 from trainer import checkpoint
-from trainer.advantages import group_advantages, overlong_punishment
+from trainer.advantages import group_advantages
 from trainer.config import Config
 from trainer.dynamic_sampling import sample_useful
 from trainer.evaluate import evaluate
 from trainer.progress import progress
 from trainer.ranks import join
 from trainer.report import write_report
+from trainer.rewards.terms import shaped_reward
 from trainer.run import Run, start
 from trainer.samples import entropy_metrics, write_samples
-from trainer.update import Batch, Meter, clock, score, update
+from trainer.update import Batch, Meter, at_least, clock, score, update
 
 
 def train(settings: Config, on_step: Callable[[int], Any] = lambda step: None) -> Path:
@@ -51,6 +52,7 @@ def _train(run: Run, on_step: Callable[[int], Any]) -> Path:
                 _save(run)
             bar.update(step, metrics)
             on_step(step)
+    run.log.close()
     return write_report(run.folder) if first else run.folder / "report.html"
 
 
@@ -67,20 +69,23 @@ def _step(run: Run) -> dict[str, float]:
     if metrics["groups/useful"] < algorithm.min_groups:
         return metrics | {"skipped/few_groups": 1.0, "time/step": sampled - began}
 
-    # Group advantages, the soft punishment of overlong responses included.
-    punishment_B = overlong_punishment(
-        rollouts.mask_BL.sum(1), settings.rollout.max_new_tokens, algorithm
-    )
-    advantage_B = group_advantages(
-        rollouts.reward_B + punishment_B, rollouts.group_B, algorithm.advantage
-    )
+    # Group advantages of the verdict and what is added to it, such as the overlong punishment.
+    shaped_B, terms = shaped_reward(rollouts, settings)
+    metrics |= terms
+    advantage_B = group_advantages(shaped_B, rollouts.group_B, algorithm.advantage)
+    if settings.reward.drop_truncated:
+        kept = (~rollouts.truncated_B).nonzero().squeeze(1)
+        metrics["skipped/truncated"] = float(len(rollouts) - len(kept))
+        rollouts, advantage_B = rollouts.rows(kept), advantage_B[kept]
+        if not len(kept):
+            return metrics | {"skipped/all_truncated": 1.0, "time/step": sampled - began}
 
     # Old-policy log-probs and entropies in one pass; tau and the mask over the whole step.
     old_logprob_BL, entropy_BL, threshold, head_seconds = score(
         policy, rollouts, settings, run.ranks
     )
     if algorithm.which == "top":
-        selected_BL = threshold.mask(entropy_BL, rollouts.mask_BL)
+        selected_BL = rollouts.mask_BL & at_least(entropy_BL, threshold)
     else:
         torch.manual_seed(run.seed(-1))  # the same on every rank; rounds of sampling have others
         selected_BL = ek.top_entropy_mask(
@@ -90,7 +95,7 @@ def _step(run: Run) -> dict[str, float]:
     metrics["time/score"] = scored - sampled
 
     # An optimizer step on each mini-batch of whole groups.
-    batch = Batch(rollouts, advantage_B, old_logprob_BL, selected_BL, threshold.value())
+    batch = Batch(rollouts, advantage_B, old_logprob_BL, selected_BL, threshold)
     meter = Meter()
     for index in _mini_batches(rollouts.group_B, settings.optimizer.mini_batches):
         metrics["lr"] = run.set_learning_rate()
@@ -106,7 +111,7 @@ def _step(run: Run) -> dict[str, float]:
         write_samples(run, batch, entropy_BL)
     metrics |= meter.result() | entropy_metrics(entropy_BL[rollouts.mask_BL])
     return metrics | {
-        "entropy/threshold": float(threshold.value()),
+        "entropy/threshold": float(threshold),
         "tokens_per_second": metrics["tokens"] / (ended - began),
         "time/update": ended - scored,
         "time/head": head_seconds,

@@ -20,7 +20,11 @@ from trainer.policy import Policy
 from trainer.ranks import Ranks
 from trainer.types import Rollouts
 
+# What is added up, not averaged, where parts of a step are joined.
 SUMS = ("head/", "skipped/", "sum/", "tokens/")
+# Entropies this close, relatively, tie. Those of one token differ by the rounding of sums in
+# another order, and the token at the threshold must not fall out by it.
+TIE = 1e-5
 
 
 @dataclass
@@ -111,7 +115,7 @@ def micro_batches(rollouts: Rollouts, tokens: int, ranks: Ranks) -> Iterator[Ten
 @torch.no_grad()
 def score(
     policy: Policy, rollouts: Rollouts, settings: config.Config, ranks: Ranks
-) -> tuple[Tensor, Tensor, ek.StreamingThreshold, float]:
+) -> tuple[Tensor, Tensor, Tensor, float]:
     """Log-probs [B, L] and entropies [B, L] under the current weights, in one pass; the threshold
     of all of them; and the seconds spent in the head. The first three are those of all ranks."""
     policy.model.eval()
@@ -136,7 +140,12 @@ def score(
         threshold.update(found.entropy)
     release(policy)
     logprob_BL, entropy_BL = ranks.sum(score_2BL)
-    return logprob_BL, entropy_BL, threshold, watch.seconds
+    return logprob_BL, entropy_BL, threshold.value(), watch.seconds
+
+
+def at_least(entropy: Tensor, threshold: Tensor) -> Tensor:
+    """I[H >= tau], ties included; true for NaN, which shows in the loss instead of disappearing."""
+    return ~(entropy < threshold * (1 - TIE))
 
 
 def update(
@@ -228,10 +237,10 @@ def _loss(
             hidden_TD, target=target_T, **options(selected_T), **head
         )
     found = ek.linear_logprob_entropy(
-        hidden_TD, target=target_T, keep_logits_above=part.threshold, **head
+        hidden_TD, target=target_T, keep_logits_above=part.threshold * (1 - TIE), **head
     )
     entropy_T = found.entropy.detach()
-    selected_T = entropy_T >= part.threshold
+    selected_T = at_least(entropy_T, part.threshold)
     loss, metrics = ek.ratio_loss(found.logprob, **options(selected_T))
     kept = entropy_T[selected_T].sum() / selected_T.sum().clamp_min(1)
     return loss, metrics | {"entropy/kept_mean": kept}

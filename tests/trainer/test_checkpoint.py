@@ -1,11 +1,14 @@
 """Checkpoints of one process: what is kept, what is cleared away, and what a damaged one says."""
 
+import errno
+import itertools
 import json
 import os
 import re
 import resource
 import shutil
 import signal
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -178,7 +181,7 @@ def test_a_checkpoint_gets_its_name_when_it_is_whole(saved, monkeypatch):
 
 @pytest.mark.parametrize("renames", [0, 1, 2])
 def test_one_that_is_written_again_is_never_gone(saved, monkeypatch, renames):
-    """The process stops after some of the two renames that replace it."""
+    """The process stops before one of the renames: aside, to the name, and away."""
     folder, policy, optimizer = saved
     rename, done = Path.rename, []
 
@@ -189,10 +192,7 @@ def test_one_that_is_written_again_is_never_gone(saved, monkeypatch, renames):
         return rename(path, target)
 
     monkeypatch.setattr(Path, "rename", stop)
-    if renames < 2:
-        with pytest.raises(KeyboardInterrupt):
-            save(folder, policy, optimizer, Progress(2, 99))
-    else:
+    with pytest.raises(KeyboardInterrupt):
         save(folder, policy, optimizer, Progress(2, 99))
     monkeypatch.undo()
     path = checkpoint.latest(folder, ALONE)
@@ -265,3 +265,38 @@ def test_files_that_cannot_grow(saved, limit):
         error,
     )
     assert names(folder) == ["step-000002"]
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 512 KiB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=512k", "tmpfs", folder]
+    if subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("mounting a small file system takes root's rights on Linux")
+    yield folder
+    subprocess.run(["umount", folder], check=True)
+
+
+def test_a_full_disk(small_disk):
+    """Checkpoints of about 100 kB are written until there is no room, then one fits again."""
+    policy = build_policy("qwen3", vocab_size=256)
+    optimizer = adam(policy)
+    step_once(policy, optimizer)
+    steps = itertools.count(1)
+
+    def fill():
+        while True:
+            save(small_disk, policy, optimizer, Progress(next(steps)), keep=9)
+
+    with pytest.raises(OSError, match=r"No space left on device; it needs [\d,]+ bytes") as caught:
+        fill()
+    step = next(steps) - 1
+    assert caught.value.errno == errno.ENOSPC
+    need, free = (int(n.replace(",", "")) for n in re.findall(r" ([\d,]{5,}) ", str(caught.value)))
+    assert free < need < 512 * 1024
+    assert names(small_disk) == [f"step-{n:06d}" for n in range(1, step)]
+    assert checkpoint.latest(small_disk, ALONE).name == f"step-{step - 1:06d}"
+    shutil.rmtree(small_disk / "checkpoints" / "step-000001")
+    assert save(small_disk, policy, optimizer, Progress(step), keep=9)

@@ -14,6 +14,7 @@ from tests.trainer.small import (
     build_model,
     build_policy,
     build_tokenizer,
+    even_verifier,
     save_folder,
 )
 from trainer import policy as module
@@ -43,7 +44,7 @@ def test_log_probs_are_those_of_the_unpadded_sequence(family, attention):
     rollouts = sample(
         TransformersEngine(policy, batch_size=64),
         policy,
-        Even(),
+        even_verifier(),
         PROMPTS,
         group_size=2,
         max_new_tokens=9,

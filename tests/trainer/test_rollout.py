@@ -5,7 +5,16 @@ import torch
 from transformers import Qwen3NextConfig, Qwen3NextForCausalLM
 
 import entropy_kernels as ek
-from tests.trainer.small import EOS, PAD, POSITIONS, WORDS, Even, build_policy, build_tokenizer
+from tests.trainer.small import (
+    EOS,
+    PAD,
+    POSITIONS,
+    WORDS,
+    Even,
+    build_policy,
+    build_tokenizer,
+    even_verifier,
+)
 from trainer.engines.transformers import TransformersEngine
 from trainer.packing import pack
 from trainer.policy import Policy
@@ -24,7 +33,7 @@ OPTIONS = {
 
 def draw(policy, problems=PROMPTS, batch_size=64, **changes):
     engine = TransformersEngine(policy, batch_size)
-    return sample(engine, policy, Even(), problems, **OPTIONS | changes)
+    return sample(engine, policy, even_verifier(), problems, **OPTIONS | changes)
 
 
 def set_eos(policy, ids):

@@ -92,7 +92,12 @@ def test_a_run_writes_what_it_did(whole, model):
     folder, _ = whole
     rows = read_rows(folder / "metrics.jsonl")
     assert [row["step"] for row in rows] == list(range(7))
-    assert [row["step"] for row in rows if "eval/accuracy" in row] == [0, 3, 6]
+    evaluated = [row for row in rows if "eval/accuracy" in row]
+    assert [row["step"] for row in evaluated] == [0, 3, 6]
+    for row in evaluated:
+        variance = row["eval/accuracy"] * (1 - row["eval/accuracy"]) / (4 - 1)
+        assert row["eval/standard_error"] == pytest.approx(variance**0.5)
+    assert any(row["eval/standard_error"] > 0 for row in evaluated)
     assert sorted({row["step"] for row in read_rows(folder / "samples.jsonl")}) == [1, 2, 4, 6]
     updated = [row for row in rows[1:] if "loss" in row]
     assert len(updated) >= 4
@@ -201,7 +206,7 @@ def test_more_steps_go_on(whole, tmp_path):
     folder, config = whole
     train(elsewhere(config, tmp_path, steps=4))
     train(elsewhere(config, tmp_path))
-    extra = {"eval/accuracy", "eval/greedy", "eval/length"}
+    extra = {"eval/accuracy", "eval/standard_error", "eval/greedy", "eval/length"}
     got = metrics(tmp_path / "run")
     assert got[4].keys() >= extra
     got[4] = {k: v for k, v in got[4].items() if k not in extra}
