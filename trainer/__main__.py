@@ -1,14 +1,14 @@
-"""The command line.
+"""The command line: `python -m trainer` and one of
 
-python -m trainer train [PRESET] [--options]   train, or go on from the last checkpoint
-python -m trainer evaluate --model M --data D  accuracy, pass@k and lengths of a model or a run
-python -m trainer plan --preset P --gpus N     memory, flops and time of a run, beforehand
-python -m trainer watch RUN                    follow a run from another terminal
-python -m trainer report RUN                   write the report of a run
-python -m trainer export RUN OUT [--options]   write its policy as a transformers folder
+    train [PRESET] [--options]      needs none: it runs the preset "tiny"; goes on from a checkpoint
+    evaluate --model M --data D     accuracy, pass@k and lengths of a model or a run
+    plan --preset P --gpus N        memory, flops and time of a run, before it is started
+    watch RUN                       follow a run from another terminal
+    report RUN                      write the page of a run
+    export RUN OUT [--options]      write its policy as a transformers folder
 
-`train` needs no option: it runs the preset "tiny". `--help` after a command lists its options.
-`torchrun --nproc-per-node N -m trainer train ...` trains on N devices; docs/trainer.md.
+`--help` after a command lists its options. `torchrun --nproc-per-node N -m trainer train ...`
+trains on N devices; docs/trainer.md.
 """
 
 import contextlib
@@ -85,12 +85,6 @@ def _train(arguments: list[str]) -> int:
     return 0
 
 
-def _plan(arguments: list[str]) -> int:
-    from trainer.plan import main as plan
-
-    return plan(arguments)
-
-
 def _first() -> bool:
     """Whether this is the first of the processes that torchrun started, or the only one."""
     return os.environ.get("RANK", "0") == "0"
@@ -118,6 +112,12 @@ def _watch(arguments: list[str]) -> int:
     return 0
 
 
+def _plan(arguments: list[str]) -> int:
+    from trainer.plan import main as plan
+
+    return plan(arguments)
+
+
 def _report(arguments: list[str]) -> int:
     from trainer.report import write_report
 
@@ -128,10 +128,12 @@ def _report(arguments: list[str]) -> int:
 
 
 def _export(arguments: list[str]) -> int:
+    import transformers
     import tyro
 
     from trainer.export import export
 
+    transformers.utils.logging.disable_progress_bar()
     out = tyro.cli(export, args=arguments, prog="python -m trainer export")
     print(f"model: {out}")
     return 0

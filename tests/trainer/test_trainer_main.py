@@ -40,18 +40,18 @@ def _as_it_was(tmp_path, monkeypatch):
 
 def test_without_a_command_it_says_which_there_are(capsys):
     assert main([]) == 2
-    assert "python -m trainer train [PRESET]" in capsys.readouterr().out
+    assert "    train [PRESET] [--options] " in capsys.readouterr().out
     assert main(["--help"]) == main(["-h"]) == 0
     assert main(["bake"]) == 2
     printed = capsys.readouterr().out
-    for command in ("train", "evaluate", "plan", "watch", "report"):
-        assert f"python -m trainer {command} " in printed
+    for command in ("train", "evaluate", "plan", "watch", "report", "export"):
+        assert f"    {command} " in printed
 
 
 def test_it_starts_as_a_module():
     command = [sys.executable, "-m", "trainer", "--help"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    assert '"tiny"' in done.stdout
+    assert 'it runs the preset "tiny"' in done.stdout
     assert done.stderr == ""
 
 
