@@ -5,11 +5,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 VERL := .venv-verl
 VERL_NEEDS := tests/integrations/verl-requirements.txt
+VLLM := .venv-vllm
+VLLM_NEEDS := tests/trainer/vllm-requirements.txt
 comma := ,
 INPUTS := pyproject.toml constraints.txt setup.py CMakeLists.txt $(wildcard csrc/*/*)
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: train test test-verl lint bench sanitize clean
+.PHONY: train test test-verl test-vllm lint bench sanitize clean
 
 train: $(VENV)/.trainer
 	@echo "Training ..."
@@ -23,6 +25,12 @@ test: lint
 test-verl: $(VERL)/.installed
 	@echo "Running the tests of the adapter to verl ..."
 	@$(VERL)/bin/python -m pytest tests/integrations/test_verl*.py $(ARGS)
+
+# Likewise. One thread: two that share a core wait for each other. No torch.compile, which vLLM
+# has for a kernel that is not worth the compiler's time here.
+test-vllm: $(VLLM)/.installed
+	@echo "Running the tests of the vLLM engine ..."
+	@OMP_NUM_THREADS=1 TORCHDYNAMO_DISABLE=1 $(VLLM)/bin/python -m pytest tests/trainer/test_vllm*.py $(ARGS)
 
 lint: $(VENV)/.dev
 	@echo "Checking style and types ..."
@@ -65,8 +73,8 @@ sanitize: $(VENV)/.dev
 		$(SANITIZED_TESTS:%=tests/test_%.py) $(ARGS)
 
 clean:
-	@echo "Removing $(VENV), $(VERL), build outputs and caches; runs/ stays ..."
-	@rm -rf $(VENV) $(VERL) build dist *.egg-info entropy_kernels/*.so
+	@echo "Removing $(VENV), $(VERL), $(VLLM), build outputs and caches; runs/ stays ..."
+	@rm -rf $(VENV) $(VERL) $(VLLM) build dist *.egg-info entropy_kernels/*.so
 	@rm -rf .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
@@ -93,11 +101,19 @@ $(VENV)/.trainer: $(VENV)/.created $(INPUTS)
 $(VENV)/.dev: $(VENV)/.created $(INPUTS)
 	$(call install,trainer$(comma)gym$(comma)integrations$(comma)dev)
 
-$(VERL)/.installed: $(VENV)/.dev $(VERL_NEEDS)
-	@echo "Installing verl into $(VERL) ..."
-	@rm -rf $(VERL)
-	@$(BIN)/python -m venv $(VERL)
+# An environment on top of $(VENV): $(1), with the packages of $(2).
+define on_top
+	@echo "Installing $(notdir $(2)) into $(1) ..."
+	@rm -rf $(1)
+	@$(BIN)/python -m venv $(1)
 	@$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
-		> $$($(VERL)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/below.pth
-	@$(VERL)/bin/python -m pip install -q --no-deps -r $(VERL_NEEDS)
+		> $$($(1)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/below.pth
+	@$(1)/bin/python -m pip install -q --no-deps -r $(2)
 	@touch $@
+endef
+
+$(VERL)/.installed: $(VENV)/.dev $(VERL_NEEDS)
+	$(call on_top,$(VERL),$(VERL_NEEDS))
+
+$(VLLM)/.installed: $(VENV)/.dev $(VLLM_NEEDS)
+	$(call on_top,$(VLLM),$(VLLM_NEEDS))

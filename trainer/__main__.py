@@ -1,8 +1,18 @@
-"""The command line: `python -m trainer train [PRESET] [--options]`, `python -m trainer report RUN`.
+"""The command line: `python -m trainer` and one of
 
-Both need no option: `train` runs the preset "tiny". `train --help` lists every option.
+    train [PRESET] [--options]      needs none: it runs the preset "tiny"; goes on from a checkpoint
+    evaluate --model M --data D     accuracy, pass@k and lengths of a model or a run
+    plan --preset P --gpus N        memory, flops and time of a run, before it is started
+    watch RUN                       follow a run from another terminal
+    report RUN                      write the page of a run
+    export RUN OUT [--options]      write its policy as a transformers folder
+
+`--help` after a command lists its options. `torchrun --nproc-per-node N -m trainer train ...`
+trains on N devices (docs/trainer.md), and `evaluate` spreads its problems over them.
 """
 
+import contextlib
+import errno
 import os
 import sys
 
@@ -17,29 +27,51 @@ USAGE = __doc__
 def main(arguments: list[str]) -> int:
     """Run one command; returns the exit status."""
     command, rest = (arguments[0], arguments[1:]) if arguments else ("", [])
-    if command not in ("train", "report"):
+    commands = {
+        "train": _train,
+        "evaluate": _evaluate,
+        "plan": _plan,
+        "watch": _watch,
+        "report": _report,
+        "export": _export,
+    }
+    if command not in commands:
         print(USAGE.strip() if USAGE else "")
         return 0 if command in ("-h", "--help") else 2
     try:
-        return _train(rest) if command == "train" else _report(rest)
+        return commands[command](rest)
     except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
+        where = "" if _first() else f"rank {os.environ['RANK']}: "
+        print(f"{where}error: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        print(f"error: {error.strerror}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("\ninterrupted; the same command resumes from the last checkpoint", file=sys.stderr)
+        if _first():
+            print(
+                "\ninterrupted; the same command resumes from the last checkpoint", file=sys.stderr
+            )
         return 130
 
 
 def _train(arguments: list[str]) -> int:
     import tyro
 
-    from trainer.config import PRESETS, Config
+    from trainer.config import Config
+    from trainer.presets import PRESETS
 
     name = arguments.pop(0) if arguments and not arguments[0].startswith("-") else "tiny"
     if name not in PRESETS:
         raise ValueError(f"no preset {name!r}; there are {', '.join(PRESETS)}")
     settings = tyro.cli(
-        Config, default=PRESETS[name](), args=arguments, prog=f"python -m trainer train {name}"
+        Config,
+        default=PRESETS[name](),
+        args=arguments,
+        prog=f"python -m trainer train {name}",
+        description=f"One run, from the preset {name!r}. Presets: {', '.join(PRESETS)}.",
     )
 
     import transformers
@@ -47,8 +79,43 @@ def _train(arguments: list[str]) -> int:
     from trainer.train import train
 
     transformers.utils.logging.disable_progress_bar()
-    print(f"report: {train(settings)}")
+    report = train(settings)
+    if _first():
+        print(f"report: {report}")
     return 0
+
+
+def _first() -> bool:
+    """Whether this is the first of the processes that torchrun started, or the only one."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _evaluate(arguments: list[str]) -> int:
+    import transformers
+    import tyro
+
+    from trainer.evaluation import Evaluation, evaluate_model
+
+    settings = tyro.cli(Evaluation, args=arguments, prog="python -m trainer evaluate")
+    transformers.utils.logging.disable_progress_bar()
+    evaluate_model(settings)
+    return 0
+
+
+def _watch(arguments: list[str]) -> int:
+    from trainer.watch import watch
+
+    if len(arguments) != 1:
+        raise ValueError(f"watch takes one run's folder; got {len(arguments)} arguments")
+    with contextlib.suppress(KeyboardInterrupt):
+        watch(Path(arguments[0]))
+    return 0
+
+
+def _plan(arguments: list[str]) -> int:
+    from trainer.plan import main as plan
+
+    return plan(arguments)
 
 
 def _report(arguments: list[str]) -> int:
@@ -57,6 +124,18 @@ def _report(arguments: list[str]) -> int:
     if len(arguments) != 1:
         raise ValueError(f"report takes one run's folder; got {len(arguments)} arguments")
     print(f"report: {write_report(Path(arguments[0]))}")
+    return 0
+
+
+def _export(arguments: list[str]) -> int:
+    import transformers
+    import tyro
+
+    from trainer.export import export
+
+    transformers.utils.logging.disable_progress_bar()
+    out = tyro.cli(export, args=arguments, prog="python -m trainer export")
+    print(f"model: {out}")
     return 0
 
 

@@ -50,6 +50,8 @@ def sample_useful(run: Run) -> tuple[Rollouts, dict[str, float]]:
     chosen = everything.group_B[groups.useful_B].unique()[:wanted]
     metrics = {
         "reward/mean": float(everything.reward_B.mean()),
+        "reward/timeouts": float(everything.timed_out_B.sum()),
+        "reward/crashes": float(everything.crashed_B.sum()),
         "response/length": float(everything.mask_BL.sum(1).float().mean()),
         "response/truncated": float(everything.truncated_B.float().mean()),
         "tokens": float(everything.mask_BL.sum()),
@@ -68,7 +70,7 @@ def _round(run: Run, number: int) -> Rollouts:
     rollouts = sample(
         run.engine,
         run.policy,
-        run.task,
+        run.verifier,
         [run.task.problem("train", first + i) for i in range(rollout.prompts)],
         group_size=rollout.group_size,
         max_new_tokens=rollout.max_new_tokens,

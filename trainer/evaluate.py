@@ -1,5 +1,6 @@
 """Accuracy on held-out problems."""
 
+from trainer.estimators import standard_error
 from trainer.rollout import sample
 from trainer.run import Run
 from trainer.types import Rollouts
@@ -9,7 +10,10 @@ SEED = 20_250_602
 
 
 def evaluate(run: Run) -> dict[str, float]:
-    """One sample a problem at temperature 1, and one greedy, on the same held-out problems."""
+    """One sample a problem at temperature 1, and one greedy, on the same held-out problems.
+
+    The standard error is that of the accuracy, over problems.
+    """
     count = min(run.settings.eval_problems, run.task.num_test)
     problems = [run.task.problem("test", index) for index in range(count)]
 
@@ -17,7 +21,7 @@ def evaluate(run: Run) -> dict[str, float]:
         return sample(
             run.engine,
             run.policy,
-            run.task,
+            run.verifier,
             problems,
             group_size=1,
             max_new_tokens=run.settings.rollout.max_new_tokens,
@@ -29,6 +33,7 @@ def evaluate(run: Run) -> dict[str, float]:
     sampled, greedy = draw(1.0), draw(0.0)
     return {
         "eval/accuracy": float(sampled.reward_B.mean()),
+        "eval/standard_error": standard_error(sampled.reward_B.tolist()),
         "eval/greedy": float(greedy.reward_B.mean()),
         "eval/length": float(sampled.mask_BL.sum(1).float().mean()),
     }

@@ -25,6 +25,8 @@ import torch
 from torch import Tensor
 
 import entropy_kernels
+from trainer.config import Config
+from trainer.trackers import Trackers
 
 _KEY = re.compile(r"[a-z][a-z0-9_]*(/[A-Za-z0-9_.]+)?")
 
@@ -48,34 +50,37 @@ class Sample:
 
 
 class RunLog:
-    """Writes a run's folder. Every write is flushed; nothing is kept in memory."""
+    """Writes a run's folder, and to its trackers. Every write to the folder is flushed."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, config: Config | None = None):
         self.folder = folder
+        self._config = config
+        self._trackers: Trackers | None = None
         self.metrics_path = folder / "metrics.jsonl"
         self.samples_path = folder / "samples.jsonl"
 
     @classmethod
-    def open(cls, folder: str | Path, config: Any, device: str = "") -> "RunLog":
+    def open(cls, folder: str | Path, config: Config, device: str = "") -> "RunLog":
         """Create `folder` where it is missing and note in run.json what starts now.
 
-        `config` is the resolved configuration, a dataclass; `device` names the hardware. The
-        metrics of an earlier start stay: call `rewind` with the step to go on from.
+        `device` names the hardware. The metrics of an earlier start stay: call `rewind` with the
+        step to go on from.
         """
-        log = cls(Path(folder))
+        log = cls(Path(folder), config)
         log.folder.mkdir(parents=True, exist_ok=True)
         path = log.folder / "run.json"
         earlier = json.loads(path.read_text("utf-8"))["starts"] if path.exists() else []
-        run = {"config": asdict(config), "starts": [*earlier, _provenance(device)]}
-        _replace(path, json.dumps(run, indent=2) + "\n")
+        run = {"config": asdict(config), "starts": [*earlier, provenance(device)]}
+        replace_text(path, json.dumps(run, indent=2) + "\n")
         return log
 
     def write(self, metrics: Mapping[str, float | Tensor]) -> None:
         """Append one row to metrics.jsonl: numbers or one-element tensors under flat keys.
 
         Values that are not finite become null; a row that has any says how many under
-        "log/nonfinite". Raises ValueError without an integer "step", for a key that is not
-        "name" or "group/name", and for a value that is not one number.
+        "log/nonfinite". What trackers failed at since the last row is its "log/tracker_failures".
+        Raises ValueError without an integer "step", for a key that is not "name" or "group/name",
+        and for a value that is not one number.
         """
         row = {key: _number(key, value) for key, value in metrics.items()}
         step = row.pop("step", None)
@@ -83,7 +88,17 @@ class RunLog:
             raise ValueError(f"a row of metrics needs an integer step, got {step!r}")
         if lost := sum(value is None for value in row.values()):
             row["log/nonfinite"] = lost
+        if self._trackers and self._trackers.failures:
+            row["log/tracker_failures"] = self._trackers.failures
+            self._trackers.failures = 0
         _append(self.metrics_path, [{"step": step, **row}])
+        if self._trackers:
+            self._trackers.write(step, row)
+
+    def close(self) -> None:
+        """Tell the trackers that the run has ended."""
+        if self._trackers:
+            self._trackers.close()
 
     def samples(self, step: int, rows: Iterable[Sample]) -> None:
         """Append `rows`, the responses sampled at `step`, to samples.jsonl."""
@@ -105,10 +120,13 @@ class RunLog:
         """Drop every row after `step`, the checkpoint's, and a last line torn by a kill.
 
         Each file is replaced at once or not at all. `rewind(-1)` empties them for a fresh start.
+        The trackers are opened here, to go on after `step`; ValueError where one does not start.
         """
         for path in (self.metrics_path, self.samples_path):
             if path.exists():
-                _replace(path, _lines(row for row in read_rows(path) if row["step"] <= step))
+                replace_text(path, _lines(row for row in read_rows(path) if row["step"] <= step))
+        if self._config is not None:
+            self._trackers = Trackers(self._config, self.folder, step)
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
@@ -158,14 +176,15 @@ def _append(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
         file.write(_lines(rows))
 
 
-def _replace(path: Path, text: str) -> None:
+def replace_text(path: Path, text: str) -> None:
     """Put `text` at `path`: a kill leaves the old file or the new one."""
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(text, encoding="utf-8", newline="\n")
     os.replace(temporary, path)
 
 
-def _provenance(device: str) -> dict[str, Any]:
+def provenance(device: str) -> dict[str, Any]:
+    """Time, commit, versions and machine of what starts now."""
     commit, dirty = _commit()
     return {
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),

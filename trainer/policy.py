@@ -1,28 +1,44 @@
 """The policy: a transformers causal LM whose head we run ourselves.
 
-B sequences, P prompt width, L response width, D hidden, V vocabulary.
+T response tokens, D hidden, V vocabulary; R rows and W their width as in packing.py.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 import entropy_kernels as ek
 from trainer import config
+from trainer.fsdp import release, whole
+from trainer.packing import Layout, Packed, arrange
 from trainer.tiny import build_tiny
-from trainer.types import Rollouts
+
+Result = TypeVar("Result")
+
+# Attention that takes the lengths of the sequences in one row, which it reads off the positions.
+BY_LENGTHS = ("flash_attention_2", "flash_attention_3")
 
 
-@dataclass
-class Policy:
-    """A model, its tokenizer, and how its head turns hidden states into logits."""
+class Policy(nn.Module):
+    """A model, its tokenizer, and how its head turns hidden states into logits.
+
+    The root of what FSDP2 shards: embedding, last norm and head are whole inside of `forward`.
+    """
 
     model: Any
     tokenizer: Any
+    layout: Layout
+    """How micro-batches are packed; `choose_layout` finds it."""
+    compute_dtype: torch.dtype | None
+    """Of its arithmetic, where it is not that of the weights."""
+
+    def __init__(self, model: Any, tokenizer: Any) -> None:
+        super().__init__()
+        self.model, self.tokenizer = model, tokenizer
+        self.layout, self.compute_dtype = "padded", None
 
     @property
     def device(self) -> torch.device:
@@ -50,21 +66,32 @@ class Policy:
         }
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Every parameter by its name, whole; a tied one once."""
-        for name, parameter in self.model.named_parameters():
-            yield name, parameter.detach()
+        """Every parameter by its name, whole, in the dtype of the arithmetic; a tied one once.
 
-    def response_hidden(self, rollouts: Rollouts) -> Tensor:
-        """Hidden states [B, L, D]: the one at [b, l] predicts response token l."""
-        tokens = torch.cat([rollouts.prompt_BP, rollouts.response_BL[:, :-1]], 1)
-        mask = torch.cat([rollouts.prompt_mask_BP, rollouts.mask_BL[:, :-1]], 1)
-        hidden = self.model.base_model(
-            input_ids=tokens,
-            attention_mask=mask.long(),
-            position_ids=positions(mask),
+        Collective where the policy is sharded: each parameter is gathered when it is asked for.
+        """
+        for name, parameter in self.model.named_parameters():
+            yield name, whole(parameter.detach().to(self.compute_dtype or parameter.dtype))
+
+    def forward(
+        self,
+        packed: Packed,
+        temperature: float,
+        fn: Callable[[Tensor, dict[str, Any]], Result],
+    ) -> Result:
+        """fn(hidden_TD, head): the state that predicts each response token, and `self.head`.
+
+        Sharded, the weights in `head` are whole until the backward of what `fn` returns.
+        """
+        options = {} if packed.mask_RW is None else {"attention_mask": packed.mask_RW.long()}
+        hidden_RWD = self.model.base_model(
+            input_ids=packed.tokens_RW,
+            position_ids=packed.positions_RW,
             use_cache=False,
+            **options,
         ).last_hidden_state
-        return hidden[:, rollouts.prompt_BP.shape[1] - 1 :]
+        hidden_TD = hidden_RWD.flatten(0, 1).index_select(0, packed.index_T)
+        return fn(hidden_TD, self.head(temperature))
 
 
 def positions(mask: Tensor) -> Tensor:
@@ -73,40 +100,65 @@ def positions(mask: Tensor) -> Tensor:
 
 
 def load_policy(settings: config.Model, seed: int, device: torch.device) -> Policy:
-    """The model and tokenizer of `settings.path`, on `device`, ready to train.
+    """The policy of `settings`, on `device`, checked and ready to train.
+
+    Raises:
+        ValueError: as `read_policy` and `check_policy`.
+    """
+    policy = read_policy(settings, seed).to(device)
+    check_policy(policy)
+    return policy
+
+
+def read_policy(settings: config.Model, seed: int, *, pretrained: bool = True) -> Policy:
+    """The model and tokenizer of `settings.path`, on the CPU, unchecked.
+
+    With `pretrained=False` the weights are random, for a checkpoint to fill them.
 
     Dropout is off, in training too: ratios compare the policy with the one that sampled, and
     would be noise with another network each time.
 
     Raises:
-        ValueError: a path that cannot be loaded, a tokenizer without an end-of-sequence, a head
-            that linear_logprob_entropy does not reproduce.
+        ValueError: a path that cannot be loaded, a tokenizer without an end-of-sequence.
     """
     dtype = getattr(torch, settings.dtype)
     if settings.path == "tiny":
         model, tokenizer = build_tiny(seed, settings.attention, dtype)
     else:
-        model, tokenizer = _from_pretrained(settings, dtype)
+        model, tokenizer = _from_folder(settings, dtype, pretrained)
     if settings.gradient_checkpointing:
         # Its name changed within transformers 5.
         old = model.gradient_checkpointing_enable
         getattr(model, "activation_checkpointing_enable", old)({"use_reentrant": False})
-    policy = Policy(model.to(device), tokenizer)
+    return Policy(model, tokenizer)
+
+
+def check_policy(policy: Policy) -> None:
+    """Check the head of `policy`, and find how its micro-batches are packed.
+
+    Collective where the policy is sharded.
+
+    Raises:
+        ValueError: a head that linear_logprob_entropy does not reproduce.
+    """
     _check_head(policy)
-    return policy
+    policy.layout = _layout(policy)
+    release(policy)
 
 
-def _from_pretrained(settings: config.Model, dtype: torch.dtype) -> tuple[Any, Any]:
-    path = settings.path
+def _from_folder(settings: config.Model, dtype: torch.dtype, pretrained: bool) -> tuple[Any, Any]:
+    path, options = settings.path, {"dtype": dtype, "attn_implementation": settings.attention}
     try:
         architecture = AutoConfig.from_pretrained(path)
         for part in (architecture, architecture.get_text_config()):
             for name, value in vars(part).items():
                 if "drop" in name and isinstance(value, float):
                     setattr(part, name, 0.0)
-        model = AutoModelForCausalLM.from_pretrained(
-            path, config=architecture, dtype=dtype, attn_implementation=settings.attention
-        )
+        if pretrained:
+            model = AutoModelForCausalLM.from_pretrained(path, config=architecture, **options)
+        else:
+            model = AutoModelForCausalLM.from_config(architecture, **options).eval()
+            model.generation_config = GenerationConfig.from_pretrained(path)
         tokenizer = AutoTokenizer.from_pretrained(path, padding_side="left")
     except OSError as error:
         raise ValueError(f"no model can be loaded from model.path {path!r}: {error}") from error
@@ -120,18 +172,49 @@ def _from_pretrained(settings: config.Model, dtype: torch.dtype) -> tuple[Any, A
 @torch.no_grad()
 def _check_head(policy: Policy) -> None:
     """Our head must give the log-probabilities of the model's own logits."""
-    head = policy.head(1.0)
-    tokens = torch.arange(8, device=policy.device).unsqueeze(0) % len(head["weight"])
-    logits = policy.model(input_ids=tokens, use_cache=False).logits[0].float()
-    hidden = policy.model.base_model(input_ids=tokens, use_cache=False).last_hidden_state[0]
-    got = ek.linear_logprob_entropy(hidden, target=tokens[0], **head).logprob
-    want = logits.log_softmax(1).gather(1, tokens[0].unsqueeze(1)).squeeze(1)
-    # The model rounds its logits to its dtype, a few times with a softcap; all else is fp32.
-    largest = logits.abs().max()
-    tolerance = 4 * torch.finfo(policy.model.dtype).eps * largest
-    tolerance += 64 * torch.finfo(torch.float32).eps * largest.clamp_min(1)
-    if not ((got - want).abs() <= tolerance).all():
-        raise ValueError(
-            f"the head of {type(policy.model).__name__} is not softcap(h W^T + b) * scale as its "
-            f"configuration says: log-probs differ by {float((got - want).abs().max()):.2e}"
-        )
+
+    def compare(hidden_TD: Tensor, head: dict[str, Any]) -> None:
+        logits = policy.model(input_ids=tokens[None], use_cache=False).logits[0]
+        got = ek.linear_logprob_entropy(hidden_TD, target=tokens, **head).logprob
+        want = logits.float().log_softmax(1).gather(1, tokens.unsqueeze(1)).squeeze(1)
+        # The model rounds its logits to its dtype, a few times with a softcap; all else is fp32.
+        largest = logits.float().abs().max()
+        tolerance = 4 * torch.finfo(logits.dtype).eps * largest
+        tolerance += 64 * torch.finfo(torch.float32).eps * largest.clamp_min(1)
+        if not ((got - want).abs() <= tolerance).all():
+            raise ValueError(
+                f"the head of {type(policy.model).__name__} is not softcap(h W^T + b) * scale as "
+                f"its configuration says: log-probs differ by {float((got - want).abs().max()):.2e}"
+            )
+
+    tokens = _some_tokens(policy, 8)
+    policy(arrange(tokens, torch.tensor([8]), "padded"), 1.0, compare)
+
+
+@torch.no_grad()
+def _layout(policy: Policy) -> Layout:
+    """Rows of several sequences, if hidden states are then those of the sequences alone.
+
+    They are within rounding, which is that of an unknown number of 16-bit operations: far closer
+    than without any boundary between the sequences.
+    """
+    tokens, apart = _some_tokens(policy, 14), torch.tensor([7, 4, 3])
+
+    def hidden(length_B: Tensor, layout: Layout) -> Tensor:
+        return policy(arrange(tokens, length_B, layout), 1.0, lambda hidden, _: hidden.float())
+
+    by_lengths = policy.model.config._attn_implementation in BY_LENGTHS
+    layout: Layout = "row" if by_lengths else "rows"
+    alone = hidden(apart, "padded")
+    packed, joined = (
+        (hidden(length_B, layout) - alone).abs().max()
+        for length_B in (apart, torch.tensor([len(tokens)]))
+    )
+    rounding = 64 * torch.finfo(torch.float32).eps * alone.abs().max()
+    return layout if packed <= torch.maximum(joined / 16, rounding) else "padded"
+
+
+def _some_tokens(policy: Policy, count: int) -> Tensor:
+    return (
+        torch.arange(count, device=policy.device) % policy.model.config.get_text_config().vocab_size
+    )

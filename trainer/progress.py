@@ -30,6 +30,16 @@ _PLAIN_LINES = 20  # About so many plain lines a run, ...
 _PLAIN_SECONDS = 60.0  # ... and never a longer silence than this between steps.
 
 
+def labelled(columns: Columns, metrics: Mapping[str, float | Tensor | None]) -> dict[str, str]:
+    """Each of `columns` that has all of its metrics, by its label, as text."""
+    shown = {}
+    for label, (keys, form) in columns.items():
+        values = [value for value in map(metrics.get, keys) if value is not None]
+        if len(values) == len(keys):
+            shown[label] = format(sum(map(float, values)), form)
+    return shown
+
+
 class Bar:
     """Where a loop stands. A column whose metrics a step lacks keeps what it last showed."""
 
@@ -40,9 +50,10 @@ class Bar:
         start: int,
         columns: Columns,
         live: rich.progress.Progress | None,
+        shown: bool = True,
     ):
         self._description, self._total, self._start = description, total, start
-        self._columns, self._live = columns, live
+        self._columns, self._live, self._plain = columns, live, shown and live is None
         self._shown: dict[str, str] = {}
         self._began = self._printed = time.monotonic()
         if live is not None:
@@ -50,16 +61,14 @@ class Bar:
 
     def update(self, step: int, metrics: Mapping[str, float | Tensor]) -> None:
         """Show that `step` of the loop is done, with `metrics` of that step."""
-        for label, (keys, form) in self._columns.items():
-            if all(key in metrics for key in keys):
-                self._shown[label] = format(sum(float(metrics[key]) for key in keys), form)
+        self._shown |= labelled(self._columns, metrics)
         # In the order of the columns, whichever metric came first.
         shown = [f"{label} {self._shown[label]}" for label in self._columns if label in self._shown]
         place = f"{self._description} {step}/{self._total}"
         text = "  ".join(filter(None, [place, self._left(step), *shown]))
         if self._live is not None:
             self._live.update(self._task, completed=step, text=text)
-        elif self._due(step):
+        elif self._plain and self._due(step):
             print(text, flush=True)
 
     def _left(self, step: int) -> str:
@@ -81,15 +90,17 @@ class Bar:
 
 
 @contextmanager
-def progress(description: str, total: int, start: int = 0, columns: Columns = RL) -> Iterator[Bar]:
-    """A `Bar` from `start` steps done to `total`.
+def progress(
+    description: str, total: int, start: int = 0, columns: Columns = RL, shown: bool = True
+) -> Iterator[Bar]:
+    """A `Bar` from `start` steps done to `total`; nothing is seen of it unless `shown`.
 
     On a terminal it is drawn live on stderr, and what the loop prints appears above it. Where
     stdout or stderr is a file or a pipe, lines without control characters go to stdout.
     """
     console = Console(stderr=True)
-    if not (sys.stdout.isatty() and sys.stderr.isatty()) or console.is_dumb_terminal:
-        yield Bar(description, total, start, columns, None)
+    if not shown or not (sys.stdout.isatty() and sys.stderr.isatty()) or console.is_dumb_terminal:
+        yield Bar(description, total, start, columns, None, shown)
         return
     # One column of text: a narrow terminal cuts its end and not the middle of each part.
     parts: list[rich.progress.ProgressColumn] = [

@@ -1,15 +1,21 @@
 """Where this process stands among those of a run: alone, or one of several under torchrun."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 T = TypeVar("T")
+
+# How long a rank waits for the others: for the last of them to end its sampling, or for the first
+# one's warm start.
+PATIENCE = timedelta(hours=4)
 
 
 @dataclass(frozen=True)
@@ -34,22 +40,50 @@ class Ranks:
         dist.all_gather_object(values, value, group=self.group)
         return values
 
+    def sum(self, tensor: Tensor) -> Tensor:
+        """`tensor`, in place, added up over the ranks; collective."""
+        if self.group is not None:
+            dist.all_reduce(tensor, group=self.group)
+        return tensor
+
+    def on_all(self, call: Callable[[], T]) -> list[T]:
+        """What `call` returns on each rank; what it raises on one is raised on all; collective."""
+        outcome: T | Exception
+        try:
+            outcome = call()
+        except Exception as error:
+            outcome = error
+        outcomes = self.gather(outcome)
+        if isinstance(outcome, Exception):
+            raise outcome
+        for other in outcomes:
+            if isinstance(other, Exception):
+                raise other
+        return outcomes  # type: ignore[return-value]
+
+    def on_first(self, call: Callable[[], T]) -> T:
+        """What `call` returns or raises on the first rank, which alone runs it; collective."""
+        return self.on_all(lambda: call() if self.first else None)[0]  # type: ignore[return-value]
+
 
 @contextmanager
-def join(device: str = "auto") -> Iterator[Ranks]:
+def join(device: str = "auto", group: bool = False) -> Iterator[Ranks]:
     """The ranks that torchrun started, joined for as long as the context lasts; else one alone.
 
     `device` is "auto" (CUDA where there is one; under torchrun the one of the local rank) or
-    torch's name of a device. NCCL on CUDA, else gloo.
+    torch's name of a device. NCCL on CUDA, else gloo. With `group` one alone has a group too.
     """
     kind = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-    if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
+    several = "RANK" in os.environ and "WORLD_SIZE" in os.environ
+    if not several and not group:
         yield Ranks(torch.device(kind))
         return
     if kind == "cuda":
         kind = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
         torch.cuda.set_device(kind)
-    dist.init_process_group("nccl" if kind.startswith("cuda") else "gloo")
+    alone: dict[str, Any] = {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+    backend = "nccl" if kind.startswith("cuda") else "gloo"
+    dist.init_process_group(backend, timeout=PATIENCE, **({} if several else alone))
     try:
         yield Ranks(torch.device(kind), dist.get_rank(), dist.get_world_size(), dist.group.WORLD)
     finally:

@@ -1,4 +1,4 @@
-"""Rollouts of problems: prompts to an engine, its responses to the task's verifier.
+"""Rollouts of problems: prompts to an engine, its responses to the verifier.
 
 B sequences, P prompt width, L response width.
 """
@@ -13,26 +13,29 @@ from torch.nn.utils.rnn import pad_sequence
 from trainer.engines import Engine, Sampled
 from trainer.policy import Policy
 from trainer.ranks import Ranks
-from trainer.types import Problem, Rollouts, Task
+from trainer.rewards.verifier import Verifier
+from trainer.types import Problem, Rollouts
 
 
 def sample(
     engine: Engine,
     policy: Policy,
-    task: Task,
+    verifier: Verifier,
     problems: Sequence[Problem],
     *,
     group_size: int,
     max_new_tokens: int,
     temperature: float,
     seed: int,
+    first: int = 0,
     ranks: Ranks | None = None,
 ) -> Rollouts:
     """`group_size` responses to each problem, verified; temperature 0 is greedy.
 
     Each rank samples its share of the groups, and all of them get the rollouts of all. A response
     depends on `seed`, the place of its problem, its own place in the group, and the weights: there
-    is no other random state, and other ranks sample the same but for rounding.
+    is no other random state, and other ranks sample the same but for rounding. Places count from
+    `first`, so that part of a list of problems has the responses that it has in the whole.
     """
     ranks = ranks or Ranks(policy.device)
     prompts = policy.tokenizer(
@@ -43,11 +46,11 @@ def sample(
     rows = [(group, member) for group in mine for member in range(group_size)]
     sampled = engine.sample(
         [prompts[group] for group, _ in rows],
-        [_seed(seed, group, member) for group, member in rows],
+        [_seed(seed, first + group, member) for group, member in rows],
         max_new_tokens=max_new_tokens,
         temperature=temperature,
     )
-    parts = ranks.gather(_verified(policy, task, problems, prompts, rows, sampled))
+    parts = ranks.gather(_verified(policy, verifier, problems, prompts, rows, sampled))
     everything = Rollouts.concatenate(
         [part for part in parts if part is not None], policy.tokenizer.pad_token_id
     )
@@ -62,7 +65,7 @@ def _seed(seed: int, group: int, member: int) -> int:
 
 def _verified(
     policy: Policy,
-    task: Task,
+    verifier: Verifier,
     problems: Sequence[Problem],
     prompts: Sequence[list[int]],
     rows: Sequence[tuple[int, int]],
@@ -80,7 +83,7 @@ def _verified(
         for tokens, end in zip(answered, ended, strict=True)
     ]
     posed = [problems[group] for group, _ in rows]
-    rewards = [task.reward(problem, text) for problem, text in zip(posed, texts, strict=True)]
+    verdicts = verifier.verify(posed, texts)
     return Rollouts(
         problems=posed,
         responses=texts,
@@ -91,7 +94,9 @@ def _verified(
         mask_BL=_pad([torch.ones_like(x).bool() for x in answered], 0),
         sampler_logprob_BL=_pad([one.logprobs for one in sampled], 0),
         truncated_B=~torch.tensor(ended),
-        reward_B=torch.tensor(rewards, dtype=torch.float32),
+        reward_B=torch.tensor(verdicts.rewards, dtype=torch.float32),
+        timed_out_B=torch.tensor(verdicts.timed_out),
+        crashed_B=torch.tensor(verdicts.crashed),
     )
 
 

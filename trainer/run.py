@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,10 +13,12 @@ from trainer import checkpoint
 from trainer.checkpoint import Progress
 from trainer.config import Config
 from trainer.engines import Engine, make_engine
+from trainer.fsdp import shard
 from trainer.log import RunLog
-from trainer.policy import Policy, load_policy
+from trainer.policy import Policy, check_policy, read_policy
 from trainer.progress import WARM_START, progress
 from trainer.ranks import Ranks
+from trainer.rewards.verifier import Verifier
 from trainer.tasks import make_task
 from trainer.types import Task
 from trainer.warm_start import load_or_warm_start
@@ -31,6 +34,7 @@ class Run:
     policy: Policy
     engine: Engine
     task: Task
+    verifier: Verifier
     optimizer: torch.optim.Optimizer
     log: RunLog
     progress: Progress
@@ -40,6 +44,11 @@ class Run:
         """Of the random numbers of this step: a function of the run's seed, so a run resumes."""
         text = f"{self.settings.seed}/{self.progress.step}/{part}"
         return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")
+
+    def write(self, metrics: dict[str, float]) -> None:
+        """Append a row to metrics.jsonl; the first rank does."""
+        if self.ranks.first:
+            self.log.write(metrics)
 
     def set_learning_rate(self) -> float:
         """Linear warm-up, then constant."""
@@ -54,59 +63,84 @@ def start(settings: Config, ranks: Ranks) -> Run:
     """The run of `settings`, from its last checkpoint where its folder has one.
 
     Raises:
-        ValueError: the folder holds a run with other settings, or a damaged checkpoint.
+        ValueError: the folder holds a run with other settings, or damaged checkpoints only, or the
+            verifier cannot be imported.
     """
     folder = Path(settings.root) / settings.name
-    found = checkpoint.latest(folder)
+    found = checkpoint.latest(folder, ranks)
     if found is not None:
         _check_same(folder, settings)
-        checkpoint.check(found)
     if settings.threads:
         torch.set_num_threads(settings.threads)
-    policy, task = _policy_and_task(settings, ranks, found)
-    engine = make_engine(settings, policy)
+    policy, engine, task, verifier = _parts(settings, ranks, found)
     optimizer = torch.optim.AdamW(
         policy.model.parameters(),
         lr=settings.optimizer.learning_rate,
         betas=settings.optimizer.betas,
         weight_decay=settings.optimizer.weight_decay,
     )
-    log = RunLog.open(folder, settings, device=_describe(policy.device))
-    run = Run(settings, folder, ranks, policy, engine, task, optimizer, log, Progress())
-    if found is None:
-        log.rewind(-1)
-        run.fresh = True
-        return run
-    checkpoint.load_optimizer(found, optimizer)
-    run.progress = checkpoint.load_progress(found)
-    log.rewind(run.progress.step)
-    return run
+    fresh = found is None
+    state = checkpoint.load(found, policy, optimizer, ranks) if found else Progress()
+    engine.update_weights(policy.weights())
+    log = RunLog(folder)
+    if ranks.first:
+        log = RunLog.open(folder, settings, device=_describe(ranks))
+        log.rewind(-1 if fresh else state.step)
+    return Run(
+        settings, folder, ranks, policy, engine, task, verifier, optimizer, log, state, fresh
+    )
 
 
-def _policy_and_task(settings: Config, ranks: Ranks, found: Path | None) -> tuple[Policy, Task]:
-    """From a checkpoint, or from the model and its warm start."""
+def _parts(
+    settings: Config, ranks: Ranks, found: Path | None
+) -> tuple[Policy, Engine, Task, Verifier]:
+    """From a checkpoint, or from the model and its warm start; sharded where there is a group."""
     model = settings.model
     if found is not None:
         model = dataclasses.replace(model, path=str(found))
-    policy = load_policy(model, settings.seed, ranks.device)
+    policy = read_policy(model, settings.seed, pretrained=found is None)
+    if ranks.group is None:
+        policy.to(ranks.device)
     task = make_task(settings.data, settings.seed, policy.tokenizer)
+    verifier = Verifier(task, settings.reward)
+    verifier.start()  # before what takes long
+    if found is None and settings.warm_start.steps:
+        _warm_start(settings, policy, task, ranks)
+    dtype = getattr(torch, model.compute_dtype or model.dtype)
+    # The engine's copy is made of whole weights.
+    copy_in = dtype if ranks.group is not None else None
+    engine = make_engine(settings, policy, ranks.device, copy_in)
+    if ranks.group is not None:
+        policy.compute_dtype = dtype
+        shard(policy, policy.model, ranks, dtype)
+    check_policy(policy)
+    if ranks.first and policy.layout == "padded":
+        name = type(policy.model).__name__
+        print(f"{name} does not keep packed sequences apart: one sequence a row", file=sys.stderr)
+    return policy, engine, task, verifier
+
+
+def _warm_start(settings: Config, policy: Policy, task: Task, ranks: Ranks) -> None:
+    """On the first rank; the others load what it has kept."""
+    policy.to(ranks.device)
     warm = settings.warm_start
-    if found is None and warm.steps:
-        with progress("warm start", warm.steps, columns=WARM_START) as bar:
-            load_or_warm_start(
-                policy.model, policy.tokenizer, task, warm, settings.seed, bar.update
-            )
-    return policy, task
+    for turn in (ranks.first, not ranks.first):
+        if turn:
+            with progress("warm start", warm.steps, columns=WARM_START, shown=ranks.first) as bar:
+                load_or_warm_start(
+                    policy.model, policy.tokenizer, task, warm, settings.seed, bar.update
+                )
+        ranks.gather(None)
 
 
 def _check_same(folder: Path, settings: Config) -> None:
-    """A run resumes with the settings it was started with; `steps` and the folder may change."""
+    """A run resumes with its settings; `steps`, the folder and the trackers may change."""
     before = json.loads((folder / "run.json").read_text())["config"]
     now = json.loads(json.dumps(dataclasses.asdict(settings)))
     different = [
         f"{name} was {old}, now {new}"
         for name, (old, new) in sorted(_pairs(before, now).items())
-        if old != new and name not in ("steps", "name", "root")
+        if old != new and name.partition(".")[0] not in ("steps", "name", "root", "tracking")
     ]
     if different:
         raise ValueError(
@@ -126,7 +160,8 @@ def _pairs(before: dict, now: dict, prefix: str = "") -> dict[str, tuple[object,
     return pairs
 
 
-def _describe(device: torch.device) -> str:
+def _describe(ranks: Ranks) -> str:
+    device, several = ranks.device, f"{ranks.size} x " if ranks.size > 1 else ""
     if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{device.type}, {torch.get_num_threads()} threads"
+        return several + torch.cuda.get_device_name(device)
+    return f"{several}{device.type}, {torch.get_num_threads()} threads"

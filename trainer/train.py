@@ -13,16 +13,18 @@ from torch import Tensor
 
 import entropy_kernels as ek
 from trainer import checkpoint
-from trainer.advantages import group_advantages, overlong_punishment
+from trainer.advantages import group_advantages
 from trainer.config import Config
 from trainer.dynamic_sampling import sample_useful
 from trainer.evaluate import evaluate
+from trainer.mismatch import mismatch_metrics
 from trainer.progress import progress
 from trainer.ranks import join
 from trainer.report import write_report
+from trainer.rewards.terms import shaped_reward
 from trainer.run import Run, start
 from trainer.samples import entropy_metrics, write_samples
-from trainer.update import Batch, Meter, clock, score, update
+from trainer.update import Batch, Meter, at_least, clock, score, update
 
 
 def train(settings: Config, on_step: Callable[[int], Any] = lambda step: None) -> Path:
@@ -30,57 +32,63 @@ def train(settings: Config, on_step: Callable[[int], Any] = lambda step: None) -
 
     `on_step` is called after each step is on disk. Returns the path of the report.
     """
-    with join(settings.device) as ranks:
+    with join(settings.device, group=settings.model.compute_dtype is not None) as ranks:
         return _train(start(settings, ranks), on_step)
 
 
 def _train(run: Run, on_step: Callable[[int], Any]) -> Path:
-    settings = run.settings
+    settings, first = run.settings, run.ranks.first
     if run.fresh:
-        run.log.write({"step": 0, **_evaluate(run)})
+        run.write({"step": 0, **_evaluate(run)})
         _save(run)
-    with progress("RL", settings.steps, start=run.progress.step) as bar:
+    with progress("RL", settings.steps, start=run.progress.step, shown=first) as bar:
         for step in range(run.progress.step + 1, settings.steps + 1):
             run.progress.step = step
             last = step == settings.steps
             metrics = _step(run)
             if last or step % settings.eval_every == 0:
                 metrics |= _evaluate(run)
-            run.log.write({"step": step, **metrics})
+            run.write({"step": step, **metrics})
             if last or step % settings.checkpoint_every == 0:
                 _save(run)
             bar.update(step, metrics)
             on_step(step)
-    return write_report(run.folder)
+    run.log.close()
+    return write_report(run.folder) if first else run.folder / "report.html"
 
 
 def _step(run: Run) -> dict[str, float]:
     """Sample, verify, select the tokens, update."""
     settings, algorithm, policy = run.settings, run.settings.algorithm, run.policy
     began = clock(policy.device)
-    torch.manual_seed(run.seed(-1))  # rounds of sampling have their own, from 0
 
     # Sample G responses a prompt; keep the groups that are neither all right nor all wrong.
     rollouts, metrics = sample_useful(run)
-    run.engine.sleep()
     sampled = clock(policy.device)
     metrics["time/sample"] = sampled - began
     if metrics["groups/useful"] < algorithm.min_groups:
         return metrics | {"skipped/few_groups": 1.0, "time/step": sampled - began}
 
-    # Group advantages, the soft punishment of overlong responses included.
-    punishment_B = overlong_punishment(
-        rollouts.mask_BL.sum(1), settings.rollout.max_new_tokens, algorithm
-    )
-    advantage_B = group_advantages(
-        rollouts.reward_B + punishment_B, rollouts.group_B, algorithm.advantage
-    )
+    # Group advantages of the verdict and what is added to it, such as the overlong punishment.
+    shaped_B, terms = shaped_reward(rollouts, settings)
+    metrics |= terms
+    advantage_B = group_advantages(shaped_B, rollouts.group_B, algorithm.advantage)
+    if settings.reward.drop_truncated:
+        kept = (~rollouts.truncated_B).nonzero().squeeze(1)
+        metrics["skipped/truncated"] = float(len(rollouts) - len(kept))
+        rollouts, advantage_B = rollouts.rows(kept), advantage_B[kept]
+        if not len(kept):
+            return metrics | {"skipped/all_truncated": 1.0, "time/step": sampled - began}
+    run.engine.sleep()
 
     # Old-policy log-probs and entropies in one pass; tau and the mask over the whole step.
-    old_logprob_BL, entropy_BL, threshold, head_seconds = score(policy, rollouts, settings)
+    old_logprob_BL, entropy_BL, threshold, head_seconds = score(
+        policy, rollouts, settings, run.ranks
+    )
     if algorithm.which == "top":
-        selected_BL = threshold.mask(entropy_BL, rollouts.mask_BL)
+        selected_BL = rollouts.mask_BL & at_least(entropy_BL, threshold)
     else:
+        torch.manual_seed(run.seed(-1))  # the same on every rank; rounds of sampling have others
         selected_BL = ek.top_entropy_mask(
             entropy_BL, rollouts.mask_BL, algorithm.fraction, which=algorithm.which
         )
@@ -88,22 +96,26 @@ def _step(run: Run) -> dict[str, float]:
     metrics["time/score"] = scored - sampled
 
     # An optimizer step on each mini-batch of whole groups.
-    batch = Batch(rollouts, advantage_B, old_logprob_BL, selected_BL, threshold.value())
+    batch = Batch(rollouts, advantage_B, old_logprob_BL, selected_BL, threshold)
     meter = Meter()
     for index in _mini_batches(rollouts.group_B, settings.optimizer.mini_batches):
         metrics["lr"] = run.set_learning_rate()
-        updated, seconds = update(policy, run.optimizer, batch.rows(index), settings)
+        updated, seconds = update(policy, run.optimizer, batch.rows(index), settings, run.ranks)
         run.progress.updates += 1
         head_seconds += seconds
         meter.add(updated, weight=updated["head/rows"])
     run.engine.update_weights(policy.weights())
     ended = clock(policy.device)
 
-    if run.progress.step % settings.samples_every == 0 or run.progress.step in (1, settings.steps):
+    shown = run.progress.step % settings.samples_every == 0
+    if run.ranks.first and (shown or run.progress.step in (1, settings.steps)):
         write_samples(run, batch, entropy_BL)
     metrics |= meter.result() | entropy_metrics(entropy_BL[rollouts.mask_BL])
+    metrics |= mismatch_metrics(
+        old_logprob_BL, rollouts.sampler_logprob_BL, rollouts.mask_BL, settings
+    )
     return metrics | {
-        "entropy/threshold": float(threshold.value()),
+        "entropy/threshold": float(threshold),
         "tokens_per_second": metrics["tokens"] / (ended - began),
         "time/update": ended - scored,
         "time/head": head_seconds,
@@ -125,5 +137,10 @@ def _evaluate(run: Run) -> dict[str, float]:
 
 def _save(run: Run) -> None:
     checkpoint.save(
-        run.folder, run.policy, run.optimizer, run.progress, run.settings.keep_checkpoints
+        run.folder,
+        run.policy,
+        run.optimizer,
+        run.progress,
+        run.settings.keep_checkpoints,
+        run.ranks,
     )

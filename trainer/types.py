@@ -4,36 +4,14 @@ B sequences, P prompt width, L response width.
 """
 
 from dataclasses import dataclass, fields, replace
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from trainer.problems import Problem, Task
 
-@dataclass(frozen=True)
-class Problem:
-    """One prompt and what its verifier needs to know."""
-
-    prompt: str
-    """The text the tokenizer sees, chat template included."""
-    answer: Any
-    """JSON-serialisable ground truth, read by the task's `reward` only."""
-
-
-class Task(Protocol):
-    """A stream of problems and their verifier. An index fixes its problem, for runs to resume."""
-
-    name: str
-    num_test: int
-    """How many held-out problems there are; `problem("test", i)` takes i < num_test."""
-
-    def problem(self, split: str, index: int) -> Problem:
-        """Problem `index` of "train" (endless) or "test" (held out, disjoint from train)."""
-        ...
-
-    def reward(self, problem: Problem, response: str) -> float:
-        """1.0 for a right answer, 0.0 for a wrong one."""
-        ...
+__all__ = ["Problem", "Rollouts", "Task"]
 
 
 @dataclass
@@ -49,7 +27,9 @@ class Rollouts:
     mask_BL: Tensor  # bool: response tokens, end-of-sequence included
     sampler_logprob_BL: Tensor  # fp32: as the engine sampled them
     truncated_B: Tensor  # bool: stopped by the length limit
-    reward_B: Tensor  # fp32
+    reward_B: Tensor  # fp32: the verdict, without terms
+    timed_out_B: Tensor  # bool: the verifier took too long
+    crashed_B: Tensor  # bool: the verifier failed
 
     def __len__(self) -> int:
         return len(self.problems)
@@ -93,4 +73,6 @@ class Rollouts:
             sampler_logprob_BL=torch.cat([right(part.sampler_logprob_BL, 0) for part in parts]),
             truncated_B=torch.cat([part.truncated_B for part in parts]),
             reward_B=torch.cat([part.reward_B for part in parts]),
+            timed_out_B=torch.cat([part.timed_out_B for part in parts]),
+            crashed_B=torch.cat([part.crashed_B for part in parts]),
         )

@@ -1,10 +1,10 @@
-"""Old-policy statistics of a step's responses, and one optimizer step on them.
+"""Old-policy statistics of a step's responses, and one optimizer step on them, over all ranks.
 
-B sequences, L response width, D hidden.
+B sequences, L response width; T response tokens of a micro-batch, D hidden.
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,8 +13,23 @@ from torch import Tensor
 
 import entropy_kernels as ek
 from trainer import config
+from trainer.fsdp import release, whole
+from trainer.mismatch import correction
+from trainer.packing import lengths, pack
+from trainer.partition import partition
 from trainer.policy import Policy
+from trainer.ranks import Ranks
 from trainer.types import Rollouts
+
+# What is added up, not averaged, where parts of a step are joined.
+SUMS = ("head/", "skipped/", "sum/", "tokens/")
+# Entropies this close, relatively, tie. Those of one token differ by the rounding of sums in
+# another order, and the token at the threshold must not fall out by it.
+TIE = 1e-5
+OF_THE_STEP = (
+    *("entropy/threshold", "entropy/mean"),
+    *("mismatch/k3", "mismatch/max_ratio", "mismatch/outside"),
+)
 
 
 @dataclass
@@ -40,8 +55,8 @@ class Batch:
 
 @dataclass
 class Meter:
-    """Metrics of parts joined into those of the whole: counts (head/*, skipped/*) add up, maxima
-    stay maxima, all others are means, weighted."""
+    """Metrics of parts joined into those of the whole: counts and sums (SUMS) add up, maxima stay
+    maxima, all others are means, weighted."""
 
     totals: dict[str, float] = field(default_factory=dict)
     weights: dict[str, float] = field(default_factory=dict)
@@ -52,11 +67,24 @@ class Meter:
             before = self.totals.get(name, 0.0)
             if name.endswith("/max"):
                 self.totals[name] = max(before, float(value))
-            elif name.startswith(("head/", "skipped/")):
+            elif name.startswith(SUMS):
                 self.totals[name] = before + float(value)
             else:
                 self.totals[name] = before + weight * float(value)
                 self.weights[name] = self.weights.get(name, 0.0) + weight
+
+    @staticmethod
+    def of(parts: "Sequence[Meter]") -> "Meter":
+        """What all `parts` have seen."""
+        total = Meter()
+        for part in parts:
+            for name, value in part.totals.items():
+                before = total.totals.get(name, 0.0)
+                joined = max(before, value) if name.endswith("/max") else before + value
+                total.totals[name] = joined
+            for name, weight in part.weights.items():
+                total.weights[name] = total.weights.get(name, 0.0) + weight
+        return total
 
     def result(self) -> dict[str, float]:
         """The metrics of the whole."""
@@ -66,105 +94,173 @@ class Meter:
         }
 
 
-def micro_batches(rollouts: Rollouts, tokens: int) -> Iterator[Tensor]:
-    """Row numbers in pieces of at most `tokens` padded tokens (at least one row each)."""
-    width = rollouts.prompt_BP.shape[1] + rollouts.response_BL.shape[1]
-    yield from torch.arange(len(rollouts)).split(max(tokens // width, 1))
+@dataclass
+class Stopwatch:
+    """Seconds on `device`, in pieces."""
+
+    device: torch.device
+    seconds: float = 0.0
+    _began: float = 0.0
+
+    def start(self) -> None:
+        """Begin a piece."""
+        self._began = clock(self.device)
+
+    def stop(self) -> None:
+        """End it."""
+        self.seconds += clock(self.device) - self._began
+
+
+def micro_batches(rollouts: Rollouts, tokens: int, ranks: Ranks) -> Iterator[Tensor]:
+    """Row numbers of this rank's sequences in each micro-batch of at most `tokens` tokens."""
+    for parts in partition(lengths(rollouts), ranks.size, tokens):
+        yield torch.tensor(parts[ranks.rank], dtype=torch.long, device=rollouts.mask_BL.device)
 
 
 @torch.no_grad()
 def score(
-    policy: Policy, rollouts: Rollouts, settings: config.Config
-) -> tuple[Tensor, Tensor, ek.StreamingThreshold, float]:
+    policy: Policy, rollouts: Rollouts, settings: config.Config, ranks: Ranks
+) -> tuple[Tensor, Tensor, Tensor, float]:
     """Log-probs [B, L] and entropies [B, L] under the current weights, in one pass; the threshold
-    of all of them; and the seconds spent in the head."""
+    of all of them; and the seconds spent in the head. The first three are those of all ranks."""
     policy.model.eval()
-    head = policy.head(settings.rollout.temperature)
-    threshold = ek.StreamingThreshold(settings.algorithm.fraction)
-    logprob_BL = torch.zeros(rollouts.mask_BL.shape, device=policy.device)
-    entropy_BL, seconds = torch.zeros_like(logprob_BL), 0.0
-    for index in micro_batches(rollouts, settings.optimizer.tokens_per_micro_batch):
+    threshold = ek.StreamingThreshold(settings.algorithm.fraction, group=ranks.group)
+    score_2BL = torch.zeros((2, *rollouts.mask_BL.shape), device=policy.device)
+    watch = Stopwatch(policy.device)
+    for index in micro_batches(rollouts, settings.optimizer.tokens_per_micro_batch, ranks):
         part = rollouts.rows(index)
-        hidden = policy.response_hidden(part)
-        began = clock(policy.device)
-        target = part.response_BL.masked_fill(~part.mask_BL, -100)
-        found = ek.linear_logprob_entropy(hidden, target=target, **head)
-        seconds += clock(policy.device) - began
-        logprob_BL[index], entropy_BL[index] = found.logprob, found.entropy
-        threshold.update(found.entropy, part.mask_BL)
-    return logprob_BL, entropy_BL, threshold, seconds
+        target_T = part.response_BL[part.mask_BL]
+
+        def head(
+            hidden_TD: Tensor, head: dict[str, Any], target_T: Tensor = target_T
+        ) -> ek.LogprobEntropy:
+            watch.start()
+            found = ek.linear_logprob_entropy(hidden_TD, target=target_T, **head)
+            watch.stop()
+            return found
+
+        found = policy(pack(part, policy.layout), settings.rollout.temperature, head)
+        b_T, l_T = part.mask_BL.nonzero(as_tuple=True)
+        score_2BL[:, index[b_T], l_T] = torch.stack([found.logprob, found.entropy])
+        threshold.update(found.entropy)
+    release(policy)
+    logprob_BL, entropy_BL = ranks.sum(score_2BL)
+    return logprob_BL, entropy_BL, threshold.value(), watch.seconds
+
+
+def at_least(entropy: Tensor, threshold: Tensor) -> Tensor:
+    """I[H >= tau], ties included; true for NaN, which shows in the loss instead of disappearing."""
+    return ~(entropy < threshold * (1 - TIE))
 
 
 def update(
-    policy: Policy, optimizer: torch.optim.Optimizer, batch: Batch, settings: config.Config
+    policy: Policy,
+    optimizer: torch.optim.Optimizer,
+    batch: Batch,
+    settings: config.Config,
+    ranks: Ranks,
 ) -> tuple[dict[str, float], float]:
-    """One optimizer step on `batch`. Returns its metrics and the seconds spent in the head.
+    """One optimizer step on `batch`, the same on every rank. Returns its metrics and the seconds
+    that this rank spent in the head.
 
-    Micro-batches add up sums; the gradient is divided once, by the count of the whole batch, so
-    that their number changes nothing. The head's backward ends at the hidden states, then theirs
-    runs through the backbone.
+    Micro-batches and ranks add up sums; the gradient is divided once, by the count of the whole
+    batch, so that their number changes nothing.
     """
     policy.model.train()
-    head = policy.head(settings.rollout.temperature)
-    meter, kept, everything, loss_sum, seconds = Meter(), 0, 0, 0.0, 0.0
-    for index in micro_batches(batch.rollouts, settings.optimizer.tokens_per_micro_batch):
-        part = batch.rows(index)
-        hidden = policy.response_hidden(part.rollouts)
-        began = clock(policy.device)
-        leaf = hidden.detach().requires_grad_()
-        loss, metrics = _loss(leaf, part, head, settings.algorithm)
-        loss.backward()
-        for name in ("entropy/threshold", "entropy/mean"):
-            metrics.pop(name, None)  # of this micro-batch; the step has its own
-        seconds += clock(policy.device) - began
-        hidden.backward(leaf.grad)
-        here = int(metrics.pop("tokens/kept"))
-        kept, everything = kept + here, everything + int(metrics.pop("tokens/all"))
-        meter.add(metrics, weight=here)
-        loss_sum += float(loss.detach())
-
+    meter, watch = Meter(), Stopwatch(policy.device)
+    for index in micro_batches(batch.rollouts, settings.optimizer.tokens_per_micro_batch, ranks):
+        metrics = _backward(policy, batch.rows(index), settings, watch)
+        meter.add(metrics, weight=float(metrics["tokens/kept"]))
+    found = Meter.of(ranks.gather(meter)).result()
+    kept, everything = int(found.pop("tokens/kept")), int(found.pop("tokens/all"))
     count = _count(batch, kept, everything, settings.algorithm)
     parameters = [p for p in policy.model.parameters() if p.grad is not None]
     for parameter in parameters:
-        parameter.grad.div_(count)
-    norm = torch.nn.utils.clip_grad_norm_(parameters, settings.optimizer.grad_clip)
+        parameter.grad.div_(count / ranks.size)  # FSDP2 has divided by the number of ranks
+    norm = whole(torch.nn.utils.clip_grad_norm_(parameters, settings.optimizer.grad_clip))
     if norm.isfinite():
         optimizer.step()
     optimizer.zero_grad()
-    result = meter.result() | {
-        "loss": loss_sum / count,
+    return found | {
+        "loss": found.pop("sum/loss") / count,
         "grad_norm": float(norm),
         "entropy/kept_fraction": kept / max(everything, 1),
         "head/rows": everything,
         "skipped/nonfinite_gradient": float(not norm.isfinite()),
-    }
-    return result, seconds
+    }, watch.seconds
+
+
+def _backward(
+    policy: Policy, part: Batch, settings: config.Config, watch: Stopwatch
+) -> dict[str, Any]:
+    """Add the gradient of the sum of the loss of a micro-batch. Returns its metrics; `watch` times
+    the head: its forward, and its backward, which is over when hidden states have a gradient."""
+
+    def head(hidden_TD: Tensor, head: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
+        if hidden_TD.requires_grad:
+            hidden_TD.register_hook(lambda _: watch.stop())
+        watch.start()
+        found = _loss(hidden_TD, part, head, settings)
+        watch.stop()
+        return found
+
+    packed = pack(part.rollouts, policy.layout)
+    loss, metrics = policy(packed, settings.rollout.temperature, head)
+    watch.start()
+    loss.backward()
+    for name in OF_THE_STEP:
+        metrics.pop(name, None)  # of this micro-batch; the step has its own
+    return metrics | {"sum/loss": loss.detach()}
 
 
 def _loss(
-    hidden: Tensor, part: Batch, head: dict[str, Any], settings: config.Algorithm
+    hidden_TD: Tensor, part: Batch, head: dict[str, Any], settings: config.Config
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The sum of the batch's loss: equation 6 of the paper without its normalisation."""
-    rollouts = part.rollouts
-    grpo = settings.loss_type == "grpo"
+    algorithm, corrected = settings.algorithm, correction(settings)
+    mask_BL = part.rollouts.mask_BL
+    sequence_T, _ = mask_BL.nonzero(as_tuple=True)
+    target_T, selected_T = part.rollouts.response_BL[mask_BL], part.selected_BL[mask_BL]
+    mask_T = torch.ones_like(selected_T)
+
+    def options(selected_T: Tensor) -> dict[str, Any]:
+        counted_T = selected_T if algorithm.denominator == "selected" else mask_T
+        return {
+            "old_logprob": part.old_logprob_BL[mask_BL],
+            "advantage": part.advantage_B[sequence_T],
+            "mask": mask_T,
+            "selected": selected_T,
+            "clip_low": algorithm.clip_low,
+            "clip_high": algorithm.clip_high,
+            "dual_clip": algorithm.dual_clip,
+            "denominator": 1.0,
+            "token_weight": _share(counted_T, sequence_T)
+            if algorithm.loss_type == "grpo"
+            else None,
+            "sampler_logprob": part.rollouts.sampler_logprob_BL[mask_BL] if corrected else None,
+            **corrected,
+        }
+
     # A threshold would drop tokens whose entropy has fallen below all of the old ones.
-    known = settings.entropy_source == "old" or settings.fraction == 1
-    return ek.high_entropy_policy_loss(
-        hidden,
-        target=rollouts.response_BL.masked_fill(~rollouts.mask_BL, 0),
-        old_logprob=part.old_logprob_BL,
-        advantage=part.advantage_B,
-        mask=rollouts.mask_BL,
-        selected=part.selected_BL if known else None,
-        threshold=None if known else part.threshold,
-        loss_type=settings.loss_type,
-        clip_low=settings.clip_low,
-        clip_high=settings.clip_high,
-        dual_clip=settings.dual_clip,
-        denominator=settings.denominator if grpo else 1.0,
-        num_sequences=1.0 if grpo else None,
-        **head,
+    if algorithm.entropy_source == "old" or algorithm.fraction == 1:
+        return ek.high_entropy_policy_loss(
+            hidden_TD, target=target_T, **options(selected_T), **head
+        )
+    found = ek.linear_logprob_entropy(
+        hidden_TD, target=target_T, keep_logits_above=part.threshold * (1 - TIE), **head
     )
+    entropy_T = found.entropy.detach()
+    selected_T = at_least(entropy_T, part.threshold)
+    loss, metrics = ek.ratio_loss(found.logprob, **options(selected_T))
+    kept = entropy_T[selected_T].sum() / selected_T.sum().clamp_min(1)
+    return loss, metrics | {"entropy/kept_mean": kept}
+
+
+def _share(counted_T: Tensor, sequence_T: Tensor) -> Tensor:
+    """1 / the number of counted tokens of each token's sequence: GRPO's mean over a sequence."""
+    count_B = torch.zeros(len(counted_T), device=counted_T.device)
+    count_B.index_add_(0, sequence_T, counted_T.float())
+    return (1 / count_B.clamp_min(1))[sequence_T]
 
 
 def _count(batch: Batch, kept: int, everything: int, settings: config.Algorithm) -> int:

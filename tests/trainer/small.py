@@ -11,8 +11,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 import trainer.run
-from trainer.config import Algorithm, Config, Model, Optimizer, Rollout
-from trainer.policy import Policy
+from trainer.config import Algorithm, Config, Model, Optimizer, Reward, Rollout
+from trainer.policy import Policy, check_policy
+from trainer.rewards.verifier import Verifier
 from trainer.train import train
 from trainer.types import Problem
 
@@ -91,7 +92,9 @@ def build_model(
 
 def build_policy(family: str = "llama", **options: Any) -> Policy:
     """A small model with the small tokenizer."""
-    return Policy(build_model(family, **options), build_tokenizer())
+    policy = Policy(build_model(family, **options), build_tokenizer())
+    check_policy(policy)
+    return policy
 
 
 def save_folder(folder: Path, family: str = "llama", **options: Any) -> str:
@@ -117,6 +120,11 @@ class Even:
     def reward(self, problem: Problem, response: str) -> float:
         time.sleep(self.pause)
         return float(response[:1] in tuple("02468"))
+
+
+def even_verifier() -> Verifier:
+    """Of Even, in this process."""
+    return Verifier(Even(), Reward())
 
 
 def settings(root: Path, model: str = "tiny", **changes: Any) -> Config:

@@ -14,6 +14,7 @@ from trainer.config import Algorithm, Rollout
 from trainer.dynamic_sampling import sample_useful, sort_groups
 from trainer.engines.transformers import TransformersEngine
 from trainer.ranks import Ranks
+from trainer.rewards.verifier import Verifier
 from trainer.run import Run
 from trainer.types import Problem
 
@@ -49,8 +50,9 @@ def sample_script(script: str, rounds: int, next_problem: int = 0):
     )
     progress = Progress(step=1, next_problem=next_problem)
     policy = build_policy()
+    verifier = Verifier(task, config.reward)
     engine, ranks = TransformersEngine(policy, batch_size=4), Ranks(policy.device)
-    run = Run(config, Path(), ranks, policy, engine, task, None, None, progress)
+    run = Run(config, Path(), ranks, policy, engine, task, verifier, None, None, progress)
     return *sample_useful(run), run
 
 

@@ -14,11 +14,13 @@ from tests.trainer.small import (
     build_model,
     build_policy,
     build_tokenizer,
+    even_verifier,
     save_folder,
 )
 from trainer import policy as module
 from trainer.config import Model
 from trainer.engines.transformers import TransformersEngine
+from trainer.packing import pack
 from trainer.policy import Policy, load_policy
 from trainer.rollout import sample
 
@@ -42,7 +44,7 @@ def test_log_probs_are_those_of_the_unpadded_sequence(family, attention):
     rollouts = sample(
         TransformersEngine(policy, batch_size=64),
         policy,
-        Even(),
+        even_verifier(),
         PROMPTS,
         group_size=2,
         max_new_tokens=9,
@@ -51,9 +53,14 @@ def test_log_probs_are_those_of_the_unpadded_sequence(family, attention):
     )
     assert len(rollouts.mask_BL.sum(1).unique()) >= 3
     with torch.no_grad():
-        hidden = policy.response_hidden(rollouts)
         target = rollouts.response_BL
-        got = ek.linear_logprob_entropy(hidden, target=target, **policy.head(0.7)).logprob
+        target_T = target[rollouts.mask_BL]
+        got = torch.zeros(target.shape)
+        got[rollouts.mask_BL] = policy(
+            pack(rollouts, policy.layout),
+            0.7,
+            lambda hidden, head: ek.linear_logprob_entropy(hidden, target=target_T, **head).logprob,
+        )
         for b in range(len(rollouts)):
             prompt = rollouts.prompt_BP[b][rollouts.prompt_mask_BP[b]]
             response = target[b][rollouts.mask_BL[b]]

@@ -94,7 +94,7 @@ def test_test_split_is_held_out_and_leaves_train(tmp_path):
 def test_hub_names_and_configurations(monkeypatch):
     asked = []
 
-    def load_dataset(name, configuration):
+    def load_dataset(name, configuration, split):
         asked.append((name, configuration))
         return DatasetDict(train=Dataset.from_list(ROWS))
 
@@ -105,7 +105,7 @@ def test_hub_names_and_configurations(monkeypatch):
 
 
 def test_hub_out_of_reach(monkeypatch):
-    def load_dataset(*_):
+    def load_dataset(*_, split):
         raise ConnectionError("no network")
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
@@ -182,6 +182,13 @@ def test_render():
     assert render(tokenizer, "Hi", plain) == render(None, "Hi", Data()) == "Hi"
     assert render(None, chat[1:], plain) == "Hi"
     assert chat[1]["content"] == "Hi"
+    own = Data(template="Q: {question}\n\\boxed{} A:", instruction="Think.")
+    assert render(tokenizer, chat[1:], own) == "Q: Hi\n\nThink.\n\\boxed{} A:"
+    assert render(None, "{question}", Data(template="{question}{question}")) == "{question}" * 2
+    with pytest.raises(ValueError, match="2 chat messages"):
+        render(tokenizer, chat, own)
+    with pytest.raises(ValueError, match=r"a text with {question} in it; got 'chatml'"):
+        Data(template="chatml")
     with pytest.raises(ValueError, match="2 chat messages needs a tokenizer with a chat template"):
         render(tokenizer, chat, plain)
     for prompt in (7, [], [{"role": "user"}], ["Hi"], [{"role": "user", "content": [1]}]):
@@ -212,8 +219,3 @@ def test_render():
 )
 def test_math_reward(gold, response, right):
     assert math_reward(gold, response) == float(right)
-
-
-def test_what_takes_too_long_is_wrong(monkeypatch):
-    monkeypatch.setattr("trainer.tasks.math_answers.SECONDS", 1)
-    assert math_reward("2", "\\boxed{9^{9^{9^{9}}}}") == 0.0

@@ -5,8 +5,18 @@ import torch
 from transformers import Qwen3NextConfig, Qwen3NextForCausalLM
 
 import entropy_kernels as ek
-from tests.trainer.small import EOS, PAD, POSITIONS, WORDS, Even, build_policy, build_tokenizer
+from tests.trainer.small import (
+    EOS,
+    PAD,
+    POSITIONS,
+    WORDS,
+    Even,
+    build_policy,
+    build_tokenizer,
+    even_verifier,
+)
 from trainer.engines.transformers import TransformersEngine
+from trainer.packing import pack
 from trainer.policy import Policy
 from trainer.rollout import sample
 from trainer.types import Problem
@@ -23,7 +33,7 @@ OPTIONS = {
 
 def draw(policy, problems=PROMPTS, batch_size=64, **changes):
     engine = TransformersEngine(policy, batch_size)
-    return sample(engine, policy, Even(), problems, **OPTIONS | changes)
+    return sample(engine, policy, even_verifier(), problems, **OPTIONS | changes)
 
 
 def set_eos(policy, ids):
@@ -136,13 +146,16 @@ def test_tokens_do_not_depend_on_the_batch(temperature):
 def test_logprobs_are_those_of_the_distribution_sampled_from(temperature):
     policy = set_eos(build_policy(), [1, 4, 7])
     rollouts = draw(policy, group_size=4, temperature=temperature)
-    head = policy.head(temperature)
-    with torch.no_grad():
-        hidden = policy.response_hidden(rollouts)
-        scored = ek.linear_logprob_entropy(hidden, target=rollouts.response_BL, **head).logprob
-        largest = (hidden @ head["weight"].T).abs().max() / temperature
     mask = rollouts.mask_BL
-    error = (scored - rollouts.sampler_logprob_BL)[mask].abs().max()
+
+    def score(hidden, head):
+        target = rollouts.response_BL[mask]
+        scored = ek.linear_logprob_entropy(hidden, target=target, **head).logprob
+        return scored, (hidden @ head["weight"].T).abs().max() / temperature
+
+    with torch.no_grad():
+        scored, largest = policy(pack(rollouts, policy.layout), temperature, score)
+    error = (scored - rollouts.sampler_logprob_BL[mask]).abs().max()
     # Two passes through the backbone, with a cache and without.
     assert error < 32 * torch.finfo(torch.float32).eps * largest
     assert (rollouts.sampler_logprob_BL[~mask] == 0).all()

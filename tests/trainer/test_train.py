@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import random
+import re
 import signal
 import sys
 import time
@@ -13,13 +14,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 import trainer.run
 from tests.trainer.small import Even, save_folder, settings, train_even, use_task
 from trainer.__main__ import main
-from trainer.config import PRESETS, Algorithm, Model
+from trainer.config import Algorithm, Model
 from trainer.log import read_rows
+from trainer.presets import PRESETS
+from trainer.sharded import read_whole
 from trainer.train import train
 
 ROOT = Path(__file__).parents[2]
@@ -74,10 +76,12 @@ def assert_same_run(got, want):
     """Metrics, samples, weights and optimizer to the bit."""
     assert metrics(got) == metrics(want)
     assert (got / "samples.jsonl").read_bytes() == (want / "samples.jsonl").read_bytes()
-    last = sorted((want / "checkpoints").glob("step-*"))[-1].name
-    for file in ("model.safetensors", "optimizer.safetensors", "state.json"):
-        path = Path("checkpoints") / last / file
-        assert (got / path).read_bytes() == (want / path).read_bytes()
+    last = Path("checkpoints", sorted((want / "checkpoints").glob("step-*"))[-1].name)
+    assert (got / last / "state.json").read_bytes() == (want / last / "state.json").read_bytes()
+    for part in (last, last / "optimizer"):
+        found, wanted = read_whole(got / part), read_whole(want / part)
+        assert found.keys() == wanted.keys()
+        assert all(torch.equal(value, wanted[name]) for name, value in found.items())
 
 
 def elsewhere(config, root, **changes):
@@ -88,7 +92,12 @@ def test_a_run_writes_what_it_did(whole, model):
     folder, _ = whole
     rows = read_rows(folder / "metrics.jsonl")
     assert [row["step"] for row in rows] == list(range(7))
-    assert [row["step"] for row in rows if "eval/accuracy" in row] == [0, 3, 6]
+    evaluated = [row for row in rows if "eval/accuracy" in row]
+    assert [row["step"] for row in evaluated] == [0, 3, 6]
+    for row in evaluated:
+        variance = row["eval/accuracy"] * (1 - row["eval/accuracy"]) / (4 - 1)
+        assert row["eval/standard_error"] == pytest.approx(variance**0.5)
+    assert any(row["eval/standard_error"] > 0 for row in evaluated)
     assert sorted({row["step"] for row in read_rows(folder / "samples.jsonl")}) == [1, 2, 4, 6]
     updated = [row for row in rows[1:] if "loss" in row]
     assert len(updated) >= 4
@@ -100,10 +109,7 @@ def test_a_run_writes_what_it_did(whole, model):
         parts = ("time/sample", "time/score", "time/update")
         assert row["time/step"] == pytest.approx(sum(row[part] for part in parts), abs=1e-6)
         assert 0 < row["time/head"] < row["time/score"] + row["time/update"]
-    before, after = (
-        load_file(Path(path) / "model.safetensors")
-        for path in (model, folder / "checkpoints" / "step-000006")
-    )
+    before, after = map(read_whole, (Path(model), folder / "checkpoints" / "step-000006"))
     assert all(not torch.equal(before[name], after[name]) for name in before)
     assert (folder / "report.html").exists()
 
@@ -200,7 +206,7 @@ def test_more_steps_go_on(whole, tmp_path):
     folder, config = whole
     train(elsewhere(config, tmp_path, steps=4))
     train(elsewhere(config, tmp_path))
-    extra = {"eval/accuracy", "eval/greedy", "eval/length"}
+    extra = {"eval/accuracy", "eval/standard_error", "eval/greedy", "eval/length"}
     got = metrics(tmp_path / "run")
     assert got[4].keys() >= extra
     got[4] = {k: v for k, v in got[4].items() if k not in extra}
@@ -234,14 +240,24 @@ def test_a_run_may_be_moved(whole, tmp_path):
     assert metrics(tmp_path / "b")[-1] == metrics(folder)[-1]
 
 
-def test_a_damaged_checkpoint_is_named(whole, tmp_path):
-    _, config = whole
+def test_a_damaged_checkpoint_is_named_and_the_older_one_used(whole, tmp_path, capfd):
+    folder, config = whole
     config = elsewhere(config, tmp_path)
     train(config)
-    file = tmp_path / "run" / "checkpoints" / "step-000006" / "model.safetensors"
-    file.write_bytes(file.read_bytes()[:1000])
-    with pytest.raises(ValueError, match=r"step-000006/model.safetensors is damaged"):
+    checkpoints = tmp_path / "run" / "checkpoints"
+    cut(next((checkpoints / "step-000006").glob("model*.safetensors")))
+    train(config)
+    error = capfd.readouterr().err
+    assert re.search(r"step-000006/model\S*.safetensors is damaged: .*the checkpoint before", error)
+    assert_same_run(tmp_path / "run", folder)
+    for path in checkpoints.glob("step-*"):
+        cut(path / "state.json")
+    with pytest.raises(ValueError, match=r"no checkpoint of .* is whole: .*delete .* start afresh"):
         train(config)
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-1])
 
 
 class Hopeless(Even):
@@ -265,8 +281,7 @@ def test_steps_without_a_useful_group_are_skipped_and_counted(model, tmp_path, m
         "next_problem": 16,
         "updates": 0,
     }
-    before = load_file(Path(model) / "model.safetensors")
-    after = load_file(last / "model.safetensors")
+    before, after = read_whole(Path(model)), read_whole(last)
     assert all(torch.equal(before[name], value) for name, value in after.items())
 
 
@@ -296,7 +311,7 @@ def test_bf16_weights(model, tmp_path):
         "log/nonfinite" not in row and not row["skipped/nonfinite_gradient"] for row in rows[1:]
     )
     assert rows[2] == metrics(tmp_path / "whole" / "run")[2]
-    weights = load_file(tmp_path / "run" / "checkpoints" / "step-000002" / "model.safetensors")
-    before = load_file(Path(model) / "model.safetensors")
+    weights = read_whole(tmp_path / "run" / "checkpoints" / "step-000002")
+    before = read_whole(Path(model))
     assert {value.dtype for value in weights.values()} == {torch.bfloat16}
     assert any((value.float() - before[name]).abs().max() > 5e-3 for name, value in weights.items())

@@ -12,8 +12,9 @@ import torch
 
 from tests.trainer.small import save_folder
 from trainer.__main__ import main
-from trainer.config import PRESETS, Algorithm, Config, Optimizer, Rollout
+from trainer.config import Algorithm, Config, Optimizer, Rollout
 from trainer.log import read_rows
+from trainer.presets import PRESETS
 
 ROOT = Path(__file__).parents[2]
 ONE_STEP = [
@@ -39,16 +40,18 @@ def _as_it_was(tmp_path, monkeypatch):
 
 def test_without_a_command_it_says_which_there_are(capsys):
     assert main([]) == 2
-    assert "python -m trainer train [PRESET]" in capsys.readouterr().out
+    assert "    train [PRESET] [--options] " in capsys.readouterr().out
     assert main(["--help"]) == main(["-h"]) == 0
     assert main(["bake"]) == 2
-    assert "python -m trainer report RUN" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    for command in ("train", "evaluate", "plan", "watch", "report", "export"):
+        assert f"    {command} " in printed
 
 
 def test_it_starts_as_a_module():
     command = [sys.executable, "-m", "trainer", "--help"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    assert "`train` runs the preset" in done.stdout
+    assert 'it runs the preset "tiny"' in done.stdout
     assert done.stderr == ""
 
 
@@ -59,6 +62,7 @@ def test_train_lists_every_option_and_what_it_means(capsys, arguments):
     assert stopped.value.code == 0
     text = capsys.readouterr().out
     assert "python -m trainer train tiny" in text
+    assert all(re.search(rf"[ ,]{name}[,.]", re.sub(r"\s+", " ", text)) for name in PRESETS)
     for option in ("--steps", "--model.path", "--rollout.group-size", "--algorithm.fraction"):
         assert option in text
     assert "Share of the response tokens that is trained on" in re.sub(r"[\s│]+", " ", text)
@@ -121,10 +125,6 @@ def test_a_bad_option_stops_with_status_2(capsys, arguments):
 def test_options_that_cannot_be_meant_are_refused(make, says):
     with pytest.raises(ValueError, match=says):
         make()
-
-
-def test_presets_are_configurations():
-    assert all(isinstance(preset(), Config) for preset in PRESETS.values())
 
 
 def run_one_step(*options):

@@ -3,22 +3,28 @@
 import copy
 import dataclasses
 import math
-from pathlib import Path
 
 import pytest
 import torch
 
 from entropy_kernels import reference
-from tests.trainer.small import Even, build_policy, save_folder, settings
-from trainer.advantages import group_advantages
-from trainer.config import Algorithm, Model, Optimizer, Rollout
-from trainer.engines.transformers import TransformersEngine
+from tests.trainer.small import build_policy, save_folder
+from tests.trainer.update_cases import (
+    ALONE,
+    CONFIG,
+    TEMPERATURE,
+    Recorder,
+    configure,
+    distance,
+    gradients,
+    off_policy,
+    on_policy,
+    roll,
+)
+from trainer.config import Algorithm, Model
 from trainer.policy import load_policy
-from trainer.rollout import sample
-from trainer.update import Batch, Meter, micro_batches, score, update
+from trainer.update import Meter, score, update
 
-TEMPERATURE = 0.8
-CONFIG = settings(Path(), rollout=Rollout(temperature=TEMPERATURE))
 OBJECTIVES = [
     Algorithm(loss_type=loss_type, denominator=denominator, entropy_source=source, dual_clip=clip)
     for loss_type in ("dapo", "grpo")
@@ -26,61 +32,6 @@ OBJECTIVES = [
     for source, clip in (("old", None), ("current", 1.5))
 ]
 IDS = [f"{a.loss_type}-{a.denominator}-{a.entropy_source}" for a in OBJECTIVES]
-
-
-class Recorder(torch.optim.SGD):
-    """Plain gradient descent that keeps the gradients of its last step; None: it made none."""
-
-    def __init__(self, policy):
-        super().__init__(policy.model.parameters(), lr=1.0)
-        self.seen = None
-
-    def step(self, closure=None):
-        self.seen = {
-            id(p): torch.zeros_like(p) if p.grad is None else p.grad.clone()
-            for p in self.param_groups[0]["params"]
-        }
-        return super().step(closure)
-
-
-def configure(algorithm=CONFIG.algorithm, tokens=10**6, grad_clip=1e9):
-    optimizer = Optimizer(tokens_per_micro_batch=tokens, grad_clip=grad_clip)
-    return dataclasses.replace(CONFIG, algorithm=algorithm, optimizer=optimizer)
-
-
-def roll(policy):
-    """Twelve responses of different lengths to three prompts of different lengths."""
-    policy.model.generation_config.eos_token_id = [1, 4]
-    problems = [Even().problem("train", index) for index in range(3)]
-    options = {"group_size": 4, "max_new_tokens": 8, "seed": 0}
-    engine = TransformersEngine(policy, batch_size=64)
-    return sample(engine, policy, Even(), problems, temperature=TEMPERATURE, **options)
-
-
-def on_policy(policy, config=CONFIG):
-    """The batch of a step's first mini-batch."""
-    rollouts = roll(policy)
-    old_logprob_BL, entropy_BL, threshold, _ = score(policy, rollouts, config)
-    advantage_B = group_advantages(torch.linspace(-1, 1, 12).square(), rollouts.group_B)
-    selected_BL = threshold.mask(entropy_BL, rollouts.mask_BL)
-    return Batch(rollouts, advantage_B, old_logprob_BL, selected_BL, threshold.value()), entropy_BL
-
-
-def off_policy(policy):
-    """The same with the ratios of a policy that has moved: some tokens are clipped on each side,
-    and a threshold between two entropies, so that rounding selects the same tokens."""
-    batch, entropy_BL = on_policy(policy)
-    mask_BL = batch.rollouts.mask_BL
-    noise = 0.3 * torch.randn(mask_BL.shape, generator=torch.Generator().manual_seed(1))
-    ordered = entropy_BL[mask_BL].sort().values
-    middle = int(0.6 * len(ordered))
-    threshold = (ordered[middle] + ordered[middle + 1]) / 2
-    return dataclasses.replace(
-        batch,
-        old_logprob_BL=(batch.old_logprob_BL + noise) * mask_BL,
-        selected_BL=(entropy_BL >= threshold) & mask_BL,
-        threshold=threshold,
-    )
 
 
 def dense(policy, batch, algorithm):
@@ -110,24 +61,6 @@ def dense(policy, batch, algorithm):
     )
     loss.backward()
     return float(loss.detach()), [p.grad for p in model.parameters()]
-
-
-def gradients(policy, batch, config):
-    """The gradients that `update` steps along, and its metrics, on a copy of the policy."""
-    policy = copy.deepcopy(policy)
-    optimizer = Recorder(policy)
-    metrics, seconds = update(policy, optimizer, batch, config)
-    assert seconds > 0
-    assert all(p.grad is None for p in policy.model.parameters())
-    return [optimizer.seen[id(p)] for p in policy.model.parameters()], metrics
-
-
-def distance(got, want):
-    """|got - want| / |want| of all gradients as one vector."""
-    error = sum(
-        float((a.double() - b.double()).square().sum()) for a, b in zip(got, want, strict=True)
-    )
-    return math.sqrt(error / sum(float(b.double().square().sum()) for b in want))
 
 
 @pytest.mark.parametrize("algorithm", OBJECTIVES, ids=IDS)
@@ -170,22 +103,11 @@ def test_micro_batches_change_nothing(algorithm):
         assert other == pytest.approx(metrics, rel=1e-5, abs=1e-7)
 
 
-@pytest.mark.parametrize("rows", [1, 5, 12, 100])
-def test_micro_batches_hold_every_row_within_the_limit(rows):
-    rollouts = roll(build_policy(spread=0.2))
-    width = rollouts.prompt_BP.shape[1] + rollouts.response_BL.shape[1]
-    parts = [part.tolist() for part in micro_batches(rollouts, rows * width + width - 1)]
-    assert [row for part in parts for row in part] == list(range(12))
-    assert {len(part) for part in parts[:-1]} <= {rows}
-    assert len(parts[-1]) <= rows
-    assert [part.tolist() for part in micro_batches(rollouts, 1)] == [[row] for row in range(12)]
-
-
 def test_the_objective_counts_its_tokens():
     """Rows of the head, rows with a gradient, clipped shares and fractions, by hand."""
     policy = build_policy(spread=0.2)
     batch = off_policy(policy)
-    new_BL, _, _, _ = score(policy, batch.rollouts, CONFIG)
+    new_BL, _, _, _ = score(policy, batch.rollouts, CONFIG, ALONE)
     _, metrics = gradients(policy, batch, configure(tokens=50))
     kept = batch.selected_BL
     ratio = (new_BL - batch.old_logprob_BL).exp()
@@ -234,7 +156,7 @@ def test_fraction_1_trains_on_all_tokens(source):
 def test_scores_are_those_of_the_dense_model_and_set_the_threshold():
     policy = build_policy()
     rollouts = roll(policy)
-    logprob_BL, entropy_BL, threshold, _ = score(policy, rollouts, configure(tokens=40))
+    logprob_BL, entropy_BL, threshold, _ = score(policy, rollouts, configure(tokens=40), ALONE)
     entropies = []
     for b in range(len(rollouts)):
         prompt = rollouts.prompt_BP[b][rollouts.prompt_mask_BP[b]]
@@ -251,7 +173,7 @@ def test_scores_are_those_of_the_dense_model_and_set_the_threshold():
         assert not logprob_BL[b, n:].any()
         assert not entropy_BL[b, n:].any()
     want = reference.entropy_threshold(torch.cat(entropies), None, CONFIG.algorithm.fraction)
-    assert float(threshold.value()) == pytest.approx(float(want), rel=1e-5)
+    assert float(threshold) == pytest.approx(float(want), rel=1e-5)
 
 
 def test_a_frozen_head_stays():
@@ -281,7 +203,7 @@ def test_gradient_checkpointing_recomputes_and_changes_nothing(tmp_path):
     norm = saving.model.model.layers[0].input_layernorm
     norm.register_forward_hook(lambda *_: passes.append(1))
     optimizer = Recorder(saving)
-    update(saving, optimizer, batch, configure())
+    update(saving, optimizer, batch, configure(), ALONE)
     assert len(passes) == 2
     got = [optimizer.seen[id(p)] for p in saving.model.parameters()]
     assert distance(got, want) < 1e-6
@@ -302,7 +224,7 @@ def test_a_gradient_that_is_not_finite_makes_no_step():
     batch.advantage_B[2] = torch.nan
     before = copy.deepcopy(policy.model.state_dict())
     optimizer = Recorder(policy)
-    metrics, _ = update(policy, optimizer, batch, configure())
+    metrics, _ = update(policy, optimizer, batch, configure(), ALONE)
     assert optimizer.seen is None
     assert metrics["skipped/nonfinite_gradient"] == 1
     assert not math.isfinite(metrics["grad_norm"])
@@ -330,3 +252,23 @@ def test_meter_joins_parts():
     meter.add({"clip/low": 0.1, "ratio/max": 1.5, "head/rows": 4, "skipped/x": 0}, weight=3)
     want = {"clip/low": 0.2, "ratio/max": 2.0, "head/rows": 7, "skipped/x": 1}
     assert meter.result() == pytest.approx(want)
+
+
+@pytest.mark.parametrize("source", ["old", "current"])
+@pytest.mark.parametrize(
+    ("correction", "ratio", "factor"), [("tis", 1.5, 1.5), ("tis", 3.0, 2.0), ("mis", 3.0, 0.0)]
+)
+def test_multiplies_the_gradient_with_the_correction_of_the_sampler(
+    correction, ratio, factor, source
+):
+    policy = build_policy()
+    batch = off_policy(policy)
+    plain, _ = gradients(policy, batch, configure(Algorithm(entropy_source=source)))
+    sampler_logprob_BL = batch.old_logprob_BL - math.log(ratio)
+    rollouts = dataclasses.replace(batch.rollouts, sampler_logprob_BL=sampler_logprob_BL)
+    config = configure(Algorithm(entropy_source=source, correction=correction), tokens=64)
+    got, _ = gradients(policy, dataclasses.replace(batch, rollouts=rollouts), config)
+    if factor == 0:
+        assert all(not g.any() for g in got)
+    else:
+        assert distance(got, [factor * g for g in plain]) < 1e-5

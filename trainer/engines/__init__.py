@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
 from trainer.config import Config
@@ -44,8 +45,22 @@ class Engine(Protocol):
         ...
 
 
-def make_engine(settings: Config, policy: Policy) -> Engine:
-    """The engine that `settings.engine` names, with the weights of `policy`."""
+def make_engine(
+    settings: Config,
+    policy: Policy,
+    device: torch.device | None = None,
+    copy_in: torch.dtype | None = None,
+) -> Engine:
+    """The engine that `settings.engine` names. Before it samples it needs `update_weights`, but for
+    transformers' that shares the model of `policy`.
+
+    `device` is the one the policy will train on, if it is not there yet; `copy_in` the dtype of
+    the weights of transformers' engine, where it cannot share those of `policy`.
+    """
+    if settings.engine.kind == "vllm":
+        from trainer.engines.vllm import VllmEngine
+
+        return VllmEngine(policy, settings, device or policy.device)
     from trainer.engines.transformers import TransformersEngine
 
-    return TransformersEngine(policy, settings.rollout.batch_size)
+    return TransformersEngine(policy, settings.rollout.batch_size, copy_in, device)

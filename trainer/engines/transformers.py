@@ -1,8 +1,9 @@
-"""Sampling with the trainer's own model: one prefill a prompt, then a token a step.
+"""Sampling with transformers: one prefill a prompt, then a token a step.
 
 B sequences of a batch, P prompt width, L response width, V vocabulary.
 """
 
+import copy
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -18,10 +19,28 @@ DROP_SHARE = 0.2
 
 
 class TransformersEngine:
-    """Samples `batch_size` sequences at once from the model that is trained."""
+    """Samples `batch_size` sequences at once from the model that is trained, or from a copy.
 
-    def __init__(self, policy: Policy, batch_size: int):
+    `copy_in` is the dtype of the copy, which is made now, on `device` (None: that of `policy`), and
+    gets its weights by `update_weights`.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        batch_size: int,
+        copy_in: torch.dtype | None = None,
+        device: torch.device | None = None,
+    ):
         self._policy, self._batch_size = policy, batch_size
+        self._weights: dict[str, Tensor] | None = None
+        if copy_in is not None:
+            self._policy = Policy(copy.deepcopy(policy.model), policy.tokenizer)
+            # Not by `to`, which would round the frequencies of positions.
+            for weight in self._policy.parameters():
+                weight.requires_grad_(False).data = weight.data.to(copy_in)
+            self._policy.to(device or policy.device)
+            self._weights = dict(self._policy.model.named_parameters())
 
     def sample(
         self,
@@ -48,7 +67,10 @@ class TransformersEngine:
         """Nothing to give back."""
 
     def update_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
-        """Nothing to do: the model is shared."""
+        """Fill the copy; a model that is shared has them."""
+        if self._weights is not None:
+            for name, weight in weights:
+                self._weights[name].copy_(weight)
 
     @torch.no_grad()
     def _batch(

@@ -1,24 +1,21 @@
 """Any reasoning-gym dataset as a task: "gym:NAME"."""
 
 import difflib
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any
 
 import reasoning_gym
-from math_verify.errors import TimeoutException
-from math_verify.utils import timeout
 from reasoning_gym.factory import DATASETS
 
 from trainer.config import Data
+from trainer.problems import Problem
 from trainer.tasks.answers import final_answer
 from trainer.tasks.harmless import harmless
 from trainer.tasks.render import render
 from trainer.tasks.split import check_index, held_out, stable_hash
-from trainer.types import Problem
 
 BLOCK = 256
 TEST_FRACTION = 1 / 8
-SCORE_SECONDS = 5
 
 _MAX_DRAWS = 1000
 _NEEDS_CONFIGURATION = {"composite"}
@@ -32,6 +29,8 @@ class Gym:
     Questions come in blocks, each from a seed of its own; a question of the wrong side is drawn
     again from another seed. Training questions depend on `seed`, the held-out ones do not.
     """
+
+    verifier = "trainer.tasks.gym:gym_verifier"
 
     def __init__(self, name: str, seed: int, data: Data, tokenizer: Any, num_test: int = 1024):
         known = set(DATASETS) - _NEEDS_CONFIGURATION
@@ -50,7 +49,7 @@ class Gym:
     def problem(self, split: str, index: int) -> Problem:
         """Problem `index` of `split`.
 
-        Its answer is the dataset's, for the reader, with the seed and position that give the
+        Its answer is the dataset's, for the reader, with the name, seed and position that give the
         scorer the whole entry back.
         """
         check_index(split, index, self.num_test)
@@ -62,7 +61,12 @@ class Gym:
             in_test = held_out(stable_hash(entry["question"]), TEST_FRACTION)
             if in_test == (split == "test"):
                 prompt = render(self._tokenizer, entry["question"], self._data)
-                answer = {"seed": seed, "position": position, "answer": entry["answer"]}
+                answer = {
+                    "dataset": self._dataset_name,
+                    "seed": seed,
+                    "position": position,
+                    "answer": entry["answer"],
+                }
                 return Problem(prompt, answer)
         raise ValueError(
             f"{self.name} has too few different questions: none of {_MAX_DRAWS} draws is of the "
@@ -72,8 +76,8 @@ class Gym:
     def reward(self, problem: Problem, response: str) -> float:
         """1.0 where the dataset's scorer gives `final_answer(response)` the full score, else 0.0.
 
-        Partial credit, an answer on which the scorer fails or takes more than 5 s, and one that
-        would run as code are all 0.0. The time limit is a signal's: main thread only.
+        Partial credit, an answer on which the scorer fails, and one that would run as code are all
+        0.0. There is no time limit here; `trainer.rewards.verifier` has one.
         """
         answer = final_answer(response)
         if not harmless(self._dataset_name, answer):
@@ -81,8 +85,8 @@ class Gym:
         seed, position = problem.answer["seed"], problem.answer["position"]
         entry, scorer = self._entry(seed, position), self._dataset(seed).score_answer
         try:
-            return float(timeout(SCORE_SECONDS)(scorer)(answer, entry) >= 1.0)
-        except (*_MALFORMED, TimeoutException):
+            return float(scorer(answer, entry) >= 1.0)
+        except _MALFORMED:
             return 0.0
 
     def _make_dataset(self, seed: int) -> Any:
@@ -90,3 +94,14 @@ class Gym:
 
     def _make_entry(self, seed: int, position: int) -> dict[str, Any]:
         return self._dataset(seed)[position]
+
+
+def gym_verifier(prompt: str, response: str, answer: dict[str, Any]) -> float:
+    """`Gym.reward` as a verifier's process calls it."""
+    return _scorer(answer["dataset"]).reward(Problem(prompt, answer), response)
+
+
+@cache
+def _scorer(name: str) -> Gym:
+    """Of any seed and settings: scores depend on the entry alone."""
+    return Gym(name, 0, Data(), None)

@@ -12,8 +12,8 @@ import random
 import re
 from dataclasses import asdict, dataclass
 
+from trainer.problems import Problem
 from trainer.tasks.split import check_index, held_out, stable_hash
-from trainer.types import Problem
 
 LARGEST = 50
 MAX_STEPS = 6

@@ -6,11 +6,11 @@ from typing import Any
 import numpy as np
 
 from trainer.config import Data
+from trainer.problems import Problem
 from trainer.tasks.math_answers import math_reward
 from trainer.tasks.render import render
 from trainer.tasks.sources import distinct_prompts, load_source, lookup
 from trainer.tasks.split import check_index, held_out
-from trainer.types import Problem
 
 
 class PromptSet:
@@ -23,6 +23,8 @@ class PromptSet:
     Raises ValueError for a source that cannot be read, is empty, lacks a column or an answer, or
     leaves nothing to train on or to hold out.
     """
+
+    verifier = "trainer.tasks.math_answers:math_verifier"
 
     def __init__(self, data: Data, seed: int, tokenizer: Any):
         self.name = data.task

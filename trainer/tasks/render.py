@@ -15,7 +15,8 @@ def render(tokenizer: Any, prompt: str | Messages, data: Data) -> str:
     message after a blank line. `data.template` "auto" applies the template of `tokenizer`, up to
     the start of the assistant's turn, if it has one. Such text holds its special tokens already:
     tokenize it with `add_special_tokens=False`. Without a template a text stands as it is, and so
-    does a single message; a conversation raises ValueError.
+    does a single message; a template of one's own takes it in place of {question}. Both raise
+    ValueError for a conversation.
     """
     messages = _messages(prompt, data.instruction)
     if data.template == "auto" and getattr(tokenizer, "chat_template", None):
@@ -26,7 +27,10 @@ def render(tokenizer: Any, prompt: str | Messages, data: Data) -> str:
             f'template="auto", but template is {data.template!r} and the tokenizer is '
             f"{type(tokenizer).__name__}"
         )
-    return messages[0]["content"]
+    question = messages[0]["content"]
+    if data.template in ("auto", "none"):
+        return question
+    return data.template.replace("{question}", question)
 
 
 def _messages(prompt: str | Messages, instruction: str) -> list[dict[str, str]]:

@@ -19,17 +19,32 @@ def load_source(source: str) -> tuple[Any, Any]:
     train; splits by other names than these two are not used. Raises ValueError for what cannot be
     read.
     """
-    kind, _, where = source.partition(":")
-    try:
-        loaded = _load_file(Path(where)) if kind == "file" else _load_hub(where)
-    except (ValueError, OSError, datasets.exceptions.DatasetsError) as error:
-        raise ValueError(f"{source} cannot be read: {error}") from error
-    splits = loaded if isinstance(loaded, Mapping) else {"train": loaded}
+    splits = _splits(source)
     if len(splits) == 1:
         return next(iter(splits.values())), None
     if "train" not in splits:
         raise ValueError(f'{source} has no split "train"; its splits are {", ".join(splits)}')
     return splits["train"], splits.get("test")
+
+
+def load_split(source: str, split: str) -> Any:
+    """Split `split` of a source as `load_source` has them; a source of a single split is that.
+
+    Of a hub data set no other split is read. Raises ValueError for what cannot be read.
+    """
+    splits = _splits(source, split)
+    if len(splits) > 1 and split not in splits:
+        raise ValueError(f"{source} has no split {split!r}; its splits are {', '.join(splits)}")
+    return splits[split] if split in splits else next(iter(splits.values()))
+
+
+def _splits(source: str, split: str | None = None) -> Mapping[str, Any]:
+    kind, _, where = source.partition(":")
+    try:
+        loaded = _load_file(Path(where)) if kind == "file" else _load_hub(where, split)
+    except (ValueError, OSError, datasets.exceptions.DatasetsError) as error:
+        raise ValueError(f"{source} cannot be read: {error}") from error
+    return loaded if isinstance(loaded, Mapping) else {split or "train": loaded}
 
 
 def lookup(row: Mapping[str, Any], name: str) -> Any:
@@ -59,14 +74,7 @@ def distinct_prompts(
     }
     narrow = dataset.select_columns(sorted(used & set(dataset.column_names)))
     for number, row in enumerate(narrow):
-        prompt, answer = lookup(row, prompt_field), lookup(row, answer_field)
-        for field, value in ((prompt_field, prompt), (answer_field, answer)):
-            if value in (None, "", []):
-                columns = sorted({*dataset.column_names, *dataset.flatten().column_names})
-                raise ValueError(
-                    f"{source}: row {number} has nothing in column {field!r}; the columns are "
-                    f"{', '.join(columns)}"
-                )
+        prompt, answer = read_row(source, dataset, number, row, prompt_field, answer_field)
         if not isinstance(answer, str | int | float):
             raise ValueError(
                 f"{source}: row {number}: column {answer_field!r} must hold text or numbers, "
@@ -76,9 +84,29 @@ def distinct_prompts(
     return first
 
 
-def _load_hub(where: str) -> Any:
+def read_row(
+    source: str,
+    dataset: Any,
+    number: int,
+    row: Mapping[str, Any],
+    prompt_field: str,
+    answer_field: str,
+) -> tuple[Any, Any]:
+    """Prompt and answer of `row`, row `number` of `dataset`; ValueError where one is missing."""
+    prompt, answer = lookup(row, prompt_field), lookup(row, answer_field)
+    for field, value in ((prompt_field, prompt), (answer_field, answer)):
+        if value in (None, "", []):
+            columns = sorted({*dataset.column_names, *dataset.flatten().column_names})
+            raise ValueError(
+                f"{source}: row {number} has nothing in column {field!r}; the columns are "
+                f"{', '.join(columns)}"
+            )
+    return prompt, answer
+
+
+def _load_hub(where: str, split: str | None) -> Any:
     name, _, configuration = where.partition(":")
-    return datasets.load_dataset(name, configuration or None)
+    return datasets.load_dataset(name, configuration or None, split=split)
 
 
 def _load_file(path: Path) -> Any:

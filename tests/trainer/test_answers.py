@@ -1,0 +1,48 @@
+"""Where the final answer stands, in texts of any length."""
+
+import time
+
+import pytest
+
+from trainer.tasks.answers import final_answer, last_boxed, last_tagged
+
+
+def test_final_answers_of_long_texts_take_no_time():
+    """A policy that repeats itself to the length limit opens a box, or a tag, at every token."""
+    began = time.perf_counter()
+    for text in ("\\boxed{" * 20_000, "<answer>" * 20_000, "<answer></answer" * 10_000):
+        assert last_boxed(text) is None
+        assert last_tagged(text) is None
+        assert final_answer(text) == text
+    assert last_boxed("\\boxed{" * 20_000 + "1}") == "1"
+    assert last_tagged("<answer>" * 20_000 + "1</answer>") == "1"
+    assert time.perf_counter() - began < 2
+
+
+@pytest.mark.parametrize(
+    ("text", "boxed"),
+    [
+        ("\\boxed{1} \\boxed{2} }", "2"),
+        ("} \\boxed{a}", "a"),
+        ("\\boxed{a \\boxed{b} c}", "b"),
+        ("\\boxed{a \\boxed{b c}", "b c"),
+        ("\\boxed{1} and {\\boxed{2", "1"),
+        ("\\boxed{{}}{", "{}"),
+    ],
+)
+def test_last_boxed(text, boxed):
+    assert last_boxed(text) == boxed
+
+
+@pytest.mark.parametrize(
+    ("text", "tagged"),
+    [
+        ("<answer>1</answer> <answer>2</answer> <answer>3", "2"),
+        ("<answer>1</answer> </answer>", "1"),
+        ("</answer><answer>1</answer>", "1"),
+        ("</answer>", None),
+        ("<answer></answer>", ""),
+    ],
+)
+def test_last_tagged(text, tagged):
+    assert last_tagged(text) == tagged

@@ -1,0 +1,48 @@
+"""Which engine a configuration makes, and what it cannot make."""
+
+import dataclasses
+import importlib.util
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from tests.trainer.small import build_policy, settings
+from trainer.config import Engine
+from trainer.engines import make_engine
+from trainer.engines.transformers import TransformersEngine
+
+VLLM = settings(Path(), engine=Engine(kind="vllm"))
+
+
+def test_transformers_is_what_a_run_has_without_asking():
+    assert isinstance(make_engine(settings(Path()), build_policy()), TransformersEngine)
+
+
+def test_says_how_to_install_vllm_where_it_is_missing(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"needs vLLM, which is not installed: pip install"):
+        make_engine(VLLM, build_policy())
+
+
+def test_refuses_a_vllm_without_the_calls_that_are_made(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(__version__="0.9.2"))
+    with pytest.raises(ValueError, match=r"vLLM 0\.9\.2 is too old: pip install"):
+        make_engine(VLLM, build_policy())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"devices": (1,)}, r'devices and tensor_parallel > 1 need placement="beside"'),
+        ({"tensor_parallel": 2}, r'devices and tensor_parallel > 1 need placement="beside"'),
+        ({"tensor_parallel": 0}, "tensor_parallel must be at least 1; got 0"),
+        ({"memory_utilization": 0.0}, r"memory_utilization must lie in \(0, 1\]; got 0.0"),
+        ({"max_model_len": -1}, "max_model_len must be at least 0; got -1"),
+    ],
+)
+def test_settings_that_mean_nothing_raise(options, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(VLLM.engine, **options)

@@ -1,0 +1,175 @@
+"""Packed rows: every token once, and the states and gradients of each sequence alone."""
+
+import hypothesis
+import pytest
+import torch
+from hypothesis import strategies
+
+from tests.trainer.small import FAMILIES, build_policy
+from tests.trainer.update_cases import configure, distance, gradients, off_policy, roll
+from trainer import policy as module
+from trainer.packing import arrange, lengths, pack
+from trainer.types import Rollouts
+
+LAYOUTS = ("row", "rows", "padded")
+MODELS = [
+    (family, attention)
+    for family in FAMILIES
+    for attention in ("eager", "sdpa")
+    if attention == "eager" or family not in ("gemma2", "bloom")  # which have no sdpa
+]
+
+
+def rollouts(shape):
+    """Prompts and responses of the lengths of `shape`; tokens are 1, 2, ... from prompt to end."""
+    prompts, responses = [p for p, _ in shape], [r for _, r in shape]
+    width, limit = max(prompts), max(responses)
+    prompt_B, length_B = torch.tensor(prompts)[:, None], torch.tensor(responses)[:, None]
+    prompt_mask_BP = torch.arange(width) >= width - prompt_B
+    mask_BL = torch.arange(limit) < length_B
+    number_B = 100 * torch.arange(len(shape))[:, None]
+    return Rollouts(
+        problems=[None] * len(shape),
+        responses=[""] * len(shape),
+        group_B=torch.arange(len(shape)),
+        prompt_BP=(number_B + torch.arange(1, width + 1) - width + prompt_B) * prompt_mask_BP,
+        prompt_mask_BP=prompt_mask_BP,
+        response_BL=(number_B + prompt_B + torch.arange(1, limit + 1)) * mask_BL,
+        mask_BL=mask_BL,
+        sampler_logprob_BL=torch.zeros(mask_BL.shape),
+        truncated_B=torch.zeros(len(shape), dtype=torch.bool),
+        reward_B=torch.zeros(len(shape)),
+        timed_out_B=torch.zeros(len(shape), dtype=torch.bool),
+        crashed_B=torch.zeros(len(shape), dtype=torch.bool),
+    )
+
+
+@hypothesis.given(
+    shape=strategies.lists(
+        strategies.tuples(strategies.integers(1, 9), strategies.integers(1, 9)),
+        min_size=1,
+        max_size=12,
+    ),
+    layout=strategies.sampled_from(LAYOUTS),
+)
+@hypothesis.settings(deadline=None, derandomize=True)
+def test_every_token_once_with_its_position(shape, layout):
+    """A token is 100 times its sequence and its place there, from 1, so all can be read off."""
+    whole = rollouts(shape)
+    packed = pack(whole, layout)
+    tokens, position = packed.tokens_RW, packed.positions_RW
+    real = tokens > 0
+    read = [100 * b + i + 1 for b, (p, r) in enumerate(shape) for i in range(p + r - 1)]
+    assert sorted(tokens[real].tolist()) == read
+    assert lengths(whole) == [p + r - 1 for p, r in shape]
+    assert torch.equal(position[real], tokens[real] % 100 - 1)
+    # Whole sequences, without a gap.
+    inside = real[:, 1:] & (position[:, 1:] > 0)
+    assert torch.equal(tokens[:, 1:][inside], tokens[:, :-1][inside] + 1)
+    # The state before each response token predicts it.
+    assert torch.equal(tokens.flatten()[packed.index_T] + 1, whole.response_BL[whole.mask_BL])
+    longest = max(lengths(whole))
+    if layout == "row":
+        assert real.all()
+        assert len(tokens) == 1
+    else:
+        assert tokens.shape[1] == longest
+        assert len(tokens) <= len(shape)
+    if layout == "padded":
+        assert torch.equal(packed.mask_RW, real)
+        assert len(tokens) == len(shape)
+    else:
+        assert packed.mask_RW is None
+        assert not position[~real].any()
+
+
+def test_short_sequences_share_rows():
+    """First fit, longest first: [7], [5, 2], [4, 3], [1]."""
+    packed = pack(rollouts([(1, 1), (2, 2), (1, 2), (3, 5), (4, 2), (2, 3)]), "rows")
+    assert packed.tokens_RW.shape == (4, 7)
+    assert packed.tokens_RW[:, 0].tolist() == [301, 401, 501, 1]
+    assert packed.tokens_RW[1].tolist() == [401, 402, 403, 404, 405, 201, 202]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_no_sequence_is_a_token_that_predicts_nothing(layout):
+    policy = build_policy()
+    packed = pack(rollouts([(2, 3)]).rows(torch.tensor([], dtype=torch.long)), layout)
+    assert packed.tokens_RW.shape == (1, 1)
+    hidden = policy(packed, 1.0, lambda hidden, head: hidden)
+    assert hidden.shape == (0, 16)
+    hidden.sum().backward()
+    assert all(not p.grad.any() for p in policy.model.base_model.parameters())
+
+
+@pytest.mark.parametrize(("family", "attention"), MODELS)
+def test_gradients_of_packed_rows_are_those_of_padded_ones(family, attention):
+    """fp32 rounding apart, in every layout that the check at loading allows."""
+    drops = ("attn_pdrop", "embd_pdrop", "resid_pdrop") if family == "gpt2" else ()
+    options = dict.fromkeys(drops, 0.0)
+    policy = build_policy(family, spread=0.2, attention=attention, **options)
+    assert policy.layout == ("padded" if family == "bloom" else "rows")
+    batch = off_policy(policy)
+    policy.layout = "padded"
+    want, expected = gradients(policy, batch, configure())
+    if family == "bloom":
+        return
+    for layout in ("row", "rows") if attention == "sdpa" else ("rows",):
+        policy.layout = layout
+        got, metrics = gradients(policy, batch, configure())
+        assert distance(got, want) < 2e-6
+        assert metrics == pytest.approx(expected, rel=1e-5, abs=1e-7)
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_states_are_those_of_each_sequence_alone(family):
+    policy = build_policy(family)
+    batch = roll(policy)
+
+    def states(rows):
+        return policy(pack(rows, policy.layout), 1.0, lambda hidden, head: hidden)
+
+    with torch.no_grad():
+        together = states(batch)
+        alone = torch.cat([states(batch.rows(torch.tensor([b]))) for b in range(len(batch))])
+    assert (together - alone).abs().max() <= 1e-5 * alone.abs().max()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("spread", [0.02, 0.5])
+def test_a_model_that_mixes_packed_sequences_gets_padded_ones(dtype, spread):
+    """BLOOM takes positions from the attention mask; the others are told apart from it."""
+    for family in FAMILIES:
+        policy = build_policy(family, spread=spread)
+        policy.model.to(dtype)
+        assert module._layout(policy) == ("padded" if family == "bloom" else "rows"), family
+
+
+def test_a_model_that_ignores_positions_gets_padded_ones(monkeypatch):
+    policy = build_policy()
+    forward = policy.model.model.forward
+    mixed = lambda position_ids, **options: forward(**options)  # noqa: E731
+    monkeypatch.setattr(policy.model.model, "forward", mixed)
+    assert module._layout(policy) == "padded"
+
+
+def test_attention_by_lengths_reads_one_row(monkeypatch):
+    """Its kernels need a GPU; here another attention stands in for them."""
+    policy = build_policy(attention="sdpa")
+    monkeypatch.setattr(module, "BY_LENGTHS", ("sdpa",))
+    module.check_policy(policy)
+    assert policy.layout == "row"
+
+
+def test_arranged_tokens_are_found_again():
+    tokens, length_B = torch.arange(1, 15), torch.tensor([7, 4, 3])
+    for layout in LAYOUTS:
+        packed = arrange(tokens, length_B, layout)
+        assert torch.equal(packed.tokens_RW.flatten()[packed.index_T], tokens)
+
+
+def test_packing_reads_fewer_tokens():
+    shape = [(2, n) for n in (30, 3, 4, 5, 6, 7, 8, 20)]
+    sizes = [pack(rollouts(shape), layout).tokens_RW.numel() for layout in LAYOUTS]
+    assert sizes[0] == sum(p + r - 1 for p, r in shape)
+    assert sizes[0] <= sizes[1] <= 1.2 * sizes[0] < sizes[2]

@@ -1,0 +1,214 @@
+"""Sampling with vLLM, in the trainer's process or in one beside it.
+
+The engine starts from the configuration alone: its weights are pushed, from memory to memory,
+before the first request and after every step.
+"""
+
+import copy
+import importlib.util
+import os
+import re
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trainer.config import Config
+from trainer.config import Engine as Settings
+from trainer.engines import Sampled
+from trainer.policy import Policy
+
+OLDEST = (0, 32)
+INSTALL = 'pip install "vllm>=0.32" (without a GPU: see tests/trainer/vllm-requirements.txt)'
+CPU_CACHE_BYTES = 2**28
+
+
+class VllmEngine:
+    """A vLLM engine of the architecture of `policy`, on or beside `device`, where that trains.
+
+    Raises:
+        ValueError: vLLM is missing, or older than the calls made here; too few GPUs are set aside.
+    """
+
+    def __init__(self, policy: Policy, config: Config, device: torch.device):
+        settings = config.engine
+        _check_vllm()
+        self._eos_ids = policy.eos_ids.tolist()
+        self._sleeps = device.type == "cuda" and not settings.devices
+        self._asleep = False
+        with tempfile.TemporaryDirectory() as folder, _own_threads():
+            _write_configuration(policy, folder)
+            _set_environment(settings)
+            from vllm import LLM
+
+            self._llm = LLM(folder, **_options(config, device, self._sleeps))
+        self._longest = self._llm.llm_engine.model_config.max_model_len
+        self._push = _pusher(self._llm, policy, settings, device)
+
+    def sample(
+        self,
+        prompts: Sequence[Sequence[int]],
+        seeds: Sequence[int],
+        *,
+        max_new_tokens: int,
+        temperature: float,
+    ) -> list[Sampled]:
+        """As `Engine.sample`."""
+        from vllm import SamplingParams
+
+        if not prompts:
+            return []
+        self._check_length(max(map(len, prompts)), max_new_tokens)
+        parameters = [
+            SamplingParams(
+                seed=seed,
+                temperature=temperature,
+                max_tokens=max_new_tokens,
+                stop_token_ids=self._eos_ids,
+                ignore_eos=True,  # but for the policy's own
+                logprobs=0,  # of the token sampled, and no others
+                flat_logprobs=True,
+                detokenize=False,
+            )
+            for seed in seeds
+        ]
+        requests: list[Any] = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
+        answers = self._llm.generate(requests, parameters, use_tqdm=False)
+        return [_sampled(answer.outputs[0]) for answer in answers]
+
+    def sleep(self) -> None:
+        """Free the GPU that the trainer shares: weights and cache; elsewhere nothing."""
+        if self._sleeps and not self._asleep:
+            self._llm.sleep(level=2)
+            self._asleep = True
+
+    def update_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        """As `Engine.update_weights`; what is cached of the old ones is forgotten."""
+        if self._asleep:
+            self._llm.wake_up(tags=["weights"])
+        self._push(weights)
+        if self._asleep:
+            self._llm.wake_up(tags=["kv_cache"])
+            self._asleep = False
+        if not self._llm.reset_prefix_cache():
+            raise RuntimeError("vLLM kept its prefix cache, which holds states of older weights")
+
+    def _check_length(self, prompt: int, new: int) -> None:
+        if prompt + new > self._longest:
+            raise ValueError(
+                f"a prompt of {prompt} tokens and up to {new} new ones do not fit into "
+                f"engine.max_model_len, {self._longest}"
+            )
+
+
+def _sampled(completion: Any) -> Sampled:
+    logprobs = torch.tensor(completion.logprobs.logprobs, dtype=torch.float32)
+    return Sampled(torch.tensor(completion.token_ids, dtype=torch.long), logprobs)
+
+
+def _check_vllm() -> None:
+    if importlib.util.find_spec("vllm") is None:
+        raise ValueError(f'engine.kind="vllm" needs vLLM, which is not installed: {INSTALL}')
+    import vllm
+
+    if tuple(map(int, re.findall(r"\d+", vllm.__version__)[:2])) < OLDEST:
+        raise ValueError(f"vLLM {vllm.__version__} is too old: {INSTALL}")
+
+
+def _write_configuration(policy: Policy, folder: str) -> None:
+    """A transformers folder without weights."""
+    configuration = copy.deepcopy(policy.model.config)
+    configuration.architectures = [type(policy.model).__name__]
+    configuration.save_pretrained(folder)
+
+
+def _options(config: Config, device: torch.device, sleeps: bool) -> dict[str, Any]:
+    """Of vLLM's LLM."""
+    settings, on_cpu = config.engine, device.type == "cpu"
+    dtype = config.model.compute_dtype or config.model.dtype
+    cache = settings.kv_cache_bytes or (CPU_CACHE_BYTES if on_cpu else None)
+    options = {
+        "load_format": "dummy",
+        "skip_tokenizer_init": True,
+        "generation_config": "vllm",  # a model's own would change what is sampled from
+        "logprobs_mode": "processed_logprobs",
+        "dtype": dtype if settings.dtype == "auto" else settings.dtype,
+        "max_model_len": settings.max_model_len or None,
+        "max_num_seqs": config.rollout.batch_size,
+        "tensor_parallel_size": settings.tensor_parallel,
+        "gpu_memory_utilization": settings.memory_utilization,
+        "kv_cache_memory_bytes": cache,
+        "enforce_eager": settings.enforce_eager or on_cpu,
+        "enable_sleep_mode": sleeps,
+    }
+    if not on_cpu:
+        options["device_ids"] = _devices(settings, device)
+    if settings.placement == "beside":
+        from trainer.engines import vllm_weights
+
+        options |= vllm_weights.options(_backend(settings, device))
+    return options
+
+
+def _devices(settings: Settings, device: torch.device) -> list[int]:
+    """GPUs of this rank's engine: the trainer's, or its share of those set aside."""
+    if not settings.devices:
+        return [device.index or 0]
+    size, rank = settings.tensor_parallel, int(os.environ.get("LOCAL_RANK", 0))
+    mine = list(settings.devices[rank * size : (rank + 1) * size])
+    if len(mine) < size:
+        raise ValueError(
+            f"engine.devices must name tensor_parallel, {size}, GPUs for each local rank; got "
+            f"{settings.devices}, and this is local rank {rank}"
+        )
+    return mine
+
+
+def _backend(settings: Settings, device: torch.device) -> str:
+    """Of vLLM's weight transfer."""
+    if device.type == "cpu":
+        return "memory_file"
+    return "nccl" if settings.devices else "ipc"
+
+
+def _pusher(
+    llm: Any, policy: Policy, settings: Settings, device: torch.device
+) -> Callable[[Iterable[tuple[str, Tensor]]], None]:
+    if settings.placement == "beside":
+        from trainer.engines import vllm_weights
+
+        return vllm_weights.pusher(llm, _backend(settings, device), policy, settings)
+
+    def push(weights: Iterable[tuple[str, Tensor]]) -> None:
+        llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(weights)})
+        if device.type == "cpu":
+            from trainer.engines.vllm_weights import repack_tied_head
+
+            llm.apply_model(repack_tied_head)
+
+    return push
+
+
+def _set_environment(settings: Settings) -> None:
+    """What vLLM reads from the environment when it starts."""
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = str(int(settings.placement == "beside"))
+    if settings.placement == "beside":
+        # CUDA's handles of memory are objects that msgpack does not know.
+        os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"
+
+
+@contextmanager
+def _own_threads() -> Iterator[None]:
+    """Torch keeps the threads it had: vLLM on a CPU takes them, and the function to set them."""
+    set_num_threads, count = torch.set_num_threads, torch.get_num_threads()
+    try:
+        yield
+    finally:
+        torch.set_num_threads = set_num_threads
+        torch.set_num_threads(count)

@@ -1,0 +1,77 @@
+"""A checkpoint of a run, by any number of ranks, as a plain transformers folder."""
+
+import secrets
+import shutil
+from pathlib import Path
+from typing import Literal
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from tyro.conf import Positional
+
+from trainer import checkpoint, sharded
+from trainer.ranks import Ranks
+
+_ALONE = Ranks(torch.device("cpu"))
+
+
+def export(
+    run: Positional[Path],
+    out: Positional[Path],
+    step: int | None = None,
+    dtype: Literal["float32", "bfloat16"] | None = None,
+) -> Path:
+    """Write the policy of a run into a folder that transformers and vLLM load.
+
+    On the CPU, in one process, with one copy of the weights in memory. The folder appears when it
+    is whole.
+
+    Args:
+        run: Folder of the run.
+        out: Folder to write, which must be missing or empty.
+        step: Of the checkpoint; the newest whole one if left out.
+        dtype: Of the weights, rounded to nearest; that of the run if left out.
+
+    Raises:
+        ValueError: there is no such checkpoint or it is damaged, or `out` has files.
+    """
+    found = find(run, step)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"{out} is not empty; choose another folder")
+    unfinished = out.with_name(f".{out.name}.unfinished-{secrets.token_hex(4)}")
+    try:
+        _write(found, unfinished, dtype)
+        unfinished.rename(out)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    return out
+
+
+def find(run: Path, step: int | None = None) -> Path:
+    """The checkpoint of `step`, or the newest, of the run in the folder `run`; a whole one.
+
+    Raises:
+        ValueError: there is none, or it is damaged.
+    """
+    if step is None:
+        found = checkpoint.latest(run, _ALONE)
+        if found is None:
+            raise ValueError(f"{run} is not the folder of a run with a checkpoint")
+        return found
+    path = checkpoint.path_of(run, step)
+    if not path.exists():
+        others = ", ".join(other.name for other in sorted(path.parent.glob("step-*"))) or "none"
+        raise ValueError(f"{path} does not exist; there are: {others}")
+    if problem := checkpoint.check(path, _ALONE):
+        raise ValueError(problem)
+    return path
+
+
+def _write(found: Path, folder: Path, dtype: str | None) -> None:
+    config = AutoConfig.from_pretrained(found)
+    kind = getattr(torch, dtype) if dtype else config.dtype
+    model = AutoModelForCausalLM.from_config(config, dtype=kind)
+    model.generation_config = GenerationConfig.from_pretrained(found)
+    sharded.read(sharded.weights(model), found, _ALONE)
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(found).save_pretrained(folder)

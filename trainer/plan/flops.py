@@ -1,0 +1,94 @@
+"""Floating-point operations of a step, by part. Products of matrices alone; a multiply-add is two.
+
+T tokens, D hidden, V vocabulary; a unit of the head is one product of T x D x V, 2TDV flops.
+"""
+
+from typing import NamedTuple
+
+from trainer.plan.job import Job
+
+# Products of scores with attention's three operands in backward, by those of forward: two to one,
+# and flash attention computes the scores once more.
+ATTENTION_BACKWARD = {"eager": 2.0}
+FLASH_BACKWARD = 2.5
+
+
+class Flops(NamedTuple):
+    """Of a whole step on all GPUs."""
+
+    prefill: float
+    decode: float
+    score_backbone: float
+    score_head: float
+    forward: float
+    backward: float
+    recompute: float
+    """Of activations that were not kept."""
+    update_head: float
+
+    @property
+    def rollout(self) -> float:
+        return self.prefill + self.decode
+
+    @property
+    def score(self) -> float:
+        return self.score_backbone + self.score_head
+
+    @property
+    def update(self) -> float:
+        return self.forward + self.backward + self.recompute + self.update_head
+
+
+def head_units(job: Job) -> float:
+    """Of the head in an update, in units of all response tokens: see docs/method.md."""
+    fraction = job.config.algorithm.fraction
+    if job.mask_known:
+        return (3 if job.kept_logits else 4) * fraction
+    return 1 + 3 * fraction
+
+
+def unit(job: Job) -> float:
+    """Flops of one product of all response tokens with the head."""
+    return 2.0 * job.sequences * job.response * job.architecture.head
+
+
+def step_flops(job: Job) -> Flops:
+    """Flops of one step of `job`."""
+    model, prompt, response = job.architecture, job.assumptions.prompt, job.response
+    sampled = job.sequences * job.rounds
+    read = job.config.rollout.prompts * job.rounds  # prompts, each once for its group
+    decode_context = prompt + response / 2
+    per_token = 2.0 * model.layers * model.layer_matrices
+    pair = 4.0 * model.layers * model.heads * model.head_dim  # scores and their sum of values
+    products, attention = _forward(job, prompt + response)
+    forward = products + attention
+    # Nothing in backward needs the result of a layer's last product.
+    recompute = forward - _last_product(job)
+    factor = ATTENTION_BACKWARD.get(job.config.model.attention, FLASH_BACKWARD)
+    return Flops(
+        prefill=read * prompt * (per_token + pair * prompt / 2) + read * 2.0 * model.head,
+        decode=sampled * response * (per_token + pair * decode_context + 2.0 * model.head),
+        score_backbone=forward,
+        score_head=unit(job),
+        forward=forward,
+        backward=2 * products + factor * attention,
+        recompute=recompute if job.config.model.gradient_checkpointing else 0.0,
+        update_head=head_units(job) * unit(job),
+    )
+
+
+def _forward(job: Job, length: float) -> tuple[float, float]:
+    """Of the backbone over all trained sequences: matrix products with weights, and attention."""
+    model = job.architecture
+    tokens = job.sequences * length
+    # eager computes all pairs of positions; the others only those that are not masked.
+    pairs = length * (1.0 if job.config.model.attention == "eager" else 0.5)
+    products = 2.0 * model.layers * model.layer_matrices * tokens
+    return products, 4.0 * model.layers * model.heads * model.head_dim * pairs * tokens
+
+
+def _last_product(job: Job) -> float:
+    """Of the backbone's forward: the MLPs' second products."""
+    model = job.architecture
+    tokens = job.sequences * (job.assumptions.prompt + job.response)
+    return 2.0 * model.layers * model.hidden * model.intermediate * tokens

@@ -1,0 +1,44 @@
+"""What is added to the verdict: the right form, and the punishment of overlong responses.
+
+B sequences.
+"""
+
+import re
+
+import torch
+from torch import Tensor
+
+from trainer.advantages import overlong_punishment
+from trainer.config import Config
+from trainer.tasks.answers import last_boxed, last_tagged
+from trainer.types import Rollouts
+
+
+def has_format(response: str, form: str) -> bool:
+    """Whether `response` is of the form that `reward.format` describes."""
+    if form == "boxed":
+        return last_boxed(response) is not None
+    if form == "answer":
+        return last_tagged(response) is not None
+    return re.search(form, response) is not None
+
+
+def shaped_reward(rollouts: Rollouts, settings: Config) -> tuple[Tensor, dict[str, float]]:
+    """Verdict + format_weight * form + overlong punishment [B], fp32, and the terms' means.
+
+    For the advantages alone: dynamic sampling and accuracies look at the verdict, as DAPO does.
+    """
+    reward, shaped_B, metrics = settings.reward, rollouts.reward_B, {}
+    if reward.format_weight:
+        form_B = torch.tensor(
+            [float(has_format(response, reward.format)) for response in rollouts.responses]
+        ).to(shaped_B)
+        shaped_B = shaped_B + reward.format_weight * form_B
+        metrics["reward/format"] = float(form_B.mean())
+    if settings.algorithm.overlong_cache:
+        overlong_B = overlong_punishment(
+            rollouts.mask_BL.sum(1), settings.rollout.max_new_tokens, settings.algorithm
+        )
+        shaped_B = shaped_B + overlong_B
+        metrics["reward/overlong"] = float(overlong_B.mean())
+    return shaped_B, metrics

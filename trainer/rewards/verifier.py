@@ -1,0 +1,86 @@
+"""Verdicts on responses: by the task where that is cheap and safe, else by processes apart."""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from trainer.config import Reward
+from trainer.problems import Problem, Task
+from trainer.rewards.pool import Pool
+
+ALL_FAIL = 16
+"""Of at least so many answers one call in which all crash is the function's fault, not theirs."""
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Verdicts:
+    """On a list of responses, in their order."""
+
+    rewards: list[float]
+    timed_out: list[bool]
+    """Over `reward.seconds`; the reward is 0."""
+    crashed: list[bool]
+    """The verifier raised, ended its process or ran out of memory; the reward is 0."""
+
+
+class Verifier:
+    """Scores responses by `settings.function`, the task's `verifier`, or the task's `reward`.
+
+    The first two name a "module:function" and run in processes of their own: an answer that hangs
+    or crashes scores 0, is counted, and costs no other. The third runs here, so it must do neither.
+    Nothing in a response is ever evaluated as code by the tasks' own verifiers.
+    """
+
+    def __init__(self, task: Task, settings: Reward):
+        self._task = task
+        self._warned = False
+        function = settings.function or getattr(task, "verifier", "")
+        self._pool = (
+            Pool(function, settings.workers, settings.seconds, settings.gigabytes)
+            if function
+            else None
+        )
+
+    def start(self) -> None:
+        """Import the function, in a process that stays; raises ValueError where it cannot be."""
+        if self._pool is not None:
+            self._pool.start()
+
+    def close(self) -> None:
+        """End the processes; the end of the program does it too."""
+        if self._pool is not None:
+            self._pool.close()
+
+    def verify(self, problems: Sequence[Problem], responses: Sequence[str]) -> Verdicts:
+        """One verdict a response.
+
+        Raises ValueError where the function cannot be imported, returns what is no finite number,
+        or crashes on every one of at least 16 answers: that is a defect of the function, and a
+        reward of 0 would hide it.
+        """
+        pairs = list(zip(problems, responses, strict=True))
+        if self._pool is None:
+            rewards = [self._task.reward(problem, response) for problem, response in pairs]
+            return Verdicts(rewards, [False] * len(pairs), [False] * len(pairs))
+        outcomes = self._pool.run(
+            [
+                {"prompt": problem.prompt, "response": response, "answer": problem.answer}
+                for problem, response in pairs
+            ]
+        )
+        crashes = [outcome.message for outcome in outcomes if outcome.failure == "crash"]
+        if len(crashes) == len(outcomes) >= ALL_FAIL:
+            raise ValueError(
+                f"{self._pool.function} failed on all of {len(crashes)} answers; the last: "
+                f"{crashes[-1]}"
+            )
+        if crashes and not self._warned:
+            self._warned = True
+            _log.warning("%s failed on an answer: %s", self._pool.function, crashes[0])
+        return Verdicts(
+            [outcome.reward for outcome in outcomes],
+            [outcome.failure == "timeout" for outcome in outcomes],
+            [outcome.failure == "crash" for outcome in outcomes],
+        )

@@ -1,0 +1,51 @@
+"""A whole data set of questions to be evaluated on."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from trainer.config import Data
+from trainer.problems import Problem
+from trainer.tasks.math_answers import math_reward
+from trainer.tasks.render import render
+from trainer.tasks.sources import load_split, read_row
+
+
+class QuestionSet:
+    """Every row of a data set as a held-out problem, in its order; nothing to train on.
+
+    `source` is "file:PATH" or "hub:NAME[:CONFIGURATION]", `split` one of its splits. Repeated
+    questions stay: a benchmark is what it is. Several answers, such as the roots of an equation,
+    are right together. Raises ValueError for a source that cannot be read or is empty, and for a
+    row without a question or an answer.
+    """
+
+    verifier = "trainer.tasks.math_answers:math_verifier"
+
+    def __init__(self, name: str, source: str, split: str, data: Data, tokenizer: Any):
+        self.name = name
+        rows = load_split(source, split)
+        self._problems = [
+            _problem(source, rows, number, row, data, tokenizer) for number, row in enumerate(rows)
+        ]
+        self.num_test = len(self._problems)
+        if not self._problems:
+            raise ValueError(f"{source} is empty")
+
+    def problem(self, split: str, index: int) -> Problem:
+        """Problem `index` of "test"."""
+        if split != "test":
+            raise ValueError(f"{self.name} is for evaluation: it has no split {split!r}")
+        return self._problems[index]
+
+    def reward(self, problem: Problem, response: str) -> float:
+        """1.0 for a right answer, 0.0 for a wrong one, as `math_reward` tells."""
+        return math_reward(problem.answer, response)
+
+
+def _problem(
+    source: str, rows: Any, number: int, row: Mapping[str, Any], data: Data, tokenizer: Any
+) -> Problem:
+    """Of one row; several answers become a list, as a response would write it."""
+    prompt, answer = read_row(source, rows, number, row, data.prompt_field, data.answer_field)
+    answers = answer if isinstance(answer, list) else [answer]
+    return Problem(render(tokenizer, prompt, data), ", ".join(map(str, answers)))
