@@ -12,9 +12,10 @@ import torch
 import entropy_kernels as ek
 from benchmarks.peers import heads
 from trainer.config import Algorithm, Config, Optimizer, Rollout
-from trainer.policy import Policy
+from trainer.policy import Policy, check_policy, checkpoint_activations
+from trainer.ranks import Ranks
 from trainer.types import Problem, Rollouts
-from trainer.update import Batch, score, update
+from trainer.update import Batch, at_least, score, update
 
 if TYPE_CHECKING:
     from benchmarks.bench_train_step import Shape
@@ -48,10 +49,12 @@ def make_policy(shape: "Shape") -> Policy:
     )
     torch.manual_seed(0)
     model = Qwen3ForCausalLM(settings)
-    model.gradient_checkpointing_enable({"use_reentrant": False})
+    checkpoint_activations(model)
     words = Tokenizer(models.WordLevel({"<pad>": PAD, "<eos>": EOS, "<unk>": 2}, "<unk>"))
     named = {"pad_token": "<pad>", "eos_token": "<eos>", "unk_token": "<unk>"}
-    return Policy(model, PreTrainedTokenizerFast(tokenizer_object=words, **named))
+    policy = Policy(model, PreTrainedTokenizerFast(tokenizer_object=words, **named))
+    check_policy(policy)
+    return policy
 
 
 def make_rollouts(shape: "Shape") -> Rollouts:
@@ -71,6 +74,8 @@ def make_rollouts(shape: "Shape") -> Rollouts:
         sampler_logprob_BL=torch.zeros(B, L),
         truncated_B=torch.ones(B, dtype=torch.bool),
         reward_B=torch.zeros(B),
+        timed_out_B=torch.zeros(B, dtype=torch.bool),
+        crashed_B=torch.zeros(B, dtype=torch.bool),
     )
 
 
@@ -78,7 +83,7 @@ class Step:
     """A policy with AdamW's moments in place and a batch, before the step."""
 
     def __init__(self, shape: "Shape", name: str, changes: dict[str, Any]):
-        self.eager = name == "eager"
+        self.eager, self.ranks = name == "eager", Ranks(torch.device("cpu"))
         self.policy, rollouts = make_policy(shape), make_rollouts(shape)
         tokens = shape.sequences * (shape.prompt + shape.response)
         self.settings = Config(
@@ -87,12 +92,12 @@ class Step:
             optimizer=Optimizer(tokens_per_micro_batch=tokens, grad_clip=GRAD_CLIP),
         )
         self.optimizer = _optimizer(self.policy.model)
-        old_BL, entropy_BL, threshold, _ = score(self.policy, rollouts, self.settings)
+        old_BL, entropy_BL, threshold, _ = score(self.policy, rollouts, self.settings, self.ranks)
         generator = torch.Generator().manual_seed(1)
         old_BL = old_BL + 0.02 * torch.randn(old_BL.shape, generator=generator)
         advantage_B = torch.linspace(-1, 1.5, shape.sequences)
-        selected_BL = threshold.mask(entropy_BL, rollouts.mask_BL)
-        self.batch = Batch(rollouts, advantage_B, old_BL, selected_BL, threshold.value())
+        selected_BL = rollouts.mask_BL & at_least(entropy_BL, threshold)
+        self.batch = Batch(rollouts, advantage_B, old_BL, selected_BL, threshold)
 
     def run(self) -> dict[str, Any]:
         """The optimizer step; what it found, and how much memory the state takes."""
@@ -101,7 +106,9 @@ class Step:
                 self.policy, self.optimizer, self.batch, self.settings
             )
         else:
-            found, seconds = update(self.policy, self.optimizer, self.batch, self.settings)
+            found, seconds = update(
+                self.policy, self.optimizer, self.batch, self.settings, self.ranks
+            )
             loss, norm = found["loss"], found["grad_norm"]
         weights = sum(p.nbytes for p in self.policy.model.parameters())
         return {
@@ -115,9 +122,7 @@ class Step:
 
 def _optimizer(model: Any) -> torch.optim.Optimizer:
     """AdamW whose moments exist, as after every step but the first."""
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=0.0, betas=(0.9, 0.95), weight_decay=0.0, fused=True
-    )
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, betas=(0.9, 0.95), weight_decay=0.0)
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
@@ -129,7 +134,7 @@ def _optimizer(model: Any) -> torch.optim.Optimizer:
 def _eager_update(
     policy: Policy, optimizer: torch.optim.Optimizer, batch: Batch, settings: Config
 ) -> tuple[float, float, float]:
-    """Loss, norm of the gradient, and the seconds of the head; the mask is found, then multiplied."""
+    """Loss, norm of the gradient, and the seconds of the head; the mask multiplies."""
     policy.model.train()
     rollouts, algorithm = batch.rollouts, settings.algorithm
     tokens = torch.cat([rollouts.prompt_BP, rollouts.response_BL[:, :-1]], 1)
