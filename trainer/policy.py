@@ -104,13 +104,15 @@ def positions(mask: Tensor) -> Tensor:
     return (mask.long().cumsum(1) - 1).clamp_min(0)
 
 
-def load_policy(settings: config.Model, seed: int, device: torch.device) -> Policy:
-    """The policy of `settings`, on `device`, checked and ready to train.
+def load_policy(
+    settings: config.Model, seed: int, device: torch.device, *, pretrained: bool = True
+) -> Policy:
+    """The policy of `settings`, on `device`, checked and ready to train; as `read_policy`.
 
     Raises:
         ValueError: as `read_policy` and `check_policy`.
     """
-    policy = read_policy(settings, seed).to(device)
+    policy = read_policy(settings, seed, pretrained=pretrained).to(device)
     check_policy(policy)
     return policy
 
