@@ -44,7 +44,7 @@ class Shape(NamedTuple):
     vocabulary: int
 
 
-SHAPES = {Shape(2, 64, 960, 7, 1024, 151936): 5, Shape(2, 64, 960, 28, 1024, 151936): 3}
+SHAPES = {Shape(2, 64, 960, 7, 1024, 151936): 3, Shape(2, 64, 960, 28, 1024, 151936): 1}
 QUICK = Shape(2, 4, 12, 2, 32, 128), 2
 
 # What each changes of the trainer's configuration; the first holds logits.
@@ -84,8 +84,9 @@ def measure(shape: Shape, rounds: int, folder: Path, log=print) -> list[dict[str
         for name in [*names[first:], *names[:first]]:
             entries[name]["runs"].append(_in_a_process(shape, name))
         log(f"round {number + 1} of {rounds}: " + _in_short(entries))
+    wanted = entries["eager"]["runs"][0]["sums"]
     for entry in entries.values():
-        _join(entry, entries["eager"])
+        join(entry, wanted)
         log(f"{entry['name']}: error {entry['error']:.1e}")
     log(f"wrote {runner.write(folder, about, list(entries.values()))}")
     return list(entries.values())
@@ -98,9 +99,9 @@ def _in_short(entries: dict[str, Any]) -> str:
     )
 
 
-def _join(entry: dict[str, Any], eager: dict[str, Any]) -> None:
+def join(entry: dict[str, Any], wanted: dict[str, float]) -> None:
     """Samples of the rounds as lists; the largest of the memory; refused where it is wrong."""
-    runs, wanted = entry.pop("runs"), eager.get("sums") or eager["runs"][0]["sums"]
+    runs = entry.pop("runs")
     entry["sums"] = runs[0]["sums"]
     for key in ("wall_s", "cpu_s", "head_s"):
         entry[key] = [run[key] for run in runs]

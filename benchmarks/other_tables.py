@@ -1,4 +1,4 @@
-"""Tables and plot data of the threshold, the ratio loss, TRL's step, and the growth of cost."""
+"""Tables and plot data of the threshold, the ratio loss, trainers' steps, and growth of cost."""
 
 import math
 from typing import Any
@@ -19,6 +19,7 @@ from benchmarks.tables import (
 SWEEPS = {"tokens": "tokens", "vocabulary": "vocabulary", "fraction": "fraction of tokens"}
 
 CLOCKS = ("wall_s", "cpu_s")
+PARTS = ("weights", "gradients", "moments")
 
 Points = list[tuple[float, float, float, float]]
 
@@ -75,6 +76,45 @@ def trl_step_tables(runs: list[Run]) -> str:
         parts.append(f"{shape}, {size}\n\n{seconds_table(run)}")
     title = "**TRL's GRPOTrainer: loss and backward of a micro-batch, one layer**"
     return "\n\n".join([title, *parts, about(runs[-1])])
+
+
+def train_step_tables(runs: list[Run]) -> str:
+    """Everything about the trainer's step."""
+    title = (
+        "**The trainer's step: forward, loss, backward, clipping, AdamW; activation checkpointing**"
+    )
+    parts = [title]
+    for run in sorted(runs, key=lambda run: run["shape"]["layers"]):
+        parts += [_train_step_table(run), about(run)]
+    return "\n\n".join(parts)
+
+
+def _train_step_table(run: Run) -> str:
+    shape = run["shape"]
+    tokens = shape["sequences"] * (shape["prompt"] + shape["response"])
+    model = "{layers} layers, hidden size {hidden:,}, vocabulary {vocabulary:,}".format(**shape)
+    columns = [
+        "",
+        "tokens/s",
+        "time / eager",
+        "head's share",
+        *(f"MB {p}" for p in PARTS),
+        "MB beyond",
+    ]
+    rows = []
+    for entry in run["contestants"]:
+        state = sum(entry[f"{part}_bytes"] for part in PARTS)
+        share = quantile(_shares(entry), 0.5)
+        cells = [f"{tokens / quantile(entry['wall_s'], 0.5):,.1f}"]
+        cells += [cell(median_ratio(entry, run["contestants"][0])), f"{share:.1%}"]
+        cells += [f"{entry[f'{part}_bytes'] / 1e6:,.0f}" for part in PARTS]
+        rows.append([entry["label"], *cells, f"{(entry['peak_bytes'] - state) / 1e6:,.0f}"])
+    return f"Qwen3 of {model}; {tokens:,} tokens\n\n{table(columns, rows)}"
+
+
+def _shares(entry: Run) -> list[float]:
+    """Of each round: the head's seconds over the step's."""
+    return [head / step for head, step in zip(entry["head_s"], entry["wall_s"], strict=True)]
 
 
 def cost_in_short(runs: list[Run]) -> str:

@@ -114,6 +114,7 @@ def _full_page(runs: dict[str, list[Run]]) -> str:
         "entropy_threshold": other.threshold_tables,
         "ratio_loss": other.ratio_loss_tables,
         "trl_step": other.trl_step_tables,
+        "train_step": other.train_step_tables,
     }
     parts += [make(runs[op]) for op, make in tables.items() if op in runs]
     return "\n\n".join(parts) + "\n"

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 PAD, EOS = 0, 1
 LEARNING_RATE = 1e-6
 GRAD_CLIP = 1.0
+# Of the last norm: entropies of random weights then differ by more than rounding.
+SPREAD = 6.0
 
 
 def make_policy(shape: "Shape") -> Policy:
@@ -49,6 +51,7 @@ def make_policy(shape: "Shape") -> Policy:
     )
     torch.manual_seed(0)
     model = Qwen3ForCausalLM(settings)
+    torch.nn.init.constant_(model.model.norm.weight, SPREAD)
     checkpoint_activations(model)
     words = Tokenizer(models.WordLevel({"<pad>": PAD, "<eos>": EOS, "<unk>": 2}, "<unk>"))
     named = {"pad_token": "<pad>", "eos_token": "<eos>", "unk_token": "<unk>"}

@@ -10,8 +10,17 @@ from benchmarks import bench_forward_floor as floor
 from benchmarks import bench_linear_cost as cost
 from benchmarks import bench_linear_logprob_entropy as bench
 from benchmarks import bench_ratio_loss as ratio
+from benchmarks import (
+    bench_train_step,
+    chunked_head,
+    other_tables,
+    peers,
+    report,
+    runner,
+    tables,
+    train_step,
+)
 from benchmarks import bench_trl_step as trl_step
-from benchmarks import chunked_head, other_tables, peers, report, runner, tables
 from benchmarks import linear_logprob_entropy as op
 from benchmarks.runner import Contestant
 
@@ -228,6 +237,39 @@ def test_both_heads_compute_the_step_of_trls_trainer():
     flops = {entry["name"]: entry["flops"] for entry in entries}
     assert flops["ours"] < flops["trl-labels"] < flops["trl"]
     assert flops["ours-all"] == flops["trl-labels"]
+
+
+def test_every_step_of_the_trainer_finds_the_same_loss_and_gradient():
+    shape, _ = bench_train_step.QUICK
+    found = {
+        name: train_step.Step(shape, name, changes).run()
+        for name, (_, changes) in bench_train_step.CONTESTANTS.items()
+    }
+    eager = found["eager"]["sums"]
+    assert found["ours"]["sums"] == pytest.approx(eager, rel=1e-5)
+    assert found["ours-known"]["sums"] == pytest.approx(eager, rel=1e-5)
+    assert found["ours-all"]["sums"] != pytest.approx(eager, rel=1e-2)
+    assert all(run["head_s"] > 0 for run in found.values())
+
+
+def test_a_wrong_step_of_the_trainer_is_refused():
+    run = {"wall_s": 2.0, "cpu_s": 2.0, "head_s": 0.5, "peak_bytes": 9}
+    run |= {"weights_bytes": 2, "gradients_bytes": 2, "moments_bytes": 4}
+
+    def entry(name, loss):
+        return {"name": name, "label": name, "runs": [run | {"sums": {"loss": loss}}]}
+
+    eager, ours = entry("eager", 1.0), entry("ours", 1.00001)
+    bench_train_step.join(eager, {"loss": 1.0})
+    bench_train_step.join(ours, {"loss": 1.0})
+    shape = bench_train_step.QUICK[0]._asdict()
+    versions = {"torch": "2"}
+    about = {"shape": shape, "dtype": "float32", "machine": "m", "threads": 1, "rounds": 1}
+    about |= {"versions": versions, "commit": "c", "date": "d", "contestants": [eager, ours]}
+    table = other_tables.train_step_tables([about])
+    assert "| ours | 16.0 | 1.00 | 25.0% | 0 | 0 | 0 | 0 |" in table
+    with pytest.raises(runner.WrongResultError, match=r"wrong: .*1\.01"):
+        bench_train_step.join(entry("wrong", 1.01), {"loss": 1.0})
 
 
 def test_peak_memory_sees_what_a_step_holds():
