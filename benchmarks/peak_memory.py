@@ -25,13 +25,13 @@ def main(module_name: str, problem_path: str, name: str) -> None:
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
-    before = _status("VmRSS")
+    before = status("VmRSS")
     results = contestant.run(problem)
-    print(_status("VmHWM") - before)
+    print(status("VmHWM") - before)
     del results
 
 
-def _status(key: str) -> int:
+def status(key: str) -> int:
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(f"{key}:"):
             return int(line.split()[1]) * 1024

@@ -1,8 +1,9 @@
 """The planner against a real run on this machine: bytes by part, and flops, of one update.
 
-python -m benchmarks.plan_check          measures every case, each in a process of its own, and
-                                         writes benchmarks/results/plan_check.json
-python -m benchmarks.plan_check NAME     measures one in this process and prints it as JSON
+python -m benchmarks.plan_check                 measures every case, each in processes of its own,
+                                                and writes benchmarks/results/plan_check.json
+python -m benchmarks.plan_check NAME FOLDER     measures one in this process, with the model in
+                                                FOLDER, and prints it as JSON
 
 The run is `trainer.train` on a Qwen3 of random weights. Linux only. torch's hooks on optimizer
 steps mark the ends of updates: the second is measured for memory, the third for flops, because
@@ -41,6 +42,8 @@ class Case:
     entropy_source: str = "old"
     attention: str = "eager"
     micro_batches: int = 1
+    ranks: int = 1
+    """Processes that shard it."""
 
     def job(self) -> Job:
         """The same for the planner: every sequence reaches the limit."""
@@ -60,11 +63,12 @@ class Case:
             rollout=Rollout(prompts=6, group_size=4, max_new_tokens=self.response, batch_size=24),
             algorithm=Algorithm(entropy_source=self.entropy_source, min_groups=1),  # type: ignore[arg-type]
             optimizer=Optimizer(
-                mini_batches=3, tokens_per_micro_batch=8 * length // self.micro_batches
+                mini_batches=3,
+                tokens_per_micro_batch=8 * length // self.micro_batches // self.ranks,
             ),
         )
         assumptions = Assumptions(response_share=1.0, prompt=PROMPT, useful=1.0)
-        return Job(config, self.architecture, cpu(), compute="float32", assumptions=assumptions)
+        return Job(config, self.architecture, cpu(), self.ranks, assumptions=assumptions)
 
 
 # About 100 M parameters each: most of them in the embedding, or in the layers.
@@ -78,6 +82,7 @@ CASES = {
     "deep": Case(_DEEP, 96),
     "deep, activations kept": Case(_DEEP, 96, checkpointing=False),
     "deep, activations kept, sdpa": Case(_DEEP, 96, checkpointing=False, attention="sdpa"),
+    "deep, 2 ranks": Case(_DEEP, 96, ranks=2),
     "small": Case(_SMALL, 64, checkpointing=False),
 }
 
@@ -103,6 +108,7 @@ class Even:
 
 def build(architecture: Architecture, folder: Path) -> None:
     """A transformers folder with random weights; its tokenizer knows a few of the tokens."""
+    import torch
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
@@ -125,6 +131,7 @@ def build(architecture: Architecture, folder: Path) -> None:
         pad_token_id=0,
         eos_token_id=1,
     )
+    torch.manual_seed(0)
     Qwen3ForCausalLM(config).save_pretrained(folder)
 
 
@@ -163,9 +170,8 @@ class Probe:
         self._at_reset = status("VmRSS")
 
 
-def measure(case: Case) -> dict[str, dict[str, float]]:
-    """Part -> measured and predicted, bytes and flops."""
-    import torch
+def measure(case: Case, folder: Path) -> dict[str, dict[str, float]]:
+    """Part -> measured and predicted, bytes and flops, of this process."""
     from torch.optim import optimizer as hooks
 
     import trainer.run
@@ -173,14 +179,11 @@ def measure(case: Case) -> dict[str, dict[str, float]]:
 
     trainer.run.make_task = lambda *_: Even()  # type: ignore[assignment]
     job = case.job()
-    with tempfile.TemporaryDirectory() as folder:
-        torch.manual_seed(0)
-        build(case.architecture, Path(folder) / "model")
-        model = replace(job.config.model, path=str(Path(folder) / "model"))
-        probe = Probe()
-        hooks.register_optimizer_step_pre_hook(probe.before)
-        hooks.register_optimizer_step_post_hook(probe.after)
-        train(replace(job.config, root=folder, model=model))
+    model = replace(job.config.model, path=str(folder / "model"))
+    probe = Probe()
+    hooks.register_optimizer_step_pre_hook(probe.before)
+    hooks.register_optimizer_step_post_hook(probe.after)
+    train(replace(job.config, root=str(folder), model=model))
     return _compare(job, probe)
 
 
@@ -191,11 +194,11 @@ def _compare(job: Job, probe: Probe) -> dict[str, dict[str, float]]:
     sums = {phase: sum(parts.values()) for phase, parts in memory.items()}
     backward = max(sums[phase] for phase in ("head", "last layer", "first layer", "end"))
     flops = found.flops
-    layers = (flops.forward + flops.backward + flops.recompute) / updates
+    layers = (flops.forward + flops.backward + flops.recompute) / updates / job.gpus
     pairs = {
         "weights and gradients": (
             read["first gradients"] - read["start"],
-            memory["AdamW"]["weights"] + memory["AdamW"]["gradients"],
+            state - memory["AdamW"]["AdamW's moments"],
         ),
         "AdamW's moments": (
             read["first moments"] - read["first gradients"],
@@ -219,27 +222,35 @@ def status(key: str) -> int:
     raise KeyError(key)
 
 
-def in_a_process(name: str) -> dict[str, dict[str, float]]:
-    """`measure` of a case in a process of its own, whose malloc gives back what is freed."""
-    done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.plan_check", name],
-        cwd=Path(__file__).parent.parent,
-        env=os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        check=True,
-        text=True,
-    )
+def in_processes(name: str) -> dict[str, dict[str, float]]:
+    """`measure` of a case in processes of its own, whose malloc gives back what is freed."""
+    ranks = CASES[name].ranks
+    program = [sys.executable] if ranks == 1 else ["torchrun", f"--nproc-per-node={ranks}"]
+    if ranks > 1:
+        program[0] = str(Path(sys.executable).parent / program[0])
+    with tempfile.TemporaryDirectory() as folder:
+        build(CASES[name].architecture, Path(folder) / "model")
+        done = subprocess.run(
+            [*program, "-m", "benchmarks.plan_check", name, folder],
+            cwd=Path(__file__).parent.parent,
+            env=os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            check=True,
+            text=True,
+        )
     return json.loads(done.stdout.splitlines()[-1])
 
 
 def main(arguments: list[str]) -> None:
     """One case of this process, or all."""
     if arguments:
-        print(json.dumps(measure(CASES[arguments[0]])))
+        found = measure(CASES[arguments[0]], Path(arguments[1]))
+        if os.environ.get("RANK", "0") == "0":
+            print(json.dumps(found))
         return
     results = {}
     for name in CASES:
-        results[name] = in_a_process(name)
+        results[name] = in_processes(name)
         print(name)
         for part, pair in results[name].items():
             error = pair["predicted"] / pair["measured"] - 1

@@ -103,7 +103,9 @@ def check_head(
     bias: Tensor | None,
     softcap: float | None,
     fp64: bool,
+    sharded: bool = False,
 ) -> None:
+    """A sharded weight may have no row here."""
     dtypes = (*_DTYPES, torch.float64) if fp64 else _DTYPES
     if hidden.dtype not in dtypes:
         raise ValueError(f"hidden must be one of {', '.join(map(str, dtypes))}; got {hidden.dtype}")
@@ -112,7 +114,7 @@ def check_head(
             "hidden must be [..., D] and weight [V, D]; "
             f"got {tuple(hidden.shape)} and {tuple(weight.shape)}"
         )
-    if weight.shape[0] == 0 or weight.shape[1] == 0:
+    if (weight.shape[0] == 0 and not sharded) or weight.shape[1] == 0:
         raise ValueError(f"weight must have V > 0 and D > 0; got {tuple(weight.shape)}")
     if hidden.shape[:-1] != target.shape:
         raise ValueError(
@@ -137,8 +139,18 @@ def check_head(
 
 
 def check_selection(
-    selected: Tensor | None, threshold: object, which: str, scope: str, group: object
+    selected: Tensor | None,
+    threshold: object,
+    which: str,
+    scope: str,
+    group: object,
+    vocab_group: object,
 ) -> None:
+    if vocab_group is not None and which == "random":
+        raise ValueError(
+            'which="random" draws on each rank by itself, but those of vocab_group must select the '
+            "same tokens; draw once and give selected="
+        )
     if selected is not None and threshold is not None:
         raise ValueError("selected and threshold both name the tokens; give one of them")
     if isinstance(threshold, Tensor) and threshold.numel() != 1:
@@ -203,7 +215,7 @@ def kept_rows(
             )
     elif math.isnan(above):
         raise ValueError("keep_logits_above must be an entropy in nats; got nan")
-    rows = min(hidden_TD.shape[0], most_bytes // (4 * vocabulary))
+    rows = min(hidden_TD.shape[0], most_bytes // (4 * max(vocabulary, 1)))
     rows = rows if max_active_rows is None else min(rows, max_active_rows)
     if rows == 0 or name != "triton" or not torch.is_grad_enabled():
         return None, 0

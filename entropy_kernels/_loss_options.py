@@ -1,6 +1,7 @@
 """Which loss is meant, and what a caller of it can get wrong, said before anything is computed."""
 
 import functools
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -33,11 +34,31 @@ def find_loss(loss_type: str | Callable[..., Tensor]) -> tuple[Loss, str, str | 
         return loss, aggregation, SEQUENCE_OVER.get(loss)
     if not callable(loss_type):
         raise ValueError(f"loss_type must be a name or a function; got {loss_type!r}")
-    base = loss_type.func if isinstance(loss_type, functools.partial) else loss_type
+    base = _base(loss_type)
     for loss, aggregation in LOSSES.values():
         if loss is base:
             return loss_type, aggregation, SEQUENCE_OVER.get(loss)
     return loss_type, "token-mean", None
+
+
+def _base(loss: Loss) -> Loss:
+    return loss.func if isinstance(loss, functools.partial) else loss
+
+
+def sees_sequences(loss_type: str | Callable[..., Tensor]) -> bool:
+    """Whether a loss needs to know the ranks that share its sequences: ours that sum over them.
+
+    What a function of the caller's does is unknown: it has to take `sequence_group`.
+    """
+    loss, _, over = find_loss(loss_type)
+    if _base(loss) in {function for function, _ in LOSSES.values()}:
+        return over is not None
+    if "sequence_group" not in inspect.signature(loss).parameters:
+        raise ValueError(
+            "with sequence_group, a loss_type of your own must take it as a keyword, to sum over "
+            f"sequences as a whole; got {loss_type!r}"
+        )
+    return True
 
 
 def check_tensors(logprob: Tensor, masks: dict[str, Tensor], **like: Any) -> None:

@@ -6,6 +6,7 @@ They take raw pointers and sizes, and know nothing of torch.
 import functools
 import importlib
 import math
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -216,11 +217,15 @@ def linear_logprob_entropy_backward(
     found: Statistics,
     needs: tuple[bool, bool, bool],
     isa: str = "",
+    reduce_hidden: Callable[[Tensor], None] | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of hidden states, weight and bias; None for what `needs` does not ask for.
 
     Beyond its outputs it holds, in fp32, R x D for each thread and twice for all, and some MB of
     blocks.
+
+    `reduce_hidden` is given the hidden states' gradient of the active rows, fp32 [R, D], to be
+    changed in place before it is rounded: what ranks that hold other rows of the weight add.
     """
     head, inputs = _head(hidden_TD, weight_VD, target_T, bias_V, temperature, softcap)
     incoming = [grad_logprob_T, grad_entropy_T, grad_logsumexp_T]
@@ -248,6 +253,8 @@ def linear_logprob_entropy_backward(
         )
     )
     del inputs
+    if dhidden_RD is not None and reduce_hidden is not None:
+        reduce_hidden(dhidden_RD)
     dhidden_TD = None if dhidden_RD is None else spread(dhidden_RD, index_R, hidden_TD)
     if dbias_V is not None and bias_V is not None:
         dbias_V = dbias_V.to(bias_V.dtype)

@@ -55,3 +55,27 @@ def spread(rows_RD: Tensor, index_R: Tensor, like_TD: Tensor) -> Tensor:
     """Zeros like `like_TD`, contiguous, but for the rows at `index_R`."""
     out_TD = torch.zeros_like(like_TD, memory_format=torch.contiguous_format)
     return out_TD.index_copy_(0, index_R, rows_RD.to(like_TD.dtype))
+
+
+def check_values(
+    target: Tensor, temperature: Tensor | None, vocabulary: int, ignore_index: int
+) -> None:
+    """The checks that read values: ValueErrors on a CPU; on CUDA such rows become NaN instead."""
+    wrong = ((target < 0) | (target >= vocabulary)) & (target != ignore_index)
+    if wrong.any():
+        row = int(wrong.nonzero()[0])
+        raise ValueError(
+            f"target must lie in [0, {vocabulary}) or be ignore_index={ignore_index}; "
+            f"got {int(target[row])} at row {row}"
+        )
+    if temperature is not None and not (temperature > 0).all():
+        raise ValueError(f"temperature must be > 0; got {float(temperature.min())}")
+
+
+def check_active_rows(
+    gradients: tuple[Tensor | None, ...], target: Tensor, ignore_index: int, most: int
+) -> None:
+    """On a CPU, and where rows are counted on the host anyway."""
+    count = active_rows(gradients, target, ignore_index).numel()
+    if count > most:
+        raise ValueError(f"max_active_rows is {most}; got gradients at {count} rows")

@@ -1,13 +1,16 @@
-"""The collectives of selection and of the loss: sums of counts over the ranks of a process group.
+"""The collectives of selection, of the loss and of a sharded head, over a process group's ranks.
 
 Every function is collective: each rank of `group` calls it, in the same order, also a rank that
-has no token. `group=None` is this process alone and moves nothing. What moves is a few counts;
-entropies, masks and logits stay on their rank.
+has no token. `group=None` is this process alone and moves nothing. What moves is a few counts,
+numbers of each sequence, or of a sharded head numbers of each token; masks and logits stay on their
+rank.
 """
+
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
@@ -26,6 +29,44 @@ def all_reduce_sum(tensor: Tensor, group: ProcessGroup | None) -> Tensor:
     return total
 
 
+def sum_over_ranks(
+    tensor: Float[Tensor, "*shape"], group: ProcessGroup | None
+) -> Float[Tensor, "*shape"]:
+    """As `all_reduce_sum`, with gradient: of the sum over ranks of what is made of the result.
+
+    Backward is an all-reduce too, so every rank of `group` runs it.
+    """
+    return tensor if group is None else _SumOverRanks.apply(tensor, group)
+
+
+class _SumOverRanks(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, group: ProcessGroup) -> Tensor:
+        ctx.group = group
+        return all_reduce_sum(tensor, group)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return all_reduce_sum(grads[0], ctx.group), None
+
+
+def all_reduce_max(tensor: Float[Tensor, "*shape"], group: ProcessGroup) -> Float[Tensor, "*shape"]:
+    """The largest of each element over the ranks of `group`, a new tensor; no NaN may be in it."""
+    largest = tensor.detach().clone()
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=group)
+    return largest
+
+
+def gather_counts(counts: Int[Tensor, "..."], group: ProcessGroup) -> Int[Tensor, "..."]:
+    """The `counts` of every rank of `group`, in the order of ranks: one dimension more.
+
+    An all-reduce of one int64 a count and rank.
+    """
+    gathered = counts.new_zeros((dist.get_world_size(group), *counts.shape), dtype=torch.int64)
+    gathered[dist.get_rank(group)] = counts
+    return all_reduce_sum(gathered, group)
+
+
 def rank_offset(count: Int[Tensor, ""], group: ProcessGroup | None) -> Int[Tensor, ""]:
     """How many items the lower ranks of `group` hold: the exclusive prefix sum of `count`.
 
@@ -33,10 +74,7 @@ def rank_offset(count: Int[Tensor, ""], group: ProcessGroup | None) -> Int[Tenso
     """
     if group is None:
         return torch.zeros_like(count, dtype=torch.int64)
-    rank = dist.get_rank(group)
-    counts = count.new_zeros(dist.get_world_size(group), dtype=torch.int64)
-    counts[rank] = count
-    return all_reduce_sum(counts, group)[:rank].sum()
+    return gather_counts(count, group)[: dist.get_rank(group)].sum()
 
 
 def global_count(

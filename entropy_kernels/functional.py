@@ -9,8 +9,9 @@ from typing import NamedTuple
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
-from entropy_kernels import ops, reference
+from entropy_kernels import _vocab_parallel, ops, reference
 from entropy_kernels._inputs import (
     cast_as_linear,
     check_head,
@@ -50,6 +51,7 @@ def linear_logprob_entropy(
     temperature: float | Float[Tensor, "..."] = 1.0,
     softcap: float | None = None,
     ignore_index: int = -100,
+    vocab_group: ProcessGroup | None = None,
     keep_logits: bool = False,
     keep_logits_above: float | Float[Tensor, ""] | None = None,
     max_active_rows: int | None = None,
@@ -74,6 +76,11 @@ def linear_logprob_entropy(
         temperature: > 0, one value or one a token; divides the logits of both outputs. It is not
             differentiated.
         softcap: bound of the logits, as in Gemma 2.
+        vocab_group: V is divided among the ranks of this process group: weight, bias and main_grad
+            are this rank's rows, in the order of ranks, any number of them. hidden and all else
+            are the same on every rank, targets count over the whole vocabulary. Every rank has
+            the outputs of the whole vocabulary and all of hidden's gradient; the gradients of
+            weight and bias are of its rows. Every rank runs backward, with the same gradients.
         keep_logits: keep fp32 logits [T, V] for backward, three products instead of four. For
             callers that have already dropped the rows they do not train on.
         keep_logits_above: an entropy in nats. Where forward has whole rows of logits at hand, it
@@ -81,7 +88,8 @@ def linear_logprob_entropy(
             products instead of 1 + 3f where the fraction f of the rows above is trained on. It
             changes the cost and never which rows get a gradient: one without kept logits is
             recomputed. Only impl="triton" does so, where its table of tiles takes chunks of
-            cuBLAS's products for it; the others recompute everything, as without it. There is room
+            cuBLAS's products for it; the others recompute everything, as without it, and so does a
+            vocab_group, where no rank knows a row's entropy in time. There is room
             for the first 1 GiB of such rows (256 MiB on a CPU), at most for max_active_rows.
             Backward reads the rows that come before the first one, among those with a gradient,
             that was not kept.
@@ -112,17 +120,21 @@ def linear_logprob_entropy(
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit; temperature <= 0; a target outside
-            [0, V); an unknown name in `statistics`; main_grad with impl="reference" or a weight
-            that requires no gradient; keep_logits together with keep_logits_above. On CUDA a bad
+            [0, V); an unknown name in `statistics`; main_grad or vocab_group with impl="reference";
+            main_grad with a weight that requires no gradient; keep_logits together with
+            keep_logits_above; ranks of vocab_group with different numbers of tokens. On CUDA a bad
             target or temperature tensor gives that row NaN instead, because the check would
-            synchronise.
+            synchronise, and that of the numbers of tokens is left out.
     """
     name = resolve(impl, hidden.device)
     if name == "reference" and main_grad is not None:
         raise ValueError('main_grad is not written by impl="reference"')
+    if name == "reference" and vocab_group is not None:
+        raise ValueError('impl="reference" holds all logits; it has no vocab_group')
     check_main_grad(main_grad, weight)
     hidden, weight, bias = cast_as_linear(hidden, weight, bias)
-    check_head(hidden, weight, target, bias, softcap, fp64=name == "reference")
+    is_reference, sharded = name == "reference", vocab_group is not None
+    check_head(hidden, weight, target, bias, softcap, fp64=is_reference, sharded=sharded)
     scale = per_token_temperature(temperature, target)
     hidden_TD, target_T = hidden.reshape(-1, hidden.shape[-1]), target.reshape(-1).long()
     check_statistics(statistics)
@@ -140,6 +152,22 @@ def linear_logprob_entropy(
     if name == "reference":
         head = (hidden_TD, weight, target_T, bias, scale, softcap, ignore_index)
         found = _reference(*head, bool(statistics))
+    elif vocab_group is not None:
+        found = _vocab_parallel.linear_logprob_entropy(
+            hidden_TD,
+            weight,
+            target_T,
+            bias,
+            scale,
+            softcap,
+            ignore_index,
+            keep_logits,
+            max_active_rows,
+            main_grad,
+            name,
+            bool(statistics),
+            vocab_group,
+        )
     else:
         found = ops.linear_logprob_entropy(
             hidden_TD,

@@ -38,6 +38,7 @@ def high_entropy_policy_loss(
     bias: Float[Tensor, " V"] | None = None,
     temperature: float | Float[Tensor, "..."] = 1.0,
     softcap: float | None = None,
+    vocab_group: Any = None,
     max_active_rows: int | None = None,
     main_grad: Float[Tensor, "V D"] | None = None,
     impl: str = "auto",
@@ -59,18 +60,21 @@ def high_entropy_policy_loss(
       16-bit inputs 1024) and memory costs more than products, they are recomputed: a fourth.
 
     Args:
-        hidden, weight, target, bias, temperature, softcap, impl: as in `linear_logprob_entropy`.
-            hidden[t] is the state that predicts target[t].
+        hidden, weight, target, bias, temperature, softcap, vocab_group, impl: as in
+            `linear_logprob_entropy`. hidden[t] is the state that predicts target[t]. Every rank of
+            a vocab_group has the whole loss, and which="random" would choose other tokens on each.
         old_logprob: log-probabilities under the sampling policy; None: on-policy, ratio 1.
         advantage: one a token, or one a sequence where target is [B, L].
         mask: the loss mask; false for prompt, padding and tool tokens, which never enter the
             threshold and on a CPU cost nothing.
-        which, scope, group: as in `top_entropy_mask`.
+        which, scope, group: as in `top_entropy_mask`. With a sequence_group, that is the group
+            unless one is given, such as all ranks that hold other tokens.
         loss_options: keywords of `ratio_loss`, all but its entropy, which is the head's: loss_type,
             clip_low, clip_high, dual_clip, sequence_over, aggregation, denominator, num_sequences,
-            token_weight, sampler_logprob, correction, correction_cap, correction_floor,
-            reference_logprob, kl_coef, kl_type, kl_on, entropy_coef, entropy_on. With `selected`
-            the head knows of the selected tokens alone, and one that reads others raises.
+            sequence_group, token_weight, sampler_logprob, correction, correction_cap,
+            correction_floor, reference_logprob, kl_coef, kl_type, kl_on, entropy_coef, entropy_on.
+            With `selected` the head knows of the selected tokens alone, and one that reads others
+            raises.
         max_active_rows, main_grad: as in `linear_logprob_entropy`. With a bound of the selected
             tokens, such as ceil(fraction * n) of a batch whose n is known to the host, nothing
             waits for a GPU. More selected tokens than that give NaN there, a ValueError on a CPU.
@@ -85,9 +89,16 @@ def high_entropy_policy_loss(
 
     Raises:
         ValueError: as the functions it is made of; both `selected` and `threshold` given, or one of
-            them together with which, scope or group; an unknown option.
+            them together with which, scope or group; which="random" with a vocab_group;
+            scope="sequence" with a sequence_group; an unknown option.
     """
-    check_selection(selected, threshold, which, scope, group)
+    check_selection(selected, threshold, which, scope, group, vocab_group)
+    sequence_group = loss_options.get("sequence_group")
+    if sequence_group is not None and scope == "sequence":
+        raise ValueError(
+            'scope="sequence" ranks the tokens of a sequence that is on one rank, but those of '
+            "sequence_group share it"
+        )
     _check_loss_options(loss_options, selected is not None, old_logprob is None)
     check_like(target, mask=mask, selected=selected)
     if threshold is not None:
@@ -95,6 +106,7 @@ def high_entropy_policy_loss(
     head: dict[str, Any] = {
         "bias": bias,
         "softcap": softcap,
+        "vocab_group": vocab_group,
         "max_active_rows": max_active_rows,
         "main_grad": main_grad,
         "impl": impl,
@@ -116,6 +128,7 @@ def high_entropy_policy_loss(
     if threshold is not None:
         selected = mask & (entropy >= threshold)
     elif selected is None:
+        group = sequence_group if group is None else group
         selected = top_entropy_mask(entropy, mask, fraction, which=which, scope=scope, group=group)
 
     loss, metrics = ratio_loss(

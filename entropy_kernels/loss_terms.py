@@ -6,7 +6,9 @@ B sequences, L tokens.
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
+from entropy_kernels.distributed import all_reduce_sum
 from entropy_kernels.losses import bounded
 
 KL_TYPES = ("k1", "k2", "k3", "k1+", "k3+", "k3_corrected", "abs")
@@ -45,8 +47,10 @@ def mismatch(
     sampler_logprob: Float[Tensor, "*tokens"],
     mask: Bool[Tensor, "*tokens"],
     correction: str | None = None,
+    group: ProcessGroup | None = None,
 ) -> Float[Tensor, "*tokens"]:
-    """log(pi_old / pi_sampler) of each token, or for "sequence_..." the sum over its sequence.
+    """log(pi_old / pi_sampler) of each token, or for "sequence_..." the sum over its sequence,
+    whose tokens the ranks of `group` share.
 
     Clamped to 20 on both sides. It is 0 outside of `mask` and where sampler_logprob is NaN: an
     engine that did not report one.
@@ -54,7 +58,8 @@ def mismatch(
     known = mask & ~sampler_logprob.isnan()
     log_ratio = torch.where(known, old_logprob - sampler_logprob, 0.0).detach()
     if correction is not None and correction.startswith("sequence"):
-        log_ratio = log_ratio.sum(1, keepdim=True).expand_as(log_ratio)
+        total = all_reduce_sum(log_ratio.sum(1, keepdim=True), group)
+        log_ratio = total.expand_as(log_ratio)
     return bounded(log_ratio)
 
 

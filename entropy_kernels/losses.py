@@ -8,6 +8,9 @@ gradient. `ratio_loss` takes such a function as its `loss_type`: one of these by
 other options as `functools.partial(losses.sapo, tau_neg=1.1)`, or one of your own. It masks, weighs
 and aggregates. A token that a loss gives no gradient gets exactly 0.
 
+Losses that sum over a sequence take the ranks that share its tokens as `sequence_group`; with one,
+mask and tensors are this rank's part of each sequence.
+
 r_t = exp(logprob_t - old_logprob_t), |log r_t| <= 20; sg is stop-gradient. B sequences, L tokens.
 """
 
@@ -17,6 +20,9 @@ from collections.abc import Callable
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from entropy_kernels.distributed import all_reduce_sum, sum_over_ranks
 
 # |log ratio| is clamped here before exp, as verl does; beyond, the ratio is meaningless.
 LOG_RATIO_BOUND = 20.0
@@ -57,12 +63,13 @@ def gspo(
     *,
     clip_low: Clip = 3e-4,
     clip_high: Clip = 4e-4,
+    sequence_group: ProcessGroup | None = None,
 ) -> Float[Tensor, "B L"]:
     """-min(s A, clip(s, 1 - clip_low, 1 + clip_high) A), s = exp(mean_t log r_t) of the sequence.
 
     GSPO, arXiv 2507.18071; a clipped sequence has no gradient at all.
     """
-    ratio_B1 = bounded(_mean(logprob - old_logprob, mask)).exp()
+    ratio_B1 = bounded(_mean(logprob - old_logprob, mask, sequence_group)).exp()
     return _clipped(ratio_B1, advantage, clip_low, clip_high)
 
 
@@ -74,12 +81,13 @@ def gspo_token(
     *,
     clip_low: Clip = 3e-4,
     clip_high: Clip = 4e-4,
+    sequence_group: ProcessGroup | None = None,
 ) -> Float[Tensor, "B L"]:
     """As `gspo` with s_t = sg(s) pi_t / sg(pi_t): its value, but a gradient of each token's own.
 
     GSPO-token, arXiv 2507.18071: for advantages that differ within a sequence.
     """
-    log_ratio_B1 = bounded(_mean(logprob - old_logprob, mask)).detach()
+    log_ratio_B1 = bounded(_mean(logprob - old_logprob, mask, sequence_group)).detach()
     ratio = (logprob - logprob.detach() + log_ratio_B1).exp()
     return _clipped(ratio, advantage, clip_low, clip_high)
 
@@ -92,12 +100,14 @@ def luspo(
     *,
     clip_low: Clip = 2e-3,
     clip_high: Clip = 2.5e-3,
+    sequence_group: ProcessGroup | None = None,
 ) -> Float[Tensor, "B L"]:
     """As `gspo`; summed over the tokens of a sequence, the loss is |o| times GSPO's.
 
     LUSPO, arXiv 2602.05261.
     """
-    return gspo(logprob, old_logprob, advantage, mask, clip_low=clip_low, clip_high=clip_high)
+    options = {"clip_low": clip_low, "clip_high": clip_high}
+    return gspo(logprob, old_logprob, advantage, mask, **options, sequence_group=sequence_group)
 
 
 def gmpo(
@@ -108,6 +118,7 @@ def gmpo(
     *,
     clip_low: Clip = 0.4,
     clip_high: Clip = 0.4,
+    sequence_group: ProcessGroup | None = None,
 ) -> Float[Tensor, "B L"]:
     """-exp(mean_t c_t) A, c = min(l, clip(l, -clip_low, clip_high)), max where A <= 0; l = log r.
 
@@ -117,7 +128,7 @@ def gmpo(
     clipped = _clamp(log_ratio, -clip_low, clip_high)
     least, most = torch.minimum(log_ratio, clipped), torch.maximum(log_ratio, clipped)
     worst = torch.where(advantage > 0, least, most)
-    return -bounded(_mean(worst, mask)).exp() * advantage
+    return -bounded(_mean(worst, mask, sequence_group)).exp() * advantage
 
 
 def cispo(
@@ -165,13 +176,15 @@ def vespo(
     lambda_pos: float = 3.0,
     k_neg: float = 3.0,
     lambda_neg: float = 2.0,
+    sequence_group: ProcessGroup | None = None,
 ) -> Float[Tensor, "B L"]:
     """-sg(W^k exp(lambda (1 - W))) A log pi, W = prod_t r_t of the sequence, in [1e-8, e^20].
 
     VESPO, arXiv 2602.10693; k and lambda by the sign of A.
     """
     log_ratio = torch.where(mask, bounded(logprob - old_logprob), 0.0)
-    log_w = log_ratio.sum(1, keepdim=True).clamp(math.log(1e-8), LOG_RATIO_BOUND)
+    log_w = all_reduce_sum(log_ratio.sum(1, keepdim=True), sequence_group)
+    log_w = log_w.clamp(math.log(1e-8), LOG_RATIO_BOUND)
     k = _choose(advantage >= 0, k_pos, k_neg, advantage)
     rate = _choose(advantage >= 0, lambda_pos, lambda_neg, advantage)
     return _reinforce((rate + k * log_w - rate * log_w.exp()).exp() * advantage, logprob)
@@ -260,18 +273,22 @@ def aggregation_weight(
     denominator: str | float | Tensor,
     num_sequences: float | Tensor | None,
     dtype: torch.dtype,
+    group: ProcessGroup | None = None,
 ) -> Float[Tensor, " B"]:
     """What the sum of a sequence's token losses is multiplied with; [1] for "token-mean".
 
-    1 / count; 1 / (own count x sequences); 1 / sequences; 1 / (length x sequences).
+    1 / count; 1 / (own count x sequences); 1 / sequences; 1 / (length x sequences). Counts are
+    those of the sequences as a whole, which the ranks of `group` share.
     """
     if aggregation == "token-mean":
-        count = counted.sum() if isinstance(denominator, str) else denominator
-        return 1 / _at_least_one(count, mask.device, dtype)
-    sequences = mask.any(1).sum() if num_sequences is None else num_sequences
-    sequences = _at_least_one(sequences, mask.device, dtype)
+        if isinstance(denominator, str):
+            denominator = all_reduce_sum(counted.sum(), group)
+        return 1 / _at_least_one(denominator, mask.device, dtype)
+    if num_sequences is None:
+        num_sequences = (all_reduce_sum(mask.sum(1), group) > 0).sum()
+    sequences = _at_least_one(num_sequences, mask.device, dtype)
     if aggregation == "seq-mean-token-mean":
-        return 1 / (counted.sum(1).clamp_min(1) * sequences)
+        return 1 / (all_reduce_sum(counted.sum(1), group).clamp_min(1) * sequences)
     if aggregation == "seq-mean-token-sum-norm" and not isinstance(denominator, str):
         sequences = sequences * _at_least_one(denominator, mask.device, dtype)
     return (1 / sequences).repeat(mask.shape[0])
@@ -303,10 +320,11 @@ def _choose(condition: Tensor, yes: float, no: float, like: Tensor) -> Tensor:
     return torch.full_like(like, no).masked_fill(condition, yes)
 
 
-def _mean(x_BL: Tensor, mask_BL: Tensor) -> Tensor:
-    """[B, 1]; 0 for an empty sequence."""
+def _mean(x_BL: Tensor, mask_BL: Tensor, group: ProcessGroup | None) -> Tensor:
+    """[B, 1], over a sequence's tokens on all ranks of `group`; 0 for an empty sequence."""
     total_B1 = torch.where(mask_BL, x_BL, 0.0).sum(1, keepdim=True)
-    return total_B1 / mask_BL.sum(1, keepdim=True).clamp_min(1)
+    count_B1 = all_reduce_sum(mask_BL.sum(1, keepdim=True), group)
+    return sum_over_ranks(total_B1, group) / count_B1.clamp_min(1)
 
 
 def _clipped(

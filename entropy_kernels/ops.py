@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from entropy_kernels import _gpu, _native
-from entropy_kernels._rows import MOMENTS, Statistics, active_rows
+from entropy_kernels._rows import MOMENTS, Statistics, check_active_rows, check_values
 from entropy_kernels._torch.linear_logprob_entropy import linear_logprob_entropy as torch_forward
 from entropy_kernels._torch.linear_logprob_entropy_backward import (
     linear_logprob_entropy_backward as torch_backward,
@@ -32,7 +32,7 @@ _FORWARD: dict[str, Callable[..., Any]] = {
     "cpu": _native.linear_logprob_entropy,
     "triton": _triton("linear_logprob_entropy"),
 }
-_BACKWARD = {
+_BACKWARD: dict[str, Callable[..., Any]] = {
     "torch": torch_backward,
     "cpu": _native.linear_logprob_entropy_backward,
     "triton": _triton("linear_logprob_entropy_backward"),
@@ -130,6 +130,32 @@ def _(
     return *rows, logits, places, hidden.new_empty(moments, dtype=torch.float32)
 
 
+def gradients(
+    incoming: tuple[Tensor | None, ...],
+    head: tuple[Any, ...],
+    found: Statistics,
+    needs: tuple[bool, bool, bool],
+    max_active_rows: int | None,
+    main_grad: Tensor | None,
+    impl: str,
+    **more: Any,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of hidden, weight and bias; None for one not needed, or added to main_grad.
+
+    head: as the op takes it, from hidden to ignore_index. `more` is for the implementation.
+    """
+    if impl == "triton":
+        more |= {"max_active_rows": max_active_rows, "weight_grad_out": main_grad}
+    elif max_active_rows is not None:
+        check_active_rows(incoming, head[2], head[6], max_active_rows)
+    with torch.autocast(head[0].device.type, enabled=False):
+        dhidden, dweight, dbias = _BACKWARD[impl](*incoming, *head, found, needs, **more)
+    if main_grad is not None and dweight is not None:
+        main_grad += dweight
+        dweight = None
+    return dhidden, dweight, dbias
+
+
 def _linear_logprob_entropy_backward(
     grad_logprob: Tensor | None,
     grad_entropy: Tensor | None,
@@ -157,32 +183,18 @@ def _linear_logprob_entropy_backward(
 
     Where there is a main_grad, fp32 [V, D], the weight's gradient is added to it and not returned.
     """
-    found = Statistics(entropy, entropy, entropy, max, log_sum, logits, places)
-    incoming = grad_logprob, grad_entropy, grad_logsumexp
-    options: dict[str, Any] = {}
-    if impl == "triton":
-        options = {"max_active_rows": max_active_rows, "weight_grad_out": main_grad}
-    elif max_active_rows is not None:
-        _check_active_rows(incoming, target, ignore_index, max_active_rows)
-    with torch.autocast(hidden.device.type, enabled=False):
-        dhidden, dweight, dbias = _BACKWARD[impl](
-            *incoming,
-            hidden,
-            weight,
-            target,
-            bias,
-            temperature,
-            softcap,
-            ignore_index,
-            found,
+    dhidden, dweight, dbias = (
+        hidden.new_empty(0) if gradient is None else gradient
+        for gradient in gradients(
+            (grad_logprob, grad_entropy, grad_logsumexp),
+            (hidden, weight, target, bias, temperature, softcap, ignore_index),
+            Statistics(entropy, entropy, entropy, max, log_sum, logits, places),
             (need_hidden, need_weight, need_bias),
-            **options,
+            max_active_rows,
+            main_grad,
+            impl,
         )
-    if main_grad is not None and dweight is not None:
-        main_grad += dweight
-        dweight = None
-    gradients = (hidden.new_empty(0) if g is None else g for g in (dhidden, dweight, dbias))
-    dhidden, dweight, dbias = gradients
+    )
     return dhidden, dweight, dbias
 
 
@@ -315,27 +327,3 @@ BODIES: dict[str, Callable[..., Any]] = {
     "linear_logprob_entropy_backward": _linear_logprob_entropy_backward,
     "ratio_loss": _ratio_loss,
 }
-
-
-def check_values(
-    target: Tensor, temperature: Tensor | None, vocabulary: int, ignore_index: int
-) -> None:
-    """The checks that read values: ValueErrors on a CPU; on CUDA such rows become NaN instead."""
-    wrong = ((target < 0) | (target >= vocabulary)) & (target != ignore_index)
-    if wrong.any():
-        row = int(wrong.nonzero()[0])
-        raise ValueError(
-            f"target must lie in [0, {vocabulary}) or be ignore_index={ignore_index}; "
-            f"got {int(target[row])} at row {row}"
-        )
-    if temperature is not None and not (temperature > 0).all():
-        raise ValueError(f"temperature must be > 0; got {float(temperature.min())}")
-
-
-def _check_active_rows(
-    gradients: tuple[Tensor | None, ...], target: Tensor, ignore_index: int, most: int
-) -> None:
-    """On a CPU, and where rows are counted on the host anyway."""
-    count = active_rows(gradients, target, ignore_index).numel()
-    if count > most:
-        raise ValueError(f"max_active_rows is {most}; got gradients at {count} rows")

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from entropy_kernels._loss_options import (
     check_aggregation,
@@ -19,6 +20,7 @@ from entropy_kernels._loss_options import (
     check_tensors,
     check_terms,
     find_loss,
+    sees_sequences,
 )
 from entropy_kernels._ratio_kernel import clipped_by_kernel, has_kernel, of_ratios, plain, resolve
 from entropy_kernels.loss_terms import correction_weight, kl_divergence, mismatch
@@ -40,6 +42,7 @@ def ratio_loss(
     aggregation: str | None = None,
     denominator: str | float | Tensor = "selected",
     num_sequences: float | Tensor | None = None,
+    sequence_group: ProcessGroup | None = None,
     token_weight: Float[Tensor, "*tokens"] | Bool[Tensor, "*tokens"] | None = None,
     sampler_logprob: Float[Tensor, "*tokens"] | None = None,
     correction: str | None = None,
@@ -97,6 +100,12 @@ def ratio_loss(
             and ranks equals one batch. For "seq-mean-token-sum-norm" the constant length.
         num_sequences: for the aggregations over sequences, their number in the whole step, to the
             same end; None: those with a token of the loss mask.
+        sequence_group: a process group whose ranks share the sequences: each holds a part, maybe
+            none, of the tokens of the same B sequences in the same order. Counts that are left to
+            this function, and what is summed over a sequence, are those of whole sequences; the
+            loss is this rank's part of a sum over the ranks, metrics are of its own tokens. Every
+            rank calls this and, for losses over sequences, runs backward. A function of your own
+            gets it as a keyword.
         token_weight: w_t >= 0 from outside, such as a soft mask; the denominator is as without.
         sampler_logprob: of the engine that sampled, where its log-probs differ from old_logprob's.
             w_t is multiplied with a correction of pi_old / pi_sampler.
@@ -158,7 +167,7 @@ def ratio_loss(
     new, advantage = logprob.to(dtype), _per_token(advantage, logprob).to(dtype)
     old = (new if old_logprob is None else old_logprob.to(dtype)).detach()
     weights = token_weight, sampler_logprob
-    factor, metrics = _factor(old, mask, kept, *weights, correction, *bounds)
+    factor, metrics = _factor(old, mask, kept, *weights, correction, *bounds, sequence_group)
     scale = functools.partial(
         aggregation_weight,
         aggregation,
@@ -166,6 +175,7 @@ def ratio_loss(
         denominator=denominator,
         num_sequences=num_sequences,
         dtype=dtype,
+        group=sequence_group,
     )
     counted = mask if isinstance(denominator, str) and denominator == "all" else kept
     tokens = {"kept": (kept, scale(counted=counted))}
@@ -176,6 +186,8 @@ def ratio_loss(
         total, found = clipped_by_kernel(new, old, advantage, factor, *tokens["kept"], clip, impl)
     else:
         given = {name: value for name, value in clip.items() if value is not None}
+        if sequence_group is not None and sees_sequences(loss_type):
+            given["sequence_group"] = sequence_group
         loss = functools.partial(loss, **given) if given else loss
         seen = mask if over == "all" else kept
         total, found = _by_function(loss, new, old, advantage, factor, seen, *tokens["kept"])
@@ -226,6 +238,7 @@ def _factor(
     correction: str | None,
     cap: float | None,
     floor: float | None,
+    group: ProcessGroup | None,
 ) -> tuple[Tensor | None, dict[str, Tensor]]:
     """What the tokens' losses are multiplied with, and how far sampler and trainer are apart."""
     factor = None if token_weight is None else token_weight.detach().to(old.dtype)
@@ -239,7 +252,7 @@ def _factor(
     metrics = {"mismatch/k3": excess.sum() / among, "mismatch/max_ratio": largest}
     if correction is None:
         return factor, metrics
-    ratio = mismatch(old, sampler, mask, correction).exp()
+    ratio = mismatch(old, sampler, mask, correction, group).exp()
     weight = correction_weight(ratio, correction, cap=cap, floor=floor)
     metrics["mismatch/outside"] = (kept & (weight != ratio)).sum() / among
     return weight if factor is None else factor * weight, metrics

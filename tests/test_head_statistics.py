@@ -11,9 +11,8 @@ import torch
 from torch import Tensor
 
 import entropy_kernels as ek
-from entropy_kernels import _native, ops, reference
-from entropy_kernels.testing import assert_within_two_bounds
-from tests.head_cases import DTYPES, ROWS, make
+from entropy_kernels import _native, ops
+from tests.head_cases import DTYPES, ROWS, check_statistics, make, statistics_in
 
 NAMES = ops.MOMENTS
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -33,46 +32,10 @@ def vocabulary(impl, device) -> int:
     return 135 if impl == "triton" and device == "cpu" else 2055
 
 
-def truth(dtype, h, w, y, *, bias=None, temperature=1.0, softcap=None, ignore_index=-100):
-    b = None if bias is None else bias.to(dtype)
-    return reference.head_statistics(
-        h.to(dtype), w.to(dtype), y, b, temperature, softcap, ignore_index
-    )
-
-
-def plain(truths, h, w, y, **options):
-    """The formula in fp32 with the worst of a few orders of summation of the logits.
-
-    A statistic is as far off as its logits are, and two words that tie in one order may not in
-    another: of a max_prob of 1/2, a whole rounding of a logit. One-hot hidden states pick logits.
-    """
-    h, w = h.float(), w.float()
-    orders = [slice(None), torch.randperm(h.shape[1]), torch.randperm(h.shape[1])]
-    z = [h[:, order] @ w[:, order].T for order in orders]
-    other_half = torch.arange(w.shape[0], device=w.device) % 2 == 0
-    z += [z[1].where(other_half, z[0]), z[0].where(other_half, z[2])]
-    eye = torch.eye(h.shape[0], device=h.device)
-    found = [truth(torch.float32, eye, x.T, y, **options) for x in z]
-    return [
-        max(got, key=lambda one, want=want: (one - want).abs().max())
-        for got, want in zip(zip(*found, strict=True), truths, strict=True)
-    ]
-
-
-def check_rows(got, h, w, y, **options):
-    """Both bounds for each statistic of `got`."""
-    truths = truth(torch.float64, h, w, y, **options)
-    eager = truth(h.dtype, h, w, y, **options) if h.dtype != torch.float32 else None
-    worst = plain(truths, h, w, y, **options)
-    for one, *three in zip(got, truths, eager or worst, worst, strict=True):
-        assert one.dtype == torch.float32
-        assert_within_two_bounds(one, *three)
-
-
 def check(head, h, w, y, **options):
     found = head(h, w, y, **options)
     assert not any(x.requires_grad for x in found[3:])
-    check_rows(found[3:], h, w, y, **options)
+    check_statistics(found[3:], h, w, y, **options)
     return found
 
 
@@ -155,7 +118,7 @@ def test_each_row_keeps_its_digits(head, vocabulary, device, impl):
     T = len(z)
     found = head(torch.eye(T, device=device), w, torch.zeros(T, dtype=torch.int64, device=device))
     h64 = torch.eye(T, dtype=torch.float64, device=device)
-    wanted = truth(torch.float64, h64, w, torch.zeros(T, dtype=torch.int64, device=device))
+    wanted = statistics_in(torch.float64, h64, w, torch.zeros(T, dtype=torch.int64, device=device))
     for name, want in zip(NAMES, wanted, strict=True):
         digits = 5e-6 if name == "varentropy" else 1e-6
         error = (getattr(found, name).double() - want).abs()
@@ -235,7 +198,7 @@ def test_no_other_bit_changes(impl, device, vocabulary, keep_logits):
 def test_what_is_not_asked_for_is_none(impl, device, names):
     h, w, y = make("peaked", (9, 8, 67), torch.float32, device)
     found = ek.linear_logprob_entropy(h, w, y, statistics=names, impl=impl)
-    wanted = dict(zip(NAMES, truth(torch.float64, h, w, y), strict=True))
+    wanted = dict(zip(NAMES, statistics_in(torch.float64, h, w, y), strict=True))
     for name in NAMES:
         got = getattr(found, name)
         if name in names:
@@ -315,7 +278,7 @@ def test_instruction_sets_and_threads_agree():
                     isa=isa,
                 )
                 assert all(map(torch.equal, call()[:6], call(moments=moments)[:6]))
-                check_rows(moments, h, w, y, temperature=temperature, softcap=12.0)
+                check_statistics(moments, h, w, y, temperature=temperature, softcap=12.0)
     finally:
         torch.set_num_threads(before)
 
@@ -339,7 +302,7 @@ def test_variants_of_triton(variant, split, rows):
         tile=tiles.Tile(variant, 32, 64, 32, 4, 1, group_t=2, split_v=split),
     )
     assert all(map(torch.equal, call()[:6], call(moments=moments)[:6]))
-    check_rows(moments, h, w, y)
+    check_statistics(moments, h, w, y)
 
 
 def test_specialised_warps_have_no_moments():

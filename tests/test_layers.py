@@ -14,8 +14,8 @@ ANYTHING = None
 ALLOWED = {
     "reference": set(),
     "distributed": set(),
-    "losses": set(),
-    "loss_terms": {"losses"},
+    "losses": {"distributed"},
+    "loss_terms": {"distributed", "losses"},
     "_loss_options": {"loss_terms", "losses"},
     "token_rules": set(),
     "_rows": set(),
@@ -29,7 +29,8 @@ ALLOWED = {
     "_inputs": {"_gpu", "_native", "ops"},
     "_ratio_kernel": {"_gpu", "_loss_options", "_native", "losses", "ops"},
     "ratio_loss": {"_loss_options", "_ratio_kernel", "loss_terms", "losses"},
-    "functional": {"_inputs", "ops", "reference"},
+    "_vocab_parallel": {"_rows", "_torch", "distributed", "ops"},
+    "functional": {"_inputs", "_vocab_parallel", "ops", "reference"},
     "high_entropy_policy_loss": {
         *("_inputs", "_ratio_kernel", "functional", "ratio_loss", "selection"),
     },

@@ -9,7 +9,7 @@ import torch
 import entropy_kernels as ek
 from entropy_kernels import reference
 from entropy_kernels.testing import assert_within_two_bounds
-from tests.head_cases import BLOCK_V, DTYPES, ROWS, make, nan_is_meant
+from tests.head_cases import BLOCK_V, DTYPES, ROWS, in_dtype, make, nan_is_meant, run
 
 # Blocks of rows, of the vocabulary, and what is beyond them.
 SHAPES = {
@@ -23,30 +23,6 @@ SHAPES = {
 
 
 VOCABULARIES = [50257, 129920, 151936, 152064, 65537]
-
-
-def run(function, inputs, grads, **options):
-    """Outputs and gradients (hidden, weight, bias) of a head."""
-    h, w, y, b = inputs
-    h, w = h.detach().clone().requires_grad_(), w.detach().clone().requires_grad_()
-    b = None if b is None else b.detach().clone().requires_grad_()
-    outputs = list(function(h, w, y, bias=b, **options)[:3])
-    torch.autograd.backward(outputs, [g.to(o.dtype) for g, o in zip(grads, outputs, strict=True)])
-    return [o.detach() for o in outputs], [x.grad for x in (h, w, b) if x is not None]
-
-
-def in_dtype(dtype):
-    def function(h, w, y, bias=None, **options):
-        bias = None if bias is None else bias.to(dtype)
-        return reference.linear_logprob_entropy(
-            h.to(dtype), w.to(dtype), y, bias, *_reference_options(**options)
-        )
-
-    return function
-
-
-def _reference_options(temperature=1.0, softcap=None, ignore_index=-100):
-    return temperature, softcap, ignore_index
 
 
 def check(head, inputs, device, keep=0.5, **options):

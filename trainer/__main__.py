@@ -7,8 +7,8 @@
     report RUN                      write the page of a run
     export RUN OUT [--options]      write its policy as a transformers folder
 
-`--help` after a command lists its options. `torchrun --nproc-per-node N -m trainer train ...` trains
-on N devices; docs/trainer.md.
+`--help` after a command lists its options. `torchrun --nproc-per-node N -m trainer train ...`
+trains on N devices (docs/trainer.md), and `evaluate` spreads its problems over them.
 """
 
 import contextlib
@@ -128,10 +128,12 @@ def _report(arguments: list[str]) -> int:
 
 
 def _export(arguments: list[str]) -> int:
+    import transformers
     import tyro
 
     from trainer.export import export
 
+    transformers.utils.logging.disable_progress_bar()
     out = tyro.cli(export, args=arguments, prog="python -m trainer export")
     print(f"model: {out}")
     return 0

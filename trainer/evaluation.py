@@ -3,7 +3,6 @@
 import json
 import re
 from collections.abc import Mapping
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Literal
@@ -14,7 +13,8 @@ from trainer import checkpoint
 from trainer.config import Config, Data, Engine, Model, Reward, Rollout
 from trainer.engines import make_engine
 from trainer.generations import append, open_folder
-from trainer.policy import Policy, check_policy, load_policy, read_policy
+from trainer.policy import Policy, read_policy
+from trainer.presets import QUESTION
 from trainer.problems import Problem, Task
 from trainer.progress import Columns, progress
 from trainer.ranks import Ranks, join
@@ -26,8 +26,8 @@ from trainer.tasks.split import stable_hash
 from trainer.types import Rollouts
 
 INSTRUCTION = "Please reason step by step, and put your final answer within \\boxed{}."
-# Section 5.2 of "Beyond the 80/20 Rule".
-TEMPLATES = {"paper": f"User:\n{{question}}\n{INSTRUCTION}\n\nAssistant:\n"}
+# The paper's.
+TEMPLATES = {"paper": QUESTION}
 MAX_NEW_TOKENS = 20_480
 
 _COLUMNS: Columns = {
@@ -153,13 +153,16 @@ def _resolved(settings: Evaluation, ranks: Ranks) -> Evaluation:
 
 def _load(settings: Evaluation, ranks: Ranks) -> Policy:
     """A whole model on every rank; of a checkpoint too, by however many ranks it was written."""
-    model = Model(path=settings.model, dtype=settings.dtype, attention=settings.attention)
-    if not (Path(settings.model) / "manifest.json").exists():
-        return load_policy(model, settings.seed, ranks.device)
-    policy = read_policy(model, settings.seed, pretrained=False).to(ranks.device)
-    checkpoint.load(Path(settings.model), policy, None, Ranks(ranks.device))
-    check_policy(policy)
+    written = (Path(settings.model) / "manifest.json").exists()
+    policy = read_policy(_model(settings), settings.seed, pretrained=not written)
+    policy.to(ranks.device)
+    if written:
+        checkpoint.load(Path(settings.model), policy, None, Ranks(ranks.device))
     return policy
+
+
+def _model(settings: Evaluation) -> Model:
+    return Model(path=settings.model, dtype=settings.dtype, attention=settings.attention)
 
 
 def _problems(settings: Evaluation, policy: Policy) -> Asked:
@@ -217,7 +220,7 @@ def _generate(
     engine.update_weights(policy.weights())
     total = sum(len(problems) for _, problems in asked.values())
     done = total - sum(len(portion) for *_, portion in portions)
-    with progress("evaluation", total, done, _COLUMNS) if ranks.first else nullcontext() as bar:
+    with progress("evaluation", total, done, _COLUMNS, shown=ranks.first) as bar:
         for name, first, portion in portions:
             rollouts = sample(
                 engine,
@@ -232,9 +235,9 @@ def _generate(
                 ranks=ranks,
             )
             done += len(portion)
-            if bar is not None:
+            if ranks.first:
                 append(folder, name, first, rollouts)
-                bar.update(done, _metrics(rollouts))
+            bar.update(done, _metrics(rollouts))
     for verifier in verifiers.values():
         verifier.close()
 
@@ -244,7 +247,7 @@ def _config(settings: Evaluation) -> Config:
     return Config(
         seed=settings.seed,
         device=settings.device,
-        model=Model(path=settings.model, dtype=settings.dtype, attention=settings.attention),
+        model=_model(settings),
         engine=settings.engine,
         rollout=Rollout(
             group_size=settings.samples,

@@ -3,6 +3,8 @@
 T response tokens, D hidden, V vocabulary; R rows and W their width as in packing.py.
 """
 
+import ctypes
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
@@ -17,6 +19,9 @@ from trainer.packing import Layout, Packed, arrange
 from trainer.tiny import build_tiny
 
 Result = TypeVar("Result")
+
+# glibc's name of the setting, and the size from which on blocks are the system's and not its own.
+M_MMAP_THRESHOLD, MMAP_THRESHOLD = -3, 4 << 20
 
 # Attention that takes the lengths of the sequences in one row, which it reads off the positions.
 BY_LENGTHS = ("flash_attention_2", "flash_attention_3")
@@ -99,13 +104,15 @@ def positions(mask: Tensor) -> Tensor:
     return (mask.long().cumsum(1) - 1).clamp_min(0)
 
 
-def load_policy(settings: config.Model, seed: int, device: torch.device) -> Policy:
-    """The policy of `settings`, on `device`, checked and ready to train.
+def load_policy(
+    settings: config.Model, seed: int, device: torch.device, *, pretrained: bool = True
+) -> Policy:
+    """The policy of `settings`, on `device`, checked and ready to train; as `read_policy`.
 
     Raises:
         ValueError: as `read_policy` and `check_policy`.
     """
-    policy = read_policy(settings, seed).to(device)
+    policy = read_policy(settings, seed, pretrained=pretrained).to(device)
     check_policy(policy)
     return policy
 
@@ -127,10 +134,22 @@ def read_policy(settings: config.Model, seed: int, *, pretrained: bool = True) -
     else:
         model, tokenizer = _from_folder(settings, dtype, pretrained)
     if settings.gradient_checkpointing:
-        # Its name changed within transformers 5.
-        old = model.gradient_checkpointing_enable
-        getattr(model, "activation_checkpointing_enable", old)({"use_reentrant": False})
+        checkpoint_activations(model)
     return Policy(model, tokenizer)
+
+
+def checkpoint_activations(model: Any) -> None:
+    """Let backward recompute the activations of each layer, and freed memory go back at once.
+
+    glibc keeps blocks of up to 32 MiB between others that stay: 2 GB in a step of 0.6 B parameters
+    on 2 x 1,024 tokens, on a CPU.
+    """
+    # Its name changed within transformers 5.
+    old = model.gradient_checkpointing_enable
+    getattr(model, "activation_checkpointing_enable", old)({"use_reentrant": False})
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        mallopt(M_MMAP_THRESHOLD, MMAP_THRESHOLD)
 
 
 def check_policy(policy: Policy) -> None:

@@ -9,7 +9,16 @@ them gives is marked "our choice".
 from collections.abc import Callable
 from dataclasses import replace
 
-from trainer.config import Algorithm, Config, Data, Model, Optimizer, Rollout, WarmStart
+from trainer.config import (
+    Algorithm,
+    Config,
+    Data,
+    Engine,
+    Model,
+    Optimizer,
+    Rollout,
+    WarmStart,
+)
 
 QUESTION = (
     "User:\n{question}\nPlease reason step by step, and put your final answer within \\boxed{}."
@@ -51,13 +60,13 @@ def dapo(name: str, path: str) -> Config:
     Paper: clip 0.2 and 0.28, 512 prompts a step, 32 an update: 16 updates; responses of up to
     20,480 tokens, punished over the last 4,096; learning rate 1e-6; no KL or entropy term;
     temperature 1. DAPO, section 4.1: 16 responses a prompt. Script: dual clip 10, weight decay 0.1,
-    gradient clip 1, a punishment of up to 1 on rewards of 1 and 0, an evaluation and a checkpoint
-    every 5 steps, 16 nodes of 8 GPUs. Its warm-up of 10 counts steps, which are 160 updates (the
-    paper says none). It samples 1,536 prompts at a time, up to 10 times, until 512 groups are
-    useful, and stops if they never are; we sample 512 at a time, up to 30 times, and leave the step
-    out. verl's default: betas 0.9 and 0.999. Our choice: 100 steps (Table 1 of the paper follows a
-    14B run to update 1,360, which is step 85), 64 held-out problems, micro-batches of one longest
-    sequence.
+    gradient clip 1, a punishment of up to 1 on rewards of 1 and 0, prompts of up to 2,048 tokens,
+    0.8 of a GPU for vLLM, an evaluation and a checkpoint every 5 steps, 16 nodes of 8 GPUs. Its
+    warm-up of 10 counts steps, which are 160 updates (the paper says none). It samples 1,536
+    prompts at a time, up to 10 times, until 512 groups are useful, and stops if they never are; we
+    sample 512 at a time, up to 30 times, and leave the step out. verl's default: betas 0.9 and
+    0.999. Our choice: 100 steps (Table 1 of the paper follows a 14B run to update 1,360, which is
+    step 85), 64 held-out problems, micro-batches of one longest sequence.
     """
     return Config(
         name=name,
@@ -65,8 +74,19 @@ def dapo(name: str, path: str) -> Config:
         eval_every=5,
         eval_problems=64,
         checkpoint_every=5,
-        model=Model(path=path, attention="flash_attention_2", gradient_checkpointing=True),
+        model=Model(
+            path=path,
+            compute_dtype="bfloat16",
+            attention="flash_attention_2",
+            gradient_checkpointing=True,
+        ),
         data=dapo_math(),
+        engine=Engine(
+            kind="vllm",
+            memory_utilization=0.8,
+            max_model_len=2048 + 20_480,
+            dtype="bfloat16",
+        ),
         rollout=Rollout(prompts=512, group_size=16, max_new_tokens=20_480, batch_size=512),
         algorithm=Algorithm(
             fraction=1.0,
@@ -109,6 +129,7 @@ def longer(config: Config, model: str) -> Config:
         config,
         name=f"{config.name}-29k",
         model=replace(config.model, path=model),
+        engine=replace(config.engine, max_model_len=2048 + 29_696),
         rollout=replace(config.rollout, max_new_tokens=29_696),
         optimizer=replace(config.optimizer, tokens_per_micro_batch=2048 + 29_696),
     )
@@ -154,6 +175,7 @@ def single_gpu(name: str, path: str) -> Config:
         eval_every=20,
         checkpoint_every=20,
         model=replace(config.model, attention="sdpa"),
+        engine=replace(config.engine, memory_utilization=0.5, max_model_len=2048 + 4096),
         rollout=Rollout(prompts=32, group_size=8, max_new_tokens=4096, batch_size=64),
         algorithm=replace(
             config.algorithm, fraction=0.2, max_rounds=3, min_groups=8, overlong_cache=1024

@@ -4,6 +4,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -11,6 +12,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 T = TypeVar("T")
+
+# How long a rank waits for the others: for the last of them to end its sampling, or for the first
+# one's warm start.
+PATIENCE = timedelta(hours=4)
 
 
 @dataclass(frozen=True)
@@ -77,9 +82,8 @@ def join(device: str = "auto", group: bool = False) -> Iterator[Ranks]:
         kind = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
         torch.cuda.set_device(kind)
     alone: dict[str, Any] = {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-    dist.init_process_group(
-        "nccl" if kind.startswith("cuda") else "gloo", **({} if several else alone)
-    )
+    backend = "nccl" if kind.startswith("cuda") else "gloo"
+    dist.init_process_group(backend, timeout=PATIENCE, **({} if several else alone))
     try:
         yield Ranks(torch.device(kind), dist.get_rank(), dist.get_world_size(), dist.group.WORLD)
     finally:

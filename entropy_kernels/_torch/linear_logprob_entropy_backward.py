@@ -8,6 +8,7 @@ gradient is written once, the hidden states' gradient is summed over blocks in f
 T tokens, R active rows, D hidden, V vocabulary.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -66,10 +67,14 @@ def linear_logprob_entropy_backward(
     ignore_index: int,
     found: Statistics,
     needs: tuple[bool, bool, bool],
+    reduce_hidden: Callable[[Tensor], None] | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of hidden states, weight and bias; None for what `needs` does not ask for.
 
     On CUDA the number of active rows reaches the host: one synchronisation.
+
+    `reduce_hidden` is given the hidden states' gradient of the active rows, fp32 [R, D], to be
+    changed in place before it is rounded: what ranks that hold other rows of the weight add.
     """
     incoming = [grad_logprob_T, grad_entropy_T, grad_logsumexp_T]
     index_R = active_rows(incoming, target_T, ignore_index)
@@ -89,6 +94,8 @@ def linear_logprob_entropy_backward(
     dhidden_RD, dweight_VD, dbias_V = _gradients(
         hidden_TD[index_R], rows, head, logits_TV, _Needs(*needs)
     )
+    if dhidden_RD is not None and reduce_hidden is not None:
+        reduce_hidden(dhidden_RD)
     dhidden_TD = None if dhidden_RD is None else spread(dhidden_RD, index_R, hidden_TD)
     return dhidden_TD, dweight_VD, dbias_V
 

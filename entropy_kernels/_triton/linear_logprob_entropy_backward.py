@@ -8,6 +8,7 @@ in fp32. No atomics: the same bits every time.
 T tokens, C room for active rows, D hidden, V vocabulary, N columns of a chunk, S splits of them.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -59,6 +60,7 @@ def linear_logprob_entropy_backward(
     *,
     max_active_rows: int | None = None,
     weight_grad_out: Tensor | None = None,
+    reduce_hidden: Callable[[Tensor], None] | None = None,
     tile: Tile | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of hidden states, weight and bias; None for what `needs` does not ask for.
@@ -67,6 +69,8 @@ def linear_logprob_entropy_backward(
         nothing, and a CUDA graph can hold the call; more active rows make every gradient NaN.
         None: the host reads their number, one synchronisation, and C is exact.
     weight_grad_out: fp32 [V, D], to which the weight's gradient is added; None is returned for it.
+    reduce_hidden: is given the hidden states' gradient of the active rows, fp32 [C, D], to be
+        changed in place before it is rounded: what ranks that hold other rows of the weight add.
     tile: overrules the table, for tests and tuning.
 
     With the logits of all rows in `found` nothing is recomputed; with those of some rows, the
@@ -109,6 +113,8 @@ def linear_logprob_entropy_backward(
             None if all_kept else tile or _choose(rows.hidden, weight_VD, softcap),
         )
         dhidden_CD, dweight_VD, dbias_V = _gradients(dlogits, needs, weight_grad_out)
+        if dhidden_CD is not None and reduce_hidden is not None:
+            reduce_hidden(dhidden_CD)
         dhidden_TD = None if dhidden_CD is None else spread(dhidden_CD, active, hidden_TD)
     return dhidden_TD, dweight_VD, dbias_V
 

@@ -19,7 +19,7 @@ from tests.trainer.small import build_policy, save_folder
 from trainer import checkpoint, sharded
 from trainer.checkpoint import Progress
 from trainer.config import Model
-from trainer.policy import load_policy
+from trainer.policy import load_policy, read_policy
 from trainer.ranks import Ranks
 
 CPU = torch.device("cpu")
@@ -68,7 +68,7 @@ def test_a_loaded_run_takes_the_same_next_step(tmp_path, dtype, family):
     path = save(tmp_path, policy, optimizer, Progress(2, 64, 5))
     assert checkpoint.latest(tmp_path, ALONE) == path
     assert checkpoint.check(path, ALONE) is None
-    other = load_policy(Model(path=str(path), dtype=dtype), 0, CPU, pretrained=False)
+    other = read_policy(Model(path=str(path), dtype=dtype), 0, pretrained=False)
     again = adam(other)
     assert checkpoint.load(path, other, again, ALONE) == Progress(2, 64, 5)
     assert {state["step"].item() for state in again.state.values()} == {1.0}

@@ -181,7 +181,7 @@ def save_three(ranks, folder):
         step_once(policy, optimizer, torch.arange(6)[None])
         checkpoint.save(folder, policy, optimizer, Progress(step), 3, ranks)
     with pytest.raises(ValueError, match="needs the group of its ranks"):
-        checkpoint.save(folder, policy, optimizer, Progress(4), 3, ALONE)
+        checkpoint.save(folder / str(ranks.rank), policy, optimizer, Progress(4), 3, ALONE)
 
 
 def test_ranks_agree_on_the_newest_whole_one(tmp_path, processes):

@@ -36,7 +36,7 @@ def write(run, *, seed=0, steps=1, next_problem=7, loss=0.5, sample="a"):
         ({"steps": 2}, {"optimizer"}),
         ({"seed": 1}, {"weights", "optimizer"}),
     ],
-    ids=lambda value: str(value),
+    ids=["nothing", "metrics", "samples", "progress", "optimizer", "weights"],
 )
 def test_each_difference_is_found(tmp_path, changes, different):
     write(tmp_path / "whole")

@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from benchmarks.plan_check import in_a_process
+from benchmarks.plan_check import in_processes
 
 # A model of 6 M parameters, whose numbers are small beside what the kernel's counters blur.
 BLUR = 48e6
@@ -12,7 +12,7 @@ BLUR = 48e6
 
 @pytest.mark.skipif(sys.platform != "linux", reason="memory is read from Linux's /proc")
 def test_a_small_run_takes_what_the_planner_says():
-    found = in_a_process("small")
+    found = in_processes("small")
     flops = found.pop("flops of the layers")
     # The last token of a sequence enters no layer, and the planner counts it: 1 of 96.
     assert flops["measured"] == pytest.approx(flops["predicted"], rel=0.02)

@@ -49,6 +49,10 @@ def test_the_numbers_of_the_paper(name):
     assert (optimizer.learning_rate, optimizer.weight_decay, optimizer.grad_clip) == (1e-6, 0.1, 1)
     assert optimizer.warmup_steps == 10 * updates
     assert config.model.gradient_checkpointing
+    assert (config.model.dtype, config.model.compute_dtype) == ("float32", "bfloat16")
+    assert (config.engine.kind, config.engine.dtype) == ("vllm", "bfloat16")
+    assert config.engine.max_model_len == 2048 + rollout.max_new_tokens
+    assert config.engine.memory_utilization == 0.8
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -67,6 +71,7 @@ def test_the_continuation_differs_in_length_and_start_alone():
         long,
         name=short.name,
         model=short.model,
+        engine=short.engine,
         rollout=replace(long.rollout, max_new_tokens=20_480),
         optimizer=replace(long.optimizer, tokens_per_micro_batch=2048 + 20_480),
     )

@@ -21,7 +21,7 @@ from tests.trainer.update_cases import (
     step,
 )
 from tests.trainer.worlds import ROOT, next_world, run_ranks
-from trainer.config import Algorithm
+from trainer.config import Algorithm, Model
 from trainer.engines.transformers import TransformersEngine
 from trainer.fsdp import shard, whole
 from trainer.log import read_rows
@@ -87,7 +87,11 @@ def case(name: str, ranks: Ranks) -> dict:
     policy.forward = lambda packed, *rest: (sequences.append(packed), forward(packed, *rest))[1]
     if ranks.group is not None:
         shard(policy, policy.model, ranks, special.get("compute_dtype"))
-    with Gathers() as gathers:
+    saved = []
+    hooks = torch.autograd.graph.saved_tensors_hooks(
+        lambda x: (saved.append(x.numel() * x.element_size()), x)[1], lambda x: x
+    )
+    with Gathers() as gathers, hooks:
         got, metrics = step(policy, batch, configure(algorithm, tokens=20), ranks)
     sizes = sorted(gathers.sizes)
     return {
@@ -95,6 +99,7 @@ def case(name: str, ranks: Ranks) -> dict:
         "metrics": metrics,
         "micro_batches": len(sequences),
         "empty": sum(len(packed.index_T) == 0 for packed in sequences),
+        "saved": sum(saved),
         "gathers": {size: sizes.count(size) for size in sizes},
     }
 
@@ -135,9 +140,9 @@ def everything(model: str, root: Path, runs: list[str]) -> dict:
     return found
 
 
-def run_settings(model: str, root: Path, name: str, **changes):
+def run_settings(path: str, root: Path, name: str, **changes):
     """Steps so small that AdamW, which divides by what may be rounding, moves little by it."""
-    config = settings(root, model, name=name, steps=4, eval_every=4, checkpoint_every=2)
+    config = settings(root, path, name=name, steps=4, eval_every=4, checkpoint_every=2)
     optimizer = dataclasses.replace(config.optimizer, learning_rate=1e-4)
     return dataclasses.replace(config, algorithm=RUNS[name], optimizer=optimizer, **changes)
 
@@ -212,6 +217,13 @@ def test_the_head_is_gathered_once_a_micro_batch(worlds, size, name):
 
 
 @pytest.mark.parametrize("size", SIZES)
+def test_checkpointing_keeps_less_for_backward(alone, worlds, size):
+    """Bytes saved by the layers and the rest, of all micro-batches; the gradients are above."""
+    for found in (alone[0], *worlds[size][0]):
+        assert found["checkpointing"]["saved"] < 0.4 * found["tied"]["saved"]
+
+
+@pytest.mark.parametrize("size", SIZES)
 def test_scores_and_threshold_are_those_of_one_process(alone, worlds, size):
     want, ranks = alone[0]["scores"], worlds[size][0]
     for name, value in want.items():
@@ -255,6 +267,22 @@ def test_the_run_is_that_of_one_process(alone, worlds, size, name):
     # Of the weights, as one vector; and not because they stay where they are.
     assert distance(got.values(), want.values()) < 1e-6
     assert distance(before.values(), want.values()) > 1e-4
+
+
+def test_mixed_precision_of_one_process(model, tmp_path, monkeypatch):
+    """A world of one rank: bf16 arithmetic, fp32 weights, which small steps move; it resumes."""
+    monkeypatch.setattr("trainer.run.make_task", lambda *_: Even())
+    mixed = Model(path=model, compute_dtype="bfloat16", gradient_checkpointing=True)
+    for steps in (2, 4):
+        train(run_settings(model, tmp_path, "dapo", model=mixed, steps=steps))
+    rows = read_rows(tmp_path / "dapo" / "metrics.jsonl")
+    assert [row["step"] for row in rows] == list(range(5))
+    assert all(row["skipped/nonfinite_gradient"] == 0 for row in rows if "loss" in row)
+    before, after = (
+        read_whole(tmp_path / "dapo" / "checkpoints" / f"step-00000{step}") for step in (2, 4)
+    )
+    assert {value.dtype for value in after.values()} == {torch.float32}
+    assert 0 < distance(after.values(), before.values()) < 1e-2
 
 
 def test_torchrun_and_python_are_one_program(tmp_path):

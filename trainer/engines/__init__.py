@@ -63,4 +63,4 @@ def make_engine(
         return VllmEngine(policy, settings, device or policy.device)
     from trainer.engines.transformers import TransformersEngine
 
-    return TransformersEngine(policy, settings.rollout.batch_size, copy_in)
+    return TransformersEngine(policy, settings.rollout.batch_size, copy_in, device)

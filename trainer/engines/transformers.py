@@ -21,10 +21,17 @@ DROP_SHARE = 0.2
 class TransformersEngine:
     """Samples `batch_size` sequences at once from the model that is trained, or from a copy.
 
-    `copy_in` is the dtype of the copy, which is made now and gets its weights by `update_weights`.
+    `copy_in` is the dtype of the copy, which is made now, on `device` (None: that of `policy`), and
+    gets its weights by `update_weights`.
     """
 
-    def __init__(self, policy: Policy, batch_size: int, copy_in: torch.dtype | None = None):
+    def __init__(
+        self,
+        policy: Policy,
+        batch_size: int,
+        copy_in: torch.dtype | None = None,
+        device: torch.device | None = None,
+    ):
         self._policy, self._batch_size = policy, batch_size
         self._weights: dict[str, Tensor] | None = None
         if copy_in is not None:
@@ -32,6 +39,7 @@ class TransformersEngine:
             # Not by `to`, which would round the frequencies of positions.
             for weight in self._policy.parameters():
                 weight.requires_grad_(False).data = weight.data.to(copy_in)
+            self._policy.to(device or policy.device)
             self._weights = dict(self._policy.model.named_parameters())
 
     def sample(

@@ -17,7 +17,7 @@ from trainer.plan.architectures import find_architecture
 from trainer.plan.devices import GPUS, Device, cpu
 from trainer.plan.flops import Flops, step_flops, unit
 from trainer.plan.job import Assumptions, Job
-from trainer.plan.memory import Memory, peak, step_memory
+from trainer.plan.memory import Memory, engine_room, peak, step_memory
 from trainer.plan.timing import Seconds, step_seconds
 from trainer.presets import PRESETS
 
@@ -32,7 +32,7 @@ class Request:
     architecture: str = ""
     """A transformers folder or a known name such as "qwen3-14b"; else that of model.path."""
     gpus: int = 1
-    """How many."""
+    """How many train: torchrun's ranks. Engines share them, unless engine.devices names others."""
     gpu: Literal["a100", "h100", "h200", "b200", "cpu"] = "h100"
     """Which; "cpu" is this machine, without rates."""
     memory_gb: float = 0.0
@@ -45,10 +45,6 @@ class Request:
     """Between nodes, in 1e9 bytes a second and GPU; 0 leaves the data sheet's."""
     gpus_per_node: int = 8
     """How many share the fast links."""
-    tensor_parallel: int = 1
-    """GPUs that share one engine's weights."""
-    compute: Literal["bfloat16", "float32"] = "bfloat16"
-    """The type that layers and head compute in."""
     assume: Assumptions = field(default_factory=Assumptions)
     json: bool = False
     """Print JSON."""
@@ -71,7 +67,12 @@ class Plan:
 
     @property
     def fits(self) -> bool:
-        return self.peak[1] <= self.job.device.memory
+        return self.peak[1] <= self.job.device.memory and self.engine_starts
+
+    @property
+    def engine_starts(self) -> bool:
+        """Whether vLLM's share of a GPU holds its weights and one longest sequence."""
+        return not (self.job.vllm and self.job.device.is_gpu) or engine_room(self.job) >= 0
 
     @property
     def largest_part(self) -> tuple[str, float]:
@@ -109,8 +110,6 @@ def make_job(request: Request) -> Job:
         device=_with_own_numbers(device, request),
         gpus=request.gpus,
         gpus_per_node=request.gpus_per_node,
-        tensor_parallel=request.tensor_parallel,
-        compute=request.compute,
         assumptions=request.assume,
     )
 

@@ -29,14 +29,10 @@ class Assumptions:
     """Share of the links' bandwidth reached by collectives; they overlap with computation."""
     reserved: float = 4e9
     """Bytes of a GPU for CUDA's context, NCCL, CUDA graphs and fragmentation."""
-    cache_share: float = 0.9
-    """Share of what is left of a GPU that the engine's cache takes."""
 
     def __post_init__(self) -> None:
-        for name in (
-            *("response_share", "useful", "mfu", "decode_efficiency", "network_efficiency"),
-            "cache_share",
-        ):
+        shares = ("response_share", "useful", "mfu", "decode_efficiency", "network_efficiency")
+        for name in shares:
             if not 0 < getattr(self, name) <= 1:
                 raise ValueError(f"{name} must lie in (0, 1]; got {getattr(self, name)}")
         if self.prompt < 1 or self.reserved < 0:
@@ -48,21 +44,18 @@ class Assumptions:
 
 @dataclass(frozen=True)
 class Job:
-    """A run of `config` on `gpus` GPUs; sequences are spread evenly over them."""
+    """A run of `config` on `gpus` GPUs; sequences are spread evenly over them. Each has an engine:
+    on itself, or on GPUs apart where `config.engine.devices` names some."""
 
     config: Config
     architecture: Architecture
     device: Device
     gpus: int = 1
     gpus_per_node: int = 8
-    tensor_parallel: int = 1
-    """GPUs that share one engine's weights."""
-    compute: str = "bfloat16"
-    """The type that layers and head compute in."""
     assumptions: Assumptions = field(default_factory=Assumptions)
 
     def __post_init__(self) -> None:
-        for name in ("gpus", "gpus_per_node", "tensor_parallel"):
+        for name in ("gpus", "gpus_per_node"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}")
         if self.gpus > self.gpus_per_node and self.gpus % self.gpus_per_node:
@@ -70,15 +63,10 @@ class Job:
                 f"gpus must be a multiple of gpus_per_node, {self.gpus_per_node}, where there is "
                 f"more than one node; got {self.gpus}"
             )
-        if self.gpus % self.tensor_parallel or self.tensor_parallel > self.gpus_per_node:
-            raise ValueError(
-                f"tensor_parallel must divide gpus, {self.gpus}, and stay within a node of "
-                f"{self.gpus_per_node}; got {self.tensor_parallel}"
-            )
         if self.architecture.heads % self.tensor_parallel:
             raise ValueError(
-                f"tensor_parallel must divide the model's {self.architecture.heads} heads; got "
-                f"{self.tensor_parallel}"
+                f"engine.tensor_parallel must divide the model's {self.architecture.heads} heads; "
+                f"got {self.tensor_parallel}"
             )
         if self.sequences_per_update < self.gpus:
             raise ValueError(
@@ -92,13 +80,9 @@ class Job:
 
     @property
     def sharded(self) -> bool:
-        """Whether weights, gradients and moments are sharded (FSDP2)."""
-        return self.gpus > 1
-
-    @property
-    def copies(self) -> bool:
-        """Whether layers and head compute on other copies of the weights than the optimizer's."""
-        return self.sharded or self.master_bytes != self.compute_bytes
+        """Whether FSDP2 shards weights, gradients and moments, over one GPU or more; layers and
+        head then compute on copies, gathered and in the compute type."""
+        return self.gpus > 1 or self.config.model.compute_dtype is not None
 
     @property
     def master_bytes(self) -> int:
@@ -106,7 +90,32 @@ class Job:
 
     @property
     def compute_bytes(self) -> int:
-        return BYTES[self.compute]
+        return BYTES[self.config.model.compute_dtype or self.config.model.dtype]
+
+    @property
+    def engine_bytes(self) -> int:
+        """Of a weight, and of a value in the cache, of the engine."""
+        dtype = self.config.engine.dtype
+        return BYTES[dtype] if self.vllm and dtype != "auto" else self.compute_bytes
+
+    @property
+    def vllm(self) -> bool:
+        return self.config.engine.kind == "vllm"
+
+    @property
+    def tensor_parallel(self) -> int:
+        """GPUs that share one engine's weights."""
+        return self.config.engine.tensor_parallel
+
+    @property
+    def apart(self) -> bool:
+        """Whether engines have GPUs of their own."""
+        return self.vllm and bool(self.config.engine.devices)
+
+    @property
+    def sequences_per_engine(self) -> int:
+        """In a round of sampling."""
+        return math.ceil(self.sequences / self.gpus)
 
     @property
     def response(self) -> float:

@@ -4,8 +4,6 @@ T tokens of the largest micro-batch, D hidden, I intermediate, V vocabulary. Wha
 (masks, positions, statistics of a few floats a token) is left to `Assumptions.reserved`.
 """
 
-import math
-
 from trainer.plan.job import Job
 
 Memory = dict[str, dict[str, float]]
@@ -28,23 +26,33 @@ def step_memory(job: Job) -> Memory:
     always = {"weights": share, "AdamW's moments": 2 * share}
     if job.device.is_gpu:
         always["reserved"] = job.assumptions.reserved
+    sampling = {"sample": always | ({} if job.apart else _engine(job))}
+    if job.apart:
+        sampling["engine"] = {"reserved": job.assumptions.reserved} | _engine(job)
+    if job.sharded and not job.vllm:
+        always["engine's weights"] = float(job.compute_bytes * model.parameters)  # its copy
     gradients = {"gradients": share}
     before = always | (gradients if job.micro_batches > 1 else {})
     gathered = {}
-    if job.copies:
+    if job.sharded:
         gathered["embedding and head"] = float(job.compute_bytes * model.outside)
     tokens = float(job.micro_batch)
     kept = {"activations kept": tokens * model.layers * _kept_by_layer(job)}
     one = {"activations kept": tokens * _kept_by_layer(job)}
     layer = gathered | _one_layer(job)
+    alone = {"gathered layers": layer["gathered layers"] / 2} if job.sharded else {}
     head = _head_gradient(job)
     # Beside the sum of earlier micro-batches only until it is added to it.
-    later = head if job.copies or job.micro_batches == 1 else {}
-    return {
-        "sample": always | _sampling(job, sum(always.values())),
+    later = head if job.sharded or job.micro_batches == 1 else {}
+    return sampling | {
         "head": before | gathered | kept | head | {"head's workspace": _head(job)},
         "last layer": before | layer | kept | later,
-        "first layer": always | gradients | layer | one | (head if job.copies else {}),
+        "first layer": always
+        | _almost_all(job, share)
+        | layer
+        | alone
+        | one
+        | (head if job.sharded else {}),
         "end": always | gradients | gathered | _embedding(job),
         "AdamW": always | gradients | {"AdamW's temporaries": _optimizer(job)},
     }
@@ -66,7 +74,22 @@ def cache_bytes(job: Job) -> float:
     """Keys and values of one token on one GPU of an engine."""
     model = job.architecture
     heads = max(model.kv_heads / job.tensor_parallel, 1)
-    return 2.0 * model.layers * heads * model.head_dim * job.compute_bytes
+    return 2.0 * model.layers * heads * model.head_dim * job.engine_bytes
+
+
+def engine_room(job: Job) -> float:
+    """Bytes by which vLLM's share of a GPU exceeds its weights and one longest sequence: below 0
+    it does not start."""
+    share = job.config.engine.memory_utilization * job.device.memory
+    longest = job.config.engine.max_model_len or job.longest
+    return share - _engine_weights(job) - longest * cache_bytes(job)
+
+
+def _almost_all(job: Job, share: float) -> dict[str, float]:
+    """Gradients before those of the first layer and the embedding, in a first micro-batch."""
+    model = job.architecture
+    missing = model.layer + (0 if model.tied else model.head) if job.micro_batches == 1 else 0
+    return {"gradients": share - job.master_bytes * missing / job.gpus}
 
 
 def _head_gradient(job: Job) -> dict[str, float]:
@@ -88,13 +111,11 @@ def _saved(job: Job) -> float:
     # norm is the layer's), and what it is before and after the weight; q's and k's go on to RoPE.
     norms = 4 * model.hidden * (2 if E < 4 else 1) + 2 * 2 * E * model.hidden
     norms += (q + kv) * (4 + E) * model.qk_norm
-    # q, k, v and the result, which flash attention has in the order that the next product wants;
-    # others repeat k and v for each head.
+    # q, k, v and the result; where there is a mask, as over packed sequences, k and v are repeated
+    # for each head, but for flash attention.
     attended = E * (2 * q + 2 * kv if attention.startswith("flash") else 4 * q)
     if attention == "eager":
         attended += model.heads * job.longest * (4 if E == 4 else 4 + E)
-    elif not attention.startswith("flash"):
-        attended += E * q
     return norms + attended + 4 * E * model.intermediate
 
 
@@ -107,8 +128,8 @@ def _one_layer(job: Job) -> dict[str, float]:
     parts = {"activation gradients": float(tokens * between)}
     if job.config.model.gradient_checkpointing:
         parts["activations recomputed"] = tokens * _saved(job)
-    if job.copies:
-        parts["two layers"] = 2.0 * E * model.layer
+    if job.sharded:
+        parts["gathered layers"] = 2.0 * E * model.layer
         parts["gradient of a layer"] = (E + 4.0) * model.layer
     return parts
 
@@ -130,7 +151,7 @@ def _head(job: Job) -> float:
 def _embedding(job: Job) -> dict[str, float]:
     """The end of backward: the embedding's gradient, and its reduction with the head's in fp32."""
     model, E = job.architecture, job.compute_bytes
-    if job.copies:
+    if job.sharded:
         return {"embedding's gradient": (E + 4.0) * model.outside}
     # Another tensor of V x D where it is added to one: the head's, or an earlier micro-batch's.
     added = model.tied or job.micro_batches > 1
@@ -143,28 +164,21 @@ def _optimizer(job: Job) -> float:
     model = job.architecture
     if job.device.is_gpu:
         return job.master_bytes * model.parameters / job.gpus
-    return 2.0 * job.master_bytes * max(model.head, model.hidden * model.intermediate)
+    return 2.0 * job.master_bytes * max(model.head, model.hidden * model.intermediate) / job.gpus
 
 
-def _sampling(job: Job, others: float) -> dict[str, float]:
-    """The engine's weights, and its cache: what its sequences need, as far as there is room."""
-    model, E = job.architecture, job.compute_bytes
-    if not uses_vllm(job):
-        batch = min(job.config.rollout.batch_size, job.sequences)
-        logits = 2.0 * 4 * batch * model.vocabulary
-        replica = {"engine's weights": float(E * model.parameters)} if job.copies else {}
-        return replica | {"cache": batch * job.longest * cache_bytes(job), "logits": logits}
-    weights = E * model.parameters / job.tensor_parallel
-    room = job.assumptions.cache_share * (job.device.memory - others - weights)
-    least = job.longest * cache_bytes(job)
-    needed = _sequences_per_engine(job) * (job.assumptions.prompt + job.response) * cache_bytes(job)
-    return {"engine's weights": weights, "cache": max(least, min(room, needed))}
+def _engine(job: Job) -> dict[str, float]:
+    """The engine's weights where it has its own, and its cache."""
+    if not job.vllm:
+        batch = min(job.config.rollout.batch_size, job.sequences_per_engine)
+        logits = 2.0 * 4 * batch * job.architecture.vocabulary
+        own = {"engine's weights": _engine_weights(job)} if job.sharded else {}
+        return own | {"cache": batch * job.longest * cache_bytes(job), "logits": logits}
+    weights = _engine_weights(job)
+    share = job.config.engine.memory_utilization * job.device.memory
+    cache = float(job.config.engine.kv_cache_bytes) or max(share - weights, 0.0)
+    return {"engine's weights": weights, "cache": cache}
 
 
-def uses_vllm(job: Job) -> bool:
-    """Whether vLLM samples, on the trainer's GPUs; else the trainer's own engine does."""
-    return job.sharded or job.config.engine.kind == "vllm"
-
-
-def _sequences_per_engine(job: Job) -> int:
-    return math.ceil(job.sequences * job.tensor_parallel / job.gpus)
+def _engine_weights(job: Job) -> float:
+    return job.engine_bytes * job.architecture.parameters / job.tensor_parallel

@@ -10,7 +10,7 @@ from rich.table import Table
 from trainer.plan import Plan
 from trainer.plan.flops import Flops, head_units, unit
 from trainer.plan.job import Assumptions
-from trainer.plan.memory import eager_logits
+from trainer.plan.memory import eager_logits, engine_room
 from trainer.plan.timing import Seconds, collective_seconds, slots
 
 _FLOPS_LABELS = {
@@ -52,7 +52,7 @@ def as_dict(plan: Plan) -> dict[str, Any]:
         | {"parameters": job.architecture.parameters},
         "device": dataclasses.asdict(job.device),
         "gpus": job.gpus,
-        "tensor_parallel": job.tensor_parallel,
+        "engine_starts": plan.engine_starts,
         "memory": plan.memory,
         "peak": {"phase": phase, "bytes": most, "largest_part": plan.largest_part[0]},
         "fits": plan.fits,
@@ -110,19 +110,24 @@ def _summary(plan: Plan) -> list[str]:
     job, (phase, most) = plan.job, plan.peak
     name, size = plan.largest_part
     room = job.device.memory
-    verdict = (
-        f"fits: {_gb(most)} of {_gb(room)} GB a GPU at the peak ({phase})"
-        if plan.fits
-        else f"does not fit: {_gb(most)} GB a GPU at the peak ({phase}), of {_gb(room)}; the "
-        f"largest part: {name}, {_gb(size)} GB"
-    )
-    return [
+    verdict = f"{_gb(most)} of {_gb(room)} GB a GPU at the peak ({phase})"
+    if plan.fits:
+        verdict = f"fits: {verdict}"
+    elif most > room:
+        verdict = f"does not fit: {verdict}; the largest part: {name}, {_gb(size)} GB"
+    lines = [
         f"{job.config.name}: {job.architecture.parameters / 1e9:.2f} G parameters on {job.gpus} "
         f"GPUs, {job.nodes} nodes; {job.sequences:,} sequences a step, "
         f"{job.sequences_per_update:,} an update, {job.micro_batches} micro-batches of at most "
         f"{job.micro_batch:,} tokens an update and GPU",
         verdict,
     ]
+    if not plan.engine_starts:
+        lines.append(
+            f"vLLM does not start: engine.memory_utilization leaves {_gb(-engine_room(job))} GB "
+            "too little for its weights and one sequence of engine.max_model_len"
+        )
+    return lines
 
 
 def _memory(plan: Plan) -> Table:

@@ -29,7 +29,7 @@ def step_seconds(job: Job, flops: Flops, memory: Memory) -> Seconds:
     count = job.micro_batches * job.config.optimizer.mini_batches
     gather, reduce = collective_seconds(job)
     return Seconds(
-        prefill=flops.prefill / rate,
+        prefill=flops.prefill / (rate * _engine_gpus(job)),
         decode=_decode(job, flops, memory, rate),
         score=max(flops.score / rate, count * gather),
         update=max(flops.update / rate, count * (2 * gather + reduce)),
@@ -55,24 +55,34 @@ def collective_seconds(job: Job) -> tuple[float, float]:
 
 
 def slots(job: Job, memory: Memory) -> int:
-    """Sequences that an engine decodes at once: all of its own, or what its cache holds."""
-    own = math.ceil(job.sequences * job.tensor_parallel / job.gpus)
+    """Sequences that an engine decodes at once: all of its own, or as many as it takes in a batch
+    or its cache holds."""
+    at_once = min(job.sequences_per_engine, job.config.rollout.batch_size)
+    if not job.vllm:
+        return at_once
     each = (job.assumptions.prompt + job.response) * cache_bytes(job)
-    return max(1, min(own, int(memory["sample"]["cache"] / each)))
+    cache = memory["engine" if job.apart else "sample"]["cache"]
+    return max(1, min(at_once, int(cache / each)))
 
 
 def _decode(job: Job, flops: Flops, memory: Memory, rate: float) -> float:
     """All rounds: the larger of reading memory and computing.
 
     A token's step reads the engine's weights once and the keys and values of all its sequences.
-    There are as many steps as the sequences take turns, and then as many as the longest one, which
-    reaches the limit, has left.
+    vLLM fills a place that becomes free: there are as many steps as the sequences take turns, and
+    then as many as the longest one, which reaches the limit, has left. The trainer's own engine
+    takes batch after batch, each to the limit.
     """
-    own = math.ceil(job.sequences * job.tensor_parallel / job.gpus)
+    own, limit = job.sequences_per_engine, job.config.rollout.max_new_tokens
     turns = own / slots(job, memory)
-    steps = turns * job.response + (job.config.rollout.max_new_tokens - job.response)
-    weights = job.compute_bytes * job.architecture.parameters / job.tensor_parallel
+    steps = turns * job.response + limit - job.response if job.vllm else math.ceil(turns) * limit
+    weights = job.engine_bytes * job.architecture.parameters / job.tensor_parallel
     context = job.assumptions.prompt + job.response / 2
     bytes_read = steps * weights + own * job.response * context * cache_bytes(job)
     reading = bytes_read / (job.device.bandwidth * job.assumptions.decode_efficiency)
-    return max(job.rounds * reading, flops.decode / rate)
+    return max(job.rounds * reading, flops.decode / (rate * _engine_gpus(job)))
+
+
+def _engine_gpus(job: Job) -> int:
+    """GPUs that sample, for each that trains."""
+    return job.tensor_parallel if job.apart else 1

@@ -1,0 +1,163 @@
+"""The steps that bench_train_step measures: the trainer's, and one with eager logits.
+
+B sequences, P prompt width, L response width, T = B * L, D hidden, V vocabulary.
+"""
+
+import time
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+import entropy_kernels as ek
+from benchmarks.peers import heads
+from trainer.config import Algorithm, Config, Optimizer, Rollout
+from trainer.policy import Policy, check_policy, checkpoint_activations
+from trainer.ranks import Ranks
+from trainer.types import Problem, Rollouts
+from trainer.update import Batch, at_least, score, update
+
+if TYPE_CHECKING:
+    from benchmarks.bench_train_step import Shape
+
+PAD, EOS = 0, 1
+LEARNING_RATE = 1e-6
+GRAD_CLIP = 1.0
+
+
+def make_policy(shape: "Shape") -> Policy:
+    """Qwen3-0.6B but for layers, width and vocabulary, with random weights and checkpointing."""
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+
+    heads = max(shape.hidden // 64, 2)
+    settings = Qwen3Config(
+        vocab_size=shape.vocabulary,
+        hidden_size=shape.hidden,
+        intermediate_size=3 * shape.hidden,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=heads,
+        num_key_value_heads=heads // 2,
+        head_dim=128,
+        max_position_embeddings=40_960,
+        tie_word_embeddings=True,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e6},
+        pad_token_id=PAD,
+        eos_token_id=EOS,
+        bos_token_id=None,
+        attn_implementation="sdpa",
+    )
+    torch.manual_seed(0)
+    model = Qwen3ForCausalLM(settings)
+    checkpoint_activations(model)
+    words = Tokenizer(models.WordLevel({"<pad>": PAD, "<eos>": EOS, "<unk>": 2}, "<unk>"))
+    named = {"pad_token": "<pad>", "eos_token": "<eos>", "unk_token": "<unk>"}
+    policy = Policy(model, PreTrainedTokenizerFast(tokenizer_object=words, **named))
+    check_policy(policy)
+    return policy
+
+
+def make_rollouts(shape: "Shape") -> Rollouts:
+    """Random tokens; responses of full length."""
+    generator = torch.Generator().manual_seed(0)
+    B, P, L = shape.sequences, shape.prompt, shape.response
+    tokens = torch.randint(2, shape.vocabulary, (B, P + L), generator=generator)
+    problem = Problem("", None)
+    return Rollouts(
+        problems=[problem] * B,
+        responses=[""] * B,
+        group_B=torch.zeros(B, dtype=torch.long),
+        prompt_BP=tokens[:, :P],
+        prompt_mask_BP=torch.ones(B, P, dtype=torch.bool),
+        response_BL=tokens[:, P:],
+        mask_BL=torch.ones(B, L, dtype=torch.bool),
+        sampler_logprob_BL=torch.zeros(B, L),
+        truncated_B=torch.ones(B, dtype=torch.bool),
+        reward_B=torch.zeros(B),
+        timed_out_B=torch.zeros(B, dtype=torch.bool),
+        crashed_B=torch.zeros(B, dtype=torch.bool),
+    )
+
+
+class Step:
+    """A policy with AdamW's moments in place and a batch, before the step."""
+
+    def __init__(self, shape: "Shape", name: str, changes: dict[str, Any]):
+        self.eager, self.ranks = name == "eager", Ranks(torch.device("cpu"))
+        self.policy, rollouts = make_policy(shape), make_rollouts(shape)
+        tokens = shape.sequences * (shape.prompt + shape.response)
+        self.settings = Config(
+            rollout=Rollout(max_new_tokens=shape.response),
+            algorithm=replace(Algorithm(), **changes),
+            optimizer=Optimizer(tokens_per_micro_batch=tokens, grad_clip=GRAD_CLIP),
+        )
+        self.optimizer = _optimizer(self.policy.model)
+        old_BL, entropy_BL, threshold, _ = score(self.policy, rollouts, self.settings, self.ranks)
+        generator = torch.Generator().manual_seed(1)
+        old_BL = old_BL + 0.02 * torch.randn(old_BL.shape, generator=generator)
+        advantage_B = torch.linspace(-1, 1.5, shape.sequences)
+        selected_BL = rollouts.mask_BL & at_least(entropy_BL, threshold)
+        self.batch = Batch(rollouts, advantage_B, old_BL, selected_BL, threshold)
+
+    def run(self) -> dict[str, Any]:
+        """The optimizer step; what it found, and how much memory the state takes."""
+        if self.eager:
+            loss, norm, seconds = _eager_update(
+                self.policy, self.optimizer, self.batch, self.settings
+            )
+        else:
+            found, seconds = update(
+                self.policy, self.optimizer, self.batch, self.settings, self.ranks
+            )
+            loss, norm = found["loss"], found["grad_norm"]
+        weights = sum(p.nbytes for p in self.policy.model.parameters())
+        return {
+            "sums": {"loss": loss, "grad_norm": norm},
+            "head_s": seconds,
+            "weights_bytes": weights,
+            "gradients_bytes": weights,
+            "moments_bytes": 2 * weights,
+        }
+
+
+def _optimizer(model: Any) -> torch.optim.Optimizer:
+    """AdamW whose moments exist, as after every step but the first."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, betas=(0.9, 0.95), weight_decay=0.0)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    optimizer.zero_grad()
+    optimizer.param_groups[0]["lr"] = LEARNING_RATE
+    return optimizer
+
+
+def _eager_update(
+    policy: Policy, optimizer: torch.optim.Optimizer, batch: Batch, settings: Config
+) -> tuple[float, float, float]:
+    """Loss, norm of the gradient, and the seconds of the head; the mask multiplies."""
+    policy.model.train()
+    rollouts, algorithm = batch.rollouts, settings.algorithm
+    tokens = torch.cat([rollouts.prompt_BP, rollouts.response_BL[:, :-1]], 1)
+    hidden = policy.model.base_model(input_ids=tokens, use_cache=False).last_hidden_state
+    began = time.perf_counter()
+    leaf = hidden[:, rollouts.prompt_BP.shape[1] - 1 :].flatten(0, 1).detach().requires_grad_()
+    head = heads()[0].head
+    weight = policy.model.get_output_embeddings().weight
+    logprob_T, entropy_T = head(leaf, weight, rollouts.response_BL.flatten())
+    assert entropy_T is not None
+    selected_T = ek.top_entropy_mask(entropy_T.detach(), fraction=algorithm.fraction)
+    ratio_T = (logprob_T - batch.old_logprob_BL.flatten()).exp()
+    clipped_T = ratio_T.clamp(1 - algorithm.clip_low, 1 + algorithm.clip_high)
+    advantage_T = batch.advantage_B.repeat_interleave(rollouts.response_BL.shape[1])
+    objective_T = torch.minimum(ratio_T * advantage_T, clipped_T * advantage_T)
+    loss = -(objective_T * selected_T).sum() / selected_T.sum()
+    loss.backward()
+    seconds = time.perf_counter() - began
+    gradient = torch.zeros_like(hidden)
+    gradient[:, rollouts.prompt_BP.shape[1] - 1 :] = leaf.grad.view(*rollouts.response_BL.shape, -1)
+    del logprob_T, entropy_T
+    hidden.backward(gradient)
+    norm = torch.nn.utils.clip_grad_norm_(policy.model.parameters(), settings.optimizer.grad_clip)
+    optimizer.step()
+    optimizer.zero_grad()
+    return float(loss.detach()), float(norm), seconds
