@@ -3,8 +3,10 @@
 import dataclasses
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 import trainer.run
@@ -81,7 +83,7 @@ def test_in_bf16_the_mismatch_is_seen_and_corrected(tmp_path):
 def test_two_sharded_ranks_with_an_engine_each_are_as_one(whole, placement, tmp_path):
     """Under torchrun, whose process group is up when vLLM starts."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command += ["-m", "tests.trainer.vllm_rank", placement, str(tmp_path)]
+    command += ["-m", "tests.trainer.vllm_rank", placement, str(tmp_path), "2"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr[-4000:]
     got = read_rows(tmp_path / "run" / "metrics.jsonl")
@@ -90,3 +92,20 @@ def test_two_sharded_ranks_with_an_engine_each_are_as_one(whole, placement, tmp_
     for one, other in zip(got, rows(whole), strict=False):
         for name in other.keys() - {"mismatch/kl", "mismatch/difference"}:
             assert one[name] == pytest.approx(other[name], rel=1e-4, abs=1e-5), name
+
+
+def test_an_engine_beside_ends_with_a_trainer_that_is_killed(tmp_path):
+    command = [sys.executable, "-m", "tests.trainer.vllm_rank", "beside", str(tmp_path), "30000"]
+    trainer = psutil.Popen(command, cwd=ROOT)
+    rows_of_run = tmp_path / "run" / "metrics.jsonl"
+    deadline = time.monotonic() + 200
+    while not (rows_of_run.exists() and rows_of_run.read_text()):
+        assert trainer.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    children = trainer.children(recursive=True)
+    assert len(children) >= 2
+    trainer.kill()
+    trainer.wait()
+    _, left = psutil.wait_procs(children, timeout=30)
+    assert not left

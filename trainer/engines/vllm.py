@@ -1,7 +1,8 @@
 """Sampling with vLLM, in the trainer's process or in one beside it.
 
 The engine starts from the configuration alone: its weights are pushed, from memory to memory,
-before the first request and after every step.
+before the first request and after every step. What needs a GPU (sleep, CUDA's and NCCL's transfers)
+calls vLLM as the rest does, and has not run on one.
 """
 
 import copy
@@ -24,6 +25,7 @@ from trainer.policy import Policy
 OLDEST = (0, 32)
 INSTALL = 'pip install "vllm>=0.32" (without a GPU: see tests/trainer/vllm-requirements.txt)'
 CPU_CACHE_BYTES = 2**28
+TRAINER = "ENTROPY_KERNELS_TRAINER"  # environment variable: the process that vLLM's end with
 
 
 class VllmEngine:
@@ -35,13 +37,13 @@ class VllmEngine:
 
     def __init__(self, policy: Policy, config: Config, device: torch.device):
         settings = config.engine
+        _set_environment(settings, device)
         _check_vllm()
         self._eos_ids = policy.eos_ids.tolist()
         self._sleeps = device.type == "cuda" and not settings.devices
         self._asleep = False
         with tempfile.TemporaryDirectory() as folder, _own_threads():
             _write_configuration(policy, folder)
-            _set_environment(settings)
             from vllm import LLM
 
             self._llm = LLM(folder, **_options(config, device, self._sleeps))
@@ -144,6 +146,10 @@ def _options(config: Config, device: torch.device, sleeps: bool) -> dict[str, An
         "enforce_eager": settings.enforce_eager or on_cpu,
         "enable_sleep_mode": sleeps,
     }
+    if on_cpu and settings.devices:
+        raise ValueError(
+            f"engine.devices names GPUs, but the device is cpu; got {settings.devices}"
+        )
     if not on_cpu:
         options["device_ids"] = _devices(settings, device)
     if settings.placement == "beside":
@@ -155,9 +161,9 @@ def _options(config: Config, device: torch.device, sleeps: bool) -> dict[str, An
 
 def _devices(settings: Settings, device: torch.device) -> list[int]:
     """GPUs of this rank's engine: the trainer's, or its share of those set aside."""
-    if not settings.devices:
-        return [device.index or 0]
     size, rank = settings.tensor_parallel, int(os.environ.get("LOCAL_RANK", 0))
+    if not settings.devices and size == 1:
+        return [device.index or 0]
     mine = list(settings.devices[rank * size : (rank + 1) * size])
     if len(mine) < size:
         raise ValueError(
@@ -192,13 +198,14 @@ def _pusher(
     return push
 
 
-def _set_environment(settings: Settings) -> None:
-    """What vLLM reads from the environment when it starts."""
+def _set_environment(settings: Settings, device: torch.device) -> None:
+    """What vLLM reads from the environment as it is imported or starts."""
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = str(int(settings.placement == "beside"))
-    if settings.placement == "beside":
+    os.environ[TRAINER] = str(os.getpid())
+    if settings.placement == "beside" and _backend(settings, device) == "ipc":
         # CUDA's handles of memory are objects that msgpack does not know.
         os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"
 

@@ -5,7 +5,10 @@ makes the same calls with files that have no place on a disk.
 """
 
 import os
+import select
+import signal
 import socket
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -36,6 +39,7 @@ from vllm.model_executor.model_loader.reload import (
 )
 
 from trainer.config import Engine as Settings
+from trainer.engines.vllm import TRAINER
 from trainer.policy import Policy
 
 MEMORY_FILE = "memory_file"
@@ -77,6 +81,19 @@ def repack_tied_head(model: torch.nn.Module) -> None:
 
 class WorkerExtension:
     """Adds nothing to vLLM's worker but the import of this module."""
+
+
+def _end_with(trainer: int) -> None:
+    """Let a worker end, and the engine above it, as soon as the trainer does, were it killed."""
+    engine = os.getppid()
+
+    def wait() -> None:
+        select.select([os.pidfd_open(trainer)], [], [])
+        if engine not in (1, trainer) and os.getppid() == engine:
+            os.kill(engine, signal.SIGKILL)
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 class _Client:
@@ -232,3 +249,6 @@ for _factory, _end in (
 ):
     if MEMORY_FILE not in _factory._registry:
         _factory.register_engine(MEMORY_FILE, _end)
+
+if os.environ[TRAINER] != str(os.getpid()):
+    _end_with(int(os.environ[TRAINER]))
