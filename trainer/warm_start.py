@@ -76,7 +76,12 @@ def load_or_warm_start(
         complete = Path(unfinished) / "model"
         model.save_pretrained(complete)
         tokenizer.save_pretrained(complete)
-        complete.rename(folder)
+        try:
+            complete.rename(folder)
+        except OSError:
+            if not folder.exists():
+                raise
+            # Another run was at it too, and done first.
     return folder
 
 

@@ -97,6 +97,22 @@ def test_kept_start_loads_bit_for_bit(tmp_path):
     assert [path.name for path in Path(settings.cache).iterdir()] == [folder.name]
 
 
+def test_two_runs_at_the_same_start(tmp_path):
+    """The second to be done takes what the first has put there."""
+    settings, ladder = replace(SETTINGS, cache=str(tmp_path / "cache")), Ladder(0)
+    (model, tokenizer), (other, _) = build_tiny(0), build_tiny(0)
+    done_meanwhile = []
+
+    def report(step, metrics):
+        if step == settings.steps:
+            done_meanwhile.append(load_or_warm_start(other, tokenizer, ladder, settings, 0))
+
+    folder = load_or_warm_start(model, tokenizer, ladder, settings, 0, report)
+    assert done_meanwhile == [folder]
+    assert same(model, other)
+    assert [path.name for path in Path(settings.cache).iterdir()] == [folder.name]
+
+
 def test_all_that_shapes_a_start_names_it(tmp_path):
     settings = replace(SETTINGS, steps=1, cache=str(tmp_path))
 
