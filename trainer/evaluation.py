@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Mapping
+from contextlib import closing
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Literal
@@ -220,7 +221,8 @@ def _generate(
     engine.update_weights(policy.weights())
     total = sum(len(problems) for _, problems in asked.values())
     done = total - sum(len(portion) for *_, portion in portions)
-    with progress("evaluation", total, done, _COLUMNS, shown=ranks.first) as bar:
+    shown = progress("evaluation", total, done, _COLUMNS, shown=ranks.first)
+    with closing(engine), shown as bar:
         for name, first, portion in portions:
             rollouts = sample(
                 engine,

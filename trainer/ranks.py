@@ -87,4 +87,5 @@ def join(device: str = "auto", group: bool = False) -> Iterator[Ranks]:
     try:
         yield Ranks(torch.device(kind), dist.get_rank(), dist.get_world_size(), dist.group.WORLD)
     finally:
-        dist.destroy_process_group()
+        if dist.is_initialized():  # An engine in this process may have ended it.
+            dist.destroy_process_group()

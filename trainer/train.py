@@ -33,7 +33,11 @@ def train(settings: Config, on_step: Callable[[int], Any] = lambda step: None) -
     `on_step` is called after each step is on disk. Returns the path of the report.
     """
     with join(settings.device, group=settings.model.compute_dtype is not None) as ranks:
-        return _train(start(settings, ranks), on_step)
+        run = start(settings, ranks)
+        try:
+            return _train(run, on_step)
+        finally:
+            run.engine.close()
 
 
 def _train(run: Run, on_step: Callable[[int], Any]) -> Path:

@@ -86,6 +86,7 @@ def test_two_sharded_ranks_with_an_engine_each_are_as_one(whole, placement, tmp_
     command += ["-m", "tests.trainer.vllm_rank", placement, str(tmp_path), "2"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr[-4000:]
+    assert "Traceback" not in done.stderr, done.stderr[-4000:]
     got = read_rows(tmp_path / "run" / "metrics.jsonl")
     assert [row["step"] for row in got] == [0, 1, 2]
     assert any("loss" in row for row in got)

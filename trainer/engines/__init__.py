@@ -44,6 +44,10 @@ class Engine(Protocol):
         """Sample from these weights from now on: every parameter by its name, whole."""
         ...
 
+    def close(self) -> None:
+        """End what it has started; it samples no more."""
+        ...
+
 
 def make_engine(
     settings: Config,

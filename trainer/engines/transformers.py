@@ -72,6 +72,9 @@ class TransformersEngine:
             for name, weight in weights:
                 self._weights[name].copy_(weight)
 
+    def close(self) -> None:
+        """Nothing to end."""
+
     @torch.no_grad()
     def _batch(
         self, prompts: Sequence[Sequence[int]], uniform_BL: Tensor, temperature: float

@@ -98,6 +98,10 @@ class VllmEngine:
         if not self._llm.reset_prefix_cache():
             raise RuntimeError("vLLM kept its prefix cache, which holds states of older weights")
 
+    def close(self) -> None:
+        """End vLLM, and with it the process group that it shares with the trainer."""
+        self._llm.llm_engine.engine_core.shutdown()
+
     def _check_length(self, prompt: int, new: int) -> None:
         if prompt + new > self._longest:
             raise ValueError(
