@@ -4,6 +4,7 @@ T response tokens, D hidden, V vocabulary; R rows and W their width as in packin
 """
 
 import ctypes
+import os
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
@@ -142,13 +143,13 @@ def checkpoint_activations(model: Any) -> None:
     """Let backward recompute the activations of each layer, and freed memory go back at once.
 
     glibc keeps blocks of up to 32 MiB between others that stay: 2 GB in a step of 0.6 B parameters
-    on 2 x 1,024 tokens, on a CPU.
+    on 2 x 1,024 tokens, on a CPU. A threshold that the environment sets is left.
     """
     # Its name changed within transformers 5.
     old = model.gradient_checkpointing_enable
     getattr(model, "activation_checkpointing_enable", old)({"use_reentrant": False})
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt is not None:
+    if mallopt is not None and "MALLOC_MMAP_THRESHOLD_" not in os.environ:
         mallopt(M_MMAP_THRESHOLD, MMAP_THRESHOLD)
 
 
