@@ -34,6 +34,22 @@ text { font: 12px system-ui, sans-serif; fill: #3d444d }
 }
 """
 
+RUN_STYLE = """
+.error { fill: none; stroke-width: 1.2 }
+.fsdp2 { stroke-dasharray: 5 3 }
+.r0 { stroke: #0a6fd1; fill: #0a6fd1 }
+.r1 { stroke: #d1590f; fill: #d1590f }
+.r2 { stroke: #1a7f37; fill: #1a7f37 }
+.r3 { stroke: #8250df; fill: #8250df }
+@media (prefers-color-scheme: dark) {
+  .r0 { stroke: #58a6ff; fill: #58a6ff }
+  .r1 { stroke: #ff9a57; fill: #ff9a57 }
+  .r2 { stroke: #3fb950; fill: #3fb950 }
+  .r3 { stroke: #bc8cff; fill: #bc8cff }
+}
+.line { fill: none }
+"""
+
 
 def plot(panels: list[dict[str, Any]]) -> str:
     """One panel a run. `lines` has (fraction, p20, p50, p80) by name."""
@@ -48,11 +64,18 @@ def plot_cost(panels: list[dict[str, Any]]) -> str:
     return _page(title, [_cost_panel(panel) for panel in panels])
 
 
-def _page(title: str, panels: list[list[str]]) -> str:
+def plot_runs(panels: list[dict[str, Any]]) -> str:
+    """One panel a metric over steps. `lines` has a label, (step, low, value, high) and whether to
+    draw the points with their intervals, by the classes of the line."""
+    title = "Accuracy, reward and mismatch over the steps of four runs"
+    return _page(title, [_run_panel(panel) for panel in panels], STYLE + RUN_STYLE)
+
+
+def _page(title: str, panels: list[list[str]], style: str = STYLE) -> str:
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH * len(panels)} {HEIGHT}" '
         f'role="img" aria-label="{title}">',
-        f"<style>{STYLE}</style>",
+        f"<style>{style}</style>",
     ]
     for number, panel in enumerate(panels):
         parts += [f'<g transform="translate({number * WIDTH} 0)">', *panel, "</g>"]
@@ -137,6 +160,50 @@ def _cost_panel(panel: dict[str, Any]) -> list[str]:
         labels.append((y(line[-1][2]), label))
     for height, label in _apart(labels):
         parts.append(f'<text x="{right + 8}" y="{height + 4}">{label}</text>')
+    return parts
+
+
+def _run_panel(panel: dict[str, Any]) -> list[str]:
+    """Steps from zero; values from the tick below the lowest, in tenths or in logarithms."""
+    points = [point for _, line, _ in panel["lines"].values() for point in line]
+    lowest, highest = min(point[1] for point in points), max(point[3] for point in points)
+    if panel["log"]:
+        powers = range(_exponent(lowest) - 1, _exponent(highest) + 2)
+        round_ones = [digit * 10.0**e for e in powers for digit in (1, 2, 5)]
+        bottom = max(value for value in round_ones if value <= lowest)
+        top = min(value for value in round_ones if value > highest)
+        ticks = [value for value in round_ones if bottom <= value <= top]
+        y = _scale(math.log(bottom), math.log(top), HEIGHT - BOTTOM, TOP, math.log)
+    else:
+        first, last = math.floor(lowest * 10), math.ceil(highest * 10)
+        ticks = [tick / 10 for tick in range(first, last + 1)]
+        y = _scale(ticks[0], ticks[-1], HEIGHT - BOTTOM, TOP, float)
+    steps = max(point[0] for point in points)
+    x = _scale(0, steps, LEFT, WIDTH - RIGHT - 16, float)
+    parts = [
+        f'<text class="title" x="{LEFT}" y="18">{panel["title"]}</text>',
+        f'<text x="{LEFT}" y="34">{panel["unit"]}</text>',
+        f'<text x="{x(steps / 2)}" y="{HEIGHT - 10}" text-anchor="middle">step</text>',
+    ]
+    for tick in ticks:
+        parts.append(f'<path class="grid" d="M{x(0)} {y(tick)}H{x(steps)}"/>')
+        parts.append(f'<text x="{LEFT - 6}" y="{y(tick) + 4}" text-anchor="end">{tick:g}</text>')
+    for mark in range(0, steps + 1, max(steps // 5, 1)):
+        parts.append(f'<text x="{x(mark)}" y="{HEIGHT - 30}" text-anchor="middle">{mark}</text>')
+    labels = []
+    for number, (name, (label, line, intervals)) in enumerate(panel["lines"].items()):
+        parts.append(_line(name, line, x, y))
+        for step, low, value, high in line if intervals else []:
+            # Beside each other, or one interval would cover the next.
+            at = round(x(step) + 3 * (number - (len(panel["lines"]) - 1) / 2), 1)
+            kind = name.split()[0]
+            parts.append(f'<path class="error {kind}" d="M{at} {y(low)}V{y(high)}"/>')
+            parts.append(f'<circle class="{kind}" cx="{at}" cy="{y(value)}" r="2"/>')
+        labels.append((y(line[-1][2]), label, name.split()[0]))
+    kinds = {label: kind for _, label, kind in labels}
+    for height, label in _apart([(height, label) for height, label, _ in labels]):
+        style = f'class="{kinds[label]}" style="stroke:none"'
+        parts.append(f'<text {style} x="{x(steps) + 12}" y="{height + 4}">{label}</text>')
     return parts
 
 

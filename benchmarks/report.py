@@ -15,7 +15,8 @@ from pathlib import Path
 
 from benchmarks import head_tables as head
 from benchmarks import other_tables as other
-from benchmarks.plot import plot, plot_cost
+from benchmarks.engine_runs import panels as run_panels
+from benchmarks.plot import plot, plot_cost, plot_runs
 from benchmarks.predicted_tables import predicted
 from benchmarks.tables import Run, by_shape
 
@@ -69,6 +70,10 @@ def render(root: Path) -> dict[Path, str]:
     if "linear_cost" in runs:
         panels = other.cost_panels(runs["linear_cost"])
         texts[root / "docs" / "linear_cost.svg"] = plot_cost(panels)
+    runs_of_engines = root / "benchmarks" / "results" / "engine_runs.json"
+    if runs_of_engines.exists():
+        panels = run_panels(json.loads(runs_of_engines.read_text()))
+        texts[root / "docs" / "engine_runs.svg"] = plot_runs(panels)
     return texts
 
 
