@@ -107,6 +107,8 @@ def _summary(runs: dict[str, list[Run]]) -> str:
         parts.append(other.threshold_in_short(runs["entropy_threshold"]))
     if "ratio_loss" in runs:
         parts.append(other.ratio_loss_in_short(runs["ratio_loss"]))
+    if "train_step" in runs:
+        parts.append(other.train_step_tables(runs["train_step"]))
     return "\n\n".join([*parts, POINTER, predicted()])
 
 
