@@ -57,9 +57,10 @@ def about(run: Run, more: str = "") -> str:
     """Machine, versions, commit, date, in small print."""
     versions = ", ".join(f"{name} {number}" for name, number in run["versions"].items())
     threads = f"{run['threads']} threads" if run["threads"] > 1 else "1 thread"
+    rounds = f"{run['rounds']} rounds" if run["rounds"] > 1 else "1 round"
     return (
         f"<sub>{DTYPES[run['dtype']]}: {run['machine']}, {threads}; {versions}; "
-        f"commit {run['commit']}; {run['date']}; {run['rounds']} rounds{more}.</sub><br>"
+        f"commit {run['commit']}; {run['date']}; {rounds}{more}.</sub><br>"
     )
 
 
