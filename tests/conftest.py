@@ -3,6 +3,7 @@ uninitialised memory is NaN, so that a kernel that reads it shows."""
 
 import functools
 import os
+import signal
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -23,6 +24,10 @@ CHECKED = [
     for path in (Path(__file__).parents[1] / "entropy_kernels").iterdir()
     if path.stem != "_triton"
 ]
+# Ignored by what a shell starts in the background, and by all that this starts in turn.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
 jaxtyping.install_import_hook(CHECKED, f"{shapes.__name__}.checker")
 
 if os.environ.get("TRITON_INTERPRET") == "1" and find_spec("triton") is not None:
