@@ -42,8 +42,10 @@ def step_memory(job: Job) -> Memory:
     layer = gathered | _one_layer(job)
     alone = {"gathered layers": layer["gathered layers"] / 2} if job.sharded else {}
     head = _head_gradient(job)
-    # Beside the sum of earlier micro-batches only until it is added to it.
-    later = head if job.sharded or job.micro_batches == 1 else {}
+    # Beside the sum of earlier micro-batches until it is added to it: at once, or where it is tied
+    # together with the embedding's, at the end.
+    waits = head if model.tied and job.micro_batches > 1 and not job.sharded else {}
+    later = head if job.sharded or job.micro_batches == 1 else waits
     return sampling | {
         "head": before | gathered | kept | head | {"head's workspace": _head(job)},
         "last layer": before | layer | kept | later,
@@ -52,8 +54,8 @@ def step_memory(job: Job) -> Memory:
         | layer
         | alone
         | one
-        | (head if job.sharded else {}),
-        "end": always | gradients | gathered | _embedding(job),
+        | (head if job.sharded else waits),
+        "end": always | gradients | gathered | _embedding(job) | waits,
         "AdamW": always | gradients | {"AdamW's temporaries": _optimizer(job)},
     }
 
