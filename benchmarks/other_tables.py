@@ -81,7 +81,9 @@ def trl_step_tables(runs: list[Run]) -> str:
 def train_step_tables(runs: list[Run]) -> str:
     """Everything about the trainer's step."""
     title = (
-        "**The trainer's step: forward, loss, backward, clipping, AdamW; activation checkpointing**"
+        "**The trainer's step: forward, loss, backward, clipping, AdamW; checkpointed layers.** "
+        "Beyond: of the peak, what is more than all weights, gradients and moments. With logits the "
+        "peak is in the head's backward, before the layers have gradients."
     )
     parts = [title]
     for run in sorted(runs, key=lambda run: run["shape"]["layers"]):
@@ -93,23 +95,22 @@ def _train_step_table(run: Run) -> str:
     shape = run["shape"]
     tokens = shape["sequences"] * (shape["prompt"] + shape["response"])
     model = "{layers} layers, hidden size {hidden:,}, vocabulary {vocabulary:,}".format(**shape)
-    columns = [
-        "",
-        "tokens/s",
-        "time / eager",
-        "head's share",
-        *(f"MB {p}" for p in PARTS),
-        "MB beyond",
-    ]
+    timed = run["rounds"] > 1  # One round is for memory: nothing alternates.
+    columns = ["", *(["tokens/s", "time / eager", "head's share"] if timed else [])]
+    columns += [*(f"MB {part}" for part in PARTS), "MB beyond"]
     rows = []
     for entry in run["contestants"]:
-        state = sum(entry[f"{part}_bytes"] for part in PARTS)
-        share = quantile(_shares(entry), 0.5)
-        cells = [f"{tokens / quantile(entry['wall_s'], 0.5):,.1f}"]
-        cells += [cell(median_ratio(entry, run["contestants"][0])), f"{share:.1%}"]
+        cells = [entry["label"], *(_speed(run, entry, tokens) if timed else [])]
         cells += [f"{entry[f'{part}_bytes'] / 1e6:,.0f}" for part in PARTS]
-        rows.append([entry["label"], *cells, f"{(entry['peak_bytes'] - state) / 1e6:,.0f}"])
+        state = sum(entry[f"{part}_bytes"] for part in PARTS)
+        rows.append([*cells, f"{(entry['peak_bytes'] - state) / 1e6:,.0f}"])
     return f"Qwen3 of {model}; {tokens:,} tokens\n\n{table(columns, rows)}"
+
+
+def _speed(run: Run, entry: Run, tokens: int) -> list[str]:
+    """Tokens a second, the time against the first contestant's, and the head's share of it."""
+    rate, share = tokens / quantile(entry["wall_s"], 0.5), quantile(_shares(entry), 0.5)
+    return [f"{rate:,.1f}", cell(median_ratio(entry, run["contestants"][0])), f"{share:.1%}"]
 
 
 def _shares(entry: Run) -> list[float]:

@@ -264,10 +264,11 @@ def test_a_wrong_step_of_the_trainer_is_refused():
     bench_train_step.join(ours, {"loss": 1.0})
     shape = bench_train_step.QUICK[0]._asdict()
     versions = {"torch": "2"}
-    about = {"shape": shape, "dtype": "float32", "machine": "m", "threads": 1, "rounds": 1}
+    about = {"shape": shape, "dtype": "float32", "machine": "m", "threads": 1, "rounds": 2}
     about |= {"versions": versions, "commit": "c", "date": "d", "contestants": [eager, ours]}
     table = other_tables.train_step_tables([about])
     assert "| ours | 16.0 | 1.00 | 25.0% | 0 | 0 | 0 | 0 |" in table
+    assert "| ours | 0 | 0 | 0 | 0 |" in other_tables.train_step_tables([about | {"rounds": 1}])
     with pytest.raises(runner.WrongResultError, match=r"wrong: .*1\.01"):
         bench_train_step.join(entry("wrong", 1.01), {"loss": 1.0})
 
