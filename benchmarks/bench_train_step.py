@@ -3,7 +3,7 @@
 Forward, loss, backward, clipping and AdamW on responses that are there already, in fp32, with
 activation checkpointing: the trainer's own code, and beside it a step of the same model that holds
 all logits, with TRL's functions. A Qwen3 of random weights and Qwen3-0.6B's shape, and one of a
-quarter of its layers whose head is the larger part.
+quarter of its layers, where the head is nearly half of the step.
 
 Each contestant runs in processes of its own, because two models with optimizers do not fit side by
 side; rounds alternate. A process tells the seconds of its step and of its head, its peak of

@@ -21,6 +21,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from benchmarks.peak_memory import status
 from trainer.config import Algorithm, Config, Model, Optimizer, Rollout
 from trainer.plan import plan
 from trainer.plan.architectures import Architecture
@@ -212,14 +213,6 @@ def _compare(job: Job, probe: Probe) -> dict[str, dict[str, float]]:
         name: {"measured": float(got), "predicted": float(want)}
         for name, (got, want) in pairs.items()
     }
-
-
-def status(key: str) -> int:
-    """Bytes, from the kernel."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(f"{key}:"):
-            return int(line.split()[1]) * 1024
-    raise KeyError(key)
 
 
 def in_processes(name: str) -> dict[str, dict[str, float]]:

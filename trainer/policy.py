@@ -142,8 +142,8 @@ def read_policy(settings: config.Model, seed: int, *, pretrained: bool = True) -
 def checkpoint_activations(model: Any) -> None:
     """Let backward recompute the activations of each layer, and freed memory go back at once.
 
-    glibc keeps blocks of up to 32 MiB between others that stay: 2 GB in a step of 0.6 B parameters
-    on 2 x 1,024 tokens, on a CPU. A threshold that the environment sets is left.
+    glibc keeps blocks of up to 32 MiB between others that stay: 1.4 GB in a step of 0.6 B
+    parameters on 2 x 1,024 tokens, on a CPU. A threshold that the environment sets is left.
     """
     # Its name changed within transformers 5.
     old = model.gradient_checkpointing_enable
