@@ -2,6 +2,8 @@
 
     train [PRESET] [--options]      needs none: it runs the preset "tiny"; goes on from a checkpoint
     evaluate --model M --data D     accuracy, pass@k and lengths of a model or a run
+    analyze WHAT [--options]        entropy patterns, two temperatures, evolution over training
+    compare PRESET [--options]      the paper's ablation and baselines from one preset, by seeds
     plan --preset P --gpus N        memory, flops and time of a run, before it is started
     watch RUN                       follow a run from another terminal
     report RUN                      write the page of a run
@@ -30,6 +32,8 @@ def main(arguments: list[str]) -> int:
     commands = {
         "train": _train,
         "evaluate": _evaluate,
+        "analyze": _analyze,
+        "compare": _compare,
         "plan": _plan,
         "watch": _watch,
         "report": _report,
@@ -100,6 +104,18 @@ def _evaluate(arguments: list[str]) -> int:
     transformers.utils.logging.disable_progress_bar()
     evaluate_model(settings)
     return 0
+
+
+def _analyze(arguments: list[str]) -> int:
+    from trainer.analyze import main as analyze
+
+    return analyze(arguments)
+
+
+def _compare(arguments: list[str]) -> int:
+    from trainer.compare import main as compare
+
+    return compare(arguments)
 
 
 def _watch(arguments: list[str]) -> int:

@@ -108,10 +108,10 @@ def evaluate_model(settings: Evaluation) -> Path:
         ValueError: a model or data that cannot be read, a folder with another evaluation.
     """
     with join(settings.device) as ranks:
-        settings = _resolved(settings, ranks)
-        policy = _load(settings, ranks)
-        asked = _problems(settings, policy)
-        settings = _with_limit(settings, policy, asked)
+        settings = resolved(settings, ranks)
+        policy = load(settings, ranks)
+        asked = problems_of(settings, policy)
+        settings = with_limit(settings, policy, asked)
         folder, plain = Path(settings.out), asdict(settings)
         problems = {name: own for name, (_, own) in asked.items()}
         found = ranks.on_first(lambda: open_folder(folder, plain, _FREE, problems))
@@ -128,7 +128,7 @@ def _short(name: str) -> str:
     return name if name.startswith(("file:", "hub:")) else name.partition("=")[0]
 
 
-def _resolved(settings: Evaluation, ranks: Ranks) -> Evaluation:
+def resolved(settings: Evaluation, ranks: Ranks) -> Evaluation:
     """With a run's own settings where the model is one, and with the defaults elsewhere."""
     path = Path(settings.model)
     model, data, limit = settings.model, Data(instruction=INSTRUCTION), 0
@@ -152,7 +152,7 @@ def _resolved(settings: Evaluation, ranks: Ranks) -> Evaluation:
     )
 
 
-def _load(settings: Evaluation, ranks: Ranks) -> Policy:
+def load(settings: Evaluation, ranks: Ranks) -> Policy:
     """A whole model on every rank; of a checkpoint too, by however many ranks it was written."""
     written = (Path(settings.model) / "manifest.json").exists()
     policy = read_policy(_model(settings), settings.seed, pretrained=not written)
@@ -166,7 +166,7 @@ def _model(settings: Evaluation) -> Model:
     return Model(path=settings.model, dtype=settings.dtype, attention=settings.attention)
 
 
-def _problems(settings: Evaluation, policy: Policy) -> Asked:
+def problems_of(settings: Evaluation, policy: Policy) -> Asked:
     data = Data(
         prompt_field=settings.prompt_field,
         answer_field=settings.answer_field,
@@ -181,7 +181,7 @@ def _problems(settings: Evaluation, policy: Policy) -> Asked:
     return asked
 
 
-def _with_limit(settings: Evaluation, policy: Policy, asked: Asked) -> Evaluation:
+def with_limit(settings: Evaluation, policy: Policy, asked: Asked) -> Evaluation:
     """With a length limit: the paper's, or what the longest prompt leaves of the positions."""
     if settings.max_new_tokens:
         return settings
@@ -213,11 +213,11 @@ def _generate(
     ]
     if not portions:
         return
-    reward = Reward(settings.function, settings.seconds, workers=settings.workers)
-    verifiers = {name: Verifier(task, reward) for name, (task, _) in asked.items()}
+    config = engine_config(settings)
+    verifiers = {name: Verifier(task, config.reward) for name, (task, _) in asked.items()}
     for verifier in verifiers.values():
         verifier.start()  # before what takes long
-    engine = make_engine(_config(settings), policy)
+    engine = make_engine(config, policy)
     engine.update_weights(policy.weights())
     total = sum(len(problems) for _, problems in asked.values())
     done = total - sum(len(portion) for *_, portion in portions)
@@ -244,8 +244,8 @@ def _generate(
         verifier.close()
 
 
-def _config(settings: Evaluation) -> Config:
-    """What an engine needs to know, as of a run."""
+def engine_config(settings: Evaluation) -> Config:
+    """The same as a run has it; greedy, entropies are those of temperature 1."""
     return Config(
         seed=settings.seed,
         device=settings.device,
@@ -254,8 +254,10 @@ def _config(settings: Evaluation) -> Config:
         rollout=Rollout(
             group_size=settings.samples,
             max_new_tokens=settings.max_new_tokens,
+            temperature=settings.temperature or 1.0,
             batch_size=settings.batch_size,
         ),
+        reward=Reward(settings.function, settings.seconds, workers=settings.workers),
     )
 
 

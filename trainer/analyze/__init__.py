@@ -1,0 +1,35 @@
+"""`python -m trainer analyze`: what the entropies of a model's tokens say.
+
+patterns      histogram, percentiles, tokens by entropy, and a page of coloured responses
+temperatures  two-temperature decoding: accuracy over both temperatures
+evolution     what training does to entropies: overlap of the top tokens, change by percentile
+"""
+
+import sys
+
+USAGE = __doc__
+
+
+def main(arguments: list[str]) -> int:
+    """Run one analysis; returns the exit status. Raises ValueError for bad settings."""
+    import tyro
+
+    what, rest = (arguments[0], arguments[1:]) if arguments else ("", [])
+    prog = f"python -m trainer analyze {what}"
+    if what == "patterns":
+        from trainer.analyze.patterns import Patterns, analyze_patterns
+
+        analyze_patterns(tyro.cli(Patterns, args=rest, prog=prog))
+    elif what == "temperatures":
+        from trainer.analyze.temperatures import Temperatures, analyze_temperatures
+
+        analyze_temperatures(tyro.cli(Temperatures, args=rest, prog=prog))
+    elif what == "evolution":
+        from trainer.analyze.evolution import Evolution, analyze_evolution
+
+        analyze_evolution(tyro.cli(Evolution, args=rest, prog=prog))
+    else:
+        help_wanted = what in ("-h", "--help")
+        print(USAGE.strip() if USAGE else "", file=sys.stdout if help_wanted else sys.stderr)
+        return 0 if help_wanted else 2
+    return 0
