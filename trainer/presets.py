@@ -38,6 +38,18 @@ def tiny() -> Config:
     )
 
 
+def tiny_long() -> Config:
+    """The same policy on the long number ladder: twice the length, two decisions a step."""
+    config = tiny()
+    return replace(
+        config,
+        name="tiny-long",
+        data=Data(task="ladder:long"),
+        rollout=Rollout(max_new_tokens=64),
+        warm_start=WarmStart(steps=800, traces=50_000),
+    )
+
+
 def dapo_math() -> Data:
     """DAPO-Math-17K, the paper's data: its questions without DAPO's own instruction around them.
 
@@ -202,6 +214,7 @@ def _qwen3(size: str) -> dict[str, Callable[[], Config]]:
 
 PRESETS: dict[str, Callable[[], Config]] = {
     "tiny": tiny,
+    "tiny-long": tiny_long,
     **_qwen3("8B"),
     **_qwen3("14B"),
     **_qwen3("32B"),

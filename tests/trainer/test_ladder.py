@@ -182,5 +182,5 @@ def test_answer_survives_json():
 
 @pytest.mark.parametrize("name", ["ladders", "", "gym:", "file:", "maze:3"])
 def test_unknown_task_lists_the_forms(name):
-    with pytest.raises(ValueError, match='"ladder", "gym:NAME", "file:PATH"'):
+    with pytest.raises(ValueError, match='"ladder", "ladder:long", "gym:NAME", "file:PATH"'):
         make_task(Data(task=name), 0)

@@ -20,7 +20,7 @@ def test_each_is_a_configuration_that_names_itself():
         assert isinstance(config, Config)
         assert config.name == name
     assert set(PRESETS) == {
-        "tiny",
+        *("tiny", "tiny-long"),
         *PAPER,
         *(f"grpo-qwen3-{size}" for size in SIZES),
         *("llama-8b", "qwen3-0.6b", "qwen3-1.7b"),

@@ -1,14 +1,199 @@
-"""placeholder"""
+"""Entropy patterns of a model's responses: section 3 of "Beyond the 80/20 Rule"."""
 
-from dataclasses import dataclass
+import json
+import math
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
 
-from trainer.evaluation import Evaluation
+from rich.console import Console
+from rich.table import Table
+
+from trainer.analyze.folder import out_folder
+from trainer.analyze.responses import Scored, scored_responses
+from trainer.analyze.statistics import EntropyStatistics
+from trainer.analyze.tokens_page import write_tokens_page
+from trainer.evaluation import Evaluation, load, problems_of, resolved, with_limit
+from trainer.figures import Mark, Panel, Series, figure
+from trainer.log import Sample, provenance, replace_text
+from trainer.policy import Policy
+from trainer.progress import Columns, progress
+from trainer.ranks import Ranks, join
+
+PERCENTILES = (*range(5, 100, 5), 99)
+LOW = 0.01
+"""Below it the paper calls a token's entropy low; 50.64% of Qwen3-8B's tokens are."""
+HISTOGRAM_BINS = 40
+CDF_POINTS = 61
+_COLUMNS: Columns = {"mean entropy": (("mean",), ".3f"), "p80": (("p80",), ".3f")}
 
 
 @dataclass(frozen=True)
 class Patterns(Evaluation):
-    """placeholder"""
+    """Which responses, and what is shown of them."""
+
+    fraction: float = 0.2
+    """Share of the tokens that is called high-entropy."""
+    minimum: int = 100
+    """Tokens sampled less often are left out of the tables (the paper's 100)."""
+    shown: int = 100
+    """Rows of each table of tokens."""
+    coloured: int = 24
+    """Responses on the page of coloured tokens: the first of as many problems."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.fraction <= 1:
+            raise ValueError(f"fraction must lie in (0, 1]; got {self.fraction}")
 
 
-def analyze_patterns(settings: Patterns) -> None:
-    """placeholder"""
+def analyze_patterns(settings: Patterns) -> Path:
+    """Sample, score, and write OUT/patterns.json, patterns.svg and tokens.html.
+
+    patterns.json: "count" of tokens; "mean", "below_0.01", "percentiles" and "threshold" of the
+    top `fraction` of their entropies, nats; "histogram" (edges, shares), "cdf" (points, shares
+    below); "tokens", all sampled `minimum` times or more by mean entropy, highest first: "text",
+    "token" id, "count", "mean", "share" of all tokens. Memory does not grow with the responses.
+    Returns the path of patterns.json.
+    """
+    with join(settings.device) as ranks:
+        settings = replace(resolved(settings, ranks), out=settings.out or out_folder(settings.model))
+        policy = load(settings, ranks)
+        asked = problems_of(settings, policy)
+        settings = with_limit(settings, policy, asked)
+        vocabulary = policy.model.get_output_embeddings().weight.shape[0]
+        statistics, samples = EntropyStatistics(vocabulary), []
+        right = responses = 0.0
+        total = sum(len(problems) for _, problems in asked.values())
+        with progress("responses", total, columns=_COLUMNS) as bar:
+            done = 0
+            for scored in scored_responses(settings, policy, asked, ranks):
+                mask_BL = scored.rollouts.mask_BL
+                statistics.update(scored.rollouts.response_BL[mask_BL], scored.entropy_BL[mask_BL])
+                samples += _samples(scored, policy, settings.coloured - len(samples))
+                right += float(scored.rollouts.reward_B.sum())
+                responses += len(scored.rollouts)
+                done += len(scored.rollouts) // settings.samples
+                p80 = statistics.percentile(80)
+                bar.update(done, {"mean": statistics.mean(), "p80": p80})
+        found = {"accuracy": right / responses, **summarize(statistics, settings, policy)}
+        return _write(settings, found, samples, ranks)
+
+
+def summarize(
+    statistics: EntropyStatistics, settings: Patterns, policy: Policy
+) -> dict[str, Any]:
+    """What patterns.json says of `statistics`."""
+    most = math.log(len(statistics.count_V))
+    top = max(statistics.percentile(100), LOW)
+    edges = [top * i / HISTOGRAM_BINS for i in range(HISTOGRAM_BINS + 1)]
+    edges[-1] = math.inf
+    points = [10 ** (-6 + i * (math.log10(most) + 6) / (CDF_POINTS - 1)) for i in range(CDF_POINTS)]
+    return {
+        "count": statistics.count,
+        "mean": statistics.mean(),
+        "below_0.01": statistics.share_below(LOW),
+        "percentiles": {str(p): statistics.percentile(p) for p in PERCENTILES},
+        "threshold": statistics.percentile(100 * (1 - settings.fraction)),
+        "histogram": {"edges": edges[:-1], "shares": statistics.shares(edges)},
+        "cdf": {"points": points, "shares": [statistics.share_below(p) for p in points]},
+        "tokens": [
+            {
+                "text": policy.tokenizer.decode([token]),
+                "token": token,
+                "count": count,
+                "mean": mean,
+                "share": count / statistics.count,
+            }
+            for token, count, mean in statistics.tokens(settings.minimum)
+        ],
+    }
+
+
+def draw(found: dict[str, Any], source: str) -> str:
+    """The histogram and the distribution function of a patterns.json, as an SVG."""
+    edges, shares = found["histogram"]["edges"], found["histogram"]["shares"]
+    histogram = [Mark(x, *[math.log10(y)] * 3) for x, y in zip(edges, shares, strict=True) if y > 0]
+    cdf = [
+        Mark(x, *[y] * 3)
+        for x, y in zip(found["cdf"]["points"], found["cdf"]["shares"], strict=True)
+    ]
+    threshold = found["threshold"]
+    return figure(
+        [
+            Panel(
+                "log10 of the share of tokens",
+                "entropy, nats",
+                [Series("tokens", histogram, 1)],
+                lines=[threshold],
+            ),
+            Panel(
+                "share of tokens below",
+                "entropy, nats (dashed: the threshold)",
+                [Series("tokens", cdf, 1)],
+                log_x=True,
+                zero=True,
+                lines=[max(threshold, 1e-6)],
+            ),
+        ],
+        source,
+    )
+
+
+def _samples(scored: Scored, policy: Policy, wanted: int) -> list[Sample]:
+    """The first response of each problem, up to `wanted`; kept is marked later."""
+    rollouts, found = scored.rollouts, []
+    first = [int((rollouts.group_B == group).nonzero()[0]) for group in rollouts.group_B.unique()]
+    for b in first[: max(wanted, 0)]:
+        mask = rollouts.mask_BL[b]
+        entropy = scored.entropy_BL[b][mask].tolist()
+        tokens = [policy.tokenizer.decode([token]) for token in rollouts.response_BL[b][mask]]
+        found.append(
+            Sample(
+                rollouts.problems[b].prompt,
+                rollouts.responses[b],
+                float(rollouts.reward_B[b]),
+                tokens,
+                entropy,
+                [False] * len(entropy),
+            )
+        )
+    return found
+
+
+def _write(
+    settings: Patterns, found: dict[str, Any], samples: list[Sample], ranks: Ranks
+) -> Path:
+    folder = Path(settings.out)
+    folder.mkdir(parents=True, exist_ok=True)
+    threshold = found["threshold"]
+    marked = [replace(s, kept=[entropy >= threshold for entropy in s.entropy]) for s in samples]
+    write_tokens_page(folder / "tokens.html", marked, threshold, settings.model)
+    replace_text(folder / "patterns.svg", draw(found, "patterns.json"))
+    whole = {"settings": asdict(settings), "made": provenance(str(ranks.device)), **found}
+    path = folder / "patterns.json"
+    replace_text(path, json.dumps(whole, indent=1) + "\n")
+    _show(found, settings)
+    print(f"results: {path}")
+    return path
+
+
+def _show(found: dict[str, Any], settings: Patterns) -> None:
+    print(
+        f"{found['count']:,} tokens, mean entropy {found['mean']:.3f} nats; "
+        f"{found['below_0.01']:.1%} below {LOW}; 80th percentile {found['percentiles']['80']:.3f}; "
+        f"top {settings.fraction:.0%} from {found['threshold']:.3f} on"
+    )
+    table = Table(title=f"tokens sampled {settings.minimum} times or more")
+    for title in ("highest", "entropy", "count", "lowest", "entropy", "count"):
+        table.add_column(title, justify="left" if title in ("highest", "lowest") else "right")
+    tokens = found["tokens"]
+    count = min(settings.shown, len(tokens) // 2 or len(tokens))
+    for high, low in zip(tokens[:count], tokens[::-1][:count], strict=True):
+        cells = (_cells(high), _cells(low))
+        table.add_row(*cells[0], *cells[1])
+    Console().print(table)
+
+
+def _cells(token: dict[str, Any]) -> tuple[str, str, str]:
+    return repr(token["text"]), f"{token['mean']:.3f}", f"{token['count']:,}"

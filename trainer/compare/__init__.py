@@ -1,6 +1,103 @@
-"""`python -m trainer compare`: placeholder."""
+"""`python -m trainer compare PRESET [--options]`: the paper's ablation and baselines, by seeds.
+
+Each arm (trainer/compare/arms.py) is a run of the trainer with each seed; a seed makes the model,
+its warm start, its problems and its samples, so that intervals over seeds are over all of these.
+What is finished is not done again.
+"""
+
+import sys
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from trainer.compare.arms import ARMS, STUDIES, Study, arm_config
+from trainer.config import Config
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Which runs, and how they are done."""
+
+    studies: tuple[Study, ...] = ("ablation", "algorithms")
+    """Whose arms are run: fractions of the tokens and their controls, and algorithms."""
+    arms: tuple[str, ...] = ()
+    """Only these of them."""
+    seeds: int = 5
+    """Replications of each arm."""
+    first_seed: int = 0
+    """The least seed."""
+    jobs: int = 2
+    """Processes at a time, each with `config.threads` threads, or one."""
+    hours: float = 0.0
+    """Budget of wall time; 0: none. The next call goes on with what is left."""
+    label: str = ""
+    """Of the task in the names of folders; by default from the data's name."""
+    out: str = ""
+    """File of the results; by default ROOT/LABEL/comparison.json."""
+    config: Config = field(default_factory=Config)
+    """What all runs share."""
+
+    def __post_init__(self) -> None:
+        for name in ("seeds", "jobs"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}")
+        if self.hours < 0:
+            raise ValueError(f"hours must be at least 0; got {self.hours}")
+        if unknown := set(self.arms) - set(ARMS):
+            raise ValueError(f"no arm {', '.join(sorted(unknown))}; there are {', '.join(ARMS)}")
+
+
+def runs(settings: Comparison) -> list[Config]:
+    """All runs of `settings`: every arm of the first seed, then of the next."""
+    arms = dict.fromkeys(arm for study in settings.studies for arm in STUDIES[study])
+    chosen = settings.arms or tuple(arms)
+    seeds = range(settings.first_seed, settings.first_seed + settings.seeds)
+    label = _label(settings)
+    return [arm_config(settings.config, label, arm, seed) for seed in seeds for arm in chosen]
+
+
+def compare(settings: Comparison) -> int:
+    """Do what is missing and write the results; 0 where all runs are finished."""
+    from trainer.compare.collect import collect, write
+    from trainer.compare.driver import drive
+
+    configs = runs(settings)
+    out = Path(settings.out or Path(settings.config.root) / _label(settings) / "comparison.json")
+
+    def results() -> None:
+        write(out, collect(_label(settings), configs, asdict(settings)))
+
+    def shown(done: int, total: int) -> None:
+        results()
+        print(f"{done}/{total} runs", flush=True)
+
+    outcome = drive(configs, settings.jobs, settings.hours, shown)
+    results()
+    for name, lines in outcome.failed.items():
+        print(f"{name} failed:\n{lines}", file=sys.stderr)
+    if outcome.left:
+        print(f"{len(outcome.left)} runs are left; the same command goes on", file=sys.stderr)
+    print(f"results: {out}")
+    return int(bool(outcome.failed or outcome.left))
+
+
+def _label(settings: Comparison) -> str:
+    return settings.label or settings.config.data.task.replace(":", "-").replace("/", "-")
 
 
 def main(arguments: list[str]) -> int:
-    """placeholder"""
-    return 2
+    """Run the comparison that `arguments` ask for; returns the exit status."""
+    import tyro
+
+    from trainer.presets import PRESETS
+
+    name = arguments.pop(0) if arguments and not arguments[0].startswith("-") else "tiny"
+    if name not in PRESETS:
+        raise ValueError(f"no preset {name!r}; there are {', '.join(PRESETS)}")
+    settings = tyro.cli(
+        Comparison,
+        default=Comparison(config=PRESETS[name]()),
+        args=arguments,
+        prog=f"python -m trainer compare {name}",
+        description=__doc__,
+    )
+    return compare(settings)

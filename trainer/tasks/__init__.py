@@ -17,6 +17,10 @@ def make_task(data: Data, seed: int, tokenizer: Any = None) -> Task:
         from trainer.tasks.ladder import Ladder
 
         return Ladder(seed)
+    if data.task == "ladder:long":
+        from trainer.tasks.long_ladder import LongLadder
+
+        return LongLadder(seed)
     if kind == "gym" and name:
         try:
             from trainer.tasks.gym import Gym
@@ -30,6 +34,6 @@ def make_task(data: Data, seed: int, tokenizer: Any = None) -> Task:
 
         return PromptSet(data, seed, tokenizer)
     raise ValueError(
-        f'no task {data.task!r}; wanted "ladder", "gym:NAME", "file:PATH" or '
+        f'no task {data.task!r}; wanted "ladder", "ladder:long", "gym:NAME", "file:PATH" or '
         '"hub:NAME[:CONFIGURATION]"'
     )

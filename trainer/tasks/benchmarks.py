@@ -42,13 +42,13 @@ def make_benchmark(name: str, data: Data, split: str, tokenizer: Any) -> Task:
     (of a file or folder without splits, all rows); or a task that makes its own problems.
     Raises ValueError for any other name, and what the source raises.
     """
-    if name == "ladder" or name.startswith("gym:"):
+    if name in ("ladder", "ladder:long") or name.startswith("gym:"):
         return make_task(replace(data, task=name), 0, tokenizer)
     short, _, path = name.partition("=")
     if short not in BENCHMARKS and not name.startswith(("file:", "hub:")):
         raise ValueError(
             f'no data {name!r}; wanted {", ".join(BENCHMARKS)} (each also as "NAME=PATH"), '
-            '"file:PATH", "hub:NAME[:CONFIGURATION]", "gym:NAME" or "ladder"'
+            '"file:PATH", "hub:NAME[:CONFIGURATION]", "gym:NAME", "ladder" or "ladder:long"'
         )
     # Here, as it imports `datasets`: a task that makes its own problems needs none of it.
     from trainer.tasks.question_set import QuestionSet

@@ -22,9 +22,9 @@ OPERANDS = {"+": (2, 9), "-": (2, 9), "*": (2, 3)}  # both ends included
 TEST_FRACTION = 1 / 8
 WALKS = 3
 
-_OPERATORS = {"+": operator.add, "-": operator.sub, "*": operator.mul}
+OPERATORS = {"+": operator.add, "-": operator.sub, "*": operator.mul}
 _NUMBER = "(0|[1-9][0-9]?)"
-_STEP = re.compile(rf"{_NUMBER}([-+*]){_NUMBER}={_NUMBER}")
+STEP = re.compile(rf"{_NUMBER}([-+*]){_NUMBER}={_NUMBER}")
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Puzzle:
 
     def steps(self, value: int) -> dict[str, int]:
         """Where each legal operation leads from `value`, by operator."""
-        results = {s: _OPERATORS[s](value, operand) for s, operand in self.operands.items()}
+        results = {s: OPERATORS[s](value, operand) for s, operand in self.operands.items()}
         return {symbol: result for symbol, result in results.items() if 0 <= result <= LARGEST}
 
     def distance(self) -> int | None:
@@ -74,7 +74,7 @@ class Puzzle:
             return False
         value = self.start
         for step in chain:
-            match = _STEP.fullmatch(step)
+            match = STEP.fullmatch(step)
             if match is None:
                 return False
             before, symbol, operand, after = match.groups()

@@ -1,0 +1,56 @@
+"""What is compared: each arm as a change of one configuration, and the studies they belong to.
+
+Names follow "Beyond the 80/20 Rule" (arXiv 2506.01939v2), sections 5.2 and 5.3.
+"""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, Literal
+
+from trainer.config import Config
+
+Study = Literal["ablation", "algorithms"]
+
+_TOP: Mapping[str, Any] = {
+    "fraction": 0.2,
+    "which": "top",
+    "entropy_source": "old",
+    "denominator": "selected",
+}
+
+ARMS: Mapping[str, Mapping[str, Any]] = {
+    "top-20": {},
+    "all": {"fraction": 1.0},
+    "random-20": {"which": "random"},
+    "bottom-80": {"fraction": 0.8, "which": "bottom"},
+    "top-10": {"fraction": 0.1},
+    "top-5": {"fraction": 0.05},
+    "top-50": {"fraction": 0.5},
+    "top-20-current": {"entropy_source": "current"},
+    "top-20-over-all": {"denominator": "all"},
+    "grpo": {"fraction": 1.0, "clip_high": 0.2, "loss_type": "grpo", "max_rounds": 1},
+    "ppo": {"fraction": 1.0, "clip_high": 0.2, "advantage": "dr_grpo", "max_rounds": 1},
+}
+"""What each arm changes in `Algorithm`, after the top 20% of the old policy's entropies.
+
+"ppo" is PPO's clipped objective with the gradient of every token: one clip range, a mean over
+tokens, no dynamic sampling, and the mean of the group in the place of a critic, not divided by the
+standard deviation. "grpo" adds that division and takes a mean over sequences of their means. "all"
+is DAPO, "top-20" DAPO on forking tokens.
+"""
+
+STUDIES: Mapping[Study, tuple[str, ...]] = {
+    "ablation": tuple(name for name in ARMS if name not in ("grpo", "ppo")),
+    "algorithms": ("ppo", "grpo", "all", "top-20"),
+}
+
+
+def arm_config(base: Config, label: str, arm: str, seed: int) -> Config:
+    """The run of `arm` with `seed`: `base` but for its name, its seed and what the arm changes.
+
+    Raises ValueError for an unknown arm.
+    """
+    if arm not in ARMS:
+        raise ValueError(f"no arm {arm!r}; there are {', '.join(ARMS)}")
+    algorithm = replace(base.algorithm, **{**_TOP, **ARMS[arm]})
+    return replace(base, name=f"{label}/{arm}/seed-{seed}", seed=seed, algorithm=algorithm)

@@ -1,0 +1,131 @@
+"""Which differences between arms are larger than the spread over seeds.
+
+A seed is a whole replication that all arms share, so arms are compared within seeds.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from itertools import product
+from statistics import fmean, stdev
+from typing import NamedTuple
+
+LEVEL = 0.95
+
+
+class Interval(NamedTuple):
+    """A mean over seeds and Student's interval around it."""
+
+    mean: float
+    low: float
+    high: float
+    seeds: int
+
+
+class Difference(NamedTuple):
+    """Arm less other arm, over the seeds that both have."""
+
+    arm: str
+    other: str
+    interval: Interval
+    p: float
+    """Of the paired t-test."""
+    p_holm: float
+    """The same, adjusted for all the differences that were asked for."""
+    p_flips: float
+    """Of all flips of the differences' signs; with n seeds at least 2 / 2^n."""
+
+    @property
+    def distinguishable(self) -> bool:
+        """Whether the adjusted p is below 0.05."""
+        return self.p_holm < 1 - LEVEL
+
+
+def interval(values: Sequence[float]) -> Interval:
+    """Mean of `values` and its 95% interval by Student's t; infinite for a single value.
+
+    Raises ValueError for none.
+    """
+    if not values:
+        raise ValueError("an interval needs one value or more; got none")
+    mean, count = fmean(values), len(values)
+    if count < 2:
+        return Interval(mean, -math.inf, math.inf, count)
+    half = t_quantile((1 + LEVEL) / 2, count - 1) * stdev(values) / math.sqrt(count)
+    return Interval(mean, mean - half, mean + half, count)
+
+
+def differences(
+    values: Mapping[str, Mapping[int, float]], pairs: Sequence[tuple[str, str]]
+) -> list[Difference]:
+    """Of each pair (arm, other) of `pairs`; `values` has each arm's value by seed.
+
+    Raises ValueError where a pair has fewer than two seeds in common.
+    """
+    found = []
+    for arm, other in pairs:
+        seeds = sorted(values[arm].keys() & values[other].keys())
+        if len(seeds) < 2:
+            raise ValueError(
+                f"{arm} and {other} have {len(seeds)} seeds in common; 2 or more are wanted"
+            )
+        apart = [values[arm][seed] - values[other][seed] for seed in seeds]
+        found.append((arm, other, interval(apart), _t_test(apart), _sign_flips(apart)))
+    adjusted = holm([p for *_, p, _ in found])
+    return [
+        Difference(arm, other, around, p, p_holm, flips)
+        for (arm, other, around, p, flips), p_holm in zip(found, adjusted, strict=True)
+    ]
+
+
+def holm(ps: Sequence[float]) -> list[float]:
+    """p-values adjusted by Holm's step-down method, in their order."""
+    adjusted, largest = [0.0] * len(ps), 0.0
+    for place, index in enumerate(sorted(range(len(ps)), key=ps.__getitem__)):
+        largest = max(largest, min(1.0, (len(ps) - place) * ps[index]))
+        adjusted[index] = largest
+    return adjusted
+
+
+def t_quantile(p: float, freedom: int) -> float:
+    """The `p`-quantile, p > 1/2, of Student's t with `freedom` degrees, by bisection."""
+    low, high = 0.0, 1.0
+    while t_cdf(high, freedom) < p:
+        high *= 2
+    for _ in range(200):
+        middle = (low + high) / 2
+        low, high = (middle, high) if t_cdf(middle, freedom) < p else (low, middle)
+    return (low + high) / 2
+
+
+def t_cdf(t: float, freedom: int) -> float:
+    """P(T <= t) of Student's t; the finite sums for whole degrees (Abramowitz, Stegun 26.7.3-4)."""
+    theta = math.atan2(abs(t), math.sqrt(freedom))
+    sine, cosine = math.sin(theta), math.cos(theta)
+    odd = freedom % 2
+    term = total = cosine if odd else 1.0
+    for k in range(3 if odd else 2, freedom - 1, 2):
+        term *= (k - 1) / k * cosine**2
+        total += term
+    if odd:
+        inside = 2 / math.pi * (theta + (sine * total if freedom > 1 else 0.0))
+    else:
+        inside = sine * total
+    return (1 + math.copysign(inside, t)) / 2
+
+
+def _t_test(apart: Sequence[float]) -> float:
+    """Two-sided p of a mean of zero."""
+    spread = stdev(apart) / math.sqrt(len(apart))
+    if spread == 0:
+        return 0.0 if apart[0] else 1.0
+    return 2 * (1 - t_cdf(abs(fmean(apart)) / spread, len(apart) - 1))
+
+
+def _sign_flips(apart: Sequence[float]) -> float:
+    """Two-sided p of a distribution that is symmetric about zero, by all flips of signs."""
+    observed = abs(sum(apart)) * (1 - 1e-12)
+    flips = [
+        abs(sum(sign * value for sign, value in zip(signs, apart, strict=True)))
+        for signs in product((1, -1), repeat=len(apart))
+    ]
+    return sum(total >= observed for total in flips) / len(flips)
