@@ -8,6 +8,7 @@ from torch import Tensor
 
 from trainer.config import Config
 from trainer.policy import Policy
+from trainer.two_temperatures import TwoTemperatures
 
 
 class Sampled(NamedTuple):
@@ -19,6 +20,10 @@ class Sampled(NamedTuple):
 
 class Engine(Protocol):
     """Samples from the policy, whose weights it is given."""
+
+    two_temperatures: TwoTemperatures | None
+    """If set, requests at temperature 1 are sampled with these instead, and log-probs are those of
+    the distribution that they give. Whether there are any is said to `make_engine`."""
 
     def sample(
         self,
@@ -49,11 +54,20 @@ class Engine(Protocol):
         ...
 
 
+def check_temperature(engine: Engine, temperature: float) -> None:
+    """Raise ValueError where two temperatures would come on top of a third."""
+    if engine.two_temperatures is not None and temperature != 1:
+        raise ValueError(
+            f"two temperatures are in the place of one, which must be 1; got {temperature}"
+        )
+
+
 def make_engine(
     settings: Config,
     policy: Policy,
     device: torch.device | None = None,
     copy_in: torch.dtype | None = None,
+    two_temperatures: TwoTemperatures | None = None,
 ) -> Engine:
     """The engine that `settings.engine` names. Before it samples it needs `update_weights`, but for
     transformers' that shares the model of `policy`.
@@ -64,7 +78,8 @@ def make_engine(
     if settings.engine.kind == "vllm":
         from trainer.engines.vllm import VllmEngine
 
-        return VllmEngine(policy, settings, device or policy.device)
+        return VllmEngine(policy, settings, device or policy.device, two_temperatures)
     from trainer.engines.transformers import TransformersEngine
 
-    return TransformersEngine(policy, settings.rollout.batch_size, copy_in, device)
+    size = settings.rollout.batch_size
+    return TransformersEngine(policy, size, copy_in, device, two_temperatures)

@@ -11,8 +11,9 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from trainer.engines import Sampled
+from trainer.engines import Sampled, check_temperature
 from trainer.policy import Policy, positions
+from trainer.two_temperatures import TwoTemperatures
 
 # Finished rows leave the batch once they are this share of it; leaving copies the cache.
 DROP_SHARE = 0.2
@@ -31,7 +32,9 @@ class TransformersEngine:
         batch_size: int,
         copy_in: torch.dtype | None = None,
         device: torch.device | None = None,
+        two_temperatures: TwoTemperatures | None = None,
     ):
+        self.two_temperatures = two_temperatures
         self._policy, self._batch_size = policy, batch_size
         self._weights: dict[str, Tensor] | None = None
         if copy_in is not None:
@@ -51,6 +54,7 @@ class TransformersEngine:
         temperature: float,
     ) -> list[Sampled]:
         """As `Engine.sample`."""
+        check_temperature(self, temperature)
         self._policy.model.eval()
         size = self._batch_size
         return [
@@ -101,6 +105,8 @@ class TransformersEngine:
         response_BL = torch.zeros_like(uniform_BL, dtype=torch.long)
         logprob_BL, length_B = torch.zeros_like(uniform_BL), torch.zeros_like(rows)
         for step in range(uniform_BL.shape[1]):
+            if self.two_temperatures is not None:
+                logits = self.two_temperatures(None, logits)
             token, logprob = _draw(logits, temperature, uniform_BL[rows, step])
             response_BL[rows[running], step] = token[running]
             logprob_BL[rows[running], step] = logprob[running]

@@ -19,11 +19,13 @@ from torch import Tensor
 
 from trainer.config import Config
 from trainer.config import Engine as Settings
-from trainer.engines import Sampled
+from trainer.engines import Sampled, check_temperature
 from trainer.policy import Policy
+from trainer.two_temperatures import TwoTemperatures
 
 OLDEST = (0, 32)
 INSTALL = 'pip install "vllm>=0.32" (without a GPU: see tests/trainer/vllm-requirements.txt)'
+PROCESSOR = "trainer.engines.vllm_two_temperatures:TwoTemperaturesProcessor"
 CPU_CACHE_BYTES = 2**28
 TRAINER = "ENTROPY_KERNELS_TRAINER"  # environment variable: the process that vLLM's end with
 
@@ -35,7 +37,14 @@ class VllmEngine:
         ValueError: vLLM is missing, or older than the calls made here; too few GPUs are set aside.
     """
 
-    def __init__(self, policy: Policy, config: Config, device: torch.device):
+    def __init__(
+        self,
+        policy: Policy,
+        config: Config,
+        device: torch.device,
+        two_temperatures: TwoTemperatures | None = None,
+    ):
+        self.two_temperatures = two_temperatures
         settings = config.engine
         _set_environment(settings, device)
         _check_vllm()
@@ -46,7 +55,10 @@ class VllmEngine:
             _write_configuration(policy, folder)
             from vllm import LLM
 
-            self._llm = LLM(folder, **_options(config, device, self._sleeps))
+            options = _options(config, device, self._sleeps)
+            if two_temperatures is not None:
+                options["logits_processors"] = [PROCESSOR]
+            self._llm = LLM(folder, **options)
         self._longest = self._llm.llm_engine.model_config.max_model_len
         self._push = _pusher(self._llm, policy, settings, device)
 
@@ -61,8 +73,10 @@ class VllmEngine:
         """As `Engine.sample`."""
         from vllm import SamplingParams
 
+        check_temperature(self, temperature)
         if not prompts:
             return []
+        two = self.two_temperatures
         self._check_length(max(map(len, prompts)), max_new_tokens)
         parameters = [
             SamplingParams(
@@ -74,6 +88,7 @@ class VllmEngine:
                 logprobs=0,  # of the token sampled, and no others
                 flat_logprobs=True,
                 detokenize=False,
+                extra_args=None if two is None else {"two_temperatures": two.plain()},
             )
             for seed in seeds
         ]
