@@ -11,11 +11,13 @@ from torch import Tensor
 from transformers import LogitsProcessor
 
 
-def temper(logits_BV: Tensor, threshold: float, low: float, high: float) -> Tensor:
+def temper(
+    logits_BV: Tensor, threshold: Tensor | float, low: Tensor | float, high: Tensor | float
+) -> Tensor:
     """Logits whose softmax is the distribution to sample from, fp32 [B, V].
 
     T = `high` for a row whose entropy, of softmax(logits) in nats, exceeds `threshold`, else `low`;
-    temperature 0 leaves the greatest logit alone, the first of equal ones.
+    temperature 0 leaves the greatest logit alone. The three are numbers, or one a row, [B].
     """
     logits_BV = logits_BV.float()
     logprob_BV = logits_BV.log_softmax(1)
