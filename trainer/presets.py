@@ -46,7 +46,7 @@ def tiny_long() -> Config:
         name="tiny-long",
         data=Data(task="ladder:long"),
         rollout=Rollout(max_new_tokens=64),
-        warm_start=WarmStart(steps=800, traces=50_000),
+        warm_start=WarmStart(steps=1600, traces=100_000),
     )
 
 

@@ -58,9 +58,7 @@ def policy():
 
 def sampled(policy, two, temperature=1.0):
     engine = TransformersEngine(policy, 16, two_temperatures=two)
-    return engine.sample(
-        PROMPTS, range(len(PROMPTS)), max_new_tokens=12, temperature=temperature
-    )
+    return engine.sample(PROMPTS, range(len(PROMPTS)), max_new_tokens=12, temperature=temperature)
 
 
 def tokens(found):

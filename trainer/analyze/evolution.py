@@ -91,9 +91,7 @@ def analyze_evolution(settings: Evolution) -> Path:
         return _write(settings, found, ranks)
 
 
-def compare(
-    entropy_CT: Tensor, logprob_CT: Tensor, fraction: float, bins: int
-) -> dict[str, Any]:
+def compare(entropy_CT: Tensor, logprob_CT: Tensor, fraction: float, bins: int) -> dict[str, Any]:
     """What evolution.json says of the entropies, nats, and log-probs of the same tokens."""
     masks = [top_mask(entropy_T, fraction) for entropy_T in entropy_CT]
     base_T = entropy_CT[0]
@@ -124,9 +122,7 @@ def draw(found: dict[str, Any], source: str) -> str:
         line("with last", [found["overlap"][c][last] for c in places], 1),
     ]
     size = 100 / len(found["bins"])
-    change = [
-        Mark((i + 0.5) * size, *[bin_["change"]] * 3) for i, bin_ in enumerate(found["bins"])
-    ]
+    change = [Mark((i + 0.5) * size, *[bin_["change"]] * 3) for i, bin_ in enumerate(found["bins"])]
     percentiles = [
         line(f"p{p}", [own[str(p)] for own in found["percentiles"]], i, p not in (80,))
         for i, p in enumerate((50, 80, 85, 90, 95, 100))
@@ -198,9 +194,7 @@ def _write(settings: Evolution, found: dict[str, Any], ranks: Ranks) -> Path:
     for c, name in enumerate(found["names"]):
         shares = found["overlap"][c]
         mean, below = found["mean"][c], found["below_0.01"][c]
-        table.add_row(
-            name, f"{shares[0]:.2%}", f"{shares[-1]:.2%}", f"{mean:.3f}", f"{below:.1%}"
-        )
+        table.add_row(name, f"{shares[0]:.2%}", f"{shares[-1]:.2%}", f"{mean:.3f}", f"{below:.1%}")
     Console().print(table)
     print(f"results: {path}")
     return path

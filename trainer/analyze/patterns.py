@@ -57,7 +57,9 @@ def analyze_patterns(settings: Patterns) -> Path:
     Returns the path of patterns.json.
     """
     with join(settings.device) as ranks:
-        settings = replace(resolved(settings, ranks), out=settings.out or out_folder(settings.model))
+        settings = replace(
+            resolved(settings, ranks), out=settings.out or out_folder(settings.model)
+        )
         policy = load(settings, ranks)
         asked = problems_of(settings, policy)
         settings = with_limit(settings, policy, asked)
@@ -80,9 +82,7 @@ def analyze_patterns(settings: Patterns) -> Path:
         return _write(settings, found, samples, ranks)
 
 
-def summarize(
-    statistics: EntropyStatistics, settings: Patterns, policy: Policy
-) -> dict[str, Any]:
+def summarize(statistics: EntropyStatistics, settings: Patterns, policy: Policy) -> dict[str, Any]:
     """What patterns.json says of `statistics`."""
     most = math.log(len(statistics.count_V))
     top = max(statistics.percentile(100), LOW)
@@ -161,9 +161,7 @@ def _samples(scored: Scored, policy: Policy, wanted: int) -> list[Sample]:
     return found
 
 
-def _write(
-    settings: Patterns, found: dict[str, Any], samples: list[Sample], ranks: Ranks
-) -> Path:
+def _write(settings: Patterns, found: dict[str, Any], samples: list[Sample], ranks: Ranks) -> Path:
     folder = Path(settings.out)
     folder.mkdir(parents=True, exist_ok=True)
     threshold = found["threshold"]

@@ -74,7 +74,9 @@ def analyze_temperatures(settings: Temperatures) -> Path:
     same settings are not sampled again. Returns its path.
     """
     with join(settings.device) as ranks:
-        settings = replace(resolved(settings, ranks), out=settings.out or out_folder(settings.model))
+        settings = replace(
+            resolved(settings, ranks), out=settings.out or out_folder(settings.model)
+        )
         policy = load(settings, ranks)
         asked = problems_of(settings, policy)
         settings = with_limit(settings, policy, asked)

@@ -5,6 +5,7 @@ its warm start, its problems and its samples, so that intervals over seeds are o
 What is finished is not done again.
 """
 
+import json
 import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -59,6 +60,7 @@ def compare(settings: Comparison) -> int:
     """Do what is missing and write the results; 0 where all runs are finished."""
     from trainer.compare.collect import collect, write
     from trainer.compare.driver import drive
+    from trainer.compare.report import write_files
 
     configs = runs(settings)
     out = Path(settings.out or Path(settings.config.root) / _label(settings) / "comparison.json")
@@ -72,6 +74,8 @@ def compare(settings: Comparison) -> int:
 
     outcome = drive(configs, settings.jobs, settings.hours, shown)
     results()
+    if outcome.finished:
+        write_files(json.loads(out.read_text()), out)
     for name, lines in outcome.failed.items():
         print(f"{name} failed:\n{lines}", file=sys.stderr)
     if outcome.left:

@@ -14,7 +14,7 @@ from trainer.tasks.ladder import LARGEST, OPERANDS, OPERATORS, STEP, TEST_FRACTI
 from trainer.tasks.split import check_index, held_out, stable_hash
 
 MAX_STEPS = 10
-DISTANCES = (3, 4)
+DISTANCES = (2, 3, 4)
 SYMBOLS = "++--*"
 TOWARDS = 0.5
 """Probability that a step of a demonstration is one of a shortest way; else it is any legal one."""

@@ -1,0 +1,200 @@
+"""What a comparison's results say: tables in Markdown and figures, from its JSON alone."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from trainer.compare.arms import STUDIES, Study
+from trainer.compare.differences import Difference, Interval, differences, interval
+from trainer.figures import Mark, Panel, Series, figure
+from trainer.log import replace_text
+
+Results = Mapping[str, Any]
+BASELINES = ("top-20", "all")
+"""What every other arm of a study is compared with."""
+EMPHASIZED = ("top-20", "all", "random-20", "bottom-80", "ppo", "grpo")
+WINDOW = 5
+"""Steps that the curves of training are averaged over."""
+NAMES = {"all": "all (DAPO)", "top-20": "top 20%", "ppo": "PPO-clip", "grpo": "GRPO"}
+
+
+def write_files(results: Results, path: Path) -> list[Path]:
+    """Write the tables and figures of `results`, a file at `path`, beside it; their paths."""
+    written = []
+    for study in STUDIES:
+        if _seeds(results, study):
+            page, svg = (path.with_name(f"{path.stem}-{study}{end}") for end in (".md", ".svg"))
+            replace_text(
+                page, f"{arm_table(results, study)}\n\n{difference_table(results, study)}\n"
+            )
+            replace_text(svg, curves(results, study, path.name))
+            written += [page, svg]
+    return written
+
+
+def arm_table(results: Results, study: Study) -> str:
+    """A row an arm: means over seeds after the last step, with 95% intervals.
+
+    Accuracy at temperature 1 and greedy; over the last ten steps of training the mean entropy,
+    nats, and length, tokens; rows of the head's backward over the whole run, and against "all".
+    """
+    lines = [
+        "| arm | seeds | accuracy before | accuracy | greedy | entropy | length | backward rows |",
+        "|---|--:|--:|--:|--:|--:|--:|--:|",
+    ]
+    everything = _values(results, "all", lambda run: run["rows"])
+    for arm in _arms(results, study):
+        after = interval(list(final(results, arm).values()))
+        cells = [
+            percent(interval(list(_values(results, arm, _at("accuracy", 0)).values())), False),
+            percent(after),
+            percent(interval(list(_values(results, arm, _at("greedy", -1)).values()))),
+            plain(interval(list(_values(results, arm, _last("entropy")).values())), 3),
+            plain(interval(list(_values(results, arm, _last("length")).values())), 1),
+            _rows(_values(results, arm, lambda run: run["rows"]), everything),
+        ]
+        lines.append(f"| {NAMES.get(arm, arm)} | {after.seeds} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def found_differences(results: Results, study: Study) -> list[Difference]:
+    """Of the final accuracy of each arm from the baselines', where they share two seeds or more."""
+    arms = _arms(results, study)
+    values = {arm: final(results, arm) for arm in arms}
+    pairs = [
+        (arm, base)
+        for base in BASELINES
+        if base in arms
+        for arm in arms
+        if arm not in BASELINES[: BASELINES.index(base) + 1]
+        and len(values[arm].keys() & values[base].keys()) > 1
+    ]
+    return differences(values, pairs)
+
+
+def difference_table(results: Results, study: Study) -> str:
+    """Final accuracy of each arm less that of "top-20" and of "all", within seeds."""
+    lines = [
+        "| difference | points | p | p, Holm | p, sign flips | distinguishable |",
+        "|---|--:|--:|--:|--:|---|",
+    ]
+    for found in found_differences(results, study):
+        names = f"{NAMES.get(found.arm, found.arm)} − {NAMES.get(found.other, found.other)}"
+        cells = [
+            points(found.interval),
+            *(f"{p:.3f}" if p >= 0.0005 else "< 0.001" for p in (found.p, found.p_holm)),
+            f"{found.p_flips:.3f}",
+            "**yes**" if found.distinguishable else "no",
+        ]
+        lines.append(f"| {names} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def curves(results: Results, study: Study, source: str) -> str:
+    """Accuracy, entropy, length over training, and accuracy against backward rows, as an SVG."""
+    arms = _arms(results, study)
+    panels = [
+        _curve(results, arms, "evaluations", "accuracy", "held-out accuracy at temperature 1"),
+        _curve(results, arms, "training", "entropy", "mean entropy, nats"),
+        _curve(results, arms, "training", "length", "response length, tokens"),
+    ]
+    marks = []
+    for place, arm in enumerate(arms):
+        rows = interval(list(_values(results, arm, lambda run: run["rows"]).values())).mean
+        after = interval(list(final(results, arm).values()))
+        low, high = (after.low, after.high) if after.seeds > 1 else (after.mean, after.mean)
+        mark = Mark(max(rows, 1.0), after.mean, low, high)
+        marks.append(Series(NAMES.get(arm, arm), [mark], place, joined=False))
+    panels.append(
+        Panel("final accuracy by backward rows paid", "rows of the head's backward", marks, True)
+    )
+    return figure(panels, source)
+
+
+def final(results: Results, arm: str) -> dict[int, float]:
+    """Accuracy of `arm` after its last step, by seed."""
+    return _values(results, arm, _at("accuracy", -1))
+
+
+def percent(found: Interval, half: bool = True) -> str:
+    """A share with its half width, in percent."""
+    if not half or found.seeds < 2:
+        return f"{found.mean:.1%}"
+    return f"{100 * found.mean:.1f} ± {100 * (found.high - found.mean):.1f}%"
+
+
+def plain(found: Interval, digits: int) -> str:
+    """A number with its half width."""
+    if found.seeds < 2:
+        return f"{found.mean:.{digits}f}"
+    return f"{found.mean:.{digits}f} ± {found.high - found.mean:.{digits}f}"
+
+
+def points(found: Interval) -> str:
+    """A difference of shares with its half width, in percentage points."""
+    return f"{100 * found.mean:+.1f} ± {100 * (found.high - found.mean):.1f}"
+
+
+def _curve(results: Results, arms: Sequence[str], part: str, name: str, title: str) -> Panel:
+    series = []
+    for place, arm in enumerate(arms):
+        runs = [run[part] for run in _runs(results, arm)]
+        steps = sorted(set.intersection(*(set(run["step"]) for run in runs)))
+        marks = []
+        for step in steps:
+            values = [_around(run, name, step, part == "training") for run in runs]
+            found = interval([value for value in values if value is not None] or [float("nan")])
+            low, high = (found.low, found.high) if found.seeds > 1 else (found.mean, found.mean)
+            marks.append(Mark(step, found.mean, low, high))
+        thin = arm not in EMPHASIZED
+        series.append(Series(NAMES.get(arm, arm), marks, place, thin))
+    return Panel(title, "RL step", series)
+
+
+def _around(run: Mapping[str, Any], name: str, step: int, smooth: bool) -> float | None:
+    """The value at `step`, or its mean over the steps up to it."""
+    place = run["step"].index(step)
+    first = max(place - WINDOW + 1, 0) if smooth else place
+    values = [value for value in run[name][first : place + 1] if value is not None]
+    return sum(values) / len(values) if values else None
+
+
+def _runs(results: Results, arm: str) -> list[Mapping[str, Any]]:
+    return [run for run in results["runs"] if run["arm"] == arm]
+
+
+def _arms(results: Results, study: Study) -> list[str]:
+    """Of the study, those that have runs."""
+    return [arm for arm in STUDIES[study] if _runs(results, arm)]
+
+
+def _seeds(results: Results, study: Study) -> set[int]:
+    return {run["seed"] for arm in STUDIES[study] for run in _runs(results, arm)}
+
+
+def _values(results: Results, arm: str, value: Any) -> dict[int, float]:
+    return {run["seed"]: value(run) for run in _runs(results, arm)}
+
+
+def _at(name: str, place: int) -> Any:
+    return lambda run: run["evaluations"][name][place]
+
+
+def _last(name: str) -> Any:
+    """Mean over the last ten steps that have it."""
+
+    def value(run: Mapping[str, Any]) -> float:
+        values = [v for v in run["training"][name] if v is not None][-10:]
+        return sum(values) / len(values) if values else float("nan")
+
+    return value
+
+
+def _rows(mine: Mapping[int, float], everything: Mapping[int, float]) -> str:
+    """Their mean, and what share of those of "all" they are, within seeds."""
+    mean = sum(mine.values()) / len(mine)
+    both = mine.keys() & everything.keys()
+    if not both:
+        return f"{mean:,.0f}"
+    share = sum(mine[seed] / max(everything[seed], 1) for seed in both) / len(both)
+    return f"{mean:,.0f} ({share:.0%})"
