@@ -29,9 +29,7 @@ def write(root: Path, check: bool = False) -> int:
             path.write_text(text)
         return 0
     for path in stale:
-        print(
-            f"{path.relative_to(root)} is not what the result files say: python -m benchmarks.paper --render"
-        )
+        print(f"{path.relative_to(root)} is stale: python -m benchmarks.paper --render")
     return int(bool(stale))
 
 

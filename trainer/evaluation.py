@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 import tyro
 
@@ -98,6 +98,9 @@ class Evaluation:
             raise ValueError(f"data must name one set or more, each once; got {list(self.data)}")
 
 
+Settings = TypeVar("Settings", bound=Evaluation)
+
+
 def evaluate_model(settings: Evaluation) -> Path:
     """Sample and verify what is not in the folder yet, then write and print the results.
 
@@ -128,7 +131,7 @@ def _short(name: str) -> str:
     return name if name.startswith(("file:", "hub:")) else name.partition("=")[0]
 
 
-def resolved(settings: Evaluation, ranks: Ranks) -> Evaluation:
+def resolved(settings: Settings, ranks: Ranks) -> Settings:
     """With a run's own settings where the model is one, and with the defaults elsewhere."""
     path = Path(settings.model)
     model, data, limit = settings.model, Data(instruction=INSTRUCTION), 0
@@ -181,7 +184,7 @@ def problems_of(settings: Evaluation, policy: Policy) -> Asked:
     return asked
 
 
-def with_limit(settings: Evaluation, policy: Policy, asked: Asked) -> Evaluation:
+def with_limit(settings: Settings, policy: Policy, asked: Asked) -> Settings:
     """With a length limit: the paper's, or what the longest prompt leaves of the positions."""
     if settings.max_new_tokens:
         return settings

@@ -18,6 +18,7 @@ STYLE = """
 text { font: 12px system-ui, sans-serif; fill: #3d444d }
 .title { font-weight: 600; font-size: 13px }
 .grid { stroke: #8b949e; stroke-opacity: .25 }
+.at { stroke: #8b949e; stroke-dasharray: 4 3 }
 @media (prefers-color-scheme: dark) { text { fill: #c9d1d9 } }
 """
 
@@ -89,9 +90,14 @@ class _Axes:
 
     def __init__(self, panel: Panel):
         marks = [mark for series in panel.series for mark in series.marks]
-        values = [v for mark in marks for v in (mark.y, mark.low, mark.high) if math.isfinite(v)]
-        if not values:
+        middles = [mark.y for mark in marks if math.isfinite(mark.y)]
+        if not middles:
             raise ValueError(f"nothing to draw in {panel.title!r}: no point is finite")
+        # Intervals of few seeds are wide; the points are what is to be seen.
+        room = (max(middles) - min(middles)) / 3 or 0.5
+        low, high = min(middles) - room, max(middles) + room
+        ends = [v for mark in marks for v in (mark.low, mark.high) if math.isfinite(v)]
+        values = [*middles, *(min(max(v, low), high) for v in ends)]
         self.log = panel.log_x
         xs = [self._scaled(x) for x in (*(mark.x for mark in marks), *panel.lines)]
         pad = 0.05 * (max(xs) - min(xs)) if self.log else 0.0
@@ -107,18 +113,18 @@ class _Axes:
         return LEFT + share * (WIDTH - LEFT - RIGHT)
 
     def y(self, value: float) -> float:
-        value = min(max(value, self.y0), self.y1)
+        value = min(max(value, self.y0), self.y1)  # an interval may leave the picture
         return HEIGHT - BOTTOM - (value - self.y0) / (self.y1 - self.y0) * (HEIGHT - TOP - BOTTOM)
 
     def x_ticks(self) -> list[float]:
         if not self.log:
             return [tick for tick in ticks(self.x0, self.x1, 5) if self.x0 <= tick <= self.x1]
-        powers = range(math.ceil(self.x0), math.floor(self.x1) + 1)
-        found = [10.0**power for power in powers]
-        if len(found) < 2:
-            found = [m * 10.0**p for p in range(math.floor(self.x0), math.ceil(self.x1) + 1)
-                     for m in (1, 2, 5) if self.x0 <= math.log10(m * 10.0**p) <= self.x1]  # fmt: skip
-        return found
+        powers = range(math.floor(self.x0), math.ceil(self.x1) + 1)
+        fine = [m * 10.0**power for power in powers for m in (1, 2, 5)]
+        inside = [tick for tick in fine if self.x0 <= math.log10(tick) <= self.x1]
+        if len(inside) > 6:
+            inside = [tick for tick in inside if math.log10(tick) % 2 == 0]
+        return inside
 
 
 def ticks(low: float, high: float, count: int = 4) -> list[float]:
@@ -143,9 +149,7 @@ def _grid(axes: _Axes, panel: Panel) -> Iterator[str]:
         yield f'<text x="{x:.1f}" y="{bottom + 16}" text-anchor="middle">{tick:g}</text>'
     for place in panel.lines:
         x = axes.x(place)
-        yield (
-            f'<path d="M{x:.1f} {TOP}V{bottom}" stroke="#8b949e" stroke-dasharray="4 3" fill="none"/>'
-        )
+        yield f'<path class="at" d="M{x:.1f} {TOP}V{bottom}"/>'
     middle = (LEFT + right) / 2
     yield f'<text x="{middle}" y="{HEIGHT - 6}" text-anchor="middle">{escape(panel.x)}</text>'
 
@@ -174,23 +178,21 @@ def _labels(axes: _Axes, panel: Panel) -> Iterator[str]:
     for series in panel.series:
         last = next((m for m in reversed(series.marks) if math.isfinite(m.y)), None)
         if last is not None:
-            x = WIDTH - RIGHT if series.joined else axes.x(last.x)
-            ends.append([axes.y(last.y), x, series])
-    if any(series.joined for series in panel.series):
-        _spread(ends)
-    for y, x, series in ends:
-        color = COLORS[series.color % len(COLORS)]
-        text = escape(series.label)
+            ends.append((axes.y(last.y), axes.x(last.x), series))
+    ends.sort(key=lambda end: end[0])
+    for y, (_, x, series) in zip(_spread([y for y, *_ in ends]), ends, strict=True):
+        color, text = COLORS[series.color % len(COLORS)], escape(series.label)
+        x = WIDTH - RIGHT if series.joined else x
         yield f'<text x="{x + 7:.1f}" y="{y + 4:.1f}" style="fill:{color}">{text}</text>'
 
 
-def _spread(ends: list[list]) -> None:
-    """Move labels, given as [y, ...], until each has LABEL_HEIGHT; inside the panel."""
-    ends.sort(key=lambda end: end[0])
-    for above, below in zip(ends, ends[1:], strict=False):
-        below[0] = max(below[0], above[0] + LABEL_HEIGHT)
-    over = ends[-1][0] - (HEIGHT - BOTTOM) if ends else 0.0
-    if over > 0:
-        ends[-1][0] -= over
-        for below, above in zip(ends[::-1], ends[-2::-1], strict=False):
-            above[0] = min(above[0], below[0] - LABEL_HEIGHT)
+def _spread(ys: Sequence[float]) -> list[float]:
+    """Rising `ys`, moved until each has LABEL_HEIGHT, within the panel."""
+    moved: list[float] = []
+    for y in ys:
+        moved.append(max(y, moved[-1] + LABEL_HEIGHT) if moved else y)
+    below = float(HEIGHT - BOTTOM)
+    for place in reversed(range(len(moved))):
+        moved[place] = min(moved[place], below)
+        below = moved[place] - LABEL_HEIGHT
+    return moved

@@ -13,6 +13,7 @@ from trainer.engines.vllm import VllmEngine
 from trainer.engines.vllm_two_temperatures import TwoTemperaturesProcessor
 from trainer.policy import Policy
 from trainer.two_temperatures import TwoTemperatures, temper
+
 from vllm import SamplingParams  # isort: skip
 from vllm.v1.sample.logits_processor import BatchUpdate, MoveDirectionality  # isort: skip
 

@@ -4,6 +4,7 @@ C checkpoints, T response tokens of all responses, B sequences of a portion, L r
 """
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -110,10 +111,13 @@ def compare(entropy_CT: Tensor, logprob_CT: Tensor, fraction: float, bins: int) 
 def draw(found: dict[str, Any], source: str) -> str:
     """Overlap, change by bin and percentiles of an evolution.json, as an SVG."""
     count = len(found["names"])
+    steps = [re.fullmatch(r"step-(\d+)", name) for name in found["names"]]
+    # RL steps where the checkpoints are those of a run, else their places.
+    xs = [int(step.group(1)) for step in steps if step] if all(steps) else list(range(count))
     places = range(count)
 
     def line(label: str, values: Sequence[float], color: int, thin: bool = False) -> Series:
-        marks = [Mark(x, *[y] * 3) for x, y in zip(places, values, strict=True)]
+        marks = [Mark(x, *[y] * 3) for x, y in zip(xs, values, strict=True)]
         return Series(label, marks, color, thin)
 
     last = count - 1

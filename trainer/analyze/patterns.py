@@ -64,7 +64,8 @@ def analyze_patterns(settings: Patterns) -> Path:
         asked = problems_of(settings, policy)
         settings = with_limit(settings, policy, asked)
         vocabulary = policy.model.get_output_embeddings().weight.shape[0]
-        statistics, samples = EntropyStatistics(vocabulary), []
+        statistics = EntropyStatistics(vocabulary)
+        samples: list[Sample] = []
         right = responses = 0.0
         total = sum(len(problems) for _, problems in asked.values())
         with progress("responses", total, columns=_COLUMNS) as bar:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -81,7 +82,7 @@ class EntropyStatistics:
     def shares(self, edges: Sequence[float]) -> list[float]:
         """Share of the tokens in each [edges[i], edges[i + 1])."""
         below = [self.share_below(edge) for edge in edges]
-        return [after - before for before, after in zip(below, below[1:], strict=False)]
+        return [after - before for before, after in pairwise(below)]
 
     def tokens(self, minimum: int) -> list[tuple[int, int, float]]:
         """(id, count, mean entropy) of tokens sampled `minimum` times or more, highest first."""

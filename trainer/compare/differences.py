@@ -106,10 +106,9 @@ def t_cdf(t: float, freedom: int) -> float:
     for k in range(3 if odd else 2, freedom - 1, 2):
         term *= (k - 1) / k * cosine**2
         total += term
+    inside = sine * total if freedom > 1 else 0.0
     if odd:
-        inside = 2 / math.pi * (theta + (sine * total if freedom > 1 else 0.0))
-    else:
-        inside = sine * total
+        inside = 2 / math.pi * (theta + inside)
     return (1 + math.copysign(inside, t)) / 2
 
 

@@ -79,7 +79,7 @@ def difference_table(results: Results, study: Study) -> str:
         "|---|--:|--:|--:|--:|---|",
     ]
     for found in found_differences(results, study):
-        names = f"{NAMES.get(found.arm, found.arm)} − {NAMES.get(found.other, found.other)}"
+        names = f"{NAMES.get(found.arm, found.arm)} - {NAMES.get(found.other, found.other)}"
         cells = [
             points(found.interval),
             *(f"{p:.3f}" if p >= 0.0005 else "< 0.001" for p in (found.p, found.p_holm)),

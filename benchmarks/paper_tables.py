@@ -1,0 +1,216 @@
+"""Tables and figures of docs/paper.md, from the files in benchmarks/results/paper/ alone."""
+
+import json
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from benchmarks.tables import table
+from trainer.analyze import evolution as evolving
+from trainer.analyze import patterns as patterning
+from trainer.analyze import temperatures as tempering
+from trainer.compare import report
+from trainer.compare.arms import Study
+from trainer.compare.differences import interval
+
+LABELS = ("ladder", "ladder-long")
+WHERE = "benchmarks/results/paper"
+NOTHING = "Not measured yet."
+# The paper's, of Qwen3-8B on AIME 2024 and 2025 (section 3), and of Qwen3-14B (Table 1).
+PAPER_BELOW, PAPER_P80 = 0.5064, 0.672
+PAPER_OVERLAP = 0.8667
+
+Found = dict[str, Any]
+
+
+def patterns(results: Path) -> str:
+    """Shape of the entropies before RL, and the tokens with the highest and lowest."""
+    rows = [["paper, Qwen3-8B", "", "", f"{PAPER_BELOW:.1%}", f"{PAPER_P80}", ""]]
+    parts = []
+    for label in LABELS:
+        found = _read(results, f"{label}-patterns-seed-*.json")
+        if not found:
+            continue
+        rows.append(
+            [
+                f"{label}, {len(found)} models",
+                f"{sum(one['count'] for one in found):,}",
+                _mean([one["mean"] for one in found], 3),
+                report.percent(interval([one["below_0.01"] for one in found])),
+                _mean([one["percentiles"]["80"] for one in found], 3),
+                report.percent(interval([one["accuracy"] for one in found])),
+            ]
+        )
+        parts.append(_tokens(label, found[0]))
+        parts.append(_image(f"{label}-patterns.svg", f"Entropies on {label}"))
+        parts.append(f"Data: `{WHERE}/{label}-patterns-seed-*.json`; drawn and listed: the first.")
+    if not parts:
+        return NOTHING
+    columns = ["model", "tokens", "mean, nats", "below 0.01", "80th percentile", "accuracy"]
+    return "\n\n".join([table(columns, rows), *parts])
+
+
+def temperatures(results: Path) -> str:
+    """Accuracy over both temperatures, by task."""
+    parts = []
+    for label in LABELS:
+        found = _read(results, f"{label}-temperatures-seed-*.json")
+        if not found:
+            continue
+        pairs = [(point["low"], point["high"]) for point in found[0]["points"]]
+        rows = []
+        for low, high in pairs:
+            points = [
+                point
+                for one in found
+                for point in one["points"]
+                if (point["low"], point["high"]) == (low, high)
+            ]
+            accuracy = interval([point["accuracy"]["value"] for point in points])
+            length = fmean(point["length"] for point in points)
+            cells = [f"{low:g}", f"{high:g}", report.percent(accuracy), f"{length:.1f}"]
+            rows.append(cells)
+        columns = ["T_low", "T_high", f"accuracy, {label}, {len(found)} models", "length"]
+        parts.append(table(columns, rows))
+        parts.append(_image(f"{label}-temperatures.svg", f"Accuracy on {label}"))
+        parts.append(
+            f"Data: `{WHERE}/{label}-temperatures-seed-*.json`; drawn: the first, with intervals "
+            "over problems."
+        )
+    return "\n\n".join(parts) or NOTHING
+
+
+def evolution(results: Path) -> str:
+    """Overlap of the top tokens over training, by task and arm."""
+    rows, parts = [], []
+    for label in LABELS:
+        for arm in ("top-20", "all"):
+            found = _read(results, f"{label}-evolution-{arm}-seed-*.json")
+            if not found:
+                continue
+            shares = [
+                report.percent(interval([one["overlap"][0][c] for one in found]))
+                for c in range(len(found[0]["names"]))
+            ]
+            rows.append([f"{label}, {arm}, {len(found)} models", *shares])
+        if _read(results, f"{label}-evolution-top-20-seed-*.json"):
+            parts.append(_image(f"{label}-evolution.svg", f"Evolution on {label}"))
+            parts.append(
+                f"Data: `{WHERE}/{label}-evolution-*-seed-*.json`; drawn: top-20, the first seed."
+            )
+    if not rows:
+        return NOTHING
+    columns = ["top 20% of the base also in that of step", "0", "20", "40", "60"]
+    paper = ["paper, Qwen3-14B, step 1360", "100%", "", "", f"{PAPER_OVERLAP:.1%}"]
+    return "\n\n".join([table(columns, [paper, *rows]), *parts])
+
+
+def comparison(study: Study, results: Path) -> str:
+    """Arms, their differences and curves, by task."""
+    parts = []
+    for label in LABELS:
+        path = results / f"{label}-comparison.json"
+        if not path.exists():
+            continue
+        found = json.loads(path.read_text())
+        seeds = sorted({run["seed"] for run in found["runs"]})
+        commits = sorted({run["commit"][:10] for run in found["runs"]})
+        parts += [
+            f"**{label}**",
+            report.arm_table(found, study),
+            report.difference_table(found, study),
+            _image(f"{label}-{study}.svg", f"The {study} on {label}"),
+            f"Data: `{WHERE}/{path.name}`; seeds {', '.join(map(str, seeds))}; commits "
+            f"{', '.join(commits)}.",
+        ]
+    return "\n\n".join(parts) or NOTHING
+
+
+ablation = partial(comparison, "ablation")
+algorithms = partial(comparison, "algorithms")
+
+
+def finding(results: Path) -> str:
+    """How long a mask stays right, by the distance of the policies that made and use it."""
+    rows = []
+    for label in LABELS:
+        for arm in ("top-20", "all"):
+            found = _read(results, f"{label}-evolution-{arm}-seed-*.json")
+            if not found:
+                continue
+            last = len(found[0]["names"]) - 1
+            rows.append(
+                [
+                    f"{label}, {arm}",
+                    *(
+                        report.percent(interval([fmean(_lagged(one, lag)) for one in found]))
+                        for lag in range(1, last + 1)
+                    ),
+                    report.percent(interval([one["correlation"][-1] for one in found])),
+                ]
+            )
+    if not rows:
+        return NOTHING
+    columns = ["mask that is older by", "20 steps", "40 steps", "60 steps", "rank correlation"]
+    return table(columns, rows) + f"\n\nData: `{WHERE}/*-evolution-*.json`."
+
+
+def figures(results: Path) -> dict[str, str]:
+    """The text of every figure, by file name; each names its data in its description."""
+    drawn: dict[str, str] = {}
+    kinds: Sequence[tuple[str, str, Callable[[Found, str], str]]] = (
+        ("patterns", "patterns", patterning.draw),
+        ("temperatures", "temperatures", tempering.draw),
+        ("evolution", "evolution-top-20", evolving.draw),
+    )
+    for label in LABELS:
+        for kind, middle, draw in kinds:
+            for path in sorted(results.glob(f"{label}-{middle}-seed-*.json"))[:1]:
+                found = json.loads(path.read_text())
+                drawn[f"{label}-{kind}.svg"] = draw(found, f"{WHERE}/{path.name}")
+        path = results / f"{label}-comparison.json"
+        if path.exists():
+            found = json.loads(path.read_text())
+            studies: tuple[Study, ...] = ("ablation", "algorithms")
+            for study in studies:
+                source = f"{WHERE}/{path.name}"
+                drawn[f"{label}-{study}.svg"] = report.curves(found, study, source)
+    return drawn
+
+
+def _read(results: Path, pattern: str) -> list[Found]:
+    """By seed."""
+    return [json.loads(path.read_text()) for path in sorted(results.glob(pattern))]
+
+
+def _lagged(one: Found, lag: int) -> list[float]:
+    """Share of each checkpoint's top that the one `lag` before it catches."""
+    overlap = one["overlap"]
+    return [overlap[c - lag][c] for c in range(lag, len(overlap))]
+
+
+def _tokens(label: str, found: Found, count: int = 8) -> str:
+    rows = []
+    for high, low in zip(found["tokens"][:count], found["tokens"][::-1], strict=False):
+        rows.append(
+            [
+                f"`{high['text']}`",
+                f"{high['mean']:.3f}",
+                f"{high['share']:.1%}",
+                f"`{low['text']}`",
+                f"{low['mean']:.3f}",
+                f"{low['share']:.1%}",
+            ]
+        )
+    columns = [f"{label}: highest", "mean, nats", "of all", "lowest", "mean, nats", "of all"]
+    return table(columns, rows)
+
+
+def _mean(values: Sequence[float], digits: int) -> str:
+    return report.plain(interval(values), digits)
+
+
+def _image(name: str, text: str) -> str:
+    return f"![{text}](paper/{name})"
