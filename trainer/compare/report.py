@@ -1,5 +1,6 @@
 """What a comparison's results say: tables in Markdown and figures, from its JSON alone."""
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -108,7 +109,9 @@ def curves(results: Results, study: Study, source: str) -> str:
     panels.append(
         Panel("final accuracy by backward rows paid", "rows of the head's backward", marks, True)
     )
-    return figure(panels, source)
+    # Runs that never updated have measured no entropy.
+    drawn = [p for p in panels if any(math.isfinite(m.y) for s in p.series for m in s.marks)]
+    return figure(drawn, source)
 
 
 def final(results: Results, arm: str) -> dict[int, float]:

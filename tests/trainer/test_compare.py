@@ -1,0 +1,294 @@
+"""Comparisons: arms, the driver of their runs, and what their results say."""
+
+import json
+import math
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import asdict, replace
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+
+import trainer.compare.driver
+from tests.trainer.small import save_folder, settings
+from trainer.compare import Comparison, compare, runs
+from trainer.compare.arms import ARMS, STUDIES, arm_config
+from trainer.compare.collect import collect
+from trainer.compare.differences import differences, holm, interval, t_cdf, t_quantile
+from trainer.compare.driver import drive, is_finished
+from trainer.compare.report import arm_table, curves, difference_table, final, write_files
+from trainer.config import Config, Data
+from trainer.figures import Mark, Panel, Series, figure, ticks
+
+
+def small(root: Path, **changes) -> Config:
+    """Two steps on the ladder, whose warm start is two more."""
+    config = settings(root, steps=2, eval_every=2, eval_problems=4)
+    warm = replace(config.warm_start, steps=2, traces=20, cache=str(root / "warm"))
+    return replace(config, data=Data(), warm_start=warm, **changes)
+
+
+# Arms.
+
+
+@pytest.mark.parametrize("arm", ARMS)
+def test_an_arm_changes_what_it_says_and_nothing_else(arm):
+    base = Config()
+    config = arm_config(base, "ladder", arm, 3)
+    assert (config.name, config.seed) == (f"ladder/{arm}/seed-3", 3)
+    before, after = asdict(base.algorithm), asdict(config.algorithm)
+    changed = {name: after[name] for name in after if after[name] != before[name]}
+    # The default of a configuration is the top 20% by old entropies, one round of sampling.
+    assert changed == {k: v for k, v in ARMS[arm].items() if before[k] != v}
+    assert replace(config, name=base.name, seed=base.seed, algorithm=base.algorithm) == base
+
+
+def test_studies_have_the_arms_of_the_paper():
+    fractions = {
+        arm_config(Config(), "x", arm, 0).algorithm.fraction for arm in STUDIES["ablation"]
+    }
+    assert fractions == {0.05, 0.1, 0.2, 0.5, 0.8, 1.0}
+    assert set(STUDIES["algorithms"]) == {"ppo", "grpo", "all", "top-20"}
+    every = runs(Comparison(seeds=2))
+    assert len({config.name for config in every}) == len(every) == 2 * len(ARMS)
+    assert [config.seed for config in every] == [0] * len(ARMS) + [1] * len(ARMS)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"seeds": 0}, "seeds must be at least 1; got 0"),
+        ({"jobs": 0}, "jobs must be at least 1; got 0"),
+        ({"hours": -1.0}, "hours must be at least 0; got -1"),
+        ({"arms": ("top-30",)}, "no arm top-30"),
+    ],
+)
+def test_bad_settings_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        Comparison(**changes)
+
+
+# The driver.
+
+
+def test_a_comparison_runs_each_arm_once_and_resumes(tmp_path, capsys):
+    def asked(seeds):
+        return Comparison(arms=("top-20", "all"), seeds=seeds, config=small(tmp_path))
+
+    assert compare(asked(1)) == 0
+    out = tmp_path / "ladder" / "comparison.json"
+    first = json.loads(out.read_text())
+    assert [(run["arm"], run["seed"]) for run in first["runs"]] == [("top-20", 0), ("all", 0)]
+    metrics = tmp_path / "ladder" / "all" / "seed-0" / "metrics.jsonl"
+    before = metrics.stat().st_mtime_ns
+    assert compare(asked(2)) == 0
+    assert metrics.stat().st_mtime_ns == before
+    found = json.loads(out.read_text())
+    assert len(found["runs"]) == 4
+    assert [r for r in found["runs"] if r["seed"] == 0] == first["runs"]
+    for run in found["runs"]:
+        assert run["evaluations"]["step"] == [0, 2]
+        assert run["training"]["step"] == [1, 2]
+    assert out.with_name("comparison-ablation.svg").exists()
+    # One warm start a seed, shared by its arms.
+    assert len(list((tmp_path / "warm").iterdir())) == 2
+    assert "4/4 runs" in capsys.readouterr().out
+
+
+def test_a_run_that_fails_is_told_and_the_others_go_on(tmp_path):
+    good = arm_config(small(tmp_path), "x", "all", 0)
+    model = replace(good.model, path=str(tmp_path / "nothing"))
+    bad = replace(good, name="x/bad/seed-1", seed=1, model=model)
+    outcome = drive([bad, good], jobs=1)
+    assert outcome.finished == [good.name]
+    assert "no model can be loaded" in outcome.failed[bad.name]
+    assert outcome.left == []
+
+
+def test_no_run_is_started_that_would_end_after_the_budget(tmp_path, monkeypatch):
+    configs = [arm_config(small(tmp_path), "x", arm, 0) for arm in ("all", "top-20", "top-5")]
+    monkeypatch.setattr(trainer.compare.driver._State, "_run", lambda *_: time.sleep(0.3) or "")
+    outcome = drive(configs, jobs=1, hours=0.5 / 3600)
+    assert outcome.finished == [configs[0].name]
+    assert outcome.left == [config.name for config in configs[1:]]
+
+
+def test_other_settings_are_not_finished(tmp_path):
+    config = small(tmp_path, steps=0)
+    assert not is_finished(config)
+    assert drive([config], jobs=1).finished == [config.name]
+    assert is_finished(config)
+    assert not is_finished(replace(config, eval_problems=5))
+    assert not is_finished(replace(config, steps=1))
+
+
+def test_a_driver_that_is_killed_leaves_no_runs_behind(tmp_path):
+    save_folder(tmp_path / "model")
+    code = f"""
+from dataclasses import replace
+from pathlib import Path
+from tests.trainer.test_compare import small
+from trainer.compare.driver import drive
+drive([small(Path({str(tmp_path)!r}), steps=100_000)], jobs=1)
+"""
+    driver = subprocess.Popen([sys.executable, "-c", code], cwd=Path(__file__).parents[2])
+    log = tmp_path / "run" / "metrics.jsonl"
+    deadline = time.monotonic() + 60
+    while not log.exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert log.exists()
+    driver.send_signal(signal.SIGKILL)
+    driver.wait()
+    time.sleep(1)
+    size = log.stat().st_size
+    time.sleep(1)
+    assert log.stat().st_size == size
+
+
+# What results say.
+
+
+@pytest.mark.parametrize(
+    ("freedom", "quantile"),
+    [(1, 12.706205), (2, 4.302653), (3, 3.182446), (4, 2.776445), (9, 2.262157), (30, 2.042272)],
+)
+def test_students_t_is_that_of_the_tables(freedom, quantile):
+    assert t_quantile(0.975, freedom) == pytest.approx(quantile, abs=1e-6)
+    assert t_cdf(-quantile, freedom) == pytest.approx(0.025, abs=1e-6)
+
+
+def test_intervals_and_holm_by_hand():
+    found = interval([1.0, 2.0, 3.0, 4.0, 5.0])
+    half = 2.776445 * math.sqrt(2.5 / 5)
+    assert found.mean == 3
+    assert (found.low, found.high) == pytest.approx((3 - half, 3 + half), abs=1e-5)
+    assert interval([2.0]).low == -math.inf
+    with pytest.raises(ValueError, match="got none"):
+        interval([])
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+
+
+def test_differences_are_within_seeds():
+    """Seeds lie 0.1 apart, arms 0.02: unpaired it would drown."""
+    noise = {0: 0.001, 1: -0.002, 2: 0.0005, 3: 0.0015, 4: -0.001}
+    base = {seed: 0.3 + 0.1 * seed for seed in range(5)}
+    better = {seed: base[seed] + 0.02 + noise[seed] for seed in range(5)}
+    same = {seed: base[seed] + 10 * noise[seed] for seed in range(5)}
+    values = {"a": better, "b": base, "c": same}
+    one, two = differences(values, [("a", "b"), ("c", "b")])
+    assert one.interval.mean == pytest.approx(0.02, abs=1e-3)
+    assert one.distinguishable
+    assert one.p_flips == 2 / 32
+    assert one.p_holm == pytest.approx(2 * one.p)
+    assert not two.distinguishable
+    assert two.interval.low < 0 < two.interval.high
+    with pytest.raises(ValueError, match="have 1 seeds in common"):
+        differences({"a": {0: 1.0}, "b": base}, [("a", "b")])
+
+
+def made_up(seeds=range(5)):
+    """All learns 0.3, the top 20% as much, bottom 80% loses 0.2; seeds start 0.01 apart."""
+    learned = {"top-20": 0.3, "all": 0.31, "bottom-80": -0.2, "grpo": 0.25}
+    share = {"top-20": 0.2, "all": 1.0, "bottom-80": 0.8, "grpo": 1.0}
+    found = []
+    for arm, gain in learned.items():
+        for seed in seeds:
+            start = 0.4 + 0.01 * seed
+            end = start + gain + 0.002 * ((seed * (len(arm) + 3)) % 5)
+            evaluations = {"step": [0, 10], "accuracy": [start, end], "greedy": [0.5, 0.6]}
+            steps = list(range(1, 11))
+            training = {
+                "step": steps,
+                "reward": [0.5] * 10,
+                "entropy": [0.1 + 0.01 * seed] * 9 + [None],
+                "length": [20.0 + seed] * 10,
+                "rows": [100 * share[arm]] * 10,
+            }
+            run = {"task": "ladder", "arm": arm, "seed": seed, "commit": "c" * 40, "dirty": False}
+            run |= {"seconds": 1.0, "rows": 1000 * share[arm]}
+            found.append({**run, "evaluations": evaluations, "training": training})
+    return {"runs": found}
+
+
+def test_tables_say_which_arms_differ():
+    results = made_up()
+    table = arm_table(results, "ablation").splitlines()
+    assert len(table) == 2 + 3
+    top = next(line for line in table if line.startswith("| top 20%"))
+    assert "| 5 | 42.0% | 72.4 ±" in top
+    assert "200 (20%)" in top
+    lines = difference_table(results, "ablation").splitlines()[2:]
+    assert [line.split("|")[1].strip() for line in lines] == [
+        "all (DAPO) - top 20%",
+        "bottom-80 - top 20%",
+        "bottom-80 - all (DAPO)",
+    ]
+    assert ["**yes**" in line for line in lines] == [True, True, True]
+    assert final(results, "all")[2] == pytest.approx(0.42 + 0.31 + 0.004)
+
+
+def test_files_name_their_data(tmp_path):
+    written = write_files(made_up(), tmp_path / "ladder-comparison.json")
+    assert [path.name for path in written] == [
+        "ladder-comparison-ablation.md",
+        "ladder-comparison-ablation.svg",
+        "ladder-comparison-algorithms.md",
+        "ladder-comparison-algorithms.svg",
+    ]
+    assert "<desc>ladder-comparison.json</desc>" in written[1].read_text()
+    assert "GRPO" in written[2].read_text()
+    # One seed has no interval, and no difference can be told.
+    one = made_up([0])
+    assert "±" not in arm_table(one, "ablation")
+    assert len(difference_table(one, "ablation").splitlines()) == 2
+    assert "all (DAPO)" in curves(one, "ablation", "x")
+
+
+def test_collecting_counts_the_rows_that_were_paid_for(tmp_path):
+    config = arm_config(small(tmp_path, steps=3), "x", "top-20", 0)
+    assert collect("x", [config], {"seeds": 1})["runs"] == []
+    folder = tmp_path / config.name
+    folder.mkdir(parents=True)
+    start = {"commit": "c" * 40, "dirty": False}
+    (folder / "run.json").write_text(json.dumps({"config": asdict(config), "starts": [start]}))
+    accuracy = {"eval/accuracy": 0.5, "eval/greedy": 0.6, "eval/length": 9.0, "time/evaluate": 1.0}
+    step = {"reward/mean": 0.5, "response/length": 9.0, "time/step": 2.0}
+    updated = step | {"head/active_rows": 19.0, "head/rows": 100.0, "entropy/mean": 0.1234567}
+    rows = [accuracy, updated, step | {"skipped/few_groups": 1.0}, updated | accuracy]
+    lines = [json.dumps({"step": i, **row}) + "\n" for i, row in enumerate(rows)]
+    (folder / "metrics.jsonl").write_text("".join(lines))
+    (found,) = collect("x", [config], {"seeds": 1})["runs"]
+    assert (found["arm"], found["seed"], found["seconds"]) == ("top-20", 0, 8.0)
+    assert found["evaluations"]["step"] == [0, 3]
+    assert found["training"]["rows"] == [19.0, 0.0, 19.0]
+    assert found["training"]["all_rows"] == [100.0, 0.0, 100.0]
+    assert found["training"]["entropy"] == [0.123457, None, 0.123457]
+    assert found["rows"] == 38.0
+
+
+# Figures.
+
+
+def test_a_figure_draws_every_point_and_keeps_labels_apart():
+    marks = [Mark(x, x / 10, x / 10 - 0.1, x / 10 + 0.1) for x in range(5)]
+    series = [Series(f"line <{i}>", marks, i) for i in range(4)]
+    alone = Series("alone", [Mark(2, 0.2, -math.inf, math.inf)], joined=False)
+    text = figure([Panel("title", "x", [*series, alone])], "data.json")
+    assert text.count("<circle") == 1
+    assert text.count('fill-opacity=".15"') == 4
+    assert "inf" not in text
+    assert "line &lt;3&gt;" in text
+    ys = sorted(
+        float(line.split('y="')[1].split('"')[0]) for line in text.splitlines() if "style=" in line
+    )
+    assert all(b - a > 13.9 for a, b in pairwise(ys))
+    with pytest.raises(ValueError, match="no point is finite"):
+        figure([Panel("t", "x", [Series("s", [Mark(0, math.nan, 0, 0)])])], "")
+
+
+def test_ticks_are_round_and_enclose():
+    assert ticks(0.13, 0.87) == [0.0, 0.2, 0.4, 0.6, 0.8, 1.0]
+    assert ticks(3, 3)[0] < 3 < ticks(3, 3)[-1]

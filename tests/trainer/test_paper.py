@@ -1,0 +1,70 @@
+"""The page of the study: its commands, its blocks, and that it is what the result files say."""
+
+import json
+import re
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+import tyro
+
+from benchmarks import paper, paper_page, paper_tables
+from trainer.analyze.evolution import Evolution
+from trainer.analyze.patterns import Patterns
+from trainer.analyze.temperatures import Temperatures
+from trainer.compare import Comparison, runs
+from trainer.presets import PRESETS
+
+ROOT = Path(__file__).parents[2]
+SETTINGS = {"patterns": Patterns, "evolution": Evolution, "temperatures": Temperatures}
+
+
+def test_the_page_is_what_the_result_files_say():
+    assert paper_page.write(ROOT, check=True) == 0
+
+
+def test_every_figure_of_the_page_is_there_and_names_its_data():
+    text = (ROOT / paper_page.PAGE).read_text()
+    names = re.findall(r"!\[[^]]*\]\(([^)]*)\)", text)
+    assert names
+    for name in names:
+        path = ROOT / "docs" / name
+        assert path.exists(), name
+        if path.suffix == ".svg":
+            description = ElementTree.parse(path).getroot()[0].text
+            assert (ROOT / description).exists(), description
+
+
+def test_results_name_their_commits():
+    for path in (ROOT / paper_page.RESULTS).glob("*.json"):
+        found = json.loads(path.read_text())
+        made = [found["made"], *found.get("runs", [])]
+        for one in made:
+            assert re.fullmatch(r"[0-9a-f]{40}", one["commit"]), path
+            assert one["dirty"] is False, path
+
+
+@pytest.mark.parametrize("task", paper.TASKS, ids=lambda task: task.label)
+def test_commands_are_understood(task):
+    command, preset, *rest = paper.comparison(task, hours=1.5)
+    assert command == "compare"
+    settings = tyro.cli(Comparison, default=Comparison(config=PRESETS[preset]()), args=rest)
+    assert (settings.hours, settings.config.steps) == (1.5, paper.STEPS)
+    assert {config.name.split("/")[0] for config in runs(settings)} == {task.label}
+    trained = {config.name for config in runs(settings)}
+    assert settings.config.data.task == task.data
+    assert settings.config.rollout.max_new_tokens == task.max_new_tokens
+    for analysis in paper.analyses(task):
+        asked = tyro.cli(SETTINGS[analysis.kind], args=analysis.arguments)
+        run = re.sub(r"/checkpoints/.*", "", asked.model)
+        assert str(Path(run).relative_to(paper.RUNS)) in trained
+        assert asked.data == (task.data,)
+
+
+def test_blocks_are_filled_and_an_unknown_page_is_refused(tmp_path):
+    text = (ROOT / paper_page.PAGE).read_text()
+    empty = paper_page.fill(text, tmp_path)
+    assert empty.count(paper_tables.NOTHING) == len(paper_page.BLOCKS)
+    assert paper_page.fill(empty, ROOT / paper_page.RESULTS) == text
+    with pytest.raises(ValueError, match="needs the blocks"):
+        paper_page.fill(text.replace("paper:finding", "paper:findings"), tmp_path)
