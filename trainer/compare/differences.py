@@ -41,13 +41,16 @@ class Difference(NamedTuple):
 
 
 def interval(values: Sequence[float]) -> Interval:
-    """Mean of `values` and its 95% interval by Student's t; infinite for a single value.
+    """Mean of `values` and its 95% interval by Student's t; infinite for a single value, and not
+    a number where a value is none.
 
     Raises ValueError for none.
     """
     if not values:
         raise ValueError("an interval needs one value or more; got none")
     mean, count = fmean(values), len(values)
+    if not math.isfinite(mean):
+        return Interval(math.nan, math.nan, math.nan, count)
     if count < 2:
         return Interval(mean, -math.inf, math.inf, count)
     half = t_quantile((1 + LEVEL) / 2, count - 1) * stdev(values) / math.sqrt(count)
