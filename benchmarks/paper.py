@@ -19,7 +19,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from benchmarks import paper_page
@@ -32,6 +32,11 @@ STEPS = 60
 JOBS = 2
 # Whose checkpoints are compared over training; of every seed.
 EVOLVED = ("top-20", "all")
+SIZES = {
+    "patterns": ("--problems", "1024", "--samples", "4"),
+    "evolution": ("--problems", "512", "--samples", "2"),
+    "temperatures": ("--problems", "512", "--samples", "1"),
+}
 TRAIN = {
     "root": str(RUNS),
     "steps": STEPS,
@@ -58,7 +63,7 @@ class Task:
 
 TASKS = (
     Task("ladder", "tiny", "ladder", 48),
-    Task("ladder-long", "tiny-long", "ladder:long", 96),
+    Task("ladder-long", "tiny-long", "ladder:long", 64),
 )
 
 
@@ -68,8 +73,18 @@ class Analysis:
 
     kind: str
     name: str
-    folder: Path
+    run: Path
     arguments: tuple[str, ...]
+
+    @property
+    def folder(self) -> Path:
+        """Of all that it writes."""
+        return self.run.parents[1] / "analyses" / self.name
+
+    @property
+    def ready(self) -> bool:
+        """Whether the run has ended."""
+        return (self.run / "checkpoints" / f"step-{STEPS:06d}").exists()
 
     @property
     def result(self) -> Path:
@@ -94,13 +109,21 @@ def study(hours: float) -> int:
     """Train and analyse what is missing; 0 where all is done."""
     RESULTS.mkdir(parents=True, exist_ok=True)
     failed = [task.label for task in TASKS if _run(comparison(task, hours))]
-    waiting = [a for task in TASKS for a in analyses(task) if not a.result.exists()]
+    return int(bool(failed + analyse()))
+
+
+def analyse() -> list[str]:
+    """Do the analyses that are missing and whose runs have ended; the names of the others."""
+    missing = [a for task in TASKS for a in analyses(task) if not a.result.exists()]
+    ready = [analysis for analysis in missing if analysis.ready]
     with ThreadPoolExecutor(JOBS) as pool:
-        done = list(pool.map(_analyse, waiting))
-    failed += [analysis.name for analysis, right in zip(waiting, done, strict=True) if not right]
-    if failed:
-        print(f"failed: {', '.join(failed)}", file=sys.stderr)
-    return int(bool(failed))
+        done = list(pool.map(_analyse, ready))
+    failed = [analysis.name for analysis, right in zip(ready, done, strict=True) if not right]
+    left = [analysis.name for analysis in missing if not analysis.ready]
+    for what, names in (("failed", failed), ("left, for want of their runs", left)):
+        if names:
+            print(f"{what}: {', '.join(names)}", file=sys.stderr)
+    return failed + left
 
 
 def comparison(task: Task, hours: float) -> list[str]:
@@ -114,32 +137,24 @@ def comparison(task: Task, hours: float) -> list[str]:
 
 
 def analyses(task: Task) -> Iterator[Analysis]:
-    """What is asked of the checkpoints of `task`."""
-    folder = RUNS / task.label
+    """What is asked of the checkpoints of `task`: the base's patterns, and the trained models."""
     for seed in range(SEEDS):
-        run = folder / "top-20" / f"seed-{seed}"
-        base = str(run / "checkpoints" / "step-000000")
-        ask = ("--data", task.data, "--max-new-tokens", str(task.max_new_tokens))
-        yield _analysis("patterns", task, seed, (*ask, "--model", base))
+        run = RUNS / task.label / "top-20" / f"seed-{seed}"
+        base = run / "checkpoints" / "step-000000"
+        yield _analysis("patterns", task, run, base)
+        yield _analysis("temperatures", task, run, run)
         for arm in EVOLVED:
-            run = folder / arm / f"seed-{seed}"
-            yield _analysis("evolution", task, seed, (*ask, "--model", str(run)), arm)
-        final = str(folder / "top-20" / f"seed-{seed}")
-        yield _analysis("temperatures", task, seed, (*ask, "--model", final))
+            run = RUNS / task.label / arm / f"seed-{seed}"
+            yield _analysis("evolution", task, run, run)
 
 
-def _analysis(
-    kind: str, task: Task, seed: int, arguments: tuple[str, ...], arm: str = ""
-) -> Analysis:
-    name = "-".join(part for part in (task.label, kind, arm, f"seed-{seed}") if part)
-    folder = RUNS / task.label / "analyses" / name
-    sizes = {
-        "patterns": ("--problems", "1024", "--samples", "4"),
-        "evolution": ("--problems", "512", "--samples", "2"),
-        "temperatures": ("--problems", "512", "--samples", "1"),
-    }
-    options = (*arguments, *sizes[kind], "--out", str(folder))
-    return Analysis(kind, name, folder, options)
+def _analysis(kind: str, task: Task, run: Path, model: Path) -> Analysis:
+    arm = run.parent.name
+    name = "-".join((task.label, kind, *((arm,) if kind == "evolution" else ()), run.name))
+    length = ("--max-new-tokens", str(task.max_new_tokens))
+    options = ("--data", task.data, "--model", str(model), *length, *SIZES[kind])
+    found = Analysis(kind, name, run, ())
+    return replace(found, arguments=(*options, "--out", str(found.folder)))
 
 
 def _analyse(analysis: Analysis) -> bool:
