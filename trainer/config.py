@@ -35,7 +35,7 @@ class Data:
     """Where problems come from."""
 
     task: str = "ladder"
-    """The number "ladder", a reasoning-gym task as "gym:NAME", or a prompt set as "file:PATH" or
+    """The number "ladder" or "ladder:long", a reasoning-gym task as "gym:NAME", or a prompt set as "file:PATH" or
     "hub:NAME[:CONFIGURATION]"."""
     prompt_field: str = "prompt"
     """Prompt sets: the column of the question, text or chat messages."""
