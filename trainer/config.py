@@ -35,8 +35,8 @@ class Data:
     """Where problems come from."""
 
     task: str = "ladder"
-    """The number "ladder" or "ladder:long", a reasoning-gym task as "gym:NAME", or a prompt set as "file:PATH" or
-    "hub:NAME[:CONFIGURATION]"."""
+    """The number "ladder" or "ladder:long", a reasoning-gym task as "gym:NAME", or a prompt set as
+    "file:PATH" or "hub:NAME[:CONFIGURATION]"."""
     prompt_field: str = "prompt"
     """Prompt sets: the column of the question, text or chat messages."""
     answer_field: str = "answer"

@@ -75,17 +75,19 @@ def found_differences(results: Results, study: Study) -> list[Difference]:
 
 def difference_table(results: Results, study: Study) -> str:
     """Final accuracy of each arm less that of "top-20" and of "all", within seeds."""
+    if not (found := found_differences(results, study)):
+        return "No two arms have two seeds in common yet: no difference can be told."
     lines = [
         "| difference | points | p | p, Holm | p, sign flips | distinguishable |",
         "|---|--:|--:|--:|--:|---|",
     ]
-    for found in found_differences(results, study):
-        names = f"{NAMES.get(found.arm, found.arm)} - {NAMES.get(found.other, found.other)}"
+    for one in found:
+        names = f"{NAMES.get(one.arm, one.arm)} - {NAMES.get(one.other, one.other)}"
         cells = [
-            points(found.interval),
-            *(f"{p:.3f}" if p >= 0.0005 else "< 0.001" for p in (found.p, found.p_holm)),
-            f"{found.p_flips:.3f}",
-            "**yes**" if found.distinguishable else "no",
+            points(one.interval),
+            *(f"{p:.3f}" if p >= 0.0005 else "< 0.001" for p in (one.p, one.p_holm)),
+            f"{one.p_flips:.3f}",
+            "**yes**" if one.distinguishable else "no",
         ]
         lines.append(f"| {names} | {' | '.join(cells)} |")
     return "\n".join(lines)
