@@ -133,3 +133,9 @@ def test_an_unknown_analysis_shows_what_there_is(capsys):
     assert main(["pattern"]) == 2
     assert "temperatures" in capsys.readouterr().err
     assert main(["--help"]) == 0
+
+
+def test_several_processes_are_refused(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="one process; torchrun has started 2"):
+        main(["patterns"])

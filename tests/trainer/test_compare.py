@@ -108,6 +108,15 @@ def test_a_run_that_fails_is_told_and_the_others_go_on(tmp_path):
     assert outcome.left == []
 
 
+def test_a_folder_that_cannot_be_made_fails_its_run_alone(tmp_path):
+    configs = [arm_config(small(tmp_path), "x", arm, 0) for arm in ("all", "top-20")]
+    (tmp_path / "x").mkdir()
+    (tmp_path / "x" / "all").write_text("in the way")
+    outcome = drive([configs[0], replace(configs[1], steps=0)], jobs=2)
+    assert "x/all" in outcome.failed[configs[0].name]
+    assert outcome.finished == [configs[1].name]
+
+
 def test_no_run_is_started_that_would_end_after_the_budget(tmp_path, monkeypatch):
     configs = [arm_config(small(tmp_path), "x", arm, 0) for arm in ("all", "top-20", "top-5")]
     monkeypatch.setattr(trainer.compare.driver._State, "_run", lambda *_: time.sleep(0.3) or "")

@@ -5,6 +5,7 @@ temperatures  two-temperature decoding: accuracy over both temperatures
 evolution     what training does to entropies: overlap of the top tokens, change by percentile
 """
 
+import os
 import sys
 
 USAGE = __doc__
@@ -14,6 +15,8 @@ def main(arguments: list[str]) -> int:
     """Run one analysis; returns the exit status. Raises ValueError for bad settings."""
     import tyro
 
+    if (size := int(os.environ.get("WORLD_SIZE", "1"))) > 1:
+        raise ValueError(f"analyze runs in one process; torchrun has started {size}")
     what, rest = (arguments[0], arguments[1:]) if arguments else ("", [])
     prog = f"python -m trainer analyze {what}"
     if what == "patterns":

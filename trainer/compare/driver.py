@@ -20,7 +20,6 @@ from trainer.log import read_rows
 LOG = "log.txt"
 LAST_LINES = 5
 _PR_SET_PDEATHSIG = 1
-# A first run also makes the warm start, which the others of its seed wait for.
 _CHILD = "from trainer.compare.driver import run_one; run_one()"
 
 
@@ -116,7 +115,10 @@ class _State:
         """Do one run after the other until none is left that could be started."""
         while (config := self._take()) is not None:
             began = time.monotonic()
-            error = self._run(config)
+            try:
+                error = self._run(config)
+            except OSError as problem:  # no process, no log: the other runs wait for an outcome
+                error = str(problem)
             with self._changed:
                 self._warming.discard(config.seed)
                 self._put_away(config, error, time.monotonic() - began)
@@ -163,7 +165,6 @@ class _State:
         """Run it to its end; the end of its log where that is not the right one."""
         log = Path(config.root) / config.name / LOG
         log.parent.mkdir(parents=True, exist_ok=True)
-        # A prompt of torch's threads: each process has the one core that it gets.
         environment = {**os.environ, "OMP_NUM_THREADS": str(config.threads or 1)}
         with log.open("ab") as output:
             process = subprocess.Popen(
