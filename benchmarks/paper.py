@@ -12,7 +12,6 @@ same command goes on.
 """
 
 import argparse
-import json
 import os
 import shutil
 import subprocess
@@ -60,6 +59,11 @@ class Task:
     max_new_tokens: int
     """Of a response, as the preset has it."""
 
+    @property
+    def comparison(self) -> Path:
+        """File of what its training runs came to."""
+        return RUNS / self.label / "comparison.json"
+
 
 TASKS = (
     Task("ladder", "tiny", "ladder", 48),
@@ -87,9 +91,9 @@ class Analysis:
         return (self.run / "checkpoints" / f"step-{STEPS:06d}").exists()
 
     @property
-    def result(self) -> Path:
-        """Within the repository."""
-        return RESULTS / f"{self.name}.json"
+    def file(self) -> Path:
+        """Of its result."""
+        return self.folder / f"{self.kind}.json"
 
 
 def main() -> int:
@@ -107,14 +111,15 @@ def main() -> int:
 
 def study(hours: float) -> int:
     """Train and analyse what is missing; 0 where all is done."""
-    RESULTS.mkdir(parents=True, exist_ok=True)
     failed = [task.label for task in TASKS if _run(comparison(task, hours))]
-    return int(bool(failed + analyse()))
+    failed += analyse()
+    keep()
+    return int(bool(failed))
 
 
 def analyse() -> list[str]:
     """Do the analyses that are missing and whose runs have ended; the names of the others."""
-    missing = [a for task in TASKS for a in analyses(task) if not a.result.exists()]
+    missing = [a for task in TASKS for a in analyses(task) if not a.file.exists()]
     ready = [analysis for analysis in missing if analysis.ready]
     with ThreadPoolExecutor(JOBS) as pool:
         done = list(pool.map(_analyse, ready))
@@ -126,13 +131,23 @@ def analyse() -> list[str]:
     return failed + left
 
 
+def keep() -> None:
+    """Copy what there is to the results, last of all: a run notes whether its checkout is clean."""
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    found = {task.comparison: RESULTS / f"{task.label}-comparison.json" for task in TASKS}
+    found |= {a.file: RESULTS / f"{a.name}.json" for task in TASKS for a in analyses(task)}
+    for source, target in found.items():
+        if source.exists():
+            shutil.copyfile(source, target)
+
+
 def comparison(task: Task, hours: float) -> list[str]:
     """The command of all training runs of `task`."""
     train = [part for name, value in TRAIN.items() for part in (f"--config.{name}", str(value))]
     return [
         *("compare", task.preset, "--label", task.label, "--seeds", str(SEEDS)),
         *("--jobs", str(JOBS), "--hours", str(hours)),
-        *("--out", str(RESULTS / f"{task.label}-comparison.json"), *train),
+        *("--out", str(task.comparison), *train),
     ]
 
 
@@ -158,12 +173,8 @@ def _analysis(kind: str, task: Task, run: Path, model: Path) -> Analysis:
 
 
 def _analyse(analysis: Analysis) -> bool:
-    """Whether it could be done; its result is then in place."""
-    if _run(["analyze", analysis.kind, *analysis.arguments]):
-        return False
-    shutil.copyfile(analysis.folder / f"{analysis.kind}.json", analysis.result)
-    json.loads(analysis.result.read_text())
-    return True
+    """Whether it could be done."""
+    return not _run(["analyze", analysis.kind, *analysis.arguments])
 
 
 def _run(arguments: list[str]) -> int:
