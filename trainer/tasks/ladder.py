@@ -10,7 +10,9 @@ as bimodal as in the reasoning of large models. Most prompts have many right ans
 import operator
 import random
 import re
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from typing import Any
 
 from trainer.problems import Problem
 from trainer.tasks.split import check_index, held_out, stable_hash
@@ -114,26 +116,38 @@ class Ladder:
         """Problem `index` of `split`; its answer holds the puzzle's numbers."""
         check_index(split, index, self.num_test)
         stream = f"{self.seed}/train" if split == "train" else "test"
-        puzzle = draw_puzzle(random.Random(f"ladder/{stream}/{index}"), split)
+        puzzle = self.draw(random.Random(f"{self.name}/{stream}/{index}"), split)
         return Problem(puzzle.prompt, asdict(puzzle))
 
     def reward(self, problem: Problem, response: str) -> float:
         """1.0 for a chain of legal, right operations that ends at the goal with `!`, else 0.0."""
-        return float(Puzzle(**problem.answer).solved_by(response))
+        return float(self.puzzle(problem.answer).solved_by(response))
 
     def demonstrations(self, count: int, seed: int) -> list[tuple[str, str]]:
-        """`count` training prompts, each with the best of 3 random walks.
+        """`count` training prompts, each with a chain that `demonstrate` makes."""
+        rng = random.Random(f"{self.name}/demonstrations/{seed}")
+        pairs = []
+        for _ in range(count):
+            puzzle = self.draw(rng, "train")
+            pairs.append((puzzle.prompt, self.demonstrate(puzzle, rng)))
+        return pairs
+
+    def draw(self, rng: random.Random, split: str) -> Any:
+        """A puzzle of `split`."""
+        return draw_puzzle(rng, split)
+
+    def puzzle(self, answer: Mapping[str, Any]) -> Any:
+        """That of a problem's answer."""
+        return Puzzle(**answer)
+
+    def demonstrate(self, puzzle: Any, rng: random.Random) -> str:
+        """The best of 3 random walks.
 
         The first walk that arrives is kept, else the last: about 68% of the traces arrive, so a
         policy trained on them prefers the operations that lead to the goal, though only a little.
         """
-        rng = random.Random(f"ladder/demonstrations/{seed}")
-        pairs = []
-        for _ in range(count):
-            puzzle = draw_puzzle(rng, "train")
-            for _ in range(WALKS):
-                chain = puzzle.walk(rng)
-                if chain.endswith("!"):
-                    break
-            pairs.append((puzzle.prompt, chain))
-        return pairs
+        for _ in range(WALKS):
+            chain = puzzle.walk(rng)
+            if chain.endswith("!"):
+                break
+        return chain

@@ -7,11 +7,12 @@ decisions finds no signal.
 """
 
 import random
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
 
-from trainer.problems import Problem
-from trainer.tasks.ladder import LARGEST, OPERANDS, OPERATORS, STEP, TEST_FRACTION
-from trainer.tasks.split import check_index, held_out, stable_hash
+from trainer.tasks.ladder import LARGEST, OPERANDS, OPERATORS, STEP, TEST_FRACTION, Ladder
+from trainer.tasks.split import held_out, stable_hash
 
 MAX_STEPS = 10
 DISTANCES = (2, 3, 4)
@@ -102,37 +103,20 @@ def draw_long_puzzle(rng: random.Random, split: str) -> LongPuzzle:
             return puzzle
 
 
-class LongLadder:
-    """The long ladder as a task; an eighth of all prompts, by hash, is held out.
-
-    Training problems depend on `seed`; the held-out ones do not, so that runs compare.
-    """
+class LongLadder(Ladder):
+    """The long ladder as a task."""
 
     name = "ladder:long"
 
-    def __init__(self, seed: int, num_test: int = 4096):
-        self.seed = seed
-        self.num_test = num_test
+    def draw(self, rng: random.Random, split: str) -> LongPuzzle:
+        """A puzzle of `split`."""
+        return draw_long_puzzle(rng, split)
 
-    def problem(self, split: str, index: int) -> Problem:
-        """Problem `index` of `split`; its answer holds the puzzle's numbers."""
-        check_index(split, index, self.num_test)
-        stream = f"{self.seed}/train" if split == "train" else "test"
-        puzzle = draw_long_puzzle(random.Random(f"{self.name}/{stream}/{index}"), split)
-        return Problem(puzzle.prompt, asdict(puzzle))
+    def puzzle(self, answer: Mapping[str, Any]) -> LongPuzzle:
+        """That of a problem's answer, whose pairs are lists once it has been JSON."""
+        operations = tuple((symbol, operand) for symbol, operand in answer["operations"])
+        return LongPuzzle(answer["start"], answer["goal"], operations)
 
-    def reward(self, problem: Problem, response: str) -> float:
-        """1.0 for a chain of legal, right operations that ends at the goal with `!`, else 0.0."""
-        numbers = problem.answer
-        operations = tuple((symbol, operand) for symbol, operand in numbers["operations"])
-        puzzle = LongPuzzle(numbers["start"], numbers["goal"], operations)
-        return float(puzzle.solved_by(response))
-
-    def demonstrations(self, count: int, seed: int) -> list[tuple[str, str]]:
-        """`count` training prompts, each with one walk that leans towards the goal."""
-        rng = random.Random(f"{self.name}/demonstrations/{seed}")
-        pairs = []
-        for _ in range(count):
-            puzzle = draw_long_puzzle(rng, "train")
-            pairs.append((puzzle.prompt, puzzle.walk(rng, TOWARDS)))
-        return pairs
+    def demonstrate(self, puzzle: LongPuzzle, rng: random.Random) -> str:
+        """One walk that leans towards the goal."""
+        return puzzle.walk(rng, TOWARDS)
