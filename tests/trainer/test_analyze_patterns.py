@@ -126,7 +126,7 @@ def test_bad_settings_are_refused(models, sums, tmp_path):  # noqa: F811
     with pytest.raises(ValueError, match=r"fraction must lie in \(0, 1\]; got 0"):
         Patterns(models[0], **options(sums, tmp_path), fraction=0.0)
     with pytest.raises(ValueError, match="temperature > 0"):
-        analyze_patterns(Patterns(models[0], **options(sums, tmp_path), temperature=0.0))
+        Patterns(models[0], **options(sums, tmp_path), temperature=0.0)
 
 
 def test_an_unknown_analysis_shows_what_there_is(capsys):

@@ -15,22 +15,12 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from trainer import checkpoint
-from trainer.analyze.folder import out_folder
+from trainer.analyze.analysis import Analysis, Opened, opened
 from trainer.analyze.overlap import change_by_bin, overlap, rank_correlation, top_mask
 from trainer.analyze.responses import scored_responses
-from trainer.evaluation import (
-    Evaluation,
-    engine_config,
-    load,
-    problems_of,
-    resolved,
-    with_limit,
-)
+from trainer.evaluation import engine_config, load
 from trainer.figures import Mark, Panel, Series, figure
 from trainer.log import provenance, replace_text
-from trainer.policy import Policy
-from trainer.ranks import Ranks, join
 from trainer.types import Rollouts
 from trainer.update import score
 
@@ -39,21 +29,17 @@ LOW = 0.01
 
 
 @dataclass(frozen=True)
-class Evolution(Evaluation):
+class Evolution(Analysis):
     """Whose checkpoints, and on which responses."""
 
     checkpoints: tuple[str, ...] = ()
     """Models or checkpoints in the order of training, the base first; empty: those that the run
     `model` has kept. The responses are those of `model`."""
-    fraction: float = 0.2
-    """Share of the tokens that is called high-entropy."""
     bins: int = 20
     """Of the base's entropies: of 5% each."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 < self.fraction <= 1:
-            raise ValueError(f"fraction must lie in (0, 1]; got {self.fraction}")
         if self.bins < 1:
             raise ValueError(f"bins must be at least 1; got {self.bins}")
 
@@ -71,25 +57,19 @@ def analyze_evolution(settings: Evolution) -> Path:
     Raises:
         ValueError: fewer than two checkpoints, or one with another vocabulary.
     """
-    with join(settings.device) as ranks:
-        names = settings.checkpoints or _kept(Path(settings.model), ranks)
-        if len(names) < 2:
-            raise ValueError(
-                f"an evolution needs two checkpoints or more; got {', '.join(names) or 'none'}"
-            )
-        out = settings.out or out_folder(settings.model)
-        settings = replace(resolved(settings, ranks), out=out)
-        policy = load(settings, ranks)
-        asked = problems_of(settings, policy)
-        settings = with_limit(settings, policy, asked)
-        portions = [scored.rollouts for scored in scored_responses(settings, policy, asked, ranks)]
-        logprob_CT, entropy_CT = _scored(settings, names, policy, portions, ranks)
-        found = compare(entropy_CT, logprob_CT, settings.fraction, settings.bins)
+    names = settings.checkpoints or _kept(Path(settings.model))
+    if len(names) < 2:
+        raise ValueError(
+            f"an evolution needs two checkpoints or more; got {', '.join(names) or 'none'}"
+        )
+    with opened(settings) as work:
+        portions = [scored.rollouts for scored in scored_responses(work)]
+        logprob_CT, entropy_CT = _scored(work, names, portions)
         labels = [Path(name).name for name in names]
         if len(set(labels)) < len(labels):
             labels = list(names)
-        found = {"tokens": entropy_CT.shape[1], "names": labels, **found}
-        return _write(settings, found, ranks)
+        found = compare(entropy_CT, logprob_CT, settings.fraction, settings.bins)
+        return _write(work, {"tokens": entropy_CT.shape[1], "names": labels, **found})
 
 
 def compare(entropy_CT: Tensor, logprob_CT: Tensor, fraction: float, bins: int) -> dict[str, Any]:
@@ -145,33 +125,29 @@ def draw(found: dict[str, Any], source: str) -> str:
     )
 
 
-def _kept(folder: Path, ranks: Ranks) -> tuple[str, ...]:
+def _kept(folder: Path) -> tuple[str, ...]:
     """The checkpoints of the run in `folder`, oldest first."""
-    if checkpoint.latest(folder, ranks) is None:
+    if not (found := sorted((folder / "checkpoints").glob("step-*"))):
         raise ValueError(
             f"{folder} is no run with checkpoints; name them with --checkpoints BASE ... LAST"
         )
-    return tuple(sorted(str(path) for path in (folder / "checkpoints").glob("step-*")))
+    return tuple(map(str, found))
 
 
 def _scored(
-    settings: Evolution,
-    names: Sequence[str],
-    policy: Policy,
-    portions: Sequence[Rollouts],
-    ranks: Ranks,
+    work: Opened[Evolution], names: Sequence[str], portions: Sequence[Rollouts]
 ) -> tuple[Tensor, Tensor]:
     """Log-probs and entropies [C, T] of the responses under each of the models in `names`."""
-    config, found = engine_config(settings), []
+    settings, config, found = work.settings, engine_config(work.settings), []
     for name in names:
-        other = load(replace(settings, model=name), ranks)
-        if other.tokenizer.get_vocab() != policy.tokenizer.get_vocab():
+        other = load(replace(settings, model=name), work.ranks)
+        if other.tokenizer.get_vocab() != work.policy.tokenizer.get_vocab():
             raise ValueError(
                 f"{name} has another vocabulary than {settings.model}: the same tokens are wanted"
             )
         parts = []
         for rollouts in portions:
-            logprob_BL, entropy_BL, _, _ = score(other, rollouts, config, ranks)
+            logprob_BL, entropy_BL, _, _ = score(other, rollouts, config, work.ranks)
             mask_BL = rollouts.mask_BL
             parts.append(torch.stack([logprob_BL[mask_BL], entropy_BL[mask_BL]]).cpu())
         found.append(torch.cat(parts, 1))
@@ -185,10 +161,9 @@ def _percentiles(entropy_T: Tensor) -> dict[str, float]:
     return {str(p): float(ordered[round(p / 100 * last)]) for p in PERCENTILES}
 
 
-def _write(settings: Evolution, found: dict[str, Any], ranks: Ranks) -> Path:
-    folder = Path(settings.out)
-    folder.mkdir(parents=True, exist_ok=True)
-    whole = {"settings": asdict(settings), "made": provenance(str(ranks.device)), **found}
+def _write(work: Opened[Evolution], found: dict[str, Any]) -> Path:
+    folder, settings = work.folder, work.settings
+    whole = {"settings": asdict(settings), "made": provenance(str(work.ranks.device)), **found}
     path = folder / "evolution.json"
     replace_text(path, json.dumps(whole, indent=1) + "\n")
     replace_text(folder / "evolution.svg", draw(found, "evolution.json"))

@@ -9,16 +9,14 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from trainer.analyze.folder import out_folder
+from trainer.analyze.analysis import Analysis, Opened, opened
 from trainer.analyze.responses import Scored, scored_responses
 from trainer.analyze.statistics import EntropyStatistics
 from trainer.analyze.tokens_page import write_tokens_page
-from trainer.evaluation import Evaluation, load, problems_of, resolved, with_limit
 from trainer.figures import Mark, Panel, Series, figure
 from trainer.log import Sample, provenance, replace_text
 from trainer.policy import Policy
 from trainer.progress import Columns, progress
-from trainer.ranks import Ranks, join
 
 PERCENTILES = (*range(5, 100, 5), 99)
 LOW = 0.01
@@ -29,22 +27,15 @@ _COLUMNS: Columns = {"mean entropy": (("mean",), ".3f"), "p80": (("p80",), ".3f"
 
 
 @dataclass(frozen=True)
-class Patterns(Evaluation):
+class Patterns(Analysis):
     """Which responses, and what is shown of them."""
 
-    fraction: float = 0.2
-    """Share of the tokens that is called high-entropy."""
     minimum: int = 100
     """Tokens sampled less often are left out of the tables (the paper's 100)."""
     shown: int = 100
     """Rows of each table of tokens."""
     coloured: int = 24
     """Responses on the page of coloured tokens: the first of as many problems."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 0 < self.fraction <= 1:
-            raise ValueError(f"fraction must lie in (0, 1]; got {self.fraction}")
 
 
 def analyze_patterns(settings: Patterns) -> Path:
@@ -56,31 +47,23 @@ def analyze_patterns(settings: Patterns) -> Path:
     "token" id, "count", "mean", "share" of all tokens. Memory does not grow with the responses.
     Returns the path of patterns.json.
     """
-    with join(settings.device) as ranks:
-        settings = replace(
-            resolved(settings, ranks), out=settings.out or out_folder(settings.model)
-        )
-        policy = load(settings, ranks)
-        asked = problems_of(settings, policy)
-        settings = with_limit(settings, policy, asked)
-        vocabulary = policy.model.get_output_embeddings().weight.shape[0]
+    with opened(settings) as work:
+        vocabulary = work.policy.model.get_output_embeddings().weight.shape[0]
         statistics = EntropyStatistics(vocabulary)
         samples: list[Sample] = []
-        right = responses = 0.0
-        total = sum(len(problems) for _, problems in asked.values())
-        with progress("responses", total, columns=_COLUMNS) as bar:
-            done = 0
-            for scored in scored_responses(settings, policy, asked, ranks):
+        right = done = 0
+        total = sum(len(problems) for _, problems in work.asked.values())
+        with progress("problems", total, columns=_COLUMNS) as bar:
+            for scored in scored_responses(work):
                 mask_BL = scored.rollouts.mask_BL
                 statistics.update(scored.rollouts.response_BL[mask_BL], scored.entropy_BL[mask_BL])
-                samples += _samples(scored, policy, settings.coloured - len(samples))
-                right += float(scored.rollouts.reward_B.sum())
-                responses += len(scored.rollouts)
-                done += len(scored.rollouts) // settings.samples
+                samples += _samples(scored, work.policy, settings.coloured - len(samples))
+                right += int((scored.rollouts.reward_B >= 1).sum())
+                done += len(scored.rollouts)
                 p80 = statistics.percentile(80)
-                bar.update(done, {"mean": statistics.mean(), "p80": p80})
-        found = {"accuracy": right / responses, **summarize(statistics, settings, policy)}
-        return _write(settings, found, samples, ranks)
+                bar.update(done // settings.samples, {"mean": statistics.mean(), "p80": p80})
+        found = {"accuracy": right / done, **summarize(statistics, settings, work.policy)}
+        return _write(work, found, samples)
 
 
 def summarize(statistics: EntropyStatistics, settings: Patterns, policy: Policy) -> dict[str, Any]:
@@ -162,14 +145,12 @@ def _samples(scored: Scored, policy: Policy, wanted: int) -> list[Sample]:
     return found
 
 
-def _write(settings: Patterns, found: dict[str, Any], samples: list[Sample], ranks: Ranks) -> Path:
-    folder = Path(settings.out)
-    folder.mkdir(parents=True, exist_ok=True)
-    threshold = found["threshold"]
+def _write(work: Opened[Patterns], found: dict[str, Any], samples: list[Sample]) -> Path:
+    folder, settings, threshold = work.folder, work.settings, found["threshold"]
     marked = [replace(s, kept=[entropy >= threshold for entropy in s.entropy]) for s in samples]
     write_tokens_page(folder / "tokens.html", marked, threshold, settings.model)
     replace_text(folder / "patterns.svg", draw(found, "patterns.json"))
-    whole = {"settings": asdict(settings), "made": provenance(str(ranks.device)), **found}
+    whole = {"settings": asdict(settings), "made": provenance(str(work.ranks.device)), **found}
     path = folder / "patterns.json"
     replace_text(path, json.dumps(whole, indent=1) + "\n")
     _show(found, settings)

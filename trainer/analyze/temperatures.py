@@ -4,7 +4,7 @@
 import json
 from collections.abc import Iterator
 from contextlib import closing
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,34 +12,21 @@ from rich.console import Console
 from rich.table import Table
 
 import entropy_kernels as ek
-from trainer.analyze.folder import out_folder
-from trainer.analyze.responses import scored_responses
+from trainer.analyze.analysis import Analysis, Opened, opened
+from trainer.analyze.responses import responses, scored_responses
 from trainer.engines import Engine, make_engine
 from trainer.estimators import estimate
-from trainer.evaluation import (
-    Asked,
-    Evaluation,
-    engine_config,
-    load,
-    problems_of,
-    resolved,
-    with_limit,
-)
+from trainer.evaluation import engine_config
 from trainer.figures import Mark, Panel, Series, figure
 from trainer.log import provenance, replace_text
-from trainer.policy import Policy
 from trainer.progress import progress
-from trainer.ranks import Ranks, join
-from trainer.rewards.verifier import Verifier
-from trainer.rollout import sample
-from trainer.tasks.split import stable_hash
 from trainer.two_temperatures import TwoTemperatures
 
 FILE = "temperatures.json"
 
 
 @dataclass(frozen=True)
-class Temperatures(Evaluation):
+class Temperatures(Analysis):
     """Which temperatures; the others of the paper's figure are the default."""
 
     low: tuple[float, ...] = (0.0, 0.3, 0.6, 1.0, 1.5, 2.0)
@@ -48,13 +35,9 @@ class Temperatures(Evaluation):
     """Of tokens above the threshold, with 1 for the others."""
     threshold: float = 0.0
     """Nats; 0: that of the top `fraction` of the entropies at temperature 1, measured first."""
-    fraction: float = 0.2
-    """Share of the tokens above a threshold that is measured."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 < self.fraction <= 1:
-            raise ValueError(f"fraction must lie in (0, 1]; got {self.fraction}")
         if self.temperature != 1:
             raise ValueError(f"temperature must be 1 in a sweep of two; got {self.temperature}")
         for low, high in self.pairs():
@@ -73,28 +56,22 @@ def analyze_temperatures(settings: Temperatures) -> Path:
     "high"}, a 95% interval over problems, "length" and "truncated". Points that it has with the
     same settings are not sampled again. Returns its path.
     """
-    with join(settings.device) as ranks:
-        settings = replace(
-            resolved(settings, ranks), out=settings.out or out_folder(settings.model)
-        )
-        policy = load(settings, ranks)
-        asked = problems_of(settings, policy)
-        settings = with_limit(settings, policy, asked)
-        found = _found(settings)
+    with opened(settings) as work:
+        found = _found(work)
         if found is None:
             found = {
-                "settings": _plain(settings),
-                "made": provenance(str(ranks.device)),
-                "threshold": settings.threshold or _threshold(settings, policy, asked, ranks),
+                "settings": _plain(work.settings),
+                "made": provenance(str(work.ranks.device)),
+                "threshold": settings.threshold or _threshold(work),
                 "points": [],
             }
-            _write(settings, found)
-        for point in _points(settings, policy, asked, ranks, found):
+            _write(work.folder, found)
+        for point in _points(work, found):
             found["points"].append(point)
-            _write(settings, found)
+            _write(work.folder, found)
     _show(found)
-    print(f"results: {Path(settings.out) / FILE}")
-    return Path(settings.out) / FILE
+    print(f"results: {work.folder / FILE}")
+    return work.folder / FILE
 
 
 def draw(found: dict[str, Any], source: str) -> str:
@@ -120,16 +97,16 @@ def _plain(settings: Temperatures) -> dict[str, Any]:
     return json.loads(json.dumps(plain))
 
 
-def _found(settings: Temperatures) -> dict[str, Any] | None:
+def _found(work: Opened[Temperatures]) -> dict[str, Any] | None:
     """What an earlier call has written; None where there was none.
 
     Raises ValueError where it was made with other settings.
     """
-    path = Path(settings.out) / FILE
+    path = work.folder / FILE
     if not path.exists():
         return None
     found = json.loads(path.read_text())
-    now, before = _plain(settings), found["settings"]
+    now, before = _plain(work.settings), found["settings"]
     names = [name for name in now if now[name] != before.get(name)]
     if names:
         raise ValueError(
@@ -139,67 +116,45 @@ def _found(settings: Temperatures) -> dict[str, Any] | None:
     return found
 
 
-def _threshold(settings: Temperatures, policy: Policy, asked: Asked, ranks: Ranks) -> float:
-    threshold = ek.StreamingThreshold(settings.fraction)
-    for scored in scored_responses(settings, policy, asked, ranks):
+def _threshold(work: Opened[Temperatures]) -> float:
+    threshold = ek.StreamingThreshold(work.settings.fraction)
+    for scored in scored_responses(work):
         threshold.update(scored.entropy_BL[scored.rollouts.mask_BL])
     return float(threshold.value())
 
 
-def _points(
-    settings: Temperatures, policy: Policy, asked: Asked, ranks: Ranks, found: dict[str, Any]
-) -> Iterator[dict[str, Any]]:
+def _points(work: Opened[Temperatures], found: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """Those that `found` lacks."""
     have = {(point["low"], point["high"]) for point in found["points"]}
-    waiting = [pair for pair in settings.pairs() if pair not in have]
+    waiting = [pair for pair in work.settings.pairs() if pair not in have]
     if not waiting:
         return
     first = TwoTemperatures(found["threshold"], *waiting[0])
-    engine = make_engine(engine_config(settings), policy, two_temperatures=first)
-    engine.update_weights(policy.weights())
+    engine = make_engine(engine_config(work.settings), work.policy, two_temperatures=first)
+    engine.update_weights(work.policy.weights())
     with closing(engine), progress("temperatures", len(waiting), columns={}) as bar:
         for done, (low, high) in enumerate(waiting, start=1):
             engine.two_temperatures = TwoTemperatures(found["threshold"], low, high)
-            yield {"low": low, "high": high, **_accuracy(settings, engine, policy, asked, ranks)}
+            yield {"low": low, "high": high, **_accuracy(work, engine)}
             bar.update(done, {})
 
 
-def _accuracy(
-    settings: Temperatures, engine: Engine, policy: Policy, asked: Asked, ranks: Ranks
-) -> dict[str, Any]:
+def _accuracy(work: Opened[Temperatures], engine: Engine) -> dict[str, Any]:
+    samples = work.settings.samples
     shares, lengths, truncated = [], [], []
-    for name, (task, problems) in asked.items():
-        verifier = Verifier(task, engine_config(settings).reward)
-        verifier.start()
-        with closing(verifier):
-            size = max(settings.batch_size // settings.samples, 1)
-            for first in range(0, len(problems), size):
-                rollouts = sample(
-                    engine,
-                    policy,
-                    verifier,
-                    problems[first : first + size],
-                    group_size=settings.samples,
-                    max_new_tokens=settings.max_new_tokens,
-                    temperature=1.0,
-                    seed=stable_hash(f"{settings.seed}/{name}"),
-                    first=first,
-                    ranks=ranks,
-                )
-                right_B = (rollouts.reward_B >= 1).float()
-                shares += right_B.view(-1, settings.samples).mean(1).tolist()
-                lengths += rollouts.mask_BL.sum(1).tolist()
-                truncated += rollouts.truncated_B.tolist()
+    for rollouts in responses(work, engine):
+        right_B = (rollouts.reward_B >= 1).float()
+        shares += right_B.view(-1, samples).mean(1).tolist()
+        lengths += rollouts.mask_BL.sum(1).tolist()
+        truncated += rollouts.truncated_B.tolist()
     return {
-        "accuracy": estimate(shares, settings.samples)._asdict(),
+        "accuracy": estimate(shares, samples)._asdict(),
         "length": sum(lengths) / len(lengths),
         "truncated": sum(truncated) / len(truncated),
     }
 
 
-def _write(settings: Temperatures, found: dict[str, Any]) -> None:
-    folder = Path(settings.out)
-    folder.mkdir(parents=True, exist_ok=True)
+def _write(folder: Path, found: dict[str, Any]) -> None:
     replace_text(folder / FILE, json.dumps(found, indent=1) + "\n")
     if found["points"]:
         replace_text(folder / "temperatures.svg", draw(found, FILE))
