@@ -68,3 +68,45 @@ def test_blocks_are_filled_and_an_unknown_page_is_refused(tmp_path):
     assert paper_page.fill(empty, ROOT / paper_page.RESULTS) == text
     with pytest.raises(ValueError, match="needs the blocks"):
         paper_page.fill(text.replace("paper:finding", "paper:findings"), tmp_path)
+
+
+def test_what_has_no_run_is_left_and_said(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    asked = []
+    monkeypatch.setattr(paper, "_run", lambda arguments: asked.append(arguments) or 1)
+    run = tmp_path / paper.RUNS / "ladder" / "top-20" / "seed-1"
+    (run / "checkpoints" / f"step-{paper.STEPS:06d}").mkdir(parents=True)
+    every = [a.name for task in paper.TASKS for a in paper.analyses(task)]
+    unable = paper.analyse()
+    assert sorted(unable) == sorted(every)
+    ready = [
+        "ladder-patterns-seed-1",
+        "ladder-temperatures-seed-1",
+        "ladder-evolution-top-20-seed-1",
+    ]
+    assert [arguments[:2] for arguments in asked] == [
+        ["analyze", kind] for kind in ("patterns", "temperatures", "evolution")
+    ]
+    said = capsys.readouterr().err
+    assert f"failed: {', '.join(ready)}" in said
+    assert "left, for want of their runs: ladder-patterns-seed-0" in said
+
+
+def test_results_are_copied_last(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    order = []
+    monkeypatch.setattr(paper, "_run", lambda arguments: order.append(arguments[0]) or 0)
+    monkeypatch.setattr(paper, "keep", lambda: order.append("keep"))
+    monkeypatch.setattr(paper, "analyse", lambda: order.append("analyse") or [])
+    assert paper.study(0) == 0
+    assert order == ["compare", "compare", "analyse", "keep"]
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    analysis = next(paper.analyses(paper.TASKS[0]))
+    for path, text in ((paper.TASKS[0].comparison, "one"), (analysis.file, "two")):
+        path.parent.mkdir(parents=True)
+        path.write_text(text)
+    paper.keep()
+    assert (paper.RESULTS / "ladder-comparison.json").read_text() == "one"
+    assert (paper.RESULTS / "ladder-patterns-seed-0.json").read_text() == "two"
+    assert len(list(paper.RESULTS.iterdir())) == 2
