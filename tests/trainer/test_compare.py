@@ -95,7 +95,7 @@ def test_a_comparison_runs_each_arm_once_and_resumes(tmp_path, capsys):
     assert out.with_name("comparison-ablation.svg").exists()
     # One warm start a seed, shared by its arms.
     assert len(list((tmp_path / "warm").iterdir())) == 2
-    assert "4/4 runs" in capsys.readouterr().out
+    assert "runs 4/4" in capsys.readouterr().out
 
 
 def test_a_run_that_fails_is_told_and_the_others_go_on(tmp_path):

@@ -59,8 +59,9 @@ def runs(settings: Comparison) -> list[Config]:
 def compare(settings: Comparison) -> int:
     """Do what is missing and write the results; 0 where all runs are finished."""
     from trainer.compare.collect import collect, write
-    from trainer.compare.driver import drive
+    from trainer.compare.driver import drive, is_finished
     from trainer.compare.report import write_files
+    from trainer.progress import progress
 
     configs = runs(settings)
     out = Path(settings.out or Path(settings.config.root) / _label(settings) / "comparison.json")
@@ -68,11 +69,14 @@ def compare(settings: Comparison) -> int:
     def results() -> None:
         write(out, collect(_label(settings), configs, asdict(settings)))
 
-    def shown(done: int, total: int) -> None:
-        results()
-        print(f"{done}/{total} runs", flush=True)
+    started = sum(map(is_finished, configs))
+    with progress("runs", len(configs), started, columns={}) as bar:
 
-    outcome = drive(configs, settings.jobs, settings.hours, shown)
+        def shown(done: int) -> None:
+            results()
+            bar.update(done, {})
+
+        outcome = drive(configs, settings.jobs, settings.hours, shown)
     results()
     if outcome.finished:
         write_files(json.loads(out.read_text()), out)

@@ -38,14 +38,14 @@ def drive(
     configs: Sequence[Config],
     jobs: int,
     hours: float = 0.0,
-    on_finished: Callable[[int, int], None] = lambda done, total: None,
+    on_finished: Callable[[int], None] = lambda done: None,
 ) -> Outcome:
     """Do the runs that are not finished yet, in their order, `jobs` at a time.
 
     The first run of each seed goes before the others of that seed, which use its warm start. With
     `hours` no run is started that, by the mean of those done in this call, would end later.
-    `on_finished(done, total)` is called after each. An interruption ends the runs under way; all
-    of them go on from their checkpoints in the next call.
+    `on_finished` is called after each, with the number that is finished. An interruption ends the
+    runs under way; all of them go on from their checkpoints in the next call.
     """
     state = _State(configs, hours, on_finished)
     workers = [threading.Thread(target=state.work) for _ in range(jobs)]
@@ -96,12 +96,10 @@ def run_one() -> None:
 class _State:
     """What the threads share, each of which waits for one process at a time."""
 
-    def __init__(
-        self, configs: Sequence[Config], hours: float, on_finished: Callable[[int, int], None]
-    ):
+    def __init__(self, configs: Sequence[Config], hours: float, on_finished: Callable[[int], None]):
         self.outcome = Outcome([config.name for config in configs if is_finished(config)])
         self.waiting = [config for config in configs if config.name not in self.outcome.finished]
-        self._total, self._on_finished = len(configs), on_finished
+        self._on_finished = on_finished
         self._began, self._limit = time.monotonic(), 3600 * hours
         self._seconds: list[float] = []
         self._warming: set[int] = set()
@@ -159,7 +157,7 @@ class _State:
             self._warm.add(config.seed)
             self._seconds.append(seconds)
             self.outcome.finished.append(config.name)
-            self._on_finished(len(self.outcome.finished), self._total)
+            self._on_finished(len(self.outcome.finished))
 
     def _run(self, config: Config) -> str:
         """Run it to its end; the end of its log where that is not the right one."""
