@@ -12,8 +12,12 @@ from typing import NamedTuple
 WIDTH, HEIGHT = 420, 300
 LEFT, RIGHT, TOP, BOTTOM = 54, 118, 30, 42
 LABEL_HEIGHT = 14
-# Okabe and Ito's colours, which stay apart for the colour-blind.
-COLORS = ("#d55e00", "#0072b2", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8b949e")
+LABEL_WIDTH = 100
+# Okabe and Ito's colours, which stay apart for the colour-blind, and two more for thin lines.
+COLORS = (
+    *("#d55e00", "#0072b2", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8b949e"),
+    *("#9467bd", "#8c564b"),
+)
 STYLE = """
 text { font: 12px system-ui, sans-serif; fill: #3d444d }
 .title { font-weight: 600; font-size: 13px }
@@ -173,17 +177,30 @@ def _series(axes: _Axes, series: Series) -> Iterator[str]:
 
 
 def _labels(axes: _Axes, panel: Panel) -> Iterator[str]:
-    """Names at the right ends, moved apart where they would overlap."""
+    """Names at the right ends of lines and beside points, moved where they would overlap."""
     ends = []
     for series in panel.series:
         last = next((m for m in reversed(series.marks) if math.isfinite(m.y)), None)
         if last is not None:
             ends.append((axes.y(last.y), axes.x(last.x), series))
     ends.sort(key=lambda end: end[0])
-    for y, (_, x, series) in zip(_spread([y for y, *_ in ends]), ends, strict=True):
+    joined = any(series.joined for *_, series in ends)
+    ys = _spread([y for y, *_ in ends]) if joined else _beside([(x, y) for y, x, _ in ends])
+    for y, (_, x, series) in zip(ys, ends, strict=True):
         color, text = COLORS[series.color % len(COLORS)], escape(series.label)
         x = WIDTH - RIGHT if series.joined else x
         yield f'<text x="{x + 7:.1f}" y="{y + 4:.1f}" style="fill:{color}">{text}</text>'
+
+
+def _beside(points: Sequence[tuple[float, float]]) -> list[float]:
+    """The y of each point's label, below those before it that it would cover."""
+    placed: list[tuple[float, float]] = []
+    for x, y in points:
+        for other_x, other_y in placed:
+            if abs(x - other_x) < LABEL_WIDTH and abs(y - other_y) < LABEL_HEIGHT:
+                y = other_y + LABEL_HEIGHT
+        placed.append((x, y))
+    return [y for _, y in placed]
 
 
 def _spread(ys: Sequence[float]) -> list[float]:
