@@ -5,6 +5,7 @@ import math
 import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import asdict, replace
 from itertools import pairwise
@@ -22,6 +23,7 @@ from trainer.compare.driver import drive, is_finished
 from trainer.compare.report import arm_table, curves, difference_table, final, write_files
 from trainer.config import Config, Data
 from trainer.figures import Mark, Panel, Series, figure, ticks
+from trainer.presets import PRESETS
 
 
 def small(root: Path, **changes) -> Config:
@@ -55,6 +57,17 @@ def test_studies_have_the_arms_of_the_paper():
     every = runs(Comparison(seeds=2))
     assert len({config.name for config in every}) == len(every) == 2 * len(ARMS)
     assert [config.seed for config in every] == [0] * len(ARMS) + [1] * len(ARMS)
+
+
+def test_an_arm_named_twice_is_run_once():
+    assert len(runs(Comparison(arms=("all", "all"), seeds=1))) == 1
+
+
+@pytest.mark.parametrize("preset", ["qwen3-8b", "qwen3-1.7b", "tiny"])
+def test_arms_of_one_round_update_where_a_few_groups_are_useful(preset):
+    for arm in ("grpo", "ppo"):
+        algorithm = arm_config(PRESETS[preset](), "x", arm, 0).algorithm
+        assert (algorithm.max_rounds, algorithm.min_groups) == (1, 4)
 
 
 @pytest.mark.parametrize(
@@ -123,6 +136,41 @@ def test_no_run_is_started_that_would_end_after_the_budget(tmp_path, monkeypatch
     outcome = drive(configs, jobs=1, hours=0.5 / 3600)
     assert outcome.finished == [configs[0].name]
     assert outcome.left == [config.name for config in configs[1:]]
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_an_error_of_the_results_ends_the_comparison(tmp_path, monkeypatch, jobs):
+    configs = [arm_config(small(tmp_path), "x", arm, 0) for arm in ("all", "top-20", "top-5")]
+    monkeypatch.setattr(trainer.compare.driver._State, "_run", lambda *_: time.sleep(0.1) or "")
+
+    def full(done):
+        raise OSError(28, "No space left on device")
+
+    raised = []
+
+    def call():
+        with pytest.raises(OSError, match="No space left") as caught:
+            drive(configs, jobs, on_finished=full)
+        raised.append(caught.value)
+
+    thread = threading.Thread(target=call, daemon=True)
+    thread.start()
+    thread.join(10)
+    assert len(raised) == 1
+
+
+def test_a_run_whose_driver_has_ended_does_not_start():
+    code = trainer.compare.driver._CHILD
+    run = subprocess.run(
+        [sys.executable, "-c", code, "1"],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parents[2],
+        check=False,
+    )
+    assert run.returncode == 1
+    assert "the process that started this run has ended" in run.stderr
 
 
 def test_other_settings_are_not_finished(tmp_path):

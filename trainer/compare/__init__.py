@@ -21,7 +21,7 @@ class Comparison:
     studies: tuple[Study, ...] = ("ablation", "algorithms")
     """Whose arms are run: fractions of the tokens and their controls, and algorithms."""
     arms: tuple[str, ...] = ()
-    """Only these of them."""
+    """Only these, of any study."""
     seeds: int = 5
     """Replications of each arm."""
     first_seed: int = 0
@@ -50,7 +50,7 @@ class Comparison:
 def runs(settings: Comparison) -> list[Config]:
     """All runs of `settings`: every arm of the first seed, then of the next."""
     arms = dict.fromkeys(arm for study in settings.studies for arm in STUDIES[study])
-    chosen = settings.arms or tuple(arms)
+    chosen = dict.fromkeys(settings.arms or arms)
     seeds = range(settings.first_seed, settings.first_seed + settings.seeds)
     label = _label(settings)
     return [arm_config(settings.config, label, arm, seed) for seed in seeds for arm in chosen]

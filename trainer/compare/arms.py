@@ -18,6 +18,9 @@ _TOP: Mapping[str, Any] = {
     "denominator": "selected",
 }
 
+# One round seldom fills a batch: a preset that waits for a full one would then never update.
+_PLAIN: Mapping[str, Any] = {"fraction": 1.0, "clip_high": 0.2, "max_rounds": 1, "min_groups": 4}
+
 ARMS: Mapping[str, Mapping[str, Any]] = {
     "top-20": {},
     "all": {"fraction": 1.0},
@@ -28,8 +31,8 @@ ARMS: Mapping[str, Mapping[str, Any]] = {
     "top-50": {"fraction": 0.5},
     "top-20-current": {"entropy_source": "current"},
     "top-20-over-all": {"denominator": "all"},
-    "grpo": {"fraction": 1.0, "clip_high": 0.2, "loss_type": "grpo", "max_rounds": 1},
-    "ppo": {"fraction": 1.0, "clip_high": 0.2, "advantage": "dr_grpo", "max_rounds": 1},
+    "grpo": {**_PLAIN, "loss_type": "grpo"},
+    "ppo": {**_PLAIN, "advantage": "dr_grpo"},
 }
 """What each arm changes in `Algorithm`, after the top 20% of the old policy's entropies.
 

@@ -45,7 +45,8 @@ def drive(
     The first run of each seed goes before the others of that seed, which use its warm start. With
     `hours` no run is started that, by the mean of those done in this call, would end later.
     `on_finished` is called after each, with the number that is finished. An interruption ends the
-    runs under way; all of them go on from their checkpoints in the next call.
+    runs under way, and so does an error of `on_finished`, which is raised; all of them go on from
+    their checkpoints in the next call.
     """
     state = _State(configs, hours, on_finished)
     workers = [threading.Thread(target=state.work) for _ in range(jobs)]
@@ -60,6 +61,8 @@ def drive(
         for worker in workers:
             worker.join()
         raise
+    if state.error is not None:
+        raise state.error
     state.outcome.left += [config.name for config in state.waiting]
     return state.outcome
 
@@ -77,9 +80,14 @@ def is_finished(config: Config) -> bool:
 
 
 def run_one() -> None:
-    """A run in this process; its configuration comes by stdin from the process that started it."""
+    """A run in this process; its configuration comes by stdin from the process that started it.
+
+    The id of that process is the first argument.
+    """
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != int(sys.argv[1]):  # it was killed before the signal was asked for
+        sys.exit("error: the process that started this run has ended")
     config = pickle.load(sys.stdin.buffer)
 
     import transformers
@@ -98,6 +106,7 @@ class _State:
 
     def __init__(self, configs: Sequence[Config], hours: float, on_finished: Callable[[int], None]):
         self.outcome = Outcome([config.name for config in configs if is_finished(config)])
+        self.error: BaseException | None = None
         self.waiting = [config for config in configs if config.name not in self.outcome.finished]
         self._on_finished = on_finished
         self._began, self._limit = time.monotonic(), 3600 * hours
@@ -110,7 +119,15 @@ class _State:
         self._changed = threading.Condition()
 
     def work(self) -> None:
-        """Do one run after the other until none is left that could be started."""
+        """Do one run after the other; an error of this process ends the other threads too."""
+        try:
+            self._work()
+        except BaseException as error:
+            self.error = error
+            self.stop()
+
+    def _work(self) -> None:
+        """Until no run is left that could be started."""
         while (config := self._take()) is not None:
             began = time.monotonic()
             try:
@@ -166,7 +183,7 @@ class _State:
         environment = {**os.environ, "OMP_NUM_THREADS": str(config.threads or 1)}
         with log.open("ab") as output:
             process = subprocess.Popen(
-                [sys.executable, "-c", _CHILD],
+                [sys.executable, "-c", _CHILD, str(os.getpid())],
                 stdin=subprocess.PIPE,
                 stdout=output,
                 stderr=subprocess.STDOUT,
