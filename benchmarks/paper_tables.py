@@ -116,7 +116,7 @@ def comparison(study: Study, results: Path) -> str:
             continue
         found = json.loads(path.read_text())
         seeds = sorted({run["seed"] for run in found["runs"]})
-        commits = sorted({run["commit"][:10] for run in found["runs"]})
+        commits = sorted({commit[:10] for run in found["runs"] for commit in run["commits"]})
         parts += [
             f"**{label}**",
             report.arm_table(found, study),

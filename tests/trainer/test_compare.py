@@ -19,7 +19,7 @@ from trainer.compare import Comparison, compare, runs
 from trainer.compare.arms import ARMS, STUDIES, arm_config
 from trainer.compare.collect import collect
 from trainer.compare.differences import differences, holm, interval, t_cdf, t_quantile
-from trainer.compare.driver import drive, is_finished
+from trainer.compare.driver import alone, drive, is_finished
 from trainer.compare.report import arm_table, curves, difference_table, final, write_files
 from trainer.config import Config, Data
 from trainer.figures import Mark, Panel, Series, figure, ticks
@@ -61,6 +61,23 @@ def test_studies_have_the_arms_of_the_paper():
 
 def test_an_arm_named_twice_is_run_once():
     assert len(runs(Comparison(arms=("all", "all"), seeds=1))) == 1
+
+
+def test_arms_are_what_they_are_called_whatever_the_preset():
+    arms = {arm: arm_config(PRESETS["grpo-qwen3-8b"](), "x", arm, 0).algorithm for arm in ARMS}
+    assert {arm for arm, found in arms.items() if found.loss_type == "grpo"} == {"grpo"}
+    assert {arm for arm, found in arms.items() if found.clip_high == 0.2} == {"grpo", "ppo"}
+    baseline = arm_config(PRESETS["qwen3-8b"](), "x", "grpo", 0).algorithm
+    assert baseline == PRESETS["grpo-qwen3-8b"]().algorithm
+
+
+def test_two_comparisons_do_not_work_in_one_folder(tmp_path):
+    one, other = tmp_path / "x", tmp_path / "y"
+    busy = pytest.raises(ValueError, match=r"x: another comparison is at work there")
+    with alone(one), alone(other), busy, alone(one):
+        pass
+    with alone(one):
+        pass
 
 
 @pytest.mark.parametrize("preset", ["qwen3-8b", "qwen3-1.7b", "tiny"])
@@ -264,8 +281,8 @@ def made_up(seeds=range(5)):
                 "length": [20.0 + seed] * 10,
                 "rows": [100 * share[arm]] * 10,
             }
-            run = {"task": "ladder", "arm": arm, "seed": seed, "commit": "c" * 40, "dirty": False}
-            run |= {"seconds": 1.0, "rows": 1000 * share[arm]}
+            run = {"task": "ladder", "arm": arm, "seed": seed, "commits": ["c" * 40]}
+            run |= {"dirty": False, "seconds": 1.0, "rows": 1000 * share[arm]}
             found.append({**run, "evaluations": evaluations, "training": training})
     return {"runs": found}
 
@@ -309,8 +326,8 @@ def test_collecting_counts_the_rows_that_were_paid_for(tmp_path):
     assert collect("x", [config], {"seeds": 1})["runs"] == []
     folder = tmp_path / config.name
     folder.mkdir(parents=True)
-    start = {"commit": "c" * 40, "dirty": False}
-    (folder / "run.json").write_text(json.dumps({"config": asdict(config), "starts": [start]}))
+    starts = [{"commit": "c" * 40, "dirty": True}, {"commit": "d" * 40, "dirty": False}]
+    (folder / "run.json").write_text(json.dumps({"config": asdict(config), "starts": starts}))
     accuracy = {"eval/accuracy": 0.5, "eval/greedy": 0.6, "eval/length": 9.0, "time/evaluate": 1.0}
     step = {"reward/mean": 0.5, "response/length": 9.0, "time/step": 2.0}
     updated = step | {"head/active_rows": 19.0, "head/rows": 100.0, "entropy/mean": 0.1234567}
@@ -319,6 +336,7 @@ def test_collecting_counts_the_rows_that_were_paid_for(tmp_path):
     (folder / "metrics.jsonl").write_text("".join(lines))
     (found,) = collect("x", [config], {"seeds": 1})["runs"]
     assert (found["arm"], found["seed"], found["seconds"]) == ("top-20", 0, 8.0)
+    assert (found["commits"], found["dirty"]) == (["c" * 40, "d" * 40], True)
     assert found["evaluations"]["step"] == [0, 3]
     assert found["training"]["rows"] == [19.0, 0.0, 19.0]
     assert found["training"]["all_rows"] == [100.0, 0.0, 100.0]

@@ -59,7 +59,7 @@ def runs(settings: Comparison) -> list[Config]:
 def compare(settings: Comparison) -> int:
     """Do what is missing and write the results; 0 where all runs are finished."""
     from trainer.compare.collect import collect, write
-    from trainer.compare.driver import drive, is_finished
+    from trainer.compare.driver import alone, drive, is_finished
     from trainer.compare.report import write_files
     from trainer.progress import progress
 
@@ -70,7 +70,8 @@ def compare(settings: Comparison) -> int:
         write(out, collect(_label(settings), configs, asdict(settings)))
 
     started = sum(map(is_finished, configs))
-    with progress("runs", len(configs), started, columns={}) as bar:
+    shown_by = progress("runs", len(configs), started, columns={})
+    with alone(Path(settings.config.root) / _label(settings)), shown_by as bar:
 
         def shown(done: int) -> None:
             results()

@@ -11,7 +11,12 @@ from trainer.config import Config
 
 Study = Literal["ablation", "algorithms"]
 
+# DAPO's objective, whatever that of the preset: the names of the arms are to be true.
 _TOP: Mapping[str, Any] = {
+    "loss_type": "dapo",
+    "advantage": "grpo",
+    "clip_low": 0.2,
+    "clip_high": 0.28,
     "fraction": 0.2,
     "which": "top",
     "entropy_source": "old",
@@ -19,7 +24,14 @@ _TOP: Mapping[str, Any] = {
 }
 
 # One round seldom fills a batch: a preset that waits for a full one would then never update.
-_PLAIN: Mapping[str, Any] = {"fraction": 1.0, "clip_high": 0.2, "max_rounds": 1, "min_groups": 4}
+_PLAIN: Mapping[str, Any] = {
+    "fraction": 1.0,
+    "clip_high": 0.2,
+    "dual_clip": None,
+    "overlong_cache": 0,
+    "max_rounds": 1,
+    "min_groups": 4,
+}
 
 ARMS: Mapping[str, Mapping[str, Any]] = {
     "top-20": {},
@@ -37,9 +49,10 @@ ARMS: Mapping[str, Mapping[str, Any]] = {
 """What each arm changes in `Algorithm`, after the top 20% of the old policy's entropies.
 
 "ppo" is PPO's clipped objective with the gradient of every token: one clip range, a mean over
-tokens, no dynamic sampling, and the mean of the group in the place of a critic, not divided by the
-standard deviation. "grpo" adds that division and takes a mean over sequences of their means. "all"
-is DAPO, "top-20" DAPO on forking tokens.
+tokens, one round of sampling, and the mean of the group in the place of a critic, not divided by
+the standard deviation. Groups whose rewards are all equal have no gradient, and are left out of its
+mean as of all others. "grpo" adds that division and takes a mean over sequences of their means.
+"all" is DAPO, "top-20" DAPO on forking tokens.
 """
 
 STUDIES: Mapping[Study, tuple[str, ...]] = {

@@ -26,15 +26,15 @@ Row = Mapping[str, Any]
 def collect(label: str, configs: Sequence[Config], settings: Mapping[str, Any]) -> dict[str, Any]:
     """The results of those of `configs` that are finished.
 
-    "runs" has for each: "task" (`label`), "arm", "seed", "commit", "dirty" and "seconds" of its
-    steps and evaluations; "evaluations", columns over "step": accuracy and length at temperature 1,
-    and greedy accuracy; "training", columns over "step": mean reward, mean entropy, its share below
-    0.01 and 80th percentile (nats), length, "rows" of the head's backward, and "all_rows", the
-    response tokens of the same updates (both 0 in a step without update; other columns null where
-    a step has not measured them); "rows", their sum.
+    "runs" has for each: "task" (`label`), "arm", "seed", the "commits" of its starts and whether
+    any was "dirty", "seconds" of its steps and evaluations; "evaluations", columns over "step":
+    accuracy and length at temperature 1, and greedy accuracy; "training", columns over "step": mean
+    reward, mean entropy, its share below 0.01 and 80th percentile (nats), length, "rows" of the
+    head's backward, and "all_rows", the response tokens of the same updates (both 0 in a step
+    without update; other columns null where a step has not measured them); "rows", their sum.
     """
     runs = [_run(label, config) for config in configs if is_finished(config)]
-    return {"made": provenance("cpu"), "settings": dict(settings), "runs": runs}
+    return {"made": provenance(""), "settings": dict(settings), "runs": runs}
 
 
 def write(path: Path, results: Mapping[str, Any]) -> None:
@@ -46,7 +46,7 @@ def write(path: Path, results: Mapping[str, Any]) -> None:
 def _run(label: str, config: Config) -> dict[str, Any]:
     folder = Path(config.root) / config.name
     rows = read_rows(folder / "metrics.jsonl")
-    start = json.loads((folder / "run.json").read_text())["starts"][-1]
+    starts = json.loads((folder / "run.json").read_text())["starts"]
     training = _columns([row for row in rows if row["step"]], TRAINING)
     for name in ("rows", "all_rows"):
         training[name] = [value or 0.0 for value in training[name]]
@@ -56,8 +56,8 @@ def _run(label: str, config: Config) -> dict[str, Any]:
         "task": label,
         "arm": config.name.split("/")[-2],
         "seed": config.seed,
-        "commit": start["commit"],
-        "dirty": start["dirty"],
+        "commits": list(dict.fromkeys(start["commit"] for start in starts)),
+        "dirty": any(start["dirty"] for start in starts),
         "seconds": round(seconds, 1),
         "evaluations": evaluations,
         "training": training,
