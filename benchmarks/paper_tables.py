@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -22,12 +23,15 @@ NOTHING = "Not measured yet."
 PAPER_BELOW, PAPER_P80 = 0.5064, 0.672
 PAPER_OVERLAP = 0.8667
 
+# Nats: between what follows by rule and the decisions, where both tasks have next to no tokens.
+DECISION = 0.3
+
 Found = dict[str, Any]
 
 
 def patterns(results: Path) -> str:
     """Shape of the entropies before RL, and the tokens with the highest and lowest."""
-    rows = [["paper, Qwen3-8B", "", "", f"{PAPER_BELOW:.1%}", f"{PAPER_P80}", ""]]
+    rows = [["paper, Qwen3-8B", "", "", f"{PAPER_BELOW:.1%}", f"{PAPER_P80}", "", ""]]
     parts = []
     for label in LABELS:
         found = _read(results, f"{label}-patterns-seed-*.json")
@@ -40,6 +44,7 @@ def patterns(results: Path) -> str:
                 _mean([one["mean"] for one in found], 3),
                 report.percent(interval([one["below_0.01"] for one in found])),
                 _mean([one["percentiles"]["80"] for one in found], 3),
+                report.percent(interval([_share_above(DECISION, one) for one in found])),
                 report.percent(interval([one["accuracy"] for one in found])),
             ]
         )
@@ -48,7 +53,8 @@ def patterns(results: Path) -> str:
         parts.append(f"Data: `{WHERE}/{label}-patterns-seed-*.json`; drawn and listed: the first.")
     if not parts:
         return NOTHING
-    columns = ["model", "tokens", "mean, nats", "below 0.01", "80th percentile", "accuracy"]
+    columns = ["model", "tokens", "mean, nats", "below 0.01", "80th percentile"]
+    columns += [f"above {DECISION}", "accuracy"]
     return "\n\n".join([table(columns, rows), *parts])
 
 
@@ -189,6 +195,15 @@ def _lagged(one: Found, lag: int) -> list[float]:
     """Share of each checkpoint's top that the one `lag` before it catches."""
     overlap = one["overlap"]
     return [overlap[c - lag][c] for c in range(lag, len(overlap))]
+
+
+def _share_above(entropy: float, found: Found) -> float:
+    """By the points of the distribution function, between two of them in proportion."""
+    pairs = list(zip(found["cdf"]["points"], found["cdf"]["shares"], strict=True))
+    for (low, before), (high, after) in pairwise(pairs):
+        if low <= entropy < high:
+            return 1 - before - (after - before) * (entropy - low) / (high - low)
+    raise ValueError(f"the distribution function has no points around {entropy}")
 
 
 def _tokens(label: str, found: Found, count: int = 8) -> str:
