@@ -40,6 +40,7 @@ ARMS: Mapping[str, Mapping[str, Any]] = {
     "bottom-80": {"fraction": 0.8, "which": "bottom"},
     "top-10": {"fraction": 0.1},
     "top-5": {"fraction": 0.05},
+    "top-30": {"fraction": 0.3},
     "top-50": {"fraction": 0.5},
     "top-20-current": {"entropy_source": "current"},
     "top-20-over-all": {"denominator": "all"},
@@ -52,7 +53,7 @@ ARMS: Mapping[str, Mapping[str, Any]] = {
 tokens, one round of sampling, and the mean of the group in the place of a critic, not divided by
 the standard deviation. Groups whose rewards are all equal have no gradient, and are left out of its
 mean as of all others. "grpo" adds that division and takes a mean over sequences of their means.
-"all" is DAPO, "top-20" DAPO on forking tokens.
+"all" is DAPO, "top-20" DAPO on forking tokens. "top-30" is not in the paper.
 """
 
 STUDIES: Mapping[Study, tuple[str, ...]] = {
