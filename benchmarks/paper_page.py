@@ -4,6 +4,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
+from benchmarks import paper_findings as findings
 from benchmarks import paper_tables as tables
 
 PAGE = Path("docs/paper.md")
@@ -16,7 +17,8 @@ BLOCKS: dict[str, Callable[[Path], str]] = {
     "evolution": tables.evolution,
     "ablation": tables.ablation,
     "algorithms": tables.algorithms,
-    "finding": tables.finding,
+    "fractions": findings.fractions,
+    "masks": findings.masks,
 }
 
 

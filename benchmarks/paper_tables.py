@@ -3,11 +3,20 @@
 import json
 from collections.abc import Callable, Sequence
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
 from statistics import fmean
-from typing import Any
 
+from benchmarks import paper_findings as findings
+from benchmarks.paper_results import (
+    DECISION,
+    LABELS,
+    NOTHING,
+    WHERE,
+    Found,
+    image,
+    read,
+    share_above,
+)
 from benchmarks.tables import table
 from trainer.analyze import evolution as evolving
 from trainer.analyze import patterns as patterning
@@ -16,17 +25,9 @@ from trainer.compare import report
 from trainer.compare.arms import Study
 from trainer.compare.differences import interval
 
-LABELS = ("ladder", "ladder-long")
-WHERE = "benchmarks/results/paper"
-NOTHING = "Not measured yet."
 # The paper's, of Qwen3-8B on AIME 2024 and 2025 (section 3), and of Qwen3-14B (Table 1).
 PAPER_BELOW, PAPER_P80 = 0.5064, 0.672
 PAPER_OVERLAP = 0.8667
-
-# Nats: between what follows by rule and the decisions, where both tasks have next to no tokens.
-DECISION = 0.3
-
-Found = dict[str, Any]
 
 
 def patterns(results: Path) -> str:
@@ -34,7 +35,7 @@ def patterns(results: Path) -> str:
     rows = [["paper, Qwen3-8B", "", "", f"{PAPER_BELOW:.1%}", f"{PAPER_P80}", "", ""]]
     parts = []
     for label in LABELS:
-        found = _read(results, f"{label}-patterns-seed-*.json")
+        found = read(results, f"{label}-patterns-seed-*.json")
         if not found:
             continue
         rows.append(
@@ -44,12 +45,12 @@ def patterns(results: Path) -> str:
                 _mean([one["mean"] for one in found], 3),
                 report.percent(interval([one["below_0.01"] for one in found])),
                 _mean([one["percentiles"]["80"] for one in found], 3),
-                report.percent(interval([_share_above(DECISION, one) for one in found])),
+                report.percent(interval([share_above(DECISION, one) for one in found])),
                 report.percent(interval([one["accuracy"] for one in found])),
             ]
         )
         parts.append(_tokens(label, found[0]))
-        parts.append(_image(f"{label}-patterns.svg", f"Entropies on {label}"))
+        parts.append(image(f"{label}-patterns.svg", f"Entropies on {label}"))
         parts.append(f"Data: `{WHERE}/{label}-patterns-seed-*.json`; drawn and listed: the first.")
     if not parts:
         return NOTHING
@@ -62,7 +63,7 @@ def temperatures(results: Path) -> str:
     """Accuracy over both temperatures, by task."""
     parts = []
     for label in LABELS:
-        found = _read(results, f"{label}-temperatures-seed-*.json")
+        found = read(results, f"{label}-temperatures-seed-*.json")
         if not found:
             continue
         pairs = [(point["low"], point["high"]) for point in found[0]["points"]]
@@ -80,7 +81,7 @@ def temperatures(results: Path) -> str:
             rows.append(cells)
         columns = ["T_low", "T_high", f"accuracy, {label}, {len(found)} models", "length"]
         parts.append(table(columns, rows))
-        parts.append(_image(f"{label}-temperatures.svg", f"Accuracy on {label}"))
+        parts.append(image(f"{label}-temperatures.svg", f"Accuracy on {label}"))
         parts.append(
             f"Data: `{WHERE}/{label}-temperatures-seed-*.json`; drawn: the first, with intervals "
             "over problems."
@@ -93,7 +94,7 @@ def evolution(results: Path) -> str:
     rows, parts = [], []
     for label in LABELS:
         for arm in ("top-20", "all"):
-            found = _read(results, f"{label}-evolution-{arm}-seed-*.json")
+            found = read(results, f"{label}-evolution-{arm}-seed-*.json")
             if not found:
                 continue
             shares = [
@@ -101,8 +102,8 @@ def evolution(results: Path) -> str:
                 for c in range(len(found[0]["names"]))
             ]
             rows.append([f"{label}, {arm}, {len(found)} models", *shares])
-        if _read(results, f"{label}-evolution-top-20-seed-*.json"):
-            parts.append(_image(f"{label}-evolution.svg", f"Evolution on {label}"))
+        if read(results, f"{label}-evolution-top-20-seed-*.json"):
+            parts.append(image(f"{label}-evolution.svg", f"Evolution on {label}"))
             parts.append(
                 f"Data: `{WHERE}/{label}-evolution-*-seed-*.json`; drawn: top-20, the first seed."
             )
@@ -127,7 +128,7 @@ def comparison(study: Study, results: Path) -> str:
             f"**{label}**",
             report.arm_table(found, study),
             report.difference_table(found, study),
-            _image(f"{label}-{study}.svg", f"The {study} on {label}"),
+            image(f"{label}-{study}.svg", f"The {study} on {label}"),
             f"Data: `{WHERE}/{path.name}`; seeds {', '.join(map(str, seeds))}; commits "
             f"{', '.join(commits)}.",
         ]
@@ -136,31 +137,6 @@ def comparison(study: Study, results: Path) -> str:
 
 ablation = partial(comparison, "ablation")
 algorithms = partial(comparison, "algorithms")
-
-
-def finding(results: Path) -> str:
-    """How long a mask stays right, by the distance of the policies that made and use it."""
-    rows = []
-    for label in LABELS:
-        for arm in ("top-20", "all"):
-            found = _read(results, f"{label}-evolution-{arm}-seed-*.json")
-            if not found:
-                continue
-            last = len(found[0]["names"]) - 1
-            rows.append(
-                [
-                    f"{label}, {arm}",
-                    *(
-                        report.percent(interval([fmean(_lagged(one, lag)) for one in found]))
-                        for lag in range(1, last + 1)
-                    ),
-                    report.percent(interval([one["correlation"][-1] for one in found])),
-                ]
-            )
-    if not rows:
-        return NOTHING
-    columns = ["mask that is older by", "20 steps", "40 steps", "60 steps", "rank correlation"]
-    return table(columns, rows) + f"\n\nData: `{WHERE}/*-evolution-*.json`."
 
 
 def figures(results: Path) -> dict[str, str]:
@@ -183,27 +159,9 @@ def figures(results: Path) -> dict[str, str]:
             for study in studies:
                 source = f"{WHERE}/{path.name}"
                 drawn[f"{label}-{study}.svg"] = report.curves(found, study, source)
+    if gains := findings.draw_fractions(results):
+        drawn[findings.FRACTIONS_FIGURE] = gains
     return drawn
-
-
-def _read(results: Path, pattern: str) -> list[Found]:
-    """By seed."""
-    return [json.loads(path.read_text()) for path in sorted(results.glob(pattern))]
-
-
-def _lagged(one: Found, lag: int) -> list[float]:
-    """Share of each checkpoint's top that the one `lag` before it catches."""
-    overlap = one["overlap"]
-    return [overlap[c - lag][c] for c in range(lag, len(overlap))]
-
-
-def _share_above(entropy: float, found: Found) -> float:
-    """By the points of the distribution function, between two of them in proportion."""
-    pairs = list(zip(found["cdf"]["points"], found["cdf"]["shares"], strict=True))
-    for (low, before), (high, after) in pairwise(pairs):
-        if low <= entropy < high:
-            return 1 - before - (after - before) * (entropy - low) / (high - low)
-    raise ValueError(f"the distribution function has no points around {entropy}")
 
 
 def _tokens(label: str, found: Found, count: int = 8) -> str:
@@ -225,7 +183,3 @@ def _tokens(label: str, found: Found, count: int = 8) -> str:
 
 def _mean(values: Sequence[float], digits: int) -> str:
     return report.plain(interval(values), digits)
-
-
-def _image(name: str, text: str) -> str:
-    return f"![{text}](paper/{name})"

@@ -47,7 +47,7 @@ def arm_table(results: Results, study: Study) -> str:
     for arm in _arms(results, study):
         after = interval(list(final(results, arm).values()))
         cells = [
-            percent(interval(list(_values(results, arm, _at("accuracy", 0)).values())), False),
+            percent(interval(list(before(results, arm).values())), False),
             percent(after),
             percent(interval(list(_values(results, arm, _at("greedy", -1)).values()))),
             plain(interval(list(_values(results, arm, _last("entropy")).values())), 3),
@@ -119,6 +119,11 @@ def curves(results: Results, study: Study, source: str) -> str:
 def final(results: Results, arm: str) -> dict[int, float]:
     """Accuracy of `arm` after its last step, by seed."""
     return _values(results, arm, _at("accuracy", -1))
+
+
+def before(results: Results, arm: str) -> dict[int, float]:
+    """Accuracy of `arm` before its first step, by seed."""
+    return _values(results, arm, _at("accuracy", 0))
 
 
 def percent(found: Interval, half: bool = True) -> str:
