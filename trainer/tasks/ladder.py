@@ -10,7 +10,7 @@ as bimodal as in the reasoning of large models. Most prompts have many right ans
 import operator
 import random
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -71,20 +71,36 @@ class Puzzle:
 
     def solved_by(self, response: str) -> bool:
         """Whether `response` is a right chain, to the character; nothing in it is evaluated."""
-        chain = response.removesuffix("!").split(",")
-        if not response.endswith("!") or len(chain) > MAX_STEPS:
+        return solves(response, self.start, self.goal, MAX_STEPS, self.step)
+
+    def step(self, value: int, symbol: str, operand: int) -> int | None:
+        """Where the operation leads from `value`; None where it is not one of the puzzle's."""
+        return self.steps(value).get(symbol) if operand == self.operands[symbol] else None
+
+
+def solves(
+    response: str,
+    start: int,
+    goal: int,
+    most: int,
+    step: Callable[[int, str, int], int | None],
+) -> bool:
+    """Whether `response` is a chain from `start` to `goal`, to the character, of at most `most`
+    operations that lead where `step` says; nothing in it is evaluated."""
+    chain = response.removesuffix("!").split(",")
+    if not response.endswith("!") or len(chain) > most:
+        return False
+    value = start
+    for link in chain:
+        match = STEP.fullmatch(link)
+        if match is None:
             return False
-        value = self.start
-        for step in chain:
-            match = STEP.fullmatch(step)
-            if match is None:
-                return False
-            before, symbol, operand, after = match.groups()
-            legal = int(before) == value and int(operand) == self.operands[symbol]
-            if not legal or self.steps(value).get(symbol) != int(after):
-                return False
-            value = int(after)
-        return value == self.goal
+        before, symbol, operand, after = match.groups()
+        result = step(value, symbol, int(operand))
+        if int(before) != value or result is None or result != int(after):
+            return False
+        value = result
+    return value == goal
 
 
 def draw_puzzle(rng: random.Random, split: str) -> Puzzle:
