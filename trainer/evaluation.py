@@ -158,8 +158,8 @@ def resolved(settings: Settings, ranks: Ranks) -> Settings:
 def load(settings: Evaluation, ranks: Ranks) -> Policy:
     """A whole model on every rank; of a checkpoint too, by however many ranks it was written."""
     written = (Path(settings.model) / "manifest.json").exists()
-    policy = read_policy(_model(settings), settings.seed, pretrained=not written)
-    policy.to(ranks.device)
+    policy = read_policy(_model(settings), settings.seed, empty=written)
+    policy.materialize(ranks.device)
     if written:
         checkpoint.load(Path(settings.model), policy, None, Ranks(ranks.device))
     return policy

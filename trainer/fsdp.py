@@ -1,12 +1,15 @@
 """FSDP2: weights, gradients and optimizer state sharded over the ranks."""
 
+from collections.abc import Mapping
+from itertools import chain
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from trainer.ranks import Ranks
 
@@ -34,6 +37,32 @@ def shard(policy: nn.Module, model: Any, ranks: Ranks, compute_dtype: torch.dtyp
     for layer in layers:
         fully_shard(layer, mesh=mesh, mp_policy=precision)
     fully_shard(policy, mesh=mesh, mp_policy=precision, reshard_after_forward=False)
+
+
+def tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers of `model` by name, as they are now; a tied one once."""
+    return {
+        name: tensor.detach()
+        for name, tensor in chain(model.named_parameters(), model.named_buffers())
+    }
+
+
+def scatter(model: nn.Module, whole: Mapping[str, Tensor], ranks: Ranks) -> None:
+    """Fill the tensors of a sharded `model` from `whole`, which only the first rank needs to have.
+
+    Collective. One at a time is whole on the devices.
+    """
+    for name, tensor in tensors(model).items():
+        if ranks.first:
+            source = whole[name].to(ranks.device, tensor.dtype)
+        else:
+            source = torch.empty(tensor.shape, dtype=tensor.dtype, device=ranks.device)
+        if isinstance(tensor, DTensor):
+            mine = distribute_tensor(source, tensor.device_mesh, tensor.placements)
+            tensor.to_local().copy_(mine.to_local())
+        else:
+            dist.broadcast(source, 0, group=ranks.group)
+            tensor.copy_(source)
 
 
 def release(policy: nn.Module) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import torch
+from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
@@ -52,11 +53,16 @@ class Policy(nn.Module):
 
     @property
     def eos_ids(self) -> Tensor:
-        """Token ids that end a response."""
+        """Token ids that end a response, on the CPU."""
         ids = self.model.generation_config.eos_token_id
         if ids is None:
             ids = self.tokenizer.eos_token_id
-        return torch.tensor(ids, device=self.device).reshape(-1)
+        return torch.tensor(ids).reshape(-1)
+
+    def materialize(self, device: torch.device) -> None:
+        """Move all to `device`, where weights on "meta" get memory, and as yet no values."""
+        self._apply(lambda t: torch.empty_like(t, device=device) if t.is_meta else t.to(device))
+        self.model.tie_weights()  # each of a tied pair has got its own
 
     def head(self, temperature: float) -> dict[str, Any]:
         """Options of `linear_logprob_entropy` for this head, by the model's configuration."""
@@ -105,23 +111,22 @@ def positions(mask: Tensor) -> Tensor:
     return (mask.long().cumsum(1) - 1).clamp_min(0)
 
 
-def load_policy(
-    settings: config.Model, seed: int, device: torch.device, *, pretrained: bool = True
-) -> Policy:
+def load_policy(settings: config.Model, seed: int, device: torch.device) -> Policy:
     """The policy of `settings`, on `device`, checked and ready to train; as `read_policy`.
 
     Raises:
         ValueError: as `read_policy` and `check_policy`.
     """
-    policy = read_policy(settings, seed, pretrained=pretrained).to(device)
+    policy = read_policy(settings, seed).to(device)
     check_policy(policy)
     return policy
 
 
-def read_policy(settings: config.Model, seed: int, *, pretrained: bool = True) -> Policy:
+def read_policy(settings: config.Model, seed: int, *, empty: bool = False) -> Policy:
     """The model and tokenizer of `settings.path`, on the CPU, unchecked.
 
-    With `pretrained=False` the weights are random, for a checkpoint to fill them.
+    With `empty` weights are not read. Those of a folder are on "meta": they take no memory until
+    they are sharded and `Policy.materialize` gives them some.
 
     Dropout is off, in training too: ratios compare the policy with the one that sampled, and
     would be noise with another network each time.
@@ -133,7 +138,7 @@ def read_policy(settings: config.Model, seed: int, *, pretrained: bool = True) -
     if settings.path == "tiny":
         model, tokenizer = build_tiny(seed, settings.attention, dtype)
     else:
-        model, tokenizer = _from_folder(settings, dtype, pretrained)
+        model, tokenizer = _from_folder(settings, dtype, empty)
     if settings.gradient_checkpointing:
         checkpoint_activations(model)
     return Policy(model, tokenizer)
@@ -166,7 +171,7 @@ def check_policy(policy: Policy) -> None:
     release(policy)
 
 
-def _from_folder(settings: config.Model, dtype: torch.dtype, pretrained: bool) -> tuple[Any, Any]:
+def _from_folder(settings: config.Model, dtype: torch.dtype, empty: bool) -> tuple[Any, Any]:
     path, options = settings.path, {"dtype": dtype, "attn_implementation": settings.attention}
     try:
         architecture = AutoConfig.from_pretrained(path)
@@ -174,11 +179,13 @@ def _from_folder(settings: config.Model, dtype: torch.dtype, pretrained: bool) -
             for name, value in vars(part).items():
                 if "drop" in name and isinstance(value, float):
                     setattr(part, name, 0.0)
-        if pretrained:
-            model = AutoModelForCausalLM.from_pretrained(path, config=architecture, **options)
-        else:
-            model = AutoModelForCausalLM.from_config(architecture, **options).eval()
+        if empty:
+            with init_empty_weights(include_buffers=False):
+                model = AutoModelForCausalLM.from_config(architecture, **options).eval()
+            model.tie_weights()
             model.generation_config = GenerationConfig.from_pretrained(path)
+        else:
+            model = AutoModelForCausalLM.from_pretrained(path, config=architecture, **options)
         tokenizer = AutoTokenizer.from_pretrained(path, padding_side="left")
     except OSError as error:
         raise ValueError(f"no model can be loaded from model.path {path!r}: {error}") from error

@@ -74,7 +74,7 @@ def _verified(
     """Rollouts, on the CPU, of this rank's `rows`: (number of the problem, place in its group)."""
     if not rows:
         return None
-    pad_id, eos_ids = policy.tokenizer.pad_token_id, policy.eos_ids.cpu()
+    pad_id, eos_ids = policy.tokenizer.pad_token_id, policy.eos_ids
     asked = [torch.tensor(prompts[group], dtype=torch.long) for group, _ in rows]
     answered = [one.tokens for one in sampled]
     ended = [bool(torch.isin(tokens[-1:], eos_ids).all()) for tokens in answered]

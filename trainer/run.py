@@ -13,7 +13,7 @@ from trainer import checkpoint
 from trainer.checkpoint import Progress
 from trainer.config import Config
 from trainer.engines import Engine, make_engine
-from trainer.fsdp import shard
+from trainer.fsdp import scatter, shard, tensors
 from trainer.log import RunLog
 from trainer.policy import Policy, check_policy, read_policy
 from trainer.progress import WARM_START, progress
@@ -81,6 +81,10 @@ def start(settings: Config, ranks: Ranks) -> Run:
     )
     fresh = found is None
     state = checkpoint.load(found, policy, optimizer, ranks) if found else Progress()
+    check_policy(policy)
+    if ranks.first and policy.layout == "padded":
+        name = type(policy.model).__name__
+        print(f"{name} does not keep packed sequences apart: one sequence a row", file=sys.stderr)
     engine.update_weights(policy.weights())
     log = RunLog(folder)
     if ranks.first:
@@ -94,43 +98,41 @@ def start(settings: Config, ranks: Ranks) -> Run:
 def _parts(
     settings: Config, ranks: Ranks, found: Path | None
 ) -> tuple[Policy, Engine, Task, Verifier]:
-    """From a checkpoint, or from the model and its warm start; sharded where there is a group."""
+    """The model and its warm start, without values where a checkpoint has them; sharded where there
+    is a group: the first rank reads the weights, and the others never hold more than shards."""
     model = settings.model
     if found is not None:
         model = dataclasses.replace(model, path=str(found))
-    policy = read_policy(model, settings.seed, pretrained=found is None)
+    read: list[Policy] = []
+    empty = found is not None or not ranks.first
+    ranks.on_all(lambda: read.append(read_policy(model, settings.seed, empty=empty)))
+    policy = read[0]
     if ranks.group is None:
-        policy.to(ranks.device)
+        policy.materialize(ranks.device)
     task = make_task(settings.data, settings.seed, policy.tokenizer)
     verifier = Verifier(task, settings.reward)
     verifier.start()  # before what takes long
     if found is None and settings.warm_start.steps:
-        _warm_start(settings, policy, task, ranks)
+        ranks.on_first(lambda: _warm_start(settings, policy, task, ranks.device))
     dtype = getattr(torch, model.compute_dtype or model.dtype)
     # The engine's copy is made of whole weights.
     copy_in = dtype if ranks.group is not None else None
     engine = make_engine(settings, policy, ranks.device, copy_in)
     if ranks.group is not None:
         policy.compute_dtype = dtype
+        whole = tensors(policy.model) if ranks.first else {}
         shard(policy, policy.model, ranks, dtype)
-    check_policy(policy)
-    if ranks.first and policy.layout == "padded":
-        name = type(policy.model).__name__
-        print(f"{name} does not keep packed sequences apart: one sequence a row", file=sys.stderr)
+        policy.materialize(ranks.device)
+        if found is None:
+            scatter(policy.model, whole, ranks)
     return policy, engine, task, verifier
 
 
-def _warm_start(settings: Config, policy: Policy, task: Task, ranks: Ranks) -> None:
-    """On the first rank; the others load what it has kept."""
-    policy.to(ranks.device)
+def _warm_start(settings: Config, policy: Policy, task: Task, device: torch.device) -> None:
+    policy.to(device)
     warm = settings.warm_start
-    for turn in (ranks.first, not ranks.first):
-        if turn:
-            with progress("warm start", warm.steps, columns=WARM_START, shown=ranks.first) as bar:
-                load_or_warm_start(
-                    policy.model, policy.tokenizer, task, warm, settings.seed, bar.update
-                )
-        ranks.gather(None)
+    with progress("warm start", warm.steps, columns=WARM_START) as bar:
+        load_or_warm_start(policy.model, policy.tokenizer, task, warm, settings.seed, bar.update)
 
 
 def _check_same(folder: Path, settings: Config) -> None:

@@ -68,7 +68,8 @@ def test_a_loaded_run_takes_the_same_next_step(tmp_path, dtype, family):
     path = save(tmp_path, policy, optimizer, Progress(2, 64, 5))
     assert checkpoint.latest(tmp_path, ALONE) == path
     assert checkpoint.check(path, ALONE) is None
-    other = read_policy(Model(path=str(path), dtype=dtype), 0, pretrained=False)
+    other = read_policy(Model(path=str(path), dtype=dtype), 0, empty=True)
+    other.materialize(CPU)
     again = adam(other)
     assert checkpoint.load(path, other, again, ALONE) == Progress(2, 64, 5)
     assert {state["step"].item() for state in again.state.values()} == {1.0}

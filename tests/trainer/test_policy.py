@@ -21,7 +21,7 @@ from trainer import policy as module
 from trainer.config import Model
 from trainer.engines.transformers import TransformersEngine
 from trainer.packing import pack
-from trainer.policy import Policy, load_policy
+from trainer.policy import Policy, load_policy, read_policy
 from trainer.rollout import sample
 
 PROMPTS = [Even().problem("train", index) for index in range(6)]
@@ -82,6 +82,28 @@ def test_families_load_from_a_folder(family, dtype, tmp_path):
     assert all(torch.equal(got[name], value) for name, value in want.items())
     assert policy.tokenizer.padding_side == "left"
     assert policy.eos_ids.tolist() == [WORDS.index(EOS)]
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_an_empty_model_has_all_but_the_values_of_the_weights(family, tmp_path):
+    path = save_folder(tmp_path, family)
+    want = read_policy(Model(path=path, dtype="bfloat16"), 0).model
+    policy = read_policy(Model(path=path, dtype="bfloat16"), 0, empty=True)
+    got = policy.model
+    assert {p.device.type for p in got.parameters()} == {"meta"}
+    assert not any(module.training for module in got.modules())
+    policy.materialize(CPU)
+    tensors = (dict(model.named_parameters()) for model in (got, want))
+    shapes = [
+        {n: (p.shape, p.dtype, p.device, p.requires_grad) for n, p in t.items()} for t in tensors
+    ]
+    assert shapes[0] == shapes[1]
+    buffers, wanted = dict(got.named_buffers()), dict(want.named_buffers())
+    assert buffers.keys() == wanted.keys()
+    assert all(torch.equal(buffers[name], value) for name, value in wanted.items())
+    got.load_state_dict(want.state_dict())
+    tokens = torch.arange(8)[None]
+    assert torch.equal(got(tokens).logits, want(tokens).logits)
 
 
 class Louder(LlamaForCausalLM):

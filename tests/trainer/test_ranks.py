@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoModelForCausalLM
 
 from tests.trainer.small import Even, build_policy, save_folder, settings, use_task
 from tests.trainer.update_cases import (
@@ -134,10 +136,19 @@ def everything(model: str, root: Path, runs: list[str]) -> dict:
     with join("cpu") as ranks:
         found = {name: case(name, ranks) for name in CASES}
         found |= {"scores": scores(ranks), "replica": replica(ranks)}
+    reads = []
+    from_pretrained = AutoModelForCausalLM.from_pretrained
+    AutoModelForCausalLM.from_pretrained = lambda *rest, **options: (
+        reads.append(rest),
+        from_pretrained(*rest, **options),
+    )[1]
     for name in runs:
         next_world()
         train(run_settings(model, root, name))
-    return found
+    next_world()
+    with pytest.raises(ValueError, match=r"no model can be loaded from .*without-weights"):
+        train(run_settings(str(Path(model).parent / "without-weights"), root / "no", "dapo"))
+    return found | {"reads": len(reads)}
 
 
 def run_settings(path: str, root: Path, name: str, **changes):
@@ -149,7 +160,10 @@ def run_settings(path: str, root: Path, name: str, **changes):
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> str:
-    return save_folder(tmp_path_factory.mktemp("model"), "qwen3", spread=0.2)
+    path = save_folder(tmp_path_factory.mktemp("models") / "model", "qwen3", spread=0.2)
+    broken = Path(path).parent / "without-weights"
+    shutil.copytree(path, broken, ignore=shutil.ignore_patterns("*.safetensors"))
+    return path
 
 
 @pytest.fixture(scope="module")
@@ -230,6 +244,13 @@ def test_scores_and_threshold_are_those_of_one_process(alone, worlds, size):
         for found in ranks:
             assert torch.equal(found["scores"][name], ranks[0]["scores"][name])
             torch.testing.assert_close(found["scores"][name], value, rtol=1e-6, atol=2e-6)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_the_first_rank_reads_the_model_for_all(worlds, size):
+    """A run's, and one that is not there, of which all ranks tell."""
+    runs = len(RUNS) if size == 2 else 1
+    assert [found["reads"] for found in worlds[size][0]] == [runs + 1, *[0] * (size - 1)]
 
 
 @pytest.mark.parametrize("size", SIZES)

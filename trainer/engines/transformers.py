@@ -42,7 +42,7 @@ class TransformersEngine:
             # Not by `to`, which would round the frequencies of positions.
             for weight in self._policy.parameters():
                 weight.requires_grad_(False).data = weight.data.to(copy_in)
-            self._policy.to(device or policy.device)
+            self._policy.materialize(device or policy.device)
             self._weights = dict(self._policy.model.named_parameters())
 
     def sample(
@@ -85,7 +85,8 @@ class TransformersEngine:
     ) -> list[Sampled]:
         """One response a prompt; `uniform_BL` are the random numbers of each."""
         policy = self._policy
-        model, eos_ids, cache = policy.model, policy.eos_ids, _cache(policy)
+        model, cache = policy.model, _cache(policy)
+        eos_ids = policy.eos_ids.to(policy.device)
         different = list(dict.fromkeys(map(tuple, prompts)))
         prompt_BP, mask = _left_padded(different, policy)
         logits = model(
