@@ -22,7 +22,7 @@ from trainer.analyze import evolution as evolving
 from trainer.analyze import patterns as patterning
 from trainer.analyze import temperatures as tempering
 from trainer.compare import report
-from trainer.compare.arms import Study
+from trainer.compare.arms import STUDIES, Study
 from trainer.compare.differences import interval
 
 # The paper's, of Qwen3-8B on AIME 2024 and 2025 (section 3), and of Qwen3-14B (Table 1).
@@ -122,15 +122,18 @@ def comparison(study: Study, results: Path) -> str:
         if not path.exists():
             continue
         found = json.loads(path.read_text())
-        seeds = sorted({run["seed"] for run in found["runs"]})
-        commits = sorted({commit[:10] for run in found["runs"] for commit in run["commits"]})
+        runs = [run for run in found["runs"] if run["arm"] in STUDIES[study]]
+        seeds = sorted({run["seed"] for run in runs})
+        commits = sorted({commit[:10] for run in runs for commit in run["commits"]})
+        hours = sum(run["seconds"] for run in runs) / 3600
         parts += [
             f"**{label}**",
             report.arm_table(found, study),
             report.difference_table(found, study),
             image(f"{label}-{study}.svg", f"The {study} on {label}"),
             f"Data: `{WHERE}/{path.name}`; seeds {', '.join(map(str, seeds))}; commits "
-            f"{', '.join(commits)}.",
+            f"{', '.join(commits)}; {len(runs)} runs, {hours:.1f} hours of one core for "
+            "their steps and evaluations.",
         ]
     return "\n\n".join(parts) or NOTHING
 
