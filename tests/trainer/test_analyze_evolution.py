@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from tests.trainer.analyze_cases import _one_thread, models, options, sums  # noqa: F401
-from tests.trainer.small import WORDS, save_folder, settings, train_even
+from tests.trainer.small import WORDS, Even, save_folder, settings
 from trainer.analyze.evolution import Evolution, analyze_evolution, compare
 from trainer.analyze.overlap import change_by_bin, overlap, rank_correlation, top_mask
+from trainer.train import train
 
 
 def test_overlap_is_the_share_of_the_second_that_the_first_catches():
@@ -67,9 +68,10 @@ def test_a_model_and_itself_do_not_differ_and_another_does(models, sums, tmp_pat
     assert "<svg" in path.with_name("evolution.svg").read_text()
 
 
-def test_checkpoints_of_a_run_are_taken_in_their_order(tmp_path, sums):  # noqa: F811
+def test_checkpoints_of_a_run_are_taken_in_their_order(tmp_path, sums, monkeypatch):  # noqa: F811
+    monkeypatch.setattr("trainer.run.make_task", lambda *_: Even())
     folder = save_folder(tmp_path / "model")
-    train_even(settings(tmp_path, folder, steps=4, keep_checkpoints=3))
+    train(settings(tmp_path, folder, steps=4, keep_checkpoints=3))
     run = str(tmp_path / "run")
     given = options(sums, tmp_path / "out")
     path = analyze_evolution(Evolution(run, **given, bins=5))

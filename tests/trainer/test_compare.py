@@ -52,7 +52,7 @@ def test_studies_have_the_arms_of_the_paper():
     fractions = {
         arm_config(Config(), "x", arm, 0).algorithm.fraction for arm in STUDIES["ablation"]
     }
-    assert fractions == {0.05, 0.1, 0.2, 0.5, 0.8, 1.0}
+    assert fractions == {0.05, 0.1, 0.2, 0.3, 0.5, 0.8, 1.0}
     assert set(STUDIES["algorithms"]) == {"ppo", "grpo", "all", "top-20"}
     every = runs(Comparison(seeds=2))
     assert len({config.name for config in every}) == len(every) == 2 * len(ARMS)
@@ -93,7 +93,7 @@ def test_arms_of_one_round_update_where_a_few_groups_are_useful(preset):
         ({"seeds": 0}, "seeds must be at least 1; got 0"),
         ({"jobs": 0}, "jobs must be at least 1; got 0"),
         ({"hours": -1.0}, "hours must be at least 0; got -1"),
-        ({"arms": ("top-30",)}, "no arm top-30"),
+        ({"arms": ("top-40",)}, "no arm top-40"),
     ],
 )
 def test_bad_settings_are_refused(changes, message):
