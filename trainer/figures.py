@@ -13,10 +13,10 @@ WIDTH, HEIGHT = 420, 300
 LEFT, RIGHT, TOP, BOTTOM = 54, 118, 30, 42
 LABEL_HEIGHT = 14
 LABEL_WIDTH = 100
-# Okabe and Ito's colours, which stay apart for the colour-blind, and three more for thin lines.
+# Okabe and Ito's colours, which stay apart for the colour-blind, and four more for thin lines.
 COLORS = (
     *("#d55e00", "#0072b2", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8b949e"),
-    *("#9467bd", "#8c564b", "#bcbd22"),
+    *("#9467bd", "#8c564b", "#bcbd22", "#17becf"),
 )
 STYLE = """
 text { font: 12px system-ui, sans-serif; fill: #3d444d }

@@ -52,7 +52,7 @@ def test_studies_have_the_arms_of_the_paper():
     fractions = {
         arm_config(Config(), "x", arm, 0).algorithm.fraction for arm in STUDIES["ablation"]
     }
-    assert fractions == {0.05, 0.1, 0.2, 0.3, 0.5, 0.8, 1.0}
+    assert fractions == {0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 0.8, 1.0}
     assert set(STUDIES["algorithms"]) == {"ppo", "grpo", "all", "top-20"}
     every = runs(Comparison(seeds=2))
     assert len({config.name for config in every}) == len(every) == 2 * len(ARMS)

@@ -38,6 +38,7 @@ ARMS: Mapping[str, Mapping[str, Any]] = {
     "all": {"fraction": 1.0},
     "random-20": {"which": "random"},
     "bottom-80": {"fraction": 0.8, "which": "bottom"},
+    "bottom-70": {"fraction": 0.7, "which": "bottom"},
     "top-10": {"fraction": 0.1},
     "top-5": {"fraction": 0.05},
     "top-30": {"fraction": 0.3},
@@ -53,7 +54,8 @@ ARMS: Mapping[str, Mapping[str, Any]] = {
 tokens, one round of sampling, and the mean of the group in the place of a critic, not divided by
 the standard deviation. Groups whose rewards are all equal have no gradient, and are left out of its
 mean as of all others. "grpo" adds that division and takes a mean over sequences of their means.
-"all" is DAPO, "top-20" DAPO on forking tokens. "top-30" is not in the paper.
+"all" is DAPO, "top-20" DAPO on forking tokens. "top-30" and "bottom-70" are not in
+the paper: they part the tokens where the decisions of the long ladder begin.
 """
 
 STUDIES: Mapping[Study, tuple[str, ...]] = {

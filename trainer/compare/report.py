@@ -1,7 +1,7 @@
 """What a comparison's results say: tables in Markdown and figures, from its JSON alone."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -97,17 +97,17 @@ def curves(results: Results, study: Study, source: str) -> str:
     """Accuracy, entropy, length over training, and accuracy against backward rows, as an SVG."""
     arms = _arms(results, study)
     panels = [
-        _curve(results, arms, "evaluations", "accuracy", "held-out accuracy at temperature 1"),
-        _curve(results, arms, "training", "entropy", "mean entropy, nats"),
-        _curve(results, arms, "training", "length", "response length, tokens"),
+        _curve(results, study, "evaluations", "accuracy", "held-out accuracy at temperature 1"),
+        _curve(results, study, "training", "entropy", "mean entropy, nats"),
+        _curve(results, study, "training", "length", "response length, tokens"),
     ]
     marks = []
-    for place, arm in enumerate(arms):
+    for arm in arms:
         rows = interval(list(_values(results, arm, lambda run: run["rows"]).values())).mean
         after = interval(list(final(results, arm).values()))
         low, high = (after.low, after.high) if after.seeds > 1 else (after.mean, after.mean)
         mark = Mark(max(rows, 1.0), after.mean, low, high)
-        marks.append(Series(NAMES.get(arm, arm), [mark], place, joined=False))
+        marks.append(Series(NAMES.get(arm, arm), [mark], _color(arm, study), joined=False))
     panels.append(
         Panel("final accuracy by backward rows paid", "rows of the head's backward", marks, True)
     )
@@ -145,9 +145,9 @@ def points(found: Interval) -> str:
     return f"{100 * found.mean:+.1f} ± {100 * (found.high - found.mean):.1f}"
 
 
-def _curve(results: Results, arms: Sequence[str], part: str, name: str, title: str) -> Panel:
+def _curve(results: Results, study: Study, part: str, name: str, title: str) -> Panel:
     series = []
-    for place, arm in enumerate(arms):
+    for arm in _arms(results, study):
         runs = [run[part] for run in _runs(results, arm)]
         steps = sorted(set.intersection(*(set(run["step"]) for run in runs)))
         marks = []
@@ -157,7 +157,7 @@ def _curve(results: Results, arms: Sequence[str], part: str, name: str, title: s
             low, high = (found.low, found.high) if found.seeds > 1 else (found.mean, found.mean)
             marks.append(Mark(step, found.mean, low, high))
         thin = arm not in EMPHASIZED
-        series.append(Series(NAMES.get(arm, arm), marks, place, thin))
+        series.append(Series(NAMES.get(arm, arm), marks, _color(arm, study), thin))
     return Panel(title, "RL step", series)
 
 
@@ -167,6 +167,11 @@ def _around(run: Mapping[str, Any], name: str, step: int, smooth: bool) -> float
     first = max(place - WINDOW + 1, 0) if smooth else place
     values = [value for value in run[name][first : place + 1] if value is not None]
     return sum(values) / len(values) if values else None
+
+
+def _color(arm: str, study: Study) -> int:
+    """The same in every figure of a study, whichever arms it has."""
+    return STUDIES[study].index(arm)
 
 
 def _runs(results: Results, arm: str) -> list[Mapping[str, Any]]:
