@@ -51,6 +51,7 @@ SANITIZED_TESTS := native native_ratio_loss native_linear_logprob_entropy linear
 SANITIZED_NAMES := not torch and not triton and not ctrl_c and not hundred_million and not time_is_linear
 RUNTIMES = $(shell $(CXX) -print-file-name=libasan.so) $(shell $(CXX) -print-file-name=libubsan.so)
 
+# MAKEFLAGS is empty for ninja, which takes no part in make's jobs.
 sanitize: $(VENV)/.dev
 	@$(foreach file,$(RUNTIMES),test -f $(file) || \
 		{ echo "$(CXX) has no $(file); CXX=g++ on Linux is wanted" >&2; exit 1; };)
@@ -64,7 +65,7 @@ sanitize: $(VENV)/.dev
 		-DCMAKE_LIBRARY_OUTPUT_DIRECTORY=$(SANITIZED)/lib \
 		-DPython_EXECUTABLE=$(abspath $(BIN))/python \
 		-Dpybind11_DIR=$$($(BIN)/python -m pybind11 --cmakedir) > $(SANITIZED)/configure.log
-	@PATH="$(abspath $(BIN)):$$PATH" cmake --build $(SANITIZED)/cmake
+	@MAKEFLAGS= PATH="$(abspath $(BIN)):$$PATH" cmake --build $(SANITIZED)/cmake
 	@cp $(SANITIZED)/lib/_cpu*.so $(SANITIZED)/tree/entropy_kernels
 	@echo "Running the tests of csrc/ under them ..."
 	@cd $(SANITIZED)/tree && LD_PRELOAD="$(RUNTIMES)" EK_REQUIRE_NATIVE=1 \
