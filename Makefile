@@ -19,7 +19,7 @@ train: $(VENV)/.trainer
 
 test: lint
 	@echo "Running the tests ..."
-	@EK_REQUIRE_NATIVE=$(EK_REQUIRE_NATIVE) $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
+	@EK_REQUIRE_NATIVE=$(EK_REQUIRE_NATIVE) $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 # Beside the environment of all other tests, on top of which it lies.
 test-verl: $(VERL)/.installed
