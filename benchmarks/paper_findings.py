@@ -19,7 +19,7 @@ from benchmarks.tables import table
 from trainer.compare import report
 from trainer.compare.arms import ARMS
 from trainer.compare.differences import Interval, differences, interval
-from trainer.figures import Mark, Panel, Series, figure
+from trainer.figures import Panel, Series, figure
 
 TOPS = tuple(
     sorted((a for a in ARMS if a.startswith("top-") and a[4:].isdigit()), key=lambda a: int(a[4:]))
@@ -63,12 +63,10 @@ def draw_fractions(results: Path) -> str | None:
     """Share of the gain of all tokens, by the fraction over the share of decisions, as an SVG."""
     lines, sources = [], []
     for color, task in enumerate(_tasks(results)):
-        found = [(int(arm[4:]) / 100, _gain(task, arm)) for arm in TOPS if _shared(task, arm)]
         marks = [
-            Mark(
-                f / task.decisions, g.mean, *((g.low, g.high) if g.seeds > 1 else (g.mean, g.mean))
-            )
-            for f, g in found
+            report.mark(int(arm[4:]) / 100 / task.decisions, _gain(task, arm))
+            for arm in TOPS
+            if _shared(task, arm)
         ]
         if marks:
             lines.append(Series(task.label, marks, color))

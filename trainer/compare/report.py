@@ -105,15 +105,20 @@ def curves(results: Results, study: Study, source: str) -> str:
     for arm in arms:
         rows = interval(list(_values(results, arm, lambda run: run["rows"]).values())).mean
         after = interval(list(final(results, arm).values()))
-        low, high = (after.low, after.high) if after.seeds > 1 else (after.mean, after.mean)
-        mark = Mark(max(rows, 1.0), after.mean, low, high)
-        marks.append(Series(NAMES.get(arm, arm), [mark], _color(arm, study), joined=False))
+        at = [mark(max(rows, 1.0), after)]
+        marks.append(Series(NAMES.get(arm, arm), at, _color(arm, study), joined=False))
     panels.append(
         Panel("final accuracy by backward rows paid", "rows of the head's backward", marks, True)
     )
     # Runs that never updated have measured no entropy.
     drawn = [p for p in panels if any(math.isfinite(m.y) for s in p.series for m in s.marks)]
     return figure(drawn, source)
+
+
+def mark(x: float, found: Interval) -> Mark:
+    """An interval in a figure; of one seed, the value alone."""
+    low, high = (found.low, found.high) if found.seeds > 1 else (found.mean, found.mean)
+    return Mark(x, found.mean, low, high)
 
 
 def final(results: Results, arm: str) -> dict[int, float]:
@@ -154,8 +159,7 @@ def _curve(results: Results, study: Study, part: str, name: str, title: str) -> 
         for step in steps:
             values = [_around(run, name, step, part == "training") for run in runs]
             found = interval([value for value in values if value is not None] or [float("nan")])
-            low, high = (found.low, found.high) if found.seeds > 1 else (found.mean, found.mean)
-            marks.append(Mark(step, found.mean, low, high))
+            marks.append(mark(step, found))
         thin = arm not in EMPHASIZED
         series.append(Series(NAMES.get(arm, arm), marks, _color(arm, study), thin))
     return Panel(title, "RL step", series)
