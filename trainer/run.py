@@ -99,7 +99,7 @@ def _parts(
     settings: Config, ranks: Ranks, found: Path | None
 ) -> tuple[Policy, Engine, Task, Verifier]:
     """The model and its warm start, without values where a checkpoint has them; sharded where there
-    is a group: the first rank reads the weights, and the others never hold more than shards."""
+    is a group: then the first rank alone reads the weights, and deals out their shards."""
     model = settings.model
     if found is not None:
         model = dataclasses.replace(model, path=str(found))
@@ -120,7 +120,7 @@ def _parts(
     engine = make_engine(settings, policy, ranks.device, copy_in)
     if ranks.group is not None:
         policy.compute_dtype = dtype
-        whole = tensors(policy.model) if ranks.first else {}
+        whole = tensors(policy.model) if ranks.first else {}  # before they are shards
         shard(policy, policy.model, ranks, dtype)
         policy.materialize(ranks.device)
         if found is None:
