@@ -5,12 +5,12 @@ exact entropy threshold; the clipped policy loss on the tokens above it; and a b
 only for the rows that carry gradient. Method: arXiv 2506.01939.
 """
 
-from entropy_kernels import losses, token_rules
-from entropy_kernels.functional import LogprobEntropy, linear_logprob_entropy
-from entropy_kernels.high_entropy_policy_loss import high_entropy_policy_loss
-from entropy_kernels.nn import HighEntropyPolicyLoss
-from entropy_kernels.ratio_loss import ratio_loss
-from entropy_kernels.selection import StreamingThreshold, entropy_threshold, top_entropy_mask
+from . import losses, token_rules
+from .functional import LogprobEntropy, linear_logprob_entropy
+from .high_entropy_policy_loss import high_entropy_policy_loss
+from .nn import HighEntropyPolicyLoss
+from .ratio_loss import ratio_loss
+from .selection import StreamingThreshold, entropy_threshold, top_entropy_mask
 
 __version__ = "0.1.0"
 

@@ -12,16 +12,23 @@ from collections.abc import Callable
 
 import torch
 
-import entropy_kernels as ek
-from entropy_kernels import _gpu, _native, reference
-from entropy_kernels.testing import peaked_head
+from . import (
+    __version__,
+    _gpu,
+    _native,
+    linear_logprob_entropy,
+    ratio_loss,
+    reference,
+    top_entropy_mask,
+)
+from .testing import peaked_head
 
 PACKAGES = ("torch", "triton", "jaxtyping")
 
 
 def main() -> int:
     """Print the table; returns the exit status."""
-    print(f"entropy_kernels {ek.__version__}, Python {platform.python_version()}")
+    print(f"entropy_kernels {__version__}, Python {platform.python_version()}")
     print(", ".join(f"{name} {_version(name)}" for name in PACKAGES))
     devices = ["cpu"]
     print(f"cpu: {platform.machine()}, {torch.get_num_threads()} threads")
@@ -79,7 +86,7 @@ def _check_head(impl: str, device: str) -> str:
         if dtype == torch.float64:
             outputs = list(reference.linear_logprob_entropy(h, w, target))
         else:
-            outputs = list(ek.linear_logprob_entropy(h, w, target, impl=impl)[:3])
+            outputs = list(linear_logprob_entropy(h, w, target, impl=impl)[:3])
         torch.autograd.backward(outputs, list(grads.to(dtype)))
         found.append([*(x.detach() for x in outputs), h.grad, w.grad])
     for name, got, want in zip(
@@ -96,7 +103,7 @@ def _check_ratio_loss(impl: str, device: str) -> str:
     old, advantage = -torch.rand(4, 100, device=device), torch.randn(4, 100, device=device)
     mask = torch.rand(4, 100, device=device) < 0.5
     logprob = (old + 0.3 * torch.randn(4, 100, device=device)).requires_grad_()
-    got = ek.ratio_loss(logprob, old, advantage, mask, impl=impl)[0]
+    got = ratio_loss(logprob, old, advantage, mask, impl=impl)[0]
     want = reference.ratio_loss(logprob.double(), old.double(), advantage.double(), mask, mask)
     found = [(loss.detach(), torch.autograd.grad(loss, logprob)[0]) for loss in (got, want)]
     for name, x, y in zip(("loss", "gradient"), *found, strict=True):
@@ -109,7 +116,7 @@ def _check_ratio_loss(impl: str, device: str) -> str:
 def _check_selection(device: str) -> str:
     """The top 20% of heavily tied entropies against a sort."""
     entropy = torch.rand(10_007, device=device).mul(50).round() / 50
-    got, want = ek.top_entropy_mask(entropy), reference.top_entropy_mask(entropy)
+    got, want = top_entropy_mask(entropy), reference.top_entropy_mask(entropy)
     return "" if torch.equal(got, want) else f"FAILED: {int((got != want).sum())} tokens differ"
 
 

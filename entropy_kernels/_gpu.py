@@ -12,9 +12,9 @@ import torch
 
 @functools.cache
 def _load(name: str) -> tuple[ModuleType | None, str | None]:
-    """entropy_kernels._triton.{name}, or why it does not load."""
+    """_triton.{name}, or why it does not load."""
     try:
-        return importlib.import_module(f"entropy_kernels._triton.{name}"), None
+        return importlib.import_module(f"._triton.{name}", __package__), None
     except ImportError as error:
         return None, f"Triton does not load: {type(error).__name__}: {error}"
 

@@ -12,7 +12,7 @@ from collections.abc import Collection
 import torch
 from torch import Tensor
 
-from entropy_kernels import _gpu, _native, ops
+from . import _gpu, _native, ops
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _NAMES = ("auto", "reference", "torch", "cpu", "triton")

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from entropy_kernels.loss_terms import CORRECTIONS, KL_TYPES
-from entropy_kernels.losses import (
+from .loss_terms import CORRECTIONS, KL_TYPES
+from .losses import (
     AGGREGATIONS,
     LOSSES,
     SEQUENCE_OVER,

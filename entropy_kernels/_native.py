@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from entropy_kernels._rows import Statistics, active_rows, per_row, spread
+from ._rows import Statistics, active_rows, per_row, spread
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 # Tokens that the kernels' vectors hold together: kPanel.
@@ -35,12 +35,12 @@ def _count(more: int) -> None:
 
 @functools.cache
 def _load(name: str) -> tuple[ModuleType | None, str | None]:
-    """entropy_kernels._{name}, or why it is missing.
+    """The extension _{name}, or why it is missing.
 
     torch comes first (this file imports it): it ships its own OpenMP runtime, and an extension
     loaded after it joins that thread pool instead of starting another.
     """
-    full_name = f"entropy_kernels._{name}"
+    full_name = f"{__package__}._{name}"
     try:
         return importlib.import_module(full_name), None
     except ImportError as error:

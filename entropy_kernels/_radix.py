@@ -22,8 +22,9 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from entropy_kernels import _gpu, _native
-from entropy_kernels.distributed import all_reduce_sum
+from . import _gpu, _native
+from ._ops import add_op_namespace_prefix
+from .distributed import all_reduce_sum
 
 # (shift, bits) of each digit.
 PASSES = ((21, 11), (10, 11), (0, 10))
@@ -149,7 +150,7 @@ def _implementation(impl: str, device: torch.device) -> str:
 
 
 @torch.library.custom_op(
-    "entropy_kernels::radix_histogram",
+    add_op_namespace_prefix("radix_histogram"),
     mutates_args=(),
     schema=(
         "(Tensor values, Tensor? mask, Tensor prefix, int shift, int bits, int prefix_bits,"
@@ -216,7 +217,7 @@ def _(values, mask, prefix, shift, bits, prefix_bits, impl="auto"):
 
 
 @torch.library.custom_op(
-    "entropy_kernels::radix_pick",
+    add_op_namespace_prefix("radix_pick"),
     mutates_args=(),
     schema=(
         "(Tensor counts, Tensor local, Tensor prefix, Tensor? remaining, float fraction, int shift,"
@@ -260,7 +261,7 @@ def _(counts, local, prefix, remaining, fraction, shift, impl="auto"):
 
 
 @torch.library.custom_op(
-    "entropy_kernels::keep_largest",
+    add_op_namespace_prefix("keep_largest"),
     mutates_args=(),
     schema=(
         "(Tensor values, Tensor? mask, Tensor threshold, Tensor quota, str impl='auto') -> Tensor"

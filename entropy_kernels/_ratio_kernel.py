@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from entropy_kernels import _gpu, _native, ops
-from entropy_kernels._loss_options import find_loss
-from entropy_kernels.losses import LOG_RATIO_BOUND, clipped_ratio
+from . import _gpu, _native, ops
+from ._loss_options import find_loss
+from .losses import LOG_RATIO_BOUND, clipped_ratio
 
 # Its options in the op's order, and what they are unless told otherwise.
 _OPTIONS = inspect.signature(clipped_ratio).parameters

@@ -26,10 +26,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 
-from entropy_kernels import ops
-from entropy_kernels._rows import Statistics, check_values, per_row
-from entropy_kernels._torch.moments import finish_moments
-from entropy_kernels.distributed import all_reduce_max, all_reduce_sum, gather_counts
+from . import ops
+from ._rows import Statistics, check_values, per_row
+from ._torch.moments import finish_moments
+from .distributed import all_reduce_max, all_reduce_sum, gather_counts
 
 # What stands for the maximum of no logit at all, or of -inf throughout; finite, as -inf - m is not.
 _LOWEST = -1e30

@@ -7,12 +7,11 @@ from collections.abc import Collection
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float, Int
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from entropy_kernels import _vocab_parallel, ops, reference
-from entropy_kernels._inputs import (
+from . import _vocab_parallel, ops, reference
+from ._inputs import (
     cast_as_linear,
     check_head,
     check_main_grad,
@@ -21,6 +20,7 @@ from entropy_kernels._inputs import (
     per_token_temperature,
     resolve,
 )
+from ._shapes import Float, Int
 
 # Logits of rows that are trained on are kept for backward up to this size, and recomputed beyond
 # it.

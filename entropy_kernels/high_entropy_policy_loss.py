@@ -6,15 +6,15 @@ T tokens, D hidden, V vocabulary, B sequences, L their length.
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from entropy_kernels import functional
-from entropy_kernels._inputs import check_like, check_selection
-from entropy_kernels._ratio_kernel import has_kernel
-from entropy_kernels.functional import LogprobEntropy, linear_logprob_entropy
-from entropy_kernels.ratio_loss import LOSS_OPTIONS, beyond_kept, ratio_loss
-from entropy_kernels.selection import top_entropy_mask
+from . import functional
+from ._inputs import check_like, check_selection
+from ._ratio_kernel import has_kernel
+from ._shapes import Bool, Float, Int
+from .functional import LogprobEntropy, linear_logprob_entropy
+from .ratio_loss import LOSS_OPTIONS, beyond_kept, ratio_loss
+from .selection import top_entropy_mask
 
 # On a CPU, of a weight's row: below so many bytes a product of hidden states costs less than the
 # first touch of the memory for its logits.

@@ -4,12 +4,12 @@ B sequences, L tokens.
 """
 
 import torch
-from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from entropy_kernels.distributed import all_reduce_sum
-from entropy_kernels.losses import bounded
+from ._shapes import Bool, Float
+from .distributed import all_reduce_sum
+from .losses import bounded
 
 KL_TYPES = ("k1", "k2", "k3", "k1+", "k3+", "k3_corrected", "abs")
 CORRECTIONS = ("tis", "mis", "sequence_truncate", "sequence_mask")

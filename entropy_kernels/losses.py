@@ -18,11 +18,11 @@ import math
 from collections.abc import Callable
 
 import torch
-from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from entropy_kernels.distributed import all_reduce_sum, sum_over_ranks
+from ._shapes import Bool, Float
+from .distributed import all_reduce_sum, sum_over_ranks
 
 # |log ratio| is clamped here before exp, as verl does; beyond, the ratio is meaningless.
 LOG_RATIO_BOUND = 20.0

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from entropy_kernels.high_entropy_policy_loss import high_entropy_policy_loss
-from entropy_kernels.ratio_loss import LOSS_OPTIONS
+from .high_entropy_policy_loss import high_entropy_policy_loss
+from .ratio_loss import LOSS_OPTIONS
 
 
 class HighEntropyPolicyLoss(torch.nn.Module):

@@ -9,13 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from entropy_kernels import _gpu, _native
-from entropy_kernels._rows import MOMENTS, Statistics, check_active_rows, check_values
-from entropy_kernels._torch.linear_logprob_entropy import linear_logprob_entropy as torch_forward
-from entropy_kernels._torch.linear_logprob_entropy_backward import (
+from . import _gpu, _native
+from ._ops import add_op_namespace_prefix
+from ._rows import MOMENTS, Statistics, check_active_rows, check_values
+from ._torch.linear_logprob_entropy import linear_logprob_entropy as torch_forward
+from ._torch.linear_logprob_entropy_backward import (
     linear_logprob_entropy_backward as torch_backward,
 )
-from entropy_kernels._torch.ratio_loss import ratio_loss as torch_ratio_loss
+from ._torch.ratio_loss import ratio_loss as torch_ratio_loss
 
 
 def _triton(op: str) -> Callable[..., Any]:
@@ -97,7 +98,7 @@ def _linear_logprob_entropy(
 
 
 linear_logprob_entropy = torch.library.custom_op(
-    "entropy_kernels::linear_logprob_entropy", _linear_logprob_entropy, mutates_args=()
+    add_op_namespace_prefix("linear_logprob_entropy"), _linear_logprob_entropy, mutates_args=()
 )
 
 
@@ -199,7 +200,7 @@ def _linear_logprob_entropy_backward(
 
 
 linear_logprob_entropy_backward = torch.library.custom_op(
-    "entropy_kernels::linear_logprob_entropy_backward",
+    add_op_namespace_prefix("linear_logprob_entropy_backward"),
     _linear_logprob_entropy_backward,
     mutates_args=("main_grad",),
 )
@@ -298,7 +299,9 @@ def _ratio_loss(
     )
 
 
-ratio_loss = torch.library.custom_op("entropy_kernels::ratio_loss", _ratio_loss, mutates_args=())
+ratio_loss = torch.library.custom_op(
+    add_op_namespace_prefix("ratio_loss"), _ratio_loss, mutates_args=()
+)
 
 
 @ratio_loss.register_fake

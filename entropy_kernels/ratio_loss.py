@@ -9,11 +9,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from entropy_kernels._loss_options import (
+from ._loss_options import (
     check_aggregation,
     check_correction,
     check_loss,
@@ -22,9 +21,10 @@ from entropy_kernels._loss_options import (
     find_loss,
     sees_sequences,
 )
-from entropy_kernels._ratio_kernel import clipped_by_kernel, has_kernel, of_ratios, plain, resolve
-from entropy_kernels.loss_terms import correction_weight, kl_divergence, mismatch
-from entropy_kernels.losses import Loss, aggregation_weight, bounded
+from ._ratio_kernel import clipped_by_kernel, has_kernel, of_ratios, plain, resolve
+from ._shapes import Bool, Float
+from .loss_terms import correction_weight, kl_divergence, mismatch
+from .losses import Loss, aggregation_weight, bounded
 
 
 def ratio_loss(

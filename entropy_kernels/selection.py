@@ -15,11 +15,10 @@ Nothing here is differentiable, and nothing waits for a GPU. B sequences, L toke
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
 from torch import Generator, Tensor
 from torch.distributed import ProcessGroup
 
-from entropy_kernels._radix import (
+from ._radix import (
     SKETCH_BITS,
     Chunk,
     keep_largest,
@@ -30,7 +29,8 @@ from entropy_kernels._radix import (
     sketch_histogram,
     sketch_kth_largest,
 )
-from entropy_kernels.distributed import all_reduce_sum, rank_offset
+from ._shapes import Bool, Float, Int
+from .distributed import all_reduce_sum, rank_offset
 
 SCOPES = ("batch", "sequence")
 WHICH = ("top", "bottom", "random")

@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from entropy_kernels import _gpu, _native, ops
+from . import _gpu, _native, ops
+from ._ops import NAMESPACE
 
 _LINEAR = "mkldnn._linear_pointwise.default"
 _PRODUCTS = {
@@ -52,7 +53,7 @@ class Watch(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         body = ops.BODIES.get(func.__name__.split(".")[0])
-        if func.namespace == "entropy_kernels" and body is not None:
+        if func.namespace == NAMESPACE and body is not None:
             with self:
                 return body(*args, **(kwargs or {}))
         result = func(*args, **(kwargs or {}))

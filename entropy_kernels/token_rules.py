@@ -7,8 +7,9 @@ vocabulary. Means and counts are those of the call's tokens.
 """
 
 import torch
-from jaxtyping import Bool, Float
 from torch import Generator, Tensor
+
+from ._shapes import Bool, Float
 
 
 def covariance(

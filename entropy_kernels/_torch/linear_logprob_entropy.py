@@ -15,8 +15,8 @@ T tokens, D hidden, V vocabulary.
 import torch
 from torch import Tensor
 
-from entropy_kernels._rows import Statistics, per_row
-from entropy_kernels._torch.blocks import (
+from .._rows import Statistics, per_row
+from .blocks import (
     LOWEST_EXPONENT,
     Head,
     at,
@@ -27,7 +27,7 @@ from entropy_kernels._torch.blocks import (
     view,
     workspace,
 )
-from entropy_kernels._torch.moments import block_moments, finish_moments, merge_moments
+from .moments import block_moments, finish_moments, merge_moments
 
 # The running maximum's start: finite, so that a block of -inf throughout merges without inf - inf.
 LOWEST = -1e30

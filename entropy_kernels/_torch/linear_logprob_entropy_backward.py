@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from entropy_kernels._rows import Statistics, active_rows, per_row, spread
-from entropy_kernels._torch.blocks import (
+from .._rows import Statistics, active_rows, per_row, spread
+from .blocks import (
     LOWEST_EXPONENT,
     Head,
     at,

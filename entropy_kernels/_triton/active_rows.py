@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from entropy_kernels._triton.kept_rows import KeptRows, kept_rows
+from .kept_rows import KeptRows, kept_rows
 
 BLOCK = 1024
 MAX_PROGRAMS = 1024

@@ -10,9 +10,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from entropy_kernels._rows import Statistics, per_row
-from entropy_kernels._triton.active_rows import ActiveRows
-from entropy_kernels._triton.logits import load_inverse_temperature
+from .._rows import Statistics, per_row
+from .active_rows import ActiveRows
+from .logits import load_inverse_temperature
 
 FIELDS = 6
 # Rows that a program takes, and columns of them at once.

@@ -8,12 +8,12 @@ from typing import Any, NamedTuple
 import triton
 from torch import Tensor
 
-from entropy_kernels._triton import kept_rows, products
-from entropy_kernels._triton import target as gpu
-from entropy_kernels._triton.compact_rows import CompactRows
-from entropy_kernels._triton.dlogits_kernels import dlogits_pointer, dlogits_read, dlogits_tma
-from entropy_kernels._triton.kept_rows import KeptRows
-from entropy_kernels._triton.tiles import Tile
+from . import kept_rows, products
+from . import target as gpu
+from .compact_rows import CompactRows
+from .dlogits_kernels import dlogits_pointer, dlogits_read, dlogits_tma
+from .kept_rows import KeptRows
+from .tiles import Tile
 
 # Rows and columns of a tile where the logits are read, not recomputed.
 BLOCK_READ = (16, 256)

@@ -9,9 +9,9 @@ C compact rows, D hidden, V vocabulary.
 import triton
 import triton.language as tl
 
-from entropy_kernels._triton.dlogits_epilogue import store_gradient, target_gradient
-from entropy_kernels._triton.forward_pointer import order
-from entropy_kernels._triton.logits import add_bias, dot
+from .dlogits_epilogue import store_gradient, target_gradient
+from .forward_pointer import order
+from .logits import add_bias, dot
 
 
 @triton.jit

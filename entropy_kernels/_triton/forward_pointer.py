@@ -6,10 +6,10 @@ T tokens, D hidden, V vocabulary, S vocabulary splits.
 import triton
 import triton.language as tl
 
-from entropy_kernels._triton.logits import LOG2E, LOWEST, add_bias, cap, dot
-from entropy_kernels._triton.logits import load_inverse_temperature as load_inverse
-from entropy_kernels._triton.moments import store_moments
-from entropy_kernels._triton.row_statistics import store, update, update_moments
+from .logits import LOG2E, LOWEST, add_bias, cap, dot
+from .logits import load_inverse_temperature as load_inverse
+from .moments import store_moments
+from .row_statistics import store, update, update_moments
 
 
 @triton.jit

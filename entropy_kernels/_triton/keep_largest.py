@@ -9,8 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from entropy_kernels._triton import target
-from entropy_kernels._triton.radix_histogram import MAX_PROGRAMS, load_keys, partition, sort_keys
+from . import target
+from .radix_histogram import MAX_PROGRAMS, load_keys, partition, sort_keys
 
 BLOCK = 1024
 

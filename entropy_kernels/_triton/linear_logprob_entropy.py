@@ -17,16 +17,16 @@ import torch
 import triton
 from torch import Tensor
 
-from entropy_kernels._rows import Statistics, per_row
-from entropy_kernels._triton import products, tiles
-from entropy_kernels._triton import target as gpu
-from entropy_kernels._triton.forward_cublas import forward_cublas
-from entropy_kernels._triton.forward_pointer import forward_pointer
-from entropy_kernels._triton.forward_tma import forward_tma
-from entropy_kernels._triton.kept_rows import Keeping
-from entropy_kernels._triton.row_statistics import merge
-from entropy_kernels._triton.target_logit import target_logits
-from entropy_kernels._triton.tiles import Tile
+from .._rows import Statistics, per_row
+from . import products, tiles
+from . import target as gpu
+from .forward_cublas import forward_cublas
+from .forward_pointer import forward_pointer
+from .forward_tma import forward_tma
+from .kept_rows import Keeping
+from .row_statistics import merge
+from .target_logit import target_logits
+from .tiles import Tile
 
 # fp32 logits of as many rows as fit, at least one block of them.
 WORKSPACE_BYTES = 1 << 29

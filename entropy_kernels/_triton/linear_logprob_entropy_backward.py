@@ -15,14 +15,14 @@ import torch
 import triton
 from torch import Tensor
 
-from entropy_kernels._rows import Statistics
-from entropy_kernels._triton import products, tiles
-from entropy_kernels._triton import target as gpu
-from entropy_kernels._triton.active_rows import ActiveRows, active_rows
-from entropy_kernels._triton.compact_rows import CompactRows, compact, spread
-from entropy_kernels._triton.dlogits import Chunk, Dlogits
-from entropy_kernels._triton.kept_rows import KeptRows
-from entropy_kernels._triton.tiles import Tile
+from .._rows import Statistics
+from . import products, tiles
+from . import target as gpu
+from .active_rows import ActiveRows, active_rows
+from .compact_rows import CompactRows, compact, spread
+from .dlogits import Chunk, Dlogits
+from .kept_rows import KeptRows
+from .tiles import Tile
 
 # Columns of a chunk; halved, but not below the least, until dz fits its bytes.
 CHUNK_V = 16384

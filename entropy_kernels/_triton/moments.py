@@ -20,7 +20,7 @@ T tokens, V vocabulary, S vocabulary splits.
 import triton
 import triton.language as tl
 
-from entropy_kernels._triton.logits import LN2, LOWEST_EXPONENT
+from .logits import LN2, LOWEST_EXPONENT
 
 
 @triton.jit

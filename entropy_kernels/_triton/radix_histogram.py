@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from entropy_kernels._triton import target
+from . import target
 
 BLOCK = 2048
 # Programs that a launch has at most: each goes over consecutive blocks.

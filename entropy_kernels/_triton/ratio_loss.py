@@ -9,8 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from entropy_kernels._triton import target
-from entropy_kernels._triton.radix_histogram import MAX_PROGRAMS, partition
+from . import target
+from .radix_histogram import MAX_PROGRAMS, partition
 
 BLOCK = 512
 

@@ -12,9 +12,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from entropy_kernels._triton import target as gpu
-from entropy_kernels._triton.logits import cap, dot
-from entropy_kernels._triton.tiles import Tile
+from . import target as gpu
+from .logits import cap, dot
+from .tiles import Tile
 
 # Rows of one product with their targets' weights, at most, by bytes of an element: more of fp32
 # would spill.

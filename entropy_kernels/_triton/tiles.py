@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from entropy_kernels._triton import target
+from . import target
 
 
 class Tile(NamedTuple):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from entropy_kernels.integrations._patch import require
+from ._patch import require
 
 # Where the model's function of a logit is measured: near 0, far beyond any bound, and between.
 _NEAR, _FAR, _SPREAD = 2.0**-20, 1e30, 60.0

@@ -10,15 +10,15 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
-from entropy_kernels.functional import LogprobEntropy, linear_logprob_entropy
-from entropy_kernels.integrations._head import as_linear, backbone, measure, parts
-from entropy_kernels.integrations._patch import Patch, require
+from .._shapes import Float
+from ..functional import LogprobEntropy, linear_logprob_entropy
+from ._head import as_linear, backbone, measure, parts
+from ._patch import Patch, require
 
 
 @dataclass

@@ -11,10 +11,10 @@ import math
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
 from torch import Tensor
 
-from entropy_kernels.functional import linear_logprob_entropy
+from .._shapes import Float, Int
+from ..functional import linear_logprob_entropy
 
 
 class LinearScaledCrossEntropy:

@@ -14,9 +14,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from entropy_kernels.functional import linear_logprob_entropy
-from entropy_kernels.integrations._patch import Patch, require
-from entropy_kernels.selection import StreamingThreshold, top_entropy_mask
+from ..functional import linear_logprob_entropy
+from ..selection import StreamingThreshold, top_entropy_mask
+from ._patch import Patch, require
 
 SCOPES = ("micro-batch", "step")
 # What TRL's function can return besides the log-probabilities, and what ours can.

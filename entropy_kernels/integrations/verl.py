@@ -29,10 +29,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from entropy_kernels.functional import linear_logprob_entropy
-from entropy_kernels.integrations._patch import Patch, require
-from entropy_kernels.ratio_loss import ratio_loss
-from entropy_kernels.selection import top_entropy_mask
+from ..functional import linear_logprob_entropy
+from ..ratio_loss import ratio_loss
+from ..selection import top_entropy_mask
+from ._patch import Patch, require
 
 LOSS_MODE = "high_entropy"
 BACKENDS = ("torch", "liger")

@@ -4,6 +4,6 @@ It is for `actor_rollout_ref.model.external_lib`, which verl imports in each of 
 it builds a model. For other settings, name a module of one's own that calls `patch_verl`.
 """
 
-from entropy_kernels.integrations.verl import patch_verl
+from .verl import patch_verl
 
 patch_verl()
