@@ -61,7 +61,7 @@ def contestants(dtype: torch.dtype) -> list[Contestant]:
     if dtype == torch.float32:
         label = "the product alone, torch.mm by oneDNN"
         found.append(Contestant("mm-onednn", label, _bare_onednn, exact=True))
-    for impl in ops.IMPLEMENTATIONS:
+    for impl in ops.implementations():
         label = f"ours ({impl}): the product, log-probabilities and entropies"
         found.append(Contestant(impl, label, functools.partial(_forward, impl=impl), exact=True))
     return found

@@ -78,7 +78,7 @@ def bench_linear_cost(dtype, quick, record):
 
 def measure(sweeps, dtype, rounds, folder, log=print):
     """The result file's entries."""
-    impl = "cpu" if "cpu" in ops.IMPLEMENTATIONS else "torch"
+    impl = "cpu" if "cpu" in ops.implementations() else "torch"
     about = runner.about_this_run() | {
         "op": "linear_cost",
         "device": "cpu",

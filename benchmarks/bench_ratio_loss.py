@@ -112,7 +112,7 @@ def contestants() -> list[Contestant]:
         Contestant("eager-alone", "eager: the formula alone, no metrics", alone),
         Contestant("compile", "torch.compile of both", _compiled, uncompiled=eager),
     ]
-    for impl in ops.IMPLEMENTATIONS:
+    for impl in ops.implementations():
         label = f"ours ({impl}): both in one pass"
         found.append(Contestant(impl, label, functools.partial(_ours, impl=impl)))
     return found

@@ -220,7 +220,7 @@ def head_of(buffer: Tensor, rows: int, columns: int) -> Tensor:
     return buffer.view(-1)[: rows * columns].view(rows, columns)
 
 
-def contestants(impls: tuple[str, ...] = ops.IMPLEMENTATIONS) -> list[Contestant]:
+def contestants(impls: tuple[str, ...] | None = None) -> list[Contestant]:
     """The first is what the others are compared with."""
     setting = {"fraction": FRACTION, "half": False}
     plain, compiled = (partial(_dense, peers.plain_head, compiled=x) for x in (False, True))
@@ -247,7 +247,7 @@ def contestants(impls: tuple[str, ...] = ops.IMPLEMENTATIONS) -> list[Contestant
             needs=("liger_kernel",),
         )
     )
-    for impl in impls:
+    for impl in ops.implementations() if impls is None else impls:
         found += _our_contestants(impl)
     label = f"floor: the products of {FRACTION:.0%} by torch.mm alone"
     return [*found, Contestant("floor", label, _floor, setting)]

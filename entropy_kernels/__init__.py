@@ -5,6 +5,13 @@ exact entropy threshold; the clipped policy loss on the tokens above it; and a b
 only for the rows that carry gradient. Method: arXiv 2506.01939.
 """
 
+import warnings
+
+with warnings.catch_warnings():
+    # torch tells of a missing numpy, which nothing here needs.
+    warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
+    import torch as _torch  # noqa: F401
+
 from . import losses, token_rules
 from .functional import LogprobEntropy, linear_logprob_entropy
 from .high_entropy_policy_loss import high_entropy_policy_loss

@@ -9,6 +9,8 @@ from types import ModuleType
 
 import torch
 
+from ._compiler import constant
+
 
 @functools.cache
 def _load(name: str) -> tuple[ModuleType | None, str | None]:
@@ -26,7 +28,7 @@ def kernels(name: str) -> ModuleType:
     return module
 
 
-@torch.compiler.assume_constant_result
+@constant
 def why_not(device: torch.device) -> str | None:
     """A sentence saying why the kernels cannot run on tensors of `device`; None where they can."""
     target, why = _load("target")
@@ -37,7 +39,7 @@ def why_not(device: torch.device) -> str | None:
     return f"Triton kernels need tensors on a GPU, or TRITON_INTERPRET=1; got {device}"
 
 
-@torch.compiler.assume_constant_result
+@constant
 def verified(device: torch.device) -> bool:
     """Whether "auto" takes the kernels: `device` is a GPU on which they were found to be right."""
     if device.type != "cuda" or why_not(device) is not None:
@@ -50,7 +52,7 @@ def architecture(device: torch.device) -> str:
     return kernels("target").architecture_of(device)
 
 
-@torch.compiler.assume_constant_result
+@constant
 def keeps_rows(device: torch.device, dtype: torch.dtype, hidden: int) -> bool:
     """Whether forward keeps rows above a threshold there. The caller has asked `why_not`."""
     return kernels("tiles").keeps_rows(device, dtype, hidden)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from . import _gpu, _native, ops
+from ._compiler import constant
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _NAMES = ("auto", "reference", "torch", "cpu", "triton")
@@ -20,17 +21,17 @@ _NAMES = ("auto", "reference", "torch", "cpu", "triton")
 
 def resolve(impl: str, device: torch.device) -> str:
     """The implementation that "auto" stands for."""
-    has_cpu = "cpu" in ops.IMPLEMENTATIONS
+    no_cpu = _native.why_missing("cpu")
     if impl == "auto":
-        name = "cpu" if device.type == "cpu" and has_cpu else "torch"
+        name = "cpu" if device.type == "cpu" and no_cpu is None else "torch"
         name = "triton" if _gpu.verified(device) else name
         if name == "torch":
             _warn_of_the_torch_path(device)
         return name
     if impl not in _NAMES:
         raise ValueError(f"impl must be one of {', '.join(_NAMES)}; got {impl!r}")
-    if impl == "cpu" and not has_cpu:
-        raise ValueError(f'impl="cpu" is missing: {_native.why_missing("cpu")}')
+    if impl == "cpu" and no_cpu is not None:
+        raise ValueError(f'impl="cpu" is missing: {no_cpu}')
     if impl == "cpu" and device.type != "cpu":
         raise ValueError(f'impl="cpu" needs tensors on the CPU; got {device}')
     if impl == "triton" and (why := _gpu.why_not(device)) is not None:
@@ -38,7 +39,7 @@ def resolve(impl: str, device: torch.device) -> str:
     return impl
 
 
-@torch.compiler.assume_constant_result
+@constant
 @functools.cache
 def _warn_of_the_torch_path(device: torch.device) -> None:
     why = _native.why_missing("cpu")

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._compiler import constant
 from ._rows import Statistics, active_rows, per_row, spread
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -57,6 +58,7 @@ def cpu() -> ModuleType | None:
     return _load("cpu")[0]
 
 
+@constant
 def why_missing(name: str) -> str | None:
     """A sentence saying why extension `name` ("cpu") is missing; None where it is there."""
     return _load(name)[1]

@@ -13,6 +13,7 @@ from . import _gpu, _native, ops
 from ._loss_options import find_loss
 from .losses import LOG_RATIO_BOUND, clipped_ratio
 
+NAMES = ("auto", "torch", "cpu", "triton")
 # Its options in the op's order, and what they are unless told otherwise.
 _OPTIONS = inspect.signature(clipped_ratio).parameters
 _OWN = {name: _OPTIONS[name].default for name in ("clip_low", "clip_high", "dual_clip")}
@@ -28,17 +29,16 @@ def has_kernel(
 
 def resolve(impl: str, device: torch.device, dtype: torch.dtype) -> str:
     """The implementation that "auto" stands for."""
-    built, fp32 = ops.IMPLEMENTATIONS, dtype == torch.float32
+    no_cpu, fp32 = _native.why_missing("cpu"), dtype == torch.float32
     on_cpu = fp32 and device.type == "cpu"
     if impl == "auto":
         if fp32 and _gpu.verified(device):
             return "triton"
-        return "cpu" if on_cpu and "cpu" in built else "torch"
-    if impl == "cpu" and "cpu" not in built:
-        raise ValueError(f'impl="cpu" is missing: {_native.why_missing("cpu")}')
-    names = ("auto", *built) if "triton" in built else ("auto", *built, "triton")
-    if impl not in names:
-        raise ValueError(f"impl must be one of {', '.join(names)}; got {impl!r}")
+        return "cpu" if on_cpu and no_cpu is None else "torch"
+    if impl not in NAMES:
+        raise ValueError(f"impl must be one of {', '.join(NAMES)}; got {impl!r}")
+    if impl == "cpu" and no_cpu is not None:
+        raise ValueError(f'impl="cpu" is missing: {no_cpu}')
     if impl == "cpu" and not on_cpu:
         raise ValueError(f'impl="cpu" needs fp32 tensors on the CPU; got {dtype} on {device}')
     if impl == "triton" and (why := _gpu.why_not(device)) is not None:

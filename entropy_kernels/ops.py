@@ -45,16 +45,11 @@ _RATIO_LOSS = {
 }
 
 
-def _is_here(impl: str) -> bool:
-    """Triton's interpreter does not count."""
-    if impl == "cpu":
-        return _native.cpu() is not None
+def implementations() -> tuple[str, ...]:
+    """What this machine has of them; Triton's interpreter does not count. Asks for a GPU."""
     on_gpu = torch.cuda.is_available() and _gpu.why_not(torch.device("cuda")) is None
-    return impl == "torch" or on_gpu
-
-
-# What this machine has of them.
-IMPLEMENTATIONS = tuple(filter(_is_here, _FORWARD))
+    here = {"torch": True, "cpu": _native.why_missing("cpu") is None, "triton": on_gpu}
+    return tuple(name for name in _FORWARD if here[name])
 
 
 def _linear_logprob_entropy(

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "entropy_kernels"
 ANYTHING = None
 # Of the package and of nothing in it: every module may name them.
-EVERYWHERE = {"_ops", "_shapes"}
+EVERYWHERE = {"_compiler", "_ops", "_shapes"}
 ALLOWED = {
     "reference": set(),
     "distributed": set(),

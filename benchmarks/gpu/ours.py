@@ -64,7 +64,7 @@ def _kept(device: torch.device, tokens: int, vocabulary: int) -> float:
 
 def implementations(device: torch.device) -> list[str]:
     """Of the public functions, on this device."""
-    here = [x for x in ops.IMPLEMENTATIONS if x != "cpu" or device.type == "cpu"]
+    here = [x for x in ops.implementations() if x != "cpu" or device.type == "cpu"]
     # In the interpreter too, where the package does not count it.
     return list(dict.fromkeys([*here, *elementwise_implementations(device)]))
 
