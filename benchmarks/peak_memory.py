@@ -3,10 +3,10 @@
 python -m benchmarks.peak_memory MODULE PROBLEM CONTESTANT prints bytes. Linux only.
 """
 
+import argparse
 import ctypes
 import gc
 import importlib
-import sys
 from pathlib import Path
 
 import torch
@@ -40,4 +40,8 @@ def status(key: str) -> int:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    parser = argparse.ArgumentParser("python -m benchmarks.peak_memory", description=__doc__)
+    for name in ("module", "problem", "contestant"):
+        parser.add_argument(name)
+    options = parser.parse_args()
+    main(options.module, options.problem, options.contestant)

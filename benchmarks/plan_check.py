@@ -12,6 +12,7 @@ which the code that is loaded on the way and what malloc keeps blur by some tens
 does not see into the head's operator: the flops are the layers'.
 """
 
+import argparse
 import json
 import os
 import subprocess
@@ -236,8 +237,14 @@ def in_processes(name: str) -> dict[str, dict[str, float]]:
 
 def main(arguments: list[str]) -> None:
     """One case of this process, or all."""
-    if arguments:
-        found = measure(CASES[arguments[0]], Path(arguments[1]))
+    parser = argparse.ArgumentParser("python -m benchmarks.plan_check", description=__doc__)
+    parser.add_argument("case", nargs="?", choices=[*CASES, None], metavar="NAME")
+    parser.add_argument("folder", nargs="?", type=Path, metavar="FOLDER")
+    options = parser.parse_args(arguments)
+    if options.case is not None:
+        if options.folder is None:
+            parser.error("a NAME needs the FOLDER with its model")
+        found = measure(CASES[options.case], options.folder)
         if os.environ.get("RANK", "0") == "0":
             print(json.dumps(found))
         return

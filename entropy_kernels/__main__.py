@@ -4,6 +4,7 @@ Versions, devices, then each backend with its self-check against the fp64 refere
 that it is missing. The exit status is 1 if a self-check fails.
 """
 
+import argparse
 import functools
 import importlib.metadata
 import platform
@@ -23,11 +24,13 @@ from . import (
 )
 from .testing import peaked_head
 
-PACKAGES = ("torch", "triton", "jaxtyping")
+PACKAGES = ("torch", "triton")
 
 
-def main() -> int:
+def main(arguments: list[str] | None = None) -> int:
     """Print the table; returns the exit status."""
+    parser = argparse.ArgumentParser("python -m entropy_kernels", description=__doc__)
+    parser.parse_args(arguments)
     print(f"entropy_kernels {__version__}, Python {platform.python_version()}")
     print(", ".join(f"{name} {_version(name)}" for name in PACKAGES))
     devices = ["cpu"]
@@ -121,4 +124,4 @@ def _check_selection(device: str) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

@@ -8,14 +8,24 @@ import importlib
 from types import ModuleType
 
 import torch
+from torch.torch_version import TorchVersion
 
 from ._compiler import constant
+
+# The first version that compiles every kernel.
+LEAST_TRITON = "3.6"
 
 
 @functools.cache
 def _load(name: str) -> tuple[ModuleType | None, str | None]:
     """_triton.{name}, or why it does not load."""
     try:
+        found = importlib.import_module("triton").__version__
+        if TorchVersion(found) < LEAST_TRITON:
+            return None, (
+                f"Triton must be {LEAST_TRITON} or newer; got {found}. It is torch's own: "
+                "torch 2.10 and newer bring one that fits"
+            )
         return importlib.import_module(f"._triton.{name}", __package__), None
     except ImportError as error:
         return None, f"Triton does not load: {type(error).__name__}: {error}"

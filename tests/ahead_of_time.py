@@ -9,10 +9,10 @@ own, without TRITON_INTERPRET, which is read as kernels are defined.
 T tokens, D hidden, V vocabulary.
 """
 
+import argparse
 import json
 import re
 import subprocess
-import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -131,4 +131,8 @@ def main(name: str, wanted: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2:])
+    parser = argparse.ArgumentParser("python -m tests.ahead_of_time", description=__doc__)
+    parser.add_argument("target", help=f"such as {', '.join(TARGETS)}")
+    parser.add_argument("case", nargs="*", help="part of a case's name; all cases without one")
+    options = parser.parse_args()
+    main(options.target, options.case)

@@ -6,8 +6,8 @@ python -m tests.loss_parity --write    puts it into docs/losses.md
 Against the written formula always; against TRL and verl where they are installed.
 """
 
+import argparse
 import functools
-import sys
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
@@ -145,9 +145,12 @@ def table() -> str:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser("python -m tests.loss_parity", description=__doc__)
+    parser.add_argument("--write", action="store_true", help="put the table into docs/losses.md")
+    write = parser.parse_args().write
     text = table()
     print(text)
-    if "--write" in sys.argv:
+    if write:
         before, rest = DOCS.read_text().split(BEGIN)
         DOCS.write_text(before + BEGIN + text + END + rest.split(END)[1])
 

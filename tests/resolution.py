@@ -7,6 +7,7 @@ build of torch there would hide a conflict that all others meet. Where the ordin
 reached, it says so, checks nothing and succeeds.
 """
 
+import argparse
 import os
 import re
 import subprocess
@@ -95,6 +96,7 @@ def failures(wishes: tuple[Wish, ...]) -> Iterator[str]:
 
 
 def main() -> int:
+    argparse.ArgumentParser("python -m tests.resolution", description=__doc__).parse_args()
     why = reached()
     if why is not None:
         print(f"The ordinary index is not reached, so nothing was checked: {why}")

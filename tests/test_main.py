@@ -1,12 +1,65 @@
 """python -m entropy_kernels: it reports what works, and does not report what does not."""
 
+import functools
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
 import entropy_kernels as ek
 from entropy_kernels import __main__ as main
-from entropy_kernels import _native, reference
+from entropy_kernels import _gpu, _native, reference
+from entropy_kernels.testing import peaked_head
+
+ROOT = Path(__file__).parents[1]
+# What one process starts another with; nobody types them.
+INTERNAL = {
+    "benchmarks.bench_train_step",
+    "benchmarks.gpu.one_launch",
+    "tests.trainer.hostile_answers",
+    "tests.trainer.vllm_rank",
+    "trainer.rewards.worker",
+}
+
+
+def programs() -> list[str]:
+    """The modules that somebody may run with `python -m`."""
+    found = []
+    for path in sorted(ROOT.glob("[a-z]*/**/*.py")):
+        module = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__main__")
+        if re.search(r'^if __name__ == "__main__":', path.read_text(), re.MULTILINE):
+            found.append(module)
+    return sorted({*found} - INTERNAL)
+
+
+@pytest.mark.parametrize("module", programs())
+def test_help_says_how_to_use_it_and_does_nothing_else(module, tmp_path):
+    """Most of the time is imports; none of them computes for so long."""
+    command = [sys.executable, "-m", module, "--help"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=100
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert re.match(r"usage: |.*`python -m", done.stdout), done.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("command", ["watch", "report", "export", "evaluate", "train", "plan"])
+def test_help_of_every_command_of_the_trainer(command, capsys):
+    from trainer import __main__ as trainer
+
+    with pytest.raises(SystemExit) as end:
+        trainer.main([command, "--help"])
+    assert end.value.code == 0
+    assert "usage: python -m trainer" in capsys.readouterr().out
 
 
 def test_every_backend_is_checked(capsys):
-    assert main.main() == 0
+    assert main.main([]) == 0
     printed = capsys.readouterr().out
     assert "linear_logprob_entropy, torch on cpu: ok" in printed
     assert "ratio_loss, torch on cpu: ok" in printed
@@ -24,8 +77,21 @@ def test_a_wrong_result_fails(capsys, monkeypatch):
     monkeypatch.setattr(reference, "linear_logprob_entropy", wrong)
     monkeypatch.setattr(reference, "top_entropy_mask", lambda entropy: entropy > 0.5)
     monkeypatch.setattr(reference, "ratio_loss", lambda logprob, *_: logprob.sum())
-    assert main.main() == 1
+    assert main.main([]) == 1
     printed = capsys.readouterr().out
     assert "FAILED: entropy is off by 1.0e-03" in printed
     assert "FAILED: the loss is off by" in printed
     assert "tokens differ" in printed
+
+
+def test_a_triton_that_is_too_old_is_named(monkeypatch, capsys):
+    triton = pytest.importorskip("triton")
+    monkeypatch.setattr(triton, "__version__", "3.5.1")
+    monkeypatch.setattr(_gpu, "_load", functools.cache(_gpu._load.__wrapped__))
+    assert main.main([]) == 0
+    why = (
+        "Triton must be 3.6 or newer; got 3.5.1. It is torch's own: torch 2.10 and newer bring one"
+    )
+    assert why in capsys.readouterr().out
+    with pytest.raises(ValueError, match=r"Triton must be 3\.6 or newer; got 3\.5\.1"):
+        ek.linear_logprob_entropy(*peaked_head(3, 8, 11), impl="triton")

@@ -21,8 +21,9 @@ from tests.ahead_of_time import TARGETS, Launch
 
 ROOT = Path(__file__).parents[1]
 RECORDS = ROOT / "benchmarks" / "results" / "gpu"
-# Together they take about two minutes on two cores.
+# Together they take about two minutes on two cores, for which the first test waits.
 WORKERS = 2
+pytestmark = pytest.mark.timeout(1800)
 NVIDIA = [name for name in TARGETS if name.startswith("sm_")]
 Compiled = Callable[[str], list[Launch]]
 

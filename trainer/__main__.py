@@ -13,6 +13,7 @@
 trains on N devices (docs/trainer.md), and `evaluate` spreads its problems over them.
 """
 
+import argparse
 import contextlib
 import errno
 import os
@@ -121,11 +122,20 @@ def _compare(arguments: list[str]) -> int:
 def _watch(arguments: list[str]) -> int:
     from trainer.watch import watch
 
-    if len(arguments) != 1:
-        raise ValueError(f"watch takes one run's folder; got {len(arguments)} arguments")
+    run = _folder("watch", "Follow a run from another terminal.", arguments)
     with contextlib.suppress(KeyboardInterrupt):
-        watch(Path(arguments[0]))
+        watch(run)
     return 0
+
+
+def _folder(command: str, does: str, arguments: list[str]) -> Path:
+    """The one argument of `command`, a run's folder."""
+    parser = argparse.ArgumentParser(f"python -m trainer {command}", description=does)
+    parser.add_argument("run", nargs="*", metavar="RUN", help="its folder, such as runs/tiny")
+    found = parser.parse_args(arguments).run
+    if len(found) != 1:
+        raise ValueError(f"{command} takes one run's folder; got {len(found)} arguments")
+    return Path(found[0])
 
 
 def _plan(arguments: list[str]) -> int:
@@ -137,9 +147,8 @@ def _plan(arguments: list[str]) -> int:
 def _report(arguments: list[str]) -> int:
     from trainer.report import write_report
 
-    if len(arguments) != 1:
-        raise ValueError(f"report takes one run's folder; got {len(arguments)} arguments")
-    print(f"report: {write_report(Path(arguments[0]))}")
+    run = _folder("report", "Write the page of a run.", arguments)
+    print(f"report: {write_report(run)}")
     return 0
 
 

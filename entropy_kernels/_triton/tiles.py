@@ -113,6 +113,10 @@ TILES: dict[Key, tuple[Tile, ...]] = {
         Tile("pointer", 128, 128, 64, 8, 3),
         Tile("cublas", 4, 1024, 1, 4, 1),
     ),
+    Key("forward_statistics_softcap", "sm_80", "bfloat16", ANY, ANY): (
+        Tile("pointer", 64, 128, 64, 8, 3),
+        Tile("cublas", 4, 1024, 1, 4, 1),
+    ),
     Key("forward_statistics", "sm_90", "bfloat16", ANY, ANY): (
         Tile("tma", 128, 128, 64, 8, 4),
         Tile("tma_split", 128, 128, 64, 8, 4),

@@ -4,6 +4,7 @@ python -m tests.integrations.small_grpo prints, for each loss type of TRL's, by 
 our head differ from 20 on TRL's; and by how much TRL's do from its own with chunks of another size.
 """
 
+import argparse
 import tempfile
 from typing import Any
 
@@ -72,6 +73,7 @@ def difference(got: Tensor, want: Tensor) -> Tensor:
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__).parse_args()
     from trl.trainer import utils
 
     from entropy_kernels.integrations._patch import Patch
