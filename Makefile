@@ -3,6 +3,10 @@ EK_REQUIRE_NATIVE ?= 1
 WORKERS ?= auto
 VENV := .venv
 BIN := $(VENV)/bin
+# Whose torch: empty, the ordinary index's, on Linux a build for CUDA of 3 GB; else a folder of
+# TORCH_WHEELS, such as cpu (200 MB). The environment keeps the answer.
+TORCH ?= $(shell cat $(VENV)/.torch 2> /dev/null)
+TORCH_WHEELS ?= https://download.pytorch.org/whl
 VERL := .venv-verl
 VERL_NEEDS := tests/integrations/verl-requirements.txt
 VLLM := .venv-vllm
@@ -11,7 +15,7 @@ comma := ,
 INPUTS := pyproject.toml constraints.txt setup.py CMakeLists.txt $(wildcard csrc/*/*)
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: train test test-verl test-vllm lint bench sanitize clean
+.PHONY: train test test-verl test-vllm lint bench sanitize compile resolve clean FORCE
 
 train: $(VENV)/.trainer
 	@echo "Training ..."
@@ -41,6 +45,21 @@ lint: $(VENV)/.dev
 bench: $(VENV)/.dev
 	@echo "Running the benchmarks ..."
 	@$(BIN)/python -m pytest benchmarks/ --benchmark-only $(ARGS)
+
+# The kernels compiled ahead of time by other versions of Triton than the environment's.
+TRITONS ?= 3.6.0 3.8.0 3.9.0
+compile: $(VENV)/.dev
+	@set -e; for version in $(TRITONS); do \
+		echo "Compiling the kernels with Triton $$version ..."; \
+		$(BIN)/python -m pip install -q --no-deps --upgrade --target build/triton-$$version \
+			triton==$$version; \
+		PYTHONPATH=build/triton-$$version $(BIN)/python -m pytest tests/test_triton_compile.py $(ARGS); \
+	done
+
+# What a user's first command installs, by the ordinary index; nothing is installed.
+resolve: $(VENV)/.dev
+	@echo "Resolving what an installation takes from the ordinary index ..."
+	@$(BIN)/python -m tests.resolution
 
 # The package and its tests, copied beside a module of their own. Left out: other paths, and
 # tests of time.
@@ -85,12 +104,20 @@ $(VENV)/.created:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
 		{ echo "PYTHON=$(PYTHON) is $$($(PYTHON) --version 2>&1); 3.10 or newer is wanted" >&2; exit 1; }
 	@echo "Creating $(VENV) ..."
-	@$(PYTHON) -m venv $(VENV)
+	@$(PYTHON) -m venv --clear $(VENV)
+	@echo '$(TORCH)' > $(VENV)/.torch
 	@touch $@
 
+# Another TORCH than the environment was made with makes it anew.
+ifneq ($(strip $(TORCH)),$(shell cat $(VENV)/.torch 2> /dev/null))
+$(VENV)/.created: FORCE
+endif
+
 define install
-	@echo "Installing .[$(1)] into $(VENV) (a few minutes the first time) ..."
-	@$(BIN)/python -m pip install -q -c constraints.txt -e ".[$(1)]"
+	@echo "Installing .[$(1)] into $(VENV), with torch for $(or $(TORCH),what the index has) ..."
+	@$(if $(TORCH),,echo "(the first time on Linux: CUDA, 3 GB of downloads; TORCH=cpu: 200 MB)")
+	@$(BIN)/python -m pip install -q $(if $(TORCH),--extra-index-url $(TORCH_WHEELS)/$(TORCH)) \
+		-c constraints.txt -e ".[$(1)]"
 	@$(BIN)/python -c 'from entropy_kernels._native import why_missing as why; \
 		print(why("cpu") or "Built entropy_kernels._cpu.")'
 	@touch $(VENV)/.trainer $@
