@@ -3,8 +3,8 @@ EK_REQUIRE_NATIVE ?= 1
 WORKERS ?= auto
 VENV := .venv
 BIN := $(VENV)/bin
-# Whose torch: empty, the ordinary index's, on Linux a build for CUDA of 3 GB; else a folder of
-# TORCH_WHEELS, such as cpu (200 MB). The environment keeps the answer.
+# Whose torch: empty, the ordinary index's, on Linux a build for CUDA of 2.7 GB; else a folder of
+# TORCH_WHEELS, such as cpu (190 MB). The environment keeps the answer.
 TORCH ?= $(shell cat $(VENV)/.torch 2> /dev/null)
 TORCH_WHEELS ?= https://download.pytorch.org/whl
 VERL := .venv-verl
@@ -114,8 +114,8 @@ $(VENV)/.created: FORCE
 endif
 
 define install
-	@echo "Installing .[$(1)] into $(VENV), with torch for $(or $(TORCH),what the index has) ..."
-	@$(if $(TORCH),,echo "(the first time on Linux: CUDA, 3 GB of downloads; TORCH=cpu: 200 MB)")
+	@echo "Installing .[$(1)] into $(VENV), with $(or $(TORCH),the ordinary index)'s torch ..."
+	@$(if $(TORCH),,echo "(on Linux that downloads 2.7 GB for CUDA; TORCH=cpu takes 190 MB)")
 	@$(BIN)/python -m pip install -q $(if $(TORCH),--extra-index-url $(TORCH_WHEELS)/$(TORCH)) \
 		-c constraints.txt -e ".[$(1)]"
 	@$(BIN)/python -c 'from entropy_kernels._native import why_missing as why; \
