@@ -33,13 +33,17 @@ ALLOWED = {
     "_ratio_kernel": {"_gpu", "_loss_options", "_native", "losses", "ops"},
     "ratio_loss": {"_loss_options", "_ratio_kernel", "loss_terms", "losses"},
     "_vocab_parallel": {"_rows", "_torch", "distributed", "ops"},
+    "_token_logprobs": {"_inputs", "_rows", "_torch", "ops"},
     "functional": {"_inputs", "_vocab_parallel", "ops", "reference"},
     "high_entropy_policy_loss": {
         *("_inputs", "_ratio_kernel", "functional", "ratio_loss", "selection"),
     },
     "nn": {"high_entropy_policy_loss", "ratio_loss"},
     "testing": {"_gpu", "_native", "ops", "reference"},
-    "integrations": {"distributed", "functional", "losses", "nn", "ratio_loss", "selection"},
+    "integrations": {
+        *("_token_logprobs", "distributed", "functional", "losses", "nn", "ratio_loss"),
+        "selection",
+    },
     "__main__": ANYTHING,
     "__init__": ANYTHING,
 }
