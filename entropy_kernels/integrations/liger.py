@@ -2,19 +2,23 @@
 
 What takes `LigerFusedLinearScaledCrossEntropyFunction` takes `LinearScaledCrossEntropy` in its
 place: the same arguments, outputs and exceptions as in liger-kernel 0.8.5, which need not be
-installed. Backward runs on the rows with gradient alone.
+installed, but for the table of `apply`. Backward runs on the rows with gradient alone.
 
 T tokens, D hidden, V vocabulary, K selected ids.
 """
 
 import math
+import operator
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .._shapes import Float, Int
+from .._token_logprobs import linear_token_logprobs
 from ..functional import linear_logprob_entropy
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class LinearScaledCrossEntropy:
@@ -40,47 +44,63 @@ class LinearScaledCrossEntropy:
         Args:
             _input: hidden states [T, D], fp32, bf16 or fp16.
             weight: [V, D], same dtype.
-            target: token ids [T].
+            target: token ids, int64 [T].
             temperature: a finite number > 0.
             m_tiles_per_cluster: the schedule of Liger's own kernel; it changes no result there, and
                 nothing here.
-            selected_token_ids: int64 [K], tokens whose log-probabilities are wanted in every row.
-                In fp32, from K columns of logits: a probability near 1 may exceed it by rounding.
+            selected_token_ids: int64 [K], tokens whose log-probabilities are wanted in every row,
+                in any order, repeats allowed. Their gradients and those of nll and entropy are
+                added in fp32 and rounded once; only K columns of logits are held.
 
         Returns:
             nll [T]; (nll, entropy [T]) with `return_entropy`; the log-probabilities [T, K] come
             last where `selected_token_ids` are given.
 
         Raises:
-            TypeError, ValueError: as Liger's, for options of another type or out of range, and as
-                `linear_logprob_entropy`.
+            TypeError: an argument of another type or dtype than above.
+            ValueError: shapes or devices that do not fit; no D or no V; a value out of range.
+            OverflowError: a number beyond int64 or fp64.
+
+        Liger raises the same, for the same one of several wrong arguments, except that it reads the
+        values of targets before the temperature; and where this table says otherwise:
+
+            given                              Liger                  here
+            T = 0                              ValueError             empty outputs
+            fp64                               fp32 outputs           TypeError
+            float8                             NotImplementedError    TypeError
+            two dtypes, under autocast         TypeError              cast as by linear
+            tensors on meta                    NotImplementedError    RuntimeError
+            ignore_index a float               compared as it is      TypeError
+            temperature beyond fp32            computed               ValueError
+            fp32 or fp16 on a Hopper GPU       TypeError              computed
+            target out of range on a GPU       ValueError             NaN in its row
         """
-        _check_options(temperature, m_tiles_per_cluster, return_entropy)
-        if _input.ndim != 2:
-            raise ValueError(f"_input must be [T, D]; got {tuple(_input.shape)}")
-        found = linear_logprob_entropy(
-            _input, weight, target, temperature=float(temperature), ignore_index=ignore_index
-        )
-        outputs: tuple[Tensor, ...] = (-found.logprob,)
-        if return_entropy:
-            outputs += (found.entropy,)
-        if selected_token_ids is not None:
-            _check_ids(selected_token_ids, weight)
-            with torch.autocast(_input.device.type, enabled=False):
-                logit_TK = _input.float() @ weight[selected_token_ids].float().T / temperature
-            logprob_TK = logit_TK - found.logsumexp.unsqueeze(1)
-            ignored_T1 = (target == ignore_index).unsqueeze(1)
-            outputs += (logprob_TK.masked_fill(ignored_T1, 0.0),)
+        _check_options(m_tiles_per_cluster, return_entropy)
+        _check_inputs(_input, weight, target)
+        _check_temperature(temperature)
+        ignored = _as_int64(ignore_index)
+        _check_ids(selected_token_ids, weight)
+        outputs: tuple[Tensor, ...]
+        if selected_token_ids is None:
+            found = linear_logprob_entropy(
+                _input, weight, target, temperature=float(temperature), ignore_index=ignored
+            )
+            outputs = found.logprob, found.entropy
+        else:
+            outputs = linear_token_logprobs(
+                _input,
+                weight,
+                target,
+                selected_token_ids,
+                temperature=float(temperature),
+                ignore_index=ignored,
+            )
+        logprob, entropy, *selected = outputs
+        outputs = (-logprob, *([entropy] if return_entropy else []), *selected)
         return outputs if len(outputs) > 1 else outputs[0]
 
 
-def _check_options(
-    temperature: object, m_tiles_per_cluster: object, return_entropy: object
-) -> None:
-    if isinstance(temperature, bool) or not isinstance(temperature, int | float):
-        raise TypeError(f"temperature must be a number; got {temperature!r}")
-    if not math.isfinite(temperature) or temperature <= 0:
-        raise ValueError(f"temperature must be finite and > 0; got {temperature}")
+def _check_options(m_tiles_per_cluster: object, return_entropy: object) -> None:
     if isinstance(m_tiles_per_cluster, bool) or not isinstance(m_tiles_per_cluster, int):
         raise TypeError(f"m_tiles_per_cluster must be an int; got {m_tiles_per_cluster!r}")
     if m_tiles_per_cluster < 1:
@@ -89,14 +109,67 @@ def _check_options(
         raise TypeError(f"return_entropy must be a bool; got {return_entropy!r}")
 
 
-def _check_ids(ids_K: object, weight: Tensor) -> None:
-    if not isinstance(ids_K, Tensor) or ids_K.dtype != torch.int64:
-        got = ids_K.dtype if isinstance(ids_K, Tensor) else type(ids_K).__name__
-        raise TypeError(f"selected_token_ids must be an int64 tensor; got {got}")
-    if ids_K.ndim != 1 or ids_K.device != weight.device:
+def _check_inputs(_input: Tensor, weight: Tensor, target: Tensor) -> None:
+    """Shapes, devices and dtypes in Liger's order, as its exceptions are of two types."""
+    shapes = [tuple(x.shape) for x in (_input, weight, target)]
+    of_rows, of_words, of_targets = shapes
+    if [len(shape) for shape in shapes] != [2, 2, 1] or (of_rows[1:], of_rows[:1]) != (
+        of_words[1:],
+        of_targets,
+    ):
         raise ValueError(
-            f"selected_token_ids must be [K] on {weight.device}; "
-            f"got {tuple(ids_K.shape)} on {ids_K.device}"
+            "_input must be [T, D], weight [V, D] and target [T]; "
+            f"got {of_rows}, {of_words} and {of_targets}"
+        )
+    if 0 in of_words:
+        raise ValueError(f"weight must have V > 0 and D > 0; got {of_words}")
+    for name, x in {"weight": weight, "target": target}.items():
+        if x.device != _input.device:
+            raise ValueError(f"{name} must be on {_input.device}, like _input; got {x.device}")
+    cast = torch.is_autocast_enabled(_input.device.type)
+    if _input.dtype not in _DTYPES or (weight.dtype != _input.dtype and not cast):
+        raise TypeError(
+            f"_input and weight must have one dtype out of {', '.join(map(str, _DTYPES))}; "
+            f"got {_input.dtype} and {weight.dtype}"
+        )
+    if target.dtype != torch.int64:
+        raise TypeError(f"target must be an int64 tensor; got {target.dtype}")
+
+
+def _check_temperature(temperature: object) -> None:
+    if isinstance(temperature, bool) or not isinstance(temperature, int | float):
+        raise TypeError(f"temperature must be a number; got {temperature!r}")
+    if not math.isfinite(temperature) or temperature <= 0:
+        raise ValueError(f"temperature must be finite and > 0; got {temperature}")
+    least, most = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
+    if not least <= temperature <= most:
+        raise ValueError(
+            f"temperature must lie in fp32's [{least:.2g}, {most:.2g}]; got {temperature}"
+        )
+
+
+def _as_int64(ignore_index: Any) -> int:
+    try:
+        found = operator.index(ignore_index)
+    except TypeError:
+        raise TypeError(f"ignore_index must be an int; got {ignore_index!r}") from None
+    if not -(2**63) <= found < 2**63:
+        raise OverflowError(f"ignore_index must fit into int64; got {found}")
+    return found
+
+
+def _check_ids(ids_K: object, weight: Tensor) -> None:
+    if ids_K is None:
+        return
+    if not isinstance(ids_K, Tensor):
+        raise TypeError(f"selected_token_ids must be an int64 tensor; got {type(ids_K).__name__}")
+    if ids_K.ndim != 1:
+        raise ValueError(f"selected_token_ids must be [K]; got {tuple(ids_K.shape)}")
+    if ids_K.dtype != torch.int64:
+        raise TypeError(f"selected_token_ids must be an int64 tensor; got {ids_K.dtype}")
+    if ids_K.device != weight.device:
+        raise ValueError(
+            f"selected_token_ids must be on {weight.device}, like weight; got {ids_K.device}"
         )
     wrong = (ids_K < 0) | (ids_K >= weight.shape[0])
     if wrong.any():
