@@ -38,7 +38,9 @@ def kl_divergence(
         return ratio * kl_divergence(logprob, reference_logprob, "k3")
     if kind == "k3":
         d = bounded(d)
-        return torch.expm1(-d) + d
+        fall = torch.expm1(-d).detach()
+        # The slope is 1 - exp(-d), which autograd would subtract after rounding exp(-d).
+        return fall + d.detach() - fall * (d - d.detach())
     return {"k1": d, "abs": d.abs(), "k2": d.square() / 2}[kind]
 
 
