@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import ops
-from ._inputs import cast_as_linear, check_head, per_token_temperature, resolve
+from ._inputs import cast_as_linear, per_token_temperature, resolve
 from ._rows import Statistics, active_rows
 from ._torch.blocks import compute_dtype, product
 
@@ -54,14 +54,11 @@ def linear_token_logprobs(
     with `ignore_index` are zero and get no gradient. Differentiable once, in hidden and weight:
     gradients of one token are summed in fp64, products in fp32, results are rounded once.
 
-    Holds a few [T, U] and, for backward, fp32 [T, D], beside what the head does.
-
-    Raises:
-        ValueError: as `linear_logprob_entropy`.
+    Holds a few [T, U] and, for backward, fp32 [T, D], beside what the head does. The caller has
+    checked shapes, dtypes, devices and ids.
     """
     name = resolve(impl, hidden.device)
     hidden, weight, _ = cast_as_linear(hidden, weight, None)
-    check_head(hidden, weight, target, None, None, fp64=False)
     options = _Options(per_token_temperature(temperature, target), ignore_index, name)
     return _TokenLogprobs.apply(hidden, weight, target.long(), ids, options)
 

@@ -65,6 +65,7 @@ class LinearScaledCrossEntropy:
         values of targets before the temperature; and where this table says otherwise:
 
             given                              Liger                  here
+            no tensor                          AttributeError         TypeError
             T = 0                              ValueError             empty outputs
             fp64                               fp32 outputs           TypeError
             float8                             NotImplementedError    TypeError
@@ -111,6 +112,9 @@ def _check_options(m_tiles_per_cluster: object, return_entropy: object) -> None:
 
 def _check_inputs(_input: Tensor, weight: Tensor, target: Tensor) -> None:
     """Shapes, devices and dtypes in Liger's order, as its exceptions are of two types."""
+    for name, x in {"_input": _input, "weight": weight, "target": target}.items():
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name} must be a tensor; got {type(x).__name__}")
     shapes = [tuple(x.shape) for x in (_input, weight, target)]
     of_rows, of_words, of_targets = shapes
     if [len(shape) for shape in shapes] != [2, 2, 1] or (of_rows[1:], of_rows[:1]) != (
