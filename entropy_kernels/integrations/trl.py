@@ -8,6 +8,7 @@ n scored tokens, D hidden, V vocabulary, B sequences, L their length.
 """
 
 import inspect
+from decimal import Decimal
 from typing import Any
 
 import torch
@@ -29,7 +30,16 @@ _in_force: tuple[str, Patch] | None = None
 def patch_trl(*, scope: str = "micro-batch") -> Patch:
     """Let TRL's trainers score tokens by `linear_logprob_entropy`, until the patch is undone.
 
-    Losses, gradients and metrics stay what they were, to rounding. What changes:
+    In fp32, and with `cast_lm_head_to_fp32`, losses, gradients and metrics stay what they were, to
+    rounding. In 16 bits they lose TRL's error: it rounds its logits to the dtype of the hidden
+    states, or that of autocast; here logits are fp32. The worst errors against fp64, of 512 tokens
+    whose logits reach 60 (V = 2048), for TRL's head and for this one:
+
+        bf16    log-probabilities 6e-2 and 4e-6, entropies 5e-2 and 4e-6
+        fp16    log-probabilities 1e-2 and 1e-5, entropies 6e-3 and 4e-6
+
+    So do ratios to a sampler's log-probabilities, the KL and the entropies that are logged. What
+    else changes:
 
     - Backward runs on the rows with gradient alone: with `top_entropy_quantile=0.2` on a fifth of
       the completions' tokens, less the clipped ones and those of a zero advantage. With a KL term
@@ -37,12 +47,12 @@ def patch_trl(*, scope: str = "micro-batch") -> Patch:
       gradient, whatever the quantile.
     - On a CPU only tokens with a label are scored, as on a GPU, not prompt and padding too.
     - Entropies are log s - E[z - max], which does not cancel; TRL's can be negative where small.
-    - Under autocast logits are fp32, where TRL's are rounded to 16 bits; the gradient of the head's
-      weight is rounded once, as by `torch.nn.Linear`, where TRL's is not. With
-      `cast_lm_head_to_fp32` neither is.
+    - Under autocast the gradient of the head's weight is rounded once, as by `torch.nn.Linear`,
+      where TRL's is not.
 
     Calls that want the mean logit or whether the label is the most likely token, which SFT, DPO and
-    KTO log, or whose `logit_scale` is not positive, go on to TRL's own function.
+    KTO log, go on to TRL's own function; so do those in fp64, and those of a temperature, a
+    `logit_scale` or a softcap that is not positive.
 
     Args:
         scope: the tokens of which `top_entropy_quantile` is a fraction. "micro-batch": those of one
@@ -51,7 +61,8 @@ def patch_trl(*, scope: str = "micro-batch") -> Patch:
             ceil(fraction * n) (arXiv 2506.01939, section 5.1), and its equals are kept, as by TRL.
             At the first micro-batch of a step the current policy scores the others without
             gradient: one more forward pass of each, none without gradient accumulation, with
-            dropout drawn anew. In evaluation a step is one batch.
+            dropout drawn anew. In evaluation, and for a caller of `get_high_entropy_mask` that does
+            not train, a step is one call; each call's own threshold is taken.
 
     Returns:
         The patch: `undo()` ends it, and so does the end of a `with` block. Called again while it
@@ -97,7 +108,7 @@ class LogProbFunction:
         targets: Tensor,
         temperature: float,
         chunk_size: int,
-        softcap: float | None = None,
+        final_logit_softcapping: float | None = None,
         logit_scale: float = 1.0,
         outputs: tuple[str, ...] = _OPTIONAL,
     ) -> tuple[Tensor | None, ...]:
@@ -108,7 +119,8 @@ class LogProbFunction:
         softcap * tanh(s z / softcap) / temperature = c * tanh(z / c) / t
         with c = softcap / s, t = temperature / s
 
-        `chunk_size` is that of TRL's function, to which calls go that ours cannot answer.
+        Calls that ours cannot answer go on to TRL's function: other outputs; a temperature, scale
+        or softcap that is not positive; fp64. Only there is `chunk_size` used.
         """
         from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
         from trl.kernels import ChunkedLogProbFunction
@@ -118,7 +130,9 @@ class LogProbFunction:
                 "patch_trl does not gather the LM head's weight again for backward, which "
                 "DeepSpeed ZeRO-3 needs; use ZeRO-2 or FSDP2, or undo the patch"
             )
-        if not _COMPUTED.issuperset(outputs) or not logit_scale > 0:
+        softcap = final_logit_softcapping
+        positive = temperature > 0 and logit_scale > 0 and (softcap is None or softcap > 0)
+        if not (positive and _COMPUTED.issuperset(outputs)) or hidden.dtype == torch.float64:
             return ChunkedLogProbFunction.apply(
                 hidden,
                 weight,
@@ -158,27 +172,46 @@ def _drops_unlabelled(device: torch.device) -> bool:
 
 
 def high_entropy_mask_of_step(
-    trainer: Any, entropies: Tensor, mask: Tensor, threshold: float
+    self: Any, entropies: Tensor, mask: Tensor, threshold: float
 ) -> Tensor:
     """`GRPOTrainer.get_high_entropy_mask`, by the threshold of the whole optimizer step.
 
-    entropies [B, L], mask [B, L]; the trainer's own `top_entropy_quantile` is read in place of
-    `threshold`, which is 1 minus it, rounded. Collective, as TRL's.
+    entropies [B, L], mask [B, L] of any dtype; threshold: the quantile, 1 - fraction. While `self`
+    trains, n and k are of all micro-batches of its step, and the entropies of the others are the
+    current policy's; in evaluation, and for any other caller, n and k are of the call. Another
+    threshold in the same step scores the other micro-batches once more. Collective, as TRL's.
+
+    Raises:
+        ValueError: a threshold outside [0, 1]; as `patch_trl`.
     """
-    entropy_BL, valid_BL = entropies.detach(), mask.bool()
+    fraction = _fraction(self, float(threshold))
+    entropy_BL, valid_BL = entropies.detach().float(), mask.bool()
     group = dist.group.WORLD if dist.is_initialized() else None
-    fraction = trainer.top_entropy_quantile
-    if not trainer.model.training:
+    if getattr(self, "is_in_train", False) is not True or not self.model.training:
         return top_entropy_mask(entropy_BL, valid_BL, fraction, ties="threshold", group=group)
-    none: tuple[range, Any] = (range(0), None)
-    steps, found = getattr(trainer, "_threshold_of_step", none)
-    if trainer._step not in steps:
-        steps, found = _micro_batches(trainer), StreamingThreshold(fraction, group=group)
-        found.update(entropy_BL, valid_BL)
-        for step in steps[1:]:
-            found.update(*_score(trainer, step))
-        trainer._threshold_of_step = steps, found
-    return found.mask(entropy_BL, valid_BL)
+    none: tuple[range, dict[float, StreamingThreshold]] = (range(0), {})
+    steps, found = getattr(self, "_threshold_of_step", none)
+    if self._step not in steps:
+        steps, found = _micro_batches(self), {}
+        self._threshold_of_step = steps, found
+    if fraction not in found:
+        found[fraction] = StreamingThreshold(fraction, group=group)
+        found[fraction].update(entropy_BL, valid_BL)
+        for step in steps:
+            if step != self._step:
+                found[fraction].update(*_score(self, step))
+    return found[fraction].mask(entropy_BL, valid_BL)
+
+
+def _fraction(trainer: Any, threshold: float) -> float:
+    """1 - threshold: the trainer's own fraction where TRL made the threshold of it, rounding."""
+    if not 0 <= threshold <= 1:
+        raise ValueError(f"threshold must be a quantile in [0, 1]; got {threshold}")
+    own = getattr(trainer, "top_entropy_quantile", None)
+    if isinstance(own, int | float) and 0 < own <= 1 and 1 - own == threshold:
+        return own
+    # Of the quantile 1 the highest entropy is left.
+    return max(float(1 - Decimal(str(threshold))), 1e-12)
 
 
 def _micro_batches(trainer: Any) -> range:

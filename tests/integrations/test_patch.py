@@ -5,6 +5,7 @@ import types
 import pytest
 
 from entropy_kernels.integrations._patch import Patch, require
+from tests.integrations.signatures import parameters, replacements
 
 
 class Parent:
@@ -63,3 +64,14 @@ def test_versions():
         require("torch", "1", "2")
     with pytest.raises(ImportError, match="not installed"):
         require("no-such-package", "1", "2")
+
+
+def test_a_transformers_model_takes_what_it_took():
+    pytest.importorskip("transformers", reason="the adapter is for transformers")
+    from entropy_kernels.integrations.hf import patch_lm_head
+    from tests.trainer.small import build_model
+
+    model = build_model("qwen3")
+    (_, model_forward, ours), (_, head_forward, head) = replacements(lambda: patch_lm_head(model))
+    assert parameters(ours) == parameters(model_forward)
+    assert len(parameters(head)) >= len(parameters(head_forward)) == 1

@@ -125,13 +125,19 @@ def test_backward_runs_on_the_selected_rows(tmp_path, monkeypatch, quantile, pef
 
 
 class StepByStep:
-    """Entropies, mask and selection of every micro-batch, by optimizer step."""
+    """Entropies, mask and selection of every micro-batch, by optimizer step.
 
-    def __init__(self, monkeypatch):
+    By the trainer's threshold, or by one that is asked for besides.
+    """
+
+    def __init__(self, monkeypatch, besides=None, first=0):
         self.seen = {}
         choose = adapter.high_entropy_mask_of_step
 
         def chosen(trainer, entropies, mask, threshold):
+            if besides is not None and trainer._step >= first:
+                choose(trainer, entropies, mask, threshold)
+                threshold = besides
             keep = choose(trainer, entropies, mask, threshold)
             if trainer.model.training:
                 row = (entropies.detach()[mask.bool()], keep[mask.bool()])
@@ -168,6 +174,29 @@ def test_threshold_over_the_whole_step(tmp_path, monkeypatch, iterations):
     alone = [entropy.topk(math.ceil(0.2 * len(entropy))).values[-1] for entropy, _ in micro_batches]
     same = [torch.equal(k, h >= tau) for (h, k), tau in zip(micro_batches, alone, strict=True)]
     assert not all(same)
+
+
+@pytest.mark.parametrize("besides", [0.5, 0.1, 0.0])
+def test_another_threshold_of_the_same_step(tmp_path, monkeypatch, besides):
+    steps = StepByStep(monkeypatch, besides)
+    settings = {"gradient_accumulation_steps": 3, "num_iterations": 1, "max_steps": 2}
+    with patch_trl(scope="step"):
+        train(tmp_path, top_entropy_quantile=0.2, **settings)
+    assert len(steps.seen) == 2
+    assert_exact(steps.seen, 1 - besides, micro_batches=3)
+
+
+def test_another_threshold_asked_for_in_the_last_micro_batch_alone(tmp_path, monkeypatch):
+    """Of a step of three: it is that of all three, too."""
+    steps = StepByStep(monkeypatch, besides=0.5, first=2)
+    settings = {"gradient_accumulation_steps": 3, "num_iterations": 1, "max_steps": 1}
+    with patch_trl(scope="step"):
+        train(tmp_path, top_entropy_quantile=0.2, **settings)
+    (rows,) = steps.seen.values()
+    entropy = torch.cat([entropies for entropies, _ in rows])
+    for (entropies, keep), fraction in zip(rows, (0.2, 0.2, 0.5), strict=True):
+        least = entropy.topk(math.ceil(fraction * len(entropy))).values[-1]
+        assert torch.equal(keep, entropies >= least)
 
 
 def test_threshold_of_one_micro_batch_scores_nothing_twice(tmp_path, monkeypatch):

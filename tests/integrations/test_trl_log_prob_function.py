@@ -110,6 +110,36 @@ def test_scale_and_softcap_are_exact(name, autocast):
         assert_within_two_bounds(got, wanted, eager=other, plain=other)
 
 
+# The worst errors of log-probabilities and entropies against fp64: TRL's and ours.
+ROUNDED = {
+    "bf16": (torch.bfloat16, None, 5e-2, 5e-6),
+    "fp16": (torch.float16, None, 6e-3, 2e-5),
+    "autocast": (torch.float32, torch.bfloat16, 5e-2, 5e-6),
+    "fp32": (torch.float32, None, 0.0, 2e-5),
+}
+
+
+@pytest.mark.parametrize("name", ROUNDED)
+def test_what_the_docstring_says_of_16_bits(name):
+    """TRL's logits have the inputs' digits, ours are fp32; of fp32 inputs both are the same."""
+    dtype, cast, least_of_theirs, most_of_ours = ROUNDED[name]
+    h, w, y = peaked_head(512, 64, 2048, dtype=dtype)
+    logits = h.to(cast or dtype).double() @ w.to(cast or dtype).double().T
+    logp = logits.log_softmax(1)
+    truth = logp.gather(1, y[:, None]).squeeze(1), -(logp.exp() * logp).sum(1)
+    assert logits.abs().max() > 55
+    worst = {}
+    for function in (ChunkedLogProbFunction, LogProbFunction):
+        outputs = ("log_probs", "entropy")
+        with torch.autocast("cpu", cast or torch.bfloat16, enabled=cast is not None):
+            found = function.apply(h, w, None, y, 1.0, 8192, None, 1.0, outputs)[:2]
+        pairs = zip(found, truth, strict=True)
+        worst[function] = [float((got - wanted).abs().max()) for got, wanted in pairs]
+    assert max(worst[LogProbFunction]) < most_of_ours
+    assert min(worst[ChunkedLogProbFunction]) >= least_of_theirs
+    assert max(worst[ChunkedLogProbFunction]) < max(1.5 * least_of_theirs, 2e-5) + 6e-3
+
+
 def test_a_weight_of_another_dtype_is_cast_to_that_of_the_hidden_states():
     h, w, y = peaked_head(13, 24, 101)
     h, w = h.bfloat16(), w.requires_grad_()
@@ -122,6 +152,14 @@ def test_a_weight_of_another_dtype_is_cast_to_that_of_the_hidden_states():
     torch.testing.assert_close(entropy.detach(), wanted.entropy, rtol=0, atol=0)
 
 
+def assert_goes_to_trl(arguments):
+    for ours, theirs in zip(
+        LogProbFunction.apply(*arguments), ChunkedLogProbFunction.apply(*arguments), strict=True
+    ):
+        assert (ours is None) == (theirs is None)
+        assert ours is None or torch.equal(ours, theirs)
+
+
 @pytest.mark.parametrize(
     ("scale", "outputs"),
     [(1.0, ("log_probs", "is_top1")), (1.0, ("entropy", "mean_logits")), (-1.0, ("entropy",))],
@@ -129,11 +167,22 @@ def test_a_weight_of_another_dtype_is_cast_to_that_of_the_hidden_states():
 def test_what_the_head_does_not_compute_goes_to_trl(scale, outputs):
     h, w, y = peaked_head(13, 24, 101)
     arguments = (h, w, None, y, 0.7, 64, None, scale, outputs)
-    for ours, theirs in zip(
-        LogProbFunction.apply(*arguments), ChunkedLogProbFunction.apply(*arguments), strict=True
-    ):
-        assert (ours is None) == (theirs is None)
-        assert ours is None or torch.equal(ours, theirs)
+    assert_goes_to_trl(arguments)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "temperature", "softcap"),
+    [
+        (torch.float32, -0.5, None),
+        (torch.float32, 0.7, -5.0),
+        (torch.float32, 0.7, 0.0),
+        (torch.float64, 0.7, None),
+    ],
+)
+def test_numbers_and_dtypes_that_the_head_does_not_take_go_to_trl(dtype, temperature, softcap):
+    h, w, y = peaked_head(13, 24, 101)
+    outputs = ("log_probs", "entropy")
+    assert_goes_to_trl((h.to(dtype), w.to(dtype), None, y, temperature, 64, softcap, 1.0, outputs))
 
 
 def test_the_sum_of_squares_is_that_of_the_same_pass():
