@@ -62,6 +62,42 @@ def test_places_left_over_add_nothing_to_row_0(first, impl, device):
         assert wanted.any()
 
 
+@nan_is_meant
+@pytest.mark.parametrize("opposed", [False, True], ids=["random", "opposed"])
+def test_a_low_rank_update_beside_the_weight(opposed, impl, device):
+    """[h, h A^T] [W, B]^T: two ways to h, whose 16-bit gradients autograd adds, as of eager's.
+
+    Also where the update takes away most of what W gives.
+    """
+    h, w, y = peaked_head(T, D, V)
+    generator = torch.Generator().manual_seed(0)
+    down, up = (torch.randn(*shape, generator=generator) / 8 for shape in ((4, D), (V, 4)))
+    if opposed:
+        left, size, right = torch.linalg.svd(w, full_matrices=False)
+        down, up = right[:4], -left[:, :4] * size[:4]
+    h, w, down, up = (x.bfloat16() for x in (h, w, down, up))
+
+    def gradient(logprob, dtype, where="cpu"):
+        leaf, *rest = (x.detach().to(where, dtype) for x in (h, w, down, up))
+        leaf.requires_grad_()
+        return torch.autograd.grad(logprob(leaf, *rest).sum(), leaf)[0].cpu()
+
+    def whole(h, w, down, up):
+        logp = (h @ w.T + (h @ down.T) @ up.T).log_softmax(1)
+        return logp.gather(1, y[:, None])
+
+    def ours(h, w, down, up):
+        wide, tall = torch.cat([h, h @ down.T], 1), torch.cat([w, up], 1)
+        return ek.linear_logprob_entropy(wide, tall, y.to(device), impl=impl).logprob
+
+    truth = gradient(whole, torch.float64)
+    eager = gradient(whole, torch.bfloat16)
+    got = gradient(ours, torch.bfloat16, device)
+    # The rounding of h A^T, of both gradients and of their sum.
+    rounding = 4 * torch.finfo(torch.bfloat16).eps / 2 * truth.abs().max()
+    assert (got - truth).abs().max() < min(rounding, (eager - truth).abs().max())
+
+
 @pytest.mark.parametrize("kind", ["k1", "k2", "k3", "k1+", "k3+", "abs"])
 def test_the_gradient_of_a_kl_near_its_minimum(kind):
     """1 - exp(-d) of k3, which two terms near 1 would leave with eps / d."""
