@@ -70,7 +70,8 @@ def clipped_by_kernel(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The clipped ratio loss; it is linear in a factor >= 0 of the advantage."""
     if factor is not None:
-        advantage = torch.where(kept & (factor != 0), advantage * factor, 0.0)
+        counts = kept & ((factor != 0) | advantage.isnan())
+        advantage = torch.where(counts, advantage * factor, 0.0)
     shape = (1, new.numel()) if scale_B.numel() == 1 else tuple(new.shape)
     loss, _, sums, counts = ops.ratio_loss(
         *(x.reshape(shape) for x in (new, old, advantage, kept)),

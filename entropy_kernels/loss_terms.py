@@ -71,9 +71,19 @@ def correction_weight(
     """TIS clamps the ratio into [floor, cap]; MIS (IcePop) makes it 0 outside. None: no bound.
 
     TIS: fengyao.notion.site/off-policy-rl; IcePop: arXiv 2510.18855; both of tokens and sequences:
-    richardli.xyz/rl-collapse.
+    richardli.xyz/rl-collapse. A ratio of NaN stays one.
     """
     inside = ratio.clamp(min=0.0 if floor is None else floor, max=cap)
     if correction in ("tis", "sequence_truncate"):
         return inside
-    return torch.where(ratio == inside, ratio, 0.0)
+    return torch.where((ratio < inside) | (ratio > inside), 0.0, ratio)
+
+
+def poison(
+    x: Float[Tensor, "*tokens"], broken: Bool[Tensor, "*tokens"]
+) -> Float[Tensor, "*tokens"]:
+    """What to add to losses of `x`: NaN at the `broken` tokens, as is x's gradient there; else 0.
+
+    By itself a NaN stays in the loss alone: clamp, abs and where give it a gradient of 0.
+    """
+    return torch.where(broken, x, 0.0) * torch.where(broken, torch.nan, 0.0)

@@ -205,9 +205,9 @@ def dppo_tv(
     DPPO-Binary-TV, arXiv 2602.04879: what the probability moved by, not its ratio, ends the trust.
     """
     moved = logprob.exp() - old_logprob.exp()
-    inside = torch.where(advantage > 0, moved <= clip_high, moved >= -clip_low)
+    outside = torch.where(advantage > 0, moved > clip_high, moved < -clip_low)
     weight = _ratio(logprob, old_logprob).clamp(max=cap) * advantage
-    return _reinforce(torch.where(inside, weight, 0.0), logprob)
+    return _reinforce(torch.where(outside, 0.0, weight), logprob)
 
 
 def dppo_kl(
@@ -227,11 +227,11 @@ def dppo_kl(
     new, old = logprob.exp(), old_logprob.exp()
     others = (1 - old) * ((1 - old + 1e-8) / (1 - new + 1e-8)).log()
     divergence = old * (old_logprob - logprob) + others
-    rose = (divergence <= clip_high) | (new <= old)
-    fell = (divergence <= clip_low) | (new >= old)
+    rose = (divergence > clip_high) & (new > old)
+    fell = (divergence > clip_low) & (new < old)
     weight = _ratio(logprob, old_logprob).clamp(max=cap) * advantage
-    inside = torch.where(advantage > 0, rose, fell)
-    return _reinforce(torch.where(inside, weight, 0.0), logprob)
+    outside = torch.where(advantage > 0, rose, fell)
+    return _reinforce(torch.where(outside, 0.0, weight), logprob)
 
 
 def reinforce(
@@ -340,4 +340,4 @@ def _clipped(
 def _reinforce(weight: Tensor, logprob: Tensor) -> Tensor:
     """-sg(weight) log pi, in which 0 * -inf is 0."""
     weight = weight.detach()
-    return -torch.where(weight == 0, 0.0, weight * logprob)
+    return -torch.where((weight == 0) & ~logprob.isnan(), 0.0, weight * logprob)

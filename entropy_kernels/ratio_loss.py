@@ -23,7 +23,7 @@ from ._loss_options import (
 )
 from ._ratio_kernel import clipped_by_kernel, has_kernel, of_ratios, plain, resolve
 from ._shapes import Bool, Float
-from .loss_terms import correction_weight, kl_divergence, mismatch
+from .loss_terms import correction_weight, kl_divergence, mismatch, poison
 from .losses import Loss, aggregation_weight, bounded
 
 
@@ -73,17 +73,18 @@ def ratio_loss(
     Differentiable once, with respect to logprob and entropy. loss_t gives a gradient of exactly
     zero to a token that is not kept; in losses of single tokens also to one whose advantage or
     weight is zero, whose ratio is clipped, or whose |log ratio| passes 20, where it is clamped (by
-    the kernel whatever the logprob, inf and NaN included); in losses over sequences to all of a
-    sequence that is clipped. On a bound itself a ratio counts as inside. What is not kept may be
-    anything, unless a sequence's sum runs over it. A NaN among the kept tokens makes the loss NaN.
-    No kept token: the loss is 0, its gradients too.
+    the kernel whatever the logprob, also inf); in losses over sequences to all of a sequence that
+    is clipped. On a bound itself a ratio counts as inside. What is not kept may be anything, unless
+    a sequence's sum runs over it. A NaN at a kept token, in any input and whatever its advantage
+    and weight, makes the loss NaN, and so the gradient of that token; in losses over sequences that
+    of its sequence. No kept token: the loss is 0, its gradients too.
 
     Args:
         logprob: with gradient; computed in fp32, or in fp64 where it is fp64. [B, L] for losses and
             aggregations over sequences.
         old_logprob: of the sampling policy, without gradient; None: on-policy, ratio 1.
         advantage: one a token (PPO with a value function), or [B] where logprob is [B, L].
-        mask: the loss mask: false for prompt, padding and tool tokens.
+        mask: the loss mask: false for prompt, padding and tool tokens, and where no target is.
         selected: the tokens to train on, a subset is formed with `mask`; None: all of the mask.
         loss_type: "dapo", "grpo", "bnpo", "dr_grpo", "gspo", "gspo_token", "luspo", "gmpo",
             "cispo", "sapo", "vespo", "dppo_tv", "dppo_kl", "gpg" or "reinforce"; or a function
@@ -198,7 +199,8 @@ def ratio_loss(
         total = total + term
     if entropy is not None and entropy_coef != 0:
         on, scale_B = tokens[entropy_on]
-        total = total - entropy_coef * _sum(torch.where(on, entropy.to(dtype), 0.0), scale_B)
+        bonus = torch.where(on, entropy.to(dtype), 0.0)
+        total = total - entropy_coef * _sum(bonus + poison(bonus, bonus.isnan()), scale_B)
     if reference_logprob is not None or entropy_coef != 0:
         metrics.pop("head/active_rows", None)
     return total, metrics
@@ -280,7 +282,8 @@ def _by_function(
     if factor is not None:
         active = kept & (factor != 0)
         token_loss = torch.where(active, token_loss * torch.where(active, factor, 0.0), 0.0)
-    token_loss = torch.where(kept, token_loss, 0.0)
+    broken = kept & (token_loss.isnan() | new.isnan() | old.isnan() | advantage.isnan())
+    token_loss = torch.where(kept, token_loss, 0.0) + poison(seen, broken)
 
     log_ratio = bounded(torch.where(kept, new.detach() - old, 0.0))
     ratio = torch.where(kept, log_ratio.exp(), 0.0)
@@ -303,7 +306,8 @@ def _kl(
     kl = kl_divergence(new, reference, kind, old)
     mean = torch.where(on, kl.detach(), 0.0).sum() / on.sum().clamp_min(1)
     coef = torch.as_tensor(coef, dtype=new.dtype, device=new.device).detach()
-    return _sum(torch.where(on & (coef != 0), coef * kl, 0.0), scale_B), mean
+    term = torch.where(on & (coef != 0), coef * kl, 0.0)
+    return _sum(term + poison(new, term.isnan()), scale_B), mean
 
 
 def _sum(x: Tensor, scale_B: Tensor) -> Tensor:

@@ -123,6 +123,8 @@ def ratio_loss(
     over the number of selected (or all, or a given number of) tokens.
     "grpo" (DeepSeekMath, arXiv 2402.03300): for each sequence the same with its own count, then
     the mean over the sequences that have a token of the loss mask.
+
+    A selected NaN, of any input, makes the loss NaN and the gradient of its token.
     """
     sums, counts = [], []
     for b in range(logprob_BL.shape[0]):
@@ -138,6 +140,8 @@ def ratio_loss(
             loss = -torch.minimum(ratio * advantage, clipped * advantage)
             if dual_clip is not None and advantage < 0:
                 loss = torch.minimum(loss, -dual_clip * advantage)
+            if loss.isnan():
+                loss = new * torch.nan  # clamp gives a NaN no gradient
             sequence_sum = sequence_sum + loss
         sums.append(sequence_sum)
         counted = mask_BL[b] if denominator == "all" else mask_BL[b] & selected_BL[b]

@@ -183,6 +183,39 @@ def test_a_log_prob_that_the_engine_did_not_report_is_not_corrected(case):
     assert (grad[1:] == 0).all()
 
 
+@pytest.mark.parametrize("correction", loss_terms.CORRECTIONS)
+def test_a_broken_old_log_prob_is_in_no_correction_a_number(case, correction):
+    ratio = torch.tensor([torch.nan, 1.0, 9.0])
+    got = loss_terms.correction_weight(ratio, correction, cap=2.0, floor=0.5)
+    assert got.isnan().tolist() == [True, False, False]
+
+
+@pytest.mark.parametrize("kind", loss_terms.KL_TYPES)
+@pytest.mark.parametrize("broken", ["reference", "coefficient"])
+def test_a_nan_of_the_kl_is_in_the_loss_and_in_the_gradient(case, kind, broken):
+    reference, coef = case.old - 0.3, torch.ones_like(case.old)
+    (reference if broken == "reference" else coef)[0, 1] = torch.nan
+    loss, grad = gradient(
+        case.logprob,
+        loss_of(case, selected=None, reference_logprob=reference, kl_coef=coef, kl_type=kind),
+    )
+    assert loss.isnan()
+    assert grad.isnan().nonzero().tolist() == [[0, 1]]
+
+
+def test_a_nan_of_the_entropy_bonus_is_in_the_loss_and_in_the_gradient(case):
+    entropy = torch.rand_like(case.logprob)
+    entropy[0, 1] = torch.nan
+    loss, grad = gradient(
+        entropy,
+        lambda x: ek.ratio_loss(
+            case.logprob, case.old, case.advantage, case.mask, entropy=x, entropy_coef=0.01
+        )[0],
+    )
+    assert loss.isnan()
+    assert grad.isnan().nonzero().tolist() == [[0, 1]]
+
+
 def test_a_small_mismatch_has_a_metric_with_digits():
     old = -torch.rand(1000)
     sampler = old + 1e-4 * torch.randn(1000)

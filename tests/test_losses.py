@@ -181,6 +181,39 @@ def test_what_is_outside_the_mask_may_be_anything(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("i", range(4), ids=["logprob", "old", "advantage", "token_weight"])
+@pytest.mark.parametrize("clipped", [False, True])
+def test_a_kept_nan_is_in_the_loss_and_in_the_gradient(name, i, clipped):
+    """clamp and where give it a gradient of zero, and a loss may forget it."""
+    c = make_case()
+    inputs = [c.logprob.clone(), c.old.clone(), c.advantage.clone(), torch.ones_like(c.logprob)]
+    if clipped:
+        inputs[1][:3] = inputs[0][:3] - 3 * inputs[2][:3].sign()
+    inputs[i][0, 1] = torch.nan
+    loss, grad = gradient(
+        inputs[0], lambda x: by_name(name, x, *inputs[1:3], c.mask, token_weight=inputs[3])[0]
+    )
+    assert loss.isnan()
+    assert grad[0, 1].isnan()
+    assert grad[1:].isfinite().all()
+
+
+@pytest.mark.parametrize("name", sorted(OF_SEQUENCES))
+def test_a_nan_in_the_sum_of_a_sequence_is_in_its_gradient(name):
+    """Also where the token itself is not kept: the loss is NaN by it."""
+    c = make_case()
+    selected, old = c.selected.clone(), c.old.clone()
+    selected[0, 1], selected[0, 2], old[0, 1] = False, True, torch.nan
+    loss, grad = gradient(
+        c.logprob,
+        lambda x: by_name(name, x, old, c.advantage, c.mask, selected, sequence_over="all")[0],
+    )
+    assert loss.isnan()
+    assert grad[0][selected[0]].isnan().all()
+    assert grad[1:].isfinite().all()
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_extreme_ratios_stay_finite(name):
     c = make_case()
     for shift in (-200, 200):

@@ -194,14 +194,43 @@ def test_a_selected_nan_is_seen(ratio_loss, batch):
         assert all(metrics[name].isnan() == (i < 2) for name in names)
 
 
-@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("loss_type", ["dapo", "cispo"])
+@pytest.mark.parametrize("i", range(3), ids=["logprob", "old", "advantage"])
+@pytest.mark.parametrize("why", ["no advantage", "no weight", "clipped", "far"])
+def test_a_selected_nan_is_in_the_gradient_whatever_else_would_be_zero(
+    impl, batch, loss_type, i, why
+):
+    """An optimizer that looks at gradients alone must see it too."""
+    logprob, old, advantage, mask, _ = batch
+    weight = torch.ones_like(logprob)
+    old[0, 3] = logprob[0, 3] - {"clipped": 1.0, "far": 30.0}.get(why, 0.1)
+    advantage[0, 3] = 0.0 if why == "no advantage" else 1.0
+    weight[0, 3] = 0.0 if why == "no weight" else 1.0
+    (logprob, old, advantage)[i][0, 3] = torch.nan
+    loss, grad = gradient(
+        logprob,
+        lambda x: ek.ratio_loss(
+            x,
+            old,
+            advantage,
+            mask,
+            loss_type=loss_type,
+            token_weight=weight,
+            impl=impl if loss_type == "dapo" else "auto",
+        )[0],
+    )
+    assert loss.isnan()
+    assert grad.isnan().nonzero().tolist() == [[0, 3]]
+
+
+@pytest.mark.parametrize("value", [torch.inf, -torch.inf])
 def test_a_zero_advantage_has_no_gradient_whatever_its_logprob(ratio_loss, batch, value):
     logprob, old, advantage, mask, _ = batch
     advantage[0, 3] = 0.0
     clean = gradient(logprob, lambda x: ratio_loss(x, old, advantage, mask)[0])
     logprob[0, 3] = value
     loss, grad = gradient(logprob, lambda x: ratio_loss(x, old, advantage, mask)[0])
-    assert loss.isnan() if value != value else torch.equal(loss, clean[0])
+    assert torch.equal(loss, clean[0])
     assert torch.equal(grad, clean[1])
 
 

@@ -68,8 +68,7 @@ inline float masked(float x, std::uint32_t mask) {
   return x;
 }
 
-// Tokens [begin, begin + n), without a branch. A NaN fails every comparison: it reaches the loss,
-// and the gradient unless the advantage is 0.
+// Tokens [begin, begin + n), without a branch. A NaN reaches the loss and the gradient.
 TARGET_CLONES
 Counts find_terms(const RatioTokens& tokens, const RatioBounds& bounds, std::int64_t begin, int n,
                   float weight, float* __restrict grad, Terms& __restrict terms) {
@@ -95,7 +94,7 @@ Counts find_terms(const RatioTokens& tokens, const RatioBounds& bounds, std::int
     const bool low = (advantage < 0.0f) & ((ratio < b.low) | (ratio > b.dual));
     const bool high = (advantage > 0.0f) & (ratio > b.high);
     const bool outside = (log_ratio > b.log_ratio) | (log_ratio < -b.log_ratio);
-    const bool flat = low | high | outside | (advantage == 0.0f);
+    const bool flat = (low | high | outside | (advantage == 0.0f)) & (plain == plain);
     const float gradient = flat ? 0.0f : -plain * weight;
     grad[i] = gradient;
     terms.loss[i] = (advantage < 0.0f) & (most < loss) ? most : loss;

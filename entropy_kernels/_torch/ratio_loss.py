@@ -24,8 +24,8 @@ def ratio_loss(
     loss = -min(r A, clip(r, 1 - clip_low, 1 + clip_high) A), for A < 0 at most -dual_clip A
 
     The gradient is -weight r A, and exactly 0 where r is clipped, the bound is passed, A is 0 or
-    the token is not kept. On a bound itself r counts as inside. A NaN fails every comparison: it
-    reaches the loss, and the gradient unless A is 0.
+    the token is not kept. On a bound itself r counts as inside. A NaN of a kept token reaches the
+    loss and the token's gradient, whatever A is.
 
     Returns:
         loss [], grad [B, L], in logprob's dtype like
@@ -48,6 +48,7 @@ def ratio_loss(
     low_BL &= advantage_BL < 0
     high_BL = (advantage_BL > 0) & (ratio_BL > 1 + clip_high)
     flat_BL = low_BL | high_BL | (advantage_BL == 0) | (free_BL.abs() > log_ratio_bound)
+    flat_BL &= ~plain_BL.isnan()
     grad_BL = torch.where(flat_BL, zero, -plain_BL * weight_B.unsqueeze(1))
 
     kept_ratio_BL = torch.where(kept_BL, ratio_BL, zero)

@@ -80,7 +80,7 @@ def _tokens_kernel(
         else:
             weight = tl.load(weight_ptr + offs // length, mask=inside, other=0.0)
 
-        # A NaN fails every comparison: it reaches the loss, and the gradient unless A is 0.
+        # A NaN reaches the loss and the gradient.
         free = logprob - old_logprob
         log_ratio = tl.where(free > bound, bound, tl.where(free < -bound, -bound, free))
         ratio, excess = _exponential(log_ratio)
@@ -95,6 +95,7 @@ def _tokens_kernel(
         is_low &= advantage < 0.0
         is_high = (advantage > 0.0) & (ratio > high)
         flat = is_low | is_high | (advantage == 0.0) | (free > bound) | (free < -bound)
+        flat &= plain == plain
         grad = tl.where(flat, 0.0, -plain * weight)
         tl.store(grad_ptr + offs, grad, mask=inside)
 
