@@ -4,7 +4,11 @@ Each takes statistics of the tokens and returns a mask, clip ranges or advantage
 and `high_entropy_policy_loss`; none is differentiated. max_prob, sum_p2 and sum_p2_logp are
 statistics of `linear_logprob_entropy`: the largest p, sum_j p_j^2 and sum_j p_j^2 log p_j over the
 vocabulary. Means and counts are those of the call's tokens.
+
+A mask holds every token with a NaN, so that it shows in the loss; a number made of one is NaN.
 """
+
+import math
 
 import torch
 from torch import Generator, Tensor
@@ -43,6 +47,8 @@ def clip_cov(
     arXiv 2505.22617, and verl's clip_cov: there the tokens lose their loss and stay in the
     denominator, so give it as `token_weight=`. Tokens that are `clipped` anyway are not drawn.
     """
+    _check_number("low", low)
+    _check_number("high", high)
     score = covariance(logprob, advantage, mask)
     drawn = mask & (score > low) & (score < high)
     drawn = drawn if clipped is None else drawn & ~clipped
@@ -61,9 +67,11 @@ def kl_cov(
 
     arXiv 2505.22617, and verl's kl_cov: the penalty is |log r| against the old policy, and r is not
     clipped: `ratio_loss(..., clip_low=1, clip_high=math.inf, reference_logprob=old_logprob,
-    kl_type="abs", kl_coef=kl_cov(...).float())`.
+    kl_type="abs", kl_coef=kl_cov(...).float())`. Tokens with a NaN are picked besides.
     """
-    return _largest(covariance(logprob, advantage, mask), mask, _count(mask, fraction))
+    picked = _largest(covariance(logprob, advantage, mask), mask, _count(mask, fraction))
+    broken = logprob.isnan() | _per_token(advantage, logprob).isnan()
+    return picked | (mask & broken)
 
 
 def entropy_advantage(
@@ -109,7 +117,9 @@ def select_token(
 
     p > sum_j p_j^2 = E_p[p]; from the fork of the paper's code by X. Zhao.
     """
-    return mask & (max_prob < below) & (logprob.exp() > sum_p2)
+    _check_number("below", below)
+    broken = max_prob.isnan() | logprob.isnan() | sum_p2.isnan()
+    return mask & (broken | ((max_prob < below) & (logprob.exp() > sum_p2)))
 
 
 def discriminator(
@@ -149,6 +159,7 @@ def clip_discriminator(
     released code, which clips this one side. Clip_V: centre=expected_discriminator(...), with the
     deviation of the differences; of it no code was released. Give the result as `selected=`.
     """
+    _check_number("mu", mu)
     z = score - (_mean(score, mask) if centre is None else centre)
     deviation = _mean((z - _mean(z, mask)).square(), mask).sqrt()
     return mask & ~((_per_token(advantage, score) < 0) & (z < -mu * deviation))
@@ -163,6 +174,11 @@ def _per_token(advantage: Tensor, like: Tensor) -> Tensor:
         f"advantage must have the tokens' shape {tuple(like.shape)}, or be [B] of [B, L]; got "
         f"{tuple(advantage.shape)}"
     )
+
+
+def _check_number(name: str, value: float) -> None:
+    if math.isnan(value):
+        raise ValueError(f"{name} must be a number; got {value}")
 
 
 def _mean(x: Tensor, mask: Tensor) -> Tensor:

@@ -1,5 +1,7 @@
 """Rules beyond the top entropies: against their written definitions, in fp64."""
 
+import math
+
 import pytest
 import torch
 
@@ -128,6 +130,51 @@ def test_clip_discriminator_drops_bad_tokens_far_below_the_centre(tokens, centre
     far = z < -0.5 * z[mask].std(correction=0)
     assert torch.equal(got, mask & ~(far & (advantage < 0)))
     assert 0 < (mask & ~got).sum() < (mask & far).sum()
+
+
+@pytest.mark.parametrize("broken", ["logprob", "advantage"])
+def test_every_mask_holds_a_token_with_a_nan(case, broken):
+    """Whatever its other numbers are: dropped, it would leave a loss that looks fine."""
+    logprob, advantage = case.logprob.clone(), case.advantage.clone()
+    {"logprob": logprob, "advantage": advantage}[broken][2, 3] = torch.nan
+    assert case.mask[2, 3]
+    inputs = logprob, advantage, case.mask
+    assert token_rules.covariance(*inputs)[case.mask].isnan().all()
+    masks = [
+        token_rules.clip_cov(*inputs, fraction=0.5, low=-9.0, high=9.0),
+        token_rules.kl_cov(*inputs),
+        token_rules.clip_discriminator(logprob.exp(), advantage, case.mask, mu=0.1),
+        token_rules.clip_discriminator(
+            logprob.exp(), advantage, case.mask, centre=torch.ones_like(logprob), mu=0.1
+        ),
+    ]
+    for mask in masks:
+        assert mask[2, 3]
+        assert not mask[~case.mask].any()
+    assert token_rules.entropy_advantage(advantage, logprob.exp())[2, 3].isnan()
+
+
+@pytest.mark.parametrize("i", range(3), ids=["logprob", "max_prob", "sum_p2"])
+@pytest.mark.parametrize("wanted", [False, True])
+def test_select_token_picks_a_token_with_a_nan(i, wanted):
+    given = [torch.tensor([x]) for x in ((-0.7, 0.4, 0.3) if wanted else (-3.0, 0.9, 0.5))]
+    assert token_rules.select_token(*given, torch.tensor([True])) == wanted
+    given[i][0] = torch.nan
+    assert token_rules.select_token(*given, torch.tensor([True]))
+    assert not token_rules.select_token(*given, torch.tensor([False]))
+
+
+def test_a_bound_that_is_no_number_is_named(case):
+    inputs = case.logprob, case.advantage, case.mask
+    calls = {
+        "low": lambda: token_rules.clip_cov(*inputs, low=math.nan),
+        "high": lambda: token_rules.clip_cov(*inputs, high=math.nan),
+        "mu": lambda: token_rules.clip_discriminator(*inputs, mu=math.nan),
+        "below": lambda: token_rules.select_token(*(case.logprob,) * 3, case.mask, below=math.nan),
+    }
+    for name, call in calls.items():
+        with pytest.raises(ValueError, match=f"{name} must be a number; got nan"):
+            call()
 
 
 def test_archers_two_ranges_with_a_kl_for_the_rest(case):
