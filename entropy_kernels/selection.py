@@ -7,7 +7,8 @@ with the highest entropy. Only valid tokens count (no prompt, padding or tool to
 
 are selected, `fraction` being read as a decimal: 0.55 of 100 is 55, though fp64's product is
 above it. With n = 0 the threshold is +inf and nothing is selected. A NaN ranks above every number,
-so a broken entropy is selected and shows in the loss instead of disappearing. -0 equals +0.
+so a broken entropy is selected and shows in the loss instead of disappearing. -0 equals +0. Rows
+whose target is -100 have entropy 0 and are no tokens: leave them out of the mask.
 
 Nothing here is differentiable, and nothing waits for a GPU. B sequences, L tokens a sequence.
 """
@@ -86,7 +87,8 @@ def top_entropy_mask(
         scope: "batch" takes n and k over all tokens of the call (the paper, section 5.1) and of
             all ranks of `group`; "sequence" over each row of [B, L] by itself, by a sort.
         which: "top"; "bottom", the k lowest (a NaN first here too); "random", k uniformly random
-            valid tokens, the control of arXiv 2605.07660, blind to the entropy.
+            valid tokens, the control of arXiv 2605.07660, blind to all entropies but NaN, which
+            come first here too.
         ties: "exact" keeps exactly k, at the threshold those of the lowest (rank, index) first;
             "threshold" keeps every token that ranks there or above, the paper's indicator.
         group: as in `entropy_threshold`; "exact" ties move one int64 a rank more.
@@ -129,25 +131,34 @@ class StreamingThreshold:
             and returns the lower edge of the bin of the exact threshold t:
             t * (1 - 2**-10) <= value <= t for a normal t >= 0, so at least k tokens pass.
         group: every rank calls `value` and `mask` in the same order, between the same updates. A
-            rank without a token may skip `update`, or pass an empty tensor where the collectives
-            need its device. Exact mode sums three histograms, 40 KB, and sketch mode one of 4 MB.
+            rank without a token may skip `update`. Exact mode sums three histograms, 40 KB, and
+            sketch mode one of 4 MB.
+        device: of the tokens, and of what a rank without one gives to the collectives; name it for
+            NCCL. None: that of the last tokens, also after `reset`, at first torch's default.
 
     Raises:
         ValueError: a fraction outside (0, 1], an unknown mode.
     """
 
     def __init__(
-        self, fraction: float = 0.2, *, mode: str = "exact", group: ProcessGroup | None = None
+        self,
+        fraction: float = 0.2,
+        *,
+        mode: str = "exact",
+        group: ProcessGroup | None = None,
+        device: torch.device | str | None = None,
     ) -> None:
         _check_fraction(fraction)
         _check_choice("mode", mode, MODES)
         self.fraction = fraction
         self.mode = mode
         self.group = group
+        self._device_is_given = device is not None
+        self._device = torch.empty(0, device=device).device
         self.reset()
 
     def reset(self) -> None:
-        """Forget every token."""
+        """Forget every token, but not the device that they were on."""
         self._chunks: list[Chunk] = []
         self._histogram: Tensor | None = None
         self._value: Tensor | None = None
@@ -157,15 +168,13 @@ class StreamingThreshold:
     ) -> None:
         """Count the valid tokens of a micro-batch: fp32 of any shape, and a bool mask or None.
 
-        Copies what it keeps. Raises ValueError as `entropy_threshold` does, and where `entropy` is
-        on another device than before.
+        Copies what it keeps. Raises ValueError as `entropy_threshold` does, and for another device.
         """
         _check_tokens(entropy, mask)
-        seen = self._histogram is not None or self._chunks
-        if seen and entropy.device != self._device():
+        if not self._takes(entropy.device):
+            why = "as device= says" if self._device_is_given else "as in earlier updates"
             raise ValueError(
-                f"entropy must be on {self._device()}, as in earlier updates, but is on "
-                f"{entropy.device}"
+                f"entropy must be on {self._device}, {why}, but is on {entropy.device}"
             )
         values, valid = _flat(entropy, mask)
         self._value = None
@@ -182,7 +191,7 @@ class StreamingThreshold:
         """The number of valid tokens this rank has seen since the last reset: a 0-dim int64."""
         if self.mode == "sketch":
             return self._counts().sum()
-        count = torch.zeros((), dtype=torch.int64, device=self._device())
+        count = torch.zeros((), dtype=torch.int64, device=self._device)
         for values, valid in self._chunks:
             count = count + (values.numel() if valid is None else torch.count_nonzero(valid))
         return count
@@ -193,7 +202,7 @@ class StreamingThreshold:
             counts = all_reduce_sum(self._counts(), self.group)
             self._value = sketch_kth_largest(counts, self.fraction)
         elif self._value is None:
-            chunks = self._chunks or [(torch.empty(0), None)]
+            chunks = self._chunks or [(torch.empty(0, device=self._device), None)]
             self._value = kth_largest(chunks, self.fraction, self.group).value
         return self._value
 
@@ -203,9 +212,11 @@ class StreamingThreshold:
         """The valid tokens that rank at `value()` or above: I[H >= tau] of equation 6.
 
         All that tie at the threshold are kept, so over the step these are k tokens or a few more.
-        Raises ValueError as `entropy_threshold` does.
+        A NaN is kept whatever the threshold; where that is NaN, NaN alone is, wherever in the step
+        it is. Raises ValueError as `entropy_threshold` does.
         """
         _check_tokens(entropy, mask)
+        self._takes(entropy.device)
         values, valid = _flat(entropy, mask)
         return keep_threshold(values, valid, self.value()).view(entropy.shape)
 
@@ -215,12 +226,13 @@ class StreamingThreshold:
         if self.mode == "sketch":
             return state | {"counts": self._counts().clone()}
         valid = [v if m is None else v[m] for v, m in self._chunks]
-        return state | {"entropies": torch.cat([torch.empty(0, device=self._device()), *valid])}
+        return state | {"entropies": torch.cat([torch.empty(0, device=self._device), *valid])}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from `state`, in place of what was counted here, on the device of its tensors.
+        """Go on from `state`, in place of what was counted here.
 
-        Raises ValueError where its mode or fraction is not that of this object.
+        On `device`, or where none was given on that of the state's tensors; an empty state on the
+        CPU changes none. Raises ValueError where its mode or fraction is not that of this object.
         """
         for name in ("mode", "fraction"):
             if state[name] != getattr(self, name):
@@ -229,21 +241,27 @@ class StreamingThreshold:
                     f"{getattr(self, name)!r}"
                 )
         self.reset()
-        if self.mode == "sketch":
-            self._histogram = state["counts"].clone() if state["counts"].any() else None
-        elif state["entropies"].numel() > 0:
-            self._chunks = [(state["entropies"].clone(), None)]
+        sketch = self.mode == "sketch"
+        kept = state["counts" if sketch else "entropies"]
+        if kept.device.type == "cpu" and not (kept.any() if sketch else kept.numel()):
+            return
+        self._takes(kept.device)
+        kept = kept.to(self._device, copy=True)
+        if sketch:
+            self._histogram = kept
+        else:
+            self._chunks = [(kept, None)]
 
-    def _device(self) -> torch.device:
-        """Where the earlier updates were; the CPU if there was none."""
-        if self._histogram is not None:
-            return self._histogram.device
-        return self._chunks[0][0].device if self._chunks else torch.device("cpu")
+    def _takes(self, device: torch.device) -> bool:
+        """Whether tokens may be on `device`, which is learned where no other is known."""
+        if not (self._device_is_given or self._chunks or self._histogram is not None):
+            self._device = device
+        return device == self._device
 
     def _counts(self) -> Tensor:
         """The histogram of the sketch."""
         if self._histogram is None:
-            return torch.zeros(1 << SKETCH_BITS, dtype=torch.int64)
+            return torch.zeros(1 << SKETCH_BITS, dtype=torch.int64, device=self._device)
         return self._histogram
 
 
@@ -254,11 +272,12 @@ def _flat(score: Tensor, mask: Tensor | None) -> Chunk:
 
 
 def _score(entropy: Tensor, which: str, generator: Generator | None) -> Tensor:
-    """What `which` selects the largest of; the negative of NaN is NaN, and still ranks first."""
+    """What `which` selects the largest of; NaN where the entropy is, which ranks first."""
     if which == "random":
-        return torch.rand(
+        lot = torch.rand(
             entropy.shape, generator=generator, dtype=torch.float32, device=entropy.device
         )
+        return lot.masked_fill(entropy.isnan(), torch.nan)
     return -entropy if which == "bottom" else entropy
 
 

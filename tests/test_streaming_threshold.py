@@ -162,6 +162,78 @@ def test_state_without_a_token_fits_any_device(mode):
     assert threshold.count.device.type == "meta"
 
 
+def loaded(state, **options):
+    threshold = StreamingThreshold(**options)
+    threshold.load_state_dict(state)
+    return threshold
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_the_device_is_known_without_a_token(mode):
+    """What a rank without one gives to the collectives: a CPU tensor hangs or fails with NCCL."""
+
+    def learned(call):
+        threshold = StreamingThreshold(mode=mode)
+        call(threshold)
+        threshold.reset()
+        return threshold
+
+    given = StreamingThreshold(mode=mode, device="meta")
+    found = {
+        "given": given,
+        "given, reset": StreamingThreshold(mode=mode, device=torch.device("meta")),
+        "updated": learned(lambda t: t.update(torch.empty(3, device="meta"))),
+        "masked": learned(lambda t: t.mask(torch.empty(3, device="meta"))),
+        "loaded": loaded(given.state_dict(), mode=mode),
+        "given, loaded": loaded(
+            StreamingThreshold(mode=mode).state_dict(), mode=mode, device="meta"
+        ),
+    }
+    found["given, reset"].reset()
+    for name, threshold in found.items():
+        state = threshold.state_dict()["counts" if mode == "sketch" else "entropies"]
+        for x in (threshold.value(), threshold.count, state):
+            assert x.device.type == "meta", name
+    assert loaded(found["updated"].state_dict(), mode=mode).value().device.type == "meta"
+
+
+@pytest.mark.usefixtures("unchecked_shapes")
+@pytest.mark.parametrize("mode", MODES)
+def test_a_rank_without_a_token_gives_its_device_to_the_collectives(mode, monkeypatch):
+    devices = []
+    monkeypatch.setattr(
+        "torch.distributed.all_reduce", lambda x, group: devices.append(x.device.type)
+    )
+    threshold = StreamingThreshold(mode=mode, group=object(), device="meta")
+    threshold.value()
+    threshold.load_state_dict(StreamingThreshold(mode=mode).state_dict())
+    threshold.reset()
+    threshold.mask(torch.empty(3, device="meta"))
+    assert devices == ["meta"] * (2 if mode == "sketch" else 6)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_state_goes_to_the_device_that_was_given(mode):
+    state = accumulate([(torch.zeros(3), None)], mode=mode).state_dict()
+    assert loaded(state, mode=mode).count == 3
+    assert loaded(state, mode=mode, device="meta").value().device.type == "meta"
+    with pytest.raises(ValueError, match="entropy must be on meta, as device= says, but is on cpu"):
+        StreamingThreshold(mode=mode, device="meta").update(torch.rand(3))
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("count", [1, 3])
+def test_a_nan_is_kept_whether_or_not_it_is_the_threshold(mode, count):
+    """Of 10 tokens 2 are wanted: 3 NaN are the threshold, 1 is not. All of them are kept."""
+    entropy = torch.arange(10.0)
+    entropy[1 : 1 + count] = NAN
+    threshold = accumulate([(part, None) for part in entropy.split(3)], mode=mode)
+    assert threshold.value().isnan() == (count == 3)
+    joined = torch.cat([threshold.mask(part) for part in entropy.split(3)])
+    assert joined[entropy.isnan()].all()
+    assert joined.sum() == max(count, 2)
+
+
 def test_exact_mode_keeps_four_bytes_a_valid_token():
     threshold = StreamingThreshold()
     threshold.update(torch.rand(1000), torch.arange(1000) < 300)

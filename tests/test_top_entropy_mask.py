@@ -88,7 +88,7 @@ def test_ties_across_slices_are_counted_on():
 
 
 @pytest.mark.parametrize("scope", ["batch", "sequence"])
-@pytest.mark.parametrize("which", ["top", "bottom"])
+@pytest.mark.parametrize("which", ["top", "bottom", "random"])
 def test_nan_is_selected_first(which, scope):
     entropy = torch.tensor([[1.0, NAN, 3.0, -NAN, INF, -INF, 0.0, 2.0, 5.0, 4.0]])
     keep = top_entropy_mask(entropy, None, 0.2, which=which, scope=scope)

@@ -124,7 +124,9 @@ def score(
     """Log-probs [B, L] and entropies [B, L] under the current weights, in one pass; the threshold
     of all of them; and the seconds spent in the head. The first three are those of all ranks."""
     policy.model.eval()
-    threshold = ek.StreamingThreshold(settings.algorithm.fraction, group=ranks.group)
+    threshold = ek.StreamingThreshold(
+        settings.algorithm.fraction, group=ranks.group, device=policy.device
+    )
     score_2BL = torch.zeros((2, *rollouts.mask_BL.shape), device=policy.device)
     watch = Stopwatch(policy.device)
     for index in micro_batches(rollouts, settings.optimizer.tokens_per_micro_batch, ranks):

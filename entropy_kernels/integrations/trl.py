@@ -195,7 +195,7 @@ def high_entropy_mask_of_step(
         steps, found = _micro_batches(self), {}
         self._threshold_of_step = steps, found
     if fraction not in found:
-        found[fraction] = StreamingThreshold(fraction, group=group)
+        found[fraction] = StreamingThreshold(fraction, group=group, device=entropy_BL.device)
         found[fraction].update(entropy_BL, valid_BL)
         for step in steps:
             if step != self._step:
