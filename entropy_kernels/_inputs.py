@@ -156,6 +156,8 @@ def check_selection(
         raise ValueError("selected and threshold both name the tokens; give one of them")
     if isinstance(threshold, Tensor) and threshold.numel() != 1:
         raise ValueError(f"threshold must be one value; got {tuple(threshold.shape)}")
+    if isinstance(threshold, float) and math.isnan(threshold):
+        raise ValueError("threshold must be an entropy in nats; got nan")
     chosen = (which, scope, group) != ("top", "batch", None)
     if chosen and (selected is not None or threshold is not None):
         name = "selected" if selected is not None else "threshold"

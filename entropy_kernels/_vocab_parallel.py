@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 
-from . import ops
+from . import _rows, ops
 from ._rows import Statistics, check_values, per_row
 from ._torch.moments import finish_moments
 from .distributed import all_reduce_max, all_reduce_sum, gather_counts
@@ -86,7 +86,7 @@ def linear_logprob_entropy(
     sizes = [target_T.new_full((), size) for size in (rows, tokens)]
     sizes_N2 = gather_counts(torch.stack(sizes), group)
     first, total = sizes_N2[: dist.get_rank(group), 0].sum(), sizes_N2[:, 0].sum()
-    if hidden_TD.device.type == "cpu":
+    if _rows.sees_values(hidden_TD.device):
         _check(sizes_N2)
         check_values(target_T, temperature, int(total), ignore_index)
     none = weight_VD.new_zeros((), dtype=torch.bool)

@@ -92,10 +92,12 @@ def linear_logprob_entropy(
             vocab_group, where no rank knows a row's entropy in time. There is room
             for the first 1 GiB of such rows (256 MiB on a CPU), at most for max_active_rows.
             Backward reads the rows that come before the first one, among those with a gradient,
-            that was not kept.
+            that was not kept. A NaN entropy is not kept, a tensor of NaN keeps none: both are
+            recomputed, and are NaN then.
         max_active_rows: a bound, known to the host, of the rows that will get a gradient: with it
             the Triton backward does not wait for the GPU to count them, and a CUDA graph can hold
-            it. Where more rows get one, it gives NaN, the other backwards a ValueError.
+            it. Where more rows get one, all gradients are NaN; the other backwards raise a
+            ValueError.
         main_grad: fp32 [V, D], to which backward adds the weight's gradient; `weight.grad` then
             stays as it is. With impl="triton" the sum itself is never rounded to 16 bits.
             A frozen weight has no gradient to add: an error.
@@ -123,8 +125,9 @@ def linear_logprob_entropy(
             [0, V); an unknown name in `statistics`; main_grad or vocab_group with impl="reference";
             main_grad with a weight that requires no gradient; keep_logits together with
             keep_logits_above; ranks of vocab_group with different numbers of tokens. On CUDA a bad
-            target or temperature tensor gives that row NaN instead, because the check would
-            synchronise, and that of the numbers of tokens is left out.
+            target or temperature tensor makes that row's outputs NaN instead, and the gradients
+            that come of them, because the check would synchronise; that of the numbers of tokens is
+            left out.
     """
     name = resolve(impl, hidden.device)
     if name == "reference" and main_grad is not None:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import functional
+from . import _rows, functional
 from ._inputs import check_like, check_selection
 from ._ratio_kernel import has_kernel
 from ._shapes import Bool, Float, Int
@@ -16,6 +16,7 @@ from .functional import LogprobEntropy, linear_logprob_entropy
 from .ratio_loss import LOSS_OPTIONS, beyond_kept, ratio_loss
 from .selection import top_entropy_mask
 
+IGNORED = -100
 # On a CPU, of a weight's row: below so many bytes a product of hidden states costs less than the
 # first touch of the memory for its logits.
 LEAST_ROW_BYTES = {"cpu": 2048, "cuda": 0}
@@ -66,7 +67,8 @@ def high_entropy_policy_loss(
         old_logprob: log-probabilities under the sampling policy; None: on-policy, ratio 1.
         advantage: one a token, or one a sequence where target is [B, L].
         mask: the loss mask; false for prompt, padding and tool tokens, which never enter the
-            threshold and on a CPU cost nothing.
+            threshold and on a CPU cost nothing. A target of -100 is no token, whatever the mask
+            says, and enters no count.
         which, scope, group: as in `top_entropy_mask`. With a sequence_group, that is the group
             unless one is given, such as all ranks that hold other tokens.
         loss_options: keywords of `ratio_loss`, all but its entropy, which is the head's: loss_type,
@@ -77,7 +79,8 @@ def high_entropy_policy_loss(
             raises.
         max_active_rows, main_grad: as in `linear_logprob_entropy`. With a bound of the selected
             tokens, such as ceil(fraction * n) of a batch whose n is known to the host, nothing
-            waits for a GPU. More selected tokens than that give NaN there, a ValueError on a CPU.
+            waits for a GPU. More selected tokens than that make the loss and the gradients NaN
+            there, and are a ValueError on a CPU.
 
     Returns:
         The loss, a fp32 scalar, and its metrics, 0-dim tensors without gradient: those of
@@ -85,12 +88,14 @@ def high_entropy_policy_loss(
         the `threshold` given; entropy/kept_mean over the selected tokens; and entropy/mean over
         the mask's, unless `selected` was given.
 
-    An empty mask or selection gives a zero loss with zero gradients.
+    An empty mask or selection gives a zero loss with zero gradients. A NaN entropy is selected in
+    every way but `selected`, and makes the loss and the gradients NaN; so does a `threshold` that
+    is a tensor of NaN.
 
     Raises:
         ValueError: as the functions it is made of; both `selected` and `threshold` given, or one of
-            them together with which, scope or group; which="random" with a vocab_group;
-            scope="sequence" with a sequence_group; an unknown option.
+            them together with which, scope or group; a number of NaN as `threshold`; which="random"
+            with a vocab_group; scope="sequence" with a sequence_group; an unknown option.
     """
     check_selection(selected, threshold, which, scope, group, vocab_group)
     sequence_group = loss_options.get("sequence_group")
@@ -101,6 +106,7 @@ def high_entropy_policy_loss(
         )
     _check_loss_options(loss_options, selected is not None, old_logprob is None)
     check_like(target, mask=mask, selected=selected)
+    mask = mask & (target != IGNORED)
     if threshold is not None:
         threshold = torch.as_tensor(threshold, dtype=torch.float32, device=hidden.device)
     head: dict[str, Any] = {
@@ -118,7 +124,7 @@ def high_entropy_policy_loss(
         found = linear_logprob_entropy(
             hidden,
             weight,
-            target.masked_fill(~mask, -100),
+            target.masked_fill(~mask, IGNORED),
             temperature=temperature,
             keep_logits_above=threshold,
             **head,
@@ -126,7 +132,9 @@ def high_entropy_policy_loss(
     entropy = found.entropy.detach()
     means = {"entropy/mean": mask} if selected is None else {}
     if threshold is not None:
-        selected = mask & (entropy >= threshold)
+        selected = mask & ~(entropy < threshold)
+        poison = torch.where(selected & threshold.isnan(), torch.nan, 1.0)
+        found = found._replace(logprob=found.logprob * poison)
     elif selected is None:
         group = sequence_group if group is None else group
         selected = top_entropy_mask(entropy, mask, fraction, which=which, scope=scope, group=group)
@@ -202,8 +210,9 @@ def _on_rows(
     # Padding rows are zero and point at any token: adding them changes nothing.
     zeros = [x.new_zeros(target.numel()).index_add(0, index_R, x) for x in found[:3]]
     if head["max_active_rows"] is not None:
-        bounded = rows.sum() <= head["max_active_rows"]
-        zeros = [torch.where(bounded, x, torch.nan) for x in zeros]
+        # A factor, which where() would keep from the gradients.
+        poison = torch.where(rows.sum() <= head["max_active_rows"], 1.0, torch.nan)
+        zeros = [x * poison for x in zeros]
     return LogprobEntropy(*(x.reshape(target.shape) for x in zeros))
 
 
@@ -212,9 +221,10 @@ def _compact(rows_T: Tensor, target_T: Tensor, most: int | None) -> tuple[Tensor
     if most is None:
         index_R = rows_T.nonzero().squeeze(1)
         return index_R, target_T[index_R]
-    if not rows_T.is_cuda and (count := int(rows_T.sum())) > most:
+    if _rows.sees_values(rows_T.device) and (count := int(rows_T.sum())) > most:
         raise ValueError(f"max_active_rows is {most}; got {count} selected tokens")
-    most = min(most, rows_T.numel())
+    # At least one, so that what is beyond a bound of 0 has a row to be seen at.
+    most = min(max(most, 1), rows_T.numel())
     index_R = torch.nonzero_static(rows_T, size=most, fill_value=0).squeeze(1)
     real_R = torch.arange(most, device=rows_T.device) < rows_T.sum()
-    return index_R, target_T[index_R].masked_fill(~real_R, -100)
+    return index_R, target_T[index_R].masked_fill(~real_R, IGNORED)

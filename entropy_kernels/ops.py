@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _gpu, _native
+from . import _gpu, _native, _rows
 from ._ops import add_op_namespace_prefix
 from ._rows import MOMENTS, Statistics, check_active_rows, check_values
 from ._torch.linear_logprob_entropy import linear_logprob_entropy as torch_forward
@@ -80,7 +80,7 @@ def _linear_logprob_entropy(
     options: dict[str, Any] = {"moments": moments if statistics else None}
     if keep_above is not None:
         options |= {"keep_above": keep_above, "keep_rows": keep_rows}
-    if hidden.device.type == "cpu":
+    if _rows.sees_values(hidden.device):
         check_values(target, temperature, weight.shape[0], ignore_index)
     with torch.autocast(hidden.device.type, enabled=False):
         found = _FORWARD[impl](

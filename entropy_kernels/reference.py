@@ -167,8 +167,9 @@ def high_entropy_policy_loss(
 ) -> Tensor:
     """Equation 6 of the paper on one batch: select the top entropies, then the clipped loss.
 
-    The selection itself carries no gradient.
+    The selection itself carries no gradient. A target of -100 is no token.
     """
+    mask_T = mask_T & (target_T != -100)
     logprob_T, entropy_T, _ = linear_logprob_entropy(hidden_TD, weight_VD, target_T)
     selected_T = top_entropy_mask(entropy_T.detach(), mask_T, fraction)
     old = None if old_logprob_T is None else old_logprob_T[None]
