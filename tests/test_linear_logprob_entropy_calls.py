@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import entropy_kernels as ek
+from entropy_kernels import _rows
 from tests.head_cases import make
 
 
@@ -160,6 +161,29 @@ def test_values_that_cannot_be_checked_without_synchronising_become_nan():
     found = _torch_forward(h, w, y, None, temperature, None, -100, keep_logits=False)
     assert found.logprob.isnan().nonzero().flatten().tolist() == [2, 5]
     assert found.entropy.isnan().nonzero().flatten().tolist() == [2, 5]
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("output", ["logprob", "entropy", "logsumexp"])
+@pytest.mark.parametrize("wrong", ["target", "temperature"])
+def test_what_becomes_nan_unchecked_is_nan_in_the_gradients(
+    impl, device, output, wrong, monkeypatch
+):
+    """By a gradient that is finite itself: the loss may be of that output alone."""
+    if impl == "cpu":
+        impl = "torch"  # The compiled kernels never run where nothing is checked.
+    monkeypatch.setattr(_rows, "sees_values", lambda device: False)
+    h, w, y = make("peaked", (9, 8, 67), torch.float32, device)
+    temperature = torch.ones(9, device=device)
+    if wrong == "target":
+        y[2] = 67
+    else:
+        temperature[2] = 0.0
+    h, w = h.requires_grad_(), w.requires_grad_()
+    found = ek.linear_logprob_entropy(h, w, y, temperature=temperature, impl=impl)
+    getattr(found, output).sum().backward()
+    assert h.grad.isnan().any(1).nonzero().flatten().tolist() == [2]
+    assert w.grad.isnan().any()
 
 
 def _torch_forward(*args, **kwargs):
