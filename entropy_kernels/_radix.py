@@ -124,6 +124,13 @@ def sketch_kth_largest(counts: Tensor, fraction: float) -> Tensor:
     return torch.where(n > 0, edge, torch.inf)
 
 
+def sketch_count_at_least(counts: Tensor, edge: Tensor) -> Tensor:
+    """How many values of `sketch_histogram` rank at `edge`, of `sketch_kth_largest`, or above."""
+    digit = (sort_keys(edge).to(torch.int64) - SIGN) >> SKETCH_SHIFT
+    above = torch.arange(counts.numel(), device=counts.device) >= digit
+    return torch.where(above, counts, 0).sum()
+
+
 def pick_digit(counts: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
     """The bin in which the k-th largest falls, and its rank within that bin, counted from 1."""
     from_top = counts.flip(0).cumsum(0)
@@ -302,3 +309,30 @@ def keep_threshold(values: Tensor, mask: Tensor | None, threshold: Tensor) -> Te
     """Every valid value that ranks at `threshold` or above; NaN ranks above every number."""
     keep = values.isnan() | (values >= threshold)
     return keep if mask is None else keep & mask
+
+
+def count_at_least(chunks: Sequence[Chunk], threshold: Tensor) -> Tensor:
+    """How many valid values of `chunks` rank at `threshold` or above: 0-dim int64."""
+    count = torch.zeros((), dtype=torch.int64, device=threshold.device)
+    for values, mask in chunks:
+        count = count + torch.count_nonzero(keep_threshold(values, mask, threshold))
+    return count
+
+
+def keep_largest_of_rows(
+    score_BL: Tensor, mask_BL: Tensor | None, fraction: float, ties: str
+) -> Tensor:
+    """The selection in each row, by a sort of keys in which the masked tokens come last."""
+    if score_BL.numel() == 0:
+        return torch.zeros_like(score_BL, dtype=torch.bool)
+    valid_BL = torch.ones_like(score_BL, dtype=torch.bool) if mask_BL is None else mask_BL
+    k_B1 = selected_count(valid_BL.sum(1, keepdim=True), fraction)
+    key_BL = masked_sort_keys(score_BL, mask_BL)
+    sorted_BL = key_BL.sort(dim=1, descending=True).values
+    threshold_B1 = sorted_BL.gather(1, (k_B1 - 1).clamp_min(0))
+    above_BL = key_BL > threshold_B1
+    equal_BL = valid_BL & (key_BL == threshold_B1)
+    if ties == "threshold":
+        return above_BL | equal_BL
+    quota_B1 = k_B1 - above_BL.sum(1, keepdim=True)
+    return above_BL | (equal_BL & (equal_BL.cumsum(1) <= quota_B1))

@@ -6,6 +6,7 @@ numbers of each sequence, or of a sharded head numbers of each token; masks and 
 rank.
 """
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +15,13 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from ._shapes import Bool, Float, Int
+
+# How the metrics of parts join, by name: these add up, keep the largest or the smallest, or are
+# means over the tokens of the mask; all others are means over the kept tokens.
+_SUMS = ("loss", "tokens/all", "tokens/kept", "head/active_rows")
+_LARGEST = ("ratio/max", "mismatch/max_ratio")
+_SMALLEST = ("entropy/threshold",)
+_OF_THE_MASK = ("entropy/mean", "entropy/kept_fraction")
 
 
 def all_reduce_sum(tensor: Tensor, group: ProcessGroup | None) -> Tensor:
@@ -58,13 +66,32 @@ def all_reduce_max(tensor: Float[Tensor, "*shape"], group: ProcessGroup) -> Floa
     return largest
 
 
+def all_reduce_mean(
+    tensor: Float[Tensor, "*shape"] | Int[Tensor, "*shape"], group: ProcessGroup | None
+) -> Float[Tensor, "*shape"]:
+    """The sum of `tensor` over the ranks of `group`, divided by their number: fp64, equal on all.
+
+    `tensor` as in `all_reduce_sum`. No gradient flows.
+    """
+    return all_reduce_sum(tensor.detach(), group).double() / world_size(group)
+
+
+def world_size(group: ProcessGroup | None) -> int:
+    """The number of ranks of `group`; 1 without one."""
+    return 1 if group is None else dist.get_world_size(group)
+
+
 def gather_counts(counts: Int[Tensor, "..."], group: ProcessGroup) -> Int[Tensor, "..."]:
     """The `counts` of every rank of `group`, in the order of ranks: one dimension more.
 
     An all-reduce of one int64 a count and rank.
     """
-    gathered = counts.new_zeros((dist.get_world_size(group), *counts.shape), dtype=torch.int64)
-    gathered[dist.get_rank(group)] = counts
+    return _gather(counts.to(torch.int64), group)
+
+
+def _gather(tensor: Tensor, group: ProcessGroup) -> Tensor:
+    gathered = tensor.new_zeros((dist.get_world_size(group), *tensor.shape))
+    gathered[dist.get_rank(group)] = tensor
     return all_reduce_sum(gathered, group)
 
 
@@ -79,11 +106,97 @@ def rank_offset(count: Int[Tensor, ""], group: ProcessGroup | None) -> Int[Tenso
 
 
 def global_count(
-    mask: Bool[Tensor, "*shape"], group: ProcessGroup | None = None
+    mask: Bool[Tensor, "..."] | Sequence[Bool[Tensor, "..."]], group: ProcessGroup | None = None
 ) -> Int[Tensor, ""]:
-    """The number of true elements of `mask` over all ranks, int64: a loss's denominator.
+    """The number of true elements of `mask` over all ranks, int64.
 
-    Dividing each rank's sum by it makes a sharded or accumulated loss the mean over all tokens. An
-    all-reduce of one int64.
+    Args:
+        mask: bool of any shape, or a sequence of them, such as those of a step's micro-batches;
+            at least one. A rank without a token gives an empty one.
+        group: every rank calls; an all-reduce of one int64. None: this process alone.
+
+    A loss's denominator where gradients are summed over ranks. DDP and FSDP2 average them: there it
+    is `mean_count`.
+
+    Raises:
+        ValueError: no mask, or one that is not bool.
     """
-    return all_reduce_sum(torch.count_nonzero(mask), group)
+    masks = [mask] if isinstance(mask, Tensor) else list(mask)
+    if not masks:
+        raise ValueError("mask must be a bool tensor or at least one of them; got none")
+    for each in masks:
+        if each.dtype != torch.bool:
+            raise ValueError(f"mask must be torch.bool; got {each.dtype}")
+    return all_reduce_sum(torch.stack([torch.count_nonzero(each) for each in masks]).sum(), group)
+
+
+def mean_count(
+    mask: Bool[Tensor, "..."] | Sequence[Bool[Tensor, "..."]], group: ProcessGroup | None = None
+) -> Float[Tensor, ""]:
+    """`global_count` divided by the number of ranks: a loss's denominator under DDP and FSDP2.
+
+    They average gradients over the W ranks. With N = `global_count` and each rank's sum S_r over
+    all of its micro-batches divided by N / W, the average is that of one process on all tokens:
+
+        1 / W * sum_r S_r / (N / W) = sum_r S_r / N
+
+    Arguments and errors are those of `global_count`. Give the masks of all micro-batches of the
+    optimizer step at once, and the result to each of them as `denominator=`; of `mask.any(1)` it is
+    `num_sequences=`. Returns a 0-dim fp64, 0 where no element is true.
+    """
+    return global_count(mask, group).double() / world_size(group)
+
+
+def join_metrics(
+    parts: Sequence[Mapping[str, Tensor]],
+    group: ProcessGroup | None = None,
+    *,
+    kl_on: str = "kept",
+) -> dict[str, Float[Tensor, ""]]:
+    """The metrics of a whole step, from those of its micro-batches and of the ranks of `group`.
+
+    Counts add up, ratio/max and mismatch/max_ratio are the largest, entropy/threshold is the
+    lowest; entropy/mean is the mean over all tokens of the mask, every other one that over the kept
+    tokens, whatever their division. So each is that of one call on all tokens.
+
+    Args:
+        parts: what `ratio_loss` or `high_entropy_policy_loss` returned for each micro-batch of this
+            rank, at least one, maybe without a token. Values of your own under other names are
+            means over the kept tokens; "loss", added up over micro-batches and averaged over ranks,
+            is the step's loss where denominators are the mean count per rank.
+        group: every rank calls, with the same names; an all-reduce of 8 bytes a metric and rank.
+        kl_on: that of the loss: the tokens that kl/reference is the mean of.
+
+    Returns 0-dim fp64 tensors; nothing waits for a GPU.
+
+    Raises:
+        ValueError: no part.
+    """
+    if not parts:
+        raise ValueError("parts must be the metrics of at least one micro-batch; got none")
+    joined = _join(parts, kl_on)
+    if group is None:
+        return joined
+    rows = _gather(torch.stack(list(joined.values())), group)
+    joined = _join([dict(zip(joined, row, strict=True)) for row in rows], kl_on)
+    if "loss" in joined:
+        joined["loss"] = joined["loss"] / len(rows)
+    return joined
+
+
+def _join(parts: Sequence[Mapping[str, Tensor]], kl_on: str) -> dict[str, Tensor]:
+    of_the_mask = (*_OF_THE_MASK, "kl/reference") if kl_on == "all" else _OF_THE_MASK
+    columns = {name: torch.stack([p[name].detach().double() for p in parts]) for name in parts[0]}
+    joined = {}
+    for name, values in sorted(columns.items()):
+        if name in _SUMS:
+            joined[name] = values.sum()
+        elif name in _LARGEST:
+            joined[name] = values.amax()
+        elif name in _SMALLEST:
+            joined[name] = values.amin()
+        else:
+            counts = columns["tokens/all" if name in of_the_mask else "tokens/kept"]
+            total = torch.where(counts > 0, values * counts, 0.0).sum()
+            joined[name] = total / counts.sum().clamp_min(1)
+    return joined

@@ -22,21 +22,23 @@ from torch.distributed import ProcessGroup
 from ._radix import (
     SKETCH_BITS,
     Chunk,
+    count_at_least,
     keep_largest,
+    keep_largest_of_rows,
     keep_threshold,
     kth_largest,
-    masked_sort_keys,
-    selected_count,
+    sketch_count_at_least,
     sketch_histogram,
     sketch_kth_largest,
 )
 from ._shapes import Bool, Float, Int
-from .distributed import all_reduce_sum, rank_offset
+from .distributed import all_reduce_sum, rank_offset, world_size
 
 SCOPES = ("batch", "sequence")
 WHICH = ("top", "bottom", "random")
 TIES = ("exact", "threshold")
 MODES = ("exact", "sketch")
+COUNTS = ("selected", "all")
 
 
 def entropy_threshold(
@@ -106,7 +108,7 @@ def top_entropy_mask(
     _check_options(entropy, scope, which, ties, group, generator)
     score = _score(entropy.detach(), which, generator)
     if scope == "sequence":
-        return _top_of_rows(score, mask, fraction, ties)
+        return keep_largest_of_rows(score, mask, fraction, ties)
     values, valid = _flat(score, mask)
     kth = kth_largest([(values, valid)], fraction, group)
     if ties == "threshold":
@@ -130,9 +132,9 @@ class StreamingThreshold:
             the sign, the exponent and 10 bits of the mantissa, 4 MB whatever the number of tokens,
             and returns the lower edge of the bin of the exact threshold t:
             t * (1 - 2**-10) <= value <= t for a normal t >= 0, so at least k tokens pass.
-        group: every rank calls `value` and `mask` in the same order, between the same updates. A
-            rank without a token may skip `update`. Exact mode sums three histograms, 40 KB, and
-            sketch mode one of 4 MB.
+        group: every rank calls `value`, `mask` and the counts in the same order, between the same
+            updates. A rank without a token may skip `update`. Exact mode sums three histograms,
+            40 KB, and sketch mode one of 4 MB; the counts are two int64 more.
         device: of the tokens, and of what a rank without one gives to the collectives; name it for
             NCCL. None: that of the last tokens, also after `reset`, at first torch's default.
 
@@ -162,6 +164,7 @@ class StreamingThreshold:
         self._chunks: list[Chunk] = []
         self._histogram: Tensor | None = None
         self._value: Tensor | None = None
+        self._totals: Tensor | None = None
 
     def update(
         self, entropy: Float[Tensor, "*shape"], mask: Bool[Tensor, "*shape"] | None = None
@@ -177,7 +180,7 @@ class StreamingThreshold:
                 f"entropy must be on {self._device}, {why}, but is on {entropy.device}"
             )
         values, valid = _flat(entropy, mask)
-        self._value = None
+        self._value = self._totals = None
         if self.mode == "sketch":
             counts = sketch_histogram(values, valid)
             self._histogram = counts if self._histogram is None else self._histogram + counts
@@ -219,6 +222,33 @@ class StreamingThreshold:
         self._takes(entropy.device)
         values, valid = _flat(entropy, mask)
         return keep_threshold(values, valid, self.value()).view(entropy.shape)
+
+    def kept_count(self) -> Int[Tensor, ""]:
+        """How many tokens of all updates and ranks `mask` keeps, ties included; as `value`."""
+        return self._over_ranks()[0]
+
+    def denominator(self, count: str = "selected") -> Float[Tensor, ""]:
+        """What each micro-batch's loss is divided by where DDP or FSDP2 averages gradients.
+
+        N / W of the W ranks of `group`, N the step's tokens on all of them: those that `mask` keeps
+        ("selected"), or the valid ones ("all"). The gradient is then that of one process on all
+        tokens at once; see `distributed.mean_count`. Where gradients are summed it is N itself.
+        0-dim fp64, 0 without a token; collective, as `value`. Another `count` is a ValueError.
+        """
+        if count not in COUNTS:
+            raise ValueError(f"count must be one of {', '.join(COUNTS)}; got {count!r}")
+        return self._over_ranks()[COUNTS.index(count)].double() / world_size(self.group)
+
+    def _over_ranks(self) -> Int[Tensor, "2"]:
+        """The kept and the valid tokens of all ranks."""
+        if self._totals is None:
+            value = self.value()
+            if self.mode == "sketch":
+                kept = sketch_count_at_least(self._counts(), value)
+            else:
+                kept = count_at_least(self._chunks, value)
+            self._totals = all_reduce_sum(torch.stack([kept, self.count]), self.group)
+        return self._totals
 
     def state_dict(self) -> dict[str, Any]:
         """What `load_state_dict` needs to go on from here: tensors, a number and a string."""
@@ -279,23 +309,6 @@ def _score(entropy: Tensor, which: str, generator: Generator | None) -> Tensor:
         )
         return lot.masked_fill(entropy.isnan(), torch.nan)
     return -entropy if which == "bottom" else entropy
-
-
-def _top_of_rows(score_BL: Tensor, mask_BL: Tensor | None, fraction: float, ties: str) -> Tensor:
-    """The selection in each row, by a sort of keys in which the masked tokens come last."""
-    if score_BL.numel() == 0:
-        return torch.zeros_like(score_BL, dtype=torch.bool)
-    valid_BL = torch.ones_like(score_BL, dtype=torch.bool) if mask_BL is None else mask_BL
-    k_B1 = selected_count(valid_BL.sum(1, keepdim=True), fraction)
-    key_BL = masked_sort_keys(score_BL, mask_BL)
-    sorted_BL = key_BL.sort(dim=1, descending=True).values
-    threshold_B1 = sorted_BL.gather(1, (k_B1 - 1).clamp_min(0))
-    above_BL = key_BL > threshold_B1
-    equal_BL = valid_BL & (key_BL == threshold_B1)
-    if ties == "threshold":
-        return above_BL | equal_BL
-    quota_B1 = k_B1 - above_BL.sum(1, keepdim=True)
-    return above_BL | (equal_BL & (equal_BL.cumsum(1) <= quota_B1))
 
 
 def _check_tokens(entropy: Tensor, mask: Tensor | None) -> None:

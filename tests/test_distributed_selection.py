@@ -39,6 +39,9 @@ def select(entropy, mask, group):
         for part in range(2 if len(entropy) else 0):
             streaming.update(entropy[part::2], mask[part::2])
         results[mode] = streaming.value()
+        results[f"{mode}, kept"] = streaming.kept_count()
+        results[f"{mode}, denominators"] = streaming.denominator(), streaming.denominator("all")
+        results[f"{mode}, mask"] = streaming.mask(entropy, mask)
     results["count"] = distributed.global_count(mask, group)
     return results
 
@@ -115,6 +118,19 @@ def test_every_rank_has_the_threshold_of_one_process(ranks, kind):
     for rank in ranks:
         for name in ("threshold", "exact", "sketch", "count"):
             assert torch.equal(rank[kind][name], one[name]), name
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("mode", ["exact", "sketch"])
+def test_counts_of_the_step_are_those_of_all_ranks(ranks, kind, mode):
+    kept = sum(rank[kind][f"{mode}, mask"].sum() for rank in ranks)
+    valid = tokens_of(kind, sum(SHARES[len(ranks)]))[1].sum()
+    if kind == "tied":
+        assert kept > -(-valid // 5)
+    for rank in ranks:
+        assert rank[kind][f"{mode}, kept"] == kept
+        means = torch.stack(rank[kind][f"{mode}, denominators"])
+        assert torch.equal(means, torch.stack([kept, valid]).double() / len(ranks))
 
 
 @pytest.mark.parametrize("kind", KINDS)

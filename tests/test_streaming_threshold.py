@@ -101,7 +101,7 @@ def test_sketch_of_special_values(entropy, value):
 def test_without_a_token(mode):
     threshold = StreamingThreshold(mode=mode)
     assert threshold.value() == INF
-    assert threshold.count == 0
+    assert threshold.count == threshold.kept_count() == threshold.denominator("all") == 0
     threshold.update(torch.empty(0, 5))
     threshold.update(torch.rand(3), torch.zeros(3, dtype=torch.bool))
     assert threshold.value() == INF
@@ -120,6 +120,25 @@ def test_mask_is_the_indicator_of_the_paper(mode):
     assert keep[0, 0]
     # Small integers are edges of the sketch's bins.
     assert threshold.value() == entropy_threshold(entropy, valid)
+
+
+@settings(deadline=None, max_examples=50)
+@given(
+    entropies=st.lists(ENTROPIES | st.floats(width=32), max_size=40),
+    fraction=st.sampled_from([0.2, 0.55, 1.0]),
+    mode=st.sampled_from(MODES),
+)
+def test_kept_count_is_that_of_the_masks(entropies, fraction, mode):
+    entropy = torch.tensor(entropies, dtype=torch.float32)
+    valid = torch.arange(len(entropies)) % 3 != 1
+    parts = list(zip(entropy.split(7), valid.split(7), strict=True))
+    threshold = accumulate(parts, fraction=fraction, mode=mode)
+    kept = sum(threshold.mask(*part).sum() for part in parts)
+    assert threshold.kept_count() == threshold.denominator() == kept
+    assert threshold.denominator("all") == valid.sum()
+    threshold.update(torch.ones(2))
+    assert threshold.denominator("all") == valid.sum() + 2
+    assert threshold.denominator().dtype == torch.float64
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -249,6 +268,8 @@ def test_bad_arguments():
     ):
         StreamingThreshold(mode="fast")
     threshold = accumulate([(torch.rand(3), None)])
+    with pytest.raises(ValueError, match="count must be one of selected, all; got 'kept'"):
+        threshold.denominator("kept")
     for call in (threshold.update, threshold.mask):
         with pytest.raises(
             ValueError, match=r"entropy must be torch.float32, but is torch.float64"
