@@ -157,6 +157,28 @@ def check_aggregation(
         )
 
 
+def counts_left(
+    loss_type: str | Callable[..., Tensor] = "dapo",
+    aggregation: str | None = None,
+    denominator: str | float | Tensor = "selected",
+    num_sequences: float | Tensor | None = None,
+    **_: Any,
+) -> bool:
+    """Whether options of `ratio_loss` leave it tokens or sequences to count."""
+    if (aggregation or find_loss(loss_type)[1]) == "token-mean":
+        return isinstance(denominator, str)
+    return num_sequences is None
+
+
+def check_group(group: object, **options: Any) -> None:
+    if group is not None and not counts_left(**options):
+        given = {name: options[name] for name in ("denominator", "num_sequences")}
+        raise ValueError(
+            "group is for counts that are left to the loss; one that is given has to be the mean "
+            f"count per rank already (distributed.mean_count), without group; got {given}"
+        )
+
+
 def check_terms(
     reference_logprob: Tensor | None,
     kl_coef: float | Tensor,

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from . import _rows, functional
 from ._inputs import check_like, check_selection
+from ._loss_options import counts_left
 from ._ratio_kernel import has_kernel
 from ._shapes import Bool, Float, Int
 from .functional import LogprobEntropy, linear_logprob_entropy
@@ -69,8 +70,13 @@ def high_entropy_policy_loss(
         mask: the loss mask; false for prompt, padding and tool tokens, which never enter the
             threshold and on a CPU cost nothing. A target of -100 is no token, whatever the mask
             says, and enters no count.
-        which, scope, group: as in `top_entropy_mask`. With a sequence_group, that is the group
-            unless one is given, such as all ranks that hold other tokens.
+        which, scope: as in `top_entropy_mask`.
+        group: the ranks that hold other tokens, over which DDP or FSDP2 averages gradients. The
+            tokens are selected among those of all, and what is left to be counted is the mean count
+            per rank of it, as in `ratio_loss`: the average is the loss, and the gradient, of one
+            process. A number as `denominator` or `num_sequences` is taken as it is. Metrics are of
+            this rank; `distributed.join_metrics` joins them. Without it, tokens are selected among
+            those of the sequence_group, if there is one.
         loss_options: keywords of `ratio_loss`, all but its entropy, which is the head's: loss_type,
             clip_low, clip_high, dual_clip, sequence_over, aggregation, denominator, num_sequences,
             sequence_group, token_weight, sampler_logprob, correction, correction_cap,
@@ -94,10 +100,14 @@ def high_entropy_policy_loss(
 
     Raises:
         ValueError: as the functions it is made of; both `selected` and `threshold` given, or one of
-            them together with which, scope or group; a number of NaN as `threshold`; which="random"
+            them together with which, scope, or a group that has nothing to count; a number of NaN
+            as `threshold`; which="random"
             with a vocab_group; scope="sequence" with a sequence_group; an unknown option.
     """
-    check_selection(selected, threshold, which, scope, group, vocab_group)
+    mean_group = group if counts_left(**loss_options) else None
+    check_selection(
+        selected, threshold, which, scope, None if group is mean_group else group, vocab_group
+    )
     sequence_group = loss_options.get("sequence_group")
     if sequence_group is not None and scope == "sequence":
         raise ValueError(
@@ -137,6 +147,8 @@ def high_entropy_policy_loss(
         found = found._replace(logprob=found.logprob * poison)
     elif selected is None:
         group = sequence_group if group is None else group
+        # A sequence lives on one rank: the group is for the counts alone.
+        group = None if scope == "sequence" and mean_group is not None else group
         selected = top_entropy_mask(entropy, mask, fraction, which=which, scope=scope, group=group)
 
     loss, metrics = ratio_loss(
@@ -146,6 +158,7 @@ def high_entropy_policy_loss(
         mask,
         selected=selected,
         entropy=found.entropy,
+        group=mean_group,
         impl=_loss_impl(impl, loss_options),
         **loss_options,
     )

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from ._shapes import Bool, Float
-from .distributed import all_reduce_sum, sum_over_ranks
+from .distributed import all_reduce_mean, all_reduce_sum, sum_over_ranks, world_size
 
 # |log ratio| is clamped here before exp, as verl does; beyond, the ratio is meaningless.
 LOG_RATIO_BOUND = 20.0
@@ -274,30 +274,37 @@ def aggregation_weight(
     num_sequences: float | Tensor | None,
     dtype: torch.dtype,
     group: ProcessGroup | None = None,
+    mean_group: ProcessGroup | None = None,
 ) -> Float[Tensor, " B"]:
     """What the sum of a sequence's token losses is multiplied with; [1] for "token-mean".
 
     1 / count; 1 / (own count x sequences); 1 / sequences; 1 / (length x sequences). Counts are
-    those of the sequences as a whole, which the ranks of `group` share.
+    those of the sequences as a whole, which the ranks of `group` share. With a `mean_group`, which
+    has those of `group` in it, tokens and sequences counted here are the mean count per rank.
     """
     if aggregation == "token-mean":
-        if isinstance(denominator, str):
+        if isinstance(denominator, str) and mean_group is not None:
+            denominator = all_reduce_mean(counted.sum(), mean_group)
+        elif isinstance(denominator, str):
             denominator = all_reduce_sum(counted.sum(), group)
-        return 1 / _at_least_one(denominator, mask.device, dtype)
+        return 1 / _not_zero(denominator, mask.device, dtype)
     if num_sequences is None:
         num_sequences = (all_reduce_sum(mask.sum(1), group) > 0).sum()
-    sequences = _at_least_one(num_sequences, mask.device, dtype)
+        if mean_group is not None:
+            num_sequences = all_reduce_mean(num_sequences, mean_group) / world_size(group)
+    sequences = _not_zero(num_sequences, mask.device, dtype)
     if aggregation == "seq-mean-token-mean":
         return 1 / (all_reduce_sum(counted.sum(1), group).clamp_min(1) * sequences)
     if aggregation == "seq-mean-token-sum-norm" and not isinstance(denominator, str):
-        sequences = sequences * _at_least_one(denominator, mask.device, dtype)
+        sequences = sequences * _not_zero(denominator, mask.device, dtype)
     return (1 / sequences).repeat(mask.shape[0])
 
 
-def _at_least_one(count: float | Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """[1]; a number stays what it is."""
+def _not_zero(count: float | Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """[1]; 1 in place of 0. A mean count per rank may lie between."""
     if isinstance(count, Tensor):
-        return count.detach().to(device, dtype).clamp_min(1).reshape(1)
+        count = count.detach().to(device, dtype).reshape(1)
+        return count.masked_fill(count <= 0, 1)
     return torch.full((1,), count, device=device, dtype=dtype)
 
 

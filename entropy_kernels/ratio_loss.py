@@ -15,6 +15,7 @@ from torch.distributed import ProcessGroup
 from ._loss_options import (
     check_aggregation,
     check_correction,
+    check_group,
     check_loss,
     check_tensors,
     check_terms,
@@ -42,6 +43,7 @@ def ratio_loss(
     aggregation: str | None = None,
     denominator: str | float | Tensor = "selected",
     num_sequences: float | Tensor | None = None,
+    group: ProcessGroup | None = None,
     sequence_group: ProcessGroup | None = None,
     token_weight: Float[Tensor, "*tokens"] | Bool[Tensor, "*tokens"] | None = None,
     sampler_logprob: Float[Tensor, "*tokens"] | None = None,
@@ -97,10 +99,15 @@ def ratio_loss(
         aggregation: None for the loss's own, or "token-mean", "seq-mean-token-mean",
             "seq-mean-token-sum", "seq-mean-token-sum-norm" (verl's names).
         denominator: "selected" (paper v2 and its code), "all" tokens of the mask (paper v1, TRL),
-            or for "token-mean" a count: that of the whole step, so that the sum over micro-batches
-            and ranks equals one batch. For "seq-mean-token-sum-norm" the constant length.
-        num_sequences: for the aggregations over sequences, their number in the whole step, to the
-            same end; None: those with a token of the loss mask.
+            or for "token-mean" what this call's sum is divided by: the count of the whole step, so
+            that the sum over micro-batches equals one batch. Where DDP or FSDP2 averages gradients
+            over ranks it is the mean count per rank: `StreamingThreshold.denominator`,
+            `distributed.mean_count`. For "seq-mean-token-sum-norm" the constant length.
+        num_sequences: for the aggregations over sequences, their number in the whole step, or its
+            mean per rank, likewise; None: those with a token of the loss mask.
+        group: the ranks over which DDP or FSDP2 averages gradients, those of sequence_group among
+            them. What is left to be counted here becomes the mean count per rank: the averages are
+            the loss and the gradient of one process. Every rank calls, also one without a token.
         sequence_group: a process group whose ranks share the sequences: each holds a part, maybe
             none, of the tokens of the same B sequences in the same order. Counts that are left to
             this function, and what is summed over a sequence, are those of whole sequences; the
@@ -144,6 +151,7 @@ def ratio_loss(
     aggregation, over = aggregation or own_aggregation, sequence_over or own_over
     clip: dict[str, Any] = {"clip_low": clip_low, "clip_high": clip_high, "dual_clip": dual_clip}
     bounds = correction_cap, correction_floor
+    counts: dict[str, Any] = {"denominator": denominator, "num_sequences": num_sequences}
     check_tensors(
         logprob,
         {"mask": mask, "selected": selected},
@@ -157,7 +165,8 @@ def ratio_loss(
         clip_high=clip_high,
     )
     check_loss(logprob, loss_type, sequence_over, own_over is not None, clip)
-    check_aggregation(logprob, loss_type, aggregation, denominator, num_sequences)
+    check_aggregation(logprob, loss_type, aggregation, **counts)
+    check_group(group, aggregation=aggregation, **counts)
     check_correction(logprob, loss_type, sampler_logprob, correction, *bounds)
     check_terms(reference_logprob, kl_coef, kl_type, kl_on, entropy, entropy_coef, entropy_on)
     dtype = torch.float64 if logprob.dtype == torch.float64 else torch.float32
@@ -173,10 +182,10 @@ def ratio_loss(
         aggregation_weight,
         aggregation,
         mask,
-        denominator=denominator,
-        num_sequences=num_sequences,
+        **counts,
         dtype=dtype,
         group=sequence_group,
+        mean_group=group,
     )
     counted = mask if isinstance(denominator, str) and denominator == "all" else kept
     tokens = {"kept": (kept, scale(counted=counted))}
@@ -209,7 +218,7 @@ def ratio_loss(
 # What callers that select tokens and have the head's entropy themselves forward to ratio_loss.
 LOSS_OPTIONS = frozenset(
     p.name for p in inspect.signature(ratio_loss).parameters.values() if p.kind is p.KEYWORD_ONLY
-) - {"selected", "entropy", "impl"}
+) - {"selected", "entropy", "group", "impl"}
 
 
 def beyond_kept(

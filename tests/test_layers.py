@@ -36,7 +36,8 @@ ALLOWED = {
     "_token_logprobs": {"_inputs", "_rows", "_torch", "ops"},
     "functional": {"_inputs", "_vocab_parallel", "ops", "reference"},
     "high_entropy_policy_loss": {
-        *("_inputs", "_ratio_kernel", "_rows", "functional", "ratio_loss", "selection"),
+        *("_inputs", "_loss_options", "_ratio_kernel", "_rows"),
+        *("functional", "ratio_loss", "selection"),
     },
     "nn": {"high_entropy_policy_loss", "ratio_loss"},
     "testing": {"_gpu", "_native", "ops", "reference"},
