@@ -14,7 +14,10 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 from torch.multiprocessing import spawn
 
-pytest.importorskip("transformers", reason="the example's model is one of them")
+import entropy_kernels as ek
+
+for package in ("transformers", "accelerate"):
+    pytest.importorskip(package, reason="the example's model, and another loop of it")
 
 ROOT = Path(__file__).parents[1]
 EXAMPLE = ROOT / "examples" / "several_ranks.py"
@@ -49,6 +52,29 @@ def steps(fsdp, count, group):
     return found, sum(not part["mask"].any() for part in parts)
 
 
+def by_accelerate(count):
+    """The first of `steps`, in accelerate's loop, whose backward divides by the micro-batches."""
+    from accelerate import Accelerator
+
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=count)
+    rank, ranks = accelerator.process_index, accelerator.num_processes
+    model = example().build_model(accelerator.device)
+    example().patch_lm_head(model)
+    model = accelerator.prepare(model)
+    parts = example().micro_batches(rank, ranks, count, accelerator.device)
+    denominator = example().score(model, parts, dist.group.WORLD)
+    for part in parts:
+        with accelerator.accumulate(model):
+            out = model(part["tokens"], target=part["target"])
+            rollouts = part["old_logprob"], part["advantage"], part["mask"]
+            kept = {"selected": part["keep"], "denominator": denominator}
+            loss, _ = ek.ratio_loss(out.logprob, *rollouts, **kept)
+            accelerator.backward(loss * accelerator.gradient_accumulation_steps)
+    assert ranks == 2
+    assert accelerator.sync_gradients
+    return {name.removeprefix("module."): p.grad for name, p in model.named_parameters()}
+
+
 def on_rank(rank, folder, ranks):
     torch.set_num_threads(1)
     store = dist.FileStore(f"{folder}/store", ranks)
@@ -56,6 +82,12 @@ def on_rank(rank, folder, ranks):
     try:
         cases = [case[1:] for case in CASES if case[0] == ranks]
         found = {case: steps(*case, dist.group.WORLD) for case in cases}
+        if ranks == 2:
+            # The group is there: accelerate asks for its place, and uses no address.
+            place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks}
+            place |= {"MASTER_ADDR": "none", "MASTER_PORT": 0, "LOCAL_WORLD_SIZE": ranks}
+            os.environ |= {name: str(value) for name, value in place.items()}
+            torch.save(by_accelerate(3), f"{folder}/accelerate.pt")
         torch.save(found, f"{folder}/{rank}.pt")
     finally:
         dist.destroy_process_group()
@@ -67,13 +99,18 @@ def alone():
 
 
 @pytest.fixture(scope="module", params=[2, 3], ids="{}-ranks".format)
-def ranks(request, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("ranks")
+def folder(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp(f"{request.param}-ranks")
     spawn(on_rank, args=(str(folder), request.param), nprocs=request.param)
-    return [torch.load(folder / f"{rank}.pt") for rank in range(request.param)]
+    return folder
 
 
-def test_every_update_is_that_of_one_process(ranks, alone):
+@pytest.fixture(scope="module")
+def ranks(folder):
+    return [torch.load(folder / f"{rank}.pt") for rank in range(int(folder.name[0]))]
+
+
+def test_every_update_is_that_of_one_process(folder, ranks, alone):
     cases = ranks[0].keys()
     assert {(len(ranks), *case) for case in cases} == {c for c in CASES if c[0] == len(ranks)}
     for case in cases:
@@ -81,21 +118,26 @@ def test_every_update_is_that_of_one_process(ranks, alone):
         for rank in ranks:
             for got, want in zip(rank[case][0], alone, strict=True):
                 check(got, want, case)
+    accelerated = folder / "accelerate.pt"
+    assert accelerated.exists() == (len(ranks) == 2)
+    if accelerated.exists():
+        check_gradients(torch.load(accelerated), alone[0][1], "accelerate")
 
 
 def check(got, want, case):
     """Metrics and the gradient to 1e-6; each of its tensors, some of which cancel, to 2e-6."""
-    (metrics, grads), (want_metrics, want_grads) = got, want
-    assert metrics.keys() == want_metrics.keys()
-    for name, value in want_metrics.items():
-        torch.testing.assert_close(
-            metrics[name], value, rtol=1e-6, atol=1e-7, msg=f"{case}: {name}"
-        )
-    assert grads.keys() == want_grads.keys()
-    norm = torch.nn.utils.get_total_norm(want_grads.values())
-    errors = {name: (grads[name] - grad).norm() for name, grad in want_grads.items()}
+    assert got[0].keys() == want[0].keys()
+    for name, value in want[0].items():
+        torch.testing.assert_close(got[0][name], value, rtol=1e-6, atol=1e-7, msg=f"{case}: {name}")
+    check_gradients(got[1], want[1], case)
+
+
+def check_gradients(got, want, case):
+    assert got.keys() == want.keys()
+    errors = {name: (got[name] - grad).norm() for name, grad in want.items()}
+    norm = torch.nn.utils.get_total_norm(want.values())
     assert torch.stack([*errors.values()]).norm() <= 1e-6 * norm, case
-    for name, grad in want_grads.items():
+    for name, grad in want.items():
         assert errors[name] <= 2e-6 * grad.norm(), f"{case}: {name}"
 
 
