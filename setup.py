@@ -1,23 +1,44 @@
 """Builds the compiled extensions of csrc/ with CMake; metadata is in pyproject.toml.
 
-A machine without a C++ compiler gets the package without them. A compiler that fails on our
-sources fails the installation.
+A machine without a C++ compiler gets the package without them, and with the reason in a file: pip
+shows nothing of what a build prints. A compiler that fails on our sources fails the installation.
+
+What is built lies in a folder of its own, so nothing of an earlier build gets into a later one, and
+sources that cannot be written to can be installed.
 """
 
+import atexit
+import importlib.util
 import os
 import shlex
 import shutil
 import subprocess
 import sys
 import sysconfig
+import tempfile
 from pathlib import Path
+from types import ModuleType
 
 import pybind11
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
+PACKAGE = ROOT / "entropy_kernels"
 COMPILERS = ("c++", "g++", "clang++", "cl")
+
+
+def load(path: Path) -> ModuleType:
+    """A module of the package without the package, which needs torch."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+record = load(PACKAGE / "_build_record.py")
 
 
 class CMakeExtension(Extension):
@@ -31,19 +52,25 @@ class CMakeBuild(build_ext):
     """Configures and builds one CMake target an extension."""
 
     def build_extension(self, ext: CMakeExtension) -> None:
+        output = Path(self.get_ext_fullpath(ext.name)).resolve().parent
         why = why_not_buildable()
         if why is not None:
             print(f"{ext.name} is not built: {why}", file=sys.stderr)
+            output.mkdir(parents=True, exist_ok=True)
+            (output / record.NOT_BUILT).write_text(
+                f"the machine that installed the package had {why}; install it again with that, "
+                "and with pip's --force-reinstall --no-cache-dir\n"
+            )
             # setuptools copies an editable install's extensions unless they are optional and absent
             ext.optional = True
             return
-        output = Path(self.get_ext_fullpath(ext.name)).resolve().parent
         build = Path(self.build_temp).resolve()
         definitions = {
             "CMAKE_BUILD_TYPE": "Release",
             "CMAKE_LIBRARY_OUTPUT_DIRECTORY": output,
             "Python_EXECUTABLE": sys.executable,
             "pybind11_DIR": pybind11.get_cmake_dir(),
+            "EK_SOURCES": record.digest(ROOT),
         }
         arguments = [f"-D{name}={value}" for name, value in definitions.items()]
         # --fresh: an isolated build's cmake and ninja are gone by the next one
@@ -51,6 +78,17 @@ class CMakeBuild(build_ext):
         subprocess.run(configure + arguments, check=True)
         target = ext.name.rpartition(".")[2]
         subprocess.run(["cmake", "--build", str(build), "--target", target], check=True)
+
+    def copy_extensions_to_source(self) -> None:
+        """What this build made of each extension, and nothing that an earlier one made."""
+        super().copy_extensions_to_source()
+        built = Path(self.build_lib) / PACKAGE.name
+        extensions = [Path(self.get_ext_filename(ext.name)).name for ext in self.extensions]
+        for name in (record.NOT_BUILT, *extensions):
+            if (built / name).exists():
+                shutil.copyfile(built / name, PACKAGE / name)
+            else:
+                (PACKAGE / name).unlink(missing_ok=True)
 
 
 def why_not_buildable() -> str | None:
@@ -66,7 +104,16 @@ def why_not_buildable() -> str | None:
     return None
 
 
+def outside_of_the_sources() -> dict[str, dict[str, str]]:
+    """Options of setuptools' commands: where they write."""
+    folder = tempfile.mkdtemp(prefix="entropy-kernels-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    metadata = str(ROOT) if os.access(ROOT, os.W_OK) else folder
+    return {"build": {"build_base": folder}, "egg_info": {"egg_base": metadata}}
+
+
 setup(
+    options=outside_of_the_sources(),
     ext_modules=[CMakeExtension("entropy_kernels._cpu")],
     cmdclass={"build_ext": CMakeBuild},
 )

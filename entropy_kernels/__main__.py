@@ -55,7 +55,7 @@ def main(arguments: list[str] | None = None) -> int:
         problem = check()
         failed += bool(problem)
         print(f"  {name}: {problem or 'ok'}")
-    print(f"  compiled CPU kernels: {_why_not('cpu', 'cpu') or 'loaded'}")
+    print(f"  compiled CPU kernels: {_why_not('cpu', 'cpu') or 'loaded, ' + _native.build('cpu')}")
     print(f"  Triton kernels: {_why_not('triton', devices[-1]) or _triton_state(devices[-1])}")
     return int(failed > 0)
 

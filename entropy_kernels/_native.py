@@ -7,15 +7,18 @@ import functools
 import importlib
 import math
 from collections.abc import Callable
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ._build_record import digest, why_not_built
 from ._compiler import constant
 from ._rows import Statistics, active_rows, per_row, spread
 
+_PACKAGE = Path(__file__).parent
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 # Tokens that the kernels' vectors hold together: kPanel.
 PANEL = 64
@@ -43,14 +46,21 @@ def _load(name: str) -> tuple[ModuleType | None, str | None]:
     """
     full_name = f"{__package__}._{name}"
     try:
-        return importlib.import_module(full_name), None
+        module = importlib.import_module(full_name)
     except ImportError as error:
         absent = isinstance(error, ModuleNotFoundError) and error.name == full_name
+        why = why_not_built(_PACKAGE) if absent else None
+        if why is not None:
+            return None, f"{full_name} is not built: {why}"
         state = "is not built" if absent else "does not load"
         return None, (
             f"{full_name} {state}: {type(error).__name__}: {error}; "
             "reinstall with a C++ compiler on PATH"
         )
+    sources = digest(_PACKAGE.parent)
+    if sources not in (None, getattr(module, "sources", None)):
+        return None, f"{full_name} is of other sources than csrc/ holds; run pip install -e . again"
+    return module, None
 
 
 def cpu() -> ModuleType | None:
@@ -62,6 +72,13 @@ def cpu() -> ModuleType | None:
 def why_missing(name: str) -> str | None:
     """A sentence saying why extension `name` ("cpu") is missing; None where it is there."""
     return _load(name)[1]
+
+
+def build(name: str) -> str:
+    """The compiler of extension `name` and what it was built without. The caller has it."""
+    module, why = _load(name)
+    assert module is not None, why
+    return module.compiler + ("" if module.openmp else ", without OpenMP: one thread")
 
 
 def radix_histogram(

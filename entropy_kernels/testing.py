@@ -12,8 +12,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from . import _gpu, _native, ops
-from ._ops import NAMESPACE
+from ._ops import add_op_namespace_prefix
 
+_NAMESPACE = add_op_namespace_prefix("").removesuffix("::")
 _LINEAR = "mkldnn._linear_pointwise.default"
 _PRODUCTS = {
     *("aten.mm.default", "aten.mm.out", "aten.mm.dtype", "aten.mm.dtype_out"),
@@ -53,7 +54,7 @@ class Watch(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         body = ops.BODIES.get(func.__name__.split(".")[0])
-        if func.namespace == NAMESPACE and body is not None:
+        if func.namespace == _NAMESPACE and body is not None:
             with self:
                 return body(*args, **(kwargs or {}))
         result = func(*args, **(kwargs or {}))

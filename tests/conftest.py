@@ -18,10 +18,13 @@ from tests import shapes
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+PACKAGE = find_spec("entropy_kernels")
+assert PACKAGE is not None
+assert PACKAGE.origin is not None
 # All of the package but the Triton kernels: its interpreter does not see through a wrapped one.
 CHECKED = [
     f"entropy_kernels.{path.stem}"
-    for path in (Path(__file__).parents[1] / "entropy_kernels").iterdir()
+    for path in Path(PACKAGE.origin).parent.iterdir()
     if path.stem != "_triton"
 ]
 # Ignored by what a shell starts in the background, and by all that this starts in turn.

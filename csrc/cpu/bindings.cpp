@@ -126,6 +126,13 @@ std::int64_t linear_logprob_entropy_backward(const Head& head, Pointer index_ptr
 
 PYBIND11_MODULE(_cpu, m) {
   m.doc() = "CPU kernels over raw pointers; entropy_kernels._native checks what they are given.";
+  m.attr("sources") = EK_SOURCES;
+  m.attr("compiler") = EK_COMPILER;
+#ifdef _OPENMP
+  m.attr("openmp") = true;
+#else
+  m.attr("openmp") = false;
+#endif
   m.def("radix_histogram", &radix_histogram, py::call_guard<py::gil_scoped_release>(),
         py::arg("values_ptr"), py::arg("mask_ptr"), py::arg("n"), py::arg("prefix"),
         py::arg("shift"), py::arg("bits"), py::arg("prefix_bits"), py::arg("counts_ptr"),
