@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from . import _rows, functional
 from ._inputs import check_like, check_selection
@@ -36,11 +37,11 @@ def high_entropy_policy_loss(
     threshold: float | Float[Tensor, ""] | None = None,
     which: str = "top",
     scope: str = "batch",
-    group: Any = None,
+    group: ProcessGroup | None = None,
     bias: Float[Tensor, " V"] | None = None,
     temperature: float | Float[Tensor, "..."] = 1.0,
     softcap: float | None = None,
-    vocab_group: Any = None,
+    vocab_group: ProcessGroup | None = None,
     max_active_rows: int | None = None,
     main_grad: Float[Tensor, "V D"] | None = None,
     impl: str = "auto",

@@ -1,7 +1,7 @@
 """The loss as a module."""
 
 import inspect
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -43,6 +43,10 @@ class HighEntropyPolicyLoss(torch.nn.Module):
         return high_entropy_policy_loss(
             hidden, weight, target, old_logprob, advantage, mask, **(self.options | options)
         )
+
+    if TYPE_CHECKING:
+        # To type checkers, what torch.nn.Module's returns is Any.
+        __call__ = forward
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
