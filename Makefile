@@ -15,7 +15,7 @@ comma := ,
 INPUTS := pyproject.toml constraints.txt setup.py CMakeLists.txt $(wildcard csrc/*/*)
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: train test test-verl test-vllm lint bench sanitize compile resolve clean FORCE
+.PHONY: train test test-verl test-vllm test-wheel lint bench sanitize compile resolve clean FORCE
 
 train: $(VENV)/.trainer
 	@echo "Training ..."
@@ -35,6 +35,12 @@ test-verl: $(VERL)/.installed
 test-vllm: $(VLLM)/.installed
 	@echo "Running the tests of the vLLM engine ..."
 	@OMP_NUM_THREADS=1 TORCHDYNAMO_DISABLE=1 $(VLLM)/bin/python -m pytest tests/trainer/test_vllm*.py $(ARGS)
+
+# The package's tests outside of the checkout, on a wheel built from an sdist.
+test-wheel: $(VENV)/.dev
+	@echo "Running the package's tests against an installed wheel ..."
+	@EK_REQUIRE_NATIVE=$(EK_REQUIRE_NATIVE) $(BIN)/python -m tests.installed \
+		-n $(WORKERS) --dist loadfile --no-loadscope-reorder -k "not triton" $(ARGS)
 
 lint: $(VENV)/.dev
 	@echo "Checking style and types ..."
