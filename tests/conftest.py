@@ -33,14 +33,26 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 
 jaxtyping.install_import_hook(CHECKED, f"{shapes.__name__}.checker")
 
-if os.environ.get("TRITON_INTERPRET") == "1" and find_spec("triton") is not None:
-    from entropy_kernels.testing import mend_interpreter
-
-    mend_interpreter()
-
 DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
 # Triton on the GPU, or in its interpreter on the CPU.
 BACKENDS = [*(("torch", device) for device in DEVICES), ("cpu", "cpu"), ("triton", DEVICES[-1])]
+
+# The hook above checks them as they are imported.
+from entropy_kernels import _gpu, _native  # noqa: E402
+
+WHY_NO_TRITON = _gpu.why_not(torch.device(DEVICES[-1]))
+if WHY_NO_TRITON is None and os.environ.get("TRITON_INTERPRET") == "1":
+    from entropy_kernels.testing import mend_interpreter
+
+    mend_interpreter()
+# These import the kernels themselves; the others skip what they cannot run.
+collect_ignore_glob = [] if WHY_NO_TRITON is None else ["test_triton_*.py", "test_gpu_script.py"]
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if WHY_NO_TRITON is not None:
+        names = ", ".join(collect_ignore_glob)
+        terminalreporter.write_line(f"{names} were left out: {WHY_NO_TRITON}")
 
 
 @pytest.fixture(autouse=True)
@@ -54,8 +66,6 @@ def _deterministic():
 @pytest.fixture(params=BACKENDS, ids=" on ".join)
 def backend(request) -> tuple[str, str]:
     """An implementation of linear_logprob_entropy and a device it runs on."""
-    from entropy_kernels import _gpu, _native
-
     impl, device = request.param
     why = {"cpu": _native.why_missing("cpu"), "triton": _gpu.why_not(torch.device(device))}.get(
         impl

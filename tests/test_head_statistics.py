@@ -306,7 +306,7 @@ def test_variants_of_triton(variant, split, rows):
 
 
 def test_specialised_warps_have_no_moments():
-    pytest.importorskip("triton")
+    pytest.importorskip("triton", minversion="3.6")
     from entropy_kernels._triton.linear_logprob_entropy import linear_logprob_entropy
 
     h, w, y = make("peaked", (3, 8, 16), torch.float32, DEVICE)
