@@ -6,7 +6,7 @@ D hidden, V vocabulary, r rank of a LoRA update.
 import math
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -69,6 +69,7 @@ def as_linear(head: Any, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor | None]
         down = head.lora_A[name]
         low = down(head.lora_dropout[name](hidden.to(down.weight.dtype))) * head.scaling[name]
         hiddens.append(low.to(hidden.dtype))
+        _check_weight(head.lora_B[name].weight)
         weights.append(head.lora_B[name].weight.to(linear.weight.dtype))
     if adapters:
         return torch.cat(hiddens, -1), torch.cat(weights, 1), linear.bias
@@ -79,7 +80,8 @@ def _check_weight(weight: Tensor) -> None:
     if isinstance(weight, DTensor):
         raise ValueError(
             f"the head's weight is a DTensor ({weight.placements}) during forward: call the module "
-            "that fully_shard was given, whose hooks gather it, not a module inside it; "
+            "that fully_shard was given, whose hooks gather it, not a module inside it; where the "
+            "head is a unit of its own or is resharded after forward, patch_lm_head; "
             "tensor-parallel heads are not supported"
         )
     if hasattr(weight, "ds_id"):
@@ -92,9 +94,9 @@ def _check_weight(weight: Tensor) -> None:
 def measure(model: Any, head: Any) -> tuple[float, float | None]:
     """The scale a and the bound c of what the model makes of each z that its head returns.
 
-    logit = c tanh(a z / c), or a z, where c is None. The model's own forward runs, with
-    stand-ins for its backbone and its head: no weight is read and no hook runs, so the model may
-    be sharded or without values yet.
+    logit = c tanh(a z / c), or a z, where c is None. The model's own forward runs, as it stands on
+    the model, with stand-ins for its backbone and its head: no weight is read and no hook runs, so
+    the model may be sharded or without values yet. What is compiled runs uncompiled.
 
     Raises:
         ValueError: any other function, or one that differs by token or by word.
@@ -108,13 +110,13 @@ def measure(model: Any, head: Any) -> tuple[float, float | None]:
     z[0, 0], z[0, 1] = _NEAR, _FAR
     z[0, 2] = torch.linspace(-_SPREAD, _SPREAD, linear.out_features, dtype=torch.float64)
     tokens = torch.zeros(1, 3, dtype=torch.int64, device=device)
-    body = backbone(model)
+    body = backbone(model, head)
     width = getattr(model.config.get_text_config(), "hidden_size", linear.in_features)
     states = torch.zeros(1, 3, width, dtype=linear.weight.dtype, device=device)
     stand_ins = {body: _Backbone(body, states), head: _Head(head, z)}
     try:
-        with _replaced(model, stand_ins):
-            logits = type(model).forward(model, input_ids=tokens).logits.double()
+        with _replaced(model, stand_ins), _uncompiled():
+            logits = getattr(model, slot(model))(input_ids=tokens).logits.double()
         scale = float(logits[0, 0, 0]) / _NEAR
         bound = float(logits[0, 1, 0])
         # An error of fp32 must not make the plainest of heads look scaled.
@@ -136,14 +138,32 @@ def measure(model: Any, head: Any) -> tuple[float, float | None]:
     )
 
 
-def backbone(model: Any) -> Any:
-    """What gives the hidden states: `base_model`, or `model` where that is none; else None."""
-    found = model.base_model
-    return getattr(model, "model", None) if found is model else found
+def backbone(model: Any, head: Any) -> Any:
+    """The part of the model that gives the hidden states: its child with the embedding, or None."""
+    embedding = model.get_input_embeddings()
+    return next((x for x in model.children() if x is not head and _holds(x, embedding)), None)
+
+
+def slot(module: nn.Module) -> str:
+    """Where forward is looked up; accelerate's hooks, of a device_map, keep it apart."""
+    return "_old_forward" if "_hf_hook" in vars(module) else "forward"
+
+
+def _holds(module: Any, part: nn.Module) -> bool:
+    return any(inner is part for inner in module.modules())
+
+
+def _uncompiled() -> Any:
+    """In the stance in which torch.compile's functions run as they were written."""
+    loaded = "torch._dynamo" in sys.modules  # else there is none of them, and this would import it
+    return torch.compiler.set_stance("force_eager") if loaded else nullcontext()
 
 
 class _StandIn:
     """Answers calls; its attributes are those of the module whose place it takes."""
+
+    _module: Any
+    _answer: Tensor
 
     def __init__(self, module: nn.Module, answer: Tensor) -> None:
         self._module, self._answer = module, answer
@@ -159,6 +179,13 @@ class _Head(_StandIn):
 
 
 class _Backbone(_StandIn):
+    """So is the part of it that holds its embedding, which some models call instead."""
+
+    def __getattr__(self, name: str) -> Any:
+        found = super().__getattr__(name)
+        inner = isinstance(found, nn.Module) and _holds(found, self._module.get_input_embeddings())
+        return _Backbone(found, self._answer) if inner else found
+
     def __call__(self, *args: Any, **kwargs: Any) -> "_Output":
         return _Output(self._answer)
 

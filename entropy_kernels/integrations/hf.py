@@ -1,24 +1,26 @@
-"""transformers models on our head: `patch_lm_head(model)`, then `model(..., target=ids)`.
+"""transformers models on our head: `patch_lm_head(model)`, then `model(..., target=ids)`; or
+`lm_head(model)`, the head's parts for a loss of one's own.
 
 B sequences, L their length, D hidden, V vocabulary.
 """
 
 import inspect
-import sys
 from collections.abc import Collection
 from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FullyShardedDataParallel
-from transformers import PreTrainedModel
+from torch.utils.hooks import RemovableHandle
 from transformers.utils import ModelOutput
 
 from .._shapes import Float
 from ..functional import LogprobEntropy, linear_logprob_entropy
-from ._head import as_linear, backbone, measure, parts
-from ._patch import Patch, require
+from ._head import slot
+from ._lm_head import LMHead, causal_lm, check_call, check_labels, lm_head, takes_use_cache
+from ._patch import Patch
+
+__all__ = ["LMHead", "LogprobEntropyOutput", "lm_head", "patch_lm_head"]
 
 
 @dataclass
@@ -90,9 +92,8 @@ def patch_lm_head(model: nn.Module, *, impl: str = "auto") -> Patch:
             `temperature` or `statistics` without `target`; a head replaced since; a weight that
             FSDP has not gathered.
     """
-    require("transformers", "5.0", "6")
-    causal_lm = _causal_lm(model)
-    forward = _in_force(causal_lm)
+    inner = causal_lm(model)
+    forward = _in_force(inner)
     if forward is not None:
         if forward.head.impl != impl:
             raise ValueError(
@@ -100,11 +101,8 @@ def patch_lm_head(model: nn.Module, *, impl: str = "auto") -> Patch:
                 f"impl={impl!r}"
             )
         return forward.patch
-    head = causal_lm.get_output_embeddings()
-    _check(causal_lm, head)
-    head_forward = _HeadForward(head, *measure(causal_lm, head), impl)
-    forward = _ModelForward(causal_lm, head_forward)
-    forward.patch = Patch((causal_lm, _slot(causal_lm), forward), (head, _slot(head), head_forward))
+    forward = _ModelForward(inner, _HeadForward(lm_head(inner), impl))
+    forward.patch = _HeadPatch(forward)
     return forward.patch
 
 
@@ -114,32 +112,25 @@ class _HeadForward:
     An object and not a closure, so that a deep copy of the model has a copy of it.
     """
 
-    def __init__(self, head: nn.Module, scale: float, softcap: float | None, impl: str) -> None:
-        self.head, self.original = head, getattr(head, _slot(head))
-        self.scale, self.impl = scale, impl
-        # c tanh(a z / c) = a (c / a) tanh(z / (c / a)): the scale is a temperature, exactly.
-        self.softcap = None if softcap is None else softcap / scale
+    def __init__(self, lm_head: LMHead, impl: str) -> None:
+        self.lm_head, self.impl = lm_head, impl
+        self.head: Any = causal_lm(lm_head.model).get_output_embeddings()
+        self.original = getattr(self.head, slot(self.head))
         self.asked: tuple[Tensor, float | Tensor, Collection[str]] | None = None
         self.found: LogprobEntropy | None = None
 
-    def __call__(self, hidden: Tensor) -> Tensor:
+    def __call__(self, hidden: Tensor, *args: Any, **more: Any) -> Tensor:
         if self.asked is None:
-            return self.original(hidden)
-        if self.found is not None:
-            raise ValueError("the model called its head twice in one forward")
+            return self.original(hidden, *args, **more)
+        check_call(self.found, args, more)
         target, temperature, statistics = self.asked
         if isinstance(temperature, Tensor):
             temperature = temperature.to(hidden.device)
         options: dict[str, Any] = {"statistics": statistics} if statistics else {}
-        states, weight, bias = as_linear(self.head, hidden)
         found = linear_logprob_entropy(
-            states,
-            weight,
-            target.to(hidden.device),
-            bias=bias,
-            temperature=temperature / self.scale,
-            softcap=self.softcap,
+            target=target.to(hidden.device),
             impl=self.impl,
+            **self.lm_head(hidden, temperature),
             **options,
         )
         # FSDP gathers the weight again for backward when the gradient reaches what the head
@@ -160,8 +151,8 @@ class _ModelForward:
 
     def __init__(self, model: Any, head: _HeadForward) -> None:
         self.model, self.head = model, head
-        self.original = getattr(model, _slot(model))
-        self.no_cache = "use_cache" in self.__signature__.parameters
+        self.original = getattr(model, slot(model))
+        self.no_cache = takes_use_cache(self.original)
 
     @property
     def __signature__(self) -> inspect.Signature:
@@ -176,6 +167,9 @@ class _ModelForward:
         statistics: Collection[str] = (),
         **options: Any,
     ) -> Any:
+        if args and isinstance(args[0], nn.Module):
+            # Some bind what they find as `model.forward` to the model, as if it were a function.
+            args = args[1:]
         if target is None:
             if statistics or isinstance(temperature, Tensor) or temperature != 1:
                 raise ValueError("temperature and statistics are of targets; got target=None")
@@ -197,8 +191,7 @@ class _ModelForward:
         return LogprobEntropyOutput(**found._asdict(), **others)
 
     def _check(self, temperature: float | Tensor, options: dict[str, Any]) -> None:
-        if options.get("labels") is not None:
-            raise ValueError("labels ask for a loss of logits and target for none; give one")
+        check_labels(options)
         if self.model.get_output_embeddings() is not self.head.head:
             raise ValueError(
                 f"the head of {type(self.model).__name__} was replaced since patch_lm_head, which "
@@ -211,42 +204,34 @@ class _ModelForward:
             )
 
 
-def _causal_lm(model: Any) -> Any:
-    """The transformers model itself."""
-    peft: Any = sys.modules.get("peft")
-    if peft is not None and isinstance(model, peft.PeftModel):
-        for name, adapter in model.peft_config.items():
-            if adapter.is_prompt_learning:
-                raise ValueError(f"adapter {name!r} adds tokens to the prompt, so targets shift")
-        model = model.get_base_model()
-    if not isinstance(model, PreTrainedModel):
+class _HeadPatch(Patch):
+    """The two forwards, and a hook that sees when the model's was replaced since."""
+
+    def __init__(self, forward: _ModelForward) -> None:
+        model, head = forward.model, forward.head
+        super().__init__((model, slot(model), forward), (head.head, slot(head.head), head))
+        self._hook: RemovableHandle = model.register_forward_hook(_check_answered, with_kwargs=True)
+
+    def undo(self) -> None:
+        """Put back what was there before."""
+        super().undo()
+        self._hook.remove()
+
+
+def _check_answered(model: nn.Module, args: Any, options: dict[str, Any], output: Any) -> None:
+    if options.get("target") is not None and getattr(output, "logits", None) is not None:
         raise ValueError(
-            "model must be a transformers model or a PeftModel of one, such as the one inside a "
-            f"wrapper; got {type(model).__name__}"
+            f"{type(model).__name__}.forward was replaced since patch_lm_head and does not know "
+            "`target`: patch again, after what replaced it"
         )
-    return model
-
-
-def _check(model: Any, head: Any) -> None:
-    name = type(model).__name__
-    if head is None or backbone(model) is None or model.config.is_encoder_decoder:
-        raise ValueError(f"model must be a backbone and a head over its states; got {name}")
-    if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
-        raise ValueError("FSDP1 is not supported; shard with torch.distributed.fsdp.fully_shard")
-    if (getattr(model, "tp_size", None) or 1) > 1:
-        raise ValueError(f"tensor-parallel heads are not supported; got tp_size={model.tp_size}")
-    hook = getattr(head, "_hf_hook", None)
-    if any(getattr(part, "offload", False) for part in getattr(hook, "hooks", [hook])):
-        raise ValueError(f"the head of {name} is offloaded, and would get no gradient")
-    parts(head)
-
-
-def _slot(module: nn.Module) -> str:
-    """Where forward is looked up; accelerate's hooks, of a device_map, keep it apart."""
-    return "_old_forward" if "_hf_hook" in vars(module) else "forward"
 
 
 def _in_force(model: nn.Module) -> _ModelForward | None:
-    """The forward that `patch_lm_head` gave to this model."""
-    kept = [vars(model).get(name) for name in ("forward", "_old_forward")]
-    return next((forward for forward in kept if isinstance(forward, _ModelForward)), None)
+    """The forward that `patch_lm_head` gave to this model, also inside of what wraps it."""
+    for name in ("forward", "_old_forward"):
+        found: Any = vars(model).get(name)
+        while found is not None and not isinstance(found, _ModelForward):
+            found = getattr(found, "__func__", None) or getattr(found, "__wrapped__", None)
+        if found is not None:
+            return found
+    return None

@@ -264,8 +264,8 @@ def test_a_model_without_values_yet():
         model = build("gemma2")
     assert model.lm_head.weight.is_meta
     with patch_lm_head(model):
-        assert model.lm_head.forward.softcap == 3.0
-        assert model.lm_head.forward.scale == 1.0
+        assert model.lm_head.forward.lm_head.softcap == 3.0
+        assert model.lm_head.forward.lm_head.scale == 1.0
 
 
 class Clamped(Qwen3ForCausalLM):

@@ -1,0 +1,179 @@
+"""`lm_head(model)`: what a causal LM's head is to the functions of this package.
+
+D hidden, V vocabulary, r rank of a LoRA update.
+"""
+
+import inspect
+import sys
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+from torch.distributed.fsdp import FullyShardedDataParallel
+from transformers import PreTrainedModel
+
+from .._shapes import Float
+from ._head import as_linear, backbone, measure, parts, slot
+from ._patch import Patch, require
+
+
+@dataclass(frozen=True, eq=False)
+class LMHead:
+    """A causal LM's head: `head.hidden_states(...)` runs the model up to it, `head(hidden)` gives
+
+    logit = softcap * tanh(scale * (h W^T + b) / softcap)
+
+    as arguments of this package's functions. Weight and bias are read at each call, so adapters
+    may come, go, merge and be switched off; scale and softcap were measured by `lm_head`.
+    """
+
+    model: nn.Module
+    """What `hidden_states` calls."""
+    scale: float
+    softcap: float | None
+    """Of the model's logits; None where they have no bound."""
+    _tap: "_Tap" = field(init=False, repr=False, default_factory=lambda: _Tap())
+
+    def __call__(
+        self, hidden: Float[Tensor, "*tokens D"], temperature: float | Float[Tensor, "..."] = 1.0
+    ) -> dict[str, Any]:
+        """hidden, weight, bias, temperature and softcap for `linear_logprob_entropy(**...)` and
+        `high_entropy_policy_loss(**...)`, of any of the states that `hidden_states` gave.
+
+        weight is the model's own parameter, so a tied embedding's gradient adds up. With LoRA on
+        the head hidden is [..., D + r] and weight [V, D + r]: the update is multiplied apart from
+        W, for a copy of W and a gradient of it that is dropped.
+
+        Args:
+            temperature: as in `linear_logprob_entropy`, of the model's logits.
+
+        Raises:
+            ValueError: another head than `lm_head` takes; a weight that FSDP has not gathered, as
+                outside of the forward of a module with `reshard_after_forward`.
+        """
+        states, weight, bias = as_linear(causal_lm(self.model).get_output_embeddings(), hidden)
+        return {
+            "hidden": states,
+            "weight": weight,
+            "bias": bias,
+            # c tanh(a z / c) = a (c / a) tanh(z / (c / a)): the scale is a temperature, exactly.
+            "temperature": temperature / self.scale,
+            "softcap": None if self.softcap is None else self.softcap / self.scale,
+        }
+
+    def hidden_states(self, *args: Any, **options: Any) -> Float[Tensor, "*tokens D"]:
+        """What the head is given in `model(*args, **options)`, differentiable; no logits are made.
+
+        The model's own forward runs, so all that acts on it does, as do layers between the
+        backbone and the head. `use_cache` is false unless given.
+
+        Raises:
+            ValueError: `labels`; a model that does not call its head once.
+        """
+        model, tap = causal_lm(self.model), self._tap
+        check_labels(options)
+        if options.get("use_cache") is None and takes_use_cache(model.forward):
+            options["use_cache"] = False
+        head = model.get_output_embeddings()
+        try:
+            with Patch((head, slot(head), tap)):
+                self.model(*args, **options)
+            if tap.found is None:
+                raise ValueError(f"{type(model).__name__} did not call its head")
+            return tap.found
+        finally:
+            tap.found = None
+
+
+class _Tap:
+    """Stands in for a head's forward and keeps what it is given."""
+
+    found: Tensor | None = None
+
+    def __call__(self, hidden: Tensor, *args: Any, **options: Any) -> Tensor:
+        check_call(self.found, args, options)
+        self.found = hidden
+        return hidden.new_zeros(*hidden.shape[:-1], 1)
+
+
+def lm_head(model: nn.Module) -> LMHead:
+    """The head of a transformers causal LM, for a training loop that runs its own loss:
+
+        head = lm_head(model)  # once
+        hidden = head.hidden_states(input_ids, attention_mask=attention_mask)[:, :-1]
+        out = linear_logprob_entropy(**head(hidden), target=input_ids[:, 1:])
+
+    Found for every model: backbone, weight, bias, PEFT's LoRA on the head or `modules_to_save`,
+    tied embeddings, and what the model does to its logits (Gemma's softcap, Cohere's and Granite's
+    scale). That last is measured here, in milliseconds, on stand-ins for backbone and head, and
+    not read again: configure the model before. Its weights may be sharded, or on "meta".
+
+    Under FSDP2 call `hidden_states` and the loss inside the forward of the module that
+    `fully_shard` was given, or give that module here and leave its `reshard_after_forward` unset.
+    Under DDP, and where the head is a unit of its own, the wrapper's forward must contain the head:
+    use `patch_lm_head`.
+
+    Args:
+        model: a transformers causal LM, or a PeftModel of one; not a wrapper of them.
+
+    Raises:
+        ImportError: transformers, or the PEFT whose layer is the head, of an unknown version.
+        ValueError: another model, wrapper or head; prompt learning; an offloaded or tensor-parallel
+            head; a function of the logits that no scale and softcap explain, naming both.
+    """
+    require("transformers", "5.0", "6")
+    inner = causal_lm(model)
+    head = inner.get_output_embeddings()
+    _check(inner, head)
+    return LMHead(model, *measure(inner, head))
+
+
+def causal_lm(model: Any) -> Any:
+    """The transformers model itself."""
+    peft: Any = sys.modules.get("peft")
+    if peft is not None and isinstance(model, peft.PeftModel):
+        for name, adapter in model.peft_config.items():
+            if adapter.is_prompt_learning:
+                raise ValueError(f"adapter {name!r} adds tokens to the prompt, so targets shift")
+        model = model.get_base_model()
+    if isinstance(model, PreTrainedModel):
+        return model
+    inside = next((name for name in ("module", "_orig_mod") if hasattr(model, name)), None)
+    raise ValueError(
+        "model must be a transformers model or a PeftModel of one, such as the one inside a "
+        f"wrapper; got {type(model).__name__}"
+        + (f": give patch_lm_head its `{inside}` and call the wrapper" if inside else "")
+    )
+
+
+def check_labels(options: dict[str, Any]) -> None:
+    """Of a call of the model without logits."""
+    if options.get("labels") is not None:
+        raise ValueError("labels ask for a loss of logits, of which there are none here; drop them")
+
+
+def check_call(found: Any, args: tuple[Any, ...], options: dict[str, Any]) -> None:
+    """Of a head in the place of whose forward there is another: called once, with states alone."""
+    if found is not None:
+        raise ValueError("the model called its head twice in one forward")
+    if args or options:
+        more = ", ".join([*(type(x).__name__ for x in args), *options])
+        raise ValueError(f"the head must be called with hidden states alone; got {more} too")
+
+
+def takes_use_cache(forward: Any) -> bool:
+    return "use_cache" in inspect.signature(forward).parameters
+
+
+def _check(model: Any, head: Any) -> None:
+    name = type(model).__name__
+    if head is None or backbone(model, head) is None or model.config.is_encoder_decoder:
+        raise ValueError(f"model must be a backbone and a head over its states; got {name}")
+    if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
+        raise ValueError("FSDP1 is not supported; shard with torch.distributed.fsdp.fully_shard")
+    if (getattr(model, "tp_size", None) or 1) > 1:
+        raise ValueError(f"tensor-parallel heads are not supported; got tp_size={model.tp_size}")
+    hook = getattr(head, "_hf_hook", None)
+    if any(getattr(part, "offload", False) for part in getattr(hook, "hooks", [hook])):
+        raise ValueError(f"the head of {name} is offloaded, and would get no gradient")
+    parts(head)
