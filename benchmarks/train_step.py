@@ -141,11 +141,11 @@ def _eager_update(
     policy.model.train()
     rollouts, algorithm = batch.rollouts, settings.algorithm
     tokens = torch.cat([rollouts.prompt_BP, rollouts.response_BL[:, :-1]], 1)
-    hidden = policy.model.base_model(input_ids=tokens, use_cache=False).last_hidden_state
+    hidden = policy.lm_head.hidden_states(input_ids=tokens, use_cache=False)
     began = time.perf_counter()
     leaf = hidden[:, rollouts.prompt_BP.shape[1] - 1 :].flatten(0, 1).detach().requires_grad_()
     head = heads()[0].head
-    weight = policy.model.get_output_embeddings().weight
+    weight = policy.lm_head(leaf)["weight"]
     logprob_T, entropy_T = head(leaf, weight, rollouts.response_BL.flatten())
     assert entropy_T is not None
     selected_T = ek.top_entropy_mask(entropy_T.detach(), fraction=algorithm.fraction)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 import entropy_kernels as ek
+from entropy_kernels.integrations.hf import LMHead, lm_head
 from trainer import config
 from trainer.fsdp import release, whole
 from trainer.packing import Layout, Packed, arrange
@@ -30,13 +31,14 @@ BY_LENGTHS = ("flash_attention_2", "flash_attention_3")
 
 
 class Policy(nn.Module):
-    """A model, its tokenizer, and how its head turns hidden states into logits.
+    """A model, its tokenizer, and its head, which `lm_head` finds.
 
     The root of what FSDP2 shards: embedding, last norm and head are whole inside of `forward`.
     """
 
     model: Any
     tokenizer: Any
+    lm_head: LMHead
     layout: Layout
     """How micro-batches are packed; `choose_layout` finds it."""
     compute_dtype: torch.dtype | None
@@ -44,7 +46,7 @@ class Policy(nn.Module):
 
     def __init__(self, model: Any, tokenizer: Any) -> None:
         super().__init__()
-        self.model, self.tokenizer = model, tokenizer
+        self.model, self.tokenizer, self.lm_head = model, tokenizer, lm_head(model)
         self.layout, self.compute_dtype = "padded", None
 
     @property
@@ -64,19 +66,6 @@ class Policy(nn.Module):
         self._apply(lambda t: torch.empty_like(t, device=device) if t.is_meta else t.to(device))
         self.model.tie_weights()  # each of a tied pair has got its own
 
-    def head(self, temperature: float) -> dict[str, Any]:
-        """Options of `linear_logprob_entropy` for this head, by the model's configuration."""
-        embeddings = self.model.get_output_embeddings()
-        settings = self.model.config.get_text_config()
-        scale = getattr(settings, "logit_scale", None) or 1.0
-        scale /= getattr(settings, "logits_scaling", None) or 1.0
-        return {
-            "weight": embeddings.weight,
-            "bias": getattr(embeddings, "bias", None),
-            "softcap": getattr(settings, "final_logit_softcapping", None),
-            "temperature": temperature / scale,
-        }
-
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """Every parameter by its name, whole, in the dtype of the arithmetic; a tied one once.
 
@@ -91,19 +80,21 @@ class Policy(nn.Module):
         temperature: float,
         fn: Callable[[Tensor, dict[str, Any]], Result],
     ) -> Result:
-        """fn(hidden_TD, head): the state that predicts each response token, and `self.head`.
+        """fn(hidden_TD, head): the state that predicts each response token, and the other options
+        of `linear_logprob_entropy` for this head.
 
         Sharded, the weights in `head` are whole until the backward of what `fn` returns.
         """
         options = {} if packed.mask_RW is None else {"attention_mask": packed.mask_RW.long()}
-        hidden_RWD = self.model.base_model(
+        hidden_RWD = self.lm_head.hidden_states(
             input_ids=packed.tokens_RW,
             position_ids=packed.positions_RW,
             use_cache=False,
             **options,
-        ).last_hidden_state
+        )
         hidden_TD = hidden_RWD.flatten(0, 1).index_select(0, packed.index_T)
-        return fn(hidden_TD, self.head(temperature))
+        head = self.lm_head(hidden_TD, temperature)
+        return fn(head.pop("hidden"), head)
 
 
 def positions(mask: Tensor) -> Tensor:
@@ -210,8 +201,8 @@ def _check_head(policy: Policy) -> None:
         tolerance += 64 * torch.finfo(torch.float32).eps * largest.clamp_min(1)
         if not ((got - want).abs() <= tolerance).all():
             raise ValueError(
-                f"the head of {type(policy.model).__name__} is not softcap(h W^T + b) * scale as "
-                f"its configuration says: log-probs differ by {float((got - want).abs().max()):.2e}"
+                f"the head of {type(policy.model).__name__} is not the softcap(h W^T + b) * scale "
+                f"that was measured: log-probs differ by {float((got - want).abs().max()):.2e}"
             )
 
     tokens = _some_tokens(policy, 8)

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 import entropy_kernels as ek
+from entropy_kernels.integrations.hf import LMHead, lm_head
 from trainer.config import WarmStart
 from trainer.types import Task
 
@@ -105,6 +106,7 @@ def warm_start(
             raise ValueError(f"a warm start needs {name} >= 1, not {getattr(settings, name)}")
     pairs = _demonstrator(task).demonstrations(settings.traces, seed)
     examples = [_example(tokenizer, prompt, response) for prompt, response in pairs]
+    head = lm_head(model)
     order = _endless_order(len(examples), torch.Generator().manual_seed(seed))
     optimizer = torch.optim.AdamW(
         model.parameters(),
@@ -118,7 +120,7 @@ def warm_start(
     began, tokens_done = time.monotonic(), 0
     for step in range(1, settings.steps + 1):
         batch = [examples[i] for i in islice(order, settings.batch_size)]
-        loss, tokens = _loss(model, batch, tokenizer.pad_token_id)
+        loss, tokens = _loss(head, batch, tokenizer.pad_token_id)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), GRAD_CLIP, error_if_nonfinite=True)
@@ -163,7 +165,7 @@ def _rate(step: int, settings: WarmStart) -> float:
     return FINAL_RATE + (1 - FINAL_RATE) * (1 + math.cos(math.pi * done)) / 2
 
 
-def _loss(model: Any, batch: list[Example], pad_id: int) -> tuple[Tensor, int]:
+def _loss(head: LMHead, batch: list[Example], pad_id: int) -> tuple[Tensor, int]:
     """Mean of -log p over the response tokens of `batch`, and how many they are."""
     lengths_B = torch.tensor([len(example.tokens) for example in batch])
     starts_B = torch.tensor([example.start for example in batch])
@@ -173,14 +175,13 @@ def _loss(model: Any, batch: list[Example], pad_id: int) -> tuple[Tensor, int]:
     # A token is predicted at the position before it.
     predicts_BL = exists_BL[:, 1:] & (position_L[1:] >= starts_B[:, None])
     tokens_BL, exists_BL, predicts_BL = (
-        x.to(model.device) for x in (tokens_BL, exists_BL, predicts_BL)
+        x.to(head.model.device) for x in (tokens_BL, exists_BL, predicts_BL)
     )
-    hidden_BLD = model.base_model(
+    hidden_BLD = head.hidden_states(
         input_ids=tokens_BL[:, :-1], attention_mask=exists_BL[:, :-1].long(), use_cache=False
-    ).last_hidden_state
-    head = model.get_output_embeddings()
+    )
     logprob_T = ek.linear_logprob_entropy(
-        hidden_BLD[predicts_BL], head.weight, tokens_BL[:, 1:][predicts_BL], bias=head.bias
+        target=tokens_BL[:, 1:][predicts_BL], **head(hidden_BLD[predicts_BL])
     ).logprob
     return -logprob_T.mean(), len(logprob_T)
 

@@ -113,7 +113,12 @@ def measure(model: Any, head: Any) -> tuple[float, float | None]:
     body = backbone(model, head)
     width = getattr(model.config.get_text_config(), "hidden_size", linear.in_features)
     states = torch.zeros(1, 3, width, dtype=linear.weight.dtype, device=device)
-    stand_ins = {body: _Backbone(body, states), head: _Head(head, z)}
+    embedding = model.get_input_embeddings()
+    stand_ins: dict[nn.Module, Any] = {
+        body: _Backbone(body, states, embedding),
+        head: _Head(head, z),
+        embedding: _Head(embedding, states),
+    }
     try:
         with _replaced(model, stand_ins), _uncompiled():
             logits = getattr(model, slot(model))(input_ids=tokens).logits.double()
@@ -139,9 +144,18 @@ def measure(model: Any, head: Any) -> tuple[float, float | None]:
 
 
 def backbone(model: Any, head: Any) -> Any:
-    """The part of the model that gives the hidden states: its child with the embedding, or None."""
-    embedding = model.get_input_embeddings()
-    return next((x for x in model.children() if x is not head and _holds(x, embedding)), None)
+    """The part of the model that gives the hidden states, or None.
+
+    It is the child with the embedding; where that holds the head too, as a causal LM inside of a
+    multimodal model does, the backbone of that.
+    """
+    try:
+        embedding = model.get_input_embeddings()
+    except NotImplementedError:  # of a model that transformers knows none of
+        return None
+    children = (x for x in model.children() if x is not head and _holds(x, embedding))
+    found = next(children, None)
+    return backbone(found, head) if found is not None and _holds(found, head) else found
 
 
 def slot(module: nn.Module) -> str:
@@ -181,10 +195,14 @@ class _Head(_StandIn):
 class _Backbone(_StandIn):
     """So is the part of it that holds its embedding, which some models call instead."""
 
+    def __init__(self, module: nn.Module, answer: Tensor, embedding: nn.Module) -> None:
+        super().__init__(module, answer)
+        self._embedding = embedding
+
     def __getattr__(self, name: str) -> Any:
         found = super().__getattr__(name)
-        inner = isinstance(found, nn.Module) and _holds(found, self._module.get_input_embeddings())
-        return _Backbone(found, self._answer) if inner else found
+        inner = isinstance(found, nn.Module) and _holds(found, self._embedding)
+        return _Backbone(found, self._answer, self._embedding) if inner else found
 
     def __call__(self, *args: Any, **kwargs: Any) -> "_Output":
         return _Output(self._answer)

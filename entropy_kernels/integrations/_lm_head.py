@@ -27,7 +27,7 @@ class LMHead:
     may come, go, merge and be switched off; scale and softcap were measured by `lm_head`.
     """
 
-    model: nn.Module
+    model: Any
     """What `hidden_states` calls."""
     scale: float
     softcap: float | None

@@ -37,7 +37,8 @@ class Patch:
     def undo(self) -> None:
         """Put back what was there before."""
         for owner, name, _, new in self._active:
-            if vars(owner).get(name) is not new:
+            found = vars(owner).get(name)
+            if getattr(found, "__func__", found) is not new:  # it may have been bound to its owner
                 of = getattr(owner, "__name__", type(owner).__name__)
                 raise RuntimeError(f"{of}.{name} was replaced again since; undo that patch first")
         for owner, name, old, _ in reversed(self._active):

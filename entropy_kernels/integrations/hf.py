@@ -151,8 +151,17 @@ class _ModelForward:
 
     def __init__(self, model: Any, head: _HeadForward) -> None:
         self.model, self.head = model, head
-        self.original = getattr(model, slot(model))
+        self._original = getattr(model, slot(model))
+        # What accelerate's mixed precision wraps, and its unwrap_model puts back.
+        self._unwrapped = getattr(model, "_original_forward", None)
         self.no_cache = takes_use_cache(self.original)
+
+    @property
+    def original(self) -> Any:
+        """The model's forward, without mixed precision once accelerate has taken that off."""
+        if self._unwrapped is not None and not hasattr(self.model, "_original_forward"):
+            return self._unwrapped
+        return self._original
 
     @property
     def __signature__(self) -> inspect.Signature:

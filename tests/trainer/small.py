@@ -33,8 +33,9 @@ _COMMON = {
     "intermediate_size": 32,
     "max_position_embeddings": POSITIONS,
 }
-# Heads: plain; tied; plain, in a sliding window; softcapped; scaled; divided; with a bias; and
-# tied, with positions by distance and learned ones.
+# Heads: plain; tied; plain, in a sliding window; softcapped; scaled; divided; multiplied by what is
+# named as the divisor is; with a bias; and tied, with positions by distance and learned ones. Last,
+# a model whose base_model is itself.
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", {"num_key_value_heads": 1}),
     "qwen3": ("Qwen3", {"num_key_value_heads": 1, "head_dim": 8, "tie_word_embeddings": True}),
@@ -45,9 +46,22 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "cohere": ("Cohere", {"num_key_value_heads": 1, "logit_scale": 0.25}),
     "granite": ("Granite", {"num_key_value_heads": 1, "logits_scaling": 4.0}),
+    "hyperclovax": (
+        "HyperCLOVAX",
+        {"num_key_value_heads": 1, "head_dim": 8, "logits_scaling": 0.3},
+    ),
     "phi": ("Phi", {}),
     "bloom": ("Bloom", {}),
     "gpt2": ("GPT2", {}),
+    "llama4": (
+        "Llama4",
+        {
+            "num_key_value_heads": 1,
+            "head_dim": 8,
+            "num_local_experts": 2,
+            "intermediate_size_mlp": 32,
+        },
+    ),
 }
 
 
@@ -72,7 +86,8 @@ def build_model(
     `changes` are settings of its configuration.
     """
     name, own = FAMILIES[family]
-    settings = getattr(transformers, f"{name}Config")(
+    config = "Llama4TextConfig" if name == "Llama4" else f"{name}Config"
+    settings = getattr(transformers, config)(
         **_COMMON | own | changes,
         initializer_range=spread,
         bos_token_id=None,

@@ -107,22 +107,36 @@ def test_an_empty_model_has_all_but_the_values_of_the_weights(family, tmp_path):
 
 
 class Louder(LlamaForCausalLM):
-    """Its logits are a factor larger than its configuration says."""
+    """Its logits are a factor larger than its configuration says, from some length on."""
 
-    factor = 1.01
+    factor, length = 1.01, 0
 
     def forward(self, *arguments, **options):
         output = super().forward(*arguments, **options)
-        return CausalLMOutputWithPast(logits=self.factor * output.logits)
+        factor = self.factor if output.logits.shape[1] >= self.length else 1.0
+        return CausalLMOutputWithPast(logits=factor * output.logits)
+
+
+def louder(dtype, spread, **attributes):
+    model = build_model(spread=spread).to(dtype)
+    model.__class__ = type("Louder", (Louder,), attributes)
+    return Policy(model, build_tokenizer())
 
 
 @pytest.mark.parametrize(("dtype", "factor"), [(torch.float32, 1.01), (torch.bfloat16, 1.2)])
 @pytest.mark.parametrize("spread", [0.02, 0.5])
-def test_another_head_is_refused(dtype, factor, spread):
-    model = build_model(spread=spread).to(dtype)
-    model.__class__ = type("Louder", (Louder,), {"factor": factor})
+def test_a_factor_is_measured_and_not_read(dtype, factor, spread):
+    policy = louder(dtype, spread, factor=factor)
+    module._check_head(policy)
+    assert policy.lm_head.scale == pytest.approx(factor, rel=1e-6)
+
+
+@pytest.mark.parametrize(("dtype", "factor"), [(torch.float32, 1.01), (torch.bfloat16, 1.2)])
+@pytest.mark.parametrize("spread", [0.02, 0.5])
+def test_another_head_than_was_measured_is_refused(dtype, factor, spread):
+    policy = louder(dtype, spread, factor=factor, length=8)
     with pytest.raises(ValueError, match=r"head of Louder .* log-probs differ by"):
-        module._check_head(Policy(model, build_tokenizer()))
+        module._check_head(policy)
 
 
 def test_dropout_is_off_in_training(tmp_path):

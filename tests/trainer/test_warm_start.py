@@ -10,6 +10,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from entropy_kernels.integrations.hf import lm_head
+from tests.trainer.small import build_model
 from trainer.config import WarmStart
 from trainer.tasks.ladder import Ladder
 from trainer.tiny import build_tiny
@@ -54,11 +56,15 @@ def test_seed_fixes_every_bit():
     assert not same(started(seed=0), started(seed=1))
 
 
-def test_loss_is_that_of_the_response_tokens():
+@pytest.mark.parametrize("family", ["tiny", "gemma2", "hyperclovax", "llama4"])
+def test_loss_is_that_of_the_response_tokens(family):
+    """Also of logits that the model bounds or multiplies, and without a `base_model`."""
     model, tokenizer = build_tiny(0)
+    if family != "tiny":
+        model = build_model(family, vocab_size=len(tokenizer))
     pairs = Ladder(0).demonstrations(5, seed=0)
     examples = [_example(tokenizer, *pair) for pair in pairs]
-    loss, count = _loss(model, examples, tokenizer.pad_token_id)
+    loss, count = _loss(lm_head(model), examples, tokenizer.pad_token_id)
     terms = []
     for prompt, response in pairs:
         ids = tokenizer(prompt + response, return_tensors="pt").input_ids
@@ -135,6 +141,8 @@ def test_all_that_shapes_a_start_names_it(tmp_path):
 def test_a_killed_run_leaves_nothing_half_made(tmp_path):
     script = f"""
 import os, signal
+from entropy_kernels.integrations.hf import lm_head
+from tests.trainer.small import build_model
 from trainer.config import WarmStart
 from trainer.tasks.ladder import Ladder
 from trainer.tiny import build_tiny
