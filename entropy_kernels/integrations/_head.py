@@ -63,26 +63,25 @@ def as_linear(head: Any, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor | None]
     apart from W, as in PEFT. Added to W, 16 bits would round most of it away.
     """
     linear, adapters = parts(head)
-    _check_weight(linear.weight)
+    check_weight(linear.weight)
     hiddens, weights = [hidden], [linear.weight]
     for name in adapters:
         down = head.lora_A[name]
         low = down(head.lora_dropout[name](hidden.to(down.weight.dtype))) * head.scaling[name]
         hiddens.append(low.to(hidden.dtype))
-        _check_weight(head.lora_B[name].weight)
+        check_weight(head.lora_B[name].weight)
         weights.append(head.lora_B[name].weight.to(linear.weight.dtype))
     if adapters:
         return torch.cat(hiddens, -1), torch.cat(weights, 1), linear.bias
     return hidden, linear.weight, linear.bias
 
 
-def _check_weight(weight: Tensor) -> None:
+def check_weight(weight: Tensor) -> None:
     if isinstance(weight, DTensor):
         raise ValueError(
             f"the head's weight is a DTensor ({weight.placements}) during forward: call the module "
             "that fully_shard was given, whose hooks gather it, not a module inside it; where the "
-            "head is a unit of its own or is resharded after forward, patch_lm_head; "
-            "tensor-parallel heads are not supported"
+            "head is a unit of its own, use patch_lm_head; tensor-parallel heads are not supported"
         )
     if hasattr(weight, "ds_id"):
         raise ValueError("DeepSpeed ZeRO-3 is not supported: it takes the head's weight apart")

@@ -9,11 +9,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
-from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from transformers import PreTrainedModel
 
 from .._shapes import Float
-from ._head import as_linear, backbone, measure, parts, slot
+from ._head import as_linear, backbone, check_weight, measure, parts, slot
 from ._patch import Patch, require
 
 
@@ -48,8 +48,7 @@ class LMHead:
             temperature: as in `linear_logprob_entropy`, of the model's logits.
 
         Raises:
-            ValueError: another head than `lm_head` takes; a weight that FSDP has not gathered, as
-                outside of the forward of a module with `reshard_after_forward`.
+            ValueError: another head than `lm_head` takes; a weight that FSDP has not gathered.
         """
         states, weight, bias = as_linear(causal_lm(self.model).get_output_embeddings(), hidden)
         return {
@@ -68,13 +67,21 @@ class LMHead:
         backbone and the head. `use_cache` is false unless given.
 
         Raises:
-            ValueError: `labels`; a model that does not call its head once.
+            ValueError: `labels`; a model that does not call its head once; the root of
+                `fully_shard`, or a weight that it has not gathered.
         """
         model, tap = causal_lm(self.model), self._tap
         check_labels(options)
         if options.get("use_cache") is None and takes_use_cache(model.forward):
             options["use_cache"] = False
+        if isinstance(self.model, FSDPModule) or isinstance(model, FSDPModule):
+            raise ValueError(
+                f"{type(model).__name__} is what fully_shard was given, which adds up gradients of "
+                "what its own forward computes: use patch_lm_head, or call this and the loss in "
+                "the forward of a module of your own, and shard that"
+            )
         head = model.get_output_embeddings()
+        check_weight(parts(head)[0].weight)
         try:
             with Patch((head, slot(head), tap)):
                 self.model(*args, **options)
@@ -108,10 +115,10 @@ def lm_head(model: nn.Module) -> LMHead:
     scale). That last is measured here, in milliseconds, on stand-ins for backbone and head, and
     not read again: configure the model before. Its weights may be sharded, or on "meta".
 
-    Under FSDP2 call `hidden_states` and the loss inside the forward of the module that
-    `fully_shard` was given, or give that module here and leave its `reshard_after_forward` unset.
-    Under DDP, and where the head is a unit of its own, the wrapper's forward must contain the head:
-    use `patch_lm_head`.
+    DDP and FSDP2 add up the gradients of what is computed in the forward of the module that they
+    were given. So have a module of your own, whose forward calls `hidden_states` and the loss, and
+    give them that; or use `patch_lm_head`, which runs the head inside of the model, and can have it
+    as a unit of its own. DDP's gradients would silently stay those of each rank otherwise.
 
     Args:
         model: a transformers causal LM, or a PeftModel of one; not a wrapper of them.

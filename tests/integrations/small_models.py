@@ -48,20 +48,72 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     # A layer of its own between the backbone and the head.
     "modernbert": ("ModernBertDecoder", {"bos_token_id": 1, "eos_token_id": 2}),
     "phi": ("Phi", {}),
+    # States are divided before the head; the backbone is named by no `base_model`, or "gpt_neox".
+    "minicpm3": (
+        "MiniCPM3",
+        {
+            "dim_model_base": 8,
+            "q_lora_rank": 8,
+            "kv_lora_rank": 8,
+            "qk_nope_head_dim": 4,
+            "qk_rope_head_dim": 4,
+            "v_head_dim": 8,
+            "num_key_value_heads": 2,
+        },
+    ),
+    "mllama": ("Mllama", {"cross_attention_layers": [], "bos_token_id": 1, "eos_token_id": 2}),
+    "gpt-neox": ("GPTNeoX", {}),
+    # Inside of a model of images and text; of two of them, the second is a causal LM of its own.
+    "gemma3-images": (
+        "Gemma3ForConditionalGeneration",
+        {"tie_word_embeddings": True, "final_logit_softcapping": 2.0},
+    ),
+    "llama4-images": (
+        "Llama4ForConditionalGeneration",
+        {"num_local_experts": 2, "intermediate_size_mlp": 32},
+    ),
     "gpt2": ("GPT2", {"tie_word_embeddings": True}),
 }
+
+
+_TEXT = ("Gemma3", "Llama4", "Mllama")
+_IMAGES = {
+    "hidden_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 16,
+    "image_size": 28,
+    "patch_size": 14,
+    "vision_output_dim": 16,
+    "projector_input_dim": 16,
+    "projector_output_dim": 16,
+}
+
+
+def has(family: str) -> bool:
+    """Whether this version of transformers has the family."""
+    name = FAMILIES[family][0].removesuffix("ForConditionalGeneration")
+    return hasattr(transformers, f"{name}PreTrainedModel")
 
 
 def build(family: str, seed: int = 0, spread: float = 0.4, **changes: Any) -> Any:
     """A model whose logits differ by a few, and whose head's bias, if any, is not zero."""
     name, own = FAMILIES[family]
-    config = f"{name}TextConfig" if name in ("Gemma3", "Llama4") else f"{name}Config"
-    model = {"GPT2": "GPT2LMHeadModel"}.get(name, f"{name}ForCausalLM")
+    kind = name.removesuffix("ForConditionalGeneration")
+    config = f"{kind}TextConfig" if kind in _TEXT else f"{kind}Config"
+    model = name if name != kind else {"GPT2": "GPT2LMHeadModel"}.get(name, f"{name}ForCausalLM")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         settings = getattr(transformers, config)(
             **_COMMON | {"initializer_range": spread} | own | changes
         )
+        if name != kind:
+            settings = getattr(transformers, f"{kind}Config")(
+                text_config=settings,
+                vision_config=_IMAGES,
+                tie_word_embeddings=settings.tie_word_embeddings,
+                attn_implementation="eager",
+            )
         built = getattr(transformers, model)(settings).eval()
         bias = getattr(built.get_output_embeddings(), "bias", None)
         if bias is not None:

@@ -22,6 +22,7 @@ from tests.integrations.small_models import (
     build,
     by_logits,
     gradients,
+    has,
     head_in_fp64,
 )
 
@@ -38,14 +39,15 @@ def check(model, tokens, temperature=1.0, **options):
         got_grads = gradients(model, found)
     for name in NAMES:
         assert found[name].dtype == torch.float32
-        torch.testing.assert_close(found[name].double(), want[name], rtol=2e-6, atol=2e-6)
+        truth = want[name].double()  # a model may round its logits to fp32
+        torch.testing.assert_close(found[name].double(), truth, rtol=2e-6, atol=2e-6)
     assert_same_gradients(got_grads, want_grads)
     return found
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_each_family(family):
-    if not hasattr(transformers, f"{FAMILIES[family][0]}PreTrainedModel"):
+    if not has(family):
         pytest.skip(f"transformers {transformers.__version__} has no {family}")
     model = build(family)
     head = model.get_output_embeddings()

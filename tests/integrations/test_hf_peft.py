@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from entropy_kernels.integrations.hf import patch_lm_head
+import entropy_kernels as ek
+from entropy_kernels.integrations.hf import lm_head, patch_lm_head
 from tests.integrations.small_models import (
     VOCABULARY,
     assert_same_gradients,
@@ -46,25 +47,38 @@ def fill(model):
     return model
 
 
-def compare(model, tokens):
+def by_patch(model, tokens):
+    patch_lm_head(model)
+    return model(**tokens, temperature=0.7)
+
+
+def by_head(model, tokens):
+    """As in a training loop of one's own."""
+    head = lm_head(model)
+    inputs = {name: x for name, x in tokens.items() if name != "target"}
+    states = head(head.hidden_states(**inputs), 0.7)
+    return ek.linear_logprob_entropy(**states, target=tokens["target"])._asdict()
+
+
+def compare(model, tokens, found=by_patch):
     torch.manual_seed(7)
     want = by_logits(model, tokens, 0.7)
     want_grads = gradients(model, want)
     torch.manual_seed(7)
-    found = model(**tokens, temperature=0.7)
+    got = found(model, tokens)
     for name, truth in want.items():
-        torch.testing.assert_close(found[name], truth, rtol=1e-5, atol=1e-5)
-    assert_same_gradients(gradients(model, found), want_grads, digits=5e-5)
+        torch.testing.assert_close(got[name], truth, rtol=1e-5, atol=1e-5)
+    assert_same_gradients(gradients(model, got), want_grads, digits=5e-5)
     return want
 
 
+@pytest.mark.parametrize("found", [by_patch, by_head])
 @pytest.mark.parametrize("case", CASES)
-def test_gradients_of_adapters(case):
+def test_gradients_of_adapters(case, found):
     family, options = CASES[case]
     model, tokens = adapted(family, **options).train(), batch()
     plain = by_logits(model, tokens, 0.7)
-    with patch_lm_head(model):
-        want = compare(model, tokens)
+    want = compare(model, tokens, found)
     assert (case == "head with dropout") == (not torch.equal(plain["logprob"], want["logprob"]))
 
 
@@ -82,14 +96,39 @@ def test_the_update_matters_and_can_be_switched_off():
             torch.testing.assert_close(model(**tokens).logprob, off, rtol=1e-5, atol=1e-5)
 
 
-def test_adapters_that_come_and_go():
+@pytest.mark.parametrize("found", [by_patch, by_head])
+def test_adapters_that_come_and_go(found):
     model, tokens = adapted(**HEAD), batch()
     model.add_adapter("second", peft.LoraConfig(r=2, lora_alpha=8, **HEAD))
     fill(model)
-    with patch_lm_head(model):
-        for names in ("default", "second", ["default", "second"]):
-            model.base_model.set_adapter(names)
-            compare(model, tokens)
+    for names in ("default", "second", ["default", "second"]):
+        model.base_model.set_adapter(names)
+        compare(model, tokens, found)
+
+
+def test_a_found_head_follows_its_adapters():
+    """Switched off, merged, given after the head was found, and another one of each sequence."""
+    model, tokens = build("gemma2", tie_word_embeddings=False), batch()
+    inputs, target = {n: x for n, x in tokens.items() if n != "target"}, tokens["target"]
+    head = lm_head(model)
+    wrapped = fill(peft.get_peft_model(model, peft.LoraConfig(**HEAD)))
+
+    def check():
+        states = head(head.hidden_states(**inputs))
+        got = ek.linear_logprob_entropy(**states, target=target).logprob
+        want = by_logits(wrapped, tokens)["logprob"]
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+        return want.detach()
+
+    on = check()
+    with wrapped.disable_adapter():
+        assert not torch.allclose(on, check(), atol=0.1)
+    wrapped.base_model.merge_adapter()
+    torch.testing.assert_close(check(), on, rtol=1e-5, atol=1e-5)
+    wrapped.base_model.unmerge_adapter()
+    mixed = {"adapter_names": ["default", "__base__", "default"]}
+    with pytest.raises(ValueError, match="hidden states alone; got adapter_names"):
+        lm_head(wrapped.eval()).hidden_states(**inputs, **mixed)
 
 
 def test_a_small_update_survives_16_bits():

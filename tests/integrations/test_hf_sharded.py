@@ -5,13 +5,15 @@ import warnings
 import pytest
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.multiprocessing import spawn
 from torch.nn.parallel import DistributedDataParallel
 
+import entropy_kernels as ek
 from entropy_kernels.integrations._head import as_linear
-from entropy_kernels.integrations.hf import patch_lm_head
+from entropy_kernels.integrations.hf import lm_head, patch_lm_head
 from tests.integrations.small_models import assert_same_gradients, batch, build, gradients
 
 RANKS = 2
@@ -45,16 +47,32 @@ def make(family):
 
 def shard(model, units):
     """What is called instead of the model from now on."""
+    if units == ["DDP"] and isinstance(model, Loop):
+        return DistributedDataParallel(model)
     if units == ["DDP"]:
         compiled = torch.compile(model, backend="aot_eager", dynamic=False, fullgraph=True)
         return DistributedDataParallel(compiled)
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    inner = model.model if isinstance(model, Loop) else model
+    inner = inner.get_base_model() if hasattr(inner, "get_base_model") else inner
     if "layers" in units:
         for layer in inner.model.layers:
             fully_shard(layer)
     if "head" in units:
         fully_shard(inner.lm_head)
     return fully_shard(model)
+
+
+class Loop(nn.Module):
+    """A module of one's own that runs the model and the head, as its `lm_head`."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model, self.head = model, lm_head(model)
+
+    def forward(self, target, **inputs):
+        states = self.head(self.head.hidden_states(**inputs))
+        found = ek.linear_logprob_entropy(**states, target=target)._asdict()
+        return {name: x.clone() for name, x in found.items() if x is not None}
 
 
 def whole(grad):
@@ -85,6 +103,19 @@ def on_rank(rank, folder):
             results[case] = {n: whole(grad) for n, grad in grads.items()}, found.logprob.detach()
             if case == "LoRA on the head":
                 _check_refused(model)
+            with pytest.raises(ValueError, match="patch_lm_head"):
+                lm_head(called).hidden_states(tokens["input_ids"])
+            loop = Loop(make(family))
+            called = shard(loop, units)
+            if "head" in units:
+                with pytest.raises(ValueError, match=r"a unit of its own, use patch_lm_head"):
+                    called(**tokens)
+                continue
+            for _ in range(2):  # also where a step before has left something
+                found = called(**tokens)
+                grads = gradients(loop.model, found, share=(RANKS, rank))
+            grads = {n: whole(grad) for n, grad in grads.items()}
+            results[f"{case}, by lm_head"] = grads, found["logprob"].detach()
         torch.save(results, f"{folder}/{rank}.pt")
     finally:
         dist.destroy_process_group()
@@ -103,12 +134,14 @@ def test_two_ranks_give_the_gradients_of_one_process(tmp_path):
     pytest.importorskip("peft", reason="one of the models has LoRA on its head")
     spawn(on_rank, args=(str(tmp_path),), nprocs=RANKS)
     found = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(RANKS)]
-    for case, (family, _, _) in CASES.items():
+    for case, (family, units, _) in CASES.items():
         model = make(family)
         with patch_lm_head(model):
             want = model(**batch(sequences=4))
             want_grads = gradients(model, want)
-        logprob = torch.cat([results[case][1] for results in found])
-        torch.testing.assert_close(logprob, want.logprob.detach(), rtol=1e-6, atol=1e-6)
-        for results in found:
-            assert_same_gradients(results[case][0], want_grads)
+        names = [case] if "head" in units else [case, f"{case}, by lm_head"]
+        for name in names:
+            logprob = torch.cat([results[name][1] for results in found])
+            torch.testing.assert_close(logprob, want.logprob.detach(), rtol=1e-6, atol=1e-6)
+            for results in found:
+                assert_same_gradients(results[name][0], want_grads)
