@@ -69,7 +69,6 @@ def as_linear(head: Any, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor | None]
         down = head.lora_A[name]
         low = down(head.lora_dropout[name](hidden.to(down.weight.dtype))) * head.scaling[name]
         hiddens.append(low.to(hidden.dtype))
-        check_weight(head.lora_B[name].weight)
         weights.append(head.lora_B[name].weight.to(linear.weight.dtype))
     if adapters:
         return torch.cat(hiddens, -1), torch.cat(weights, 1), linear.bias

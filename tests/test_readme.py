@@ -1,0 +1,93 @@
+"""The README's training loop, as it is printed: loss and gradients are those of logits."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+import entropy_kernels as ek
+from tests.integrations.small_models import assert_same_gradients, batch, build
+
+README = (Path(__file__).parents[1] / "README.md").read_text()
+SECTION = README.partition("## In your own trainer")[2].partition("\n## ")[0]
+WHOLE, PARTS = re.findall(r"```python\n(.*?)```", SECTION, re.S)[:2]
+MODELS = ("qwen3", "qwen3-tied", "gemma2", "hyperclovax", "llama4", "LoRA", "LoRA on the head")
+
+
+def make(name):
+    if not name.startswith("LoRA"):
+        return build(name)
+    peft = pytest.importorskip("peft", reason="its adapters are what is tested")
+    targets = ["q_proj", "lm_head"] if name.endswith("head") else ["q_proj"]
+    model = peft.get_peft_model(build("qwen3"), peft.LoraConfig(target_modules=targets, r=4))
+    for key, parameter in model.named_parameters():
+        if "lora_B" in key:
+            torch.nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+def variables(model):
+    """What the snippets take from the reader's program."""
+    tokens = batch()
+    ids, attention_mask = tokens["input_ids"], tokens["attention_mask"]
+    response_mask = attention_mask.bool() & (torch.arange(ids.shape[1]) > 4)
+    return {
+        "model": model,
+        "input_ids": ids,
+        "attention_mask": attention_mask,
+        "response_mask": response_mask,
+        "old_logprob": torch.full((3, 10), -3.0),
+        "advantage": torch.tensor([1.0, -0.5, 2.0]),
+        "target": ids[:, 1:],
+        "mask": response_mask[:, 1:],
+        "your_loss": torch.negative,
+    }
+
+
+def by_logits(given):
+    logits = given["model"](
+        given["input_ids"], attention_mask=given["attention_mask"], use_cache=False
+    ).logits[:, :-1]
+    logp = logits.double().log_softmax(-1)
+    entropy = torch.special.entr(logp.exp()).sum(-1)
+    keep = ek.top_entropy_mask(entropy.detach().float(), given["mask"], fraction=0.2)
+    return logp.gather(-1, given["target"][..., None])[..., 0], keep
+
+
+def gradients(model):
+    found = {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
+    model.zero_grad()
+    return found
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated")
+@pytest.mark.parametrize("name", MODELS)
+def test_the_training_loop(name):
+    model = make(name)
+    given = variables(model)
+    logprob, keep = by_logits(given)
+    want, _ = ek.ratio_loss(
+        logprob.float(), given["old_logprob"], given["advantage"], given["mask"], selected=keep
+    )
+    want.backward(retain_graph=True)
+    want_grads = gradients(model)
+    namespace = dict(given)
+    exec(WHOLE, namespace)
+    torch.testing.assert_close(namespace["loss"], want, rtol=1e-5, atol=1e-6)
+    assert_same_gradients(gradients(model), want_grads, digits=5e-5)
+    assert any("lora_A" in key and "lm_head" in key for key in want_grads) == (
+        name == "LoRA on the head"
+    )
+
+    want = -(logprob * keep).sum() / keep.sum()
+    want.backward()
+    want_grads = gradients(model)
+    hidden = namespace["head"].hidden_states(
+        given["input_ids"], attention_mask=given["attention_mask"]
+    )
+    namespace["hidden"] = hidden[:, :-1]
+    exec(PARTS, namespace)
+    namespace["loss"].backward()
+    torch.testing.assert_close(namespace["loss"].double(), want, rtol=1e-5, atol=1e-6)
+    assert_same_gradients(gradients(model), want_grads, digits=5e-5)
