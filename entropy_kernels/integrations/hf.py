@@ -73,7 +73,8 @@ def patch_lm_head(model: nn.Module, *, impl: str = "auto") -> Patch:
     included, never rounded into W. Its backward computes W's gradient too, and drops it.
 
     Order: PEFT first where it changes the head, then this; `fully_shard`, `torch.compile` and DDP
-    before or after, but give this function the model, not DDP's wrapper. FSDP's mixed precision
+    before or after, but give this function the model, not DDP's wrapper. Accelerate's wrappers of
+    forward may come before, after and off again. FSDP's mixed precision
     casts what the root returns to its `output_dtype`: leave that None or fp32.
 
     Args:
@@ -89,8 +90,8 @@ def patch_lm_head(model: nn.Module, *, impl: str = "auto") -> Patch:
         ValueError: another model, wrapper or head; prompt learning; an offloaded or tensor-parallel
             head; a function of the logits that no scale and softcap explain, naming both; another
             `impl` than that of the patch in force. When called: `target` with `labels`;
-            `temperature` or `statistics` without `target`; a head replaced since; a weight that
-            FSDP has not gathered.
+            `temperature` or `statistics` without `target`; a head, or a forward that does not know
+            `target`, replaced since; a weight that FSDP has not gathered.
     """
     inner = causal_lm(model)
     forward = _in_force(inner)

@@ -270,3 +270,11 @@ def test_what_an_instance_does_to_its_logits_is_measured():
     assert (head.scale, head.softcap) == pytest.approx((2, 3))
     with patch_lm_head(model):
         torch.testing.assert_close(model(**tokens).logprob, want, rtol=1e-5, atol=1e-5)
+
+
+def test_nothing_is_compiled_to_measure_a_head():
+    seen = []
+    model = make()
+    model.forward = torch.compile(model.forward, backend=lambda graph, _: seen.append(graph))
+    assert lm_head(model).scale == 1
+    assert not seen
