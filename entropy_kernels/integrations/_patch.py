@@ -38,7 +38,8 @@ class Patch:
         """Put back what was there before."""
         for owner, name, _, new in self._active:
             found = vars(owner).get(name)
-            if getattr(found, "__func__", found) is not new:  # it may have been bound to its owner
+            # Somebody may have bound it to its owner, as if it were a function.
+            if found is not new and getattr(found, "__func__", None) is not new:
                 of = getattr(owner, "__name__", type(owner).__name__)
                 raise RuntimeError(f"{of}.{name} was replaced again since; undo that patch first")
         for owner, name, old, _ in reversed(self._active):

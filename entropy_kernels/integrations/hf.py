@@ -74,8 +74,8 @@ def patch_lm_head(model: nn.Module, *, impl: str = "auto") -> Patch:
 
     Order: PEFT first where it changes the head, then this; `fully_shard`, `torch.compile` and DDP
     before or after, but give this function the model, not DDP's wrapper. Accelerate's wrappers of
-    forward may come before, after and off again. FSDP's mixed precision
-    casts what the root returns to its `output_dtype`: leave that None or fp32.
+    forward may come before, after and off again. FSDP's mixed precision casts what the root returns
+    to its `output_dtype`: leave that None or fp32.
 
     Args:
         model: a transformers causal LM, or a PeftModel of one.
