@@ -20,6 +20,14 @@ pytestmark = [
 COMPILE = {"backend": "aot_eager", "dynamic": False}
 
 
+@pytest.fixture(autouse=True)
+def _no_state_of_other_tests():
+    """accelerate keeps the precision that a process began with."""
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+
+
 def make():
     return build("qwen3", num_hidden_layers=1)
 
