@@ -97,7 +97,7 @@ class Step:
         self.optimizer = _optimizer(self.policy.model)
         old_BL, entropy_BL, threshold, _ = score(self.policy, rollouts, self.settings, self.ranks)
         generator = torch.Generator().manual_seed(1)
-        old_BL = old_BL + 0.02 * torch.randn(old_BL.shape, generator=generator)
+        old_BL = (old_BL + 0.02 * torch.randn(old_BL.shape, generator=generator)).clamp_max(0)
         advantage_B = torch.linspace(-1, 1.5, shape.sequences)
         selected_BL = rollouts.mask_BL & at_least(entropy_BL, threshold)
         self.batch = Batch(rollouts, advantage_B, old_BL, selected_BL, threshold)

@@ -103,7 +103,7 @@ def _check_head(impl: str, device: str) -> str:
 
 def _check_ratio_loss(impl: str, device: str) -> str:
     """Loss and gradient against fp64 on ratios inside and outside of the clips; empty if well."""
-    old, advantage = -torch.rand(4, 100, device=device), torch.randn(4, 100, device=device)
+    old, advantage = -torch.rand(4, 100, device=device) - 2, torch.randn(4, 100, device=device)
     mask = torch.rand(4, 100, device=device) < 0.5
     logprob = (old + 0.3 * torch.randn(4, 100, device=device)).requires_grad_()
     got = ratio_loss(logprob, old, advantage, mask, impl=impl)[0]

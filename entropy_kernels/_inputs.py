@@ -8,19 +8,37 @@ import math
 import operator
 import warnings
 from collections.abc import Collection
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import _gpu, _native, ops
+from ._arguments import (
+    check_choice,
+    check_flag,
+    check_fraction,
+    check_group,
+    check_number,
+    check_tensor,
+    check_whole,
+    is_number,
+    shown,
+)
 from ._compiler import constant
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _NAMES = ("auto", "reference", "torch", "cpu", "triton")
 
 
+def check_impl(impl: object) -> None:
+    """A name; whether it can run shows where the tensors are."""
+    check_choice("impl", impl, _NAMES)
+
+
 def resolve(impl: str, device: torch.device) -> str:
     """The implementation that "auto" stands for."""
+    check_impl(impl)
     no_cpu = _native.why_missing("cpu")
     if impl == "auto":
         name = "cpu" if device.type == "cpu" and no_cpu is None else "torch"
@@ -28,8 +46,6 @@ def resolve(impl: str, device: torch.device) -> str:
         if name == "torch":
             _warn_of_the_torch_path(device)
         return name
-    if impl not in _NAMES:
-        raise ValueError(f"impl must be one of {', '.join(_NAMES)}; got {impl!r}")
     if impl == "cpu" and no_cpu is not None:
         raise ValueError(f'impl="cpu" is missing: {no_cpu}')
     if impl == "cpu" and device.type != "cpu":
@@ -68,33 +84,64 @@ def cast_as_linear(
 
 def check_statistics(names: Collection[str]) -> None:
     """Names out of ops.MOMENTS; one bare name is none of them."""
-    if isinstance(names, str) or not set(names) <= {*ops.MOMENTS}:
+    several = isinstance(names, Collection) and not isinstance(names, str | Tensor)
+    if not several or not all(isinstance(name, str) and name in ops.MOMENTS for name in names):
         known = ", ".join(ops.MOMENTS)
-        raise ValueError(f"statistics must be a collection of names out of {known}; got {names!r}")
+        got = repr(names) if several else shown(names)
+        raise ValueError(f"statistics must be a collection of names out of {known}; got {got}")
+
+
+def check_temperature(temperature: float | Tensor, target: Tensor | None = None) -> None:
+    """A number, or a tensor of one value or one a token; its values are checked by the op."""
+    if not isinstance(temperature, Tensor):
+        finite = "a tensor, or finite and > 0"
+        check_number("temperature", temperature, finite, lambda x: 0 < x < math.inf)
+        return
+    check_tensor("temperature", temperature, "floating-point")
+    if temperature.requires_grad:
+        raise ValueError("temperature is not differentiated; got a tensor that requires grad")
+    if target is None:
+        return
+    if temperature.device != target.device:
+        raise ValueError(
+            f"temperature must be on {target.device}, like target; got {temperature.device}"
+        )
+    if temperature.numel() != 1 and temperature.shape != target.shape:
+        raise ValueError(
+            f"temperature must be one value or have target's shape {tuple(target.shape)}; "
+            f"got {tuple(temperature.shape)}"
+        )
 
 
 def per_token_temperature(temperature: float | Tensor, target: Tensor) -> Tensor | None:
-    """fp32 [1] or [T]; None for 1. Values of a tensor are checked by the op."""
+    """fp32 [1] or [T]; None for 1."""
+    check_temperature(temperature, target)
     if isinstance(temperature, Tensor):
-        if temperature.requires_grad:
-            raise ValueError("temperature is not differentiated; got a tensor that requires grad")
-        if temperature.device != target.device:
-            raise ValueError(
-                f"temperature must be on {target.device}, like target; got {temperature.device}"
-            )
-        if temperature.numel() == 1:
-            return temperature.detach().reshape(1).float()
-        if temperature.shape != target.shape:
-            raise ValueError(
-                f"temperature must be one value or have target's shape {tuple(target.shape)}; "
-                f"got {tuple(temperature.shape)}"
-            )
         return temperature.detach().reshape(-1).float()
-    if not temperature > 0:
-        raise ValueError(f"temperature must be > 0; got {temperature}")
     if temperature == 1:
         return None
     return torch.full((1,), float(temperature), dtype=torch.float32, device=target.device)
+
+
+def check_head_options(
+    *,
+    softcap: float | None = None,
+    ignore_index: int = -100,
+    vocab_group: object = None,
+    keep_logits: bool = False,
+    max_active_rows: int | None = None,
+    impl: str = "auto",
+) -> None:
+    """Each option of the head by itself."""
+    if softcap is not None:
+        wanted = "finite and > 0 or None"
+        check_number("softcap", softcap, wanted, lambda x: 0 < x < math.inf)
+    check_whole("ignore_index", ignore_index)
+    check_group("vocab_group", vocab_group)
+    check_flag("keep_logits", keep_logits)
+    if max_active_rows is not None:
+        check_whole("max_active_rows", max_active_rows, 0, "an int >= 0 or None")
+    check_impl(impl)
 
 
 def check_head(
@@ -102,14 +149,19 @@ def check_head(
     weight: Tensor,
     target: Tensor,
     bias: Tensor | None,
-    softcap: float | None,
-    fp64: bool,
-    sharded: bool = False,
+    main_grad: Tensor | None,
+    sharded: bool,
 ) -> None:
-    """A sharded weight may have no row here."""
-    dtypes = (*_DTYPES, torch.float64) if fp64 else _DTYPES
-    if hidden.dtype not in dtypes:
-        raise ValueError(f"hidden must be one of {', '.join(map(str, dtypes))}; got {hidden.dtype}")
+    """Types, shapes and devices; a sharded weight may have no row here."""
+    tensors: dict[str, Any] = {"hidden": hidden, "weight": weight, "target": target}
+    optional = {"bias": bias, "main_grad": main_grad}
+    for name, x in (tensors | {k: x for k, x in optional.items() if x is not None}).items():
+        check_tensor(name, x)
+        if hasattr(x, "to_local"):
+            raise ValueError(
+                f"{name} must be a plain tensor; got a {type(x).__name__}: gather it, or give its "
+                "to_local() with a vocab_group"
+            )
     if hidden.ndim < 1 or weight.ndim != 2 or hidden.shape[-1] != weight.shape[1]:
         raise ValueError(
             "hidden must be [..., D] and weight [V, D]; "
@@ -120,28 +172,59 @@ def check_head(
     if hidden.shape[:-1] != target.shape:
         raise ValueError(
             f"target must have hidden's leading shape {tuple(hidden.shape[:-1])}; "
-            f"got {tuple(target.shape)}"
+            f"got {tuple(target.shape)}, and hidden {tuple(hidden.shape)}"
         )
     if target.dtype not in (torch.int64, torch.int32):
         raise ValueError(f"target must be int64 or int32; got {target.dtype}")
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"bias must be [{weight.shape[0]}]; got {tuple(bias.shape)}")
-    if softcap is not None and not softcap > 0:
-        raise ValueError(f"softcap must be > 0 or None; got {softcap}")
+    for name, x in {"weight": weight, "bias": bias, "target": target}.items():
+        if x is not None and x.device != hidden.device:
+            raise ValueError(f"{name} must be on {hidden.device}, like hidden; got {x.device}")
+
+
+def check_dtypes(hidden: Tensor, weight: Tensor, bias: Tensor | None, fp64: bool) -> None:
+    """What is multiplied, after autocast."""
+    dtypes = (*_DTYPES, torch.float64) if fp64 else _DTYPES
+    if hidden.dtype not in dtypes:
+        raise ValueError(f"hidden must be one of {', '.join(map(str, dtypes))}; got {hidden.dtype}")
     for name, x in {"weight": weight, "bias": bias}.items():
         if x is not None and x.dtype != hidden.dtype:
             raise ValueError(
                 f"{name} must have hidden's dtype {hidden.dtype}; got {x.dtype} "
                 "(under autocast both are cast)"
             )
-    for name, x in {"weight": weight, "bias": bias, "target": target}.items():
-        if x is not None and x.device != hidden.device:
-            raise ValueError(f"{name} must be on {hidden.device}, like hidden; got {x.device}")
+
+
+def check_threshold(name: str, threshold: float | Tensor | None) -> None:
+    """An entropy in nats: a number, also an infinite one, or a tensor of one value."""
+    if isinstance(threshold, Tensor):
+        check_tensor(name, threshold, "floating-point")
+        if threshold.numel() != 1 or threshold.is_meta:
+            raise ValueError(f"{name} must be one value; got {shown(threshold)}")
+    elif threshold is not None and (not is_number(threshold) or math.isnan(threshold)):
+        raise ValueError(f"{name} must be an entropy in nats; got {shown(threshold)}")
+
+
+def check_selection_options(
+    *,
+    fraction: float = 0.2,
+    threshold: float | Tensor | None = None,
+    which: str = "top",
+    scope: str = "batch",
+    group: object = None,
+) -> None:
+    """Each option of a selection by itself."""
+    check_fraction(fraction)
+    check_threshold("threshold", threshold)
+    check_choice("which", which, ("top", "bottom", "random"))
+    check_choice("scope", scope, ("batch", "sequence"))
+    check_group("group", group)
 
 
 def check_selection(
     selected: Tensor | None,
-    threshold: object,
+    threshold: float | Tensor | None,
     which: str,
     scope: str,
     group: object,
@@ -154,10 +237,7 @@ def check_selection(
         )
     if selected is not None and threshold is not None:
         raise ValueError("selected and threshold both name the tokens; give one of them")
-    if isinstance(threshold, Tensor) and threshold.numel() != 1:
-        raise ValueError(f"threshold must be one value; got {tuple(threshold.shape)}")
-    if isinstance(threshold, float) and math.isnan(threshold):
-        raise ValueError("threshold must be an entropy in nats; got nan")
+    check_threshold("threshold", threshold)
     chosen = (which, scope, group) != ("top", "batch", None)
     if chosen and (selected is not None or threshold is not None):
         name = "selected" if selected is not None else "threshold"
@@ -171,6 +251,7 @@ def check_like(target: Tensor, **masks: Tensor | None) -> None:
     for name, mask in masks.items():
         if mask is None:
             continue
+        check_tensor(name, mask)
         if mask.shape != target.shape or mask.dtype != torch.bool or mask.device != target.device:
             raise ValueError(
                 f"{name} must be a bool tensor of target's shape {tuple(target.shape)} on "
@@ -210,14 +291,12 @@ def kept_rows(
         return None, 0
     if keep_logits:
         raise ValueError("keep_logits keeps all rows; keep_logits_above has no meaning with it")
-    if isinstance(above, Tensor):
-        if above.numel() != 1 or above.device != hidden_TD.device:
-            raise ValueError(
-                f"keep_logits_above must be one value on {hidden_TD.device}, like hidden; "
-                f"got {tuple(above.shape)} on {above.device}"
-            )
-    elif math.isnan(above):
-        raise ValueError("keep_logits_above must be an entropy in nats; got nan")
+    if isinstance(above, Tensor) and (above.numel() != 1 or above.device != hidden_TD.device):
+        raise ValueError(
+            f"keep_logits_above must be one value on {hidden_TD.device}, like hidden; "
+            f"got {tuple(above.shape)} on {above.device}"
+        )
+    check_threshold("keep_logits_above", above)
     rows = min(hidden_TD.shape[0], most_bytes // (4 * max(vocabulary, 1)))
     rows = rows if max_active_rows is None else min(rows, max_active_rows)
     if rows == 0 or name != "triton" or not torch.is_grad_enabled():

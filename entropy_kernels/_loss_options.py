@@ -8,13 +8,31 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .loss_terms import CORRECTIONS, KL_TYPES
+from ._arguments import (
+    LARGEST,
+    check_advantage,
+    check_choice,
+    check_clip,
+    check_count,
+    check_finite,
+    check_group,
+    check_logprobs,
+    check_number,
+    check_tensor,
+    check_values,
+    is_number,
+    shown,
+    warn_once,
+)
+from .loss_terms import AGGREGATIONS, CORRECTIONS, KL_TYPES
 from .losses import (
-    AGGREGATIONS,
     LOSSES,
     SEQUENCE_OVER,
     Loss,
     clipped_ratio,
+    gspo,
+    gspo_token,
+    luspo,
     reinforce,
     sapo,
     vespo,
@@ -22,6 +40,20 @@ from .losses import (
 
 ON = ("kept", "all")
 OVER = ("all", "selected")
+_CHOICES = {
+    "sequence_over": (None, *OVER),
+    "aggregation": (None, *AGGREGATIONS),
+    "correction": (None, *CORRECTIONS),
+    "kl_type": KL_TYPES,
+    "kl_on": ON,
+    "entropy_on": ON,
+}
+# Options that may be a number or a tensor.
+_NUMBERS = ("clip_low", "clip_high", "kl_coef", "denominator", "num_sequences")
+# Options that are a tensor, or may be one.
+_TENSORS = ("token_weight", "sampler_logprob", "reference_logprob", "entropy", *_NUMBERS)
+# Losses whose clips are distances of a ratio from 1.
+_OF_RATIOS = (clipped_ratio, gspo, gspo_token, luspo)
 
 
 def find_loss(loss_type: str | Callable[..., Tensor]) -> tuple[Loss, str, str | None]:
@@ -33,7 +65,7 @@ def find_loss(loss_type: str | Callable[..., Tensor]) -> tuple[Loss, str, str | 
         loss, aggregation = LOSSES[loss_type]
         return loss, aggregation, SEQUENCE_OVER.get(loss)
     if not callable(loss_type):
-        raise ValueError(f"loss_type must be a name or a function; got {loss_type!r}")
+        raise ValueError(f"loss_type must be a name or a function; got {shown(loss_type)}")
     base = _base(loss_type)
     for loss, aggregation in LOSSES.values():
         if loss is base:
@@ -61,41 +93,126 @@ def sees_sequences(loss_type: str | Callable[..., Tensor]) -> bool:
     return True
 
 
-def check_tensors(logprob: Tensor, masks: dict[str, Tensor], **like: Any) -> None:
-    """`like` may hold None, and numbers where a number would do."""
-    tensors = {name: x for name, x in like.items() if isinstance(x, Tensor)}
-    for name, x in (tensors | masks).items():
-        if x.device != logprob.device:
-            raise ValueError(f"{name} must be on {logprob.device}, like logprob; got {x.device}")
-        scalar = name in ("clip_low", "clip_high", "kl_coef") and x.ndim == 0
-        if x.shape != logprob.shape and not scalar:
-            raise ValueError(
-                f"{name} must have logprob's shape {tuple(logprob.shape)}; got {tuple(x.shape)}"
-            )
-    for name, x in masks.items():
-        if x.dtype != torch.bool:
-            raise ValueError(f"{name} must be a bool tensor; got {x.dtype}")
+def check_options(options: Mapping[str, Any]) -> None:
+    """Each option of ratio_loss that is given, by itself."""
+    for name, value in options.items():
+        if name in _CHOICES:
+            check_choice(name, value, _CHOICES[name])
+        elif name == "loss_type":
+            find_loss(value)
+        elif name in ("kl_coef", "entropy_coef"):
+            number_only = name == "entropy_coef" or not isinstance(value, Tensor)
+            (check_finite if number_only else check_tensor)(name, value)
+        elif name == "denominator" and isinstance(value, str):
+            if value not in ("selected", "all"):
+                raise ValueError(f'{name} must be "selected", "all" or a count; got {value!r}')
+        elif name == "denominator":
+            check_count(name, value, '"selected", "all" or ')
+        elif value is None:
+            continue
+        elif name in ("clip_low", "clip_high"):
+            check_clip(name, value)
+        elif name == "dual_clip":
+            check_number(name, value, "> 1 or None", lambda x: x > 1)
+        elif name == "num_sequences":
+            check_count(name, value)
+        elif name in ("correction_cap", "correction_floor"):
+            check_number(name, value, ">= 0 or None", lambda x: x >= 0)
+        elif name == "sequence_group":
+            check_group(name, value)
+    if "loss_type" in options:
+        clips = {name: options.get(name) for name in ("clip_low", "clip_high", "dual_clip")}
+        _check_clips(options["loss_type"], clips)
 
 
-def check_loss(
+def check_arguments(
     logprob: Tensor,
-    loss_type: object,
-    over: str | None,
-    is_over_sequences: bool,
-    clip: Mapping[str, Any],
+    old_logprob: Tensor | None,
+    advantage: Tensor,
+    masks: dict[str, Tensor],
+    options: Mapping[str, Any],
 ) -> None:
-    for name, value in clip.items():
-        if value is not None and name not in _clips(loss_type):
-            raise ValueError(
-                f"{name} has no meaning with loss_type={loss_type!r}; a function's own options are "
-                f"set by functools.partial; got {name}={value}"
-            )
-    _check_choice("sequence_over", over, (None, *OVER))
+    """What ratio_loss is given, each by itself and then together; `options` are all its own."""
+    check_options(options)
+    check_tensor("logprob", logprob, "floating-point")
+    for name, x in masks.items():
+        check_tensor(name, x, "bool", logprob, "logprob")
+    for name in ("old_logprob", *_TENSORS):
+        _check_like(name, old_logprob if name == "old_logprob" else options[name], logprob)
+    check_advantage(advantage, logprob)
+    _check_loss(logprob, options)
+    _check_aggregation(logprob, options)
+    _check_correction(logprob, options)
+    _check_terms(options)
+
+
+def _check_like(name: str, x: Any, logprob: Tensor) -> None:
+    """None; one a token; one number, or a tensor of it, where the option allows it."""
+    if x is None or (name in _NUMBERS and not isinstance(x, Tensor)):
+        return
+    if name == "denominator" and isinstance(x, str):
+        return
+    count = name in ("denominator", "num_sequences")
+    weight = name == "token_weight" and isinstance(x, Tensor) and x.dtype == torch.bool
+    check_tensor(name, x, "any" if weight or count else "floating-point")
+    if count and x.device.type == "cpu":
+        return
+    if x.device != logprob.device:
+        raise ValueError(f"{name} must be on {logprob.device}, like logprob; got {x.device}")
+    if not count and not (name in _NUMBERS and x.ndim == 0):
+        check_tensor(name, x, "any", logprob, "logprob")
+
+
+def check_contents(
+    seen: Tensor,
+    logprob: Tensor,
+    old_logprob: Tensor | None,
+    advantage: Tensor,
+    options: Mapping[str, Any],
+) -> None:
+    """What can be seen on a CPU: of tensors, what their values at the tokens `seen` cannot be.
+
+    A NaN can: it comes from the data, and makes the loss NaN on every device.
+    """
+    check_logprobs("logprob", logprob, seen, inf=True)
+    check_logprobs("old_logprob", old_logprob, seen)
+    check_logprobs("sampler_logprob", options["sampler_logprob"], seen)
+    check_logprobs("reference_logprob", options["reference_logprob"], seen)
+    check_values("advantage", advantage, "finite", -LARGEST, LARGEST, seen)
+    weight = options["token_weight"]
+    if weight is not None and weight.dtype != torch.bool:
+        check_values("token_weight", weight, ">= 0 and finite", 0, LARGEST, seen)
+    for name in ("clip_low", "clip_high"):
+        check_values(name, options[name], ">= 0", 0, torch.inf, seen)
+    check_values("kl_coef", options["kl_coef"], "finite", -LARGEST, LARGEST, seen)
+
+
+def beyond_kept(
+    on_policy: bool,
+    loss_type: str | Callable[..., Tensor] = "dapo",
+    sequence_over: str | None = None,
+    kl_on: str = "kept",
+    entropy_on: str = "kept",
+    correction: str | None = None,
+    **_: Any,
+) -> str | None:
+    """The option, if any, that reads log-probs or entropies of tokens that are not kept."""
+    if (sequence_over or find_loss(loss_type)[2]) == "all":
+        return f'loss_type={loss_type!r} with sequence_over="all"'
+    if on_policy and correction is not None and correction.startswith("sequence"):
+        return f"correction={correction!r} without old_logprob"
+    if kl_on == "all":
+        return 'kl_on="all"'
+    return 'entropy_on="all"' if entropy_on == "all" else None
+
+
+def _check_loss(logprob: Tensor, options: Mapping[str, Any]) -> None:
+    loss_type, over = options["loss_type"], options["sequence_over"]
+    is_over_sequences = find_loss(loss_type)[2] is not None
     if over is not None and isinstance(loss_type, str) and not is_over_sequences:
         raise ValueError(f"sequence_over has no meaning with loss_type={loss_type!r}; got {over!r}")
     if is_over_sequences and logprob.ndim != 2:
         raise ValueError(f"loss_type={loss_type!r} needs [B, L] inputs; got {tuple(logprob.shape)}")
-    _check_clip(most=1 if "dual_clip" in _clips(loss_type) else torch.inf, **clip)
 
 
 def _clips(loss_type: object) -> tuple[str, ...]:
@@ -107,34 +224,40 @@ def _clips(loss_type: object) -> tuple[str, ...]:
     return (*names, "dual_clip") if function is clipped_ratio else names
 
 
-def _check_clip(most: float, clip_low: Any, clip_high: Any, dual_clip: float | None) -> None:
-    low = clip_low if isinstance(clip_low, int | float) else 0
-    high = clip_high if isinstance(clip_high, int | float) else 0
-    if not 0 <= low <= most or not high >= 0:
+def _check_clips(loss_type: object, clips: Mapping[str, Any]) -> None:
+    """Distances from a ratio of 1: beyond 1 the lower bound is negative, or a bound was given.
+
+    gmpo's clips are of a log-ratio, dppo's of a probability, and cispo's lower one may be any.
+    """
+    for name, value in clips.items():
+        if value is not None and name not in _clips(loss_type):
+            raise ValueError(
+                f"{name} has no meaning with loss_type={loss_type!r}; a function's own options are "
+                f"set by functools.partial; got {name}={value}"
+            )
+    clip_low, clip_high = clips["clip_low"], clips["clip_high"]
+    if not isinstance(loss_type, str) or LOSSES[loss_type][0] not in _OF_RATIOS:
+        return
+    if is_number(clip_low) and clip_low > 1:
         raise ValueError(
-            f"clip_low must lie in [0, {most}] and clip_high be >= 0; "
-            f"got clip_low={clip_low}, clip_high={clip_high}"
+            f"clip_low must lie in [0, 1], a distance below the ratio 1, with "
+            f"loss_type={loss_type!r}; got clip_low={clip_low}"
         )
-    if dual_clip is not None and not dual_clip > 1:
-        raise ValueError(f"dual_clip must be > 1 or None; got {dual_clip}")
+    if is_number(clip_high) and 1 < clip_high < 2:
+        warn_once(
+            "clip_high",
+            f"clip_high={clip_high} is a distance: ratios are clipped at {1 + clip_high:g}; the "
+            f"bound {clip_high:g} is clip_high={clip_high - 1:g}"
+            + (f", and {clip_low:g} is clip_low={1 - clip_low:g}" if is_number(clip_low) else ""),
+        )
 
 
-def check_aggregation(
-    logprob: Tensor,
-    loss_type: object,
-    aggregation: str,
-    denominator: str | float | Tensor,
-    num_sequences: float | Tensor | None,
-) -> None:
-    _check_choice("aggregation", aggregation, AGGREGATIONS)
+def _check_aggregation(logprob: Tensor, options: Mapping[str, Any]) -> None:
+    loss_type, denominator = options["loss_type"], options["denominator"]
+    aggregation = options["aggregation"] or find_loss(loss_type)[1]
     is_word = isinstance(denominator, str)
-    if is_word and denominator not in ("selected", "all"):
-        raise ValueError(f'denominator must be "selected", "all" or a count; got {denominator!r}')
-    for name, count in {"denominator": denominator, "num_sequences": num_sequences}.items():
-        if isinstance(count, int | float) and not count > 0:
-            raise ValueError(f"{name} must be > 0; got {count}")
     what = f"with loss_type={loss_type!r} and aggregation={aggregation!r}"
-    if aggregation == "token-mean" and num_sequences is not None:
+    if aggregation == "token-mean" and options["num_sequences"] is not None:
         raise ValueError(f"num_sequences has a meaning with the seq-mean aggregations only, {what}")
     if aggregation != "token-mean" and logprob.ndim != 2:
         raise ValueError(f"{what}, [B, L] inputs are needed; got {tuple(logprob.shape)}")
@@ -170,7 +293,9 @@ def counts_left(
     return num_sequences is None
 
 
-def check_group(group: object, **options: Any) -> None:
+def check_counts(group: object, **options: Any) -> None:
+    """Something is left to count over `group`."""
+    check_group("group", group)
     if group is not None and not counts_left(**options):
         given = {name: options[name] for name in ("denominator", "num_sequences")}
         raise ValueError(
@@ -179,37 +304,21 @@ def check_group(group: object, **options: Any) -> None:
         )
 
 
-def check_terms(
-    reference_logprob: Tensor | None,
-    kl_coef: float | Tensor,
-    kl_type: str,
-    kl_on: str,
-    entropy: Tensor | None,
-    entropy_coef: float,
-    entropy_on: str,
-) -> None:
-    _check_choice("kl_type", kl_type, KL_TYPES)
-    _check_choice("kl_on", kl_on, ON)
-    _check_choice("entropy_on", entropy_on, ON)
+def _check_terms(options: Mapping[str, Any]) -> None:
+    kl_coef, entropy_coef = options["kl_coef"], options["entropy_coef"]
     has_kl = isinstance(kl_coef, Tensor) or kl_coef != 0
-    if has_kl and reference_logprob is None:
+    if has_kl and options["reference_logprob"] is None:
         raise ValueError(f"kl_coef={kl_coef} needs reference_logprob")
-    if entropy_coef != 0 and entropy is None:
+    if entropy_coef != 0 and options["entropy"] is None:
         raise ValueError(f"entropy_coef={entropy_coef} needs entropy")
 
 
-def check_correction(
-    logprob: Tensor,
-    loss_type: object,
-    sampler_logprob: Tensor | None,
-    correction: str | None,
-    cap: float | None,
-    floor: float | None,
-) -> None:
-    _check_choice("correction", correction, (None, *CORRECTIONS))
+def _check_correction(logprob: Tensor, options: Mapping[str, Any]) -> None:
+    loss_type, correction = options["loss_type"], options["correction"]
+    cap, floor = options["correction_cap"], options["correction_floor"]
     if correction is None:
         return
-    if sampler_logprob is None:
+    if options["sampler_logprob"] is None:
         raise ValueError(f"correction={correction!r} needs sampler_logprob")
     if loss_type == "vespo":
         raise ValueError(
@@ -224,9 +333,3 @@ def check_correction(
         raise ValueError(
             f"correction={correction!r} needs [B, L] inputs; got {tuple(logprob.shape)}"
         )
-
-
-def _check_choice(name: str, value: object, choices: tuple[object, ...]) -> None:
-    if value not in choices:
-        wanted = ", ".join(map(str, choices))
-        raise ValueError(f"{name} must be one of {wanted}; got {value!r}")

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from . import _gpu, _native, ops
+from ._arguments import check_choice
 from ._loss_options import find_loss
 from .losses import LOG_RATIO_BOUND, clipped_ratio
 
@@ -29,14 +30,13 @@ def has_kernel(
 
 def resolve(impl: str, device: torch.device, dtype: torch.dtype) -> str:
     """The implementation that "auto" stands for."""
+    check_choice("impl", impl, NAMES)
     no_cpu, fp32 = _native.why_missing("cpu"), dtype == torch.float32
     on_cpu = fp32 and device.type == "cpu"
     if impl == "auto":
         if fp32 and _gpu.verified(device):
             return "triton"
         return "cpu" if on_cpu and no_cpu is None else "torch"
-    if impl not in NAMES:
-        raise ValueError(f"impl must be one of {', '.join(NAMES)}; got {impl!r}")
     if impl == "cpu" and no_cpu is not None:
         raise ValueError(f'impl="cpu" is missing: {no_cpu}')
     if impl == "cpu" and not on_cpu:
@@ -50,7 +50,7 @@ def resolve(impl: str, device: torch.device, dtype: torch.dtype) -> str:
 
 def plain(impl: str) -> str:
     """For the losses that have no kernel."""
-    if impl not in ("auto", "torch"):
+    if not isinstance(impl, str) or impl not in ("auto", "torch"):
         raise ValueError(
             f"impl={impl!r} is a kernel of the clipped ratio loss with clips that are numbers; "
             'other losses are plain PyTorch, impl "auto" or "torch"'

@@ -73,8 +73,9 @@ def check_values(
             f"target must lie in [0, {vocabulary}) or be ignore_index={ignore_index}; "
             f"got {int(target[row])} at row {row}"
         )
-    if temperature is not None and not (temperature > 0).all():
-        raise ValueError(f"temperature must be > 0; got {float(temperature.min())}")
+    if temperature is not None and not ((temperature > 0) & (temperature < torch.inf)).all():
+        wrong = temperature[~((temperature > 0) & (temperature < torch.inf))]
+        raise ValueError(f"temperature must be finite and > 0; got {float(wrong[0])}")
 
 
 def check_active_rows(

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from ._arguments import check_choice, check_group, check_tensor, shown
 from ._shapes import Bool, Float, Int
 
 # How the metrics of parts join, by name: these add up, keep the largest or the smallest, or are
@@ -31,6 +32,7 @@ def all_reduce_sum(tensor: Tensor, group: ProcessGroup | None) -> Tensor:
     (CUDA for NCCL). It is left as it is; the sum is a new tensor, or `tensor` itself without a
     group. No gradient flows.
     """
+    _check("tensor", tensor, group)
     if group is None:
         return tensor
     total = tensor.detach().clone()
@@ -45,6 +47,7 @@ def sum_over_ranks(
 
     Backward is an all-reduce too, so every rank of `group` runs it.
     """
+    _check("tensor", tensor, group)
     return tensor if group is None else _SumOverRanks.apply(tensor, group)
 
 
@@ -59,9 +62,14 @@ class _SumOverRanks(torch.autograd.Function):
         return all_reduce_sum(grads[0], ctx.group), None
 
 
-def all_reduce_max(tensor: Float[Tensor, "*shape"], group: ProcessGroup) -> Float[Tensor, "*shape"]:
+def all_reduce_max(
+    tensor: Float[Tensor, "*shape"], group: ProcessGroup | None
+) -> Float[Tensor, "*shape"]:
     """The largest of each element over the ranks of `group`, a new tensor; no NaN may be in it."""
+    _check("tensor", tensor, group)
     largest = tensor.detach().clone()
+    if group is None:
+        return largest
     dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=group)
     return largest
 
@@ -73,6 +81,7 @@ def all_reduce_mean(
 
     `tensor` as in `all_reduce_sum`. No gradient flows.
     """
+    _check("tensor", tensor, group)
     return all_reduce_sum(tensor.detach(), group).double() / world_size(group)
 
 
@@ -81,15 +90,18 @@ def world_size(group: ProcessGroup | None) -> int:
     return 1 if group is None else dist.get_world_size(group)
 
 
-def gather_counts(counts: Int[Tensor, "..."], group: ProcessGroup) -> Int[Tensor, "..."]:
+def gather_counts(counts: Int[Tensor, "..."], group: ProcessGroup | None) -> Int[Tensor, "..."]:
     """The `counts` of every rank of `group`, in the order of ranks: one dimension more.
 
     An all-reduce of one int64 a count and rank.
     """
+    _check("counts", counts, group)
     return _gather(counts.to(torch.int64), group)
 
 
-def _gather(tensor: Tensor, group: ProcessGroup) -> Tensor:
+def _gather(tensor: Tensor, group: ProcessGroup | None) -> Tensor:
+    if group is None:
+        return tensor.unsqueeze(0)
     gathered = tensor.new_zeros((dist.get_world_size(group), *tensor.shape))
     gathered[dist.get_rank(group)] = tensor
     return all_reduce_sum(gathered, group)
@@ -100,6 +112,7 @@ def rank_offset(count: Int[Tensor, ""], group: ProcessGroup | None) -> Int[Tenso
 
     An all-reduce of one int64 a rank.
     """
+    _check("count", count, group)
     if group is None:
         return torch.zeros_like(count, dtype=torch.int64)
     return gather_counts(count, group)[: dist.get_rank(group)].sum()
@@ -121,12 +134,12 @@ def global_count(
     Raises:
         ValueError: no mask, or one that is not bool.
     """
-    masks = [mask] if isinstance(mask, Tensor) else list(mask)
+    masks = list(mask) if isinstance(mask, Sequence) else [mask]
     if not masks:
         raise ValueError("mask must be a bool tensor or at least one of them; got none")
     for each in masks:
-        if each.dtype != torch.bool:
-            raise ValueError(f"mask must be torch.bool; got {each.dtype}")
+        check_tensor("mask", each, "bool")
+    check_group("group", group)
     return all_reduce_sum(torch.stack([torch.count_nonzero(each) for each in masks]).sum(), group)
 
 
@@ -172,8 +185,12 @@ def join_metrics(
     Raises:
         ValueError: no part.
     """
+    if not isinstance(parts, Sequence) or not all(isinstance(part, Mapping) for part in parts):
+        raise ValueError(f"parts must be a sequence of metrics, each a dict; got {shown(parts)}")
     if not parts:
         raise ValueError("parts must be the metrics of at least one micro-batch; got none")
+    check_group("group", group)
+    check_choice("kl_on", kl_on, ("kept", "all"))
     joined = _join(parts, kl_on)
     if group is None:
         return joined
@@ -200,3 +217,8 @@ def _join(parts: Sequence[Mapping[str, Tensor]], kl_on: str) -> dict[str, Tensor
             total = torch.where(counts > 0, values * counts, 0.0).sum()
             joined[name] = total / counts.sum().clamp_min(1)
     return joined
+
+
+def _check(name: str, x: object, group: object) -> None:
+    check_tensor(name, x)
+    check_group("group", group)

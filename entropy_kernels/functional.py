@@ -13,7 +13,9 @@ from torch.distributed import ProcessGroup
 from . import _vocab_parallel, ops, reference
 from ._inputs import (
     cast_as_linear,
+    check_dtypes,
     check_head,
+    check_head_options,
     check_main_grad,
     check_statistics,
     kept_rows,
@@ -129,6 +131,15 @@ def linear_logprob_entropy(
             that come of them, because the check would synchronise; that of the numbers of tokens is
             left out.
     """
+    check_head_options(
+        softcap=softcap,
+        ignore_index=ignore_index,
+        vocab_group=vocab_group,
+        keep_logits=keep_logits,
+        max_active_rows=max_active_rows,
+        impl=impl,
+    )
+    check_head(hidden, weight, target, bias, main_grad, sharded=vocab_group is not None)
     name = resolve(impl, hidden.device)
     if name == "reference" and main_grad is not None:
         raise ValueError('main_grad is not written by impl="reference"')
@@ -136,13 +147,10 @@ def linear_logprob_entropy(
         raise ValueError('impl="reference" holds all logits; it has no vocab_group')
     check_main_grad(main_grad, weight)
     hidden, weight, bias = cast_as_linear(hidden, weight, bias)
-    is_reference, sharded = name == "reference", vocab_group is not None
-    check_head(hidden, weight, target, bias, softcap, fp64=is_reference, sharded=sharded)
+    check_dtypes(hidden, weight, bias, fp64=name == "reference")
     scale = per_token_temperature(temperature, target)
     hidden_TD, target_T = hidden.reshape(-1, hidden.shape[-1]), target.reshape(-1).long()
     check_statistics(statistics)
-    if max_active_rows is not None and max_active_rows < 0:
-        raise ValueError(f"max_active_rows must be >= 0 or None; got {max_active_rows}")
     kept = kept_rows(
         keep_logits_above,
         keep_logits,

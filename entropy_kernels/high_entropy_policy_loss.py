@@ -3,6 +3,8 @@
 T tokens, D hidden, V vocabulary, B sequences, L their length.
 """
 
+import inspect
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -10,12 +12,21 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from . import _rows, functional
-from ._inputs import check_like, check_selection
-from ._loss_options import counts_left
+from ._arguments import check_known, check_tensor
+from ._inputs import (
+    check_head,
+    check_head_options,
+    check_like,
+    check_selection,
+    check_selection_options,
+    check_temperature,
+)
+from ._loss_options import beyond_kept, counts_left
+from ._loss_options import check_options as check_loss_options
 from ._ratio_kernel import has_kernel
 from ._shapes import Bool, Float, Int
 from .functional import LogprobEntropy, linear_logprob_entropy
-from .ratio_loss import LOSS_OPTIONS, beyond_kept, ratio_loss
+from .ratio_loss import LOSS_OPTIONS, ratio_loss
 from .selection import top_entropy_mask
 
 IGNORED = -100
@@ -102,24 +113,9 @@ def high_entropy_policy_loss(
     Raises:
         ValueError: as the functions it is made of; both `selected` and `threshold` given, or one of
             them together with which, scope, or a group that has nothing to count; a number of NaN
-            as `threshold`; which="random"
-            with a vocab_group; scope="sequence" with a sequence_group; an unknown option.
+            as `threshold`; which="random" with a vocab_group; scope="sequence" with a
+            sequence_group; an unknown option.
     """
-    mean_group = group if counts_left(**loss_options) else None
-    check_selection(
-        selected, threshold, which, scope, None if group is mean_group else group, vocab_group
-    )
-    sequence_group = loss_options.get("sequence_group")
-    if sequence_group is not None and scope == "sequence":
-        raise ValueError(
-            'scope="sequence" ranks the tokens of a sequence that is on one rank, but those of '
-            "sequence_group share it"
-        )
-    _check_loss_options(loss_options, selected is not None, old_logprob is None)
-    check_like(target, mask=mask, selected=selected)
-    mask = mask & (target != IGNORED)
-    if threshold is not None:
-        threshold = torch.as_tensor(threshold, dtype=torch.float32, device=hidden.device)
     head: dict[str, Any] = {
         "bias": bias,
         "softcap": softcap,
@@ -128,6 +124,30 @@ def high_entropy_policy_loss(
         "main_grad": main_grad,
         "impl": impl,
     }
+    choice = {"threshold": threshold, "which": which, "scope": scope, "group": group}
+    check_options({"fraction": fraction} | choice | head | loss_options)
+    check_head(hidden, weight, target, bias, main_grad, sharded=vocab_group is not None)
+    check_temperature(temperature, target)
+    check_tensor("mask", mask)
+    check_like(target, mask=mask, selected=selected)
+    mean_group = group if counts_left(**loss_options) else None
+    other_group = None if group is mean_group else group
+    check_selection(selected, threshold, which, scope, other_group, vocab_group)
+    sequence_group = loss_options.get("sequence_group")
+    if sequence_group is not None and scope == "sequence":
+        raise ValueError(
+            'scope="sequence" ranks the tokens of a sequence that is on one rank, but those of '
+            "sequence_group share it"
+        )
+    reads = beyond_kept(old_logprob is None, **loss_options) if selected is not None else None
+    if reads is not None:
+        raise ValueError(
+            f"{reads} reads tokens that are not selected, of which the head knows nothing with "
+            "selected=; select by fraction= or threshold="
+        )
+    mask = mask & (target != IGNORED)
+    if threshold is not None:
+        threshold = torch.as_tensor(threshold, dtype=torch.float32, device=hidden.device)
     if selected is not None:
         selected = selected & mask
         found = _on_rows(hidden, weight, target, selected, temperature, head)
@@ -172,19 +192,31 @@ def high_entropy_policy_loss(
     return loss, metrics
 
 
-def _check_loss_options(options: dict[str, Any], rows_known: bool, on_policy: bool) -> None:
-    unknown = sorted(set(options) - LOSS_OPTIONS)
-    if unknown:
-        raise ValueError(
-            f"unknown options {', '.join(unknown)}; those of the loss are "
-            f"{', '.join(sorted(LOSS_OPTIONS))}"
-        )
-    reads = beyond_kept(on_policy, **options) if rows_known else None
-    if reads is not None:
-        raise ValueError(
-            f"{reads} reads tokens that are not selected, of which the head knows nothing with "
-            "selected=; select by fraction= or threshold="
-        )
+_OWN = frozenset(
+    p.name
+    for p in inspect.signature(high_entropy_policy_loss).parameters.values()
+    if p.kind is p.KEYWORD_ONLY
+)
+_SELECTION = ("fraction", "threshold", "which", "scope", "group")
+_HEAD = ("softcap", "vocab_group", "max_active_rows", "impl")
+
+
+def check_options(options: Mapping[str, Any]) -> None:
+    """Each keyword that is given, by itself: its name, and its value without the tensors' shapes.
+
+    Raises:
+        ValueError: an unknown name, of those of this function and of its loss; a bad value.
+    """
+    check_known(options, _OWN | LOSS_OPTIONS)
+    check_selection_options(**_among(options, _SELECTION))
+    check_head_options(**_among(options, _HEAD))
+    if "temperature" in options:
+        check_temperature(options["temperature"])
+    check_loss_options(_among(options, LOSS_OPTIONS))
+
+
+def _among(options: Mapping[str, Any], names: Collection[str]) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if name in names}
 
 
 def _loss_impl(impl: str, options: dict[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""What is added to a policy loss or multiplied with it: a KL, the correction of a sampler.
+"""What is added to a policy loss or multiplied with it: a KL, a sampler's correction, 1 / counts.
 
 B sequences, L tokens.
 """
@@ -8,9 +8,15 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from ._shapes import Bool, Float
-from .distributed import all_reduce_sum
+from .distributed import all_reduce_mean, all_reduce_sum, world_size
 from .losses import bounded
 
+AGGREGATIONS = (
+    "token-mean",
+    "seq-mean-token-mean",
+    "seq-mean-token-sum",
+    "seq-mean-token-sum-norm",
+)
 KL_TYPES = ("k1", "k2", "k3", "k1+", "k3+", "k3_corrected", "abs")
 CORRECTIONS = ("tis", "mis", "sequence_truncate", "sequence_mask")
 
@@ -87,3 +93,45 @@ def poison(
     By itself a NaN stays in the loss alone: clamp, abs and where give it a gradient of 0.
     """
     return torch.where(broken, x, 0.0) * torch.where(broken, torch.nan, 0.0)
+
+
+def aggregation_weight(
+    aggregation: str,
+    mask: Bool[Tensor, "*tokens"],
+    counted: Bool[Tensor, "*tokens"],
+    denominator: str | float | Tensor,
+    num_sequences: float | Tensor | None,
+    dtype: torch.dtype,
+    group: ProcessGroup | None = None,
+    mean_group: ProcessGroup | None = None,
+) -> Float[Tensor, " B"]:
+    """What the sum of a sequence's token losses is multiplied with; [1] for "token-mean".
+
+    1 / count; 1 / (own count x sequences); 1 / sequences; 1 / (length x sequences). Counts are
+    those of the sequences as a whole, which the ranks of `group` share. With a `mean_group`, which
+    has those of `group` in it, tokens and sequences counted here are the mean count per rank.
+    """
+    if aggregation == "token-mean":
+        if isinstance(denominator, str) and mean_group is not None:
+            denominator = all_reduce_mean(counted.sum(), mean_group)
+        elif isinstance(denominator, str):
+            denominator = all_reduce_sum(counted.sum(), group)
+        return 1 / _not_zero(denominator, mask.device, dtype)
+    if num_sequences is None:
+        num_sequences = (all_reduce_sum(mask.sum(1), group) > 0).sum()
+        if mean_group is not None:
+            num_sequences = all_reduce_mean(num_sequences, mean_group) / world_size(group)
+    sequences = _not_zero(num_sequences, mask.device, dtype)
+    if aggregation == "seq-mean-token-mean":
+        return 1 / (all_reduce_sum(counted.sum(1), group).clamp_min(1) * sequences)
+    if aggregation == "seq-mean-token-sum-norm" and not isinstance(denominator, str):
+        sequences = sequences * _not_zero(denominator, mask.device, dtype)
+    return (1 / sequences).repeat(mask.shape[0])
+
+
+def _not_zero(count: float | Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """[1]; 1 in place of 0. A mean count per rank may lie between."""
+    if isinstance(count, Tensor):
+        count = count.detach().to(device, dtype).reshape(1)
+        return count.masked_fill(count <= 0, 1)
+    return torch.full((1,), count, device=device, dtype=dtype)

@@ -14,29 +14,49 @@ mask and tensors are this rank's part of each sequence.
 r_t = exp(logprob_t - old_logprob_t), |log r_t| <= 20; sg is stop-gradient. B sequences, L tokens.
 """
 
+import functools
+import inspect
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from ._arguments import check_loss_option, check_tensor
 from ._shapes import Bool, Float
-from .distributed import all_reduce_mean, all_reduce_sum, sum_over_ranks, world_size
+from .distributed import all_reduce_sum, sum_over_ranks
 
 # |log ratio| is clamped here before exp, as verl does; beyond, the ratio is meaningless.
 LOG_RATIO_BOUND = 20.0
-AGGREGATIONS = (
-    "token-mean",
-    "seq-mean-token-mean",
-    "seq-mean-token-sum",
-    "seq-mean-token-sum-norm",
-)
 
 Loss = Callable[..., Tensor]
 Clip = float | Float[Tensor, "..."]
 
 
+def _checked(loss: Loss) -> Loss:
+    """A loss whose arguments are looked at first: tensors of one shape, options in their ranges."""
+    over_sequences = "sequence_group" in inspect.signature(loss).parameters
+
+    @functools.wraps(loss)
+    def checked(
+        logprob: Tensor, old_logprob: Tensor, advantage: Tensor, mask: Tensor, **options: Any
+    ) -> Tensor:
+        check_tensor("logprob", logprob, "floating-point")
+        for name, x in {"old_logprob": old_logprob, "advantage": advantage}.items():
+            check_tensor(name, x, "floating-point", logprob, "logprob")
+        check_tensor("mask", mask, "bool", logprob, "logprob")
+        if over_sequences and logprob.ndim != 2:
+            raise ValueError(f"logprob must be [B, L]; got {tuple(logprob.shape)}")
+        for name, value in options.items():
+            check_loss_option(name, value, logprob)
+        return loss(logprob, old_logprob, advantage, mask, **options)
+
+    return checked
+
+
+@_checked
 def clipped_ratio(
     logprob: Float[Tensor, "*tokens"],
     old_logprob: Float[Tensor, "*tokens"],
@@ -55,6 +75,7 @@ def clipped_ratio(
     return _clipped(_ratio(logprob, old_logprob), advantage, clip_low, clip_high, dual_clip)
 
 
+@_checked
 def gspo(
     logprob: Float[Tensor, "B L"],
     old_logprob: Float[Tensor, "B L"],
@@ -73,6 +94,7 @@ def gspo(
     return _clipped(ratio_B1, advantage, clip_low, clip_high)
 
 
+@_checked
 def gspo_token(
     logprob: Float[Tensor, "B L"],
     old_logprob: Float[Tensor, "B L"],
@@ -92,6 +114,7 @@ def gspo_token(
     return _clipped(ratio, advantage, clip_low, clip_high)
 
 
+@_checked
 def luspo(
     logprob: Float[Tensor, "B L"],
     old_logprob: Float[Tensor, "B L"],
@@ -110,6 +133,7 @@ def luspo(
     return gspo(logprob, old_logprob, advantage, mask, **options, sequence_group=sequence_group)
 
 
+@_checked
 def gmpo(
     logprob: Float[Tensor, "B L"],
     old_logprob: Float[Tensor, "B L"],
@@ -131,6 +155,7 @@ def gmpo(
     return -bounded(_mean(worst, mask, sequence_group)).exp() * advantage
 
 
+@_checked
 def cispo(
     logprob: Float[Tensor, "*tokens"],
     old_logprob: Float[Tensor, "*tokens"],
@@ -149,6 +174,7 @@ def cispo(
     return _reinforce(weight * advantage, logprob)
 
 
+@_checked
 def sapo(
     logprob: Float[Tensor, "*tokens"],
     old_logprob: Float[Tensor, "*tokens"],
@@ -166,6 +192,7 @@ def sapo(
     return -4 / tau * torch.sigmoid(tau * (_ratio(logprob, old_logprob) - 1)) * advantage
 
 
+@_checked
 def vespo(
     logprob: Float[Tensor, "B L"],
     old_logprob: Float[Tensor, "B L"],
@@ -190,6 +217,7 @@ def vespo(
     return _reinforce((rate + k * log_w - rate * log_w.exp()).exp() * advantage, logprob)
 
 
+@_checked
 def dppo_tv(
     logprob: Float[Tensor, "*tokens"],
     old_logprob: Float[Tensor, "*tokens"],
@@ -210,6 +238,7 @@ def dppo_tv(
     return _reinforce(torch.where(outside, 0.0, weight), logprob)
 
 
+@_checked
 def dppo_kl(
     logprob: Float[Tensor, "*tokens"],
     old_logprob: Float[Tensor, "*tokens"],
@@ -234,6 +263,7 @@ def dppo_kl(
     return _reinforce(torch.where(outside, 0.0, weight), logprob)
 
 
+@_checked
 def reinforce(
     logprob: Float[Tensor, "*tokens"],
     old_logprob: Float[Tensor, "*tokens"],
@@ -266,50 +296,9 @@ LOSSES: dict[str, tuple[Loss, str]] = {
 SEQUENCE_OVER = {gspo: "all", gspo_token: "all", luspo: "all", vespo: "all", gmpo: "selected"}
 
 
-def aggregation_weight(
-    aggregation: str,
-    mask: Bool[Tensor, "*tokens"],
-    counted: Bool[Tensor, "*tokens"],
-    denominator: str | float | Tensor,
-    num_sequences: float | Tensor | None,
-    dtype: torch.dtype,
-    group: ProcessGroup | None = None,
-    mean_group: ProcessGroup | None = None,
-) -> Float[Tensor, " B"]:
-    """What the sum of a sequence's token losses is multiplied with; [1] for "token-mean".
-
-    1 / count; 1 / (own count x sequences); 1 / sequences; 1 / (length x sequences). Counts are
-    those of the sequences as a whole, which the ranks of `group` share. With a `mean_group`, which
-    has those of `group` in it, tokens and sequences counted here are the mean count per rank.
-    """
-    if aggregation == "token-mean":
-        if isinstance(denominator, str) and mean_group is not None:
-            denominator = all_reduce_mean(counted.sum(), mean_group)
-        elif isinstance(denominator, str):
-            denominator = all_reduce_sum(counted.sum(), group)
-        return 1 / _not_zero(denominator, mask.device, dtype)
-    if num_sequences is None:
-        num_sequences = (all_reduce_sum(mask.sum(1), group) > 0).sum()
-        if mean_group is not None:
-            num_sequences = all_reduce_mean(num_sequences, mean_group) / world_size(group)
-    sequences = _not_zero(num_sequences, mask.device, dtype)
-    if aggregation == "seq-mean-token-mean":
-        return 1 / (all_reduce_sum(counted.sum(1), group).clamp_min(1) * sequences)
-    if aggregation == "seq-mean-token-sum-norm" and not isinstance(denominator, str):
-        sequences = sequences * _not_zero(denominator, mask.device, dtype)
-    return (1 / sequences).repeat(mask.shape[0])
-
-
-def _not_zero(count: float | Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """[1]; 1 in place of 0. A mean count per rank may lie between."""
-    if isinstance(count, Tensor):
-        count = count.detach().to(device, dtype).reshape(1)
-        return count.masked_fill(count <= 0, 1)
-    return torch.full((1,), count, device=device, dtype=dtype)
-
-
 def bounded(log_ratio: Float[Tensor, "*tokens"]) -> Float[Tensor, "*tokens"]:
     """Clamped to LOG_RATIO_BOUND on both sides, without gradient beyond."""
+    check_tensor("log_ratio", log_ratio, "floating-point")
     return log_ratio.clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND)
 
 

@@ -1,13 +1,11 @@
 """The loss as a module."""
 
-import inspect
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from .high_entropy_policy_loss import high_entropy_policy_loss
-from .ratio_loss import LOSS_OPTIONS
+from .high_entropy_policy_loss import check_options, high_entropy_policy_loss
 
 
 class HighEntropyPolicyLoss(torch.nn.Module):
@@ -20,13 +18,7 @@ class HighEntropyPolicyLoss(torch.nn.Module):
 
     def __init__(self, **options: Any) -> None:
         super().__init__()
-        parameters = inspect.signature(high_entropy_policy_loss).parameters.values()
-        known = {p.name for p in parameters if p.kind is p.KEYWORD_ONLY} | LOSS_OPTIONS
-        unknown = sorted(set(options) - known)
-        if unknown:
-            raise ValueError(
-                f"unknown options {', '.join(unknown)}; known are {', '.join(sorted(known))}"
-            )
+        check_options(options)
         self.options = options
 
     def forward(

@@ -13,19 +13,16 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from ._loss_options import (
-    check_aggregation,
-    check_correction,
-    check_group,
-    check_loss,
-    check_tensors,
-    check_terms,
+    check_arguments,
+    check_contents,
+    check_counts,
     find_loss,
     sees_sequences,
 )
 from ._ratio_kernel import clipped_by_kernel, has_kernel, of_ratios, plain, resolve
 from ._shapes import Bool, Float
-from .loss_terms import correction_weight, kl_divergence, mismatch, poison
-from .losses import Loss, aggregation_weight, bounded
+from .loss_terms import aggregation_weight, correction_weight, kl_divergence, mismatch, poison
+from .losses import Loss, bounded
 
 
 def ratio_loss(
@@ -144,36 +141,52 @@ def ratio_loss(
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit, an unknown word, a bound out of its
-            range, an option without meaning for the loss or aggregation that was asked for.
+            range, an option without meaning for the loss or aggregation that was asked for. On a
+            CPU and outside of torch.compile also values, at kept tokens, that cannot be: log-probs
+            above 0 (probabilities, or negative log-likelihoods), an old, sampler's or reference's
+            of -inf, an infinite advantage, a weight below 0.
+
+    A clip_high between 1 and 2 for ratios warns once: it is a distance, not the bound.
     """
     selected = mask if selected is None else selected
+    options = {
+        "loss_type": loss_type,
+        "clip_low": clip_low,
+        "clip_high": clip_high,
+        "dual_clip": dual_clip,
+        "sequence_over": sequence_over,
+        "aggregation": aggregation,
+        "denominator": denominator,
+        "num_sequences": num_sequences,
+        "sequence_group": sequence_group,
+        "token_weight": token_weight,
+        "sampler_logprob": sampler_logprob,
+        "correction": correction,
+        "correction_cap": correction_cap,
+        "correction_floor": correction_floor,
+        "reference_logprob": reference_logprob,
+        "kl_coef": kl_coef,
+        "kl_type": kl_type,
+        "kl_on": kl_on,
+        "entropy": entropy,
+        "entropy_coef": entropy_coef,
+        "entropy_on": entropy_on,
+    }
+    masks = {"mask": mask, "selected": selected}
+    check_arguments(logprob, old_logprob, advantage, masks, options)
     loss, own_aggregation, own_over = find_loss(loss_type)
     aggregation, over = aggregation or own_aggregation, sequence_over or own_over
     clip: dict[str, Any] = {"clip_low": clip_low, "clip_high": clip_high, "dual_clip": dual_clip}
     bounds = correction_cap, correction_floor
     counts: dict[str, Any] = {"denominator": denominator, "num_sequences": num_sequences}
-    check_tensors(
-        logprob,
-        {"mask": mask, "selected": selected},
-        old_logprob=old_logprob,
-        token_weight=token_weight,
-        sampler_logprob=sampler_logprob,
-        reference_logprob=reference_logprob,
-        entropy=entropy,
-        kl_coef=kl_coef,
-        clip_low=clip_low,
-        clip_high=clip_high,
-    )
-    check_loss(logprob, loss_type, sequence_over, own_over is not None, clip)
-    check_aggregation(logprob, loss_type, aggregation, **counts)
-    check_group(group, aggregation=aggregation, **counts)
-    check_correction(logprob, loss_type, sampler_logprob, correction, *bounds)
-    check_terms(reference_logprob, kl_coef, kl_type, kl_on, entropy, entropy_coef, entropy_on)
+    check_counts(group, aggregation=aggregation, **counts)
     dtype = torch.float64 if logprob.dtype == torch.float64 else torch.float32
     by_kernel = has_kernel(loss_type, clip_low, clip_high)
     impl = resolve(impl, logprob.device, dtype) if by_kernel else plain(impl)
 
     kept = mask & selected
+    seen = mask if "all" in (over, kl_on, entropy_on) else kept
+    check_contents(seen, logprob, old_logprob, advantage, options)
     new, advantage = logprob.to(dtype), _per_token(advantage, logprob).to(dtype)
     old = (new if old_logprob is None else old_logprob.to(dtype)).detach()
     weights = token_weight, sampler_logprob
@@ -219,25 +232,6 @@ def ratio_loss(
 LOSS_OPTIONS = frozenset(
     p.name for p in inspect.signature(ratio_loss).parameters.values() if p.kind is p.KEYWORD_ONLY
 ) - {"selected", "entropy", "group", "impl"}
-
-
-def beyond_kept(
-    on_policy: bool,
-    loss_type: str | Callable[..., Tensor] = "dapo",
-    sequence_over: str | None = None,
-    kl_on: str = "kept",
-    entropy_on: str = "kept",
-    correction: str | None = None,
-    **_: Any,
-) -> str | None:
-    """The option, if any, that reads log-probs or entropies of tokens that are not kept."""
-    if (sequence_over or find_loss(loss_type)[2]) == "all":
-        return f'loss_type={loss_type!r} with sequence_over="all"'
-    if on_policy and correction is not None and correction.startswith("sequence"):
-        return f"correction={correction!r} without old_logprob"
-    if kl_on == "all":
-        return 'kl_on="all"'
-    return 'entropy_on="all"' if entropy_on == "all" else None
 
 
 def _factor(
@@ -331,18 +325,8 @@ def _largest(x: Tensor, among: Tensor) -> Tensor:
 
 
 def _per_token(advantage: Tensor, logprob: Tensor) -> Tensor:
-    if advantage.device != logprob.device:
-        raise ValueError(
-            f"advantage must be on {logprob.device}, like logprob; got {advantage.device}"
-        )
-    if advantage.shape == logprob.shape:
-        return advantage.detach()
-    if logprob.ndim == 2 and advantage.shape == logprob.shape[:1]:
-        return advantage.detach().unsqueeze(1).expand_as(logprob)
-    raise ValueError(
-        f"advantage must have logprob's shape {tuple(logprob.shape)}, or be [B] where logprob is "
-        f"[B, L]; got {tuple(advantage.shape)}"
-    )
+    a_token = advantage.shape == logprob.shape
+    return advantage.detach() if a_token else advantage.detach().unsqueeze(1).expand_as(logprob)
 
 
 def _counts(kept: Tensor, mask: Tensor) -> dict[str, Tensor]:

@@ -19,6 +19,14 @@ import torch
 from torch import Generator, Tensor
 from torch.distributed import ProcessGroup
 
+from ._arguments import (
+    check_choice,
+    check_fraction,
+    check_generator,
+    check_group,
+    check_tensor,
+    shown,
+)
 from ._radix import (
     SKETCH_BITS,
     Chunk,
@@ -66,7 +74,8 @@ def entropy_threshold(
         ValueError: another dtype, a mask of another shape or device, a fraction outside (0, 1].
     """
     _check_tokens(entropy, mask)
-    _check_fraction(fraction)
+    check_fraction(fraction)
+    check_group("group", group)
     return kth_largest([_flat(entropy, mask)], fraction, group).value
 
 
@@ -104,7 +113,7 @@ def top_entropy_mask(
             random.
     """
     _check_tokens(entropy, mask)
-    _check_fraction(fraction)
+    check_fraction(fraction)
     _check_options(entropy, scope, which, ties, group, generator)
     score = _score(entropy.detach(), which, generator)
     if scope == "sequence":
@@ -150,8 +159,9 @@ class StreamingThreshold:
         group: ProcessGroup | None = None,
         device: torch.device | str | None = None,
     ) -> None:
-        _check_fraction(fraction)
-        _check_choice("mode", mode, MODES)
+        check_fraction(fraction)
+        check_choice("mode", mode, MODES)
+        check_group("group", group)
         self.fraction = fraction
         self.mode = mode
         self.group = group
@@ -176,9 +186,7 @@ class StreamingThreshold:
         _check_tokens(entropy, mask)
         if not self._takes(entropy.device):
             why = "as device= says" if self._device_is_given else "as in earlier updates"
-            raise ValueError(
-                f"entropy must be on {self._device}, {why}, but is on {entropy.device}"
-            )
+            raise ValueError(f"entropy must be on {self._device}, {why}; got {entropy.device}")
         values, valid = _flat(entropy, mask)
         self._value = self._totals = None
         if self.mode == "sketch":
@@ -262,14 +270,18 @@ class StreamingThreshold:
         """Go on from `state`, in place of what was counted here.
 
         On `device`, or where none was given on that of the state's tensors; an empty state on the
-        CPU changes none. Raises ValueError where its mode or fraction is not that of this object.
+        CPU changes none. Raises ValueError where its mode or fraction is not that of this object,
+        or where it is no result of `state_dict`.
         """
         for name in ("mode", "fraction"):
+            if not isinstance(state, dict) or name not in state:
+                raise ValueError(f"state must be a state_dict() with {name!r}; got {_keys(state)}")
             if state[name] != getattr(self, name):
                 raise ValueError(
                     f"the state's {name} is {state[name]!r}, this object's is "
                     f"{getattr(self, name)!r}"
                 )
+        _check_kept(state, self.mode)
         self.reset()
         sketch = self.mode == "sketch"
         kept = state["counts" if sketch else "entropies"]
@@ -312,29 +324,27 @@ def _score(entropy: Tensor, which: str, generator: Generator | None) -> Tensor:
 
 
 def _check_tokens(entropy: Tensor, mask: Tensor | None) -> None:
+    check_tensor("entropy", entropy)
     if entropy.dtype != torch.float32:
-        raise ValueError(f"entropy must be torch.float32, but is {entropy.dtype}")
-    if mask is None:
-        return
-    if mask.dtype != torch.bool:
-        raise ValueError(f"mask must be torch.bool, but is {mask.dtype}")
-    if mask.shape != entropy.shape:
+        raise ValueError(f"entropy must be torch.float32; got {entropy.dtype}")
+    if mask is not None:
+        check_tensor("mask", mask, "bool", entropy, "entropy")
+
+
+def _keys(state: object) -> str:
+    names = f" with {', '.join(map(repr, state))}" if isinstance(state, dict) else ""
+    return shown(state) + names
+
+
+def _check_kept(state: dict[str, Any], mode: str) -> None:
+    name, dtype = ("counts", torch.int64) if mode == "sketch" else ("entropies", torch.float32)
+    kept: Any = state.get(name)
+    size = 1 << SKETCH_BITS if mode == "sketch" else None
+    vector = isinstance(kept, Tensor) and kept.dtype == dtype and kept.ndim == 1
+    if not vector or (size is not None and kept.shape != (size,)):
         raise ValueError(
-            f"mask must have the shape of entropy, {tuple(entropy.shape)}, but has "
-            f"{tuple(mask.shape)}"
+            f"state[{name!r}] must be a {dtype} tensor [{size or 'tokens'}]; got {shown(kept)}"
         )
-    if mask.device != entropy.device:
-        raise ValueError(f"mask must be on entropy's {entropy.device}, but is on {mask.device}")
-
-
-def _check_fraction(fraction: float) -> None:
-    if not 0 < fraction <= 1:
-        raise ValueError(f"fraction must be in (0, 1], but is {fraction}")
-
-
-def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {choices}, but is {value!r}")
 
 
 def _check_options(
@@ -345,19 +355,18 @@ def _check_options(
     group: ProcessGroup | None,
     generator: Generator | None,
 ) -> None:
-    _check_choice("scope", scope, SCOPES)
-    _check_choice("which", which, WHICH)
-    _check_choice("ties", ties, TIES)
+    check_choice("scope", scope, SCOPES)
+    check_choice("which", which, WHICH)
+    check_choice("ties", ties, TIES)
+    check_group("group", group)
     if generator is not None and which != "random":
-        raise ValueError(f'generator is for which="random", but which is {which!r}')
+        raise ValueError(f'generator is for which="random"; got which={which!r}')
+    check_generator(generator, entropy, "entropy")
     if scope == "batch":
         return
     if entropy.dim() != 2:
-        raise ValueError(
-            f'scope="sequence" needs entropy of [B, L], but its shape is {tuple(entropy.shape)}'
-        )
+        raise ValueError(f'scope="sequence" needs entropy of [B, L]; got {tuple(entropy.shape)}')
     if group is not None:
         raise ValueError(
-            'scope="sequence" takes no group, as a sequence lives on one rank, but group is '
-            f"{group}"
+            f'scope="sequence" takes no group, as a sequence lives on one rank; got {shown(group)}'
         )

@@ -8,11 +8,18 @@ vocabulary. Means and counts are those of the call's tokens.
 A mask holds every token with a NaN, so that it shows in the loss; a number made of one is NaN.
 """
 
-import math
-
 import torch
 from torch import Generator, Tensor
 
+from ._arguments import (
+    check_advantage,
+    check_finite,
+    check_fraction,
+    check_generator,
+    check_number,
+    check_tensor,
+    shown,
+)
 from ._shapes import Bool, Float
 
 
@@ -26,7 +33,8 @@ def covariance(
     The Entropy Mechanism (arXiv 2505.22617): an update of a token with a large one
     lowers the entropy most. advantage: one a token, or [B] of [B, L].
     """
-    advantage = _per_token(advantage, logprob)
+    _check({"logprob": logprob}, {"mask": mask})
+    advantage = _per_token(advantage, logprob, "logprob")
     centred = [torch.where(mask, x - _mean(x, mask), 0.0) for x in (advantage, logprob.detach())]
     return centred[0] * centred[1]
 
@@ -47,9 +55,13 @@ def clip_cov(
     arXiv 2505.22617, and verl's clip_cov: there the tokens lose their loss and stay in the
     denominator, so give it as `token_weight=`. Tokens that are `clipped` anyway are not drawn.
     """
-    _check_number("low", low)
-    _check_number("high", high)
+    check_fraction(fraction)
+    for name, bound in {"low": low, "high": high}.items():
+        check_number(name, bound, "a number", lambda x: x == x)
     score = covariance(logprob, advantage, mask)
+    if clipped is not None:
+        check_tensor("clipped", clipped, "bool", logprob, "logprob")
+    check_generator(generator, logprob, "logprob")
     drawn = mask & (score > low) & (score < high)
     drawn = drawn if clipped is None else drawn & ~clipped
     lot = torch.rand(score.shape, generator=generator, device=score.device)
@@ -69,8 +81,9 @@ def kl_cov(
     clipped: `ratio_loss(..., clip_low=1, clip_high=math.inf, reference_logprob=old_logprob,
     kl_type="abs", kl_coef=kl_cov(...).float())`. Tokens with a NaN are picked besides.
     """
+    check_fraction(fraction)
     picked = _largest(covariance(logprob, advantage, mask), mask, _count(mask, fraction))
-    broken = logprob.isnan() | _per_token(advantage, logprob).isnan()
+    broken = logprob.isnan() | _per_token(advantage, logprob, "logprob").isnan()
     return picked | (mask & broken)
 
 
@@ -85,7 +98,10 @@ def entropy_advantage(
 
     Reasoning with Exploration (arXiv 2506.14758); alpha 0.4 for GRPO and 0.1 for PPO.
     """
-    advantage = _per_token(advantage, entropy)
+    _check({"entropy": entropy})
+    check_finite("alpha", alpha)
+    check_number("kappa", kappa, "> 0", lambda x: x > 0)
+    advantage = _per_token(advantage, entropy, "entropy")
     return advantage + torch.minimum(alpha * entropy.detach(), advantage.abs() / kappa)
 
 
@@ -100,6 +116,12 @@ def two_clip_ranges(
     Archer (arXiv 2507.15778), with high_entropy = top_entropy_mask(..., scope="sequence"); it also
     gives the other tokens a KL: `kl_coef=torch.where(high_entropy, 0.0, 1e-3)`.
     """
+    check_tensor("high_entropy", high_entropy, "bool")
+    for name, pair in {"low": low, "high": high}.items():
+        if not isinstance(pair, tuple | list) or len(pair) != 2:
+            raise ValueError(f"{name} must be two clips, (clip_low, clip_high); got {shown(pair)}")
+        for clip in pair:
+            check_number(name, clip, "two clips >= 0", lambda x: x >= 0)
     pairs = zip(high, low, strict=True)
     clip_low, clip_high = (torch.where(high_entropy, yes, no) for yes, no in pairs)
     return clip_low, clip_high
@@ -117,7 +139,8 @@ def select_token(
 
     p > sum_j p_j^2 = E_p[p]; from the fork of the paper's code by X. Zhao.
     """
-    _check_number("below", below)
+    _check({"logprob": logprob, "max_prob": max_prob, "sum_p2": sum_p2}, {"mask": mask})
+    check_number("below", below, "a probability, in (0, 1]", lambda x: 0 < x <= 1)
     broken = max_prob.isnan() | logprob.isnan() | sum_p2.isnan()
     return mask & (broken | ((max_prob < below) & (logprob.exp() > sum_p2)))
 
@@ -129,6 +152,7 @@ def discriminator(
 
     Entropy Dynamics (arXiv 2602.03392), theorem 3.2.
     """
+    _check({"logprob": logprob, "entropy": entropy})
     logprob, entropy = logprob.detach(), entropy.detach()
     return logprob.exp() * (entropy + logprob)
 
@@ -142,6 +166,7 @@ def expected_discriminator(
 
     Arithmetic on what the head returns; arXiv 2602.03392, theorem 3.3.
     """
+    _check({"entropy": entropy, "sum_p2": sum_p2, "sum_p2_logp": sum_p2_logp})
     return entropy.detach() * sum_p2 + sum_p2_logp
 
 
@@ -159,26 +184,29 @@ def clip_discriminator(
     released code, which clips this one side. Clip_V: centre=expected_discriminator(...), with the
     deviation of the differences; of it no code was released. Give the result as `selected=`.
     """
-    _check_number("mu", mu)
+    centres = {} if centre is None else {"centre": centre}
+    _check({"score": score} | centres, {"mask": mask})
+    check_number("mu", mu, ">= 0", lambda x: x >= 0)
+    a_token = _per_token(advantage, score, "score")
     z = score - (_mean(score, mask) if centre is None else centre)
     deviation = _mean((z - _mean(z, mask)).square(), mask).sqrt()
-    return mask & ~((_per_token(advantage, score) < 0) & (z < -mu * deviation))
+    return mask & ~((a_token < 0) & (z < -mu * deviation))
 
 
-def _per_token(advantage: Tensor, like: Tensor) -> Tensor:
-    if advantage.shape == like.shape:
-        return advantage
-    if like.ndim == 2 and advantage.shape == like.shape[:1]:
-        return advantage.unsqueeze(1).expand_as(like)
-    raise ValueError(
-        f"advantage must have the tokens' shape {tuple(like.shape)}, or be [B] of [B, L]; got "
-        f"{tuple(advantage.shape)}"
-    )
+def _check(tokens: dict[str, Tensor], masks: dict[str, Tensor] | None = None) -> None:
+    """Floating-point tensors and bool masks, all of the shape of the first."""
+    of, like = next(iter(tokens.items()))
+    check_tensor(of, like, "floating-point")
+    for name, x in tokens.items():
+        check_tensor(name, x, "floating-point", like, of)
+    for name, x in (masks or {}).items():
+        check_tensor(name, x, "bool", like, of)
 
 
-def _check_number(name: str, value: float) -> None:
-    if math.isnan(value):
-        raise ValueError(f"{name} must be a number; got {value}")
+def _per_token(advantage: Tensor, like: Tensor, of: str) -> Tensor:
+    check_advantage(advantage, like, of)
+    a_token = advantage.shape == like.shape
+    return advantage if a_token else advantage.unsqueeze(1).expand_as(like)
 
 
 def _mean(x: Tensor, mask: Tensor) -> Tensor:
@@ -186,8 +214,6 @@ def _mean(x: Tensor, mask: Tensor) -> Tensor:
 
 
 def _count(mask: Tensor, fraction: float) -> Tensor:
-    if not 0 < fraction <= 1:
-        raise ValueError(f"fraction must be in (0, 1]; got {fraction}")
     return (mask.sum().double() * fraction).floor().clamp_min(1)
 
 

@@ -22,7 +22,7 @@ class Case(NamedTuple):
 def make_case(seed: int = 0, empty: bool = True) -> Case:
     """Ragged sequences, the last one empty; ratios near to one in the first two, and far."""
     g = torch.Generator().manual_seed(seed)
-    logprob = -torch.rand(B, L, generator=g, dtype=torch.float64) * 3 - 0.01
+    logprob = -torch.rand(B, L, generator=g, dtype=torch.float64) * 3 - 0.5
     move = torch.randn(B, L, generator=g, dtype=torch.float64) * 0.6
     lengths = torch.tensor([9, 7, 8, 4, 2, 0 if empty else 1])
     mask = torch.arange(L) < lengths[:, None]

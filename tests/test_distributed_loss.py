@@ -30,7 +30,7 @@ def batch():
     h, y = h.reshape(6, L, D), y.reshape(6, L)
     mask = torch.arange(L) < torch.tensor([25, 3, 14, 25, 8, 20])[:, None]
     noise = 0.1 * torch.randn(6, L, generator=generator)
-    old = ek.linear_logprob_entropy(h, w, y).logprob + noise
+    old = (ek.linear_logprob_entropy(h, w, y).logprob + noise).clamp_max(0)
     return w, [h, y, old, torch.randn(6, generator=generator), mask]
 
 

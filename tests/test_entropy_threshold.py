@@ -202,21 +202,21 @@ def test_does_not_wait_for_the_gpu():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((torch.rand(3).double(),), "entropy must be torch.float32, but is torch.float64"),
-        ((torch.rand(3).bfloat16(),), "entropy must be torch.float32, but is torch.bfloat16"),
-        ((torch.rand(3), torch.ones(3)), "mask must be torch.bool, but is torch.float32"),
+        ((torch.rand(3).double(),), "entropy must be torch.float32; got torch.float64"),
+        ((torch.rand(3).bfloat16(),), "entropy must be torch.float32; got torch.bfloat16"),
+        ((torch.rand(3), torch.ones(3)), "mask must be a bool tensor; got torch.float32"),
         (
             (torch.rand(3), torch.ones(4, dtype=torch.bool)),
-            r"mask must have the shape of entropy, \(3,\), but has \(4,\)",
+            r"mask must have entropy's shape \(3,\); got \(4,\)",
         ),
         (
             (torch.rand(3), torch.ones(3, dtype=torch.bool, device="meta")),
-            "mask must be on entropy's cpu, but is on meta",
+            "mask must be on cpu, like entropy; got meta",
         ),
-        ((torch.rand(3), None, 0.0), r"fraction must be in \(0, 1\], but is 0.0"),
-        ((torch.rand(3), None, -0.2), r"fraction must be in \(0, 1\], but is -0.2"),
-        ((torch.rand(3), None, 1.5), r"fraction must be in \(0, 1\], but is 1.5"),
-        ((torch.rand(3), None, NAN), r"fraction must be in \(0, 1\], but is nan"),
+        ((torch.rand(3), None, 0.0), r"fraction must be in \(0, 1\]; got 0.0"),
+        ((torch.rand(3), None, -0.2), r"fraction must be in \(0, 1\]; got -0.2"),
+        ((torch.rand(3), None, 1.5), r"fraction must be in \(0, 1\]; got 1.5"),
+        ((torch.rand(3), None, NAN), r"fraction must be in \(0, 1\]; got nan"),
     ],
 )
 def test_bad_arguments(arguments, message):

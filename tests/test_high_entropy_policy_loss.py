@@ -20,7 +20,7 @@ def batch():
     h, w, y = peaked_head(B * L, D, V)
     h, y = h.reshape(B, L, D), y.reshape(B, L)
     mask = torch.arange(L) < torch.tensor([50, 37, 50, 13])[:, None]
-    old = ek.linear_logprob_entropy(h, w, y).logprob + 0.2 * torch.randn(B, L)
+    old = (ek.linear_logprob_entropy(h, w, y).logprob + 0.2 * torch.randn(B, L)).clamp_max(0)
     return h, w, y, old, torch.tensor([1.0, -1.0, 0.5, -0.3]), mask
 
 
@@ -260,7 +260,7 @@ def test_module_is_the_function(batch):
     assert torch.equal(module(h, w, *rest, fraction=0.1)[0], want)
     assert list(module.parameters()) == []
     assert "fraction=0.5" in repr(module)
-    with pytest.raises(ValueError, match=r"unknown options frac; known are .*fraction"):
+    with pytest.raises(ValueError, match=r"frac .did you mean fraction\?.; known are"):
         ek.HighEntropyPolicyLoss(frac=0.5)
 
 
@@ -272,7 +272,7 @@ BAD = {
     ),
     "threshold and scope": ({"threshold": 0.1, "scope": "sequence"}, "with threshold=.*'sequence'"),
     "selected": ({"selected": torch.ones(B, L)}, r"bool tensor.*\(4, 50\).*got torch.float32"),
-    "thresholds": ({"threshold": torch.zeros(4)}, r"threshold must be one value; got \(4,\)"),
+    "thresholds": ({"threshold": torch.zeros(4)}, r"threshold must be one value; got .*\(4,\)"),
     "fraction": ({"fraction": 1.5}, r"\(0, 1\].*1.5"),
 }
 

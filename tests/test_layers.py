@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "entropy_kernels"
 ANYTHING = None
 # Of the package and of nothing in it: every module may name them.
-EVERYWHERE = {"_compiler", "_ops", "_shapes"}
+EVERYWHERE = {"_arguments", "_compiler", "_ops", "_shapes"}
 ALLOWED = {
     "reference": set(),
     "distributed": set(),
@@ -40,11 +40,11 @@ ALLOWED = {
         *("_inputs", "_loss_options", "_ratio_kernel", "_rows"),
         *("functional", "ratio_loss", "selection"),
     },
-    "nn": {"high_entropy_policy_loss", "ratio_loss"},
+    "nn": {"high_entropy_policy_loss"},
     "testing": {"_gpu", "_native", "ops", "reference"},
     "integrations": {
-        *("_token_logprobs", "distributed", "functional", "losses", "nn", "ratio_loss"),
-        "selection",
+        *("_inputs", "_token_logprobs", "distributed", "functional", "losses", "nn"),
+        *("ratio_loss", "selection"),
     },
     "__main__": ANYTHING,
     "__init__": ANYTHING,

@@ -38,9 +38,13 @@ EDGES = {
 
 @pytest.mark.parametrize(("log_ratio", "advantage", "options", "active"), EDGES.values(), ids=EDGES)
 def test_edges_of_the_clips(ratio_loss, device, log_ratio, advantage, options, active):
-    x = torch.tensor([log_ratio], device=device, requires_grad=True)
+    # Neither is above 0, and their difference is exact.
+    new, old = (min(log_ratio, 0.0), -max(log_ratio, 0.0))
+    if log_ratio == torch.inf:
+        new, old = log_ratio, 0.0
+    x = torch.tensor([new], device=device, requires_grad=True)
     ones = torch.ones(1, device=device)
-    loss, metrics = ratio_loss(x, ones * 0, ones * advantage, ones > 0, **options)
+    loss, metrics = ratio_loss(x, ones * old, ones * advantage, ones > 0, **options)
     loss.backward()
     ratio = torch.tensor(min(max(log_ratio, -20.0), 20.0), dtype=torch.float64).exp()
     want = -ratio * advantage if active else 0.0
@@ -50,7 +54,7 @@ def test_edges_of_the_clips(ratio_loss, device, log_ratio, advantage, options, a
 
 
 def large(sequences, length, device="cpu"):
-    logprob = -torch.rand(sequences, length) * 3
+    logprob = -torch.rand(sequences, length) * 3 - 5
     old = logprob + torch.randn(sequences, length) * 10 ** (2 * torch.rand(sequences, length) - 2)
     advantage = torch.randn(sequences, length) * (torch.rand(sequences, length) < 0.9)
     mask = torch.rand(sequences, length) < 0.8
@@ -99,7 +103,9 @@ def test_every_log_ratio_is_exact_to_rounding(ratio_loss, device):
     log_ratio = torch.cat([torch.linspace(-20, 20, 301), torch.logspace(-6, 0, 50)]).to(device)
     zero, mask = torch.zeros(1, device=device), torch.ones(1, dtype=torch.bool, device=device)
     for x in log_ratio:
-        metrics = ratio_loss(x.reshape(1), zero, zero, mask)[1]
+        # Neither is above 0, and their difference is exact.
+        new, old = x.clamp_max(0).reshape(1), -x.clamp_min(0).reshape(1)
+        metrics = ratio_loss(new, old, zero, mask)[1]
         true = x.double()
         ratio, excess = true.exp(), true.expm1() - true
         eps = torch.finfo(torch.float32).eps

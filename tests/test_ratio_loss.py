@@ -25,7 +25,7 @@ def batch(device):
 
 def make_batch():
     """Ratios inside and outside of every clip, both signs and zero advantages, ragged masks."""
-    logprob = -torch.rand(B, L) * 3
+    logprob = -torch.rand(B, L) * 3 - 4
     old = logprob + torch.randn(B, L) * 0.6
     old[0, 0], old[1, 1] = logprob[0, 0] + 4.0, logprob[1, 1] - 4.0
     advantage = torch.randn(B, L)
@@ -183,9 +183,14 @@ def test_what_is_not_selected_may_be_anything(ratio_loss, batch):
 
 
 def test_a_selected_nan_is_seen(ratio_loss, batch):
-    for i in range(3):
+    """In the loss; of what is data, on a CPU, before it."""
+    for i, name in enumerate(("logprob", "old_logprob", "advantage")):
         dirty = [x.clone() for x in batch[:3]]
         dirty[i][0, 3] = torch.nan
+        if i > 0 and not batch[0].is_cuda:
+            with pytest.raises(ValueError, match=rf"{name} must be.*got nan at \(0, 3\)"):
+                ratio_loss(*dirty, batch[3])
+            continue
         loss, grad = gradient(dirty[0], lambda x, d=dirty: ratio_loss(x, *d[1:], batch[3])[0])
         assert loss.isnan()
         assert torch.equal(grad.isnan().nonzero(), torch.tensor([[0, 3]], device=grad.device))
@@ -335,7 +340,7 @@ BAD = {
     "selected": ({"selected": torch.ones(B, dtype=torch.bool)}, "selected.*shape"),
     "loss": ({"loss_type": "ppo"}, "dapo, grpo, bnpo.*, or a function; got 'ppo'"),
     "denominator": ({"denominator": "mean"}, "selected.*all.*got 'mean'"),
-    "zero denominator": ({"denominator": 0}, "denominator must be > 0; got 0"),
+    "zero denominator": ({"denominator": 0}, "denominator must be > 0.*got 0"),
     "grpo count": ({"loss_type": "grpo", "denominator": 3}, "own count.*got 3"),
     "sequences": ({"num_sequences": 3}, "num_sequences has a meaning"),
     "no sequences": ({"loss_type": "grpo", "num_sequences": 0}, "num_sequences must be > 0"),

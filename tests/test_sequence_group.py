@@ -56,7 +56,7 @@ def batch(dtype):
     """Ragged sequences, the last one empty; everything of the shape [B, L], and advantages [B]."""
     generator = torch.Generator().manual_seed(3)
     normal = functools.partial(torch.randn, B, L, generator=generator, dtype=dtype)
-    logprob = -normal().square()
+    logprob = -normal().square() - 2
     mask = torch.arange(L) < torch.tensor([25, 3, 14, 21, 0])[:, None]
     tensors = {
         "logprob": logprob,

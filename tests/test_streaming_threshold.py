@@ -261,25 +261,19 @@ def test_exact_mode_keeps_four_bytes_a_valid_token():
 
 @pytest.mark.usefixtures("unchecked_shapes")
 def test_bad_arguments():
-    with pytest.raises(ValueError, match=r"fraction must be in \(0, 1\], but is 0.0"):
+    with pytest.raises(ValueError, match=r"fraction must be in \(0, 1\]; got 0.0"):
         StreamingThreshold(0.0)
-    with pytest.raises(
-        ValueError, match=r"mode must be one of \('exact', 'sketch'\), but is 'fast'"
-    ):
+    with pytest.raises(ValueError, match=r"mode must be one of exact, sketch; got 'fast'"):
         StreamingThreshold(mode="fast")
     threshold = accumulate([(torch.rand(3), None)])
     with pytest.raises(ValueError, match="count must be one of selected, all; got 'kept'"):
         threshold.denominator("kept")
     for call in (threshold.update, threshold.mask):
-        with pytest.raises(
-            ValueError, match=r"entropy must be torch.float32, but is torch.float64"
-        ):
+        with pytest.raises(ValueError, match=r"entropy must be torch.float32; got torch.float64"):
             call(torch.rand(3).double())
-        with pytest.raises(ValueError, match=r"mask must be torch.bool, but is torch.int64"):
+        with pytest.raises(ValueError, match=r"mask must be a bool tensor; got torch.int64"):
             call(torch.rand(3), torch.ones(3, dtype=torch.int64))
-    with pytest.raises(
-        ValueError, match="entropy must be on cpu, as in earlier updates, but is on meta"
-    ):
+    with pytest.raises(ValueError, match="entropy must be on cpu, as in earlier updates; got meta"):
         threshold.update(torch.rand(3, device="meta"))
 
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.distributed import ProcessGroup
 
 from entropy_kernels import _native, _radix, entropy_threshold, reference, top_entropy_mask
 
@@ -191,17 +192,21 @@ def test_does_not_wait_for_the_gpu(scope, ties):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"entropy": torch.rand(3).half()}, "entropy must be torch.float32, but is torch.float16"),
-        ({"mask": torch.ones(3)}, "mask must be torch.bool, but is torch.float32"),
-        ({"fraction": 2.0}, r"fraction must be in \(0, 1\], but is 2.0"),
-        ({"scope": "row"}, r"scope must be one of \('batch', 'sequence'\), but is 'row'"),
-        ({"which": "best"}, r"which must be one of .*'random'\), but is 'best'"),
-        ({"ties": "all"}, r"ties must be one of \('exact', 'threshold'\), but is 'all'"),
-        ({"generator": torch.Generator()}, "generator is for which=\"random\", but which is 'top'"),
-        ({"scope": "sequence"}, r'scope="sequence" needs .*\[B, L\], but its shape is \(3,\)'),
+        ({"entropy": torch.rand(3).half()}, "entropy must be torch.float32; got torch.float16"),
+        ({"mask": torch.ones(3)}, "mask must be a bool tensor; got torch.float32"),
+        ({"fraction": 2.0}, r"fraction must be in \(0, 1\]; got 2.0"),
+        ({"scope": "row"}, r"scope must be one of batch, sequence; got 'row'"),
+        ({"which": "best"}, r"which must be one of .*random; got 'best'"),
+        ({"ties": "all"}, r"ties must be one of exact, threshold; got 'all'"),
+        ({"generator": torch.Generator()}, "generator is for which=\"random\"; got which='top'"),
+        ({"scope": "sequence"}, r'scope="sequence" needs .*\[B, L\]; got \(3,\)'),
         (
-            {"scope": "sequence", "entropy": torch.rand(3, 4), "group": object()},
-            'scope="sequence" takes no group, .* but group is <object',
+            {
+                "scope": "sequence",
+                "entropy": torch.rand(3, 4),
+                "group": ProcessGroup(0, 1),
+            },
+            'scope="sequence" takes no group.*; got a ProcessGroup',
         ),
     ],
 )

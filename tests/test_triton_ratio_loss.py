@@ -32,7 +32,7 @@ def small_blocks(monkeypatch):
 
 def batch(sequences, length):
     """Ratios on both sides of every clip, both signs and zero advantages, a mask and a subset."""
-    logprob = -torch.rand(sequences, length) * 3
+    logprob = -torch.rand(sequences, length) * 3 - 5
     old = logprob + torch.randn(sequences, length) * 10 ** (2 * torch.rand(sequences, length) - 2)
     advantage = torch.randn(sequences, length) * (torch.rand(sequences, length) < 0.9)
     mask = torch.rand(sequences, length) < 0.8
@@ -100,7 +100,9 @@ def test_every_log_ratio_is_exact_to_rounding():
     log_ratio = torch.cat([torch.linspace(-20, 20, 21), torch.logspace(-6, 0, 7)]).to(DEVICE)
     zero, mask = torch.zeros(1, device=DEVICE), torch.ones(1, dtype=torch.bool, device=DEVICE)
     for x in log_ratio:
-        metrics = ratio_loss(x.reshape(1), zero, zero, mask)[1]
+        # Neither is above 0, and their difference is exact.
+        new, old = x.clamp_max(0).reshape(1), -x.clamp_min(0).reshape(1)
+        metrics = ratio_loss(new, old, zero, mask)[1]
         true = x.double()
         ratio, excess = true.exp(), true.expm1() - true
         assert (metrics["ratio/max"] - ratio).abs() <= 1.5 * EPS * ratio
@@ -117,7 +119,8 @@ def test_what_is_not_selected_may_be_anything():
 
 
 def test_a_selected_nan_is_seen():
-    for i in range(3):
+    """What is data is seen earlier on a CPU, see tests/test_ratio_loss.py."""
+    for i in range(1 if DEVICE == "cpu" else 3):
         *values, mask, _ = batch(2, 50)
         mask[0, 3] = True
         values[2][0, 3] = 1.0

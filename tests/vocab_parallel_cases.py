@@ -194,6 +194,7 @@ def losses(group, vocabulary_shares):
     mask = torch.rand(150, generator=generator) < 0.8
     advantage = torch.randn(150, generator=generator)
     old = ek.linear_logprob_entropy(h, w, y).logprob + 0.1 * torch.randn(150, generator=generator)
+    old = old.clamp_max(0)
     if group is not None:
         w = mine(w, vocabulary_shares, group)
     for name, options in {

@@ -98,7 +98,7 @@ def _all_cases(setting: Setting) -> Iterator[Case]:
 def _ratio_loss(impl: str, loss_type: str, device: torch.device) -> None:
     """Ratios inside and outside of the clips, both signs and zero advantages, ragged masks."""
     shape = (4, 131)
-    logprob = -torch.rand(shape) * 3
+    logprob = -torch.rand(shape) * 3 - 4
     old, advantage = logprob + torch.randn(shape) * 0.6, torch.randn(shape)
     advantage[2] = 0.0
     mask = torch.arange(shape[1]) < torch.tensor([131, 70, 40, 0])[:, None]

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers.utils import ModelOutput
 
+from .._arguments import check_tensor
+from .._inputs import check_impl, check_statistics, check_temperature
 from .._shapes import Float
 from ..functional import LogprobEntropy, linear_logprob_entropy
 from ._head import slot
@@ -93,6 +95,7 @@ def patch_lm_head(model: nn.Module, *, impl: str = "auto") -> Patch:
             `temperature` or `statistics` without `target`; a head, or a forward that does not know
             `target`, replaced since; a weight that FSDP has not gathered.
     """
+    check_impl(impl)
     inner = causal_lm(model)
     forward = _in_force(inner)
     if forward is not None:
@@ -184,6 +187,9 @@ class _ModelForward:
             if statistics or isinstance(temperature, Tensor) or temperature != 1:
                 raise ValueError("temperature and statistics are of targets; got target=None")
             return self.original(*args, **options)
+        check_tensor("target", target)
+        check_temperature(temperature)
+        check_statistics(statistics)
         self._check(temperature, options)
         if self.no_cache and options.get("use_cache") is None:
             options["use_cache"] = False

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .._arguments import check_choice
 from ..functional import linear_logprob_entropy
 from ..selection import StreamingThreshold, top_entropy_mask
 from ._patch import Patch, require
@@ -79,8 +80,7 @@ def patch_trl(*, scope: str = "micro-batch") -> Patch:
     from trl import GRPOTrainer
     from trl.trainer import utils
 
-    if scope not in SCOPES:
-        raise ValueError(f"scope must be one of {', '.join(SCOPES)}; got {scope!r}")
+    check_choice("scope", scope, SCOPES)
     if _in_force is not None and _in_force[1].active:
         if _in_force[0] != scope:
             raise ValueError(

@@ -29,6 +29,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._arguments import check_choice, check_flag, check_fraction
+from .._inputs import check_impl
 from ..functional import linear_logprob_entropy
 from ..ratio_loss import ratio_loss
 from ..selection import top_entropy_mask
@@ -88,6 +90,10 @@ def patch_verl(
             above that "high_entropy" cannot honour.
     """
     global _in_force
+    check_impl(impl)
+    check_fraction(fraction)
+    check_flag("over_ranks", over_ranks)
+    check_choice("denominator", denominator, ("selected", "all"))
     options = {
         "impl": impl,
         "fraction": fraction,
@@ -98,10 +104,6 @@ def patch_verl(
         if _in_force.options != options:
             raise ValueError(f"verl is patched with {_in_force.options}; undo that first")
         return _in_force
-    if not 0 < fraction <= 1:
-        raise ValueError(f"fraction must lie in (0, 1]; got {fraction}")
-    if denominator not in ("selected", "all"):
-        raise ValueError(f'denominator must be "selected" or "all"; got {denominator!r}')
     require("verl", "0.9", "0.10")
     _in_force = _VerlPatch(options)
     return _in_force

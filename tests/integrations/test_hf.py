@@ -295,8 +295,8 @@ REFUSED = {
     "masked": (lambda config: Masked(config), r"Masked does to its logits.*makes -1\.79769e\+308"),
     "not called": (lambda config: Skipping(config), "Skipping"),
     "no head": (lambda config: Qwen3ForCausalLM(config).model, "a backbone and a head"),
-    "no model": (lambda config: nn.Linear(2, 2), "PeftModel of one.*got Linear"),
-    "wrapped": (lambda config: nn.Sequential(Qwen3ForCausalLM(config)), "got Sequential"),
+    "no model": (lambda config: nn.Linear(2, 2), "PeftModel of one.*got a Linear"),
+    "wrapped": (lambda config: nn.Sequential(Qwen3ForCausalLM(config)), "got a Sequential"),
 }
 
 

@@ -67,7 +67,7 @@ def batch(seed=0):
         "hidden": h.reshape(B, L, D),
         "weight": w,
         "target": y.reshape(B, L),
-        "old_log_probs": old + 0.3 * torch.randn(B, L, generator=generator),
+        "old_log_probs": (old + 0.3 * torch.randn(B, L, generator=generator)).clamp_max(0),
         "advantages": advantages,
         "response_mask": mask,
     }

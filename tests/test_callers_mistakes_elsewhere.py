@@ -1,0 +1,294 @@
+"""As tests/test_callers_mistakes.py: the rest of what is public, and misspelt keywords."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+import entropy_kernels as ek
+from entropy_kernels import distributed, losses, token_rules
+from entropy_kernels.integrations import hf, liger, trl, verl
+from tests import mistakes
+from tests.mistakes import (
+    ADVANTAGE,
+    ENTROPY,
+    HIDDEN,
+    INF,
+    LOGPROB,
+    MASK,
+    NAN,
+    SAMPLE,
+    TARGET,
+    WEIGHT,
+    Call,
+    Mistakes,
+    check,
+    each,
+)
+from trainer.tiny import build_tiny
+
+TOKENS = {"logprob": LOGPROB, "old_logprob": LOGPROB, "advantage": ADVANTAGE, "mask": MASK}
+FRACTION = mistakes.number(0, -0.2, 1.5, INF)
+# One tensor alone has no wrong shape and device.
+ALONE = {"0-dim", "one less", "transposed", "a row", "elsewhere"}
+
+
+def alone(found: Mistakes) -> Mistakes:
+    return {label: x for label, x in found.items() if label not in ALONE}
+
+
+def streaming(method: str, mode: str = "exact") -> Callable[..., Any]:
+    def call(**options: Any) -> Any:
+        threshold = ek.StreamingThreshold(mode=mode)
+        threshold.update(ENTROPY, MASK)
+        return getattr(threshold, method)(**options)
+
+    return call
+
+
+def seen(mode: str) -> dict[str, Any]:
+    threshold = ek.StreamingThreshold(mode=mode)
+    threshold.update(ENTROPY)
+    return threshold.state_dict()
+
+
+def wrong_state(mode: str) -> Mistakes:
+    state, kept = seen(mode), "counts" if mode == "sketch" else "entropies"
+    found = mistakes.not_tensors()
+    for name in state:
+        found[f"without {name}"] = ({k: x for k, x in state.items() if k != name}, name)
+    found["of another fraction"] = (state | {"fraction": 0.5}, "0.5")
+    found["of another kind"] = (state | {kept: state[kept].half()}, "float16")
+    return found | {"of lists": (state | {kept: [1.0]}, "list")}
+
+
+def of_loss(name: str) -> Call:
+    function = getattr(losses, name)
+    options: dict[str, Mistakes] = {
+        "clip_low": mistakes.number(-1, of=(2, 3)),
+        "clip_high": mistakes.number(-1, of=(2, 3)),
+        "dual_clip": mistakes.number(1, optional=True),
+        "sequence_group": mistakes.group(),
+    }
+    options |= {k: mistakes.number(0, -1) for k in ("tau_pos", "tau_neg", "cap")}
+    options |= {k: mistakes.number(INF) for k in ("k_pos", "k_neg", "lambda_pos", "lambda_neg")}
+    tensors = {k: mistakes.floats(x) for k, x in TOKENS.items() if k != "mask"}
+    takes = function.__wrapped__.__kwdefaults__ or {}
+    own = {k: x for k, x in options.items() if k in takes}
+    return Call(function, TOKENS, tensors | {"mask": mistakes.mask(MASK)} | own)
+
+
+RULE = {"logprob": LOGPROB, "advantage": ADVANTAGE, "mask": MASK}
+WRONG_RULE = {
+    "logprob": mistakes.floats(LOGPROB),
+    "advantage": mistakes.floats(ADVANTAGE),
+    "mask": mistakes.mask(MASK),
+}
+SHARE = {"fraction": FRACTION}
+STATISTICS = {"max_prob": SAMPLE, "sum_p2": SAMPLE, "sum_p2_logp": -SAMPLE, "entropy": ENTROPY}
+WRONG_STATISTICS = {name: mistakes.floats(x) for name, x in STATISTICS.items()}
+PAIR = {
+    "a number": (0.2, "0.2"),
+    "one": ((0.2,), "tuple"),
+    "words": (("0.1", 0.2), "'0.1'"),
+    "negative": ((0.2, -0.1), "-0.1"),
+    "nan": ((NAN, 0.1), "nan"),
+    "None": (None, "None"),
+}
+
+
+LOSSES = [
+    *("clipped_ratio", "gspo", "gspo_token", "luspo", "gmpo", "cispo", "sapo", "vespo", "dppo_tv"),
+    *("dppo_kl", "reinforce"),
+]
+SELECT = {"entropy": ENTROPY, "mask": MASK}
+WRONG_SELECT = {
+    "entropy": mistakes.tensor(ENTROPY, torch.float64, torch.bfloat16, torch.int64),
+    "mask": mistakes.mask(MASK, optional=True),
+}
+OF_RANKS = {
+    "all_reduce_sum": "tensor",
+    "sum_over_ranks": "tensor",
+    "all_reduce_max": "tensor",
+    "gather_counts": "counts",
+    "rank_offset": "count",
+    "global_count": "mask",
+}
+IMPL = {"impl": mistakes.word()}
+IDS = torch.tensor([[1, 2, 3, 4]])
+LIGER = {"_input": HIDDEN[0], "weight": WEIGHT, "target": TARGET[0]}
+
+
+def of_ranks(name: str, argument: str) -> Call:
+    """Without a group nothing moves."""
+    right = {argument: MASK if argument == "mask" else torch.ones(2), "group": None}
+    wrong = {argument: mistakes.not_tensors(), "group": mistakes.group()}
+    return Call(getattr(distributed, name), right, wrong)
+
+
+def at_hand(found: Mistakes) -> Mistakes:
+    """A patched model moves them to where its head is."""
+    return {label: x for label, x in found.items() if label != "elsewhere"}
+
+
+def patch_head(**options: Any) -> None:
+    hf.patch_lm_head(**({"model": build_tiny(0)[0]} | options)).undo()
+
+
+def patched_model(**options: Any) -> Any:
+    model, _ = build_tiny(0)
+    with hf.patch_lm_head(model):
+        return model(IDS, **options)
+
+
+GRAD = {"logprob": LOGPROB, "entropy": ENTROPY}
+CALLS = {f"losses.{name}": of_loss(name) for name in LOSSES} | {
+    "losses.bounded": Call(
+        losses.bounded, {"log_ratio": LOGPROB}, {"log_ratio": alone(mistakes.floats(LOGPROB))}
+    ),
+    "covariance": Call(token_rules.covariance, RULE, WRONG_RULE),
+    "clip_cov": Call(
+        token_rules.clip_cov,
+        RULE,
+        WRONG_RULE
+        | SHARE
+        | {
+            "low": mistakes.number(),
+            "high": mistakes.number(),
+            "clipped": mistakes.mask(MASK, optional=True),
+            "generator": mistakes.generator(),
+        },
+    ),
+    "kl_cov": Call(token_rules.kl_cov, RULE, WRONG_RULE | SHARE),
+    "entropy_advantage": Call(
+        token_rules.entropy_advantage,
+        {"advantage": ADVANTAGE, "entropy": ENTROPY},
+        {
+            "advantage": mistakes.floats(ADVANTAGE),
+            "entropy": mistakes.floats(ENTROPY),
+            "alpha": mistakes.number(INF),
+            "kappa": mistakes.number(0, -1),
+        },
+    ),
+    "two_clip_ranges": Call(
+        token_rules.two_clip_ranges,
+        {"high_entropy": MASK},
+        {"high_entropy": alone(mistakes.mask(MASK)), "low": PAIR, "high": PAIR},
+    ),
+    "select_token": Call(
+        token_rules.select_token,
+        {"logprob": LOGPROB, "max_prob": SAMPLE, "sum_p2": SAMPLE, "mask": MASK},
+        {
+            "logprob": mistakes.floats(LOGPROB),
+            "max_prob": mistakes.floats(SAMPLE),
+            "sum_p2": mistakes.floats(SAMPLE),
+            "mask": mistakes.mask(MASK),
+            "below": mistakes.number(0, 1.5),
+        },
+    ),
+    "discriminator": Call(
+        token_rules.discriminator, GRAD, {k: mistakes.floats(x) for k, x in GRAD.items()}
+    ),
+    "expected_discriminator": Call(
+        token_rules.expected_discriminator,
+        {k: x for k, x in STATISTICS.items() if k != "max_prob"},
+        {k: mistakes.floats(x) for k, x in STATISTICS.items() if k != "max_prob"},
+    ),
+    "clip_discriminator": Call(
+        token_rules.clip_discriminator,
+        {"score": SAMPLE, "advantage": ADVANTAGE, "mask": MASK},
+        {
+            "score": mistakes.floats(SAMPLE),
+            "advantage": mistakes.floats(ADVANTAGE),
+            "mask": mistakes.mask(MASK),
+            "centre": mistakes.floats(SAMPLE, optional=True),
+            "mu": mistakes.number(-1),
+        },
+    ),
+    "StreamingThreshold": Call(
+        lambda **options: ek.StreamingThreshold(**options),
+        {},
+        {"fraction": FRACTION, "mode": mistakes.word(), "group": mistakes.group()},
+    ),
+    "update": Call(streaming("update"), SELECT, WRONG_SELECT),
+    "mask": Call(streaming("mask"), SELECT, WRONG_SELECT),
+    "load_state_dict": Call(
+        streaming("load_state_dict"), {"state": seen("exact")}, {"state": wrong_state("exact")}
+    ),
+    "load_state_dict of a sketch": Call(
+        streaming("load_state_dict", "sketch"),
+        {"state": seen("sketch")},
+        {"state": wrong_state("sketch")},
+    ),
+    **{name: of_ranks(name, argument) for name, argument in OF_RANKS.items()},
+    "patch_trl": Call(lambda **o: trl.patch_trl(**o).undo(), {}, {"scope": mistakes.word()}),
+    "patch_lm_head": Call(patch_head, {}, {"model": mistakes.not_tensors(), **IMPL}),
+    "a patched model": Call(
+        patched_model,
+        {"target": IDS},
+        {
+            "target": at_hand(mistakes.tensor(IDS, torch.float32, optional=True)),
+            "temperature": at_hand(mistakes.number(0, -1.0, INF, of=(1, 4))),
+            "statistics": {"a word": ("foo", "foo"), "a number": (3, "3"), "names": (["a"], "a")},
+        },
+    ),
+    "liger": Call(
+        liger.LinearScaledCrossEntropy.apply,
+        LIGER,
+        {
+            "_input": mistakes.not_tensors(),
+            "weight": mistakes.tensor(WEIGHT, torch.int64, torch.float64),
+            "target": mistakes.tensor(TARGET[0], torch.int8, torch.float32),
+            "ignore_index": mistakes.whole(),
+        },
+    ),
+}
+PATCH_VERL = Call(
+    verl.patch_verl,
+    {},
+    {
+        "fraction": FRACTION,
+        "over_ranks": mistakes.flag(),
+        "denominator": mistakes.word(),
+        **IMPL,
+    },
+)
+
+
+@pytest.mark.usefixtures("unchecked_shapes")
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+def test_the_right_arguments_are_taken(call):
+    call.function(**call.right)
+
+
+@pytest.mark.usefixtures("unchecked_shapes")
+@pytest.mark.parametrize(
+    ("call", "name", "value", "came"), list(each(CALLS | {"patch_verl": PATCH_VERL}))
+)
+def test_a_mistake_names_the_argument_and_what_came(call, name, value, came):
+    check(call, name, value, came)
+
+
+@pytest.mark.usefixtures("unchecked_shapes")
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [
+        ("temprature", "temperature"),
+        ("clip_hi", "clip_high"),
+        ("fractions", "fraction"),
+        ("kl_coeff", "kl_coef"),
+        ("max_rows", "max_active_rows"),
+        ("vocab_groups", "vocab_group"),
+    ],
+)
+def test_a_misspelt_keyword_names_the_right_one(given, meant):
+    """Out of those of the head, of the selection and of the loss."""
+    message = rf"unknown options {given} \(did you mean {meant}\?\); known are .*{meant}"
+    tensors = HIDDEN, WEIGHT, TARGET, LOGPROB, ADVANTAGE, MASK
+    with pytest.raises(ValueError, match=message):
+        ek.high_entropy_policy_loss(*tensors, **{given: 1.0})
+    with pytest.raises(ValueError, match=message):
+        ek.HighEntropyPolicyLoss(**{given: 1.0})
+    with pytest.raises(ValueError, match=message):
+        ek.HighEntropyPolicyLoss()(*tensors, **{given: 1.0})
