@@ -134,9 +134,11 @@ def global_count(
     Raises:
         ValueError: no mask, or one that is not bool.
     """
-    masks = list(mask) if isinstance(mask, Sequence) else [mask]
+    masks: list[Any] = list(mask) if isinstance(mask, list | tuple) else [mask]
     if not masks:
         raise ValueError("mask must be a bool tensor or at least one of them; got none")
+    if mask is not masks[0] and not all(isinstance(each, Tensor) for each in masks):
+        raise ValueError(f"mask must be a bool tensor or a list of them; got {shown(mask)}")
     for each in masks:
         check_tensor("mask", each, "bool")
     check_group("group", group)

@@ -1,4 +1,7 @@
-"""As tests/test_callers_mistakes.py: the rest of what is public, and misspelt keywords."""
+"""As tests/test_callers_mistakes.py: the rest of what is public, and misspelt keywords.
+
+Liger's call convention raises Liger's errors: tests/integrations/test_liger_exceptions.py.
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,7 +11,7 @@ import torch
 
 import entropy_kernels as ek
 from entropy_kernels import distributed, losses, token_rules
-from entropy_kernels.integrations import hf, liger, trl, verl
+from entropy_kernels.integrations import hf, trl, verl
 from tests import mistakes
 from tests.mistakes import (
     ADVANTAGE,
@@ -117,7 +120,6 @@ OF_RANKS = {
 }
 IMPL = {"impl": mistakes.word()}
 IDS = torch.tensor([[1, 2, 3, 4]])
-LIGER = {"_input": HIDDEN[0], "weight": WEIGHT, "target": TARGET[0]}
 
 
 def of_ranks(name: str, argument: str) -> Call:
@@ -231,16 +233,6 @@ CALLS = {f"losses.{name}": of_loss(name) for name in LOSSES} | {
             "target": at_hand(mistakes.tensor(IDS, torch.float32, optional=True)),
             "temperature": at_hand(mistakes.number(0, -1.0, INF, of=(1, 4))),
             "statistics": {"a word": ("foo", "foo"), "a number": (3, "3"), "names": (["a"], "a")},
-        },
-    ),
-    "liger": Call(
-        liger.LinearScaledCrossEntropy.apply,
-        LIGER,
-        {
-            "_input": mistakes.not_tensors(),
-            "weight": mistakes.tensor(WEIGHT, torch.int64, torch.float64),
-            "target": mistakes.tensor(TARGET[0], torch.int8, torch.float32),
-            "ignore_index": mistakes.whole(),
         },
     ),
 }

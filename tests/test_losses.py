@@ -186,7 +186,8 @@ def test_what_is_outside_the_mask_may_be_anything(name):
 def test_a_kept_nan_is_in_the_loss_and_in_the_gradient(name, i, clipped):
     """clamp and where give it a gradient of zero, and a loss may forget it."""
     c = make_case()
-    inputs = [c.logprob.clone(), c.old.clone(), c.advantage.clone(), torch.ones_like(c.logprob)]
+    # Log-probabilities, also where they are moved.
+    inputs = [c.logprob - 4, c.old - 4, c.advantage.clone(), torch.ones_like(c.logprob)]
     if clipped:
         inputs[1][:3] = inputs[0][:3] - 3 * inputs[2][:3].sign()
     inputs[i][0, 1] = torch.nan

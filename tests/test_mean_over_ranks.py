@@ -243,7 +243,7 @@ def test_less_than_one_token_per_rank_is_divided_by_as_it_is():
 def test_bad_arguments():
     with pytest.raises(ValueError, match=r"mask must be a bool tensor or at least one .* got none"):
         mean_count([])
-    with pytest.raises(ValueError, match=r"mask must be torch.bool; got torch.float32"):
+    with pytest.raises(ValueError, match=r"mask must be a bool tensor; got torch.float32"):
         mean_count(torch.ones(3))
     with pytest.raises(ValueError, match="parts must be the metrics of at least one micro-batch"):
         join_metrics([])
@@ -256,12 +256,12 @@ def test_bad_arguments():
 def test_a_group_with_nothing_to_count_is_refused(counts):
     x, mask = torch.zeros(2, 3), torch.ones(2, 3, dtype=torch.bool)
     with pytest.raises(ValueError, match=r"group is for counts .* mean count per rank"):
-        ek.ratio_loss(x, None, x, mask, group=object(), **counts)
+        ek.ratio_loss(x, None, x, mask, group=dist.ProcessGroup(0, 1), **counts)
     hidden, target = torch.zeros(2, 3, 4), mask.long()
     with pytest.raises(ValueError, match="group choose tokens by `fraction`; with selected="):
         ek.high_entropy_policy_loss(
             *(hidden, torch.zeros(5, 4), target, None, x, mask),
             selected=mask,
-            group=object(),
+            group=dist.ProcessGroup(0, 1),
             **counts,
         )

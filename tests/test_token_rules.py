@@ -173,7 +173,7 @@ def test_a_bound_that_is_no_number_is_named(case):
         "below": lambda: token_rules.select_token(*(case.logprob,) * 3, case.mask, below=math.nan),
     }
     for name, call in calls.items():
-        with pytest.raises(ValueError, match=f"{name} must be a number; got nan"):
+        with pytest.raises(ValueError, match=f"{name} must be .*; got nan"):
             call()
 
 

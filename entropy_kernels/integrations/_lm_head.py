@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from transformers import PreTrainedModel
 
+from .._arguments import shown
 from .._shapes import Float
 from ._head import as_linear, backbone, check_weight, measure, parts, slot
 from ._patch import Patch, require
@@ -148,7 +149,7 @@ def causal_lm(model: Any) -> Any:
     inside = next((name for name in ("module", "_orig_mod") if hasattr(model, name)), None)
     raise ValueError(
         "model must be a transformers model or a PeftModel of one, such as the one inside a "
-        f"wrapper; got {type(model).__name__}"
+        f"wrapper; got {shown(model)}"
         + (f": give patch_lm_head its `{inside}` and call the wrapper" if inside else "")
     )
 
