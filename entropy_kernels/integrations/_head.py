@@ -101,25 +101,13 @@ def measure(model: Any, head: Any) -> tuple[float, float | None]:
     """
     name = type(model).__name__
     linear, _ = parts(head)
-    device = linear.weight.device
-    # On "meta" the weights have no values yet; the logits must have.
-    place = "cpu" if device.type == "meta" else device
-    z = torch.empty(1, 3, linear.out_features, dtype=torch.float64, device=place)
+    z = torch.empty(1, 3, linear.out_features, dtype=torch.float64, device=_place(linear))
     z[0, 0], z[0, 1] = _NEAR, _FAR
     z[0, 2] = torch.linspace(-_SPREAD, _SPREAD, linear.out_features, dtype=torch.float64)
-    tokens = torch.zeros(1, 3, dtype=torch.int64, device=device)
-    body = backbone(model, head)
-    width = getattr(model.config.get_text_config(), "hidden_size", linear.in_features)
-    states = torch.zeros(1, 3, width, dtype=linear.weight.dtype, device=device)
-    embedding = model.get_input_embeddings()
-    stand_ins: dict[nn.Module, Any] = {
-        body: _Backbone(body, states, embedding),
-        head: _Head(head, z),
-        embedding: _Head(embedding, states),
-    }
     try:
-        with _replaced(model, stand_ins), _uncompiled():
-            logits = getattr(model, slot(model))(input_ids=tokens).logits.double()
+        dtype, device = linear.weight.dtype, linear.weight.device
+        states = torch.zeros(1, 3, _width(model, linear), dtype=dtype, device=device)
+        logits = _run(model, head, z, states)[0].double()
         scale = float(logits[0, 0, 0]) / _NEAR
         bound = float(logits[0, 1, 0])
         # An error of fp32 must not make the plainest of heads look scaled.
@@ -139,6 +127,61 @@ def measure(model: Any, head: Any) -> tuple[float, float | None]:
         f"makes {logits.flatten()[worst]:.6g}; scale={scale:.6g} and softcap={softcap}, which fit "
         f"its ends, make {want.flatten()[worst]:.6g}"
     )
+
+
+@torch.no_grad()
+def factor_of_states(model: Any, head: Any) -> float:
+    """By how much the model multiplies its backbone's states before the head has them.
+
+    For who computes h W^T of the backbone's states himself. Measured as `measure` does.
+
+    Raises:
+        ValueError: layers between the backbone and the head.
+    """
+    linear, _ = parts(head)
+    problem: object = None
+    z = torch.zeros(1, 3, linear.out_features, dtype=torch.float64, device=_place(linear))
+    try:
+        width = _width(model, linear)
+        states = torch.linspace(1, 2, 3 * width).view(1, 3, width).to(z)
+        factors = _run(model, head, z, states)[1].double() / states
+        factor = float(factors.mean())
+        if not ((factors - factor).abs() <= 1e-6 * factor).all():
+            problem = "they differ"
+    except Exception as error:
+        problem = error
+    if problem is not None:
+        raise ValueError(
+            f"{type(model).__name__} must give its head its backbone's states, times one positive "
+            f"number, for a fused head; it has layers of its own between the two ({problem})"
+        )
+    return 1.0 if math.isclose(factor, 1.0, rel_tol=1e-6) else factor
+
+
+def _place(linear: nn.Linear) -> torch.device:
+    """On "meta" the weights have no values yet; what is measured must have."""
+    device = linear.weight.device
+    return torch.device("cpu") if device.type == "meta" else device
+
+
+def _width(model: Any, linear: nn.Linear) -> int:
+    """Of the backbone's states; of some heads it is not theirs."""
+    return getattr(model.config.get_text_config(), "hidden_size", linear.in_features)
+
+
+def _run(model: Any, head: Any, z: Tensor, states: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits of a head that returns z over a backbone that returns states; what it was given."""
+    tokens = torch.zeros(1, 3, dtype=torch.int64, device=parts(head)[0].weight.device)
+    body, embedding = backbone(model, head), model.get_input_embeddings()
+    stand_in = _Head(head, z)
+    stand_ins: dict[nn.Module, Any] = {
+        body: _Backbone(body, states, embedding),
+        head: stand_in,
+        embedding: _Head(embedding, states),
+    }
+    with _replaced(model, stand_ins), _uncompiled():
+        logits = getattr(model, slot(model))(input_ids=tokens).logits
+    return logits, stand_in.given
 
 
 def backbone(model: Any, head: Any) -> Any:
@@ -185,7 +228,10 @@ class _StandIn:
 
 
 class _Head(_StandIn):
+    given: Any = None
+
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+        self.given = args[0] if args else None
         # A copy: some models write to their logits.
         return self._answer.clone()
 

@@ -10,6 +10,7 @@ n scored tokens, D hidden, V vocabulary, B sequences, L their length.
 import inspect
 from decimal import Decimal
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
@@ -18,6 +19,8 @@ from torch import Tensor
 from .._arguments import check_choice
 from ..functional import linear_logprob_entropy
 from ..selection import StreamingThreshold, top_entropy_mask
+from ._caller import running_model
+from ._head import as_linear, factor_of_states, measure, parts
 from ._patch import Patch, require
 
 SCOPES = ("micro-batch", "step")
@@ -26,6 +29,8 @@ _OPTIONAL = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
 _COMPUTED = {"log_probs", "entropy", "log_sum_sq_probs"}
 
 _in_force: tuple[str, Patch] | None = None
+# Scale and softcap of each model that came to its fused head.
+_measured: WeakKeyDictionary[Any, tuple[float, float | None]] = WeakKeyDictionary()
 
 
 def patch_trl(*, scope: str = "micro-batch") -> Patch:
@@ -51,6 +56,11 @@ def patch_trl(*, scope: str = "micro-batch") -> Patch:
     - Under autocast the gradient of the head's weight is rounded once, as by `torch.nn.Linear`,
       where TRL's is not.
 
+    With LoRA on the head TRL scores by the frozen weight and trains nothing of the adapters; its
+    trainers refuse that of a PeftModel, but not of `model.add_adapter`. Here they are a part of the
+    head. So is what the model does to its logits, which is measured at its first call, where TRL
+    reads the names of a few families from the config: RecurrentGemma's and xLSTM's bound it misses.
+
     Calls that want the mean logit or whether the label is the most likely token, which SFT, DPO and
     KTO log, go on to TRL's own function; so do those in fp64, and those of a temperature, a
     `logit_scale` or a softcap that is not positive.
@@ -72,8 +82,10 @@ def patch_trl(*, scope: str = "micro-batch") -> Patch:
     Raises:
         ImportError: where TRL is not 1.16.
         ValueError: an unknown scope, or another than that of the patch in force. While training:
-            DeepSpeed ZeRO-3, which takes the head's weight apart before backward; and with
-            scope="step" an optimizer step whose micro-batches were not generated together.
+            DeepSpeed ZeRO-3, which takes the head's weight apart before backward; a head that is
+            more than a linear layer with plain LoRA, layers between backbone and head, or logits
+            that no scale and softcap explain; and with scope="step" an optimizer step whose
+            micro-batches were not generated together.
     """
     global _in_force
     require("trl", "1.16", "1.17")
@@ -119,6 +131,8 @@ class LogProbFunction:
         softcap * tanh(s z / softcap) / temperature = c * tanh(z / c) / t
         with c = softcap / s, t = temperature / s
 
+        Inside of TRL's fused forward, head, scale and softcap are those of the model that runs it.
+
         Calls that ours cannot answer go on to TRL's function: other outputs; a temperature, scale
         or softcap that is not positive; fp64. Only there is `chunk_size` used.
         """
@@ -131,6 +145,10 @@ class LogProbFunction:
                 "DeepSpeed ZeRO-3 needs; use ZeRO-2 or FSDP2, or undo the patch"
             )
         softcap = final_logit_softcapping
+        model = running_model("_fused_forward")
+        if model is not None:
+            hidden, weight, bias = _with_adapters(model, hidden, weight, bias)
+            logit_scale, softcap = _scale_and_softcap(model)
         positive = temperature > 0 and logit_scale > 0 and (softcap is None or softcap > 0)
         if not (positive and _COMPUTED.issuperset(outputs)) or hidden.dtype == torch.float64:
             return ChunkedLogProbFunction.apply(
@@ -159,6 +177,24 @@ class LogProbFunction:
         entropy = found.entropy if "entropy" in outputs else None
         log_sum_sq_probs = None if found.sum_p2 is None else found.sum_p2.log()
         return found.logprob, entropy, log_sum_sq_probs, None, None
+
+
+def _with_adapters(
+    model: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The three, or with LoRA on the model's head, of which TRL reads the frozen weight, its."""
+    head = model.get_output_embeddings()
+    return as_linear(head, hidden) if parts(head)[1] else (hidden, weight, bias)
+
+
+@torch.compiler.disable
+def _scale_and_softcap(model: Any) -> tuple[float, float | None]:
+    """From the backbone's states to the logits, measured once; TRL has them of the config."""
+    if model not in _measured:
+        head = model.get_output_embeddings()
+        scale, softcap = measure(model, head)
+        _measured[model] = scale * factor_of_states(model, head), softcap
+    return _measured[model]
 
 
 def _drops_unlabelled(device: torch.device) -> bool:
