@@ -17,8 +17,9 @@ calls `patch_verl()` there.
 
 Not covered: the Megatron engine and `impl_backend=triton`, which keep verl's own Triton kernel. The
 second raises where verl would take it, "high_entropy" raises on any engine but FSDP's, and without
-`use_fused_kernels` verl makes all logits as ever. verl's FSDP engine refuses a temperature per
-sample with fused kernels, although the head here takes one a token.
+`use_fused_kernels` verl makes all logits as ever. verl's fused head leaves out a bias, a scale or a
+softcap of the logits, and adapters of the head: each is refused, by name. verl's FSDP engine
+refuses a temperature per sample with fused kernels, although the head here takes one a token.
 """
 
 import math
@@ -34,6 +35,8 @@ from .._inputs import check_impl
 from ..functional import linear_logprob_entropy
 from ..ratio_loss import ratio_loss
 from ..selection import top_entropy_mask
+from ._caller import running_model
+from ._head import factor_of_states, measure
 from ._patch import Patch, require
 
 LOSS_MODE = "high_entropy"
@@ -86,8 +89,8 @@ def patch_verl(
     Raises:
         ImportError: verl is missing or not 0.9.
         ValueError: options out of range; verl is patched with other options, or has another
-            "high_entropy". Later, by what verl calls: `impl_backend=triton`, and the settings named
-            above that "high_entropy" cannot honour.
+            "high_entropy". Later, by what verl calls: `impl_backend=triton`, and the heads and
+            settings named above.
     """
     global _in_force
     check_impl(impl)
@@ -149,12 +152,47 @@ def _head(impl: str) -> Any:
         temperature: float | Tensor = 1.0,
     ) -> tuple[Tensor, Tensor]:
         """log_probs and entropy, fp32, of input_ids' shape."""
+        if not torch.compiler.is_compiling():
+            _check_adapters(running_model("forward_with_torch_backend"))
         found = linear_logprob_entropy(
             hidden_states, vocab_weights, input_ids.long(), temperature=temperature, impl=impl
         )
         return found.logprob, found.entropy
 
     return forward
+
+
+def _check_adapters(model: Any) -> None:
+    """Of a model in whose forward the fused head is called with the head's own weight alone."""
+    peft: Any = sys.modules.get("peft")
+    if model is None or peft is None:
+        return
+    layer = peft.tuners.tuners_utils.BaseTunerLayer
+    for part in model.get_output_embeddings().modules():
+        if isinstance(part, layer) and not part.disable_adapters and not part.merged:
+            active = sorted(part._get_available_adapters() & {*part.active_adapters})
+            if active:
+                raise ValueError(
+                    "verl's fused head reads the head's own weight, and would leave out its "
+                    f"adapters, which get no gradient; got {', '.join(active)}: take the head out "
+                    "of actor_rollout_ref.model.target_modules, or set use_fused_kernels=False"
+                )
+
+
+def _check_head(model: Any) -> None:
+    """verl's fused forwards compute h W^T of the backbone's states, and nothing else."""
+    if type(model).forward.__module__.startswith("verl."):
+        return  # another of its class was here before, or verl has its own forward of it
+    head = model.get_output_embeddings()
+    scale, softcap = measure(model, head)
+    scale *= factor_of_states(model, head)
+    bias = getattr(head, "bias", None) is not None
+    if bias or scale != 1 or softcap is not None:
+        raise ValueError(
+            "verl's fused head must be of a model whose logits are h W^T; those of "
+            f"{type(model).__name__} have {bias=}, {scale=}, {softcap=}: set "
+            "actor_rollout_ref.model.use_fused_kernels=False"
+        )
 
 
 def _checked(monkey_patch: Any) -> Any:
@@ -169,6 +207,8 @@ def _checked(monkey_patch: Any) -> Any:
                 "patch_verl covers actor_rollout_ref.model.fused_kernel_options.impl_backend "
                 f"{' and '.join(BACKENDS)}; got {fused_kernels_backend}"
             )
+        if use_fused_kernels:
+            _check_head(model)
         original(model, use_fused_kernels, fused_kernels_backend)
 
     return patch_forward_with_backends
