@@ -6,7 +6,7 @@ T tokens, D hidden, V vocabulary.
 import torch
 
 from entropy_kernels import _gpu, reference
-from entropy_kernels.testing import peaked_head
+from entropy_kernels.testing import peaked_head, worst_of_orders
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 IGNORE = -100
@@ -65,6 +65,15 @@ def in_dtype(dtype, grads, h, w, y, b=None, temperature=None, softcap=None, **_)
         list(outputs), [g.to(o.dtype) for g, o in zip(grads, outputs, strict=True)]
     )
     return [None if x is None else x.grad for x in leaves]
+
+
+def three_of(*inputs, **options):
+    """In fp64, in the dtype of the inputs, and in fp32 by its worst order."""
+    truth = in_dtype(torch.float64, *inputs, **options)
+    plain = worst_of_orders(lambda: in_dtype(torch.float32, *inputs, **options), truth)
+    dtype = inputs[1].dtype
+    eager = plain if dtype == torch.float32 else in_dtype(dtype, *inputs, **options)
+    return truth, eager, plain
 
 
 def options_of(inputs, bias=False, temperature=False, softcap=None):

@@ -8,7 +8,7 @@ import torch
 
 from entropy_kernels import reference
 from entropy_kernels._torch import blocks
-from entropy_kernels.testing import assert_within_two_bounds, peaked_head
+from entropy_kernels.testing import assert_within_two_bounds, peaked_head, worst_of_orders
 
 BLOCK_T, BLOCK_V = blocks._SIZES["cpu"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -52,6 +52,24 @@ def in_dtype(dtype):
     return function
 
 
+def three_of(inputs, grads, orders=4, **options):
+    """run() by the reference: in fp64, in the dtype of the inputs, and in fp32 by its worst order.
+
+    An eager path in fp32 is the last.
+    """
+    truth = run(in_dtype(torch.float64), inputs, grads, **options)
+
+    def in_fp32():
+        outputs, gradients = run(in_dtype(torch.float32), inputs, grads, **options)
+        return [*outputs, *gradients]
+
+    found = worst_of_orders(in_fp32, [*truth[0], *truth[1]], orders)
+    plain = found[:3], found[3:]
+    dtype = inputs[0].dtype
+    eager = plain if dtype == torch.float32 else run(in_dtype(dtype), inputs, grads, **options)
+    return truth, eager, plain
+
+
 def _reference_options(temperature=1.0, softcap=None, ignore_index=-100):
     return temperature, softcap, ignore_index
 
@@ -63,30 +81,11 @@ def statistics_in(dtype, h, w, y, *, bias=None, temperature=1.0, softcap=None, i
     )
 
 
-def _plain(truths, h, w, y, **options):
-    """The formula in fp32 with the worst of a few orders of summation of the logits.
-
-    A statistic is as far off as its logits are, and two words that tie in one order may not in
-    another: of a max_prob of 1/2, a whole rounding of a logit. One-hot hidden states pick logits.
-    """
-    h, w = h.float(), w.float()
-    orders = [slice(None), torch.randperm(h.shape[1]), torch.randperm(h.shape[1])]
-    z = [h[:, order] @ w[:, order].T for order in orders]
-    other_half = torch.arange(w.shape[0], device=w.device) % 2 == 0
-    z += [z[1].where(other_half, z[0]), z[0].where(other_half, z[2])]
-    eye = torch.eye(h.shape[0], device=h.device)
-    found = [statistics_in(torch.float32, eye, x.T, y, **options) for x in z]
-    return [
-        max(got, key=lambda one, want=want: (one - want).abs().max())
-        for got, want in zip(zip(*found, strict=True), truths, strict=True)
-    ]
-
-
 def check_statistics(got, h, w, y, *, factor=2.0, **options):
     """Both bounds for each statistic of `got`."""
     truths = statistics_in(torch.float64, h, w, y, **options)
     eager = statistics_in(h.dtype, h, w, y, **options) if h.dtype != torch.float32 else None
-    worst = _plain(truths, h, w, y, **options)
+    worst = worst_of_orders(lambda: statistics_in(torch.float32, h, w, y, **options), truths)
     for one, *three in zip(got, truths, eager or worst, worst, strict=True):
         assert one.dtype == torch.float32
         assert_within_two_bounds(one, *three, factor=factor)

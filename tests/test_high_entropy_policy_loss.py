@@ -8,7 +8,12 @@ import torch
 
 import entropy_kernels as ek
 from entropy_kernels import functional, reference
-from entropy_kernels.testing import Watch, assert_within_two_bounds, peaked_head
+from entropy_kernels.testing import (
+    Watch,
+    assert_within_two_bounds,
+    peaked_head,
+    worst_of_orders,
+)
 
 B, L, D, V = 4, 50, 48, 1031
 # The module, whose name in the package is the function's.
@@ -49,10 +54,11 @@ def test_equals_the_reference(batch):
             w.to(dtype),
         )
 
-    truth, plain = specification(torch.float64), specification(torch.float32)
+    truth = specification(torch.float64)[:3]
+    plain = worst_of_orders(lambda: specification(torch.float32)[:3], truth)
     # A row's ratio carries the error of its logprob, and the loss is one number: where a few draws
     # decide, the plain path can be lucky.
-    for g, t, p, factor in zip(got[:3], truth[:3], plain[:3], (10, 4, 4), strict=True):
+    for g, t, p, factor in zip(got[:3], truth, plain, (10, 4, 4), strict=True):
         assert_within_two_bounds(g, t, p, p, factor=factor)
 
 

@@ -19,9 +19,9 @@ from tests.backward_cases import (
     active,
     active_numbers,
     gradients_of,
-    in_dtype,
     make,
     options_of,
+    three_of,
     tiles_here,
 )
 
@@ -89,9 +89,7 @@ def check(got, inputs, found, bound=None, tile=None, **options):
     assert torch.equal(got[0][numbers[:front]], kept[0][numbers[:front]])
     assert torch.equal(got[0][numbers[front:]], recomputed[0][numbers[front:]])
     dtype = head[0].dtype
-    truth, *others = (
-        in_dtype(d, *inputs, **options) for d in (torch.float64, dtype, torch.float32)
-    )
+    truth, *others = three_of(*inputs, **options)
     for result, true, *pair, other in zip(got, truth, *others, recomputed, strict=True):
         if result is None:
             continue

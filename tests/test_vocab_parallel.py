@@ -13,7 +13,7 @@ from torch.multiprocessing import spawn
 import entropy_kernels as ek
 from entropy_kernels import ops
 from entropy_kernels.testing import assert_within_two_bounds
-from tests.head_cases import check_statistics, in_dtype, make, run
+from tests.head_cases import check_statistics, make, three_of
 from tests.vocab_parallel_cases import (
     BEST,
     CASES,
@@ -60,8 +60,7 @@ def test_shards_find_what_one_rank_finds(ranks, impl, name):
     gradients = [found[0]["gradients"][0]]
     gradients += [torch.cat(x) for x in zip(*(x["gradients"][1:] for x in found), strict=True)]
     dtype = inputs[0].dtype
-    precisions = torch.float64, dtype, torch.float32
-    three = [run(in_dtype(x), inputs, grads, **options) for x in precisions]
+    three = three_of(inputs, grads, **options)
     rounds = impl == "triton" or (impl == "cpu" and dtype == torch.bfloat16)
     for got, *wanted in zip(found[0]["outputs"], *(x[0] for x in three), strict=True):
         assert_within_two_bounds(got, *wanted)
