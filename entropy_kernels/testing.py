@@ -77,7 +77,7 @@ class OtherOrder(TorchDispatchMode):
     not tie. Products, sums, logsumexp and log_softmax are taken over, of gradients too.
     """
 
-    STEPS = 512
+    STEPS = 256
 
     def __init__(self, seed: int) -> None:
         super().__init__()

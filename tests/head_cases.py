@@ -55,19 +55,18 @@ def in_dtype(dtype):
 def three_of(inputs, grads, orders=4, **options):
     """run() by the reference: in fp64, in the dtype of the inputs, and in fp32 by its worst order.
 
-    An eager path in fp32 is the last.
+    Gradients have the dtype of their formula. An eager path in fp32 is the last.
     """
-    truth = run(in_dtype(torch.float64), inputs, grads, **options)
 
-    def in_fp32():
-        outputs, gradients = run(in_dtype(torch.float32), inputs, grads, **options)
+    def typed(dtype):
+        upcast = [x if x is None or x.dtype == torch.int64 else x.to(dtype) for x in inputs]
+        outputs, gradients = run(in_dtype(dtype), upcast, grads, **options)
         return [*outputs, *gradients]
 
-    found = worst_of_orders(in_fp32, [*truth[0], *truth[1]], orders)
-    plain = found[:3], found[3:]
-    dtype = inputs[0].dtype
-    eager = plain if dtype == torch.float32 else run(in_dtype(dtype), inputs, grads, **options)
-    return truth, eager, plain
+    truth, dtype = typed(torch.float64), inputs[0].dtype
+    plain = worst_of_orders(lambda: typed(torch.float32), truth, orders)
+    eager = plain if dtype == torch.float32 else typed(dtype)
+    return [(found[:3], found[3:]) for found in (truth, eager, plain)]
 
 
 def _reference_options(temperature=1.0, softcap=None, ignore_index=-100):
