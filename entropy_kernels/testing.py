@@ -157,6 +157,11 @@ def worst_of_orders(
     for seed in range(orders):
         with OtherOrder(seed):
             found.append(formula())
+    return worst_elements(found, truths)
+
+
+def worst_elements(found: Sequence[Sequence[Any]], truths: Sequence[Any]) -> list[Any]:
+    """Of each result, found several times, the elements that are furthest from its truth."""
     return [_worst(*pair) for pair in zip(zip(*found, strict=True), truths, strict=True)]
 
 

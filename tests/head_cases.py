@@ -82,7 +82,7 @@ def statistics_in(dtype, h, w, y, *, bias=None, temperature=1.0, softcap=None, i
     )
 
 
-def check_statistics(got, h, w, y, *, factor=2.0, **options):
+def check_statistics(got, h, w, y, **options):
     """Both bounds for each statistic of `got`."""
     truths = statistics_in(torch.float64, h, w, y, **options)
     eager = statistics_in(h.dtype, h, w, y, **options) if h.dtype != torch.float32 else None
@@ -90,4 +90,4 @@ def check_statistics(got, h, w, y, *, factor=2.0, **options):
     worst = worst_of_orders(formula, truths, orders=8)
     for one, *three in zip(got, truths, eager or worst, worst, strict=True):
         assert one.dtype == torch.float32
-        assert_within_two_bounds(one, *three, factor=factor)
+        assert_within_two_bounds(one, *three)

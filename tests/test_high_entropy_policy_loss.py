@@ -58,8 +58,8 @@ def test_equals_the_reference(batch):
     plain = worst_of_orders(lambda: specification(torch.float32)[:3], truth)
     # A row's ratio carries the error of its logprob, and the loss is one number: where a few draws
     # decide, the plain path can be lucky.
-    for g, t, p, factor in zip(got[:3], truth, plain, (10, 4, 4), strict=True):
-        assert_within_two_bounds(g, t, p, p, factor=factor)
+    for g, t, p in zip(got[:3], truth, plain, strict=True):
+        assert_within_two_bounds(g, t, p, p)
 
 
 @pytest.mark.parametrize("fraction", [1.0, 0.5, 0.2, 0.1])
