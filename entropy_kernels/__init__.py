@@ -17,7 +17,8 @@ from .functional import LogprobEntropy, linear_logprob_entropy
 from .high_entropy_policy_loss import high_entropy_policy_loss
 from .nn import HighEntropyPolicyLoss
 from .ratio_loss import ratio_loss
-from .selection import StreamingThreshold, entropy_threshold, top_entropy_mask
+from .selection import entropy_threshold, top_entropy_mask
+from .streaming_threshold import StreamingThreshold
 
 __version__ = "0.1.0"
 

@@ -201,7 +201,7 @@ _SELECTION = ("fraction", "threshold", "which", "scope", "group")
 _HEAD = ("softcap", "vocab_group", "max_active_rows", "impl")
 
 
-def check_options(options: Mapping[str, Any]) -> None:
+def check_options(options: Mapping[str, object]) -> None:
     """Each keyword that is given, by itself: its name, and its value without the tensors' shapes.
 
     Raises:
@@ -210,12 +210,12 @@ def check_options(options: Mapping[str, Any]) -> None:
     check_known(options, _OWN | LOSS_OPTIONS)
     check_selection_options(**_among(options, _SELECTION))
     check_head_options(**_among(options, _HEAD))
-    if "temperature" in options:
-        check_temperature(options["temperature"])
+    for temperature in _among(options, ("temperature",)).values():
+        check_temperature(temperature)
     check_loss_options(_among(options, LOSS_OPTIONS))
 
 
-def _among(options: Mapping[str, Any], names: Collection[str]) -> dict[str, Any]:
+def _among(options: Mapping[str, object], names: Collection[str]) -> dict[str, Any]:
     return {name: value for name, value in options.items() if name in names}
 
 

@@ -146,8 +146,10 @@ _IN_OTHER_ORDER: dict[str, Callable[..., Tensor]] = {
 
 
 def worst_of_orders(
-    formula: Callable[[], Sequence[Any]], truths: Sequence[Any], orders: int = 4
-) -> list[Any]:
+    formula: Callable[[], Sequence[Tensor | None]],
+    truths: Sequence[Tensor | None],
+    orders: int = 4,
+) -> list[Tensor | None]:
     """The results of `formula()` in fp32, each element from the order of sums that errs most there.
 
     One order can be lucky, and another processor's library takes another: no bound may rest on it.
@@ -160,7 +162,9 @@ def worst_of_orders(
     return worst_elements(found, truths)
 
 
-def worst_elements(found: Sequence[Sequence[Any]], truths: Sequence[Any]) -> list[Any]:
+def worst_elements(
+    found: Sequence[Sequence[Tensor | None]], truths: Sequence[Tensor | None]
+) -> list[Tensor | None]:
     """Of each result, found several times, the elements that are furthest from its truth."""
     return [_worst(*pair) for pair in zip(zip(*found, strict=True), truths, strict=True)]
 

@@ -29,7 +29,8 @@ ALLOWED = {
     "_gpu": {"_triton"},
     "_radix": {"_gpu", "_native", "distributed"},
     "ops": {"_gpu", "_native", "_radix", "_rows", "_torch"},
-    "selection": {"_radix", "distributed", "ops"},
+    "selection": {"_radix", "distributed"},
+    "streaming_threshold": {"_radix", "distributed", "selection"},
     "_inputs": {"_gpu", "_native", "ops"},
     "_ratio_kernel": {"_gpu", "_loss_options", "_native", "losses", "ops"},
     "ratio_loss": {"_loss_options", "_ratio_kernel", "loss_terms", "losses"},
@@ -44,7 +45,7 @@ ALLOWED = {
     "testing": {"_gpu", "_native", "ops", "reference"},
     "integrations": {
         *("_inputs", "_token_logprobs", "distributed", "functional", "losses", "nn"),
-        *("ratio_loss", "selection"),
+        *("ratio_loss", "selection", "streaming_threshold"),
     },
     "__main__": ANYTHING,
     "__init__": ANYTHING,

@@ -46,15 +46,14 @@ x, m = torch.zeros(2), torch.ones(2, dtype=torch.bool)
 # A state of more than one kind, as torch's; options that are checked as they are read; and what
 # other libraries type so.
 ANY = {
-    ("selection.py", "state_dict", "return"),
-    ("selection.py", "load_state_dict", "state"),
+    ("streaming_threshold.py", "state_dict", "return"),
+    ("streaming_threshold.py", "load_state_dict", "state"),
     ("high_entropy_policy_loss.py", "high_entropy_policy_loss", "loss_options"),
     ("nn.py", "__init__", "options"),
     ("nn.py", "forward", "options"),
-    ("ratio_loss.py", "beyond_kept", "_"),
     ("reference.py", "high_entropy_policy_loss", "ratio"),
     ("integrations/liger.py", "apply", "return"),
-    ("integrations/trl.py", "high_entropy_mask_of_step", "trainer"),
+    ("integrations/trl.py", "high_entropy_mask_of_step", "self"),
 }
 
 

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from .._arguments import check_choice
 from ..functional import linear_logprob_entropy
-from ..selection import StreamingThreshold, top_entropy_mask
+from ..selection import top_entropy_mask
+from ..streaming_threshold import StreamingThreshold
 from ._caller import running_model
 from ._head import as_linear, factor_of_states, measure, parts
 from ._patch import Patch, require
