@@ -72,12 +72,13 @@ class OtherOrder(TorchDispatchMode):
     """Inside, one fp32 accumulator takes each fp32 sum, in order (seed 0) or in a random order.
 
     torch's own sums depend on the processor and the threads, and these do not: an accumulator
-    takes at most STEPS steps, one element each where that is enough; within a step a sum is
-    fp64's. Every second column of a product has another random order, so that equal columns need
-    not tie. Products, sums, logsumexp and log_softmax are taken over, of gradients too.
+    takes at most so many steps, one element each where that is enough; within a step a sum is
+    fp64's. A product may be one chain over the vocabulary; a mere sum has lanes in every library,
+    and takes fewer steps. Every second column of a product has another random order, so that equal
+    columns need not tie. Taken over are products, sums, logsumexp and log_softmax, with gradients.
     """
 
-    STEPS = 256
+    PRODUCT_STEPS, SUM_STEPS = 2048, 256
 
     def __init__(self, seed: int) -> None:
         super().__init__()
@@ -89,19 +90,19 @@ class OtherOrder(TorchDispatchMode):
             return func(*args, **(kwargs or {}))
         return own(self, *args)
 
-    def _parts(self, x: Tensor, count: int) -> tuple[Tensor, ...]:
+    def _parts(self, x: Tensor, count: int, steps: int) -> tuple[Tensor, ...]:
         if self._generator is None:
             order = torch.arange(count)
         else:
             order = torch.randperm(count, generator=self._generator)
-        return order.to(x.device).split(-(-count // self.STEPS))
+        return order.to(x.device).split(-(-count // steps))
 
     def _product(self, left: Tensor, right: Tensor) -> Tensor:
         result = left.new_zeros(left.shape[0], right.shape[1])
         for first in range(min(2, right.shape[1])):
             columns = right[:, first::2]
             total = left.new_zeros(left.shape[0], columns.shape[1])
-            for part in self._parts(left, left.shape[1]):
+            for part in self._parts(left, left.shape[1], self.PRODUCT_STEPS):
                 if len(part) == 1:
                     total += left[:, part] * columns[part]
                 else:
@@ -117,7 +118,7 @@ class OtherOrder(TorchDispatchMode):
         rest = [d for d in range(x.dim()) if d not in dims]
         flat = x.permute(*dims, *rest).reshape(-1, *(x.shape[d] for d in rest))
         total = torch.zeros_like(flat[0])
-        for part in self._parts(x, flat.shape[0]):
+        for part in self._parts(x, flat.shape[0], self.SUM_STEPS):
             total = total + flat[part].double().sum(0).float()
         shape = [1 if d in dims else n for d, n in enumerate(x.shape)]
         return total.reshape(shape) if keepdim else total

@@ -142,7 +142,7 @@ def test_a_forgotten_option_is_refused(fault, dtype):
 
 
 def test_an_order_is_one_accumulators_on_every_processor():
-    """To the bit a loop in fp32; a product of many elements takes no more than STEPS steps."""
+    """To the bit a loop in fp32."""
     left, right = torch.randn(5, 40), torch.randn(40, 7)
     with OtherOrder(0):
         product, total = left @ right, left.sum(1)
@@ -161,5 +161,5 @@ def test_orders_differ_and_each_element_is_its_worst():
     for got, truth in zip(zip(*every, strict=True), truths, strict=True):
         errors = torch.stack([(x - truth).abs() for x in got])
         assert (errors.diff(dim=0) >= 0).all()
-        assert 0 < errors[0].max() < errors[-1].max()
+        assert 0 < errors[0].sum() < errors[-1].sum()
     assert worst_of_orders(lambda: [None], [None]) == [None]
