@@ -83,7 +83,7 @@ def make_problem(sequences: int, length: int) -> Problem:
     lengths_B1 = torch.randint(1, length + 1, (sequences, 1), generator=generator)
     mask_BL = torch.arange(length) < lengths_B1
     return Problem(
-        (old_BL + noise_BL).requires_grad_(),
+        (old_BL + noise_BL).clamp_max(0).requires_grad_(),
         old_BL,
         torch.randn(sequences, generator=generator),
         mask_BL,

@@ -63,7 +63,7 @@ def make_problem(
         hidden_TD.requires_grad_(),
         weight_VD.requires_grad_(),
         target_T,
-        logprob_T.float() + noise_T,
+        (logprob_T.float() + noise_T).clamp_max(0),
         advantage_B[sequence_T],
         half_B[sequence_T],
         torch.ones(tokens, dtype=torch.bool),

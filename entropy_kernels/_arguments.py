@@ -206,9 +206,9 @@ def check_logprobs(name: str, x: Tensor | None, among: Tensor, *, inf: bool = Fa
 
 
 def check_values(
-    name: str, x: object, wanted: str, least: float, most: float, among: Tensor | None = None
+    name: str, x: object, wanted: str, least: float, most: float, data: Tensor | None = None
 ) -> None:
-    """On a CPU: within [least, most] or NaN, at the tokens of `among` where that is given."""
+    """On a CPU: within [least, most]; of `data`, at those tokens, where also NaN is let through."""
     if not readable(x):
         return
     assert isinstance(x, Tensor)
@@ -221,10 +221,10 @@ def check_values(
         if least <= low and high <= most:
             return
     x = x.double()
-    wrong = (x < least) | (x > most)
-    if among is not None and x.ndim > 0:
-        # One a sequence counts where the sequence has a token.
-        wrong = wrong & (among if x.shape == among.shape else among.any(1))
+    wrong = ~((x >= least) & (x <= most))
+    if data is not None:
+        # One per sequence counts where the sequence has a token.
+        wrong = wrong & (data if x.shape == data.shape else data.any(1)) & ~x.isnan()
     if wrong.any():
         place = tuple(wrong.nonzero()[0].tolist())
         raise ValueError(f"{name} must be {wanted}; got {float(x[place]):.6g} at {place}")

@@ -172,7 +172,7 @@ def check_contents(
 ) -> None:
     """What can be seen on a CPU: of tensors, what their values at the tokens `seen` cannot be.
 
-    A NaN can: it comes from the data, and makes the loss NaN on every device.
+    A NaN can, of data: it makes the loss NaN, on every device.
     """
     check_logprobs("logprob", logprob, seen, inf=True)
     check_logprobs("old_logprob", old_logprob, seen)
@@ -183,8 +183,8 @@ def check_contents(
     if weight is not None and weight.dtype != torch.bool:
         check_values("token_weight", weight, ">= 0 and finite", 0, LARGEST, seen)
     for name in ("clip_low", "clip_high"):
-        check_values(name, options[name], ">= 0", 0, torch.inf, seen)
-    check_values("kl_coef", options["kl_coef"], "finite", -LARGEST, LARGEST, seen)
+        check_values(name, options[name], ">= 0", 0, torch.inf)
+    check_values("kl_coef", options["kl_coef"], "finite", -LARGEST, LARGEST)
 
 
 def beyond_kept(

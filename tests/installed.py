@@ -44,7 +44,8 @@ def environment(compiler: bool = True) -> dict[str, str]:
     """Of a build with this environment's tools, with a C++ compiler or without."""
     tools = sysconfig.get_path("scripts")
     path = f"{tools}{os.pathsep}{os.environ['PATH']}" if compiler else tools
-    found = {name: value for name, value in os.environ.items() if compiler or name != "CXX"}
+    left_out = {"TRITON_INTERPRET"} if compiler else {"TRITON_INTERPRET", "CXX"}
+    found = {name: value for name, value in os.environ.items() if name not in left_out}
     return {**found, "PATH": path, "PYTHONPATH": ""}
 
 
@@ -111,4 +112,7 @@ def main(*arguments: str) -> int:
 
 
 if __name__ == "__main__":
+    if {"-h", "--help"} & {*sys.argv}:
+        print(f"usage: {__doc__}")
+        sys.exit()
     sys.exit(main(*sys.argv[1:]))

@@ -52,8 +52,8 @@ LOSS = {"old_logprob": LOGPROB, "advantage": ADVANTAGE, "mask": MASK}
 
 LOGPROBS = partial(contents, LOGPROB)
 WRONG_LOSS = {
-    "old_logprob": mistakes.floats(LOGPROB, optional=True) | LOGPROBS(NAN, INF, -INF, 0.75),
-    "advantage": mistakes.floats(ADVANTAGE) | contents(ADVANTAGE, NAN, INF, -INF),
+    "old_logprob": mistakes.floats(LOGPROB, optional=True) | LOGPROBS(INF, -INF, 0.75),
+    "advantage": mistakes.floats(ADVANTAGE) | contents(ADVANTAGE, INF, -INF),
     "mask": mistakes.mask(MASK),
 }
 CLIP = mistakes.number(-0.1, optional=True, of=(B, L)) | contents(ENTROPY, -0.5, NAN)
@@ -74,12 +74,12 @@ WRONG_OPTIONS = {
     "num_sequences": mistakes.count(optional=True),
     "sequence_group": mistakes.group(),
     "token_weight": mistakes.tensor(SAMPLE, torch.int64, torch.complex64, optional=True)
-    | contents(SAMPLE, -0.5, NAN, INF),
+    | contents(SAMPLE, -0.5, INF),
     "sampler_logprob": mistakes.floats(LOGPROB, optional=True) | LOGPROBS(INF, -INF, 0.75),
     "correction": mistakes.word(optional=True),
     "correction_cap": mistakes.number(-1, optional=True),
     "correction_floor": mistakes.number(-1, 2.5, optional=True),
-    "reference_logprob": mistakes.floats(LOGPROB, optional=True) | LOGPROBS(NAN, INF, -INF, 0.75),
+    "reference_logprob": mistakes.floats(LOGPROB, optional=True) | LOGPROBS(INF, -INF, 0.75),
     "kl_coef": mistakes.number(INF, -INF, of=(B, L)) | contents(ENTROPY, NAN, INF),
     "kl_type": mistakes.word(),
     "kl_on": mistakes.word(),

@@ -177,13 +177,13 @@ class Wrapper(nn.Module):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda model: Wrapper(model, "module"), "got Wrapper: give patch_lm_head its `module`"),
+        (lambda model: Wrapper(model, "module"), "got a Wrapper: give patch_lm_head its `module`"),
         (
             lambda model: torch.compile(model, backend="eager"),
-            "got OptimizedModule: give patch_lm_head its `_orig_mod`",
+            "got a OptimizedModule: give patch_lm_head its `_orig_mod`",
         ),
         (lambda model: model.model, "a backbone and a head"),
-        (lambda model: nn.Linear(2, 2), "got Linear$"),
+        (lambda model: nn.Linear(2, 2), "got a Linear$"),
     ],
     ids=["DDP", "torch.compile", "backbone", "layer"],
 )
