@@ -138,7 +138,8 @@ def check_flag(name: str, x: object) -> None:
 
 
 def check_choice(name: str, x: object, choices: Collection[str | None]) -> None:
-    if not isinstance(x, str | None) or x not in choices:
+    # Not of a union, which torch.compile of torch 2.8 does not know.
+    if not isinstance(x, (str, type(None))) or x not in choices:
         raise ValueError(f"{name} must be one of {', '.join(map(str, choices))}; got {shown(x)}")
 
 

@@ -84,7 +84,7 @@ def cast_as_linear(
 
 def check_statistics(names: Collection[str]) -> None:
     """Names out of ops.MOMENTS; one bare name is none of them."""
-    several = isinstance(names, Collection) and not isinstance(names, str | Tensor)
+    several = isinstance(names, Collection) and not isinstance(names, (str, Tensor))
     if not several or not all(isinstance(name, str) and name in ops.MOMENTS for name in names):
         known = ", ".join(ops.MOMENTS)
         got = repr(names) if several else shown(names)

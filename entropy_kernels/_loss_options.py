@@ -184,7 +184,7 @@ def check_contents(
         check_values("token_weight", weight, ">= 0 and finite", 0, LARGEST, seen)
     for name in ("clip_low", "clip_high"):
         check_values(name, options[name], ">= 0", 0, torch.inf)
-    check_values("kl_coef", options["kl_coef"], "finite", -LARGEST, LARGEST)
+    check_values("kl_coef", options["kl_coef"], "finite", -LARGEST, LARGEST, seen)
 
 
 def beyond_kept(

@@ -80,7 +80,7 @@ WRONG_OPTIONS = {
     "correction_cap": mistakes.number(-1, optional=True),
     "correction_floor": mistakes.number(-1, 2.5, optional=True),
     "reference_logprob": mistakes.floats(LOGPROB, optional=True) | LOGPROBS(INF, -INF, 0.75),
-    "kl_coef": mistakes.number(INF, -INF, of=(B, L)) | contents(ENTROPY, NAN, INF),
+    "kl_coef": mistakes.number(INF, -INF, of=(B, L)) | contents(ENTROPY, INF),
     "kl_type": mistakes.word(),
     "kl_on": mistakes.word(),
     "entropy_coef": mistakes.number(INF, -INF),
