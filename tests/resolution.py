@@ -55,6 +55,7 @@ def resolve(wish: Wish, project: str = "pyproject.toml") -> dict[str, str]:
     Raises:
         ConnectionError: the index is not reached.
         ValueError: nothing fits, with the resolver's reason.
+        RuntimeError: the resolver failed otherwise.
     """
     own = {name: x for name, x in os.environ.items() if not name.startswith(("UV_", "PIP_"))}
     options = ["--python-version", wish.python, "--python-platform", wish.platform]
@@ -67,7 +68,9 @@ def resolve(wish: Wish, project: str = "pyproject.toml") -> dict[str, str]:
         return dict(re.findall(r"^([\w.-]+)==([^\s;]+)", done.stdout, re.MULTILINE))
     if "No solution found" in done.stderr:
         raise ValueError(done.stderr.strip())
-    raise ConnectionError(done.stderr.strip())
+    if re.search(r"fetch|sending request|connect|timed out|dns", done.stderr, re.IGNORECASE):
+        raise ConnectionError(done.stderr.strip())
+    raise RuntimeError(f"{' '.join(command)}: {done.stderr.strip()}")
 
 
 def reached() -> str | None:
@@ -90,6 +93,8 @@ def failures(wishes: tuple[Wish, ...]) -> Iterator[str]:
         except ValueError as error:
             print(f"{wish}: CONFLICT", flush=True)
             yield f"{wish}: {error}"
+        except ConnectionError as error:
+            print(f"{wish}: not checked, the index is not reached any more: {error}", flush=True)
         else:
             versions = ", ".join(f"{name} {found[name]}" for name in SHOWN if name in found)
             print(f"{wish}: {len(found)} packages, {versions}", flush=True)
