@@ -28,7 +28,8 @@ INTERNAL = {
 def programs() -> list[str]:
     """The modules that somebody may run with `python -m`."""
     found = []
-    for path in sorted(ROOT.glob("[a-z]*/**/*.py")):
+    folders = ("benchmarks", "entropy_kernels", "examples", "tests", "tools", "trainer")
+    for path in sorted(path for name in folders for path in (ROOT / name).rglob("*.py")):
         module = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__main__")
         if re.search(r'^if __name__ == "__main__":', path.read_text(), re.MULTILINE):
             found.append(module)
