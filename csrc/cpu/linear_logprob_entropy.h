@@ -24,6 +24,7 @@ using entropy_kernels::Statistics;
 using entropy_kernels::Stop;
 
 constexpr std::int64_t kTokenChunk = 2048;  // packed at once: 2048 D units
+constexpr std::int64_t kPanelsWorthACopy = 4;  // of the weight's rows: it costs less than it saves
 constexpr float kLowest = -1e30f;           // the maximum's start; finite, so -inf - m is no NaN
 constexpr float kLowestExponent = -87.0f;   // exp of less is subnormal
 
@@ -220,7 +221,8 @@ class Walk {
   void walk_tile(int thread, std::int64_t first, Part panels) {
     const std::int64_t height = std::min<std::int64_t>(kTileRows, head_.vocabulary - first);
     const Left<E> weight =
-        weight_rows<E>(head_, first, height, scratch_.data() + thread * kTileRows * units_);
+        weight_rows<E>(head_, first, height, scratch_.data() + thread * kTileRows * units_,
+                       panels.end - panels.begin >= kPanelsWorthACopy);
     alignas(64) float tile[kTileRows * kPanel];
     std::int64_t token[kPanel];
     for (std::int64_t p = panels.begin; p < panels.end; ++p) {

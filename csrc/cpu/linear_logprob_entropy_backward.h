@@ -198,7 +198,7 @@ class Worker {
 
   // Rows [first, first + count) of the weight.
   void block(std::int64_t first, std::int64_t count) {
-    const Left<E> weight = weight_rows<E>(head_, first, count, scratch_.data());
+    const Left<E> weight = weight_rows<E>(head_, first, count, scratch_.data(), false);
     if (out_.hidden != nullptr)
       pack_columns<E>(weight.data, weight.row_stride, count, head_.dim, packed_.data());
     if (out_.bias != nullptr) std::fill_n(out_.bias + first, count, 0.0f);

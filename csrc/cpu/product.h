@@ -12,7 +12,9 @@ namespace EK_ISA {
 constexpr int kPanel = 64;      // columns of a packed panel
 constexpr int kRows = 6;        // rows held in registers
 constexpr int kVectors = EK_LANES >= 16 ? 4 : 2;
-constexpr int kChain = 256;     // units summed before they are added to c: short chains round less
+// Units summed before they are added to c: short chains round less, and that many rows of a panel,
+// 32 KB, stay in the L1 cache.
+constexpr int kChain = 128;
 
 struct F32 {
   using Unit = float;

@@ -22,12 +22,18 @@ static void read_row(const void* base, std::int64_t offset, std::int64_t dim, Dt
     std::memcpy(out, row, dim * 2);
   } else if (dtype == Dtype::f32) {
     std::memcpy(out, row, dim * 4);
-  } else {
-    for (std::int64_t i = 0; i < dim; ++i) {
-      std::uint16_t bits;
-      std::memcpy(&bits, row + 2 * i, 2);
-      out[i] = dtype == Dtype::bf16 ? from_bf16(bits) : from_f16(bits);
-    }
+  } else {  // a loop each: one for both would convert everything twice
+    const auto convert = [&](auto to_float) {
+      for (std::int64_t i = 0; i < dim; ++i) {
+        std::uint16_t bits;
+        std::memcpy(&bits, row + 2 * i, 2);
+        out[i] = to_float(bits);
+      }
+    };
+    if (dtype == Dtype::bf16)
+      convert([](std::uint16_t bits) { return from_bf16(bits); });
+    else
+      convert([](std::uint16_t bits) { return from_f16(bits); });
   }
 }
 
@@ -69,15 +75,16 @@ static void pack_columns(const typename E::Unit* rows, std::int64_t row_units, s
   }
 }
 
-// Rows [first, first + count) of the weight as units along D: in place where they can be read so,
-// else copied into `scratch`.
+// Rows [first, first + count) of the weight as units along D: in place where they can be read so
+// and `copy` does not ask for better, else copied into `scratch`. Products wait for memory row by
+// row; a copy reads it in its order.
 template <class E>
 static Left<E> weight_rows(const Head& head, std::int64_t first, std::int64_t count,
-                           typename E::Unit* scratch) {
+                           typename E::Unit* scratch, bool copy) {
   using Unit = typename E::Unit;
   const std::int64_t units = round_up(head.dim, E::kWidth) / E::kWidth;
   const bool native = (E::kWidth == 2) == (head.dtype == Dtype::bf16) && head.dtype != Dtype::f16;
-  if (native && head.dim % E::kWidth == 0 && head.weight_stride % E::kWidth == 0) {
+  if (!copy && native && head.dim % E::kWidth == 0 && head.weight_stride % E::kWidth == 0) {
     const char* base = static_cast<const char*>(head.weight);
     const char* row = base + first * head.weight_stride * bytes_of(head.dtype);
     return {reinterpret_cast<const Unit*>(row), head.weight_stride / E::kWidth, 1};
