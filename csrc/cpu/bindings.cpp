@@ -81,7 +81,7 @@ bool signal_raised() {
 }
 
 const Kernels& kernels(const std::string& name) {
-  const Kernels* found = name.empty() ? entropy_kernels::best_kernels() : entropy_kernels::find_kernels(name.c_str());
+  const Kernels* found = entropy_kernels::find_kernels(name.c_str());
   if (found == nullptr) throw py::value_error("this machine has no instruction set " + name);
   return *found;
 }
@@ -150,7 +150,7 @@ PYBIND11_MODULE(_cpu, m) {
            py::arg("dim"), py::arg("vocabulary"), py::arg("dtype"), py::arg("threads"), py::arg("logits_ptr"));
   m.def("linear_logprob_entropy", &linear_logprob_entropy, py::arg("head"), py::kw_only(),
         py::arg("index_ptr"), py::arg("count"), py::arg("statistics_ptr"),
-        py::arg("moments_ptr") = 0, py::arg("isa") = "",
+        py::arg("moments_ptr"), py::arg("isa"),
         "Writes logprob, entropy, logsumexp, max and log_sum: fp32 [5, T]; and varentropy, the "
         "largest probability, and the sums of p^2 and p^2 log p: fp32 [4, T], unless moments_ptr "
         "is 0. Returns the multiplications done.");
@@ -158,13 +158,16 @@ PYBIND11_MODULE(_cpu, m) {
         py::kw_only(), py::arg("index_ptr"), py::arg("count"), py::arg("statistics_ptr"),
         py::arg("grad_logprob_ptr"), py::arg("grad_entropy_ptr"),
         py::arg("grad_logsumexp_ptr"), py::arg("dhidden_ptr"), py::arg("dweight_ptr"),
-        py::arg("dbias_ptr"), py::arg("isa") = "",
+        py::arg("dbias_ptr"), py::arg("isa"),
         "Gradients of the rows at `index`; a pointer of 0 asks for nothing. Returns the "
         "multiplications done.");
   m.def("instruction_sets", [] {
     py::list names;
-    for (const char* name : {"avx512_bf16", "avx512", "avx2", "portable"})
-      if (entropy_kernels::find_kernels(name) != nullptr) names.append(name);
+    for (int i = 0; const Kernels* kernels = entropy_kernels::usable_kernels(i); ++i)
+      names.append(kernels->name);
     return names;
-  }, "What this machine can run, best first; the first is used.");
+  }, "What this machine can run, best first.");
+  m.def("fastest_instruction_set", [](int dtype) {
+    return entropy_kernels::fastest_kernels(static_cast<Dtype>(dtype))->name;
+  }, py::arg("dtype"), "What runs inputs of a dtype fastest on this machine; measured once.");
 }

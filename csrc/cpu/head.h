@@ -59,13 +59,16 @@ using Stop = bool (*)();
 // stopped.
 struct Kernels {
   const char* name;
+  double (*seconds)(Dtype);  // what a small product of inputs of that dtype takes
   std::int64_t (*forward)(const Head&, const Rows&, const Statistics&, Stop);
   std::int64_t (*backward)(const Head&, const Rows&, const Statistics&, const Incoming&, const Gradients&,
                    Stop);
 };
 
-// The best that this machine can run, and the one called `name` (nullptr if it cannot run it).
-const Kernels* best_kernels();
+// What this machine can run, best first: the `i`-th (nullptr beyond the last), the one called `name`
+// (nullptr if it cannot), and the fastest for inputs of a dtype, which is measured once.
+const Kernels* usable_kernels(int i);
 const Kernels* find_kernels(const char* name);
+const Kernels* fastest_kernels(Dtype dtype);
 
 }  // namespace entropy_kernels
