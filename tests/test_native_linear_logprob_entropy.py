@@ -69,6 +69,96 @@ def test_instruction_sets_agree_with_the_reference(isa, shape, dtype):
         assert_within_two_bounds(*quartet, operands=operands if i >= 3 else torch.float32)
 
 
+class Timed:
+    """An extension whose sets of instructions take the given times."""
+
+    def __init__(self, **seconds):
+        self.times = seconds
+
+    def instruction_sets(self):
+        return list(self.times)
+
+    def seconds(self, isa, dtype):
+        return self.times[isa] if dtype == 1 else pytest.fail("fp32 runs alike on them")
+
+
+@pytest.fixture
+def anew():
+    _native.instruction_set.cache_clear()
+    yield
+    _native.instruction_set.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("pairs", "best"),
+    [(0.5, "avx512_bf16"), (1.0, "avx512_bf16"), (1.2, "avx512_bf16"), (1.7, "avx512")],
+)
+def test_bf16_runs_on_the_faster_instruction(monkeypatch, anew, pairs, best):
+    """Half the time of fp32 on AMD, 1.7 times on Intel; nearly equal is decided once for all."""
+    module = Timed(avx512_bf16=pairs, avx512=1.0, avx2=2.0, portable=4.0)
+    monkeypatch.setattr(_native, "_module", lambda: module)
+    monkeypatch.delenv("EK_CPU_ISA", raising=False)
+    assert _native.instruction_set(torch.bfloat16) == best
+    assert _native.instruction_set(torch.float32) == "avx512_bf16"
+    assert _native.instruction_set(torch.float16) == "avx512_bf16"
+
+
+@pytest.mark.parametrize("isa", INSTRUCTION_SETS)
+def test_the_environment_overrules_what_is_faster(monkeypatch, anew, isa):
+    h, w, y = peaked_head(20, 33, 100, dtype=torch.bfloat16)
+    grads = [torch.randn(20), None, None]
+    want = run(isa, h, w, y, grads)
+    monkeypatch.setenv("EK_CPU_ISA", isa)
+    assert all(_native.instruction_set(dtype) == isa for dtype in DTYPES)
+    got = run(None, h, w, y, grads)
+    assert all(torch.equal(a, b) for a, b in zip(got[:5], want[:5], strict=True))
+
+
+def test_an_unknown_instruction_set_is_refused(monkeypatch, anew):
+    monkeypatch.setenv("EK_CPU_ISA", "sse9")
+    with pytest.raises(ValueError, match=r"EK_CPU_ISA must be one of .*portable here; got 'sse9'"):
+        ek.linear_logprob_entropy(*peaked_head(3, 4, 5), impl="cpu")
+
+
+@pytest.mark.parametrize("isa", INSTRUCTION_SETS)
+def test_seconds_are_those_of_a_product(isa):
+    """The lanes' operations of one such product, at a rate no core has and at a slow one's."""
+    flops = 4 * 2 * 24 * 64 * 64
+    for dtype in range(3):
+        assert flops / 1e13 < _native.cpu().seconds(isa, dtype) < flops / 1e7
+
+
+def test_the_caches_are_those_that_the_system_reports():
+    caches = _native.caches()
+    assert 2**16 <= caches["l2"] <= caches["last"] < 2**33
+    sizes = [
+        p.read_text().strip() for p in Path("/sys/devices/system/cpu").glob("cpu0/cache/*/size")
+    ]
+    if sizes:
+        assert {f"{caches['l2'] >> 10}K", f"{caches['last'] >> 10}K"} <= set(sizes)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_blocks_of_every_size_give_the_same(monkeypatch, dtype):
+    """Caches of a small core, of this one, and of a large server: the tokens of forward are
+    independent, a row of the weight's gradient has one writer, the hidden states' is a sum."""
+    h, w, y = peaked_head(600, 40, 1301, dtype=dtype)
+    grads = [torch.randn(600), torch.randn(600), None]
+    results = []
+    for caches in (
+        {"l2": 2**17, "last": 2**17},
+        {"l2": 2**19, "last": 2**23},
+        {"l2": 2**24, "last": 2**30},
+    ):
+        monkeypatch.setattr(_native, "caches", lambda caches=caches: caches)
+        results.append(run(None, h, w, y, grads))
+    for got in results[1:]:
+        for i in (0, 1, 2, 4):
+            assert torch.equal(got[i], results[0][i])
+        rounding = 4 * torch.finfo(dtype).eps
+        torch.testing.assert_close(got[3], results[0][3], rtol=rounding, atol=1e-5)
+
+
 @pytest.mark.parametrize("active", [1.0, 0.3], ids=["every row", "some rows"])
 @pytest.mark.parametrize("isa", INSTRUCTION_SETS)
 def test_kept_logits_give_the_same_gradients(isa, active):

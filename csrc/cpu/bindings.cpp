@@ -1,5 +1,6 @@
 #include <pybind11/pybind11.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <string>
 
@@ -47,7 +48,7 @@ void ratio_loss(Pointer logprob_ptr, Pointer old_logprob_ptr, Pointer advantage_
 Head make_head(Pointer hidden_ptr, std::int64_t hidden_stride, Pointer weight_ptr,
                std::int64_t weight_stride, Pointer bias_ptr, Pointer temperature_ptr, float softcap,
                Pointer target_ptr, std::int64_t tokens, std::int64_t dim, std::int64_t vocabulary,
-               int dtype, int threads, Pointer logits_ptr) {
+               int dtype, int threads, std::int64_t l2, std::int64_t last, Pointer logits_ptr) {
   return {as<const void>(hidden_ptr),
           hidden_stride,
           as<const void>(weight_ptr),
@@ -61,6 +62,7 @@ Head make_head(Pointer hidden_ptr, std::int64_t hidden_stride, Pointer weight_pt
           vocabulary,
           static_cast<Dtype>(dtype),
           threads,
+          {l2, last},
           as<float>(logits_ptr)};
 }
 
@@ -147,7 +149,8 @@ PYBIND11_MODULE(_cpu, m) {
       .def(py::init(&make_head), py::kw_only(), py::arg("hidden_ptr"), py::arg("hidden_stride"),
            py::arg("weight_ptr"), py::arg("weight_stride"), py::arg("bias_ptr"),
            py::arg("temperature_ptr"), py::arg("softcap"), py::arg("target_ptr"), py::arg("tokens"),
-           py::arg("dim"), py::arg("vocabulary"), py::arg("dtype"), py::arg("threads"), py::arg("logits_ptr"));
+           py::arg("dim"), py::arg("vocabulary"), py::arg("dtype"), py::arg("threads"), py::arg("l2"),
+           py::arg("last"), py::arg("logits_ptr"));
   m.def("linear_logprob_entropy", &linear_logprob_entropy, py::arg("head"), py::kw_only(),
         py::arg("index_ptr"), py::arg("count"), py::arg("statistics_ptr"),
         py::arg("moments_ptr"), py::arg("isa"),
@@ -161,13 +164,22 @@ PYBIND11_MODULE(_cpu, m) {
         py::arg("dbias_ptr"), py::arg("isa"),
         "Gradients of the rows at `index`; a pointer of 0 asks for nothing. Returns the "
         "multiplications done.");
+  m.def("caches", [] {
+    const entropy_kernels::Caches found = entropy_kernels::machine_caches();
+    return py::dict(py::arg("l2") = found.l2, py::arg("last") = found.last);
+  }, "Bytes of the second-level cache and of the last level.");
   m.def("instruction_sets", [] {
     py::list names;
     for (int i = 0; const Kernels* kernels = entropy_kernels::usable_kernels(i); ++i)
       names.append(kernels->name);
     return names;
   }, "What this machine can run, best first.");
-  m.def("fastest_instruction_set", [](int dtype) {
-    return entropy_kernels::fastest_kernels(static_cast<Dtype>(dtype))->name;
-  }, py::arg("dtype"), "What runs inputs of a dtype fastest on this machine; measured once.");
+  m.def("seconds", [](const std::string& isa, int dtype) {
+    const Kernels& chosen = kernels(isa);
+    double best = chosen.seconds(static_cast<Dtype>(dtype));
+    for (int run = 1; run < 32; ++run)
+      best = std::min(best, chosen.seconds(static_cast<Dtype>(dtype)));
+    return best;
+  }, py::arg("isa"), py::arg("dtype"),
+     "Seconds of a small product of inputs of a dtype, the best of many; less than a millisecond.");
 }

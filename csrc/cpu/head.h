@@ -2,6 +2,8 @@
 
 #include <cstdint>
 
+#include "caches.h"
+
 namespace entropy_kernels {
 
 enum class Dtype : int { f32 = 0, bf16 = 1, f16 = 2 };
@@ -21,6 +23,7 @@ struct Head {
   std::int64_t tokens, dim, vocabulary;
   Dtype dtype;
   int threads;
+  Caches caches;
   float* logits;  // h W^T + b of all T tokens, in the tiles of rows.h: written by forward, read by
                   // backward; or nullptr
 };
@@ -65,10 +68,9 @@ struct Kernels {
                    Stop);
 };
 
-// What this machine can run, best first: the `i`-th (nullptr beyond the last), the one called `name`
-// (nullptr if it cannot), and the fastest for inputs of a dtype, which is measured once.
+// What this machine can run, best first: the `i`-th (nullptr beyond the last), and the one called
+// `name` (nullptr if it cannot).
 const Kernels* usable_kernels(int i);
 const Kernels* find_kernels(const char* name);
-const Kernels* fastest_kernels(Dtype dtype);
 
 }  // namespace entropy_kernels

@@ -23,7 +23,6 @@ namespace EK_ISA {
 using entropy_kernels::Statistics;
 using entropy_kernels::Stop;
 
-constexpr std::int64_t kTokenChunk = 2048;  // packed at once: 2048 D units
 constexpr std::int64_t kPanelsWorthACopy = 4;  // of the weight's rows: it costs less than it saves
 constexpr float kLowest = -1e30f;           // the maximum's start; finite, so -inf - m is no NaN
 constexpr float kLowestExponent = -87.0f;   // exp of less is subnormal
@@ -156,7 +155,15 @@ static void finish(const Head& head, const Running<M>& running, int i, std::int6
   running.moments.finish(i, s, t, max - max, token, head.tokens, out.moments);
 }
 
-// Up to 2048 tokens, packed, and what each thread has seen of them.
+// Tokens that are packed at once. Each tile of the weight reads them all, so they have a quarter of
+// the last cache, which other programs use too; below 256 the weight would be read too often.
+template <class E>
+static std::int64_t token_chunk(const Head& head) {
+  const std::int64_t fitting = head.caches.last / 4 / (head.dim * 4 / E::kWidth);
+  return std::clamp<std::int64_t>(fitting / kPanel * kPanel, 256, 2048);
+}
+
+// A chunk of tokens, packed, and what each thread has seen of them.
 template <class E, class M>
 class Walk {
   using Unit = typename E::Unit;
@@ -165,14 +172,14 @@ class Walk {
   Walk(const Head& head, const Rows& rows, int threads)
       : head_(head), rows_(rows), threads_(threads),
         units_(round_up(head.dim, E::kWidth) / E::kWidth),
-        capacity_(std::min(round_up(rows.count, kPanel), kTokenChunk) / kPanel),
+        chunk_(token_chunk<E>(head)), capacity_(std::min(round_up(rows.count, kPanel), chunk_) / kPanel),
         tiles_(round_up(head.vocabulary, kTileRows) / kTileRows),
         packed_(capacity_ * units_ * kPanel), buffer_(threads * kPanel * units_),
         scratch_(threads * kTileRows * units_), running_(threads * capacity_), products_(threads) {}
 
   void chunk(std::int64_t first, const Statistics& out, Interrupt& interrupted) {
     first_ = first;
-    count_ = std::min(kTokenChunk, rows_.count - first);
+    count_ = std::min(chunk_, rows_.count - first);
     const std::int64_t panels = round_up(count_, kPanel) / kPanel;
     // A short vocabulary is not divided: each thread takes tokens.
     const bool by_tokens = tiles_ < 8 * threads_ && panels >= threads_;
@@ -254,7 +261,7 @@ class Walk {
   const Head& head_;
   const Rows& rows_;
   const int threads_;
-  const std::int64_t units_, capacity_, tiles_;
+  const std::int64_t units_, chunk_, capacity_, tiles_;
   std::int64_t first_ = 0, count_ = 0;
   std::vector<Unit> packed_, buffer_, scratch_;
   std::vector<Running<M>> running_;
@@ -269,7 +276,7 @@ static std::int64_t forward(const Head& head, const Rows& rows, const Statistics
         head.logits, round_up(head.tokens, kPanel) * head.vocabulary * sizeof(float));
   Interrupt interrupted(stop);
   Walk<E, M> walk(head, rows, usable_threads(head.threads));
-  for (std::int64_t first = 0; first < rows.count && !interrupted(); first += kTokenChunk)
+  for (std::int64_t first = 0; first < rows.count && !interrupted(); first += token_chunk<E>(head))
     walk.chunk(first, out, interrupted);
   return interrupted() ? -1 : walk.products();
 }

@@ -14,9 +14,17 @@ namespace EK_ISA {
 using entropy_kernels::Gradients;
 using entropy_kernels::Incoming;
 
-constexpr std::int64_t kBlockRows = 192;  // rows of the weight a block; its dz stays in the L2 cache
-constexpr std::int64_t kRowChunk = 512;   // active rows whose dz is held at once
+constexpr std::int64_t kRowChunk = 512;  // active rows whose dz is held at once
 constexpr std::int64_t kRowStride = kRowChunk + 16;  // no power of two, which would fill few sets of a cache
+
+// Rows of the weight a block: its dz, 4 bytes a value in any dtype, stays in the L2 cache. More than
+// 384 gain nothing; a thread's share of the vocabulary bounds them too.
+static std::int64_t block_rows(const Head& head, int threads) {
+  const std::int64_t fitting = head.caches.l2 * 4 / 5 / (kRowStride * 4);
+  const std::int64_t share = round_up(head.vocabulary, threads) / threads;
+  return std::min(std::clamp<std::int64_t>(fitting / kTileRows * kTileRows, kTileRows, 384),
+                  round_up(share, kTileRows));
+}
 
 // What a panel of 64 active rows needs, gradients divided by the temperature; zero beyond the last.
 struct ActivePanel {
@@ -91,8 +99,8 @@ struct Block {
   using Unit = typename E::Unit;
   std::vector<Unit> along_active, along_vocabulary;
 
-  Block() : along_active(kBlockRows * kRowStride / E::kWidth) {
-    if (E::kWidth == 2) along_vocabulary.resize(kBlockRows / 2 * kRowStride);
+  explicit Block(std::int64_t rows) : along_active(rows * kRowStride / E::kWidth) {
+    if (E::kWidth == 2) along_vocabulary.resize(rows / 2 * kRowStride);
   }
 
   // Rows [first, first + rows) of the block, active rows [column, column + 64); an odd last row is
@@ -130,16 +138,17 @@ struct Block {
   }
 };
 
-static void write_weight(const Gradients& out, Dtype dtype, std::int64_t row, std::int64_t dim,
-                         const float* values) {
-  char* to = static_cast<char*>(out.weight) + row * dim * bytes_of(dtype);
-  if (dtype == Dtype::f32) {
-    std::memcpy(to, values, dim * 4);
+// `count` values of a row of dW, from column `first` on.
+static void write_weight(const Gradients& out, const Head& head, std::int64_t row,
+                         std::int64_t first, std::int64_t count, const float* values) {
+  char* to = static_cast<char*>(out.weight) + (row * head.dim + first) * bytes_of(head.dtype);
+  if (head.dtype == Dtype::f32) {
+    std::memcpy(to, values, count * 4);
     return;
   }
   auto* half = reinterpret_cast<std::uint16_t*>(to);
-  for (std::int64_t i = 0; i < dim; ++i)
-    half[i] = dtype == Dtype::bf16 ? to_bf16(values[i]) : to_f16(values[i]);
+  for (std::int64_t i = 0; i < count; ++i)
+    half[i] = head.dtype == Dtype::bf16 ? to_bf16(values[i]) : to_f16(values[i]);
 }
 
 // The active rows, gathered once and packed for both of their products.
@@ -184,15 +193,16 @@ class Worker {
   using Unit = typename E::Unit;
 
  public:
-  Worker(const Head& head, const Rows& rows, bool with_entropy, const Gradients& out,
-         const Gathered<E>& gathered)
-      : head_(head), rows_(rows), with_entropy_(with_entropy), out_(out), gathered_(gathered),
-        wide_(round_up(head.dim, kPanel)), scratch_(kBlockRows * gathered.units),
-        tile_(kTileRows * kPanel), slope_(head.softcap > 0 ? kTileRows * kPanel : 0) {
-    if (out.weight != nullptr) dweight_.resize(kBlockRows * wide_);
+  Worker(const Head& head, const Rows& rows, std::int64_t size, bool with_entropy,
+         const Gradients& out, const Gathered<E>& gathered)
+      : head_(head), rows_(rows), size_(size), with_entropy_(with_entropy), out_(out), gathered_(gathered),
+        wide_(round_up(head.dim, kPanel)), scratch_(size * gathered.units),
+        tile_(kTileRows * kPanel), slope_(head.softcap > 0 ? kTileRows * kPanel : 0), dz_(size) {
+    if (out.weight != nullptr)
+      dweight_.resize(size * (gathered.row_chunks > 1 ? wide_ : std::int64_t{kPanel}));
     if (out.hidden != nullptr) {
-      packed_.resize(kBlockRows / E::kWidth * wide_);
-      dhidden.resize(round_up(rows.count, kPanel) * wide_);
+      packed_.resize(size / E::kWidth * wide_);
+      dhidden_.resize(rows.count * wide_);
     }
   }
 
@@ -208,15 +218,16 @@ class Worker {
       for (std::int64_t r = 0; r < count; r += kTileRows)
         for (std::int64_t p = 0; p < here; p += kPanel)
           tile(weight, first, r, std::min<std::int64_t>(kTileRows, count - r), chunk + p, p);
-      if (out_.weight != nullptr) add_weight(c, count, here);
+      if (out_.weight != nullptr) add_weight(c, first, count, here);
       if (out_.hidden != nullptr) add_hidden(chunk, count, here);
     }
-    if (out_.weight == nullptr) return;
-    for (std::int64_t r = 0; r < count; ++r)
-      write_weight(out_, head_.dtype, first + r, head_.dim, dweight_.data() + r * wide_);
   }
 
-  std::vector<float> dhidden;  // [R, D], both rounded up to panels
+  // 64 values of D of one row of dH, from column d on.
+  const float* dhidden(std::int64_t row, std::int64_t d) const {
+    return dhidden_.data() + d * rows_.count + row * kPanel;
+  }
+
   std::int64_t products = 0;
 
  private:
@@ -264,12 +275,18 @@ class Worker {
       for (std::int64_t i = 0; i < count; ++i) z[k * kPanel + i] = lanes[i][k * kPanel];
   }
 
-  void add_weight(std::int64_t c, std::int64_t count, std::int64_t here) {
+  // Each panel of dW is written while it is in the cache, after the last chunk of active rows.
+  void add_weight(std::int64_t c, std::int64_t first, std::int64_t count, std::int64_t here) {
     const std::int64_t units = round_up(here, E::kWidth) / E::kWidth;
     const Unit* right = gathered_.along_rows.data() + c * (kRowChunk / E::kWidth) * wide_;
-    for (std::int64_t d = 0; d < wide_; d += kPanel)
-      product<E>(count, dz_.for_weight(), right + d * units, units, dweight_.data() + d, wide_,
-                 c > 0);
+    for (std::int64_t d = 0; d < wide_; d += kPanel) {
+      float* panel = dweight_.data() + (gathered_.row_chunks > 1 ? d * size_ : 0);
+      product<E>(count, dz_.for_weight(), right + d * units, units, panel, kPanel, c > 0);
+      if (c + 1 < gathered_.row_chunks) continue;
+      for (std::int64_t r = 0; r < count; ++r)
+        write_weight(out_, head_, first + r, d, std::min<std::int64_t>(kPanel, head_.dim - d),
+                     panel + r * kPanel);
+    }
     products += count * here * head_.dim;
   }
 
@@ -277,27 +294,34 @@ class Worker {
     const std::int64_t units = round_up(count, E::kWidth) / E::kWidth;
     for (std::int64_t d = 0; d < wide_; d += kPanel)
       product<E>(here, dz_.for_hidden(), packed_.data() + d * units, units,
-                 dhidden.data() + chunk * wide_ + d, wide_, true);
+                 dhidden_.data() + d * rows_.count + chunk * kPanel, kPanel, true);
     products += count * here * head_.dim;
   }
 
   const Head& head_;
   const Rows& rows_;
+  const std::int64_t size_;
   const bool with_entropy_;
   const Gradients& out_;
   const Gathered<E>& gathered_;
   std::int64_t wide_;
   std::vector<Unit> scratch_, packed_;
-  std::vector<float> tile_, slope_, dweight_;
+  std::vector<float> tile_, slope_;
+  std::vector<float> dweight_, dhidden_;  // panels of D: [rows][64], no stride a cache maps to few sets
   Block<E> dz_;
 };
 
 template <class E>
 static std::int64_t backward(const Head& head, const Rows& rows, const Statistics& found,
                      const Incoming& in, const Gradients& out, Stop stop) {
+  if (rows.count == 0) {
+    if (out.weight != nullptr)
+      std::memset(out.weight, 0, head.vocabulary * head.dim * bytes_of(head.dtype));
+    if (out.bias != nullptr) std::fill_n(out.bias, head.vocabulary, 0.0f);
+    return 0;
+  }
   const int threads = usable_threads(head.threads);
-  const std::int64_t share = round_up(head.vocabulary, threads) / threads;
-  const std::int64_t size = std::min(kBlockRows, round_up(share, kTileRows));
+  const std::int64_t size = block_rows(head, threads);
   const std::int64_t blocks = round_up(head.vocabulary, size) / size;
   if (out.weight != nullptr)
     entropy_kernels::prefer_huge_pages(out.weight,
@@ -305,7 +329,7 @@ static std::int64_t backward(const Head& head, const Rows& rows, const Statistic
   const Gathered<E> gathered(head, rows, found, in, out.weight != nullptr);
   std::vector<Worker<E>> workers;
   workers.reserve(threads);
-  for (int i = 0; i < threads; ++i) workers.emplace_back(head, rows, in.entropy != nullptr, out, gathered);
+  for (int i = 0; i < threads; ++i) workers.emplace_back(head, rows, size, in.entropy != nullptr, out, gathered);
   Interrupt interrupted(stop);
 #pragma omp parallel num_threads(threads)
   {
@@ -315,13 +339,16 @@ static std::int64_t backward(const Head& head, const Rows& rows, const Statistic
       workers[thread].block(b * size, std::min(size, head.vocabulary - b * size));
 #pragma omp barrier
     const Part some(rows.count, threads, thread);
-    const std::int64_t wide = round_up(head.dim, kPanel);
     if (out.hidden != nullptr)
-      for (std::int64_t r = some.begin; r < some.end; ++r)
-        for (std::int64_t d = 0; d < head.dim; ++d) {
-          float sum = 0;
-          for (const Worker<E>& worker : workers) sum += worker.dhidden[r * wide + d];
-          out.hidden[r * head.dim + d] = sum;
+      for (std::int64_t d = 0; d < head.dim; d += kPanel)
+        for (std::int64_t r = some.begin; r < some.end; ++r) {
+          float sum[kPanel] = {};
+          for (const Worker<E>& worker : workers) {
+            const float* part = worker.dhidden(r, d);
+            for (int i = 0; i < kPanel; ++i) sum[i] += part[i];
+          }
+          std::memcpy(out.hidden + r * head.dim + d, sum,
+                      std::min<std::int64_t>(kPanel, head.dim - d) * sizeof(float));
         }
   }
   if (interrupted()) return -1;
