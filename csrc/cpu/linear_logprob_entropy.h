@@ -81,28 +81,36 @@ static void cap_tile(float softcap, std::int64_t rows, float* tile) {
 }
 
 // Where a tile holds a new maximum, the sums move to it and that logit becomes -inf: it drops out.
+// The vectors of a panel side by side, since each comparison waits for the one of the row before.
 template <class M>
-static void take_maxima(Vec top, int first, float* tile, Running<M>& running) {
-  float highest[kLanes];
-  store(highest, top);
-  for (int i = first; i < first + kLanes; ++i) {
-    if (!(highest[i - first] > running.max[i])) continue;
+static void take_maxima(float* tile, std::int64_t rows, Running<M>& running) {
+  float highest[kPanel];
+  for (int j = 0; j < kPanel; j += kVectors * kLanes) {
+    Vec top[kVectors];
+#pragma GCC unroll 8
+    for (int v = 0; v < kVectors; ++v) top[v] = load(running.max + j + v * kLanes);
+    for (std::int64_t r = 0; r < rows; ++r)
+#pragma GCC unroll 8
+      for (int v = 0; v < kVectors; ++v)
+        top[v] = larger(load(tile + r * kPanel + j + v * kLanes), top[v]);
+#pragma GCC unroll 8
+    for (int v = 0; v < kVectors; ++v) store(highest + j + v * kLanes, top[v]);
+  }
+  if (std::memcmp(highest, running.max, sizeof highest) == 0) return;
+  for (int i = 0; i < kPanel; ++i) {
+    if (!(highest[i] > running.max[i])) continue;
     std::int64_t r = 0;
-    while (tile[r * kPanel + i] != highest[i - first]) ++r;
+    while (tile[r * kPanel + i] != highest[i]) ++r;
     tile[r * kPanel + i] = -std::numeric_limits<float>::infinity();
-    running.move(i, highest[i - first]);
+    running.move(i, highest[i]);
   }
 }
 
 // Adds a tile of logits to the sums; overwrites some of it.
 template <bool kScaled, class M>
 static void reduce_tile(float* tile, std::int64_t rows, Running<M>& running) {
+  take_maxima(tile, rows, running);
   for (int j = 0; j < kPanel; j += kLanes) {
-    const Vec before = load(running.max + j);
-    Vec top = before;
-    for (std::int64_t r = 0; r < rows; ++r) top = larger(load(tile + r * kPanel + j), top);
-    if (std::memcmp(&top, &before, sizeof top) != 0) take_maxima(top, j, tile, running);
-
     const Vec max = load(running.max + j), temperature = load(running.temperature + j);
     const Vec low = splat(kLowestExponent);
     Vec s{}, t{};
