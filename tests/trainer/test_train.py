@@ -25,7 +25,8 @@ from trainer.sharded import read_whole
 from trainer.train import train
 
 ROOT = Path(__file__).parents[2]
-LONG = 30  # steps of a run that is killed on the way
+LONG, KILLS = 30, 8  # steps of a run that is killed on the way
+OPERATIONS = 77  # on files that a checkpoint takes
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -150,26 +151,65 @@ def test_an_exception_then_the_same_command(whole, tmp_path, stop):
     assert len(starts) == 2
 
 
+def doomed(config, step, operations):
+    """A run that kills itself: `operations` on files after the row of the first checkpoint from
+    `step` on has been written, where that is a number, else and at the latest before its last step.
+    """
+
+    def count(event, arguments):
+        nonlocal operations
+        if counting and (event == "open" or event.startswith("os.")):
+            operations -= 1
+            if operations < 0:
+                signal.raise_signal(signal.SIGKILL)
+
+    def write(run, row):
+        nonlocal counting
+        written(run, row)
+        saved = row["step"] >= step and row["step"] % config.checkpoint_every == 0
+        counting = counting or (saved and operations is not None)
+
+    def on_step(done):
+        if done == config.steps - 1:
+            signal.raise_signal(signal.SIGKILL)
+
+    counting, written = False, trainer.run.Run.write
+    trainer.run.Run.write = write
+    sys.addaudithook(count)
+    use_task(Even())
+    train(config, on_step)
+
+
 def test_kill_9_at_any_moment(model, tmp_path, processes):
-    """Killed again and again until it is through; the moments are random."""
+    """Killed ever later, half of the times between the row of a step and the end of its checkpoint.
+
+    The moments are random, and those of what the run itself has done: no clock decides on them.
+    """
     config = settings(tmp_path / "whole", model, steps=LONG)
-    began = time.monotonic()
     train(config)
-    seconds = time.monotonic() - began
-    moments, kills = random.Random(0), 0
-    while kills < 12:
-        process = processes.Process(target=train_even, args=(elsewhere(config, tmp_path),))
+    config = elsewhere(config, tmp_path)
+    moments = random.Random(0)
+    steps = sorted(moments.sample(range(LONG - 3), KILLS))
+    # The first of them between the row and the checkpoint.
+    saving = [0, *(moments.randrange(OPERATIONS) for _ in range(KILLS // 2 - 1))]
+    for i, step in enumerate(steps):
+        operations = saving[i // 2] if i % 2 else None
+        process = processes.Process(target=doomed, args=(config, step, operations))
         process.start()
-        process.join(moments.uniform(0.05, 0.3) * seconds)
-        if process.exitcode is None:
+        if operations is None:
+            wait_for_step(process, tmp_path / "run" / "metrics.jsonl", step)
+            time.sleep(moments.uniform(0, 0.05))
             process.kill()
-            kills += 1
         process.join()
-        if process.exitcode == 0:
-            break
-    assert kills >= 2
-    train(elsewhere(config, tmp_path))
+        assert process.exitcode == -signal.SIGKILL
+    train(config)
     assert_same_run(tmp_path / "run", tmp_path / "whole" / "run")
+
+
+def wait_for_step(process, path, step):
+    """Until the row of `step` is in `path`, or `process` has ended."""
+    while process.is_alive() and (not path.exists() or f'{{"step": {step},' not in path.read_text()):
+        time.sleep(0.001)
 
 
 def interruptible(config, log):
