@@ -1,6 +1,7 @@
 """The GPU benchmarks refuse what is wrong, go on where they stopped, and every stage runs."""
 
 import json
+import signal
 import subprocess
 import sys
 import time
@@ -102,14 +103,20 @@ def test_failures_are_rows_and_a_lost_gpu_ends_the_run(rows):
 
 
 def test_a_stage_stops_at_its_limit_and_keeps_what_it_has(rows):
+    def last_minute() -> dict:
+        assert 0 < signal.setitimer(signal.ITIMER_REAL, 0.01)[0] <= 600
+        time.sleep(30)
+        return {}
+
     def work() -> None:
         rows.measure("s", "first", dict)
-        rows.measure("s", "second", lambda: time.sleep(30) or {})
+        rows.measure("s", "second", last_minute)
 
-    assert not limited(1, work)
+    assert not limited(600, work)
     assert rows.has("s", "first")
     assert not rows.has("s", "second")
-    assert limited(1, lambda: None)
+    assert limited(600, lambda: None)
+    assert signal.getitimer(signal.ITIMER_REAL)[0] == 0
 
 
 def test_wrong_contestant_is_refused_and_never_timed(rows, tmp_path):

@@ -42,7 +42,7 @@ def test_help_says_how_to_use_it_and_does_nothing_else(module, tmp_path):
     command = [sys.executable, "-m", module, "--help"]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(
-        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=100
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=900
     )
     assert done.returncode == 0, done.stderr[-2000:]
     assert re.match(r"usage: |.*`python -m", done.stdout), done.stdout

@@ -2,7 +2,6 @@
 
 import math
 import os
-import socket
 
 import pytest
 import torch
@@ -23,6 +22,7 @@ from entropy_kernels.integrations.trl import LogProbFunction, patch_trl
 from tests.integrations.counted import Counted
 from tests.integrations.small_grpo import LOSS_TYPES, build_trainer, difference, train
 from tests.trainer.small import WORDS, build_model, save_folder
+from tests.trainer.worlds import meeting, place
 
 # Other projects' deprecations are theirs.
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -236,10 +236,7 @@ def _sharded_gradients():
 
 def _rank(rank, folder, port):
     """Both runs on two processes, gradients of a sharded head, and the threshold over both."""
-    names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_PORT": port}
-    os.environ.update(
-        {name: str(value) for name, value in names.items()} | {"MASTER_ADDR": "127.0.0.1"}
-    )
+    os.environ |= place(rank, 2, port)
     torch.set_num_threads(1)
     options = {"top_entropy_quantile": 0.2, "ddp_backend": "gloo", "max_steps": 2}
     found = {"theirs": train(f"{folder}/{rank}", **options), "sharded": [_sharded_gradients()]}
@@ -256,10 +253,8 @@ def _rank(rank, folder, port):
 
 
 def test_two_processes(tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    spawn(_rank, args=(str(tmp_path), port), nprocs=2)
+    store = meeting()
+    spawn(_rank, args=(str(tmp_path), store.port), nprocs=2)
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     assert (difference(first["ours"], first["theirs"]) < FIVE_DIGITS).all(), first
     for theirs, ours in zip(*first["sharded"], strict=True):

@@ -57,7 +57,7 @@ def run(*arguments):
     started = start(*arguments)
     codes = []
     for process in started:
-        process.join(200)
+        process.join(900)
         codes.append(process.exitcode)
         process.kill()
     assert codes == [0] * len(started)

@@ -3,7 +3,6 @@
 import json
 import multiprocessing
 import os
-import socket
 import statistics
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +14,7 @@ import torch
 import trainer.evaluation
 import trainer.run
 from tests.trainer.small import Even, save_folder, settings, use_task
+from tests.trainer.worlds import meeting, place
 from trainer.__main__ import main
 from trainer.estimators import estimate
 from trainer.evaluation import INSTRUCTION, Evaluation, evaluate_model
@@ -285,9 +285,8 @@ def test_what_is_wrong_is_said_in_a_line(arguments, says, capsys):
     assert says in " ".join(capsys.readouterr().err.split()).replace(" │ ", " ")
 
 
-def evaluate_on_a_rank(rank, rendezvous, settings):
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "localhost"}
-    os.environ["MASTER_PORT"] = rendezvous
+def evaluate_on_a_rank(rank, port, settings):
+    os.environ |= place(rank, 2, port)
     torch.set_num_threads(1)
     evaluate_model(settings)
 
@@ -296,16 +295,14 @@ def test_two_ranks_sample_what_one_does(tmp_path):
     out = [str(tmp_path / name) for name in ("one", "two")]
     one = Evaluation("tiny", ("ladder",), samples=3, problems=5, max_new_tokens=6, out=out[0])
     evaluate_model(one)
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = str(free.getsockname()[1])
+    store = meeting()
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.trainer.small", "trainer.evaluation"])
     two = replace(one, out=out[1], batch_size=9)
-    ranks = [context.Process(target=evaluate_on_a_rank, args=(r, port, two)) for r in (0, 1)]
+    ranks = [context.Process(target=evaluate_on_a_rank, args=(r, store.port, two)) for r in (0, 1)]
     for rank in ranks:
         rank.start()
     for rank in ranks:
-        rank.join(120)
+        rank.join(900)
     assert [rank.exitcode for rank in ranks] == [0, 0]
     assert texts(two.out) == texts(one.out)

@@ -320,7 +320,7 @@ def test_torchrun_and_python_are_one_program(tmp_path):
     ):
         command = [sys.executable, *launcher, "-m", "trainer", "train", "--root", root, *options]
         done = subprocess.run(
-            command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120
+            command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=900
         )
         assert done.returncode == 0, done.stderr
         outputs.append(done.stdout.replace(root, "ROOT"))

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -25,7 +26,8 @@ pool.run(requests)
 """
 
 
-def pool(workers: int = 2, seconds: float = 1.0, gigabytes: float = 4.0) -> Pool:
+def pool(workers: int = 2, seconds: float = 100.0, gigabytes: float = 4.0) -> Pool:
+    """Of a limit that no answer reaches but one that hangs, however slow the machine is."""
     return Pool(NAME, workers, seconds, gigabytes)
 
 
@@ -47,18 +49,22 @@ def pids(folder: Path) -> list[int]:
     return [int(path.name) for path in folder.iterdir()]
 
 
-def wait_for_end(folder: Path, seconds: float) -> float:
-    """Seconds until no process of `folder` lives."""
-    began = time.monotonic()
-    while any(map(alive, pids(folder))):
-        assert time.monotonic() - began < seconds, "a process is left"
+def wait_for(condition: Callable[[], bool], problem: str) -> None:
+    """Until it holds; five minutes are far more than any machine takes."""
+    limit = time.monotonic() + 300
+    while not condition():
+        assert time.monotonic() < limit, problem
         time.sleep(0.02)
-    return time.monotonic() - began
+
+
+def wait_for_end(folder: Path) -> None:
+    """Until no process of `folder` lives."""
+    wait_for(lambda: not any(map(alive, pids(folder))), "a process is left")
 
 
 @pytest.mark.parametrize("workers", [1, 3])
 def test_a_failing_answer_costs_itself_alone(workers):
-    asked = pool(workers)
+    asked = pool(workers, seconds=4.0)
     bad = ["hang", "segfault", "exit", "hang in C", "sys.exit", "raise", "memory"]
     responses = [text for i, name in enumerate(bad) for text in (str(i), name, str(i + 0.5))]
     outcomes = ask(asked, *responses, "slow", "true")
@@ -80,7 +86,7 @@ def test_a_failing_answer_costs_itself_alone(workers):
 
 def test_order_and_processes_are_kept(tmp_path):
     """More answers than processes, slow ones among them; the next call starts no process."""
-    asked = pool(2, seconds=30.0)
+    asked = pool(2)
     responses = ["slow", *map(str, range(2, 40)), "slow"]
     outcomes = ask(asked, *responses, folder=tmp_path)
     assert [outcome.reward for outcome in outcomes] == [1, *range(2, 40), 1]
@@ -106,7 +112,7 @@ def test_a_process_that_died_idle_is_replaced(tmp_path):
     ask(asked, "1", folder=tmp_path)
     (first,) = pids(tmp_path)
     os.kill(first, signal.SIGKILL)
-    wait_for_end(tmp_path, 5)
+    wait_for_end(tmp_path)
     assert [outcome.failure for outcome in ask(asked, "2", "3", folder=tmp_path)] == ["", ""]
     assert len(pids(tmp_path)) == 2
     asked.close()
@@ -126,9 +132,10 @@ def test_a_process_without_memory_is_replaced(tmp_path):
 
 @LINUX
 def test_a_timeout_ends_what_the_verifier_started_too(tmp_path):
-    assert ask(pool(1), "hang with a child", folder=tmp_path)[0].failure == "timeout"
+    asked = pool(1, seconds=2.0)
+    assert ask(asked, "hang with a child", folder=tmp_path)[0].failure == "timeout"
     assert len(pids(tmp_path)) == 2
-    wait_for_end(tmp_path, 2)
+    wait_for_end(tmp_path)
 
 
 def test_output_of_a_verifier_is_no_answer(capfd):
@@ -178,7 +185,10 @@ def program(folder: Path, response: str, seconds: float) -> subprocess.Popen:
     )
     assert started.stdout is not None
     assert started.stdout.readline() == "ready\n"
-    time.sleep(1.0)
+    wait_for(
+        lambda: response in (path.read_text() for path in folder.iterdir()),
+        "the answer is not worked on",
+    )
     assert len([pid for pid in pids(folder) if alive(pid)]) == 2
     return started
 
@@ -189,13 +199,13 @@ def test_kill_9_of_the_trainer_leaves_no_process(response, tmp_path):
     with program(tmp_path, response, seconds=2.0) as trainer:
         trainer.kill()
         trainer.wait()
-    wait_for_end(tmp_path, 8)
+    wait_for_end(tmp_path)
 
 
 @LINUX
 def test_an_interrupted_trainer_leaves_no_process(tmp_path):
     with program(tmp_path, "hang in C", seconds=600.0) as trainer:
         trainer.send_signal(signal.SIGINT)
-        _, errors = trainer.communicate(timeout=20)
+        _, errors = trainer.communicate(timeout=300)
     assert "KeyboardInterrupt" in errors
-    wait_for_end(tmp_path, 2)
+    wait_for_end(tmp_path)

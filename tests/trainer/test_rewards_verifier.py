@@ -47,7 +47,7 @@ def test_a_task_without_a_verifier_scores_in_this_process():
     ("task", "function"), [(WithVerifier(), ""), (Even(), SCRIPTED), (Mathematics(), SCRIPTED)]
 )
 def test_others_score_in_processes_and_a_function_of_ones_own_comes_first(task, function):
-    verifier = Verifier(task, Reward(function=function, seconds=1.0, workers=2))
+    verifier = Verifier(task, Reward(function=function, seconds=3.0, workers=2))
     verdicts = verify(verifier, "0.5", "hang", "exit", "-2")
     assert verdicts.rewards == [0.5, 0.0, 0.0, -2.0]
     assert verdicts.timed_out == [False, True, False, False]
@@ -87,7 +87,7 @@ def test_a_run_does_not_start_with_a_function_that_cannot_be_imported(tmp_path):
 def test_rollouts_tell_what_failed():
     policy = build_policy(spread=0.1)
     verifier = Verifier(
-        Even(), Reward(function="tests.trainer.verifiers:even_or_worse", seconds=0.5)
+        Even(), Reward(function="tests.trainer.verifiers:even_or_worse", seconds=3.0)
     )
     rollouts = sample(
         TransformersEngine(policy, 64),
@@ -110,7 +110,7 @@ def test_rollouts_tell_what_failed():
 
 def test_mathematics():
     """A power tower hangs SymPy; powers of ten take its memory; neither costs another answer."""
-    verifier = Verifier(Mathematics(), Reward(seconds=2.0, gigabytes=1.0, workers=2))
+    verifier = Verifier(Mathematics(), Reward(seconds=6.0, gigabytes=1.0, workers=2))
     tower, bomb, deep = "9^{9^{9^{9}}}", "10^{10^{10}}", "(" * 20_000
     boxes = [f"\\boxed{{{text}}}" for text in ("2", tower, "2.0", bomb, "3", deep, "\\frac{4}{2}")]
     verdicts = verify(verifier, *boxes, "\\boxed{" * 15_000, answer="2")

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 import trainer.run
-from tests.trainer.small import Even, save_folder, settings, train_even, use_task
+from tests.trainer.small import Even, save_folder, settings, use_task
 from trainer.__main__ import main
 from trainer.config import Algorithm, Model
 from trainer.log import read_rows
@@ -208,7 +208,8 @@ def test_kill_9_at_any_moment(model, tmp_path, processes):
 
 def wait_for_step(process, path, step):
     """Until the row of `step` is in `path`, or `process` has ended."""
-    while process.is_alive() and (not path.exists() or f'{{"step": {step},' not in path.read_text()):
+    row = f'{{"step": {step},'
+    while process.is_alive() and not (path.exists() and row in path.read_text()):
         time.sleep(0.001)
 
 
@@ -232,7 +233,7 @@ def test_ctrl_c_says_how_to_go_on(whole, tmp_path, processes):
     while process.is_alive() and (not path.exists() or len(path.read_text().splitlines()) < 4):
         time.sleep(0.01)
     os.kill(process.pid, signal.SIGINT)
-    process.join(60)
+    process.join(900)
     assert process.exitcode == 130
     assert "interrupted; the same command resumes from the last checkpoint" in log.read_text()
     assert "Traceback" not in log.read_text()

@@ -108,5 +108,5 @@ def test_an_engine_beside_ends_with_a_trainer_that_is_killed(tmp_path):
     assert len(children) >= 2
     trainer.kill()
     trainer.wait()
-    _, left = psutil.wait_procs(children, timeout=30)
+    _, left = psutil.wait_procs(children, timeout=100)
     assert not left

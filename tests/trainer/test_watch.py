@@ -31,13 +31,26 @@ def row(step, **metrics):
 
 
 def wait_for(capsys, text, seen=""):
-    """What was printed from now until `text` is there."""
-    until = time.monotonic() + 10
-    while text not in seen:
+    """The lines printed from now until `text` is there."""
+    until = time.monotonic() + 300
+    while text not in seen or not seen.endswith("\n"):
         assert time.monotonic() < until, seen
         time.sleep(0.01)
         seen += capsys.readouterr().out
     return seen
+
+
+def looked_twice(monkeypatch):
+    """Wait until the watcher has looked at the file as it is now, and shown what it saw."""
+    looks, sleep = threading.Semaphore(0), time.sleep
+
+    def count(seconds):
+        looks.release()
+        sleep(seconds)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer.watch.time, "sleep", count)
+        assert all(looks.acquire(timeout=300) for _ in range(2))
 
 
 @pytest.fixture
@@ -46,7 +59,7 @@ def watching(log):
     thread = threading.Thread(target=watch, args=(log.folder,), daemon=True)
     thread.start()
     yield thread
-    thread.join(10)
+    thread.join(300)
     assert not thread.is_alive()
 
 
@@ -58,7 +71,7 @@ def test_lines_come_with_the_steps_and_end_with_the_run(log, capsys, watching):
     seen = wait_for(capsys, "2/3")
     assert seen.startswith("1/3  reward 0.25  tokens/s 1,000  entropy 0.500\n2/3  reward 0.50")
     log.write(row(3, **{"eval/accuracy": 0.5}))
-    watching.join(10)
+    watching.join(300)
     assert capsys.readouterr().out.endswith("accuracy 50.0%  entropy 0.500\n")
 
 
@@ -71,21 +84,21 @@ def test_a_run_that_goes_back_to_its_checkpoint_is_followed(log, capsys, watchin
     log.write(row(2, **{"reward/mean": 0.75}))
     assert wait_for(capsys, "\n").startswith("2/3  reward 0.75")
     log.write(row(3))
-    watching.join(10)
+    watching.join(300)
 
 
-def test_a_torn_line_waits_and_a_null_is_no_number(log, capsys, watching):
+def test_a_torn_line_waits_and_a_null_is_no_number(log, capsys, watching, monkeypatch):
     log.write(row(1, **{"reward/mean": float("nan")}))
     assert wait_for(capsys, "\n").startswith("1/3  tokens/s 1,000")
     with log.metrics_path.open("a") as file:
         file.write('{"step": 2, "reward')
         file.flush()
-        time.sleep(0.1)
+        looked_twice(monkeypatch)
         assert capsys.readouterr().out == ""
         file.write('/mean": 0.5}\n')
     assert wait_for(capsys, "\n") == "2/3  reward 0.50\n"
     log.write(row(3))
-    watching.join(10)
+    watching.join(300)
 
 
 def test_a_terminal_shows_the_last_numbers_and_their_course(log, monkeypatch):

@@ -13,12 +13,15 @@ NOT_CALLABLE = 3
 
 
 def scripted(prompt: str, response: str, answer: Any) -> Any:
-    """A number is its own reward, anything else is done; `prompt` is a folder for process ids."""
+    """A number is its own reward, anything else is done.
+
+    `prompt` is a folder for process ids, each a file of what the process is at.
+    """
     if prompt:
-        (Path(prompt) / str(os.getpid())).touch()
+        (Path(prompt) / str(os.getpid())).write_text(response)
     if response == "hang":
         while True:
-            pass
+            time.sleep(0.01)
     if response == "hang in C":  # deaf to signals, and no other thread gets a turn
         re.match("(a+)+$", "a" * 60 + "b")
     if response == "hang with a child":
@@ -36,7 +39,7 @@ def scripted(prompt: str, response: str, answer: Any) -> Any:
     if response == "raise":
         raise RuntimeError("of no use")
     if response == "slow":
-        time.sleep(0.5)
+        time.sleep(0.2)
         return 1
     if response == "print":
         print("from a verifier")

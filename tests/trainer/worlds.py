@@ -2,16 +2,33 @@
 
 import multiprocessing
 import os
-import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
-LIMIT = 200.0  # seconds
+LIMIT = 900.0  # seconds
+WORLDS = 8  # that the processes of one call can join, one after the other
 ROOT = Path(__file__).parents[2]
+_ports: list[int] = []  # of the worlds to come
+
+
+def meeting() -> dist.TCPStore:
+    """Where ranks find each other, in the process that starts them; `port` is its own at once.
+
+    A port that is looked for first and opened by a rank later may be another's by then.
+    """
+    return dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+
+
+def place(rank: int, size: int, port: int) -> dict[str, str]:
+    """The environment of a rank, which meets the others at the `meeting` of that port."""
+    names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "MASTER_PORT": port}
+    there = {"MASTER_ADDR": "127.0.0.1", "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    return {name: str(value) for name, value in names.items()} | there
 
 
 def run_ranks(size: int, work: Callable[..., Any], folder: Path, *arguments: Any) -> list[Any]:
@@ -20,13 +37,14 @@ def run_ranks(size: int, work: Callable[..., Any], folder: Path, *arguments: Any
     They are forked from a process that has imported torch and the trainer.
     """
     folder.mkdir(parents=True)
-    port = _free_port()
+    meetings = [meeting() for _ in range(WORLDS)]
+    ports = [store.port for store in meetings]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(ROOT))
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["tests.trainer.update_cases"])
         processes = [
-            context.Process(target=_work, args=(rank, size, port, work, folder, arguments))
+            context.Process(target=_work, args=(rank, size, ports, work, folder, arguments))
             for rank in range(size)
         ]
         for process in processes:
@@ -40,19 +58,12 @@ def run_ranks(size: int, work: Callable[..., Any], folder: Path, *arguments: Any
 
 
 def next_world() -> None:
-    """To be called before these processes join each other again, which takes another port."""
-    os.environ["MASTER_PORT"] = str(int(os.environ["MASTER_PORT"]) + 1)
+    """To be called before these processes join each other again, which takes another meeting."""
+    os.environ["MASTER_PORT"] = str(_ports.pop())
 
 
-def _free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
-
-
-def _work(rank: int, size: int, port: int, work: Any, folder: Path, arguments: Any) -> None:
-    place = {"RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": rank}
-    os.environ |= {name: str(value) for name, value in place.items()}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+def _work(rank: int, size: int, ports: list[int], work: Any, folder: Path, arguments: Any) -> None:
+    _ports[:] = ports
+    os.environ |= place(rank, size, _ports.pop())
     torch.set_num_threads(1)
     torch.save(work(*arguments), folder / f"{rank}.pt")
