@@ -7,11 +7,11 @@ gradients are summed.
 import pytest
 import torch
 import torch.distributed as dist
-from torch.multiprocessing import spawn
 
 import entropy_kernels as ek
 from entropy_kernels import distributed
 from entropy_kernels.testing import peaked_head
+from tests.processes import spawn
 
 D, V, L = 24, 519, 25
 # Sequences of each rank: one of them has none.

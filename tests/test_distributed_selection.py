@@ -3,9 +3,9 @@
 import pytest
 import torch
 import torch.distributed as dist
-from torch.multiprocessing import spawn
 
 from entropy_kernels import StreamingThreshold, distributed, entropy_threshold, top_entropy_mask
+from tests.processes import spawn
 
 # Tokens of each rank: one of them has none.
 SHARES = {2: [900, 0], 3: [301, 0, 700]}

@@ -57,7 +57,11 @@ def gradients_by(impl, device, batch, options):
 @pytest.mark.parametrize(
     ("way", "more"),
     # With selected= the head knows nothing of the tokens that kl_on="all" reads.
-    [(way, more) for way in WAYS for more in OPTIONS if (way, more) != ("selected", "kl")],
+    [
+        *(("fraction", more) for more in OPTIONS),
+        *(("sequence", "kl"), ("bottom", "grpo"), ("random", "all"), ("threshold", "kl")),
+        *(("selected", more) for more in ("dapo", "all", "grpo")),
+    ],
 )
 def test_a_target_that_is_none_is_no_token_whatever_the_mask_says(batch, impl, device, way, more):
     h, w, y, old, advantage, mask = batch
@@ -95,9 +99,15 @@ def assert_poisoned(found):
 
 
 @infinities
-@pytest.mark.parametrize("way", [name for name in WAYS if name != "selected"])
-@pytest.mark.parametrize("where", ["hidden", "weight", "old_logprob"])
-@pytest.mark.parametrize("advantage", [0.0, 1.0])
+@pytest.mark.parametrize(
+    ("way", "where", "advantage"),
+    # Every way with every place; an advantage of none, which could hide it, with each of both.
+    [
+        (way, where, float((i + j) % 2))
+        for i, way in enumerate(name for name in WAYS if name != "selected")
+        for j, where in enumerate(("hidden", "weight", "old_logprob"))
+    ],
+)
 def test_a_nan_is_selected_in_every_way(batch, impl, device, way, where, advantage):
     h, w, y, old, _, mask = batch
     if where == "hidden":

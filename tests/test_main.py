@@ -3,7 +3,7 @@
 import functools
 import os
 import re
-import subprocess
+import runpy
 import sys
 from pathlib import Path
 
@@ -13,6 +13,7 @@ import entropy_kernels as ek
 from entropy_kernels import __main__ as main
 from entropy_kernels import _gpu, _native, reference
 from entropy_kernels.testing import peaked_head
+from tests.processes import forkserver
 
 ROOT = Path(__file__).parents[1]
 # What one process starts another with; nobody types them.
@@ -39,14 +40,23 @@ def programs() -> list[str]:
 @pytest.mark.parametrize("module", programs())
 def test_help_says_how_to_use_it_and_does_nothing_else(module, tmp_path):
     """Most of the time is imports; none of them computes for so long."""
-    command = [sys.executable, "-m", module, "--help"]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=900
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert re.match(r"usage: |.*`python -m", done.stdout), done.stdout
-    assert list(tmp_path.iterdir()) == []
+    out, error, folder = (tmp_path / name for name in ("out", "error", "folder"))
+    folder.mkdir()
+    process = forkserver().Process(target=ask_for_help, args=(module, folder, out, error))
+    process.start()
+    process.join(900)
+    assert process.exitcode == 0, error.read_text()[-2000:]
+    assert re.match(r"usage: |.*`python -m", out.read_text()), out.read_text()
+    assert list(folder.iterdir()) == []
+
+
+def ask_for_help(module, folder, out, error):
+    """python -m MODULE --help, in a process of its own."""
+    os.chdir(folder)
+    for number, path in ((1, out), (2, error)):
+        os.dup2(os.open(path, os.O_CREAT | os.O_WRONLY), number)
+    sys.argv = [module, "--help"]
+    runpy.run_module(module, run_name="__main__", alter_sys=True)
 
 
 @pytest.mark.parametrize("command", ["watch", "report", "export", "evaluate", "train", "plan"])

@@ -8,11 +8,11 @@ import functools
 import pytest
 import torch
 import torch.distributed as dist
-from torch.multiprocessing import spawn
 
 import entropy_kernels as ek
 from entropy_kernels.distributed import global_count, join_metrics, mean_count
 from entropy_kernels.testing import peaked_head
+from tests.processes import spawn
 from tests.test_sequence_group import BASE, CASES, B, D, L, V, batch
 
 # Sequences of each rank: one of them has none.

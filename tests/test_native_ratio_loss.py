@@ -67,8 +67,15 @@ SHAPES = [
 ]
 
 
-@pytest.mark.parametrize("loss_type", ["dapo", "grpo"])
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+# What a loss per sequence does with the ends of blocks is the same for all lengths of one sequence.
+@pytest.mark.parametrize(
+    ("shape", "loss_type"),
+    [
+        *((shape, "dapo") for shape in SHAPES),
+        *((shape, "grpo") for shape in SHAPES if shape[0] > 1 or shape[1] in (1, 512, 513)),
+    ],
+    ids=str,
+)
 def test_any_shape_is_near_fp64(ratio_loss, device, shape, loss_type):
     """Blocks, parts, threads and their ends; truth is the torch path in fp64."""
     logprob, old, advantage, mask, selected = large(*shape, device)

@@ -8,11 +8,11 @@ import functools
 import pytest
 import torch
 import torch.distributed as dist
-from torch.multiprocessing import spawn
 
 import entropy_kernels as ek
 from entropy_kernels.losses import LOSSES
 from entropy_kernels.testing import peaked_head
+from tests.processes import spawn
 
 B, L, D, V = 5, 25, 16, 67
 # Tokens of each sequence on each rank.
@@ -174,7 +174,7 @@ def folder(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(params=SHARES, ids="{}-ranks".format)
+@pytest.fixture(scope="module", params=SHARES, ids="{}-ranks".format)
 def ranks(request, folder):
     files = [folder / f"{request.param}-{rank}.pt" for rank in range(request.param)]
     return [torch.load(file) for file in files]

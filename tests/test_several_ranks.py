@@ -12,9 +12,9 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
-from torch.multiprocessing import spawn
 
 import entropy_kernels as ek
+from tests.processes import spawn
 
 for package in ("transformers", "accelerate"):
     pytest.importorskip(package, reason="the example's model, and another loop of it")

@@ -141,11 +141,14 @@ def test_an_entropy_of_exactly_the_threshold_is_above_it_and_a_nan_is_not():
     assert (keep(torch.nan, T, h, w, y).places == -1).all()
 
 
-@pytest.mark.parametrize("bounded", [False, True], ids=["counted", "bounded"])
 @pytest.mark.parametrize(
-    ("above", "rows", "dtype"),
-    [*((*case, torch.float32) for case in ROWS.values()), (0.0, 50, torch.float16)],
-    ids=[*ROWS, "too many, fp16"],
+    ("above", "rows", "dtype", "bounded"),
+    [
+        *((*ROWS[name], torch.float32, True) for name in ("all", "none", "some", "too many")),
+        *((*ROWS[name], torch.float32, False) for name in ("some", "too many")),
+        (*ROWS["too many"], torch.float16, True),
+    ],
+    ids=[*ROWS, "some, counted", "too many, counted", "too many, fp16"],
 )
 def test_gradients_at_rows_kept_and_not_kept(above, rows, dtype, bounded):
     inputs = (gradients_of(T), *make(SHAPE, dtype))
@@ -154,8 +157,18 @@ def test_gradients_at_rows_kept_and_not_kept(above, rows, dtype, bounded):
     check(back(found, *inputs, max_active_rows=bound), inputs, found, bound)
 
 
-@pytest.mark.parametrize("names", OPTIONS.values(), ids=OPTIONS)
-@pytest.mark.parametrize(("tile", "bounded"), [*zip(tiles_here(), cycle([False, True]))])
+# Each option with one tile after the other, all together with every tile.
+@pytest.mark.parametrize(
+    ("names", "tile", "bounded"),
+    [
+        *zip(
+            [OPTIONS[name] for name in ("bias", "temperature", "softcap")],
+            cycle(tiles_here()),
+            cycle([True, False]),
+        ),
+        *zip(cycle([OPTIONS["all"]]), tiles_here(), cycle([False, True])),
+    ],
+)
 def test_options_with_the_first_rows_kept(tile, names, bounded):
     """All logits fit but the last rows': those before are read, the others recomputed."""
     inputs = (gradients_of(T), *make(SHAPE))

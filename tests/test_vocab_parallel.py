@@ -8,12 +8,12 @@ import functools
 import pytest
 import torch
 import torch.distributed as dist
-from torch.multiprocessing import spawn
 
 import entropy_kernels as ek
 from entropy_kernels import ops
 from entropy_kernels.testing import assert_within_two_bounds
 from tests.head_cases import check_statistics, make, three_of
+from tests.processes import spawn
 from tests.vocab_parallel_cases import (
     BEST,
     CASES,

@@ -8,13 +8,13 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
-from torch.multiprocessing import spawn
 from torch.nn.parallel import DistributedDataParallel
 
 import entropy_kernels as ek
 from entropy_kernels.integrations._head import as_linear
 from entropy_kernels.integrations.hf import lm_head, patch_lm_head
 from tests.integrations.small_models import assert_same_gradients, batch, build, gradients
+from tests.processes import spawn
 
 RANKS = 2
 # Family, units of their own besides the root, and whether sharding comes first.

@@ -8,7 +8,6 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.multiprocessing import spawn
 
 pytest.importorskip("trl", reason="the adapter is for TRL")
 
@@ -21,6 +20,7 @@ from entropy_kernels.integrations import trl as adapter
 from entropy_kernels.integrations.trl import LogProbFunction, patch_trl
 from tests.integrations.counted import Counted
 from tests.integrations.small_grpo import LOSS_TYPES, build_trainer, difference, train
+from tests.processes import spawn
 from tests.trainer.small import WORDS, build_model, save_folder
 from tests.trainer.worlds import meeting, place
 

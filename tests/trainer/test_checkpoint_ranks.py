@@ -1,6 +1,5 @@
 """Checkpoints of several ranks: gloo processes, and a model sharded by FSDP2."""
 
-import multiprocessing
 import random
 import resource
 import signal
@@ -15,6 +14,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 
+from tests.processes import forkserver
 from tests.trainer.small import WORDS, build_model, build_tokenizer
 from trainer import checkpoint, sharded
 from trainer.checkpoint import Progress
@@ -30,14 +30,7 @@ STEPS, KILLS = 12, 6  # of a run that is killed on the way
 @pytest.fixture(scope="module")
 def processes():
     """Makes processes quickly: forked from one that has imported everything."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", str(ROOT))
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["tests.trainer.small", "torch.distributed.fsdp"])
-        process = context.Process(target=print)
-        process.start()
-        process.join()
-    return context
+    return forkserver()
 
 
 def start(processes, folder, size, call, *arguments):

@@ -1,7 +1,6 @@
 """Evaluating a model: what is kept, what it says, and that a stopped evaluation goes on."""
 
 import json
-import multiprocessing
 import os
 import statistics
 from dataclasses import replace
@@ -13,6 +12,7 @@ import torch
 
 import trainer.evaluation
 import trainer.run
+from tests.processes import forkserver
 from tests.trainer.small import Even, save_folder, settings, use_task
 from tests.trainer.worlds import meeting, place
 from trainer.__main__ import main
@@ -296,10 +296,10 @@ def test_two_ranks_sample_what_one_does(tmp_path):
     one = Evaluation("tiny", ("ladder",), samples=3, problems=5, max_new_tokens=6, out=out[0])
     evaluate_model(one)
     store = meeting()
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.trainer.small", "trainer.evaluation"])
     two = replace(one, out=out[1], batch_size=9)
-    ranks = [context.Process(target=evaluate_on_a_rank, args=(r, store.port, two)) for r in (0, 1)]
+    ranks = [
+        forkserver().Process(target=evaluate_on_a_rank, args=(r, store.port, two)) for r in (0, 1)
+    ]
     for rank in ranks:
         rank.start()
     for rank in ranks:

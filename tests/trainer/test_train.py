@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import json
-import multiprocessing
 import os
 import random
 import re
@@ -16,6 +15,7 @@ import pytest
 import torch
 
 import trainer.run
+from tests.processes import forkserver
 from tests.trainer.small import Even, save_folder, settings, use_task
 from trainer.__main__ import main
 from trainer.config import Algorithm, Model
@@ -55,14 +55,7 @@ def whole(model, tmp_path_factory):
 @pytest.fixture(scope="module")
 def processes(tmp_path_factory):
     """Makes processes quickly: forked from one that has imported everything."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", str(ROOT))
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["tests.trainer.small"])
-        process = context.Process(target=print)
-        process.start()
-        process.join()
-    return context
+    return forkserver()
 
 
 def metrics(folder):

@@ -1,14 +1,14 @@
 """Several processes that stand among ranks, as torchrun starts them, on this machine."""
 
-import multiprocessing
 import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 import torch.distributed as dist
+
+from tests.processes import forkserver
 
 LIMIT = 900.0  # seconds
 WORLDS = 8  # that the processes of one call can join, one after the other
@@ -39,16 +39,12 @@ def run_ranks(size: int, work: Callable[..., Any], folder: Path, *arguments: Any
     folder.mkdir(parents=True)
     meetings = [meeting() for _ in range(WORLDS)]
     ports = [store.port for store in meetings]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", str(ROOT))
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["tests.trainer.update_cases"])
-        processes = [
-            context.Process(target=_work, args=(rank, size, ports, work, folder, arguments))
-            for rank in range(size)
-        ]
-        for process in processes:
-            process.start()
+    processes = [
+        forkserver().Process(target=_work, args=(rank, size, ports, work, folder, arguments))
+        for rank in range(size)
+    ]
+    for process in processes:
+        process.start()
     for process in processes:
         process.join(LIMIT)
         process.kill()
