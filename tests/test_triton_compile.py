@@ -21,7 +21,7 @@ from tests.ahead_of_time import TARGETS, Launch
 
 ROOT = Path(__file__).parents[1]
 RECORDS = ROOT / "benchmarks" / "results" / "gpu"
-# Together they take about two minutes on two cores, for which the first test waits.
+# Together they take about two minutes on two cores the first time; the first test waits for them.
 WORKERS = 2
 pytestmark = pytest.mark.timeout(1800)
 NVIDIA = [name for name in TARGETS if name.startswith("sm_")]
@@ -29,11 +29,14 @@ Compiled = Callable[[str], list[Launch]]
 
 
 @pytest.fixture(scope="module")
-def compiled(request, tmp_path_factory):
-    """The launches of a target, compiled in a process of its own; all wanted ones start at once."""
+def compiled(request):
+    """The launches of a target, compiled in a process of its own; all wanted ones start at once.
+
+    What Triton keeps, by all that a kernel is compiled from, stays for the next run.
+    """
     mine = [item for item in request.session.items if item.path == request.path]
     names = {item.callspec.params.get("target") for item in mine if hasattr(item, "callspec")}
-    cache = tmp_path_factory.mktemp("triton")
+    cache = request.config.cache.mkdir("triton")
     with ThreadPoolExecutor(WORKERS) as pool:
         found: dict[str, Future[list[Launch]]] = {
             name: pool.submit(_compile, name, cache) for name in TARGETS if name in names
