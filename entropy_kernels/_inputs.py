@@ -152,7 +152,7 @@ def check_head(
     main_grad: Tensor | None,
     sharded: bool,
 ) -> None:
-    """Types, shapes and devices; a sharded weight may have no row here."""
+    """Types, shapes, devices and memory; a sharded weight may have no row here."""
     tensors: dict[str, Any] = {"hidden": hidden, "weight": weight, "target": target}
     optional = {"bias": bias, "main_grad": main_grad}
     for name, x in (tensors | {k: x for k, x in optional.items() if x is not None}).items():
@@ -181,6 +181,8 @@ def check_head(
     for name, x in {"weight": weight, "bias": bias, "target": target}.items():
         if x is not None and x.device != hidden.device:
             raise ValueError(f"{name} must be on {hidden.device}, like hidden; got {x.device}")
+    if main_grad is not None:
+        _check_main_grad(main_grad, weight, {"hidden": hidden, "weight": weight, "bias": bias})
 
 
 def check_dtypes(hidden: Tensor, weight: Tensor, bias: Tensor | None, fp64: bool) -> None:
@@ -259,19 +261,48 @@ def check_like(target: Tensor, **masks: Tensor | None) -> None:
             )
 
 
-def check_main_grad(main_grad: Tensor | None, weight: Tensor) -> None:
-    if main_grad is None:
-        return
-    got = main_grad.dtype, tuple(main_grad.shape), main_grad.device
-    wanted = torch.float32, tuple(weight.shape), weight.device
+def _check_main_grad(main_grad: Tensor, weight: Tensor, others: dict[str, Tensor | None]) -> None:
+    """What backward adds the weight's gradient to; it is none of what backward reads."""
+    got = tuple(main_grad.shape), main_grad.device
+    wanted = tuple(weight.shape), weight.device
     if got != wanted:
-        raise ValueError(f"main_grad must be {wanted}; got {got}")
+        raise ValueError(
+            f"main_grad must be {wanted[0]} on {wanted[1]}, like weight; got {got[0]} on {got[1]}"
+        )
+    if main_grad.dtype not in (torch.float32, weight.dtype):
+        dtypes = " or ".join(dict.fromkeys(map(str, (torch.float32, weight.dtype))))
+        raise ValueError(f"main_grad must be {dtypes}, that of weight; got {main_grad.dtype}")
+    if main_grad.layout != torch.strided or not main_grad.is_contiguous():
+        raise ValueError(f"main_grad must be contiguous; got {_layout(main_grad)}")
     if main_grad.requires_grad:
         raise ValueError("main_grad is written to; got a tensor that requires grad")
     if not weight.requires_grad:
         raise ValueError(
             "main_grad takes the gradient of weight; got a weight without one (frozen)"
         )
+    for name, x in others.items():
+        if x is not None and _overlap(main_grad, x):
+            raise ValueError(f"main_grad must have memory of its own; got some of {name}'s")
+
+
+def _layout(x: Tensor) -> str:
+    return f"strides {x.stride()}" if x.layout == torch.strided else str(x.layout)
+
+
+def _overlap(left: Tensor, right: Tensor) -> bool:
+    """Whether their memory does, from first to last value; not asked inside of torch.compile."""
+    if torch.compiler.is_compiling() or not left.numel() or not right.numel():
+        return False
+    starts = left.data_ptr(), right.data_ptr()
+    if 0 in starts:  # on "meta": no memory
+        return False
+    ends = (
+        start
+        + x.element_size()
+        * (1 + sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True)))
+        for start, x in zip(starts, (left, right), strict=True)
+    )
+    return max(starts) < min(ends)
 
 
 def kept_rows(

@@ -269,9 +269,11 @@ def linear_logprob_entropy_backward(
     found: Statistics,
     needs: tuple[bool, bool, bool],
     isa: str | None = None,
+    main_grad: Tensor | None = None,
     reduce_hidden: Callable[[Tensor], None] | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of hidden states, weight and bias; None for what `needs` does not ask for.
+    """Gradients of hidden states, weight and bias; None for what `needs` does not ask for, and for
+    the weight's where it is added to `main_grad`, contiguous [V, D] of any of the dtypes.
 
     Beyond its outputs it holds, in fp32, R x D for each thread and twice for all, and some MB of
     blocks.
@@ -286,7 +288,12 @@ def linear_logprob_entropy_backward(
     statistics = torch.stack(found[:5])
     need_hidden, need_weight, need_bias = needs
     dhidden_RD = torch.empty(index_R.numel(), hidden_TD.shape[1]) if need_hidden else None
-    dweight_VD = torch.empty(weight_VD.shape, dtype=weight_VD.dtype) if need_weight else None
+    add = need_weight and main_grad is not None
+    own = torch.empty(weight_VD.shape, dtype=weight_VD.dtype) if need_weight and not add else None
+    dweight_VD = main_grad if add else own
+    assert dweight_VD is None or (
+        _is_plain(dweight_VD, dweight_VD.dtype) and dweight_VD.shape == weight_VD.shape
+    )
     dbias_V = torch.empty(weight_VD.shape[0]) if need_bias else None
     logits = found.logits if found.logits.numel() else None
     _count(
@@ -300,6 +307,8 @@ def linear_logprob_entropy_backward(
             grad_logsumexp_ptr=_pointer(incoming[2]),
             dhidden_ptr=_pointer(dhidden_RD),
             dweight_ptr=_pointer(dweight_VD),
+            dweight_dtype=_DTYPES[(weight_VD if dweight_VD is None else dweight_VD).dtype],
+            add_dweight=add,
             dbias_ptr=_pointer(dbias_V),
             isa=isa or instruction_set(hidden_TD.dtype),
         )
@@ -310,7 +319,7 @@ def linear_logprob_entropy_backward(
     dhidden_TD = None if dhidden_RD is None else spread(dhidden_RD, index_R, hidden_TD)
     if dbias_V is not None and bias_V is not None:
         dbias_V = dbias_V.to(bias_V.dtype)
-    return dhidden_TD, dweight_VD, dbias_V
+    return dhidden_TD, own, dbias_V
 
 
 def _head(

@@ -4,10 +4,11 @@ T tokens, D hidden, V vocabulary, B sequences, L their length.
 """
 
 from collections.abc import Collection
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 
 from . import _vocab_parallel, ops, reference
@@ -16,7 +17,6 @@ from ._inputs import (
     check_dtypes,
     check_head,
     check_head_options,
-    check_main_grad,
     check_statistics,
     kept_rows,
     per_token_temperature,
@@ -100,9 +100,16 @@ def linear_logprob_entropy(
             the Triton backward does not wait for the GPU to count them, and a CUDA graph can hold
             it. Where more rows get one, all gradients are NaN; the other backwards raise a
             ValueError.
-        main_grad: fp32 [V, D], to which backward adds the weight's gradient; `weight.grad` then
-            stays as it is. With impl="triton" the sum itself is never rounded to 16 bits.
-            A frozen weight has no gradient to add: an error.
+        main_grad: [V, D] of the caller's, contiguous, fp32 or of weight's dtype. Backward adds the
+            weight's gradient to it, in fp32 and rounded once, and allocates no [V, D] of its own.
+            It may be `weight.grad`, kept by `zero_grad(set_to_none=False)`: None, as at the first
+            step, is no option. Or it is a fp32 sum over micro-batches, such as Megatron's
+            `weight.main_grad`, which is never rounded to 16 bits. Autograd gets no gradient for
+            weight: what weight was computed from gets none, and weight's hooks are called with
+            None. DDP averages `weight.grad` as ever; another buffer is the caller's to average, and
+            FSDP's gathered weights keep no gradient to add to. A second backward through the graph
+            adds again, also one for hidden's gradient alone. A backward that is interrupted has
+            added a part.
         statistics: of each distribution, in the same pass, as fields of the result, fp32 and not
             differentiable: "varentropy", Var_p(log p) = sum p (log p)^2 - entropy^2 (nats^2);
             "max_prob"; "sum_p2", sum p^2; "sum_p2_logp", sum p^2 log p (nats).
@@ -124,12 +131,12 @@ def linear_logprob_entropy(
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit; temperature <= 0; a target outside
-            [0, V); an unknown name in `statistics`; main_grad or vocab_group with impl="reference";
-            main_grad with a weight that requires no gradient; keep_logits together with
-            keep_logits_above; ranks of vocab_group with different numbers of tokens. On CUDA a bad
-            target or temperature tensor makes that row's outputs NaN instead, and the gradients
-            that come of them, because the check would synchronise; that of the numbers of tokens is
-            left out.
+            [0, V); an unknown name in `statistics`; vocab_group with impl="reference"; main_grad
+            with a weight that requires no gradient, or in the memory of hidden, weight or bias;
+            keep_logits together with keep_logits_above; ranks of vocab_group with different numbers
+            of tokens. On CUDA a bad target or temperature tensor makes that row's outputs NaN
+            instead, and the gradients that come of them, because the check would synchronise; that
+            of the numbers of tokens is left out. torch.compile leaves out that of memory.
     """
     check_head_options(
         softcap=softcap,
@@ -141,11 +148,8 @@ def linear_logprob_entropy(
     )
     check_head(hidden, weight, target, bias, main_grad, sharded=vocab_group is not None)
     name = resolve(impl, hidden.device)
-    if name == "reference" and main_grad is not None:
-        raise ValueError('main_grad is not written by impl="reference"')
     if name == "reference" and vocab_group is not None:
         raise ValueError('impl="reference" holds all logits; it has no vocab_group')
-    check_main_grad(main_grad, weight)
     hidden, weight, bias = cast_as_linear(hidden, weight, bias)
     check_dtypes(hidden, weight, bias, fp64=name == "reference")
     scale = per_token_temperature(temperature, target)
@@ -162,7 +166,7 @@ def linear_logprob_entropy(
     )
     if name == "reference":
         head = (hidden_TD, weight, target_T, bias, scale, softcap, ignore_index)
-        found = _reference(*head, bool(statistics))
+        found = _reference(*head, main_grad, bool(statistics))
     elif vocab_group is not None:
         found = _vocab_parallel.linear_logprob_entropy(
             hidden_TD,
@@ -207,14 +211,18 @@ def _reference(
     temperature: Tensor | None,
     softcap: float | None,
     ignore_index: int,
+    main_grad: Tensor | None,
     statistics: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The specification, in fp64 for fp64 inputs and in fp32 for all others; last as in the op."""
     ops.check_values(target, temperature, weight.shape[0], ignore_index)
     dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    weight = weight.to(dtype)
+    if main_grad is not None:
+        weight = _GradientInto.apply(weight, main_grad)
     head = (
         hidden.to(dtype),
-        weight.to(dtype),
+        weight,
         target,
         None if bias is None else bias.to(dtype),
         1.0 if temperature is None else temperature,
@@ -224,3 +232,18 @@ def _reference(
     with torch.no_grad():
         moments = torch.stack(reference.head_statistics(*head)) if statistics else hidden[:0]
     return *reference.linear_logprob_entropy(*head), moments
+
+
+class _GradientInto(torch.autograd.Function):
+    """The weight, whose gradient is added to `main_grad` and reaches nothing else."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, main_grad: Tensor) -> Tensor:
+        ctx.main_grad = main_grad
+        return weight.view_as(weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, None]:
+        ctx.main_grad += gradient
+        return None, None

@@ -72,7 +72,7 @@ def _linear_logprob_entropy(
     the rows that MOMENTS names, fp32 [4, T], or an empty tensor.
 
     hidden [T, D], weight [V, D], target int64 [T], bias [V], temperature fp32 [1] or [T].
-    max_active_rows and main_grad, fp32 [V, D], are backward's. With a keep_above, fp32 [], logits
+    max_active_rows and main_grad, [V, D], are backward's. With a keep_above, fp32 [], logits
     are those of keep_rows rows of at least that entropy, by "triton" alone.
     """
     shape = (len(MOMENTS), target.shape[0]) if statistics else (0,)
@@ -140,16 +140,13 @@ def gradients(
 
     head: as the op takes it, from hidden to ignore_index. `more` is for the implementation.
     """
+    more |= {"main_grad": main_grad}
     if impl == "triton":
-        more |= {"max_active_rows": max_active_rows, "weight_grad_out": main_grad}
+        more |= {"max_active_rows": max_active_rows}
     elif max_active_rows is not None:
         check_active_rows(incoming, head[2], head[6], max_active_rows)
     with torch.autocast(head[0].device.type, enabled=False):
-        dhidden, dweight, dbias = _BACKWARD[impl](*incoming, *head, found, needs, **more)
-    if main_grad is not None and dweight is not None:
-        main_grad += dweight
-        dweight = None
-    return dhidden, dweight, dbias
+        return _BACKWARD[impl](*incoming, *head, found, needs, **more)
 
 
 def _linear_logprob_entropy_backward(
@@ -177,7 +174,7 @@ def _linear_logprob_entropy_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of hidden, weight and bias; an empty tensor stands for one that is not needed.
 
-    Where there is a main_grad, fp32 [V, D], the weight's gradient is added to it and not returned.
+    Where there is a main_grad, [V, D], the weight's gradient is added to it and not returned.
     """
     dhidden, dweight, dbias = (
         hidden.new_empty(0) if gradient is None else gradient

@@ -110,21 +110,6 @@ BAD = {
         {"max_active_rows": -1},
         ">= 0 or None; got -1",
     ),
-    "main_grad": (
-        lambda h, w, y: (h, w, y),
-        {"main_grad": torch.zeros(67, 9)},
-        r"main_grad must be .*\(67, 8\).*; got .*\(67, 9\)",
-    ),
-    "main_grad with gradient": (
-        lambda h, w, y: (h, w, y),
-        {"main_grad": torch.zeros(67, 8, requires_grad=True)},
-        "written to",
-    ),
-    "main_grad of the reference": (
-        lambda h, w, y: (h, w, y),
-        {"main_grad": torch.zeros(67, 8), "impl": "reference"},
-        "not written",
-    ),
     "two ways to keep logits": (
         lambda h, w, y: (h, w, y),
         {"keep_logits": True, "keep_logits_above": 0.5},

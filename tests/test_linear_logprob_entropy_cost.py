@@ -8,7 +8,7 @@ import torch
 
 import entropy_kernels as ek
 from entropy_kernels.testing import Watch
-from tests.head_cases import DTYPES, make, nan_is_meant
+from tests.head_cases import make, nan_is_meant
 
 
 @pytest.mark.parametrize("fraction", [1.0, 0.5, 0.2, 0.1])
@@ -132,38 +132,6 @@ def test_ignored_rows_cost_nothing_on_cpu_and_never_poison(head, impl):
     found.logprob.sum().backward()
     assert (h.grad[10:50] == 0).all()
     assert h.grad.isfinite().all()
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_the_weights_gradient_can_go_into_a_main_grad(head, dtype, device):
-    h, w, y = make("peaked", (33, 16, 1031), dtype, device)
-    h, w = h.requires_grad_(), w.requires_grad_()
-    head(h, w, y).logprob[:20].sum().backward()
-    main_grad = torch.ones_like(w, dtype=torch.float32)
-    want, dh, h.grad, w.grad = w.grad.float() + 1, h.grad, None, None
-    head(h, w, y, main_grad=main_grad).logprob[:20].sum().backward()
-    assert w.grad is None
-    assert torch.equal(h.grad, dh)
-    unit = torch.finfo(dtype).eps * float((want - 1).abs().max()) + 1e-6
-    torch.testing.assert_close(main_grad, want, rtol=0, atol=unit)
-
-
-def test_a_main_grad_of_a_frozen_weight_is_an_error(head, device):
-    h, w, y = make("peaked", (9, 8, 67), torch.float32, device)
-    main_grad = torch.zeros_like(w)
-    with pytest.raises(ValueError, match=r"main_grad takes the gradient of weight.*frozen"):
-        head(h.requires_grad_(), w, y, main_grad=main_grad)
-    with pytest.raises(ValueError, match=r"main_grad takes the gradient of weight.*frozen"):
-        ek.high_entropy_policy_loss(
-            h,
-            w,
-            y,
-            None,
-            torch.ones(9, device=device),
-            torch.ones(9, dtype=torch.bool, device=device),
-            main_grad=main_grad,
-            impl=head.keywords["impl"],
-        )
 
 
 @pytest.mark.parametrize("bound", [20, 33, 100])

@@ -144,7 +144,7 @@ def test_more_active_rows_than_the_bound_are_never_silent(bound):
     for gradient in run(grads, h, w, y, b, max_active_rows=bound):
         assert gradient.isnan().all()
     weight_grad = torch.zeros(w.shape, device=DEVICE)
-    run(grads, h, w, y, max_active_rows=bound, weight_grad_out=weight_grad)
+    run(grads, h, w, y, max_active_rows=bound, main_grad=weight_grad)
     assert weight_grad.isnan().all()
 
 
@@ -155,7 +155,7 @@ def test_the_weight_gradient_is_added_to_a_given_buffer(dtype, monkeypatch):
     monkeypatch.setattr(op, "STAGING_BYTES", 50 * 4 * w.shape[1])
     before = torch.randn(w.shape, device=DEVICE)
     buffer = before.clone()
-    dhidden, dweight, dbias = run(grads, h, w, y, weight_grad_out=buffer)
+    dhidden, dweight, dbias = run(grads, h, w, y, main_grad=buffer)
     assert dweight is None
     assert dbias is None
     want = run(grads, h, w, y)
@@ -198,7 +198,7 @@ def test_nothing_to_do_launches_no_product(monkeypatch):
                 assert gradient.shape == like.shape
                 assert (gradient == 0).all()
     buffer = torch.ones(w.shape, device=DEVICE)
-    run([zeros] * 3, h, w, y, weight_grad_out=buffer)
+    run([zeros] * 3, h, w, y, main_grad=buffer)
     assert (buffer == 1).all()
 
 
@@ -286,9 +286,8 @@ def test_bad_options_say_what_came_and_what_was_wanted():
     buffer = torch.zeros(w.shape, device=DEVICE)
     bad = [
         ({"max_active_rows": -1}, ">= 0 or None; got -1"),
-        ({"weight_grad_out": buffer.bfloat16()}, "float32.*got .*bfloat16"),
-        ({"weight_grad_out": buffer[:9]}, r"got .*9, 16"),
-        ({"weight_grad_out": buffer, "needs": (True, False, False)}, "needs no gradient"),
+        ({"main_grad": buffer[:9]}, r"got .*9, 16"),
+        ({"main_grad": buffer, "needs": (True, False, False)}, "needs no gradient"),
     ]
     for options, message in bad:
         with pytest.raises(ValueError, match=message):

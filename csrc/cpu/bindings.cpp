@@ -111,12 +111,13 @@ std::int64_t linear_logprob_entropy(const Head& head, Pointer index_ptr, std::in
 std::int64_t linear_logprob_entropy_backward(const Head& head, Pointer index_ptr, std::int64_t count,
                                      Pointer statistics_ptr, Pointer grad_logprob_ptr,
                                      Pointer grad_entropy_ptr, Pointer grad_logsumexp_ptr,
-                                     Pointer dhidden_ptr, Pointer dweight_ptr, Pointer dbias_ptr,
-                                     const std::string& isa) {
+                                     Pointer dhidden_ptr, Pointer dweight_ptr, int dweight_dtype,
+                                     bool add_dweight, Pointer dbias_ptr, const std::string& isa) {
   const Kernels& chosen = kernels(isa);
   const Incoming incoming{as<const float>(grad_logprob_ptr), as<const float>(grad_entropy_ptr),
                           as<const float>(grad_logsumexp_ptr)};
-  const Gradients out{as<float>(dhidden_ptr), as<void>(dweight_ptr), as<float>(dbias_ptr)};
+  const Gradients out{as<float>(dhidden_ptr), as<void>(dweight_ptr),
+                      static_cast<Dtype>(dweight_dtype), add_dweight, as<float>(dbias_ptr)};
   return without_gil([&] {
     return chosen.backward(head, Rows{as<const std::int64_t>(index_ptr), count},
                            statistics(statistics_ptr, 0, head.tokens), incoming, out,
@@ -161,9 +162,10 @@ PYBIND11_MODULE(_cpu, m) {
         py::kw_only(), py::arg("index_ptr"), py::arg("count"), py::arg("statistics_ptr"),
         py::arg("grad_logprob_ptr"), py::arg("grad_entropy_ptr"),
         py::arg("grad_logsumexp_ptr"), py::arg("dhidden_ptr"), py::arg("dweight_ptr"),
-        py::arg("dbias_ptr"), py::arg("isa"),
-        "Gradients of the rows at `index`; a pointer of 0 asks for nothing. Returns the "
-        "multiplications done.");
+        py::arg("dweight_dtype"), py::arg("add_dweight"), py::arg("dbias_ptr"),
+        py::arg("isa"),
+        "Gradients of the rows at `index`; a pointer of 0 asks for nothing. The weight's is written "
+        "as `dweight_dtype`, or added to what is there. Returns the multiplications done.");
   m.def("caches", [] {
     const entropy_kernels::Caches found = entropy_kernels::machine_caches();
     return py::dict(py::arg("l2") = found.l2, py::arg("last") = found.last);

@@ -50,9 +50,11 @@ struct Incoming {
 
 // What backward is asked for; nullptr for what is not wanted.
 struct Gradients {
-  float* hidden;  // [R, D]
-  void* weight;   // [V, D], contiguous, in the head's dtype
-  float* bias;    // [V]
+  float* hidden;       // [R, D]
+  void* weight;        // [V, D], contiguous
+  Dtype weight_dtype;  // of `weight`
+  bool add_weight;     // to what `weight` holds; false: it holds nothing yet
+  float* bias;         // [V]
 };
 
 // Asked between blocks by the calling thread; true ends the work, outputs are then undefined.

@@ -3,8 +3,8 @@
 //   dz_j = [g_logprob (1[j = target] - p_j) + g_logsumexp p_j - g_entropy p_j (log p_j + H)] / temp
 //
 // For a block of the weight's rows the logits are recomputed tile by tile, turned into dz, and used
-// twice while they are in the cache: the block's rows of dW are written once, dH is added up in
-// fp32 for each thread. dz is held in the dtype of the inputs where the products take it (bf16).
+// twice while they are in the cache: the block's rows of dW are written, or added to, once; dH is
+// added up in fp32 for each thread. dz is held in the dtype of the inputs where the products take it (bf16).
 #pragma once
 
 #include "linear_logprob_entropy.h"
@@ -139,16 +139,25 @@ struct Block {
 };
 
 // `count` values of a row of dW, from column `first` on.
-static void write_weight(const Gradients& out, const Head& head, std::int64_t row,
+static void write_weight(const Gradients& out, std::int64_t dim, std::int64_t row,
                          std::int64_t first, std::int64_t count, const float* values) {
-  char* to = static_cast<char*>(out.weight) + (row * head.dim + first) * bytes_of(head.dtype);
-  if (head.dtype == Dtype::f32) {
-    std::memcpy(to, values, count * 4);
+  const Dtype dtype = out.weight_dtype;
+  char* to = static_cast<char*>(out.weight) + (row * dim + first) * bytes_of(dtype);
+  if (dtype == Dtype::f32) {
+    auto* sum = reinterpret_cast<float*>(to);
+    if (!out.add_weight) std::memcpy(sum, values, count * 4);
+    else for (std::int64_t i = 0; i < count; ++i) sum[i] += values[i];
     return;
   }
   auto* half = reinterpret_cast<std::uint16_t*>(to);
-  for (std::int64_t i = 0; i < count; ++i)
-    half[i] = head.dtype == Dtype::bf16 ? to_bf16(values[i]) : to_f16(values[i]);
+  if (!out.add_weight) {
+    for (std::int64_t i = 0; i < count; ++i)
+      half[i] = dtype == Dtype::bf16 ? to_bf16(values[i]) : to_f16(values[i]);
+  } else if (dtype == Dtype::bf16) {
+    for (std::int64_t i = 0; i < count; ++i) half[i] = to_bf16(from_bf16(half[i]) + values[i]);
+  } else {
+    for (std::int64_t i = 0; i < count; ++i) half[i] = to_f16(from_f16(half[i]) + values[i]);
+  }
 }
 
 // The active rows, gathered once and packed for both of their products.
@@ -284,7 +293,7 @@ class Worker {
       product<E>(count, dz_.for_weight(), right + d * units, units, panel, kPanel, c > 0);
       if (c + 1 < gathered_.row_chunks) continue;
       for (std::int64_t r = 0; r < count; ++r)
-        write_weight(out_, head_, first + r, d, std::min<std::int64_t>(kPanel, head_.dim - d),
+        write_weight(out_, head_.dim, first + r, d, std::min<std::int64_t>(kPanel, head_.dim - d),
                      panel + r * kPanel);
     }
     products += count * here * head_.dim;
@@ -315,17 +324,17 @@ template <class E>
 static std::int64_t backward(const Head& head, const Rows& rows, const Statistics& found,
                      const Incoming& in, const Gradients& out, Stop stop) {
   if (rows.count == 0) {
-    if (out.weight != nullptr)
-      std::memset(out.weight, 0, head.vocabulary * head.dim * bytes_of(head.dtype));
+    if (out.weight != nullptr && !out.add_weight)
+      std::memset(out.weight, 0, head.vocabulary * head.dim * bytes_of(out.weight_dtype));
     if (out.bias != nullptr) std::fill_n(out.bias, head.vocabulary, 0.0f);
     return 0;
   }
   const int threads = usable_threads(head.threads);
   const std::int64_t size = block_rows(head, threads);
   const std::int64_t blocks = round_up(head.vocabulary, size) / size;
-  if (out.weight != nullptr)
+  if (out.weight != nullptr && !out.add_weight)
     entropy_kernels::prefer_huge_pages(out.weight,
-                                       head.vocabulary * head.dim * bytes_of(head.dtype));
+                                       head.vocabulary * head.dim * bytes_of(out.weight_dtype));
   const Gathered<E> gathered(head, rows, found, in, out.weight != nullptr);
   std::vector<Worker<E>> workers;
   workers.reserve(threads);

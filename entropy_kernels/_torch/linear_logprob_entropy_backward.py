@@ -3,7 +3,7 @@
     dz_j = [g_logprob (1[j = target] - p_j) + g_logsumexp p_j - g_entropy p_j (log p_j + H)] / temp
 
 The logits of those rows are recomputed one vocabulary block at a time; each row of the weight's
-gradient is written once, the hidden states' gradient is summed over blocks in fp32.
+gradient is written, or added to, once, the hidden states' gradient is summed over blocks in fp32.
 
 T tokens, R active rows, D hidden, V vocabulary.
 """
@@ -67,9 +67,11 @@ def linear_logprob_entropy_backward(
     ignore_index: int,
     found: Statistics,
     needs: tuple[bool, bool, bool],
+    main_grad: Tensor | None = None,
     reduce_hidden: Callable[[Tensor], None] | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of hidden states, weight and bias; None for what `needs` does not ask for.
+    """Gradients of hidden states, weight and bias; None for what `needs` does not ask for, and for
+    the weight's where it is added to `main_grad`, [V, D] of any dtype.
 
     On CUDA the number of active rows reaches the host: one synchronisation.
 
@@ -92,7 +94,7 @@ def linear_logprob_entropy_backward(
     logits_TV = found.logits if found.logits.numel() else None
     head = Head(weight_VD, bias_V, softcap)
     dhidden_RD, dweight_VD, dbias_V = _gradients(
-        hidden_TD[index_R], rows, head, logits_TV, _Needs(*needs)
+        hidden_TD[index_R], rows, head, logits_TV, _Needs(*needs), main_grad
     )
     if dhidden_RD is not None and reduce_hidden is not None:
         reduce_hidden(dhidden_RD)
@@ -101,7 +103,12 @@ def linear_logprob_entropy_backward(
 
 
 def _gradients(
-    hidden_RD: Tensor, rows: _Rows, head: Head, logits_TV: Tensor | None, needs: _Needs
+    hidden_RD: Tensor,
+    rows: _Rows,
+    head: Head,
+    logits_TV: Tensor | None,
+    needs: _Needs,
+    main_grad: Tensor | None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """One pass over the vocabulary, and a product of [R, V, D] for each thing that is needed."""
     count, vocabulary = hidden_RD.shape[0], head.weight_VD.shape[0]
@@ -109,7 +116,8 @@ def _gradients(
     p_buffer = workspace(count, vocabulary, hidden_RD)
     fp32: dict[str, Any] = {"dtype": torch.float32, "device": hidden_RD.device}
     dhidden_RD = torch.zeros(hidden_RD.shape, **fp32) if needs.hidden else None
-    dweight_VD = _empty_like(head.weight_VD) if needs.weight else None
+    own = needs.weight and main_grad is None
+    dweight_VD = _empty_like(head.weight_VD) if own else None
     dbias_V = torch.zeros(vocabulary, **fp32) if needs.bias else None
 
     for v in slices(vocabulary, block_v):
@@ -122,13 +130,15 @@ def _gradients(
             if dbias_V is not None:
                 dbias_V[v] += dz.sum(0)
             dz = dz.to(hidden.dtype)
-            if dweight_VD is not None:
+            if needs.weight:
                 part = product(dz.T, hidden)
                 dweight = part if dweight is None else dweight.add_(part)
             if dhidden_RD is not None:
                 dhidden_RD[chunk] += product(dz, weight)
         if dweight_VD is not None:
             dweight_VD[v] = 0 if dweight is None else dweight
+        elif main_grad is not None and dweight is not None:
+            main_grad[v] += dweight
     if dbias_V is not None and head.bias_V is not None:
         dbias_V = dbias_V.to(head.bias_V.dtype)
     return dhidden_RD, dweight_VD, dbias_V

@@ -59,7 +59,7 @@ def linear_logprob_entropy_backward(
     needs: tuple[bool, bool, bool],
     *,
     max_active_rows: int | None = None,
-    weight_grad_out: Tensor | None = None,
+    main_grad: Tensor | None = None,
     reduce_hidden: Callable[[Tensor], None] | None = None,
     tile: Tile | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
@@ -68,7 +68,8 @@ def linear_logprob_entropy_backward(
     max_active_rows: a bound of the number of rows with a gradient, C. Then the host waits for
         nothing, and a CUDA graph can hold the call; more active rows make every gradient NaN.
         None: the host reads their number, one synchronisation, and C is exact.
-    weight_grad_out: fp32 [V, D], to which the weight's gradient is added; None is returned for it.
+    main_grad: [V, D] of any dtype, to which the weight's gradient is added in fp32, rounded once;
+        None is returned for it.
     reduce_hidden: is given the hidden states' gradient of the active rows, fp32 [C, D], to be
         changed in place before it is rounded: what ranks that hold other rows of the weight add.
     tile: overrules the table, for tests and tuning.
@@ -85,20 +86,20 @@ def linear_logprob_entropy_backward(
         + S C D 4         the splits of a term, where fewer tiles than processors: <= 17 MB on 132
         + 36 C + 12 T     their numbers, and those of the rows
         + N C / 3         the bias's gradient, where needed
-        + STAGING_BYTES   where there is a `weight_grad_out`
+        + STAGING_BYTES   where there is a `main_grad`
 
     Raises:
-        ValueError: a negative max_active_rows; a weight_grad_out that is not fp32 [V, D] on the
-            device of the weight, or given while the weight needs no gradient.
+        ValueError: a negative max_active_rows; a main_grad that is not [V, D] on the device of
+            the weight, or given while the weight needs no gradient.
     """
     needs = _Needs(*needs)
-    _check(max_active_rows, weight_grad_out, weight_VD, needs)
+    _check(max_active_rows, main_grad, weight_VD, needs)
     gradients = (grad_logprob_T, grad_entropy_T, grad_logsumexp_T)
     with gpu.on(hidden_TD.device):
         places_T = found.places
         active = active_rows(gradients, target_T, ignore_index, max_active_rows, places_T)
         if active.rows.numel() == 0:
-            return _zeros(hidden_TD, weight_VD, bias_V, needs, weight_grad_out)
+            return _zeros(hidden_TD, weight_VD, bias_V, needs, main_grad)
         rows = compact(active, gradients, hidden_TD, target_T, temperature, found)
         kept = _kept(active, found)
         all_kept = kept is not None and kept.known == active.rows.numel()
@@ -112,7 +113,7 @@ def linear_logprob_entropy_backward(
             grad_entropy_T is not None,
             None if all_kept else tile or _choose(rows.hidden, weight_VD, softcap),
         )
-        dhidden_CD, dweight_VD, dbias_V = _gradients(dlogits, needs, weight_grad_out)
+        dhidden_CD, dweight_VD, dbias_V = _gradients(dlogits, needs, main_grad)
         if dhidden_CD is not None and reduce_hidden is not None:
             reduce_hidden(dhidden_CD)
         dhidden_TD = None if dhidden_CD is None else spread(dhidden_CD, active, hidden_TD)
@@ -120,18 +121,18 @@ def linear_logprob_entropy_backward(
 
 
 def _check(
-    max_active_rows: int | None, weight_grad_out: Tensor | None, weight_VD: Tensor, needs: _Needs
+    max_active_rows: int | None, main_grad: Tensor | None, weight_VD: Tensor, needs: _Needs
 ) -> None:
     if max_active_rows is not None and max_active_rows < 0:
         raise ValueError(f"max_active_rows must be >= 0 or None; got {max_active_rows}")
-    if weight_grad_out is None:
+    if main_grad is None:
         return
     if not needs.weight:
-        raise ValueError("weight_grad_out is given, but the weight needs no gradient")
-    wanted = torch.float32, weight_VD.shape, weight_VD.device
-    got = weight_grad_out.dtype, weight_grad_out.shape, weight_grad_out.device
+        raise ValueError("main_grad is given, but the weight needs no gradient")
+    wanted = weight_VD.shape, weight_VD.device
+    got = main_grad.shape, main_grad.device
     if got != wanted:
-        raise ValueError(f"weight_grad_out must be {wanted}; got {got}")
+        raise ValueError(f"main_grad must be {wanted}; got {got}")
 
 
 def _kept(active: ActiveRows, found: Statistics) -> KeptRows | None:
@@ -156,18 +157,18 @@ def _zeros(
     weight_VD: Tensor,
     bias_V: Tensor | None,
     needs: _Needs,
-    weight_grad_out: Tensor | None,
+    main_grad: Tensor | None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Of no active row: no product is launched, and nothing is added to `weight_grad_out`."""
+    """Of no active row: no product is launched, and nothing is added to `main_grad`."""
     return (
         hidden_TD.new_zeros(hidden_TD.shape) if needs.hidden else None,
-        weight_VD.new_zeros(weight_VD.shape) if needs.weight and weight_grad_out is None else None,
+        weight_VD.new_zeros(weight_VD.shape) if needs.weight and main_grad is None else None,
         bias_V.new_zeros(bias_V.shape) if needs.bias and bias_V is not None else None,
     )
 
 
 def _gradients(
-    dlogits: Dlogits, needs: _Needs, weight_grad_out: Tensor | None
+    dlogits: Dlogits, needs: _Needs, main_grad: Tensor | None
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """One pass over the vocabulary: fp32 dhidden [C, D], the others as they are returned."""
     rows, weight_VD = dlogits.rows, dlogits.weight_VD
@@ -178,7 +179,7 @@ def _gradients(
     dz_CN = buffer(count, chunk_v)
     partials = rows.fields.new_zeros(dlogits.n_partials, chunk_v) if needs.bias else None
     dhidden = _HiddenGradient(rows) if needs.hidden else None
-    own = needs.weight and weight_grad_out is None
+    own = needs.weight and main_grad is None
     dweight_VD = weight_VD.new_empty(weight_VD.shape) if own else None
     dbias_V = rows.fields.new_empty(vocabulary) if needs.bias else None
 
@@ -190,8 +191,8 @@ def _gradients(
             torch.sum(partials[:, : stop - start], 0, out=dbias_V[start:stop])
         if dweight_VD is not None:
             products.mm(dz.T, rows.hidden, out=dweight_VD[start:stop])
-        if weight_grad_out is not None:
-            _add_weight_gradient(dz, rows.hidden, weight_grad_out[start:stop])
+        if main_grad is not None:
+            _add_weight_gradient(dz, rows.hidden, main_grad[start:stop])
         if dhidden is not None:
             dhidden.add(dz, weight_VD[start:stop])
     if dbias_V is not None and dlogits.bias_V is not None:
