@@ -201,8 +201,10 @@ def _backward(
     def head(hidden_TD: Tensor, head: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
         if hidden_TD.requires_grad:
             hidden_TD.register_hook(lambda _: watch.stop())
+        # Later micro-batches add to the first one's gradient where it is; FSDP2 has it elsewhere.
+        main_grad = head["weight"].grad if head["weight"].is_leaf else None
         watch.start()
-        found = _loss(hidden_TD, part, head, settings)
+        found = _loss(hidden_TD, part, head | {"main_grad": main_grad}, settings)
         watch.stop()
         return found
 

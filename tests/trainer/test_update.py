@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+import entropy_kernels as ek
 from entropy_kernels import reference
 from tests.trainer.small import build_policy, save_folder
 from tests.trainer.update_cases import (
@@ -20,6 +21,7 @@ from tests.trainer.update_cases import (
     off_policy,
     on_policy,
     roll,
+    step,
 )
 from trainer.config import Algorithm, Model
 from trainer.policy import load_policy
@@ -101,6 +103,32 @@ def test_micro_batches_change_nothing(algorithm):
         assert distance(parts, whole) < 1e-6
         assert other.keys() == metrics.keys()
         assert other == pytest.approx(metrics, rel=1e-5, abs=1e-7)
+
+
+@pytest.mark.parametrize("source", ["old", "current"])
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_later_micro_batches_add_to_the_head_s_gradient_where_it_is(family, source, monkeypatch):
+    """Tied or not; the first one has none yet."""
+    policy = build_policy(family, spread=0.2)
+    batch = off_policy(policy)
+    algorithm = Algorithm(entropy_source=source)
+    weight = policy.model.get_output_embeddings().weight
+    seen = []
+    name = "high_entropy_policy_loss" if source == "old" else "linear_logprob_entropy"
+    called = getattr(ek, name)
+
+    def watched(*arguments, **options):
+        if torch.is_grad_enabled():
+            seen.append((options["main_grad"] is not None, options["main_grad"] is weight.grad))
+        return called(*arguments, **options)
+
+    monkeypatch.setattr(ek, name, watched)
+    whole, _ = gradients(policy, batch, configure(algorithm))
+    seen.clear()
+    parts, _ = step(policy, batch, configure(algorithm, tokens=30))
+    assert len(seen) > 2
+    assert seen == [(False, True)] + [(True, True)] * (len(seen) - 1)
+    assert distance(parts, whole) < 1e-6
 
 
 def test_the_objective_counts_its_tokens():

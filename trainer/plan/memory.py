@@ -41,21 +41,18 @@ def step_memory(job: Job) -> Memory:
     one = {"activations kept": tokens * _kept_by_layer(job)}
     layer = gathered | _one_layer(job)
     alone = {"gathered layers": layer["gathered layers"] / 2} if job.sharded else {}
-    head = _head_gradient(job)
-    # Beside the sum of earlier micro-batches until it is added to it: at once, or where it is tied
-    # together with the embedding's, at the end.
-    waits = head if model.tied and job.micro_batches > 1 and not job.sharded else {}
-    later = head if job.sharded or job.micro_batches == 1 else waits
+    # Later micro-batches add it to their sum in place, but for sharded ones.
+    head = _head_gradient(job) if job.sharded or job.micro_batches == 1 else {}
     return sampling | {
         "head": before | gathered | kept | head | {"head's workspace": _head(job)},
-        "last layer": before | layer | kept | later,
+        "last layer": before | layer | kept | head,
         "first layer": always
         | _almost_all(job, share)
         | layer
         | alone
         | one
-        | (head if job.sharded else waits),
-        "end": always | gradients | gathered | _embedding(job) | waits,
+        | (head if job.sharded else {}),
+        "end": always | gradients | gathered | _embedding(job),
         "AdamW": always | gradients | {"AdamW's temporaries": _optimizer(job)},
     }
 
