@@ -1,12 +1,14 @@
-"""The README's training loop, as it is printed: loss and gradients are those of logits."""
+"""The training loops of README and docs, as they are printed: gradients are those of logits."""
 
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import entropy_kernels as ek
+from entropy_kernels.integrations.hf import lm_head
 from tests.integrations.small_models import assert_same_gradients, batch, build
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
@@ -91,3 +93,43 @@ def test_the_training_loop(name):
     namespace["loss"].backward()
     torch.testing.assert_close(namespace["loss"].double(), want, rtol=1e-5, atol=1e-6)
     assert_same_gradients(gradients(model), want_grads, digits=5e-5)
+
+
+def test_the_loop_that_keeps_the_head_s_gradient():
+    """That of docs/method.md, as it is printed: two steps of two micro-batches, tied and not."""
+    text = (Path(__file__).parents[1] / "docs" / "method.md").read_text()
+    section = text.partition("## Gradients in memory that is there")[2].partition("\n## ")[0]
+    (snippet,) = re.findall(r"```python\n(.*?)```", section, re.S)
+    for name in ("qwen3", "qwen3-tied"):
+        found = []
+        for code in (snippet, snippet.replace("main_grad=weight.grad", "main_grad=None")):
+            model = make(name)
+            given = variables(model)
+            optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+            places = set()
+            for _ in range(2):
+                names = ("target", "old_logprob", "advantage", "mask")
+                parts = [
+                    SimpleNamespace(
+                        input_ids=given["input_ids"][rows],
+                        attention_mask=given["attention_mask"][rows],
+                        tokens={n: given[n][rows] for n in names} | {"fraction": 0.5},
+                    )
+                    for rows in (slice(0, 2), slice(2, 3))
+                ]
+                exec(
+                    code,
+                    {
+                        "ek": ek,
+                        "model": model,
+                        "head": lm_head(model),
+                        "parts": parts,
+                        "optimizer": optimizer,
+                        "denominator": 10.0,
+                    },
+                )
+                places.add(model.get_output_embeddings().weight.grad.data_ptr())
+            assert len(places) == 1
+            found.append([p.detach() for p in model.parameters()])
+        for got, want in zip(*found, strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
