@@ -92,7 +92,6 @@ def linear_logprob_entropy(
     none = weight_VD.new_zeros((), dtype=torch.bool)
     if rows == 0:
         # A backend has at least one row: this one has no part in any sum and gets no gradient.
-        weight_VD = weight_VD if main_grad is None else weight_VD.detach()
         weight_VD = torch.cat([weight_VD, weight_VD.new_zeros(1, weight_VD.shape[1])])
         bias_V = weight_VD[:0, 0] if bias_V is None else bias_V
         bias_V = torch.cat([bias_V, bias_V.new_full((1,), -torch.inf)])
