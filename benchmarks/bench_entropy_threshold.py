@@ -40,10 +40,9 @@ def bench_entropy_threshold(size, quick, record):
 
 def measure(size, rounds, folder, log=print):
     """The result file's entries."""
-    about = runner.about_this_run() | {
+    about = runner.about_this_run(torch.float32) | {
         "op": "entropy_threshold",
         "device": "cpu",
-        "dtype": "float32",
         "shape": {"entropies": size},
         "rounds": rounds,
     }

@@ -20,6 +20,7 @@ from benchmarks.bench_linear_logprob_entropy import IDS, SHAPES
 from benchmarks.linear_logprob_entropy import FLOOR_ROWS, FLOOR_VOCABULARY, Problem, head_of
 from benchmarks.runner import Contestant
 from entropy_kernels import ops
+from entropy_kernels._bench.step import products_by_onednn
 
 ROUNDS = 9
 QUICK = (64, 32, 512), 2
@@ -40,10 +41,9 @@ def measure(shape, dtype, rounds, folder, log=print):
     tokens, hidden, vocabulary = shape
     problem = op.make_problem(tokens, hidden, vocabulary, dtype)
     with _one_thread():
-        about = runner.about_this_run() | {
+        about = runner.about_this_run(dtype) | {
             "op": "forward_floor",
             "device": "cpu",
-            "dtype": str(dtype).removeprefix("torch."),
             "shape": {"tokens": tokens, "hidden": hidden, "vocabulary": vocabulary},
             "rounds": rounds,
         }
@@ -94,15 +94,8 @@ def _bare(problem: Problem) -> dict[str, Tensor]:
 
 
 def _bare_onednn(problem: Problem) -> dict[str, Tensor]:
-    """ "medium" hands products to oneDNN, which rounds inputs only where the processor can: there
-    the check refuses it.
-    """
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("medium")
-    try:
+    with products_by_onednn():
         return _bare(problem)
-    finally:
-        torch.set_float32_matmul_precision(before)
 
 
 @contextmanager

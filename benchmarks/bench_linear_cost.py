@@ -19,6 +19,7 @@ from benchmarks import runner
 from benchmarks.linear_logprob_entropy import FRACTION, Problem
 from benchmarks.runner import Contestant
 from entropy_kernels import ops
+from entropy_kernels._bench.step import ours
 
 ROUNDS = 5
 QUICK_ROUNDS = 2
@@ -79,10 +80,9 @@ def bench_linear_cost(dtype, quick, record):
 def measure(sweeps, dtype, rounds, folder, log=print):
     """The result file's entries."""
     impl = "cpu" if "cpu" in ops.implementations() else "torch"
-    about = runner.about_this_run() | {
+    about = runner.about_this_run(dtype) | {
         "op": "linear_cost",
         "device": "cpu",
-        "dtype": str(dtype).removeprefix("torch."),
         "shape": {"hidden": sweeps.hidden},
         "sweeps": sweeps._asdict(),
         "fraction": FRACTION,
@@ -151,9 +151,9 @@ def _resized(problem: Problem, tokens: int, fraction: float) -> Problem:
 
 def _truth(points: dict[str, Point], name: str) -> dict[str, Tensor]:
     point = points[name]
-    return op.truth(point.problem, point.fraction, half=False)
+    return op.truth(point.problem, point.fraction)
 
 
 def _step(points: dict[str, Point], *, name: str, impl: str) -> dict[str, Tensor]:
     point = points[name]
-    return op.ours(point.problem, impl=impl, fraction=point.fraction)
+    return ours(point.problem, impl=impl, fraction=point.fraction)

@@ -33,19 +33,19 @@ def bench_linear_logprob_entropy(shape, dtype, quick, record, request):
 def measure(shape, dtype, rounds, folder, log=print, names=None):
     """The result file's entries, of all contestants or of those named."""
     tokens, hidden, vocabulary = shape
-    about = runner.about_this_run() | {
+    about = runner.about_this_run(dtype) | {
         "op": "linear_logprob_entropy",
         "device": "cpu",
-        "dtype": str(dtype).removeprefix("torch."),
         "shape": {"tokens": tokens, "hidden": hidden, "vocabulary": vocabulary},
         "rounds": rounds,
     }
     log(f"{tokens} x {hidden} x {vocabulary}, {about['dtype']}")
     problem = op.make_problem(tokens, hidden, vocabulary, dtype)
-    contestants = [c for c in op.contestants() if names is None or c.name in names]
+    everyone = op.contestants(dtype=dtype)
+    contestants = [c for c in everyone if names is None or c.name in names]
     if names is not None and len(contestants) != len(names):
         raise ValueError(
-            f"--contestants must be some of {', '.join(c.name for c in op.contestants())}; "
+            f"--contestants must be some of {', '.join(c.name for c in everyone)}; "
             f"got {', '.join(names)}"
         )
     entries = runner.run_suite(contestants, problem, op.truth, rounds=rounds, dtype=dtype, log=log)

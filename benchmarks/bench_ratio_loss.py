@@ -53,10 +53,9 @@ def bench_ratio_loss(shape, quick, record):
 
 def measure(shape, rounds, folder, log=print):
     """The result file's entries."""
-    about = runner.about_this_run() | {
+    about = runner.about_this_run(torch.float32) | {
         "op": "ratio_loss",
         "device": "cpu",
-        "dtype": "float32",
         "shape": {"sequences": shape[0], "length": shape[1]},
         "rounds": rounds,
     }

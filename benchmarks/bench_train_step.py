@@ -24,10 +24,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+import torch
 
 from benchmarks import runner
 from benchmarks.environment import CORES
-from benchmarks.peak_memory import status
+from entropy_kernels._bench.rounds import status
 
 MODULE = "benchmarks.bench_train_step"
 LARGEST_ERROR = 1e-4
@@ -67,10 +68,9 @@ def bench_train_step(shape, quick, record):
 
 def measure(shape: Shape, rounds: int, folder: Path, log=print) -> list[dict[str, Any]]:
     """The result file's entries."""
-    about = runner.about_this_run() | {
+    about = runner.about_this_run(torch.float32) | {
         "op": "train_step",
         "device": "cpu",
-        "dtype": "float32",
         "shape": shape._asdict(),
         "rounds": rounds,
     }

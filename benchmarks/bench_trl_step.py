@@ -56,10 +56,9 @@ def bench_trl_step(shape, quick, record):
 def measure(shape, rounds, folder, log=print):
     """The result file's entries."""
     names = "sequences", "prompt", "completion", "hidden", "vocabulary"
-    about = runner.about_this_run() | {
+    about = runner.about_this_run(torch.float32) | {
         "op": "trl_step",
         "device": "cpu",
-        "dtype": "float32",
         "shape": dict(zip(names, shape, strict=True)),
         "rounds": rounds,
     }

@@ -21,6 +21,7 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
+from entropy_kernels._bench.machine import processor
 from trainer.log import read_rows
 
 RESULT = Path(__file__).parent / "results" / "engine_runs.json"
@@ -99,9 +100,6 @@ def collect(root: Path, preset: str = "tiny") -> dict[str, Any]:
         ValueError: a run is missing or incomplete, was resumed or made from edited files, or the
             four differ in settings, commit, versions or machine.
     """
-    # Not before the runs: it binds this process, and all that it starts, to one core.
-    from benchmarks.runner import about_this_run
-
     found = {way: _read(root / way.name, way) for way in WAYS}
     first, start = found[WAYS[0]]
     for way, (run, other) in found.items():
@@ -113,7 +111,7 @@ def collect(root: Path, preset: str = "tiny") -> dict[str, Any]:
                 raise ValueError(f"{way.name} has other {what} than {WAYS[0].name}: {two} != {one}")
     rows = {way: _complete(root / way.name, run["config"]) for way, (run, _) in found.items()}
     return {
-        "machine": about_this_run()["machine"],
+        "machine": str(processor()),
         "cores": os.cpu_count(),
         "platform": start["platform"],
         "versions": _versions(start["versions"]),

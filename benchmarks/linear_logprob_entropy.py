@@ -3,45 +3,36 @@
 A step goes from hidden states and the head's weight to the clipped loss of the tokens of highest
 entropy, and to the gradients of both. Every contestant computes the entropies of all tokens, except
 those that are told the tokens beforehand and those whose label says that they have none; and none
-differentiates them. The dense contestants are given the selection as a mask on their loss, which is
-what trainers do; ours finds it.
+differentiates them.
 
 T tokens, D hidden, V vocabulary.
 """
 
-from collections.abc import Callable
-from functools import cache, partial
-from typing import NamedTuple
+from functools import partial
 
 import torch
 from torch import Tensor
 
-import entropy_kernels as ek
 from benchmarks import peers
-from benchmarks.peers import SEQUENCES, Head
 from benchmarks.runner import Contestant
 from entropy_kernels import ops
-from entropy_kernels.testing import peaked_head
+from entropy_kernels._bench import step
+from entropy_kernels._bench.entrants import our_contestant
+from entropy_kernels._bench.step import (
+    Problem,
+    dense,
+    dense_by_onednn,
+    our_forward,
+    plain_head,
+    truth,
+)
+
+__all__ = ["Problem", "truth"]
 
 FRACTION = 0.2
 FRACTIONS = (1.0, 0.5, 0.2, 0.1)
 # Blocks of the bare products: the fastest of those that leave no [T, V] behind.
 FLOOR_ROWS, FLOOR_VOCABULARY = 512, 2048
-
-
-class Problem(NamedTuple):
-    """One step's inputs. `selected` marks the tokens of highest entropy for each fraction."""
-
-    hidden: Tensor  # [T, D]
-    weight: Tensor  # [V, D]
-    target: Tensor  # [T]
-    old_logprob: Tensor  # fp32 [T]
-    advantage: Tensor  # fp32 [T], one value a sequence
-    half_advantage: Tensor  # the same, zero for every other sequence
-    mask: Tensor  # [T], all true
-    logprob: Tensor  # fp64 [T]: the truth
-    entropy: Tensor  # fp64 [T]: the truth
-    selected: dict[float, Tensor]
 
 
 def make_problem(
@@ -51,111 +42,13 @@ def make_problem(
     dtype: torch.dtype,
     fractions: tuple[float, ...] = FRACTIONS,
 ) -> Problem:
-    """Entropies of a reasoning model, ratios a few per cent off 1, one advantage a sequence."""
-    hidden_TD, weight_VD, target_T = peaked_head(tokens, hidden, vocabulary, dtype=dtype)
-    logprob_T, entropy_T = _truth(hidden_TD, weight_VD, target_T)
-    generator = torch.Generator().manual_seed(1)
-    noise_T = 0.02 * torch.randn(tokens, generator=generator)
-    advantage_B = torch.randn(SEQUENCES, generator=generator)
-    sequence_T = torch.arange(tokens) * SEQUENCES // tokens
-    half_B = advantage_B * (torch.arange(SEQUENCES) % 2)
-    return Problem(
-        hidden_TD.requires_grad_(),
-        weight_VD.requires_grad_(),
-        target_T,
-        (logprob_T.float() + noise_T).clamp_max(0),
-        advantage_B[sequence_T],
-        half_B[sequence_T],
-        torch.ones(tokens, dtype=torch.bool),
-        logprob_T,
-        entropy_T,
-        {f: ek.top_entropy_mask(entropy_T.float(), fraction=f) for f in fractions},
-    )
+    """The step's inputs; no token is another one's copy."""
+    return step.make_problem(tokens, hidden, vocabulary, dtype, fractions)
 
 
 def small_problem(like: Problem) -> Problem:
     """What loads libraries and starts threads."""
     return make_problem(64, 32, 256, like.hidden.dtype)
-
-
-def policy_loss(
-    logprob_T: Tensor, old_logprob_T: Tensor, advantage_T: Tensor, selected_T: Tensor
-) -> Tensor:
-    """The clipped loss (arXiv 2506.01939v2, equation 6), as a trainer writes it."""
-    ratio_T = (logprob_T - old_logprob_T).exp()
-    clipped_T = ratio_T.clamp(0.8, 1.28)
-    loss_T = -torch.minimum(ratio_T * advantage_T, clipped_T * advantage_T)
-    return (loss_T * selected_T).sum() / selected_T.sum()
-
-
-def truth(problem: Problem, fraction: float, half: bool) -> dict[str, Tensor]:
-    """What every contestant should return, in fp64 from the inputs as they are."""
-    advantage_T = problem.half_advantage if half else problem.advantage
-    selected_T = problem.selected[fraction]
-    logprob_T = problem.logprob.clone().requires_grad_()
-    loss = policy_loss(logprob_T, problem.old_logprob.double(), advantage_T.double(), selected_T)
-    (grad_T,) = torch.autograd.grad(loss, logprob_T)
-    weight_VD = problem.weight.detach().double()
-    dhidden_TD = torch.zeros(problem.hidden.shape, dtype=torch.float64)
-    dweight_VD = torch.zeros_like(weight_VD)
-    for rows_R in grad_T.nonzero().squeeze(1).split(256):
-        hidden_RD = problem.hidden.detach()[rows_R].double()
-        dz_RV = -(hidden_RD @ weight_VD.T).softmax(1)
-        dz_RV[torch.arange(len(rows_R)), problem.target[rows_R]] += 1
-        dz_RV *= grad_T[rows_R].unsqueeze(1)
-        dhidden_TD[rows_R] = dz_RV @ weight_VD
-        dweight_VD.addmm_(dz_RV.T, hidden_RD)
-    return {
-        "loss": loss.detach(),
-        "dhidden": dhidden_TD,
-        "dweight": dweight_VD,
-        "logprob": problem.logprob,
-        "entropy": problem.entropy,
-    }
-
-
-def _truth(hidden_TD: Tensor, weight_VD: Tensor, target_T: Tensor) -> tuple[Tensor, Tensor]:
-    weight_VD = weight_VD.double()
-    logprob_T, entropy_T = torch.empty(2, len(target_T), dtype=torch.float64)
-    for rows in torch.arange(len(target_T)).split(256):
-        logp_RV = (hidden_TD[rows].double() @ weight_VD.T).log_softmax(1)
-        logprob_T[rows] = logp_RV.gather(1, target_T[rows].unsqueeze(1)).squeeze(1)
-        entropy_T[rows] = -(logp_RV.exp() * logp_RV).sum(1)
-    return logprob_T, entropy_T
-
-
-def _step(problem: Problem, loss: Tensor) -> dict[str, Tensor]:
-    dhidden_TD, dweight_VD = torch.autograd.grad(loss, [problem.hidden, problem.weight])
-    return {"loss": loss.detach(), "dhidden": dhidden_TD, "dweight": dweight_VD}
-
-
-def _dense(head: Head, problem: Problem, *, compiled: bool = False) -> dict[str, Tensor]:
-    """The loss of all tokens, times a mask."""
-    inputs = problem.hidden, problem.weight, problem.target, problem.old_logprob, problem.advantage
-    objective = _compiler() if compiled else _objective
-    loss, found = objective(head, *inputs, problem.selected[FRACTION])
-    return _step(problem, loss) | found
-
-
-def _objective(
-    head: Head,
-    hidden_TD: Tensor,
-    weight_VD: Tensor,
-    target_T: Tensor,
-    old_logprob_T: Tensor,
-    advantage_T: Tensor,
-    selected_T: Tensor,
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """The loss, and what the head found: a compiler would drop what nobody reads."""
-    logprob_T, entropy_T = head(hidden_TD, weight_VD, target_T)
-    loss = policy_loss(logprob_T, old_logprob_T, advantage_T, selected_T)
-    found = {"logprob": logprob_T.detach()}
-    return loss, found if entropy_T is None else found | {"entropy": entropy_T.detach()}
-
-
-@cache
-def _compiler() -> Callable[..., tuple[Tensor, dict[str, Tensor]]]:
-    return torch.compile(_objective)
 
 
 def _liger_grpo(problem: Problem, *, compiled: bool) -> dict[str, Tensor]:
@@ -168,34 +61,7 @@ def _liger_grpo(problem: Problem, *, compiled: bool) -> dict[str, Tensor]:
         problem.selected[FRACTION],
         compiled=compiled,
     )
-    return _step(problem, loss)
-
-
-def ours(
-    problem: Problem, *, impl: str, fraction: float, known: bool = False, half: bool = False
-) -> dict[str, Tensor]:
-    """Our step: `known`, the tokens are told beforehand; `half`, of the advantages are zero."""
-    loss, _ = ek.high_entropy_policy_loss(
-        problem.hidden,
-        problem.weight,
-        problem.target,
-        problem.old_logprob,
-        problem.half_advantage if half else problem.advantage,
-        problem.mask,
-        fraction=fraction,
-        selected=problem.selected[fraction] if known else None,
-        impl=impl,
-    )
-    return _step(problem, loss)
-
-
-def _our_forward(
-    problem: Problem, *, impl: str, statistics: tuple[str, ...] = ()
-) -> dict[str, Tensor]:
-    inputs = problem.hidden, problem.weight, problem.target
-    with torch.no_grad():
-        found = ek.linear_logprob_entropy(*inputs, statistics=statistics, impl=impl)
-    return {"logprob": found.logprob, "entropy": found.entropy}
+    return step.step(problem.hidden, problem.weight, loss)
 
 
 def _floor(problem: Problem) -> dict[str, Tensor]:
@@ -220,21 +86,29 @@ def head_of(buffer: Tensor, rows: int, columns: int) -> Tensor:
     return buffer.view(-1)[: rows * columns].view(rows, columns)
 
 
-def contestants(impls: tuple[str, ...] | None = None) -> list[Contestant]:
-    """The first is what the others are compared with."""
-    setting = {"fraction": FRACTION, "half": False}
-    plain, compiled = (partial(_dense, peers.plain_head, compiled=x) for x in (False, True))
+def contestants(
+    impls: tuple[str, ...] | None = None, dtype: torch.dtype = torch.float32
+) -> list[Contestant]:
+    """Those for inputs of `dtype`. The first is what the others are compared with."""
+    setting = {"fraction": FRACTION}
+    at = {"fraction": FRACTION}
+    plain, compiled = (partial(dense, plain_head, **at, compiled=x) for x in (False, True))
     found = [
         Contestant(
             peer.name,
             peer.label,
-            partial(_dense, peer.head),
+            partial(dense, peer.head, **at),
             setting,
             uncompiled=plain if peer.compiled else None,
             needs=peer.needs,
         )
         for peer in peers.heads()
     ]
+    if dtype == torch.float32:
+        # Its own place is beside eager, whose head it has.
+        by_onednn = partial(dense_by_onednn, peers.heads()[0].head, **at)
+        label = f"{found[0].label}, oneDNN's products"
+        found.insert(1, Contestant("eager-onednn", label, by_onednn, setting))
     label = "torch.compile of all logits"
     found.append(Contestant("compile", label, compiled, setting, uncompiled=plain))
     found.append(
@@ -254,23 +128,15 @@ def contestants(impls: tuple[str, ...] | None = None) -> list[Contestant]:
 
 
 def _our_contestants(impl: str) -> list[Contestant]:
-    found = []
-    for fraction, known, half in [
-        *((fraction, False, False) for fraction in FRACTIONS),
-        (FRACTION, True, False),
-        (FRACTION, False, True),
-    ]:
-        name = f"{impl}-{fraction:g}" + "-known" * known + "-half" * half
-        label = f"ours ({impl}), {fraction:.0%} of the tokens"
-        label += ", known beforehand" * known + ", half of the advantages zero" * half
-        run = partial(ours, impl=impl, fraction=fraction, known=known, half=half)
-        found.append(Contestant(name, label, run, {"fraction": fraction, "half": half}, exact=True))
-    setting = {"fraction": FRACTION, "half": False}
+    found = [our_contestant(impl, fraction) for fraction in FRACTIONS]
+    found.append(our_contestant(impl, FRACTION, known=True))
+    found.append(our_contestant(impl, FRACTION, half=True))
+    setting = {"fraction": FRACTION}
     label = f"ours ({impl}), forward alone"
     for name, more, statistics in (
         (f"{impl}-forward", "", ()),
         (f"{impl}-forward-statistics", ", with all statistics", ops.MOMENTS),
     ):
-        run = partial(_our_forward, impl=impl, statistics=statistics)
+        run = partial(our_forward, impl=impl, statistics=statistics)
         found.append(Contestant(name, label + more, run, setting, exact=True))
     return found

@@ -4,12 +4,11 @@ python -m benchmarks.peak_memory MODULE PROBLEM CONTESTANT prints bytes. Linux o
 """
 
 import argparse
-import ctypes
-import gc
 import importlib
-from pathlib import Path
 
 import torch
+
+from entropy_kernels._bench.rounds import peak_of
 
 
 def main(module_name: str, problem_path: str, name: str) -> None:
@@ -22,21 +21,9 @@ def main(module_name: str, problem_path: str, name: str) -> None:
     else:
         # A compiler's own memory is not the step's.
         contestant.run(problem)
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")
-    before = status("VmRSS")
-    results = contestant.run(problem)
-    print(status("VmHWM") - before)
+    results, peak = peak_of(lambda: contestant.run(problem), torch.device("cpu"))
+    print(peak)
     del results
-
-
-def status(key: str) -> int:
-    """Bytes of this process, from the kernel."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(f"{key}:"):
-            return int(line.split()[1]) * 1024
-    raise KeyError(key)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ has none. A whole loss is one only where its options can mean the same as ours.
 T tokens, B sequences, L their length, D hidden, V vocabulary.
 """
 
-from collections.abc import Callable
 from functools import partial
 from importlib.util import find_spec
 from typing import NamedTuple
@@ -16,11 +15,9 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from benchmarks.chunked_head import ChunkedHead
+from entropy_kernels._bench.step import SEQUENCES, Head, plain_head
 
-SEQUENCES = 8
 CHUNK = 512
-
-Head = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor | None]]
 
 
 class Peer(NamedTuple):
@@ -51,14 +48,6 @@ def heads() -> list[Peer]:
         Peer("checkpoint", f"chunks of {CHUNK} tokens, checkpointed", _checkpointed_head),
         Peer("cce", cce, _cce_head, ("cut_cross_entropy", "triton"), compiled=True),
     ]
-
-
-def plain_head(hidden_TD: Tensor, weight_VD: Tensor, target_T: Tensor) -> tuple[Tensor, Tensor]:
-    """All logits, as the definitions say."""
-    logp_TV = (hidden_TD @ weight_VD.T).float().log_softmax(1)
-    fixed_TV = logp_TV.detach()
-    entropy_T = -(fixed_TV.exp() * fixed_TV).sum(1)
-    return logp_TV.gather(1, target_T.unsqueeze(1)).squeeze(1), entropy_T
 
 
 def liger_grpo_loss(

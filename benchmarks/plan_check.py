@@ -22,7 +22,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.peak_memory import status
+from entropy_kernels._bench.rounds import status
 from trainer.config import Algorithm, Config, Model, Optimizer, Rollout
 from trainer.plan import plan
 from trainer.plan.architectures import Architecture

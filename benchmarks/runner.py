@@ -7,80 +7,39 @@ call, the results included, in a fresh process for each contestant.
 """
 
 import datetime
-import gc
 import json
 import os
 import platform
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from benchmarks.environment import CORES
+from entropy_kernels._bench import machine
+from entropy_kernels._bench import rounds as rounds_of
+from entropy_kernels._bench.contestant import (
+    Contestant,
+    RefusedError,
+    Results,
+    WrongResultError,
+    check,
+)
 from entropy_kernels.testing import Watch
+
+__all__ = ["Contestant", "RefusedError", "Results", "WrongResultError", "check"]
 
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
 QUANTILES = (20, 50, 80)
-# The largest error relative to the truth's norm: where all is fp32; where results alone are rounded
-# to 16 bits; and where logits are, whose spacing in bf16 is 1/4 at the size of a peaked row's.
-FP32, ROUNDED_ONCE, ROUNDED_LOGITS = 1e-3, 1e-2, 0.25
-
-Results = dict[str, Tensor]
-
-
-@dataclass(frozen=True)
-class Contestant:
-    """One way to compute a step."""
-
-    name: str
-    """Unique, for files and the command line."""
-    label: str
-    """What a table says."""
-    run: Callable[[Any], Results]
-    """From a problem to named results, some of those that the truth has."""
-    setting: dict[str, Any] = field(default_factory=dict)
-    """What the truth depends on besides the problem."""
-    exact: bool = False
-    """Whether logits are fp32 when inputs have 16 bits."""
-    uncompiled: Callable[[Any], Results] | None = None
-    """Where `run` is compiled: what it was compiled from, whose products are counted."""
-    needs: tuple[str, ...] = ()
-    """Modules without which it is listed and not run."""
-
-
-class RefusedError(Exception):
-    """What a contestant raises that cannot compute the problem, with the reason."""
-
-
-class WrongResultError(RefusedError):
-    """Results too far from the truth for their speed to mean anything."""
-
-
-def check(
-    contestant: Contestant, results: Results, truth: Results, dtype: torch.dtype
-) -> dict[str, float]:
-    """The error of each result, relative to the truth's norm, or WrongResultError."""
-    allowed = ROUNDED_ONCE if contestant.exact else ROUNDED_LOGITS
-    allowed = FP32 if dtype == torch.float32 else allowed
-    errors = {}
-    for name, got in results.items():
-        wanted = truth[name].double()
-        # A loss is a sum of terms of both signs and of size 1: its own size is no scale.
-        scale = 1.0 if wanted.ndim == 0 else float(wanted.norm())
-        errors[name] = float((got.double() - wanted).norm()) / scale
-        if not errors[name] <= allowed:
-            raise WrongResultError(f"{name} is off by {errors[name]:.2g}; {allowed} is allowed")
-    return errors
+CPU = torch.device("cpu")
 
 
 def run_suite(
@@ -108,7 +67,7 @@ def run_suite(
                 continue
             entry = entries[contestant.name]
             try:
-                errors = check(contestant, contestant.run(problem), wanted, dtype)
+                errors = check(contestant.run(problem), wanted, dtype, exact=contestant.exact)
             except RefusedError as reason:
                 entry["refused"] = str(reason)
                 log(f"{contestant.name}: refused, {reason}")
@@ -140,36 +99,15 @@ def alternate(
     samples: dict[str, dict[str, list[float]]] = {
         c.name: {"wall_s": [], "cpu_s": [], "turn": []} for c in contestants
     }
-    gc.collect()
-    # What is here by now, libraries above all, need not be searched again before every sample.
-    gc.freeze()
-    try:
-        for number in range(rounds):
-            _round(contestants, problem, number, samples)
-            if (number + 1) % max(rounds // 10, 1) == 0:
-                last = ", ".join(f"{name} {x['wall_s'][-1]:.3g}" for name, x in samples.items())
-                log(f"round {number + 1} of {rounds}, seconds: {last}")
-    finally:
-        gc.unfreeze()
+    runs = {c.name: partial(c.run, problem) for c in contestants}
+    for name, sample in rounds_of.alternate(runs, CPU, rounds):
+        for key, value in sample._asdict().items():
+            samples[name][key].append(value)
+        number, place = divmod(sample.turn, len(contestants))
+        if place == len(contestants) - 1 and (number + 1) % max(rounds // 10, 1) == 0:
+            last = ", ".join(f"{name} {x['wall_s'][-1]:.3g}" for name, x in samples.items())
+            log(f"round {number + 1} of {rounds}, seconds: {last}")
     return samples
-
-
-def _round(
-    contestants: Sequence[Contestant],
-    problem: Any,
-    number: int,
-    samples: dict[str, dict[str, list[float]]],
-) -> None:
-    first = number % max(len(contestants), 1)
-    for place, contestant in enumerate([*contestants[first:], *contestants[:first]]):
-        gc.collect()
-        wall, cpu = time.perf_counter(), time.process_time()
-        results = contestant.run(problem)
-        wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
-        del results
-        turn = number * len(contestants) + place
-        for name, value in {"wall_s": wall, "cpu_s": cpu, "turn": turn}.items():
-            samples[contestant.name][name].append(value)
 
 
 def peak_bytes(module: str, names: Sequence[str], problem: Any) -> dict[str, int]:
@@ -195,13 +133,10 @@ def peak_bytes(module: str, names: Sequence[str], problem: Any) -> dict[str, int
     return found
 
 
-def about_this_run() -> dict[str, Any]:
-    """Machine, versions, commit and date."""
-    return {
-        "machine": _cpu_model(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "system": platform.system(),
+def about_this_run(dtype: torch.dtype) -> dict[str, Any]:
+    """Machine, instruction set and libraries for `dtype`; versions, commit and date."""
+    return machine.about(dtype) | {
+        "dtype": str(dtype).removeprefix("torch."),
         "versions": _versions("torch", "trl", "liger-kernel", "cut-cross-entropy"),
         "environment": {name: x for name, x in os.environ.items() if name.startswith("OMP_")},
         "commit": _commit(),
@@ -210,24 +145,13 @@ def about_this_run() -> dict[str, Any]:
 
 
 def write(folder: Path, about: dict[str, Any], entries: list[dict[str, Any]]) -> Path:
-    """One result file, named after op, device, dtype and shape."""
+    """One result file, named after op, device, dtype, shape and the processor's make."""
     folder.mkdir(parents=True, exist_ok=True)
     shape = "x".join(str(size) for size in about["shape"].values())
-    path = folder / f"{about['op']}-{about['device']}-{about['dtype']}-{shape}.json"
+    name = "-".join([about["op"], about["device"], about["dtype"], shape])
+    path = folder / f"{name}-{about['processor']['slug']}.json"
     path.write_text(json.dumps(about | {"contestants": entries}, indent=1) + "\n")
     return path
-
-
-def _cpu_model() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    found = dict(line.replace("\t", "").split(": ", 1) for line in lines if ": " in line)
-    name = found.get("model name", platform.machine())
-    if "cpu family" in found:
-        name += f" (family {found['cpu family']}, model {found['model']})"
-    return name
 
 
 def _versions(*packages: str) -> dict[str, str]:

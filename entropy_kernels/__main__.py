@@ -1,7 +1,8 @@
 """`python -m entropy_kernels`: what this machine has, and whether it computes rightly.
 
 Versions, devices, then each backend with its self-check against the fp64 reference, or the reason
-that it is missing. The exit status is 1 if a self-check fails.
+that it is missing. The exit status is 1 if a self-check fails. With --bench: what a step
+costs here, eager, compiled by torch, and ours.
 """
 
 import argparse
@@ -22,6 +23,7 @@ from . import (
     reference,
     top_entropy_mask,
 )
+from ._bench import command
 from .testing import peaked_head
 
 PACKAGES = ("torch", "triton")
@@ -30,7 +32,14 @@ PACKAGES = ("torch", "triton")
 def main(arguments: list[str] | None = None) -> int:
     """Print the table; returns the exit status."""
     parser = argparse.ArgumentParser("python -m entropy_kernels", description=__doc__)
-    parser.parse_args(arguments)
+    parser.add_argument("--bench", action="store_true", help="measures for about 20 seconds")
+    command.add_options(parser)
+    options = parser.parse_args(arguments)
+    if options.bench:
+        return command.main(options, parser, __version__)
+    for name in command.OPTIONS:
+        if getattr(options, name) is not None:
+            parser.error(f"argument --{name}: it needs --bench")
     print(f"entropy_kernels {__version__}, Python {platform.python_version()}")
     print(", ".join(f"{name} {_version(name)}" for name in PACKAGES))
     devices = ["cpu"]

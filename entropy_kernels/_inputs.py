@@ -55,17 +55,21 @@ def resolve(impl: str, device: torch.device) -> str:
     return impl
 
 
+def why_torch(device: torch.device) -> str:
+    """Why "auto" stands for the torch path there. The caller knows that it does."""
+    if device.type == "cpu":
+        return str(_native.why_missing("cpu"))
+    return _gpu.why_not(device) or (
+        f"the Triton kernels have no recorded correctness run on {_gpu.architecture(device)}; "
+        'impl="triton" takes them'
+    )
+
+
 @constant
 @functools.cache
 def _warn_of_the_torch_path(device: torch.device) -> None:
-    why = _native.why_missing("cpu")
-    if device.type != "cpu":
-        why = _gpu.why_not(device) or (
-            f"the Triton kernels have no recorded correctness run on {_gpu.architecture(device)}; "
-            'impl="triton" takes them'
-        )
     warnings.warn(
-        f"linear_logprob_entropy takes the torch path, which is slower: {why}",
+        f"linear_logprob_entropy takes the torch path, which is slower: {why_torch(device)}",
         RuntimeWarning,
         stacklevel=4,
     )

@@ -37,10 +37,6 @@ def _suite(contestants: list[Contestant], **options) -> dict[str, dict]:
     return {entry["name"]: entry for entry in entries}
 
 
-def _returns(value: torch.Tensor) -> Contestant:
-    return Contestant("it", "it", lambda _: {"value": value})
-
-
 @pytest.mark.parametrize("wrong", [0.99, float("nan"), float("inf")])
 def test_wrong_contestant_is_refused_and_never_timed(wrong):
     value = torch.ones(8)
@@ -58,14 +54,12 @@ def test_wrong_contestant_is_refused_and_never_timed(wrong):
 def test_rounding_is_allowed_where_the_inputs_have_16_bits_only():
     off = {"value": torch.full((8,), 1.005)}
     truth = {"value": torch.ones(8)}
-    contestant = _returns(torch.ones(8))
-    errors = runner.check(contestant, off, truth, torch.bfloat16)
+    errors = runner.check(off, truth, torch.bfloat16, exact=False)
     assert errors == pytest.approx({"value": 0.005}, rel=1e-3)
     with pytest.raises(runner.WrongResultError, match="value is off by"):
-        runner.check(contestant, off, truth, torch.float32)
-    exact = Contestant("exact", "exact", contestant.run, exact=True)
+        runner.check(off, truth, torch.float32, exact=False)
     with pytest.raises(runner.WrongResultError):
-        runner.check(exact, {"value": torch.full((8,), 1.02)}, truth, torch.bfloat16)
+        runner.check({"value": torch.full((8,), 1.02)}, truth, torch.bfloat16, exact=True)
 
 
 def test_contestants_alternate_and_each_round_starts_with_another():
@@ -91,8 +85,12 @@ def tree(tmp_path_factory):
         for module in (peers, runner):
             patch.setattr(module, "find_spec", lambda name: None)
         patch.setattr(runner, "peak_bytes", lambda module, names, problem: {names[0]: 2_000_000})
-        heads, losses = op.contestants(("torch",)), ratio.contestants()
-        patch.setattr(op, "contestants", lambda: [c for c in heads if c.uncompiled is None])
+        heads, losses = op.contestants, ratio.contestants()
+
+        def without_compilers(dtype):
+            return [c for c in heads(("torch",), dtype) if c.uncompiled is None]
+
+        patch.setattr(op, "contestants", without_compilers)
         patch.setattr(ratio, "contestants", lambda: [c for c in losses if c.uncompiled is None])
         for dtype in (torch.bfloat16, torch.float32):
             bench.measure((40, 16, 96), dtype, 2, results, log=_quiet)
@@ -212,13 +210,13 @@ def test_peers_that_are_installed_compute_the_step(monkeypatch):
     monkeypatch.setattr(chunked_head, "TOKENS", 16)
     monkeypatch.setattr(chunked_head, "VOCABULARY", 40)
     problem = op.make_problem(40, 16, 96, torch.float32)
-    truth = op.truth(problem, op.FRACTION, half=False)
+    truth = op.truth(problem, op.FRACTION)
     checked = []
     for contestant in op.contestants(impls=()):
         if all(runner.find_spec(name) for name in contestant.needs):
             # A compiler takes longer than all the rest.
             results = (contestant.uncompiled or contestant.run)(problem)
-            errors = runner.check(contestant, results, truth, torch.float32)
+            errors = runner.check(results, truth, torch.float32, exact=contestant.exact)
             assert max(errors.values(), default=0.0) < 1e-5
             checked.append(contestant.name)
     assert {"eager", "chunked", "checkpoint", "floor"} <= set(checked)

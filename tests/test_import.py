@@ -30,6 +30,7 @@ import entropy_kernels, entropy_kernels.distributed, entropy_kernels.reference
 
 for name in ("triton", "torch._dynamo", "transformers", "trl", "liger_kernel"):
     assert name not in sys.modules, f"the import brought {name}"
+assert "entropy_kernels._bench" not in sys.modules
 for owner, name, function in before:
     setattr(owner, name, function)
 child = os.fork()

@@ -43,6 +43,10 @@ ALLOWED = {
     },
     "nn": {"high_entropy_policy_loss"},
     "testing": {"_gpu", "_native", "ops", "reference"},
+    "_bench": {
+        *("_gpu", "_inputs", "_native", "functional", "high_entropy_policy_loss"),
+        *("selection", "testing"),
+    },
     "integrations": {
         *("_inputs", "_token_logprobs", "distributed", "functional", "losses", "nn"),
         *("ratio_loss", "selection", "streaming_threshold"),
@@ -99,7 +103,7 @@ def test_package_imports_only_lower_layers(path):
     allowed = ALLOWED[own]
     for name in imports(path):
         parts = name.split(".")
-        assert parts[0] != "trainer"
+        assert parts[0] not in ("benchmarks", "trainer")
         if parts[0] == "entropy_kernels" and allowed is not ANYTHING:
             used = parts[1] if len(parts) > 1 else "the package itself"
             assert used in allowed | {own} | EVERYWHERE, (

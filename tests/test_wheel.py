@@ -1,6 +1,7 @@
 """Wheel and sdist: they hold what they should, install anywhere, and say what they lack."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -91,6 +92,10 @@ def test_the_sdist_s_wheel_holds_the_package_and_computes_elsewhere(sdist, tmp_p
     printed = run(python, "-W", "error", "-m", "entropy_kernels", cwd=tmp_path, env=environment())
     assert "linear_logprob_entropy, cpu on cpu: ok" in printed
     assert "compiled CPU kernels: loaded, " in printed
+    bench = "--bench", "--shape", "16", "8", "64", "--rounds", "1", "--device", "cpu"
+    without_compiler = environment() | {"TORCHDYNAMO_DISABLE": "1"}
+    printed = run(python, "-m", "entropy_kernels", *bench, cwd=tmp_path, env=without_compiler)
+    assert re.search(r"^ours \(cpu\), 20% of the tokens +\d", printed, re.M), printed
     where = run(python, "-c", "import entropy_kernels as ek; print(ek.__file__)", cwd=tmp_path)
     assert where.startswith(str(tmp_path / "venv"))
 

@@ -27,7 +27,7 @@ PACKAGE = ROOT / "entropy_kernels"
 NAME = "entropy-kernels"
 BACKENDS = ("cpu", "cuda", "rocm", "xpu")
 # Not loaded from the Hub, see above; and what only `python -m entropy_kernels` runs.
-LEFT_OUT = {"integrations", "__main__.py"}
+LEFT_OUT = {"_bench", "integrations", "__main__.py"}
 NOT_BUILT = (
     "a kernel from the Hugging Face Hub is Python alone; the package entropy-kernels, installed by "
     "pip, has it\n"

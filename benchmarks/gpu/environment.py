@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from entropy_kernels._bench.machine import processor
+
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("torch", "triton", "liger-kernel", "cut-cross-entropy", "verl", "nvidia-cutlass-dsl")
 # What a result depends on. tiles.py is left out: the tuner writes it in the middle of a run, and
@@ -46,7 +48,7 @@ def architecture(device: torch.device) -> str:
 def properties(device: torch.device) -> dict[str, Any]:
     """Of the GPU; of a CPU its name."""
     if device.type != "cuda":
-        return {"machine": platform.machine()}
+        return {"machine": str(processor())}
     found = torch.cuda.get_device_properties(device)
     return {
         "processors": found.multi_processor_count,

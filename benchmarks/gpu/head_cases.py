@@ -14,8 +14,8 @@ from torch import Tensor
 
 from benchmarks.gpu import environment
 from benchmarks.gpu.ours import TRITON, Inputs, launch_backward, launch_forward
-from benchmarks.gpu.problem import peaked_head
 from entropy_kernels import reference
+from entropy_kernels._bench.step import peaked_head
 from entropy_kernels._rows import Statistics
 from entropy_kernels.testing import assert_within_two_bounds
 

@@ -19,8 +19,8 @@ from torch import Tensor
 import entropy_kernels as ek
 from benchmarks.gpu.contestant import Contestant, Results, step
 from benchmarks.gpu.problem import FRACTION, Problem
-from benchmarks.linear_logprob_entropy import policy_loss
-from benchmarks.peers import Head, liger_grpo_loss, plain_head
+from benchmarks.peers import liger_grpo_loss
+from entropy_kernels._bench.step import Head, plain_head, policy_loss
 
 
 def contestants(quick: bool) -> list[Contestant]:

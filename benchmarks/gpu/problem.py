@@ -1,20 +1,23 @@
 """One policy-gradient step through the LM head on a GPU: its inputs, and the truth in fp64.
 
-T tokens, D hidden, V vocabulary, R rows of a block.
+T tokens, D hidden, V vocabulary.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 import entropy_kernels as ek
-from benchmarks.linear_logprob_entropy import policy_loss
-from benchmarks.peers import SEQUENCES
-from entropy_kernels import testing
+from entropy_kernels._bench.step import (
+    SEQUENCES,
+    gradients,
+    peaked_head,
+    policy_loss,
+    statistics,
+)
 
 FRACTION = 0.2
-ROWS = 512
 
 
 class Problem(NamedTuple):
@@ -41,7 +44,7 @@ def make_problem(
 ) -> Problem:
     """Entropies of a reasoning model, ratios a few per cent off 1, one advantage a sequence."""
     hidden_TD, weight_VD, target_T = peaked_head(tokens, hidden, vocabulary, dtype, device, seed)
-    logprob_T, entropy_T = _statistics(hidden_TD, weight_VD, target_T)
+    logprob_T, entropy_T = statistics(hidden_TD, weight_VD, target_T)
     generator = torch.Generator(device).manual_seed(seed + 1)
     noise_T = torch.randn(tokens, device=device, generator=generator)
     advantage_B = torch.randn(SEQUENCES, device=device, generator=generator)
@@ -67,50 +70,6 @@ def _between(entropy_T: Tensor, selected_T: Tensor) -> Tensor:
     return ((entropy_T[selected_T].min() + entropy_T[~selected_T].max()) / 2).float()
 
 
-def peaked_head(
-    tokens: int,
-    hidden: int,
-    vocabulary: int,
-    dtype: torch.dtype,
-    device: torch.device,
-    seed: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """`entropy_kernels.testing.peaked_head`, drawn on the device and in larger blocks."""
-    generator = torch.Generator(device).manual_seed(seed)
-    on: dict[str, Any] = {"device": device, "generator": generator}
-    weight_VD = torch.randn(vocabulary, hidden, **on).div_(hidden**0.5)
-    candidates = torch.randint(vocabulary, (tokens, min(6, vocabulary)), **on)
-    gaps = (0.3 + torch.rand(candidates.shape, **on)).cumsum(1)
-    wanted_T = testing._entropy_quantiles(tokens).to(device)
-    wanted_T = wanted_T[torch.randperm(tokens, **on)]
-    wanted_T = wanted_T.clamp_max(0.9 * torch.tensor(float(vocabulary)).log().item())
-
-    hidden_TD = torch.empty(tokens, hidden, device=device)
-    target_T = torch.empty(tokens, dtype=torch.int64, device=device)
-    for start in range(0, tokens, ROWS):
-        rows = slice(start, start + ROWS)
-        words = weight_VD[candidates[rows]]
-        direction = torch.einsum("tc,tcd->td", (-gaps[rows]).exp(), words)
-        direction += 0.01 * torch.randn(direction.shape, **on)
-        z_RV = direction @ weight_VD.T
-        scale = testing._scale_to_entropy(z_RV, wanted_T[rows])
-        hidden_TD[rows] = direction * scale
-        p_RV = z_RV.mul_(scale).softmax(1)
-        target_T[rows] = torch.multinomial(p_RV, 1, generator=generator).squeeze(1)
-    return hidden_TD.to(dtype), weight_VD.to(dtype), target_T
-
-
-def _statistics(hidden_TD: Tensor, weight_VD: Tensor, target_T: Tensor) -> tuple[Tensor, Tensor]:
-    """fp64 log-probabilities and entropies [T]."""
-    weight = weight_VD.double()
-    found = []
-    for hidden, target in zip(hidden_TD.split(ROWS), target_T.split(ROWS), strict=True):
-        logp_RV = (hidden.double() @ weight.T).log_softmax(1)
-        logprob = logp_RV.gather(1, target.unsqueeze(1)).squeeze(1)
-        found.append((logprob, torch.special.entr(logp_RV.exp_()).sum(1)))
-    return torch.cat([x[0] for x in found]), torch.cat([x[1] for x in found])
-
-
 def _gradients(problem: Problem) -> dict[str, Tensor]:
     """The loss, and its gradients from fp64 sums, kept in fp32 to leave room for contestants."""
     logprob_T = problem.truth["logprob"].clone().requires_grad_()
@@ -118,14 +77,5 @@ def _gradients(problem: Problem) -> dict[str, Tensor]:
         logprob_T, problem.old_logprob.double(), problem.advantage.double(), problem.selected
     )
     (grad_T,) = torch.autograd.grad(loss, logprob_T)
-    weight_VD = problem.weight.detach().double()
-    dhidden_TD = torch.zeros(problem.hidden.shape, device=grad_T.device)
-    dweight_VD = torch.zeros_like(weight_VD)
-    for rows_R in grad_T.nonzero().squeeze(1).split(ROWS):
-        hidden_RD = problem.hidden.detach()[rows_R].double()
-        dz_RV = (hidden_RD @ weight_VD.T).softmax(1).neg_()
-        dz_RV[torch.arange(len(rows_R), device=grad_T.device), problem.target[rows_R]] += 1
-        dz_RV *= grad_T[rows_R].unsqueeze(1)
-        dhidden_TD[rows_R] = (dz_RV @ weight_VD).float()
-        dweight_VD.addmm_(dz_RV.T, hidden_RD)
-    return {"loss": loss.detach(), "dhidden": dhidden_TD, "dweight": dweight_VD.float()}
+    dhidden_TD, dweight_VD = gradients(problem.hidden, problem.weight, problem.target, grad_T)
+    return {"loss": loss.detach(), "dhidden": dhidden_TD.float(), "dweight": dweight_VD.float()}

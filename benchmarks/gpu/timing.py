@@ -1,13 +1,12 @@
 """Times on a GPU by events, on a CPU by the clock; contestants alternate."""
 
-import gc
-import time
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from benchmarks.gpu.rows import Row, quantile
+from entropy_kernels._bench import rounds as rounds_of
 
 WARM_UP = 2
 Run = Callable[[], Any]
@@ -20,25 +19,9 @@ def alternate(runs: dict[str, Run], device: torch.device, rounds: int) -> dict[s
     for name in names:
         for _ in range(WARM_UP):
             runs[name]()
-    for number in range(rounds):
-        first = number % max(len(names), 1)
-        for name in names[first:] + names[:first]:
-            samples[name].append(once(runs[name], device))
+    for name, sample in rounds_of.alternate(runs, device, rounds):
+        samples[name].append(1e3 * sample.wall_s)
     return samples
-
-
-def once(run: Run, device: torch.device) -> float:
-    """Milliseconds of one call, everything it started included."""
-    if device.type != "cuda":
-        begun = time.perf_counter()
-        run()
-        return 1e3 * (time.perf_counter() - begun)
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    begin.record()
-    run()
-    end.record()
-    end.synchronize()
-    return begin.elapsed_time(end)
 
 
 def spread(samples: list[float]) -> Row:
@@ -77,11 +60,4 @@ def peak_bytes(run: Run, device: torch.device) -> int | None:
     if device.type != "cuda":
         run()
         return None
-    gc.collect()
-    torch.cuda.synchronize()
-    torch.cuda.empty_cache()
-    before = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    run()
-    torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated() - before
+    return rounds_of.peak_of(run, device)[1]

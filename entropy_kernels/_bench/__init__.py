@@ -1,0 +1,1 @@
+"""What `python -m entropy_kernels --bench` and the checkout's benchmarks share."""

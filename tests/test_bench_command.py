@@ -1,0 +1,288 @@
+"""python -m entropy_kernels --bench: it checks before it times, and says what it could not do."""
+
+import dataclasses
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from entropy_kernels import __main__ as main
+from entropy_kernels import _native
+from entropy_kernels._bench import command, machine, measure, rounds, step
+from entropy_kernels._bench.machine import Processor
+
+ROOT = Path(__file__).parents[1]
+TINY = ["--bench", "--shape", "48", "16", "300", "--rounds", "3", "--device", "cpu"]
+
+
+@pytest.fixture(autouse=True)
+def without_compiler(monkeypatch):
+    """It takes longer than all the rest."""
+    monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")
+    compiler = step._compiler
+    compiler.cache_clear()
+    yield
+    compiler.cache_clear()
+
+
+def rows(printed: str) -> dict[str, list[str]]:
+    """The cells of the table's rows, by label; a line that says why has none."""
+    found = {}
+    for line in printed.splitlines():
+        label, *cells = re.split(r" {2,}", line)
+        if len(cells) == 4 and label:
+            found[label] = cells
+    return found
+
+
+def wrong(contestant, calls):
+    def run(problem):
+        calls.append(0)
+        found = contestant.run(problem)
+        return found | {"dweight": found["dweight"] * 1.01}
+
+    return dataclasses.replace(contestant, run=run)
+
+
+def test_the_table_and_the_file_say_the_same(capsys, tmp_path):
+    threads = torch.get_num_threads()
+    file = tmp_path / "result.json"
+    assert main.main([*TINY, "--json", str(file), "--threads", "1"]) == 0
+    assert torch.get_num_threads() == threads
+    printed = capsys.readouterr().out
+    assert max(map(len, printed.splitlines())) <= 100
+    assert printed.isascii()
+    result = json.loads(file.read_text())
+    impl = result["impl"]
+    labels = {entry["label"] for entry in result["contestants"] if "wall_s" in entry}
+    assert labels >= {
+        "eager: all logits",
+        f"ours ({impl}), 100% of the tokens",
+        f"ours ({impl}), 20% of the tokens",
+        f"ours ({impl}), 20% of the tokens, known beforehand",
+    }
+    found = rows(printed)
+    assert set(found) == labels
+    assert found["eager: all logits"][1] == "1.00"
+    for entry in result["contestants"]:
+        if "wall_s" in entry:
+            milliseconds = 1e3 * sorted(entry["wall_s"])[1]
+            assert float(found[entry["label"]][0]) == pytest.approx(milliseconds, abs=0.051)
+            assert set(entry["errors"]) == {"loss", "dhidden", "dweight", "logprob", "entropy"}
+            assert entry["error"] < 1e-3
+    here = machine.processor()
+    assert result["processor"]["slug"] == here.slug
+    assert result["threads"] == 1
+    for text in (here.name, here.make, torch.__version__, machine.libraries(), "1 of "):
+        assert text in printed
+    if impl == "cpu":
+        assert f"instruction set {_native.instruction_set(torch.float32)}" in printed
+
+
+def test_what_torch_compile_cannot_do_is_one_line(capsys, monkeypatch):
+    def fail():
+        raise RuntimeError(
+            "backend='inductor' raised:\nInvalidCxxCompiler: no g++\n\n Set TORCHDYN"
+        )
+
+    monkeypatch.setattr(step, "_compiler", fail)
+    assert main.main(TINY) == 0
+    printed = capsys.readouterr().out
+    assert (
+        "torch.compile of eager: not timed: RuntimeError: backend='inductor' raised: "
+        "InvalidCxxCompiler:" in printed
+    )
+    assert "Traceback" not in printed
+
+
+@pytest.mark.parametrize(("which", "status"), [("ours", 1), ("eager with", 0)])
+def test_a_wrong_contestant_is_named_and_never_timed(which, status, capsys, monkeypatch, tmp_path):
+    calls = []
+
+    def entrants(*options):
+        found = real(*options)
+        place = next(i for i, x in enumerate(found) if x.label.startswith(which))
+        return [*found[:place], wrong(found[place], calls), *found[place + 1 :]]
+
+    real = command.entrants
+    monkeypatch.setattr(command, "entrants", entrants)
+    file = tmp_path / "result.json"
+    assert main.main([*TINY, "--json", str(file)]) == status
+    printed = capsys.readouterr().out
+    assert re.search(
+        rf"^{which}.*: WRONG, not timed: dweight is off by 0\.01; 0\.001", printed, re.M
+    )
+    # Once small and once in full.
+    assert len(calls) == 2
+    (entry,) = [x for x in json.loads(file.read_text())["contestants"] if "WRONG" in str(x)]
+    assert "wall_s" not in entry
+    assert len(rows(printed)) >= 3
+
+
+def test_wrong_entropies_of_ours_are_seen_although_the_loss_hides_them(capsys, monkeypatch):
+    def forward(problem, impl):
+        found = real(problem, impl=impl)
+        return found | {"entropy": found["entropy"] * 1.01}
+
+    real = measure.our_forward
+    monkeypatch.setattr(measure, "our_forward", forward)
+    assert main.main(TINY) == 1
+    printed = capsys.readouterr().out
+    assert printed.count("WRONG, not timed: entropy is off by") == 3
+    assert not any(label.startswith("ours") for label in rows(printed))
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--shape", "0", "4", "5"], "--shape: must be a whole number of 1 or more; got 0"),
+        (["--shape", "3", "-4", "5"], "--shape"),
+        (["--shape", "3", "4.5", "5"], "--shape: must be a whole number of 1 or more; got 4.5"),
+        (["--shape", "3", "4"], "--shape: expected 3 arguments"),
+        (["--fraction", "0"], "--fraction: must be a number above 0 and at most 1; got 0"),
+        (["--fraction", "2"], "--fraction: must be a number above 0 and at most 1; got 2"),
+        (["--fraction", "nan"], "--fraction: must be a number above 0 and at most 1; got nan"),
+        (["--fraction", "a fifth"], "at most 1; got a fifth"),
+        (["--dtype", "int8"], "--dtype: invalid choice: 'int8'"),
+        (["--device", "warp"], "--device: must be one of cpu"),
+        (["--device", "cuda:99"], "; got cuda:99"),
+        (["--rounds", "0"], "--rounds: must be a whole number of 1 or more; got 0"),
+        (["--threads", "many"], "--threads: must be a whole number of 1 or more; got many"),
+        (["--json", "no/such/folder/file"], "--json: must be a file in a folder that is there"),
+        (["--shape", "8", "4096", "99999999999"], "GB are available on cpu"),
+    ],
+    ids=lambda x: " ".join(x) if isinstance(x, list) else "",
+)
+def test_a_bad_option_says_what_came_and_what_was_wanted(options, said, capsys):
+    with pytest.raises(SystemExit) as end:
+        main.main(["--bench", "--device", "cpu", *options])
+    assert end.value.code == 2
+    assert said in " ".join(capsys.readouterr().err.split())
+
+
+def test_its_options_need_bench(capsys):
+    for option, value in (("--fraction", "0.5"), ("--rounds", "2")):
+        with pytest.raises(SystemExit):
+            main.main([option, value])
+        assert f"{option}: it needs --bench" in capsys.readouterr().err
+
+
+def test_logits_that_do_not_fit_are_left_out_and_ours_is_timed(capsys, monkeypatch):
+    shape = (2000, 8, 1000)
+    room = command.problem_bytes(shape, torch.float32) + 2 * command.logits_bytes(shape)
+    monkeypatch.setattr(machine, "available_bytes", lambda device: room)
+    assert main.main([*TINY, "--shape", *map(str, shape)]) == 0
+    printed = capsys.readouterr().out
+    assert re.search(
+        r"eager: all logits: not timed: with all logits it needs about 0\.0\d GB", printed
+    )
+    found = rows(printed)
+    assert len(found) == 3
+    assert all(label.startswith("ours") and cells[1] == "-" for label, cells in found.items())
+
+
+def test_ctrl_c_ends_with_what_there_is(capsys, monkeypatch):
+    def interrupted(*arguments):
+        for number, found in enumerate(real(*arguments)):
+            if number == 7:
+                raise KeyboardInterrupt
+            yield found
+
+    real = rounds.alternate
+    monkeypatch.setattr(measure, "alternate", interrupted)
+    assert main.main(TINY) == command.STOPPED
+    printed = capsys.readouterr().out
+    assert printed.splitlines()[-1] == "stopped by Ctrl-C after 1 of 3 rounds"
+    assert len(rows(printed)) >= 4
+
+    def at_once(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(command, "make_problem", at_once)
+    assert main.main(TINY) == command.STOPPED
+    assert capsys.readouterr().out.splitlines()[-1] == "stopped by Ctrl-C after 0 of 3 rounds"
+
+
+def test_missing_kernels_are_named(capsys, monkeypatch):
+    monkeypatch.setattr(_native, "_load", lambda name: (None, "the kernels are not built"))
+    assert main.main(TINY) == 0
+    printed = capsys.readouterr().out
+    assert 'torch, which impl="auto" takes here because the kernels are not built' in printed
+    assert "ours (torch), 20% of the tokens" in rows(printed)
+
+
+def test_a_fraction_of_one_has_no_row_twice(capsys):
+    assert main.main([*TINY, "--fraction", "1", "--dtype", "bfloat16"]) == 0
+    labels = [label for label in rows(capsys.readouterr().out) if label.startswith("ours")]
+    assert [label.partition(", ")[2] for label in labels] == [
+        "100% of the tokens",
+        "100% of the tokens, known beforehand",
+    ]
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (1, 3, 2), (300, 5, 7)])
+def test_the_smallest_shapes_are_measured_too(shape, capsys):
+    assert main.main([*TINY, "--shape", *map(str, shape)]) == 0
+    assert len(rows(capsys.readouterr().out)) >= 4
+
+
+def test_it_runs_where_there_are_no_benchmarks(tmp_path):
+    code = (
+        "import sys; sys.modules['benchmarks'] = None\n"
+        "from entropy_kernels.__main__ import main; sys.exit(main(sys.argv[1:]))"
+    )
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-W", "error", "-c", code, *TINY]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "eager: all logits" in rows(done.stdout)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_peak_memory_sees_what_a_call_holds():
+    why = rounds.why_no_peak(torch.device("cpu"))
+    if why is not None:
+        pytest.skip(why)
+    size = 1 << 26
+    held, peak = rounds.peak_of(lambda: torch.ones(2 * size // 4)[: size // 4].clone(), CPU)
+    assert held.numel() == size // 4
+    assert 2.9 * size < peak < 3.3 * size
+
+
+CPU = torch.device("cpu")
+X86 = "processor\t: 0\nvendor_id\t: {}\ncpu family\t: {}\nmodel\t\t: {}\nmodel name\t: A name\n\n"
+ARM = "processor\t: 0\nCPU implementer\t: 0x41\nCPU architecture: 8\nCPU part\t: 0xd4f\n\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "make", "slug"),
+    [
+        (X86.format("AuthenticAMD", 26, 2), "AMD Zen 5", "amd-zen-5"),
+        (X86.format("AuthenticAMD", 25, 17), "AMD Zen 4", "amd-zen-4"),
+        (X86.format("AuthenticAMD", 25, 1), "AMD Zen 3", "amd-zen-3"),
+        (X86.format("GenuineIntel", 6, 143), "Intel Sapphire Rapids", "intel-sapphire-rapids"),
+        (X86.format("GenuineIntel", 6, 999), "GenuineIntel 6 999", "genuineintel-6-999"),
+        (X86.format("AuthenticAMD", 99, 2), "AuthenticAMD 99 2", "authenticamd-99-2"),
+        (ARM, "Arm Neoverse V2", "arm-neoverse-v2"),
+    ],
+)
+def test_the_make_comes_from_vendor_family_and_model(text, make, slug):
+    """Virtual machines of a cloud hide the model's name."""
+    found = machine.from_cpuinfo(text)
+    assert (found.make, found.slug) == (make, slug)
+
+
+def test_other_systems_and_older_files_have_a_make_too():
+    windows = machine.from_windows("AMD64 Family 25 Model 17 Stepping 1, AuthenticAMD")
+    assert windows.slug == "amd-zen-4"
+    assert machine.from_windows("something").slug == "something"
+    assert Processor("Apple M2 Pro").slug == "apple-m2-pro"
+    older = "AMD EPYC (family 26, model 2)"
+    assert str(Processor.parse(older)) == older
+    assert Processor.parse(older).slug == "amd-zen-5"
+    assert Processor.parse("x86_64").slug == "x86-64"
