@@ -12,6 +12,7 @@ from benchmarks.tables import (
     median_ratio,
     megabytes,
     named,
+    processor_of,
     quantile,
     ratios,
     seconds_table,
@@ -37,6 +38,7 @@ def in_short(runs: list[Run], floors: list[Run]) -> str:
 
 def _facts(run: Run, floors: list[Run]) -> dict[str, str]:
     eager, fifth = run["contestants"][0], named(run, f"{OURS}-0.2")
+    by_onednn = named(run, "eager-onednn")
     others = [
         entry
         for entry in run["contestants"]
@@ -50,6 +52,10 @@ def _facts(run: Run, floors: list[Run]) -> dict[str, str]:
     return {
         "20% of the tokens / eager": cell(median_ratio(fifth, eager)),
         "all tokens / eager": cell(median_ratio(named(run, f"{OURS}-1"), eager)),
+        "20% / eager with oneDNN's products": cell(median_ratio(fifth, by_onednn)),
+        "all tokens / eager with oneDNN's products": cell(
+            median_ratio(named(run, f"{OURS}-1"), by_onednn)
+        ),
         "20%, known beforehand / eager": cell(median_ratio(named(run, f"{OURS}-0.2-known"), eager)),
         "20% / the fastest other": f"{against} ({fastest['name']})" if against else "",
         "forward / its bare torch.mm, one thread": cell(forward),
@@ -91,7 +97,10 @@ def _about(run: Run) -> str:
 
 def compact(runs: list[Run]) -> str:
     """A row a contestant: units, and for each dtype times and memory. One torch row is enough."""
-    names = [entry["name"] for entry in runs[0]["contestants"]]
+    # The longest list first: what one dtype alone has keeps its place.
+    longest_first = sorted(runs, key=lambda run: -len(run["contestants"]))
+    every = [entry["name"] for run in longest_first for entry in run["contestants"]]
+    names = list(dict.fromkeys(every))
     if any(name.startswith(f"{OURS}-") for name in names):
         names = [n for n in names if not n.startswith("torch-") or n == "torch-0.2"]
     columns = [f"{DTYPES[run['dtype']]} {what}" for run in runs for what in ("wall", "CPU", "MB")]
@@ -99,7 +108,8 @@ def compact(runs: list[Run]) -> str:
     for name in names:
         entries = [named(run, name) for run in runs]
         units = next((f"{entry['units']:.2f}" for entry in entries if "units" in entry), "")
-        cells = [entries[0]["label"], units]
+        label = next(entry["label"] for entry in entries if entry)
+        cells = [label, units]
         for run, entry in zip(runs, entries, strict=True):
             cells += [_time(run, entry, "wall_s"), _time(run, entry, "cpu_s"), megabytes(entry)]
         rows.append(cells)
@@ -158,4 +168,5 @@ def series(run: Run) -> dict[str, Any]:
             for fraction in (0.0, 1.0):
                 at = middle / entry["units"] * (1 + 3 * fraction)
                 lines.setdefault("floor", []).append((fraction, at, at, at))
-    return {"title": DTYPES[run["dtype"]], "shape": run["shape"], "lines": lines}
+    title = f"{processor_of(run).make}, {DTYPES[run['dtype']]}"
+    return {"title": title, "shape": run["shape"], "lines": lines}

@@ -11,6 +11,7 @@ from benchmarks.tables import (
     median_ratio,
     megabytes,
     named,
+    processor_of,
     quantile,
     seconds_table,
     table,
@@ -158,8 +159,9 @@ def cost_points(run: Run, sweep: str, clock: str = "wall_s") -> Points:
 
 
 def cost_panels(runs: list[Run]) -> list[dict[str, Any]]:
-    """What the plot of growth shows: a panel a sweep, a line a dtype."""
+    """What the plot of growth shows of one make: a panel a sweep, a line a dtype."""
     panels = []
+    make = processor_of(runs[0]).make
     for sweep, label in SWEEPS.items():
         lines = {}
         for run in runs:
@@ -167,7 +169,7 @@ def cost_panels(runs: list[Run]) -> list[dict[str, Any]]:
             name = DTYPES[run["dtype"]]
             label_of_line = name if sweep == "fraction" else f"{name}, slope {exponent(points):.2f}"
             lines[name] = (label_of_line, points)
-        panels.append({"title": label, "log": sweep != "fraction", "lines": lines})
+        panels.append({"title": f"{make}, {label}", "log": sweep != "fraction", "lines": lines})
     return panels
 
 

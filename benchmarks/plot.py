@@ -9,6 +9,8 @@ from typing import Any
 
 WIDTH, HEIGHT = 400, 300
 LEFT, RIGHT, TOP, BOTTOM = 52, 128, 44, 48
+# Panels that one make has.
+SWEEPS = 3
 NAMES = {
     "cpu": "ours, compiled",
     "torch": "ours, PyTorch",
@@ -59,9 +61,10 @@ def plot(panels: list[dict[str, Any]]) -> str:
 
 
 def plot_cost(panels: list[dict[str, Any]]) -> str:
-    """One panel a sweep. `lines` has a label and (value, p20, p50, p80) in seconds by name."""
+    """One panel a sweep, a row of them a make. `lines` has a label and (value, p20, p50, p80) in
+    seconds by name."""
     title = "Time of a step against tokens, vocabulary and fraction of tokens"
-    return _page(title, [_cost_panel(panel) for panel in panels])
+    return _page(title, [_cost_panel(panel) for panel in panels], columns=SWEEPS)
 
 
 def plot_runs(panels: list[dict[str, Any]]) -> str:
@@ -71,14 +74,18 @@ def plot_runs(panels: list[dict[str, Any]]) -> str:
     return _page(title, [_run_panel(panel) for panel in panels], STYLE + RUN_STYLE)
 
 
-def _page(title: str, panels: list[list[str]], style: str = STYLE) -> str:
+def _page(title: str, panels: list[list[str]], style: str = STYLE, columns: int = 0) -> str:
+    """`columns` panels a row; 0: all in one."""
+    columns = columns or len(panels)
+    width, height = WIDTH * columns, HEIGHT * -(-len(panels) // columns)
     parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH * len(panels)} {HEIGHT}" '
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" '
         f'role="img" aria-label="{title}">',
         f"<style>{style}</style>",
     ]
     for number, panel in enumerate(panels):
-        parts += [f'<g transform="translate({number * WIDTH} 0)">', *panel, "</g>"]
+        at = f"{number % columns * WIDTH} {number // columns * HEIGHT}"
+        parts += [f'<g transform="translate({at})">', *panel, "</g>"]
     return "\n".join([*parts, "</svg>"]) + "\n"
 
 

@@ -18,7 +18,7 @@ from benchmarks import other_tables as other
 from benchmarks.engine_runs import panels as run_panels
 from benchmarks.plot import plot, plot_cost, plot_runs
 from benchmarks.predicted_tables import predicted
-from benchmarks.tables import Run, by_shape
+from benchmarks.tables import Run, by_make, by_shape, make_heading, processor_of
 
 ROOT = Path(__file__).parent.parent
 BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
@@ -68,7 +68,10 @@ def render(root: Path) -> dict[Path, str]:
         root / "docs" / "benchmarks.svg": plot([head.series(run) for run in shapes[0]]),
     }
     if "linear_cost" in runs:
-        panels = other.cost_panels(runs["linear_cost"])
+        makes = [
+            of_make["linear_cost"] for of_make in by_make({"linear_cost": runs["linear_cost"]})
+        ]
+        panels = [panel for of_make in makes for panel in other.cost_panels(of_make)]
         texts[root / "docs" / "linear_cost.svg"] = plot_cost(panels)
     runs_of_engines = root / "benchmarks" / "results" / "engine_runs.json"
     if runs_of_engines.exists():
@@ -98,24 +101,32 @@ def between_markers(text: str, block: str) -> str:
 
 def _summary(runs: dict[str, list[Run]]) -> str:
     """What the README has: the numbers in short, one shape's contestants, the plots."""
-    runs_of_head = runs["linear_logprob_entropy"]
-    parts = [IN_SHORT, head.in_short(runs_of_head, runs.get("forward_floor", []))]
-    parts += [head.section(by_shape(runs_of_head)[0], head.compact), FIGURE]
-    if "linear_cost" in runs:
-        parts += [other.cost_in_short(runs["linear_cost"]), COST_FIGURE]
-    if "entropy_threshold" in runs:
-        parts.append(other.threshold_in_short(runs["entropy_threshold"]))
-    if "ratio_loss" in runs:
-        parts.append(other.ratio_loss_in_short(runs["ratio_loss"]))
-    if "train_step" in runs:
-        parts.append(other.train_step_tables(runs["train_step"]))
+    parts = [IN_SHORT]
+    for of_make in by_make(runs):
+        parts += [make_heading(of_make), *_summary_of_make(of_make)]
+    figures = {"linear_logprob_entropy": FIGURE, "linear_cost": COST_FIGURE}
+    parts += [figure for op, figure in figures.items() if op in runs]
     return "\n\n".join([*parts, POINTER, predicted()])
 
 
-def _full_page(runs: dict[str, list[Run]]) -> str:
-    shapes = by_shape(runs["linear_logprob_entropy"])
-    parts = [FULL_PAGE, *(head.section(shape, head.full) for shape in shapes)]
+def _summary_of_make(runs: dict[str, list[Run]]) -> list[str]:
+    parts = []
+    if "linear_logprob_entropy" in runs:
+        of_head = runs["linear_logprob_entropy"]
+        parts.append(head.in_short(of_head, runs.get("forward_floor", [])))
+        parts.append(head.section(by_shape(of_head)[0], head.compact))
     tables = {
+        "linear_cost": other.cost_in_short,
+        "entropy_threshold": other.threshold_in_short,
+        "ratio_loss": other.ratio_loss_in_short,
+        "train_step": other.train_step_tables,
+    }
+    return parts + [make(runs[op]) for op, make in tables.items() if op in runs]
+
+
+def _full_page(runs: dict[str, list[Run]]) -> str:
+    tables = {
+        "linear_logprob_entropy": _all_shapes,
         "forward_floor": head.floor_tables,
         "linear_cost": other.cost_tables,
         "entropy_threshold": other.threshold_tables,
@@ -123,8 +134,15 @@ def _full_page(runs: dict[str, list[Run]]) -> str:
         "trl_step": other.trl_step_tables,
         "train_step": other.train_step_tables,
     }
-    parts += [make(runs[op]) for op, make in tables.items() if op in runs]
+    parts = [FULL_PAGE]
+    for of_make in by_make(runs):
+        parts += [f"## {processor_of(next(iter(of_make.values()))[0]).make}", make_heading(of_make)]
+        parts += [make(of_make[op]) for op, make in tables.items() if op in of_make]
     return "\n\n".join(parts) + "\n"
+
+
+def _all_shapes(runs: list[Run]) -> str:
+    return "\n\n".join(head.section(shape, head.full) for shape in by_shape(runs))
 
 
 if __name__ == "__main__":

@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from entropy_kernels._bench.machine import Processor
+
 DTYPES = {"bfloat16": "bf16", "float32": "fp32"}
 BYTES = {"bfloat16": 2, "float32": 4}
 
@@ -57,10 +59,46 @@ def about(run: Run, more: str = "") -> str:
     """Machine, versions, commit, date, in small print."""
     versions = ", ".join(f"{name} {number}" for name, number in run["versions"].items())
     threads = f"{run['threads']} threads" if run["threads"] > 1 else "1 thread"
+    instruction = f", {run['instruction']}" if run.get("instruction") else ""
+    libraries = f" with {run['blas']}" if run.get("blas") else ""
     rounds = f"{run['rounds']} rounds" if run["rounds"] > 1 else "1 round"
     return (
-        f"<sub>{DTYPES[run['dtype']]}: {run['machine']}, {threads}; {versions}; "
-        f"commit {run['commit']}; {run['date']}; {rounds}{more}.</sub><br>"
+        f"<sub>{DTYPES[run['dtype']]}: {run['machine']}, {threads}{instruction}; "
+        f"{versions}{libraries}; commit {run['commit']}; {run['date']}; {rounds}{more}.</sub><br>"
+    )
+
+
+def processor_of(run: Run) -> Processor:
+    """What it was measured on; older files have the name alone, with family and model."""
+    if "processor" not in run:
+        return Processor.parse(run["machine"])
+    return Processor(*(run["processor"][key] for key in ("name", "vendor", "family", "model")))
+
+
+def by_make(runs: dict[str, list[Run]]) -> list[dict[str, list[Run]]]:
+    """The runs of each make of processor, by op; the make that was measured last comes first."""
+    found: dict[str, dict[str, list[Run]]] = {}
+    for op, of_op in runs.items():
+        for run in of_op:
+            found.setdefault(processor_of(run).slug, {}).setdefault(op, []).append(run)
+    return sorted(found.values(), key=_last_date, reverse=True)
+
+
+def _last_date(runs: dict[str, list[Run]]) -> str:
+    return max(run["date"] for of_op in runs.values() for run in of_op)
+
+
+def make_heading(runs: dict[str, list[Run]]) -> str:
+    """Make and name of the processor, our instruction set for each dtype, torch's libraries."""
+    every = [run for of_op in runs.values() for run in of_op]
+    processor = processor_of(every[0])
+    sets = {DTYPES[run["dtype"]]: run["instruction"] for run in every if run.get("instruction")}
+    instructions = ", ".join(f"{name} for {dtype}" for dtype, name in sorted(sets.items()))
+    libraries = sorted({run["blas"] for run in every if run.get("blas")})
+    return (
+        f"**On {processor.make}**, as {processor}; instruction set: "
+        f"{instructions or 'not recorded'}; torch's libraries: "
+        f"{' or '.join(libraries) or 'not recorded'}."
     )
 
 

@@ -13,7 +13,7 @@ import torch
 
 from entropy_kernels import __main__ as main
 from entropy_kernels import _native
-from entropy_kernels._bench import command, machine, measure, rounds, step
+from entropy_kernels._bench import command, contestant, machine, measure, rounds, step
 from entropy_kernels._bench.machine import Processor
 
 ROOT = Path(__file__).parents[1]
@@ -40,13 +40,13 @@ def rows(printed: str) -> dict[str, list[str]]:
     return found
 
 
-def wrong(contestant, calls):
+def wrong(entrant, calls):
     def run(problem):
         calls.append(0)
-        found = contestant.run(problem)
+        found = entrant.run(problem)
         return found | {"dweight": found["dweight"] * 1.01}
 
-    return dataclasses.replace(contestant, run=run)
+    return dataclasses.replace(entrant, run=run)
 
 
 def test_the_table_and_the_file_say_the_same(capsys, tmp_path):
@@ -242,6 +242,18 @@ def test_it_runs_where_there_are_no_benchmarks(tmp_path):
     assert (done.returncode, done.stderr) == (0, "")
     assert "eager: all logits" in rows(done.stdout)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_products_by_onednn_end_with_their_block():
+    before = torch.get_float32_matmul_precision()
+    with step.products_by_onednn():
+        assert torch.get_float32_matmul_precision() == "medium"
+    with pytest.raises(ZeroDivisionError), step.products_by_onednn():
+        raise ZeroDivisionError
+    assert torch.get_float32_matmul_precision() == before
+    half = step.make_problem(8, 4, 32, torch.bfloat16, (0.2,))
+    with pytest.raises(contestant.RefusedError, match="for fp32 on a CPU alone"):
+        step.dense_by_onednn(step.plain_head, half, fraction=0.2)
 
 
 def test_peak_memory_sees_what_a_call_holds():

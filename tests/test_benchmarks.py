@@ -1,6 +1,8 @@
 """The benchmarks refuse wrong results, alternate, and report what they measured."""
 
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -22,7 +24,10 @@ from benchmarks import (
 )
 from benchmarks import bench_trl_step as trl_step
 from benchmarks import linear_logprob_entropy as op
+from benchmarks.plot import HEIGHT, WIDTH
 from benchmarks.runner import Contestant
+from entropy_kernels import _native
+from entropy_kernels._bench import machine
 
 
 def _quiet(line: str) -> None:
@@ -187,6 +192,54 @@ def test_report_renders_every_result_file(tree):
     for name in ("benchmarks.svg", "linear_cost.svg"):
         assert texts[name].startswith("<svg")
         assert "nan" not in texts[name]
+
+
+def test_result_files_name_what_was_measured_and_with_what(tree):
+    here = machine.processor()
+    paths = list(tree.glob("benchmarks/results/*-cpu-*.json"))
+    assert paths
+    for path in paths:
+        run = json.loads(path.read_text())
+        assert path.stem.endswith(f"-{here.slug}")
+        assert {"vendor", "family", "model", "name", "make"} <= set(run["processor"])
+        assert run["blas"] == machine.libraries()
+        if _native.cpu() is not None:
+            dtype = getattr(torch, run["dtype"])
+            assert run["instruction"] == _native.instruction_set(dtype)
+
+
+def test_every_make_that_has_result_files_has_its_tables(tree, tmp_path):
+    """Files of before the processor was recorded are read by the name that they have."""
+    results = tmp_path / "benchmarks" / "results"
+    shutil.copytree(tree / "benchmarks" / "results", results)
+    for path in list(results.glob("*-cpu-*.json")):
+        run = json.loads(path.read_text()) | {"machine": "AMD EPYC (family 23, model 49)"}
+        for key in ("processor", "instruction", "blas"):
+            del run[key]
+        run["date"] = "2001-01-01"
+        (results / f"{run['op']}-cpu-{path.name[-60:]}-older.json").write_text(json.dumps(run))
+    (tmp_path / "README.md").write_text(f"{report.BEGIN}\n{report.END}")
+    texts = {path.relative_to(tmp_path): text for path, text in report.render(tmp_path).items()}
+    here = machine.processor().make
+    for text in (texts[Path("README.md")], texts[Path("benchmarks/results/README.md")]):
+        first, second = text.index(f"**On {here}**"), text.index("**On AMD Zen 2**")
+        assert first < second
+        assert machine.libraries() in text[first:second]
+        assert "not recorded" not in text[first:second]
+        assert "instruction set: not recorded; torch's libraries: not recorded" in text[second:]
+        for table in ("exponent", "20,000 entropies", "512 tokens"):
+            assert table in text[first:second]
+            assert table in text[second:]
+    plot = texts[Path("docs/linear_cost.svg")]
+    assert f'viewBox="0 0 {3 * WIDTH} {2 * HEIGHT}"' in plot
+    assert "AMD Zen 2, vocabulary" in plot
+
+
+def test_eager_by_onednn_stands_beside_eager_in_fp32_alone(tree):
+    for run in _runs(tree, "linear_logprob_entropy"):
+        names = [entry["name"] for entry in run["contestants"]]
+        assert ("eager-onednn" in names) is (run["dtype"] == "float32")
+    assert "plain PyTorch, oneDNN's products | 3.00 |" in report.render(tree)[tree / "README.md"]
 
 
 def test_report_has_no_section_without_a_result_file(tree, tmp_path):
