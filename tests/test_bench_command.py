@@ -244,6 +244,18 @@ def test_it_runs_where_there_are_no_benchmarks(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_problem_drawn_on_its_device_has_the_same_truth():
+    """What GPUs take: "cpu:0" is not "cpu", and stands for one."""
+    problem = step.make_problem(40, 16, 300, torch.float32, (0.2,), torch.device("cpu:0"), 24)
+    assert len({float(x) for x in problem.entropy}) == 40
+    wanted = step.truth(problem, 0.2)
+    eager = step.dense(step.plain_head, problem, fraction=0.2)
+    found = eager, step.ours(problem, impl="torch", fraction=0.2)
+    for results in found:
+        errors = contestant.check(results, wanted, torch.float32, exact=True)
+        assert 0 < max(errors.values()) < 1e-5
+
+
 def test_products_by_onednn_end_with_their_block():
     before = torch.get_float32_matmul_precision()
     with step.products_by_onednn():

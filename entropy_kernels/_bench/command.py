@@ -8,6 +8,7 @@ import json
 import math
 import platform
 import warnings
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -84,7 +85,9 @@ def main(options: argparse.Namespace, parser: argparse.ArgumentParser, version: 
     try:
         torch.set_num_threads(options.threads or before)
         plan = _plan(options, parser)
-        return _run(plan, options.json, version)
+        on_gpu = plan.device.type == "cuda"
+        with torch.cuda.device(plan.device) if on_gpu else nullcontext():
+            return _run(plan, options.json, version)
     finally:
         torch.set_num_threads(before)
 
