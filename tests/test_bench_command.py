@@ -217,6 +217,8 @@ def test_missing_kernels_are_named(capsys, monkeypatch):
 
 
 def test_a_fraction_of_one_has_no_row_twice(capsys):
+    names = [entrant.name for entrant in command.entrants("torch", CPU, torch.float32, 1.0)]
+    assert sorted(names) == ["compile", "eager", "eager-onednn", "torch-1", "torch-1-known"]
     assert main.main([*TINY, "--fraction", "1", "--dtype", "bfloat16"]) == 0
     labels = [label for label in rows(capsys.readouterr().out) if label.startswith("ours")]
     assert [label.partition(", ")[2] for label in labels] == [
