@@ -1,4 +1,4 @@
-"""Tables and plot data of linear_logprob_entropy, and of its forward on one thread."""
+"""Tables and plot data of linear_logprob_entropy, and of it against its bare products."""
 
 from typing import Any
 
@@ -15,12 +15,13 @@ from benchmarks.tables import (
     processor_of,
     quantile,
     ratios,
-    seconds_table,
     spread,
     table,
 )
 
 OURS = "cpu"
+# What computes the bare products, and what a table calls it.
+LIBRARIES = {"mm": "torch.mm", "mm-onednn": "torch.mm by oneDNN"}
 
 
 def in_short(runs: list[Run], floors: list[Run]) -> str:
@@ -46,7 +47,13 @@ def _facts(run: Run, floors: list[Run]) -> dict[str, str]:
     ]
     fastest = min(others, key=lambda entry: quantile(entry["wall_s"], 0.5))
     floor = next((x for x in floors if all(x[k] == run[k] for k in ("shape", "dtype"))), None)
-    forward = floor and median_ratio(named(floor, OURS), named(floor, "mm"), "cpu_s")
+    products = {
+        f"{direction} / its products by the faster library, {threads_of(n)}": cell(
+            floor and over_the_best(floor, direction, n)
+        )
+        for direction in ("forward", "backward")
+        for n in sorted({1, run["threads"]})
+    }
     against = cell(median_ratio(fifth, fastest))
     beyond = fifth["peak_bytes"] - _gradient_bytes(run) if fifth.get("peak_bytes") else None
     return {
@@ -58,7 +65,7 @@ def _facts(run: Run, floors: list[Run]) -> dict[str, str]:
         ),
         "20%, known beforehand / eager": cell(median_ratio(named(run, f"{OURS}-0.2-known"), eager)),
         "20% / the fastest other": f"{against} ({fastest['name']})" if against else "",
-        "forward / its bare torch.mm, one thread": cell(forward),
+        **products,
         "MB beyond the gradients at 20%": cell(None if beyond is None else beyond / 1e6, 0),
         "error of the gradients / eager's": cell(_error_ratio(fifth, eager)),
     }
@@ -142,14 +149,41 @@ def full(runs: list[Run]) -> str:
     return "\n\n".join(parts)
 
 
+def over_the_best(run: Run, direction: str, threads: int) -> float | None:
+    """Our time over that of the fastest library's bare products, on the clock that counts."""
+    clock = "cpu_s" if threads == 1 else "wall_s"
+    entries = {name: named(run, f"{direction}-{name}-{threads}") for name in (*LIBRARIES, OURS)}
+    found = [median_ratio(entries[OURS], entries[name], clock) for name in LIBRARIES]
+    return max((ratio for ratio in found if ratio is not None), default=None)
+
+
 def floor_tables(runs: list[Run]) -> str:
-    """Forward on one thread, against the product that it contains."""
+    """The head against the products that it contains, in 10^9 operations a second."""
     parts = []
+    columns = [*(f"{LIBRARIES[name]}, GF/s" for name in LIBRARIES), "ours, GF/s", "ours / the best"]
     for run in (run for shape in by_shape(runs) for run in shape):
         shape = " x ".join(str(size) for size in run["shape"].values())
-        head = f"Forward on one thread, {shape}, {DTYPES[run['dtype']]}"
-        parts.append(f"{head}\n\n{seconds_table(run)}\n\n{about(run)}")
+        rows = []
+        for direction in ("forward", "backward"):
+            for n in sorted({1, run["threads"]}):
+                clock = "cpu_s" if n == 1 else "wall_s"
+                entries = [named(run, f"{direction}-{name}-{n}") for name in (*LIBRARIES, OURS)]
+                rates = [_rate(entry, clock) for entry in entries]
+                ratio = cell(over_the_best(run, direction, n))
+                rows.append([f"{direction}, {threads_of(n)}", *rates, ratio])
+        head = f"The head against its products, {shape}, {DTYPES[run['dtype']]}"
+        parts.append(f"{head}\n\n{table(['', *columns], rows)}\n\n{about(run)}")
     return "\n\n".join(parts)
+
+
+def _rate(entry: Run, clock: str) -> str:
+    if clock not in entry:
+        return "refused" if "refused" in entry else ""
+    return spread([entry["flops"] / seconds / 1e9 for seconds in entry[clock]], 0)
+
+
+def threads_of(n: int) -> str:
+    return "one thread" if n == 1 else f"{n} threads"
 
 
 def series(run: Run) -> dict[str, Any]:

@@ -113,7 +113,7 @@ def _summary_of_make(runs: dict[str, list[Run]]) -> list[str]:
     parts = []
     if "linear_logprob_entropy" in runs:
         of_head = runs["linear_logprob_entropy"]
-        parts.append(head.in_short(of_head, runs.get("forward_floor", [])))
+        parts.append(head.in_short(of_head, runs.get("head_floor", [])))
         parts.append(head.section(by_shape(of_head)[0], head.compact))
     tables = {
         "linear_cost": other.cost_in_short,
@@ -127,7 +127,7 @@ def _summary_of_make(runs: dict[str, list[Run]]) -> list[str]:
 def _full_page(runs: dict[str, list[Run]]) -> str:
     tables = {
         "linear_logprob_entropy": _all_shapes,
-        "forward_floor": head.floor_tables,
+        "head_floor": head.floor_tables,
         "linear_cost": other.cost_tables,
         "entropy_threshold": other.threshold_tables,
         "ratio_loss": other.ratio_loss_tables,

@@ -1,6 +1,7 @@
 """The benchmarks refuse wrong results, alternate, and report what they measured."""
 
 import json
+import math
 import shutil
 from pathlib import Path
 
@@ -8,13 +9,14 @@ import pytest
 import torch
 
 from benchmarks import bench_entropy_threshold as threshold
-from benchmarks import bench_forward_floor as floor
+from benchmarks import bench_head_floor as floor
 from benchmarks import bench_linear_cost as cost
 from benchmarks import bench_linear_logprob_entropy as bench
 from benchmarks import bench_ratio_loss as ratio
 from benchmarks import (
     bench_train_step,
     chunked_head,
+    head_tables,
     other_tables,
     peers,
     report,
@@ -132,12 +134,41 @@ def test_suite_counts_products_and_lists_what_is_missing(tree):
         assert units["torch-0.2-half"] < 1.6
 
 
-def test_forward_floor_is_measured_on_one_thread(tree):
-    for run in _runs(tree, "forward_floor"):
-        entries = run["contestants"]
-        assert run["threads"] == 1
-        assert {"mm", "torch"} <= {entry["name"] for entry in entries if "wall_s" in entry}
-        assert len({entry["flops"] for entry in entries if "flops" in entry}) == 1
+def test_the_head_and_its_bare_products_do_the_same_work(tree):
+    """In each direction and on each number of threads; one product forward, three backward."""
+    for run in _runs(tree, "head_floor"):
+        entries = {entry["name"]: entry for entry in run["contestants"] if "wall_s" in entry}
+        forward, backward = floor.DIRECTIONS
+        for threads in {1, run["threads"]}:
+            for direction in floor.DIRECTIONS:
+                assert {f"{direction}-{name}-{threads}" for name in ("mm", "torch")} <= set(entries)
+        for direction in floor.DIRECTIONS:
+            flops = {x["flops"] for name, x in entries.items() if name.startswith(direction)}
+            assert len(flops) == 1
+        sizes = math.prod(run["shape"].values())
+        assert entries[f"{forward}-mm-1"]["flops"] == 2 * sizes
+        rows = round(op.FRACTION * run["shape"]["tokens"])
+        active = sizes // run["shape"]["tokens"] * 3 * 2
+        assert abs(entries[f"{backward}-mm-1"]["flops"] / active - rows) <= 1
+
+
+def test_the_ratio_of_the_tables_is_to_the_faster_library():
+    def entry(direction, name, threads, wall, cpu):
+        samples = {"wall_s": [wall] * 3, "cpu_s": [cpu] * 3, "flops": 6e9}
+        return {"name": f"{direction}-{name}-{threads}", "label": "", **samples}
+
+    run = {
+        "contestants": [
+            entry("forward", "mm", 1, 9.0, 2.0),
+            entry("forward", "mm-onednn", 1, 9.0, 1.0),
+            entry("forward", "cpu", 1, 1.0, 1.5),
+            entry("forward", "mm", 2, 0.5, 9.0),
+            entry("forward", "cpu", 2, 0.6, 1.0),
+        ]
+    }
+    assert head_tables.over_the_best(run, "forward", 1) == 1.5
+    assert head_tables.over_the_best(run, "forward", 2) == pytest.approx(1.2)
+    assert head_tables.over_the_best(run, "backward", 1) is None
 
 
 def test_threshold_and_ratio_loss_contestants_agree(tree):
@@ -188,7 +219,7 @@ def test_report_renders_every_result_file(tree):
     assert "4 prompts of 3 tokens, completions of 8" in texts["README.md"]
     assert "refused: on purpose" in texts["README.md"]
     assert "refused: needs trl" in texts["README.md"]
-    assert "Forward on one thread, 40 x 16 x 96, bf16" in texts["README.md"]
+    assert "The head against its products, 40 x 16 x 96, bf16" in texts["README.md"]
     for name in ("benchmarks.svg", "linear_cost.svg"):
         assert texts[name].startswith("<svg")
         assert "nan" not in texts[name]

@@ -1,0 +1,166 @@
+"""The head against the bare products that it contains: forward and backward, on one thread and all.
+
+Forward contains one product of T x D x V, backward three of those of the tokens that carry
+gradient: the logits again, and both gradients. The bare ones are torch.mm's in the inputs' dtype
+and in the blocks it likes best, results thrown away. In fp32 that is MKL's; on AMD's processors
+oneDNN's is faster, so it stands beside it. On one thread CPU time counts, on all of them wall time.
+
+T tokens, D hidden, V vocabulary.
+"""
+
+import functools
+from collections.abc import Callable
+from contextlib import nullcontext
+
+import pytest
+import torch
+from torch import Tensor
+
+import entropy_kernels as ek
+from benchmarks import linear_logprob_entropy as op
+from benchmarks import runner
+from benchmarks.bench_linear_logprob_entropy import IDS, SHAPES
+from benchmarks.linear_logprob_entropy import FLOOR_VOCABULARY, FRACTION, Problem, head_of
+from benchmarks.runner import Contestant, Results
+from entropy_kernels import ops
+from entropy_kernels._bench.step import products_by_onednn
+
+ROUNDS = 7
+QUICK = (64, 32, 512), 2
+# Rows of hidden states in a block of a bare product, at most.
+BLOCK = {"forward": 512, "backward": 1024}
+DIRECTIONS = tuple(BLOCK)
+
+
+@pytest.mark.timeout(0)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bfloat16", "float32"])
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: IDS(*shape))
+def bench_head_floor(shape, dtype, quick, record):
+    if quick and shape != next(iter(SHAPES)):
+        pytest.skip("--quick has one shape")
+    shape, rounds = QUICK if quick else (shape, ROUNDS)
+    record(functools.partial(measure, shape, dtype, rounds))
+
+
+def measure(shape, dtype, rounds, folder, log=print):
+    """The result file's entries."""
+    tokens, hidden, vocabulary = shape
+    problem = op.make_problem(tokens, hidden, vocabulary, dtype, (FRACTION,))
+    about = runner.about_this_run(dtype) | {
+        "op": "head_floor",
+        "device": "cpu",
+        "shape": {"tokens": tokens, "hidden": hidden, "vocabulary": vocabulary},
+        "rounds": rounds,
+    }
+    log(f"the head against its products, {tokens} x {hidden} x {vocabulary}, {about['dtype']}")
+    entries = runner.run_suite(
+        contestants(problem), problem, truth, rounds=rounds, dtype=dtype, log=log
+    )
+    log(f"wrote {runner.write(folder, about, entries)}")
+    return entries
+
+
+def contestants(problem: Problem) -> list[Contestant]:
+    """For each direction and number of threads: the bare products, then ours."""
+    fp32 = problem.hidden.dtype == torch.float32
+    found = []
+    for direction in DIRECTIONS:
+        runs = {"mm": functools.partial(_bare, direction=direction)}
+        if fp32:
+            runs["mm-onednn"] = functools.partial(_bare, direction=direction, onednn=True)
+        for impl in ops.implementations():
+            forward = functools.partial(_forward, impl=impl)
+            runs[impl] = forward if direction == "forward" else _backward(problem, impl)
+        for threads in sorted({1, torch.get_num_threads()}):
+            for name, run in runs.items():
+                found.append(
+                    Contestant(
+                        f"{direction}-{name}-{threads}",
+                        f"{direction}, {name}, threads: {threads}",
+                        functools.partial(_on, threads, run),
+                        {"direction": direction},
+                        exact=True,
+                    )
+                )
+    return found
+
+
+def truth(problem: Problem, direction: str) -> Results:
+    """What ours returns, and the last tile of the bare product."""
+    rows = _rows(problem, direction)
+    hidden_RD, weight_VD = problem.hidden.detach()[rows], problem.weight.detach()
+    last_CD = weight_VD.split(FLOOR_VOCABULARY)[-1].double()
+    tile = {"product": hidden_RD.split(_block(hidden_RD, direction))[-1].double() @ last_CD.T}
+    if direction == "forward":
+        return tile | {"logprob": problem.logprob, "entropy": problem.entropy}
+    dhidden_RD = torch.zeros(hidden_RD.shape, dtype=torch.float64)
+    dweight_VD = torch.zeros(weight_VD.shape, dtype=torch.float64)
+    grad_R, target_R = problem.advantage[rows].double(), problem.target[rows]
+    for part in torch.arange(len(hidden_RD)).split(128):
+        hidden = hidden_RD[part].double()
+        dz = -(hidden @ weight_VD.double().T).softmax(1)
+        dz[torch.arange(len(part)), target_R[part]] += 1
+        dz *= grad_R[part].unsqueeze(1)
+        dhidden_RD[part] = dz @ weight_VD.double()
+        dweight_VD.addmm_(dz.T, hidden)
+    return tile | {"dhidden": dhidden_RD, "dweight": dweight_VD}
+
+
+def _rows(problem: Problem, direction: str) -> Tensor:
+    """The tokens that the direction works on."""
+    return problem.selected[FRACTION] if direction == "backward" else problem.mask
+
+
+def _block(hidden_RD: Tensor, direction: str) -> int:
+    """Rows a block: equal ones, since a short last block would slow the bare product."""
+    blocks = -(-len(hidden_RD) // BLOCK[direction])
+    return -(-len(hidden_RD) // blocks)
+
+
+def _on(threads: int, run: Callable[[Problem], Results], problem: Problem) -> Results:
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        return run(problem)
+    finally:
+        torch.set_num_threads(before)
+
+
+def _bare(problem: Problem, *, direction: str, onednn: bool = False) -> Results:
+    hidden_RD = problem.hidden.detach()[_rows(problem, direction)]
+    weight_VD, size = problem.weight.detach(), _block(hidden_RD, direction)
+    block = hidden_RD.new_empty(size, FLOOR_VOCABULARY)
+    dhidden_RD = hidden_RD.new_empty(size, hidden_RD.shape[1])
+    dweight_VD = weight_VD.new_empty(FLOOR_VOCABULARY, weight_VD.shape[1])
+    with products_by_onednn() if onednn else nullcontext():
+        for weight in weight_VD.split(FLOOR_VOCABULARY):
+            for hidden in hidden_RD.split(size):
+                tile = torch.mm(hidden, weight.T, out=head_of(block, len(hidden), len(weight)))
+                if direction == "backward":
+                    torch.mm(tile.T, hidden, out=dweight_VD[: len(weight)])
+                    torch.mm(tile, weight, out=dhidden_RD[: len(hidden)])
+    return {"product": tile}
+
+
+def _forward(problem: Problem, *, impl: str) -> Results:
+    with torch.no_grad():
+        found = ek.linear_logprob_entropy(problem.hidden, problem.weight, problem.target, impl=impl)
+    return {"logprob": found.logprob, "entropy": found.entropy}
+
+
+def _backward(problem: Problem, impl: str) -> Callable[[Problem], Results]:
+    """Backward alone, of a forward that is done here."""
+    rows = _rows(problem, "backward")
+    hidden_RD = problem.hidden.detach()[rows].requires_grad_()
+    found = ek.linear_logprob_entropy(hidden_RD, problem.weight, problem.target[rows], impl=impl)
+
+    def run(problem: Problem) -> Results:
+        gradients = torch.autograd.grad(
+            found.logprob,
+            [hidden_RD, problem.weight],
+            problem.advantage[rows].to(found.logprob.dtype),
+            retain_graph=True,
+        )
+        return dict(zip(("dhidden", "dweight"), gradients, strict=True))
+
+    return run
