@@ -65,6 +65,8 @@ def main(arguments: list[str] | None = None) -> int:
         failed += bool(problem)
         print(f"  {name}: {problem or 'ok'}")
     print(f"  compiled CPU kernels: {_why_not('cpu', 'cpu') or 'loaded, ' + _native.build('cpu')}")
+    for line in _instruction_sets():
+        print(f"  {line}")
     print(f"  Triton kernels: {_why_not('triton', devices[-1]) or _triton_state(devices[-1])}")
     return int(failed > 0)
 
@@ -73,6 +75,26 @@ def _why_not(impl: str, device: str) -> str | None:
     if impl == "cpu":
         return _native.why_missing("cpu") if device == "cpu" else "they need tensors on the CPU"
     return _gpu.why_not(torch.device(device)) if impl == "triton" else None
+
+
+def _instruction_sets() -> list[str]:
+    """What heads of each dtype run on here, and what a processor with AMX loses without it."""
+    module = _native.cpu()
+    if module is None:
+        return []
+    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    taken = {name: _native.instruction_set(dtype) for name, dtype in dtypes.items()}
+    listed = ", ".join(f"{isa} for {name}" for name, isa in taken.items())
+    lines = [f"instruction sets: {listed}; here are {', '.join(module.instruction_sets())}"]
+    why = module.why_no_amx()
+    if why is not None and taken["bf16"] != "amx":
+        lines.append(
+            "AMX: this processor has it, but bf16 heads do not run on it: "
+            f"{why or 'it was measured to be slower'}. "
+            "torch.mm in bf16 may use it and be several times faster, but rounds logits to bf16: "
+            "log-probs are then off by 0.03 to 0.16 instead of 5e-5, so no impl takes it"
+        )
+    return lines
 
 
 def _triton_state(device: str) -> str:

@@ -6,7 +6,6 @@ They take raw pointers and sizes, and know nothing of torch.
 import functools
 import importlib
 import math
-import os
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -15,16 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import _processor
 from ._build_record import digest, why_not_built
 from ._compiler import constant
 from ._rows import Statistics, active_rows, per_row, spread
 
 _PACKAGE = Path(__file__).parent
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-# Tokens that the kernels' vectors hold together: kPanel.
-PANEL = 64
-
-
+PANEL = 64  # tokens that the kernels' vectors hold together: kPanel
 _products = 0
 
 
@@ -84,34 +81,14 @@ def build(name: str) -> str:
 
 @functools.cache
 def instruction_set(dtype: torch.dtype) -> str:
-    """The instruction set that heads of `dtype` run on; the caller has the extension.
-
-    What EK_CPU_ISA names, else the best that the machine has. For bf16 the first use measures, in a
-    few milliseconds, whether products of pairs of bf16 are the faster instruction: Intel's Sapphire
-    Rapids runs vdpbf16ps at half the rate of fp32 FMA, AMD's Zen 4 and 5 at twice that rate. The
-    margin lies in between, so that a machine decides the same way every time.
-    Raises a ValueError where EK_CPU_ISA names what this machine cannot run.
-    """
-    names: list[str] = _module().instruction_sets()
-    wanted = os.environ.get("EK_CPU_ISA")
-    if wanted:
-        if wanted not in names:
-            raise ValueError(f"EK_CPU_ISA must be one of {', '.join(names)} here; got {wanted!r}")
-        return wanted
-    best, *others = names
-    if dtype == torch.bfloat16:
-        seconds = {name: _module().seconds(name, _DTYPES[dtype]) for name in names}
-        for name in others:
-            if seconds[name] < 0.8 * seconds[best]:
-                best = name
-    return best
+    """The instruction set that heads of `dtype` run on; see _processor. The caller has `cpu()`."""
+    return _processor.instruction_set(_module(), _DTYPES[dtype])
 
 
 @functools.cache
 def caches() -> dict[str, int]:
     """Bytes of this machine's `l2` and `last` cache, which blocks of the head are fitted to."""
-    found: dict[str, int] = _module().caches()
-    return found
+    return dict(_module().caches())
 
 
 def radix_histogram(
@@ -218,9 +195,9 @@ def linear_logprob_entropy(
     """The statistics of every row; zeros where the target is `ignore_index`, at no cost.
 
     `moments`, contiguous fp32 [4, T], is filled with what _rows.MOMENTS names.
-    `isa` names one of the instruction sets that the extension lists, by default `instruction_set`. Sums
-    over the vocabulary are divided among torch's threads in fixed parts: the same bits at the same
-    number of threads. Logits are kept in the kernels' own order, of ignored rows too.
+    `isa` is one that the extension lists, else `instruction_set`. Sums over the vocabulary are
+    divided among torch's threads in fixed parts: the same bits at the same number of threads.
+    Logits are kept in the kernels' own order, of ignored rows too.
     """
     head, inputs = _head(hidden_TD, weight_VD, target_T, bias_V, temperature, softcap)
     tokens, vocabulary = target_T.shape[0], weight_VD.shape[0]

@@ -170,12 +170,21 @@ PYBIND11_MODULE(_cpu, m) {
     const entropy_kernels::Caches found = entropy_kernels::machine_caches();
     return py::dict(py::arg("l2") = found.l2, py::arg("last") = found.last);
   }, "Bytes of the second-level cache and of the last level.");
-  m.def("instruction_sets", [] {
+  m.def("instruction_sets", [](bool models) {
     py::list names;
+    const Kernels* model = models ? entropy_kernels::model_kernels() : nullptr;
+    if (model != nullptr) names.append(model->name);
     for (int i = 0; const Kernels* kernels = entropy_kernels::usable_kernels(i); ++i)
       names.append(kernels->name);
     return names;
-  }, "What this machine can run, best first.");
+  }, py::arg("models") = false,
+  "What this machine can run, best first; models of what it lacks, slow, come before.");
+  m.def("agrees", [](const std::string& isa) { return kernels(isa).agrees(); }, py::arg("isa"),
+        "Whether a product of bf16 is that of fp32, but for rounding.");
+  m.def("why_no_amx", []() -> py::object {
+    const char* why = entropy_kernels::why_no_amx();
+    return why == nullptr ? py::object(py::none()) : py::object(py::str(why));
+  }, "Why AMX is not used; empty where it can be, None where the processor has none.");
   m.def("seconds", [](const std::string& isa, int dtype) {
     const Kernels& chosen = kernels(isa);
     double best = chosen.seconds(static_cast<Dtype>(dtype));

@@ -51,6 +51,10 @@ class Interrupt {
   std::chrono::steady_clock::time_point last_ = std::chrono::steady_clock::now();
 };
 
+// What a thread sets up before products of E, and puts away after them: nothing but in tiles.h.
+template <class E>
+struct Ready {};
+
 // Part `i` of `parts` of [0, n): contiguous, and the same at every call, so that sums over a part
 // are the same bits for a number of threads.
 struct Part {

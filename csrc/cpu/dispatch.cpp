@@ -1,8 +1,17 @@
+#include <cstdlib>
 #include <cstring>
+#include <initializer_list>
 
+#include "amx.h"
 #include "head.h"
 
 // The namespaces that kernels.cpp is compiled into.
+namespace amx {
+extern const entropy_kernels::Kernels kernels;
+}
+namespace amx_model {
+extern const entropy_kernels::Kernels kernels;
+}
 namespace avx512_bf16 {
 extern const entropy_kernels::Kernels kernels;
 }
@@ -30,16 +39,51 @@ bool has_avx512() {
   return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 }
+
+// Then tiles are not so much as tried.
+bool environment_names_another() {
+  const char* named = std::getenv("EK_CPU_ISA");
+  if (named == nullptr) return false;
+  for (const Kernels* kernels : {&amx_model::kernels, &avx512_bf16::kernels, &avx512::kernels,
+                                 &avx2::kernels, &portable::kernels})
+    if (std::strcmp(named, kernels->name) == 0) return true;
+  return false;
+}
+
+bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
 #endif
+
+// See why_no_amx.
+const char* ask_for_amx() {
+#if !defined(EK_X86)
+  return nullptr;
+#else
+  if (!processor_has_amx()) return nullptr;
+  if (environment_names_another()) return "EK_CPU_ISA names another instruction set";
+#if !defined(EK_AMX)
+  return "the compiler that built the extension does not know its instructions";
+#else
+  if (!has_avx512()) return "AVX-512 is off";
+  const char* refused = request_amx();
+  if (*refused != 0) return refused;
+  return amx::kernels.agrees() ? "" : "its products differ from those of AVX-512";
+#endif
+#endif
+}
+
+bool amx_is_usable() { return why_no_amx() != nullptr && *why_no_amx() == 0; }
 
 }  // namespace
 
 const Kernels* usable_kernels(int i) {
   static const Entry entries[] = {
+#ifdef EK_AMX
+      {&amx::kernels, amx_is_usable()},
+#endif
 #ifdef EK_X86
       {&avx512_bf16::kernels, has_avx512() && __builtin_cpu_supports("avx512bf16")},
       {&avx512::kernels, has_avx512()},
-      {&avx2::kernels, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")},
+      {&avx2::kernels, has_avx2()},
 #endif
       {&portable::kernels, true},
   };
@@ -48,7 +92,21 @@ const Kernels* usable_kernels(int i) {
   return nullptr;
 }
 
+const Kernels* model_kernels() {
+#ifdef EK_X86
+  if (has_avx2()) return &amx_model::kernels;
+#endif
+  return nullptr;
+}
+
+const char* why_no_amx() {
+  static const char* const why = ask_for_amx();
+  return why;
+}
+
 const Kernels* find_kernels(const char* name) {
+  const Kernels* model = model_kernels();
+  if (model != nullptr && std::strcmp(name, model->name) == 0) return model;
   for (int i = 0; const Kernels* kernels = usable_kernels(i); ++i)
     if (std::strcmp(name, kernels->name) == 0) return kernels;
   return nullptr;

@@ -65,14 +65,20 @@ using Stop = bool (*)();
 struct Kernels {
   const char* name;
   double (*seconds)(Dtype);  // what a small product of inputs of that dtype takes
+  bool (*agrees)();          // whether products of bf16 are those of fp32, but for rounding
   std::int64_t (*forward)(const Head&, const Rows&, const Statistics&, Stop);
   std::int64_t (*backward)(const Head&, const Rows&, const Statistics&, const Incoming&, const Gradients&,
                    Stop);
 };
 
 // What this machine can run, best first: the `i`-th (nullptr beyond the last), and the one called
-// `name` (nullptr if it cannot).
+// `name` (nullptr if it cannot). The one that models AMX is found by its name alone.
 const Kernels* usable_kernels(int i);
+const Kernels* model_kernels();
 const Kernels* find_kernels(const char* name);
+
+// Why products do not run on the tiles of AMX; empty where they can, nullptr where the processor
+// has none.
+const char* why_no_amx();
 
 }  // namespace entropy_kernels

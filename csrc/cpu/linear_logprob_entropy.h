@@ -234,6 +234,7 @@ class Walk {
   }
 
   void walk_tile(int thread, std::int64_t first, Part panels) {
+    [[maybe_unused]] const Ready<E> ready{};
     const std::int64_t height = std::min<std::int64_t>(kTileRows, head_.vocabulary - first);
     const Left<E> weight =
         weight_rows<E>(head_, first, height, scratch_.data() + thread * kTileRows * units_,

@@ -217,6 +217,7 @@ class Worker {
 
   // Rows [first, first + count) of the weight.
   void block(std::int64_t first, std::int64_t count) {
+    [[maybe_unused]] const Ready<E> ready{};
     const Left<E> weight = weight_rows<E>(head_, first, count, scratch_.data(), false);
     if (out_.hidden != nullptr)
       pack_columns<E>(weight.data, weight.row_stride, count, head_.dim, packed_.data());

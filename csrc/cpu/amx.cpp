@@ -1,0 +1,50 @@
+#include "amx.h"
+
+#ifdef EK_X86
+
+#include <cpuid.h>
+
+#ifdef __linux__
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include <cerrno>
+#endif
+
+namespace entropy_kernels {
+
+bool processor_has_amx() {
+  constexpr unsigned bf16 = 1u << 22, tile = 1u << 24;
+  unsigned a, b, c, d;
+  return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & bf16) && (d & tile);
+}
+
+#ifdef __linux__
+
+// XCR0: which registers the operating system saves.
+static bool saves_tiles() {
+  constexpr unsigned osxsave = 1u << 27, tiles = 3u << 17;
+  unsigned a, b, c, d;
+  if (!__get_cpuid(1, &a, &b, &c, &d) || !(c & osxsave)) return false;
+  asm volatile("xgetbv" : "=a"(a), "=d"(d) : "c"(0));
+  return (a & tiles) == tiles;
+}
+
+const char* request_amx() {
+  constexpr int request_permission = 0x1023, tile_data = 18;  // of arch_prctl, and which registers
+  if (!saves_tiles()) return "the operating system does not save its registers";
+  if (syscall(SYS_arch_prctl, request_permission, tile_data) == 0) return "";
+  // A signal's frame, 11 KB with tiles, must fit every alternate stack of the process.
+  if (errno == ENOSPC) return "an alternate signal stack of the process is too small for it";
+  return "the operating system refuses it (arch_prctl ARCH_REQ_XCOMP_PERM)";
+}
+
+#else
+
+const char* request_amx() { return "it is asked for on Linux alone"; }
+
+#endif
+
+}  // namespace entropy_kernels
+
+#endif
