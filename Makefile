@@ -73,7 +73,7 @@ SANITIZED := $(CURDIR)/build/sanitize
 SANITIZED_TESTS := native native_ratio_loss native_linear_logprob_entropy linear_logprob_entropy \
 	linear_logprob_entropy_cost linear_logprob_entropy_calls head_statistics \
 	main_grad ratio_loss entropy_threshold top_entropy_mask streaming_threshold \
-	high_entropy_policy_loss
+	high_entropy_policy_loss amx
 SANITIZED_NAMES := not torch and not triton and not ctrl_c and not hundred_million and not time_is_linear
 RUNTIMES = $(shell $(CXX) -print-file-name=libasan.so) $(shell $(CXX) -print-file-name=libubsan.so)
 
