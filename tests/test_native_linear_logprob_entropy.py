@@ -19,8 +19,9 @@ WHY = _native.why_missing("cpu")
 pytestmark = pytest.mark.skipif(WHY is not None, reason=WHY or "built")
 INSTRUCTION_SETS = _native.cpu().instruction_sets(models=True) if WHY is None else []
 # Whose products of bf16 heads take dz as bf16.
-OF_BF16 = {"amx", "amx_model", "avx512_bf16"}
+OF_BF16 = {"amx", "amx_model", "avx512_bf16", "neon_bf16"}
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+CPUINFO = Path("/proc/cpuinfo")
 
 
 def run(isa, h, w, y, grads, **options):
@@ -43,12 +44,13 @@ def truth(dtype, h, w, y, grads, bias=None, temperature=None, softcap=None):
     return [*(o.detach() for o in outputs), *(None if x is None else x.grad for x in leaves)]
 
 
-def test_every_x86_set_that_the_machine_has_is_listed():
+@pytest.mark.skipif(not CPUINFO.exists(), reason=f"no {CPUINFO} says what the machine has")
+def test_every_set_that_the_machine_has_is_listed():
     assert INSTRUCTION_SETS[-1] == "portable"
-    cpuinfo = Path("/proc/cpuinfo")
-    flags = cpuinfo.read_text() if cpuinfo.exists() else ""
-    for isa in ("avx512_bf16", "avx2"):
-        assert (isa in INSTRUCTION_SETS) == (isa in flags)
+    flags = {"avx512_bf16": "avx512_bf16", "avx2": "avx2", "neon": "asimd", "neon_bf16": "bf16"}
+    has = CPUINFO.read_text().split()
+    for isa, flag in flags.items():
+        assert (isa in INSTRUCTION_SETS) == (flag in has)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

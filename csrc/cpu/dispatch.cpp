@@ -5,6 +5,12 @@
 #include "amx.h"
 #include "head.h"
 
+#if defined(EK_AARCH64) && defined(__linux__)
+#include <sys/auxv.h>
+#elif defined(EK_AARCH64) && defined(__APPLE__)
+#include <sys/sysctl.h>
+#endif
+
 // The namespaces that kernels.cpp is compiled into.
 namespace amx {
 extern const entropy_kernels::Kernels kernels;
@@ -19,6 +25,12 @@ namespace avx512 {
 extern const entropy_kernels::Kernels kernels;
 }
 namespace avx2 {
+extern const entropy_kernels::Kernels kernels;
+}
+namespace neon_bf16 {
+extern const entropy_kernels::Kernels kernels;
+}
+namespace neon {
 extern const entropy_kernels::Kernels kernels;
 }
 namespace portable {
@@ -53,6 +65,22 @@ bool environment_names_another() {
 bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
 #endif
 
+#ifdef EK_AARCH64
+// BFDOT and BFCVT. Every processor of this architecture has the rest of NEON.
+bool has_neon_bf16() {
+#if defined(__linux__)
+  constexpr unsigned long kBf16 = 1ul << 14;  // HWCAP2_BF16, which older headers lack
+  return (getauxval(AT_HWCAP2) & kBf16) != 0;
+#elif defined(__APPLE__)
+  int found = 0;
+  std::size_t size = sizeof found;
+  return sysctlbyname("hw.optional.arm.FEAT_BF16", &found, &size, nullptr, 0) == 0 && found != 0;
+#else
+  return false;
+#endif
+}
+#endif
+
 // See why_no_amx.
 const char* ask_for_amx() {
 #if !defined(EK_X86)
@@ -84,6 +112,10 @@ const Kernels* usable_kernels(int i) {
       {&avx512_bf16::kernels, has_avx512() && __builtin_cpu_supports("avx512bf16")},
       {&avx512::kernels, has_avx512()},
       {&avx2::kernels, has_avx2()},
+#endif
+#ifdef EK_AARCH64
+      {&neon_bf16::kernels, has_neon_bf16()},
+      {&neon::kernels, true},
 #endif
       {&portable::kernels, true},
   };

@@ -116,16 +116,14 @@ struct Block {
         for (int j = 0; j < kPanel; j += kLanes) {
           const Vec low = load(tile + r * kPanel + j);
           const Vec high = r + 1 < rows ? load(tile + (r + 1) * kPanel + j) : Vec{};
-          const __m256i a = (__m256i)_mm512_cvtneps_pbh((__m512)low);
-          const __m256i b = (__m256i)_mm512_cvtneps_pbh((__m512)high);
+          const HalfVec a = to_bf16(low), b = to_bf16(high);
           auto* active = reinterpret_cast<std::uint16_t*>(along_active.data());
           active += (first + r) * kRowStride + column + j;
-          _mm256_storeu_si256(reinterpret_cast<__m256i*>(active), a);
-          if (r + 1 < rows) _mm256_storeu_si256(reinterpret_cast<__m256i*>(active + kRowStride), b);
-          const __m512i pairs = _mm512_or_si512(
-              _mm512_cvtepu16_epi32(a), _mm512_slli_epi32(_mm512_cvtepu16_epi32(b), 16));
-          _mm512_storeu_si512(
-              along_vocabulary.data() + (first + r) / 2 * kRowStride + column + j, pairs);
+          std::memcpy(active, &a, sizeof a);
+          if (r + 1 < rows) std::memcpy(active + kRowStride, &b, sizeof b);
+          const Pairs pairs = pair_up(a, b);
+          std::memcpy(along_vocabulary.data() + (first + r) / 2 * kRowStride + column + j, &pairs,
+                      sizeof pairs);
         }
       }
 #endif

@@ -11,7 +11,12 @@ namespace EK_ISA {
 
 constexpr int kPanel = 64;      // columns of a packed panel
 constexpr int kRows = 6;        // rows held in registers
-constexpr int kVectors = EK_LANES >= 16 ? 4 : 2;
+// Of the sets with 32 registers, 24 hold sums; of those with 16, 12.
+#if defined(__AVX512F__) || defined(EK_NEON)
+constexpr int kVectors = 4;
+#else
+constexpr int kVectors = 2;
+#endif
 // Units summed before they are added to c: short chains round less, and that many rows of a panel,
 // 32 KB, stay in the L1 cache.
 constexpr int kChain = 128;
@@ -29,16 +34,10 @@ struct F32 {
 struct BF16 {
   using Unit = std::uint32_t;
   static constexpr int kWidth = 2;
-  using Operand = __m512bh;
-  static inline Operand operand(const Unit* p) { return (__m512bh)_mm512_loadu_si512(p); }
-  static inline Operand broadcast(const Unit* p) {
-    std::int32_t u;
-    std::memcpy(&u, p, 4);
-    return (__m512bh)_mm512_set1_epi32(u);
-  }
-  static inline Vec madd(Vec acc, Operand a, Operand b) {
-    return (Vec)_mm512_dpbf16_ps((__m512)acc, b, a);
-  }
+  using Operand = Pairs;
+  static inline Operand operand(const Unit* p) { return load_pairs(p); }
+  static inline OnePair broadcast(const Unit* p) { return splat_pair(p); }
+  static inline Vec madd(Vec acc, OnePair a, Operand b) { return add_products(acc, a, b); }
 };
 #endif
 

@@ -20,7 +20,7 @@ constexpr int kCopies = 4;
 constexpr int kMaxBitsToCopy = 12;
 // Values that do not count go here, past the bins: no branch, and for the same reason not one slot.
 constexpr std::uint32_t kDummies = 16;
-constexpr std::int64_t kMinPerThread = 1 << 16;
+[[maybe_unused]] constexpr std::int64_t kMinPerThread = 1 << 16;
 // A thread counts in 32 bits, which keeps its copies in L1; no slab can overflow them.
 constexpr std::int64_t kSlab = std::int64_t{1} << 32;
 

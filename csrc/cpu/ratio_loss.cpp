@@ -97,7 +97,7 @@ Counts find_terms(const RatioTokens& tokens, const RatioBounds& bounds, std::int
     const bool flat = (low | high | outside | (advantage == 0.0f)) & (plain == plain);
     const float gradient = flat ? 0.0f : -plain * weight;
     grad[i] = gradient;
-    terms.loss[i] = (advantage < 0.0f) & (most < loss) ? most : loss;
+    terms.loss[i] = ((advantage < 0.0f) & (most < loss)) ? most : loss;
     terms.ratio[i] = masked(ratio, keep);
     terms.log_ratio[i] = bounded;
     terms.excess[i] = exp.excess;

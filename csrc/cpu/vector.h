@@ -6,6 +6,8 @@
 
 #ifdef __AVX512F__
 #include <immintrin.h>
+#elif defined(__ARM_NEON)
+#include <arm_neon.h>
 #endif
 
 namespace EK_ISA {
@@ -13,6 +15,8 @@ namespace EK_ISA {
 constexpr int kLanes = EK_LANES;
 typedef float Vec __attribute__((vector_size(EK_LANES * 4)));
 typedef std::int32_t IntVec __attribute__((vector_size(EK_LANES * 4)));
+typedef std::uint32_t UnitVec __attribute__((vector_size(EK_LANES * 4)));
+typedef std::uint16_t HalfVec __attribute__((vector_size(EK_LANES * 2)));
 
 static inline Vec load(const float* p) {
   Vec v;
@@ -25,7 +29,8 @@ static inline void store(float* p, Vec v) { std::memcpy(p, &v, sizeof v); }
 // x - 0 is x, also for -0; x + 0 is not, and would cost an addition and a shuffle at every broadcast.
 static inline Vec splat(float x) { return x - Vec{}; }
 
-// The larger of each pair; a NaN in `b` stays, one in `a` does not.
+// The larger of each pair; a NaN in `b` stays, one in `a` does not: so does vmaxps, but neither
+// NEON's FMAX, which keeps both, nor its FMAXNM, which keeps none.
 static inline Vec larger(Vec a, Vec b) {
 #ifdef __AVX512F__
   return (Vec)_mm512_max_ps((__m512)a, (__m512)b);
@@ -88,6 +93,21 @@ static inline std::uint16_t to_bf16(float f) {
   return std::uint16_t((bits + 0x7fffu + ((bits >> 16) & 1)) >> 16);
 }
 
+#ifdef __ARM_FP16_FORMAT_IEEE
+static inline float from_f16(std::uint16_t x) {
+  __fp16 half;
+  std::memcpy(&half, &x, 2);
+  return half;
+}
+
+// Round to nearest even; a NaN stays one.
+static inline std::uint16_t to_f16(float f) {
+  const __fp16 half = f;
+  std::uint16_t bits;
+  std::memcpy(&bits, &half, 2);
+  return bits;
+}
+#else
 static inline float from_f16(std::uint16_t x) {
   const std::uint32_t sign = std::uint32_t(x & 0x8000) << 16;
   std::uint32_t bits = std::uint32_t(x & 0x7fff) << 13;
@@ -124,5 +144,61 @@ static inline std::uint16_t to_f16(float f) {
   bits += 0xc8000000u + 0xfffu + ((bits >> 13) & 1);
   return std::uint16_t(sign | (bits >> 13));
 }
+#endif
+
+#ifdef EK_BF16
+// Pairs of bf16 that are neighbours along k, one in each lane, the first in the low half.
+typedef UnitVec Pairs;
+
+static inline Pairs load_pairs(const std::uint32_t* p) {
+  Pairs v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+
+#ifdef __AVX512BF16__
+typedef Pairs OnePair;
+
+static inline OnePair splat_pair(const std::uint32_t* p) { return Pairs{} + *p; }
+
+// acc + a0 b0 + a1 b1. Two roundings to nearest; subnormals count as zero.
+static inline Vec add_products(Vec acc, OnePair a, Pairs b) {
+  return (Vec)_mm512_dpbf16_ps((__m512)acc, (__m512bh)b, (__m512bh)a);
+}
+
+// Round to nearest even; a NaN stays one.
+static inline HalfVec to_bf16(Vec x) { return (HalfVec)_mm512_cvtneps_pbh((__m512)x); }
+
+static inline Pairs pair_up(HalfVec first, HalfVec second) {
+  const __m512i low = _mm512_cvtepu16_epi32((__m256i)first);
+  const __m512i high = _mm512_cvtepu16_epi32((__m256i)second);
+  return (Pairs)_mm512_or_si512(low, _mm512_slli_epi32(high, 16));
+}
+#else
+typedef bfloat16x4_t OnePair;
+
+// In the lowest lane, which BFDOT takes: a load, where all lanes would be a load and a shuffle.
+static inline OnePair splat_pair(const std::uint32_t* p) {
+  return vreinterpret_bf16_u32(uint32x2_t{*p, 0});
+}
+
+// acc + a0 b0 + a1 b1. Two roundings to odd, each twice as far off as one to nearest; subnormals
+// count as zero. BFMMLA does twice as much, of 2 x 4 values that would have to be packed so.
+static inline Vec add_products(Vec acc, OnePair a, Pairs b) {
+  return (Vec)vbfdotq_lane_f32((float32x4_t)acc, vreinterpretq_bf16_u32((uint32x4_t)b), a, 0);
+}
+
+// Round to nearest even; a NaN stays one.
+static inline HalfVec to_bf16(Vec x) {
+  return (HalfVec)vget_low_bf16(vcvtq_low_bf16_f32((float32x4_t)x));
+}
+
+static inline Pairs pair_up(HalfVec first, HalfVec second) {
+  const uint16x8_t low = vcombine_u16((uint16x4_t)first, (uint16x4_t)first);
+  const uint16x8_t high = vcombine_u16((uint16x4_t)second, (uint16x4_t)second);
+  return (Pairs)vzip1q_u16(low, high);
+}
+#endif
+#endif
 
 }  // namespace EK_ISA
