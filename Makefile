@@ -15,7 +15,8 @@ comma := ,
 INPUTS := pyproject.toml constraints.txt setup.py CMakeLists.txt $(wildcard csrc/*/*)
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: train test test-verl test-vllm test-wheel lint bench sanitize compile resolve clean FORCE
+.PHONY: train test test-aarch64 test-verl test-vllm test-wheel lint bench sanitize compile resolve
+.PHONY: clean FORCE
 
 train: $(VENV)/.trainer
 	@echo "Training ..."
@@ -24,6 +25,12 @@ train: $(VENV)/.trainer
 test: lint
 	@echo "Running the tests ..."
 	@EK_REQUIRE_NATIVE=$(EK_REQUIRE_NATIVE) $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
+
+# The kernels of aarch64, cross-compiled and run in an emulator, also under sanitizers; what that
+# needs must be there.
+test-aarch64: $(VENV)/.dev
+	@echo "Running the tests of csrc/ for aarch64 in an emulator ..."
+	@EK_REQUIRE_AARCH64=1 $(BIN)/python -m pytest tests/test_cpp.py -k aarch64 $(ARGS)
 
 # Beside the environment of all other tests, on top of which it lies.
 test-verl: $(VERL)/.installed
@@ -67,8 +74,8 @@ resolve: $(VENV)/.dev
 	@echo "Resolving what an installation takes from the ordinary index ..."
 	@$(BIN)/python -m tests.resolution
 
-# The package and its tests, copied beside a module of their own. Left out: other paths, and
-# tests of time.
+# The program of tests/cpp; then the package and its tests, copied beside a module of their own.
+# Left out: other paths, and tests of time.
 SANITIZED := $(CURDIR)/build/sanitize
 SANITIZED_TESTS := native native_ratio_loss native_linear_logprob_entropy linear_logprob_entropy \
 	linear_logprob_entropy_cost linear_logprob_entropy_calls head_statistics \
@@ -82,6 +89,12 @@ sanitize: $(VENV)/.dev
 	@$(foreach file,$(RUNTIMES),test -f $(file) || \
 		{ echo "$(CXX) has no $(file); CXX=g++ on Linux is wanted" >&2; exit 1; };)
 	@echo "Building with AddressSanitizer and UndefinedBehaviorSanitizer ..."
+	@mkdir -p $(SANITIZED)
+	@PATH="$(abspath $(BIN)):$$PATH" cmake -G Ninja -S . -B $(SANITIZED)/cpp -DEK_SANITIZE=ON \
+		-DEK_CPP_TESTS=ON -DCMAKE_BUILD_TYPE=RelWithDebInfo -DCMAKE_CXX_COMPILER=$(CXX) \
+		> $(SANITIZED)/configure-cpp.log
+	@MAKEFLAGS= PATH="$(abspath $(BIN)):$$PATH" cmake --build $(SANITIZED)/cpp
+	@UBSAN_OPTIONS=print_stacktrace=1 $(SANITIZED)/cpp/cpu_tests
 	@rm -rf $(SANITIZED)/tree
 	@mkdir -p $(SANITIZED)/tree
 	@cp -R entropy_kernels tests pyproject.toml $(SANITIZED)/tree
