@@ -5,6 +5,9 @@
 #include "amx.h"
 #include "head.h"
 
+#ifdef EK_X86
+#include <cpuid.h>
+#endif
 #if defined(EK_AARCH64) && defined(__linux__)
 #include <sys/auxv.h>
 #elif defined(EK_AARCH64) && defined(__APPLE__)
@@ -62,7 +65,13 @@ bool environment_names_another() {
   return false;
 }
 
-bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
+// F16C too, which clang's builtin has no name for.
+bool has_avx2() {
+  constexpr unsigned f16c = 1u << 29;
+  unsigned a, b, c, d;
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+         __get_cpuid(1, &a, &b, &c, &d) && (c & f16c);
+}
 #endif
 
 #ifdef EK_AARCH64

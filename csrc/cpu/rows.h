@@ -22,18 +22,14 @@ static void read_row(const void* base, std::int64_t offset, std::int64_t dim, Dt
     std::memcpy(out, row, dim * 2);
   } else if (dtype == Dtype::f32) {
     std::memcpy(out, row, dim * 4);
-  } else {  // a loop each: one for both would convert everything twice
-    const auto convert = [&](auto to_float) {
-      for (std::int64_t i = 0; i < dim; ++i) {
-        std::uint16_t bits;
-        std::memcpy(&bits, row + 2 * i, 2);
-        out[i] = to_float(bits);
-      }
-    };
-    if (dtype == Dtype::bf16)
-      convert([](std::uint16_t bits) { return from_bf16(bits); });
-    else
-      convert([](std::uint16_t bits) { return from_f16(bits); });
+  } else if (dtype == Dtype::f16) {
+    widen_f16(row, dim, out);
+  } else {
+    for (std::int64_t i = 0; i < dim; ++i) {
+      std::uint16_t bits;
+      std::memcpy(&bits, row + 2 * i, 2);
+      out[i] = from_bf16(bits);
+    }
   }
 }
 

@@ -4,7 +4,7 @@
 #include <cstdint>
 #include <cstring>
 
-#ifdef __AVX512F__
+#if defined(__AVX512F__) || defined(__F16C__)
 #include <immintrin.h>
 #elif defined(__ARM_NEON)
 #include <arm_neon.h>
@@ -145,6 +145,27 @@ static inline std::uint16_t to_f16(float f) {
   return std::uint16_t(sign | (bits >> 13));
 }
 #endif
+
+// `count` fp16 values as fp32: by the processor's conversion where it has one for whole vectors.
+static inline void widen_f16(const char* from, std::int64_t count, float* to) {
+  std::int64_t i = 0;
+#if defined(__AVX512F__) || defined(__F16C__)
+  for (; i + kLanes <= count; i += kLanes) {
+    HalfVec half;
+    std::memcpy(&half, from + 2 * i, sizeof half);
+#ifdef __AVX512F__
+    store(to + i, (Vec)_mm512_cvtph_ps((__m256i)half));
+#else
+    store(to + i, (Vec)_mm256_cvtph_ps((__m128i)half));
+#endif
+  }
+#endif
+  for (; i < count; ++i) {
+    std::uint16_t bits;
+    std::memcpy(&bits, from + 2 * i, 2);
+    to[i] = from_f16(bits);
+  }
+}
 
 #ifdef EK_BF16
 // Pairs of bf16 that are neighbours along k, one in each lane, the first in the low half.
