@@ -81,7 +81,7 @@ SANITIZED_TESTS := native native_ratio_loss native_linear_logprob_entropy linear
 	linear_logprob_entropy_cost linear_logprob_entropy_calls head_statistics \
 	main_grad ratio_loss entropy_threshold top_entropy_mask streaming_threshold \
 	high_entropy_policy_loss amx
-SANITIZED_NAMES := not torch and not triton and not ctrl_c and not hundred_million and not time_is_linear
+SANITIZED_NAMES := not triton and not ctrl_c and not hundred_million and not time_is_linear
 RUNTIMES = $(shell $(CXX) -print-file-name=libasan.so) $(shell $(CXX) -print-file-name=libubsan.so)
 
 # MAKEFLAGS is empty for ninja, which takes no part in make's jobs.
@@ -107,7 +107,7 @@ sanitize: $(VENV)/.dev
 	@MAKEFLAGS= PATH="$(abspath $(BIN)):$$PATH" cmake --build $(SANITIZED)/cmake
 	@cp $(SANITIZED)/lib/_cpu*.so $(SANITIZED)/tree/entropy_kernels
 	@echo "Running the tests of csrc/ under them ..."
-	@cd $(SANITIZED)/tree && LD_PRELOAD="$(RUNTIMES)" EK_REQUIRE_NATIVE=1 \
+	@cd $(SANITIZED)/tree && LD_PRELOAD="$(RUNTIMES)" EK_REQUIRE_NATIVE=1 EK_TEST_IMPLS=cpu \
 		ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 		$(abspath $(BIN))/python -m pytest --capture=sys -k "$(SANITIZED_NAMES)" \
 		$(SANITIZED_TESTS:%=tests/test_%.py) $(ARGS)

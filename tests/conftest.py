@@ -46,6 +46,9 @@ hypothesis.settings.load_profile("tests")
 DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
 # Triton on the GPU, or in its interpreter on the CPU.
 BACKENDS = [*(("torch", device) for device in DEVICES), ("cpu", "cpu"), ("triton", DEVICES[-1])]
+# Those alone that the environment names, separated by commas.
+if "EK_TEST_IMPLS" in os.environ:
+    BACKENDS = [pair for pair in BACKENDS if pair[0] in os.environ["EK_TEST_IMPLS"].split(",")]
 
 # The hook above checks them as they are imported.
 from entropy_kernels import _gpu, _native  # noqa: E402
