@@ -35,6 +35,8 @@ def linear_logprob_entropy(
     """
     z_TV = _logits(hidden_TD, weight_VD, bias_V, temperature, softcap)
     logsumexp_T = z_TV.logsumexp(1)
+    # A row of -inf throughout has no distribution, nor has one with inf.
+    logsumexp_T = torch.where(logsumexp_T.isfinite(), logsumexp_T, torch.nan)
     logp_TV = z_TV.log_softmax(1)
     # p log p is 0 where p is 0, and its derivative there is taken as 0 too.
     plogp_TV = torch.where(logp_TV == -torch.inf, 0.0, logp_TV.exp() * logp_TV.clamp_min(-1e4))

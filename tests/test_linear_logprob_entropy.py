@@ -208,6 +208,30 @@ def test_a_bad_weight_poisons_every_row(head, device):
 
 
 @nan_is_meant
+@pytest.mark.parametrize("where", ["weight", "bias", "product"])
+def test_a_logit_of_inf_leaves_no_distribution(head, device, where):
+    """Wherever the target is; a finite loss and finite gradients would say that all is well."""
+    h, w, y = make("peaked", (9, 16, 1031), torch.float32, device)
+    b = torch.zeros(1031, device=device)
+    h[:, 2] = 1.0
+    y[0], y[1:] = 1030, 7
+    if where == "weight":
+        w[1030, 2] = torch.inf
+    elif where == "bias":
+        b[1030] = torch.inf
+    else:
+        h[:, 2], w[1030, 2] = 1e3, 3e38
+    h.requires_grad_()
+    w.requires_grad_()
+    found = head(h, w, y, bias=b)
+    for x in found[:3]:
+        assert x.isnan().all()
+    (found.logprob + found.entropy).sum().backward()
+    assert h.grad.isnan().all()
+    assert w.grad.isnan().any(1).all()
+
+
+@nan_is_meant
 def test_a_masked_vocabulary_is_legal(head, device):
     """-inf logits have probability 0, no part in the entropy, and no gradient."""
     h, w, y = make("peaked", (33, 16, 2 * BLOCK_V + 7), torch.float32, device)

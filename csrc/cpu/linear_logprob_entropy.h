@@ -153,8 +153,9 @@ static void finish(const Head& head, const Running<M>& running, int i, std::int6
   const double s = vanishing ? 0.0 : running.s[i], t = vanishing ? 0.0 : running.t[i];
   const double log_sum = std::log1p(s);
   const double nan = std::numeric_limits<double>::quiet_NaN();
-  // A row of -inf throughout has no distribution.
-  const double max = running.max[i] > kLowest && s == s ? running.max[i] : nan;
+  // A row of -inf throughout has no distribution, nor has one with inf.
+  const double highest = running.max[i], infinity = std::numeric_limits<double>::infinity();
+  const double max = highest > kLowest && highest < infinity && s == s ? highest : nan;
   out.max[token] = float(max);
   out.log_sum[token] = float(max - max + log_sum);
   out.logprob[token] = float((running.target[i] - max) / temperature - log_sum);

@@ -166,6 +166,7 @@ def _finish(
     max_T: Tensor, s_T: Tensor, t_T: Tensor, target_logit_T: Tensor, temperature_T: Tensor | None
 ) -> list[Tensor]:
     """Log-probability, entropy, log-sum-exp, max and log sum, fp32."""
+    max_T = max_T.where(max_T < torch.inf, torch.nan)  # a logit of inf leaves no distribution
     log_sum_T = s_T.log1p()
     distance_T, peak_T = target_logit_T.double() - max_T, max_T.double()
     if temperature_T is not None:
