@@ -108,7 +108,9 @@ const char* ask_for_amx() {
 #endif
 }
 
+#ifdef EK_AMX
 bool amx_is_usable() { return why_no_amx() != nullptr && *why_no_amx() == 0; }
+#endif
 
 }  // namespace
 
