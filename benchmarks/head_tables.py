@@ -161,6 +161,7 @@ def floor_tables(runs: list[Run]) -> str:
     """The head against the products that it contains, in 10^9 operations a second."""
     parts = []
     columns = [*(f"{LIBRARIES[name]}, GF/s" for name in LIBRARIES), "ours, GF/s", "ours / the best"]
+    columns.append("ours into fresh memory, GF/s")
     for run in (run for shape in by_shape(runs) for run in shape):
         shape = " x ".join(str(size) for size in run["shape"].values())
         rows = []
@@ -169,8 +170,9 @@ def floor_tables(runs: list[Run]) -> str:
                 clock = "cpu_s" if n == 1 else "wall_s"
                 entries = [named(run, f"{direction}-{name}-{n}") for name in (*LIBRARIES, OURS)]
                 rates = [_rate(entry, clock) for entry in entries]
+                fresh = _rate(named(run, f"{direction}-{OURS}-fresh-{n}"), clock)
                 ratio = cell(over_the_best(run, direction, n))
-                rows.append([f"{direction}, {threads_of(n)}", *rates, ratio])
+                rows.append([f"{direction}, {threads_of(n)}", *rates, ratio, fresh])
         head = f"The head against its products, {shape}, {DTYPES[run['dtype']]}"
         parts.append(f"{head}\n\n{table(['', *columns], rows)}\n\n{about(run)}")
     return "\n\n".join(parts)

@@ -139,9 +139,11 @@ def test_the_head_and_its_bare_products_do_the_same_work(tree):
     for run in _runs(tree, "head_floor"):
         entries = {entry["name"]: entry for entry in run["contestants"] if "wall_s" in entry}
         forward, backward = floor.DIRECTIONS
+        ours = "cpu" if _native.cpu() else "torch"
         for threads in {1, run["threads"]}:
             for direction in floor.DIRECTIONS:
-                assert {f"{direction}-{name}-{threads}" for name in ("mm", "torch")} <= set(entries)
+                assert {f"{direction}-{name}-{threads}" for name in ("mm", ours)} <= set(entries)
+            assert f"{backward}-{ours}-fresh-{threads}" in entries
         for direction in floor.DIRECTIONS:
             flops = {x["flops"] for name, x in entries.items() if name.startswith(direction)}
             assert len(flops) == 1
