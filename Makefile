@@ -15,16 +15,24 @@ comma := ,
 INPUTS := pyproject.toml constraints.txt setup.py CMakeLists.txt $(wildcard csrc/*/*)
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: train test test-aarch64 test-verl test-vllm test-wheel lint bench sanitize compile resolve
-.PHONY: clean FORCE
+.PHONY: train test test-builds test-aarch64 test-verl test-vllm test-wheel lint bench sanitize
+.PHONY: compile resolve clean FORCE
 
 train: $(VENV)/.trainer
 	@echo "Training ..."
 	@$(BIN)/python -m trainer train $(ARGS)
 
+# What is built rather than computed: kernels for every GPU, wheels, csrc/ without Python.
+BUILDS := tests/test_triton_compile.py tests/test_wheel.py tests/test_cpp.py
+
 test: lint
 	@echo "Running the tests ..."
-	@EK_REQUIRE_NATIVE=$(EK_REQUIRE_NATIVE) $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
+	@EK_REQUIRE_NATIVE=$(EK_REQUIRE_NATIVE) $(BIN)/python -m pytest $(BUILDS:%=--ignore=%) \
+		-n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
+
+test-builds: $(VENV)/.dev
+	@echo "Running the tests of what is built ..."
+	@EK_REQUIRE_NATIVE=$(EK_REQUIRE_NATIVE) $(BIN)/python -m pytest $(BUILDS) $(ARGS)
 
 # The kernels of aarch64, cross-compiled and run in an emulator, also under sanitizers; what that
 # needs must be there.
