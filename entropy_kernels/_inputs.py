@@ -186,7 +186,8 @@ def check_head(
         if x is not None and x.device != hidden.device:
             raise ValueError(f"{name} must be on {hidden.device}, like hidden; got {x.device}")
     if main_grad is not None:
-        _check_main_grad(main_grad, weight, {"hidden": hidden, "weight": weight, "bias": bias})
+        read = {"hidden": hidden, "weight": weight, "target": target, "bias": bias}
+        _check_main_grad(main_grad, weight, read)
 
 
 def check_dtypes(hidden: Tensor, weight: Tensor, bias: Tensor | None, fp64: bool) -> None:
@@ -280,6 +281,8 @@ def _check_main_grad(main_grad: Tensor, weight: Tensor, others: dict[str, Tensor
         raise ValueError(f"main_grad must be contiguous; got {_layout(main_grad)}")
     if main_grad.requires_grad:
         raise ValueError("main_grad is written to; got a tensor that requires grad")
+    if not torch.compiler.is_compiling() and main_grad.is_inference():
+        raise ValueError("main_grad is written to; got a tensor made under torch.inference_mode")
     if not weight.requires_grad:
         raise ValueError(
             "main_grad takes the gradient of weight; got a weight without one (frozen)"

@@ -98,8 +98,8 @@ def linear_logprob_entropy(
             recomputed, and are NaN then.
         max_active_rows: a bound, known to the host, of the rows that will get a gradient: with it
             the Triton backward does not wait for the GPU to count them, and a CUDA graph can hold
-            it. Where more rows get one, all gradients are NaN; the other backwards raise a
-            ValueError.
+            it. Where more rows get one, all gradients are NaN; the "cpu" and "torch" backwards
+            raise a ValueError, and the reference takes any number.
         main_grad: [V, D] of the caller's, contiguous, fp32 or of weight's dtype. Backward adds the
             weight's gradient to it, in fp32 and rounded once, and allocates no [V, D] of its own.
             It may be `weight.grad`, kept by `zero_grad(set_to_none=False)`: None, as at the first
@@ -108,8 +108,8 @@ def linear_logprob_entropy(
             weight: what weight was computed from gets none, and weight's hooks are called with
             None. DDP averages `weight.grad` as ever; another buffer is the caller's to average, and
             FSDP's gathered weights keep no gradient to add to. A second backward through the graph
-            adds again, also one for hidden's gradient alone. A backward that is interrupted has
-            added a part.
+            adds again; so does one for hidden's gradient alone, but for the reference's. A backward
+            that is interrupted has added a part.
         statistics: of each distribution, in the same pass, as fields of the result, fp32 and not
             differentiable: "varentropy", Var_p(log p) = sum p (log p)^2 - entropy^2 (nats^2);
             "max_prob"; "sum_p2", sum p^2; "sum_p2_logp", sum p^2 log p (nats).

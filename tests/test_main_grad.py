@@ -280,6 +280,11 @@ def flat(w):
     return weight, memory[w.numel() - 1 : -1].view(w.shape)
 
 
+@torch.inference_mode()
+def of_inference():
+    return torch.zeros(67, 8)
+
+
 BAD = {
     "shape": (lambda h, w: (h, w, torch.zeros(67, 9)), r"\(67, 8\) on cpu.*; got \(67, 9\) on cpu"),
     "device": (lambda h, w: (h, w, torch.zeros(67, 8, device="meta")), "on cpu.*got .* on meta"),
@@ -296,6 +301,7 @@ BAD = {
     "the weight": (lambda h, w: (h, w, w.detach()), "own; got some of weight's"),
     "its neighbour": (lambda h, w: (h, *flat(w)), "own; got some of weight's"),
     "hidden": (lambda h, w: (h, w, h.detach()[:67]), "own; got some of hidden's"),
+    "of inference": (lambda h, w: (h, w, of_inference()), "made under torch.inference_mode"),
     "a number": (lambda h, w: (h, w, 1.0), "be a tensor; got 1.0"),
 }
 
