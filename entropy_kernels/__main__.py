@@ -8,6 +8,7 @@ costs here, eager, compiled by torch, and ours.
 import argparse
 import functools
 import importlib.metadata
+import os
 import platform
 import sys
 from collections.abc import Callable
@@ -35,6 +36,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--bench", action="store_true", help="measures for about 20 seconds")
     command.add_options(parser)
     options = parser.parse_args(arguments)
+    if _native.cpu() is not None:
+        try:
+            _native.instruction_set(torch.float32)
+        except ValueError as error:  # of EK_CPU_ISA
+            parser.error(str(error))
     if options.bench:
         return command.main(options, parser, __version__)
     for name in command.OPTIONS:
@@ -156,4 +162,11 @@ def _check_selection(device: str) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    try:
+        status = main()
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # Who read the output has closed it; the interpreter's own flush at exit would tell again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = 1
+    sys.exit(status)

@@ -16,7 +16,7 @@ def instruction_set(module: ModuleType, dtype: int) -> str:
     Raises a ValueError where EK_CPU_ISA names what this machine cannot run.
     """
     names: list[str] = module.instruction_sets()
-    wanted = os.environ.get("EK_CPU_ISA")
+    wanted = os.environ.get("EK_CPU_ISA", "").strip().lower()
     if wanted:
         if wanted not in module.instruction_sets(models=True):
             raise ValueError(f"EK_CPU_ISA must be one of {', '.join(names)} here; got {wanted!r}")

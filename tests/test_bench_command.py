@@ -17,6 +17,8 @@ from entropy_kernels._bench import command, contestant, machine, measure, rounds
 from entropy_kernels._bench.machine import Processor
 
 ROOT = Path(__file__).parents[1]
+PROC = "/proc/version"
+UNWRITABLE = [(["--json", PROC], f"must be writable; got {PROC}: ")] if Path(PROC).exists() else []
 TINY = ["--bench", "--shape", "48", "16", "300", "--rounds", "3", "--device", "cpu"]
 
 
@@ -153,7 +155,10 @@ def test_wrong_entropies_of_ours_are_seen_although_the_loss_hides_them(capsys, m
         (["--device", "cuda:99"], "; got cuda:99"),
         (["--rounds", "0"], "--rounds: must be a whole number of 1 or more; got 0"),
         (["--threads", "many"], "--threads: must be a whole number of 1 or more; got many"),
+        (["--threads", "100000"], "the machine's; got 100000"),
         (["--json", "no/such/folder/file"], "--json: must be a file in a folder that is there"),
+        (["--json", "/dev/null/file"], "--json: must be"),
+        *UNWRITABLE,
         (["--shape", "8", "4096", "99999999999"], "GB are available on cpu"),
     ],
     ids=lambda x: " ".join(x) if isinstance(x, list) else "",
@@ -163,6 +168,33 @@ def test_a_bad_option_says_what_came_and_what_was_wanted(options, said, capsys):
         main.main(["--bench", "--device", "cpu", *options])
     assert end.value.code == 2
     assert said in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_file_to_come_is_not_left_where_nothing_is_measured(tmp_path):
+    with pytest.raises(SystemExit):
+        main.main(["--bench", "--json", str(tmp_path / "new"), "--rounds", "0"])
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.skipif(_native.cpu() is None, reason="without the kernels there is no choice")
+@pytest.mark.parametrize("options", [[], ["--bench"]], ids=["report", "bench"])
+def test_an_unknown_instruction_set_is_one_line(options, capsys, monkeypatch):
+    monkeypatch.setenv("EK_CPU_ISA", "sse9")
+    _native.instruction_set.cache_clear()
+    with pytest.raises(SystemExit) as end:
+        main.main(options)
+    assert end.value.code == 2
+    assert "error: EK_CPU_ISA must be one of" in capsys.readouterr().err
+
+
+def test_a_reader_that_closes_the_pipe_gets_no_traceback():
+    command = [sys.executable, "-m", "entropy_kernels"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()
+        errors = process.stderr.read()
+    assert b"Traceback" not in errors
+    assert b"BrokenPipe" not in errors
+    assert process.returncode == 1
 
 
 def test_its_options_need_bench(capsys):

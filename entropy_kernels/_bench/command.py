@@ -6,6 +6,7 @@ Results are checked against fp64 first, and what is wrong is not timed.
 import argparse
 import json
 import math
+import os
 import platform
 import warnings
 from contextlib import nullcontext
@@ -23,6 +24,7 @@ from .output import footer, header, table
 from .step import ROWS, make_problem
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+SHORT = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 # About 20 s on two cores, most of it torch.compile's compiler and the rounds.
 CPU_SHAPE = (512, 512, 32768)
 # Of an 8B and of a small model's head: the first that leaves room.
@@ -63,6 +65,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--dtype",
+        type=lambda text: SHORT.get(text, text),
         choices=list(DTYPES),
         help="of hidden states and weight (default: float32, in which models are trained on CPUs; "
         "on a GPU bfloat16)",
@@ -72,7 +75,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--device", type=_device, help="cpu or cuda[:N] (default: a GPU if any)")
     group.add_argument("--rounds", type=_natural, help=f"of the alternation (default: {ROUNDS})")
-    group.add_argument("--threads", type=_natural, help="of torch on a CPU (default: torch's own)")
+    group.add_argument("--threads", type=_threads, help="of torch on a CPU (default: torch's own)")
     group.add_argument("--json", type=_new_file, metavar="FILE", help="writes all samples there")
 
 
@@ -193,6 +196,13 @@ def _natural(text: str) -> int:
     return value
 
 
+def _threads(text: str) -> int:
+    value, cores = _natural(text), os.cpu_count() or 1
+    if value > cores:
+        raise argparse.ArgumentTypeError(f"must be at most {cores}, the machine's; got {text}")
+    return value
+
+
 def _fraction(text: str) -> float:
     try:
         value = float(text)
@@ -215,4 +225,13 @@ def _new_file(text: str) -> Path:
     path = Path(text)
     if path.is_dir() or not path.absolute().parent.is_dir():
         raise argparse.ArgumentTypeError(f"must be a file in a folder that is there; got {text}")
+    there = path.exists()
+    try:
+        with path.open("a"):
+            pass
+    except OSError as error:
+        why = error.strerror or str(error)
+        raise argparse.ArgumentTypeError(f"must be writable; got {text}: {why}") from None
+    if not there:
+        path.unlink()
     return path

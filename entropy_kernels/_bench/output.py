@@ -37,7 +37,8 @@ def header(
     lines["backend"] = backend + why
     tokens, hidden, vocabulary = shape
     lines["step"] = (
-        f"{tokens:,} tokens x hidden size {hidden:,} x vocabulary {vocabulary:,}, "
+        f"{tokens:,} token{'s' * (tokens != 1)} x hidden size {hidden:,} x "
+        f"vocabulary {vocabulary:,}, "
         f"{str(dtype).removeprefix('torch.')}, forward and backward"
     )
     return "\n".join(_wrapped(f"{name:<11}{text}") for name, text in lines.items())
@@ -75,7 +76,7 @@ def _row(one: Measured, eager: Measured) -> tuple[str, ...]:
 
 def footer(everyone: list[Measured], device: torch.device, gradient_bytes: int) -> str:
     """How to read the table."""
-    rounds = max((len(one.samples) for one in everyone), default=0)
+    rounds = min((len(one.samples) for one in everyone if one.samples), default=0)
     peak = "peak: what a step needs at most beyond its inputs, its gradients' "
     peak += f"{gradient_bytes / 1e6:,.0f} MB included"
     why = why_no_peak(device)
@@ -85,6 +86,7 @@ def footer(everyone: list[Measured], device: torch.device, gradient_bytes: int) 
         f"{f'peak is not measured: {why}' if why else peak}; error: the largest of loss, "
         "gradients, log-probs and entropies against fp64, relative to their norm, found before the "
         "timing. "
+        "Eager and torch.compile mask their loss to the same tokens as the row of fewer than all. "
         "Known beforehand: the tokens to train on come from the old policy's entropies."
     )
     return textwrap.fill(text, WIDTH)
