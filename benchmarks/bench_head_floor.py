@@ -2,10 +2,10 @@
 
 Forward contains one product of T x D x V, backward three of those of the tokens that carry
 gradient: the logits again, and both gradients. The bare ones are torch.mm's in the inputs' dtype
-and in the blocks it likes best, results thrown away. In fp32 that is MKL's; on AMD's processors
-oneDNN's is faster, so it stands beside it. Ours adds the weight's gradient to memory that is there;
-a second entry takes fresh memory, whose pages the system clears. On one thread CPU time counts, on
-all of them wall time.
+and in the blocks it likes best; logits are thrown away. In fp32 that is MKL's; on AMD's processors
+oneDNN's is faster, so it stands beside it. The weight's gradient goes to memory that is there: the
+bare product writes it, ours adds to it. A second entry of ours takes fresh memory, whose pages the
+system clears. On one thread CPU time counts, on all of them wall time.
 
 T tokens, D hidden, V vocabulary.
 """
@@ -83,9 +83,11 @@ def contestants(problem: Problem) -> list[Contestant]:
 
 def _runs(problem: Problem, direction: str) -> dict[str, Callable[[Problem], Results]]:
     """By the name of what computes; ours is the compiled kernels where they are built."""
-    runs = {"mm": functools.partial(_bare, direction=direction)}
+    buffer = torch.zeros_like(problem.weight) if direction == "backward" else None
+    bare = functools.partial(_bare, direction=direction, dweight_VD=buffer)
+    runs: dict[str, Callable[[Problem], Results]] = {"mm": bare}
     if problem.hidden.dtype == torch.float32:
-        runs["mm-onednn"] = functools.partial(_bare, direction=direction, onednn=True)
+        runs["mm-onednn"] = functools.partial(bare, onednn=True)
     impl = OURS if OURS in ops.implementations() else "torch"
     if direction == "forward":
         runs[impl] = functools.partial(_forward, impl=impl)
@@ -136,18 +138,21 @@ def _on(threads: int, run: Callable[[Problem], Results], problem: Problem) -> Re
         torch.set_num_threads(before)
 
 
-def _bare(problem: Problem, *, direction: str, onednn: bool = False) -> Results:
+def _bare(
+    problem: Problem, *, direction: str, dweight_VD: Tensor | None, onednn: bool = False
+) -> Results:
     hidden_RD = problem.hidden.detach()[_rows(problem, direction)]
     weight_VD, size = problem.weight.detach(), _block(hidden_RD, direction)
     block = hidden_RD.new_empty(size, FLOOR_VOCABULARY)
     dhidden_RD = hidden_RD.new_empty(size, hidden_RD.shape[1])
-    dweight_VD = weight_VD.new_empty(FLOOR_VOCABULARY, weight_VD.shape[1])
+    # Forward has no use for the second of each pair.
+    dweights = (weight_VD if dweight_VD is None else dweight_VD).split(FLOOR_VOCABULARY)
     with products_by_onednn() if onednn else nullcontext():
-        for weight in weight_VD.split(FLOOR_VOCABULARY):
+        for weight, dweight in zip(weight_VD.split(FLOOR_VOCABULARY), dweights, strict=True):
             for hidden in hidden_RD.split(size):
                 tile = torch.mm(hidden, weight.T, out=head_of(block, len(hidden), len(weight)))
-                if direction == "backward":
-                    torch.mm(tile.T, hidden, out=dweight_VD[: len(weight)])
+                if dweight_VD is not None:
+                    torch.mm(tile.T, hidden, out=dweight)
                     torch.mm(tile, weight, out=dhidden_RD[: len(hidden)])
     return {"product": tile}
 
