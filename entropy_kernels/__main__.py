@@ -97,8 +97,8 @@ def _instruction_sets() -> list[str]:
         lines.append(
             "AMX: this processor has it, but bf16 heads do not run on it: "
             f"{why or 'it was measured to be slower'}. "
-            "torch.mm in bf16 may use it and be several times faster, but rounds logits to bf16: "
-            "log-probs are then off by 0.03 to 0.16 instead of 5e-5, so no impl takes it"
+            "torch.mm in bf16 may use it and be faster, but rounds logits to bf16, "
+            "and log-probs lose their digits: no impl takes it"
         )
     return lines
 

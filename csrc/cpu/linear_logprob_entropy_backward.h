@@ -7,49 +7,20 @@
 // added up in fp32 for each thread. dz is held in the dtype of the inputs where the products take it (bf16).
 #pragma once
 
-#include "linear_logprob_entropy.h"
+#include "active_rows.h"
 
 namespace EK_ISA {
 
 using entropy_kernels::Gradients;
-using entropy_kernels::Incoming;
 
-constexpr std::int64_t kRowChunk = 512;  // active rows whose dz is held at once
-constexpr std::int64_t kRowStride = kRowChunk + 16;  // no power of two, which would fill few sets of a cache
-
-// Rows of the weight a block: its dz, 4 bytes a value in any dtype, stays in the L2 cache. More than
-// 384 gain nothing; a thread's share of the vocabulary bounds them too.
+// Rows of the weight a block: its dz, 4 bytes a value in any dtype, stays in the L2 cache; 384 are
+// the most that was measured, and a thread takes no more than its share of the vocabulary.
 static std::int64_t block_rows(const Head& head, int threads) {
   const std::int64_t fitting = head.caches.l2 * 4 / 5 / (kRowStride * 4);
   const std::int64_t share = round_up(head.vocabulary, threads) / threads;
   return std::min(std::clamp<std::int64_t>(fitting / kTileRows * kTileRows, kTileRows, 384),
                   round_up(share, kTileRows));
 }
-
-// What a panel of 64 active rows needs, gradients divided by the temperature; zero beyond the last.
-struct ActivePanel {
-  float max[kPanel], log_sum[kPanel], temperature[kPanel];
-  float logprob[kPanel], entropy[kPanel], rest[kPanel];  // rest = g_logsumexp - g_entropy H
-  std::int64_t target[kPanel], token[kPanel];
-
-  ActivePanel(const Head& head, const Rows& rows, const Statistics& found, const Incoming& in,
-              std::int64_t first) {
-    for (int i = 0; i < kPanel; ++i) {
-      const bool real = first + i < rows.count;
-      const std::int64_t t = real ? rows[first + i] : 0;
-      const auto grad = [&](const float* g) { return real && g != nullptr ? g[first + i] : 0.0f; };
-      temperature[i] = real && head.temperature != nullptr ? head.temperature[t] : 1.0f;
-      max[i] = real ? found.max[t] : 0.0f;
-      log_sum[i] = real ? found.log_sum[t] : 0.0f;
-      logprob[i] = grad(in.logprob) / temperature[i];
-      entropy[i] = grad(in.entropy) / temperature[i];
-      const float h = real ? found.entropy[t] : 0.0f;
-      rest[i] = grad(in.logsumexp) / temperature[i] - (entropy[i] == 0 ? 0 : entropy[i] * h);
-      target[i] = real ? head.target[t] : -1;
-      token[i] = t;
-    }
-  }
-};
 
 // Logits become dz. At the target g_logprob (1 - p) comes from expm1, which keeps its digits.
 static void differentiate_tile(const ActivePanel& panel, std::int64_t first_row, std::int64_t rows,
@@ -157,42 +128,6 @@ static void write_weight(const Gradients& out, std::int64_t dim, std::int64_t ro
     for (std::int64_t i = 0; i < count; ++i) half[i] = to_f16(from_f16(half[i]) + values[i]);
   }
 }
-
-// The active rows, gathered once and packed for both of their products.
-template <class E>
-struct Gathered {
-  std::int64_t units, panels, row_chunks;
-  std::vector<typename E::Unit> along_dim;  // panels of rows, for the logits
-  std::vector<typename E::Unit> along_rows;  // for each chunk of rows, panels of D, for dW
-  std::vector<ActivePanel> active;
-
-  Gathered(const Head& head, const Rows& rows, const Statistics& found, const Incoming& in,
-           bool for_weight) {
-    units = round_up(head.dim, E::kWidth) / E::kWidth;
-    panels = round_up(rows.count, kPanel) / kPanel;
-    row_chunks = round_up(rows.count, kRowChunk) / kRowChunk;
-    const std::int64_t wide = round_up(head.dim, kPanel);
-    along_dim.resize(panels * kPanel * units);
-    if (for_weight) along_rows.resize(row_chunks * (kRowChunk / E::kWidth) * wide);
-    std::vector<typename E::Unit> buffer(kRowChunk * units);
-    const typename E::Unit* lanes[kPanel];
-    for (std::int64_t c = 0; c < row_chunks; ++c) {
-      const std::int64_t first = c * kRowChunk, count = std::min(kRowChunk, rows.count - first);
-      for (std::int64_t i = 0; i < count; ++i)
-        read_row<E>(head.hidden, rows[first + i] * head.hidden_stride, head.dim, head.dtype,
-                    buffer.data() + i * units);
-      for (std::int64_t p = 0; p < count; p += kPanel) {
-        const std::int64_t here = std::min<std::int64_t>(kPanel, count - p);
-        for (std::int64_t i = 0; i < here; ++i) lanes[i] = buffer.data() + (p + i) * units;
-        pack_rows<E>(lanes, here, units, along_dim.data() + (first + p) * units);
-        active.emplace_back(head, rows, found, in, first + p);
-      }
-      if (for_weight)
-        pack_columns<E>(buffer.data(), units, count, head.dim,
-                        along_rows.data() + c * (kRowChunk / E::kWidth) * wide);
-    }
-  }
-};
 
 // One thread's part of the vocabulary.
 template <class E>
