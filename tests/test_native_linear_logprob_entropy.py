@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import entropy_kernels as ek
-from entropy_kernels import _native, reference
+from entropy_kernels import _inputs, _native, reference
 from entropy_kernels.testing import assert_within_two_bounds, peaked_head, worst_of_orders
 
 WHY = _native.why_missing("cpu")
@@ -291,6 +291,7 @@ def test_impl_cpu_needs_the_extension(monkeypatch, unchecked_shapes):
     monkeypatch.setattr(_native, "why_missing", lambda name: f"{name} is not built")
     with pytest.raises(ValueError, match='impl="cpu" is missing: cpu is not built'):
         ek.linear_logprob_entropy(h, w, y, impl="cpu")
+    _inputs._warn_of_the_torch_path.cache_clear()  # another test of this process may have warned
     with pytest.warns(RuntimeWarning, match="takes the torch path, which is slower"):
         ek.linear_logprob_entropy(h, w, y)
     ek.linear_logprob_entropy(h, w, y)
