@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from entropy_kernels._bench.rounds import status
-from trainer.config import Algorithm, Config, Model, Optimizer, Rollout
+from trainer.config import Algorithm, Config, Eval, Model, Optimizer, Rollout
 from trainer.plan import plan
 from trainer.plan.architectures import Architecture
 from trainer.plan.devices import cpu
@@ -55,7 +55,7 @@ class Case:
             steps=1,
             threads=1,
             device="cpu",
-            eval_problems=1,
+            eval=Eval(problems=1),
             samples=0,
             model=Model(
                 path="model",

@@ -14,7 +14,7 @@ def evaluate(run: Run) -> dict[str, float]:
 
     The standard error is that of the accuracy, over problems.
     """
-    count = min(run.settings.eval_problems, run.task.num_test)
+    count = min(run.settings.eval.problems, run.task.num_test)
     problems = [run.task.problem("test", index) for index in range(count)]
 
     def draw(temperature: float) -> Rollouts:

@@ -14,6 +14,7 @@ from trainer.config import (
     Config,
     Data,
     Engine,
+    Eval,
     Model,
     Optimizer,
     Rollout,
@@ -32,7 +33,7 @@ def tiny() -> Config:
     return Config(
         steps=100,
         threads=1,
-        eval_problems=1024,
+        eval=Eval(problems=1024),
         warm_start=WarmStart(steps=600),
         algorithm=Algorithm(max_rounds=2),
     )
@@ -83,8 +84,7 @@ def dapo(name: str, path: str) -> Config:
     return Config(
         name=name,
         steps=100,
-        eval_every=5,
-        eval_problems=64,
+        eval=Eval(every=5, problems=64),
         checkpoint_every=5,
         model=Model(
             path=path,
@@ -184,7 +184,7 @@ def single_gpu(name: str, path: str) -> Config:
     return replace(
         config,
         steps=300,
-        eval_every=20,
+        eval=replace(config.eval, every=20),
         checkpoint_every=20,
         model=replace(config.model, attention="sdpa"),
         engine=replace(config.engine, memory_utilization=0.5, max_model_len=2048 + 4096),

@@ -100,8 +100,8 @@ def _facts(run: Mapping[str, Any], rows: Sequence[Row]) -> list[tuple[str, str]]
 def _tiles(config: Mapping[str, Any], rows: Sequence[Row]) -> list[dict[str, str]]:
     """The headline numbers."""
     return [
-        _change("Held-out accuracy", rows, "eval/accuracy", config["eval_problems"]),
-        _change("Held-out accuracy, greedy", rows, "eval/greedy", config["eval_problems"]),
+        _change("Held-out accuracy", rows, "eval/accuracy", config["eval"]["problems"]),
+        _change("Held-out accuracy, greedy", rows, "eval/greedy", config["eval"]["problems"]),
         _share("Time in the LM head", rows, "time/head", "time/step", "of step time"),
         _share("Rows in backward", rows, "head/active_rows", "head/rows", "of head rows"),
     ]

@@ -50,7 +50,7 @@ def _train(run: Run, on_step: Callable[[int], Any]) -> Path:
             run.progress.step = step
             last = step == settings.steps
             metrics = _step(run)
-            if last or step % settings.eval_every == 0:
+            if last or step % settings.eval.every == 0:
                 metrics |= _evaluate(run)
             run.write({"step": step, **metrics})
             if last or step % settings.checkpoint_every == 0:

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 import trainer.run
-from trainer.config import Algorithm, Config, Model, Optimizer, Reward, Rollout
+from trainer.config import Algorithm, Config, Eval, Model, Optimizer, Reward, Rollout
 from trainer.policy import Policy, check_policy
 from trainer.rewards.verifier import Verifier
 from trainer.train import train
@@ -152,8 +152,7 @@ def settings(root: Path, model: str = "tiny", **changes: Any) -> Config:
             steps=6,
             threads=1,
             device="cpu",
-            eval_every=3,
-            eval_problems=4,
+            eval=Eval(every=3, problems=4),
             checkpoint_every=2,
             samples_every=2,
             samples=2,

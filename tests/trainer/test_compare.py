@@ -23,14 +23,14 @@ from trainer.compare.collect import collect
 from trainer.compare.differences import differences, holm, interval, t_cdf, t_quantile
 from trainer.compare.driver import alone, drive, is_finished
 from trainer.compare.report import arm_table, curves, difference_table, final, write_files
-from trainer.config import Config, Data
+from trainer.config import Config, Data, Eval
 from trainer.figures import Mark, Panel, Series, figure, ticks
 from trainer.presets import PRESETS
 
 
 def small(root: Path, **changes) -> Config:
     """Two steps on the ladder, whose warm start is two more."""
-    config = settings(root, steps=2, eval_every=2, eval_problems=4)
+    config = settings(root, steps=2, eval=Eval(2, 4))
     warm = replace(config.warm_start, steps=2, traces=20, cache=str(root / "warm"))
     return replace(config, data=Data(), warm_start=warm, **changes)
 
@@ -206,7 +206,7 @@ def test_other_settings_are_not_finished(tmp_path):
     assert not is_finished(config)
     assert drive([config], jobs=1).finished == [config.name]
     assert is_finished(config)
-    assert not is_finished(replace(config, eval_problems=5))
+    assert not is_finished(replace(config, eval=Eval(2, 5)))
     assert not is_finished(replace(config, steps=1))
 
 

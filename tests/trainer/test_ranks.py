@@ -23,7 +23,7 @@ from tests.trainer.update_cases import (
     step,
 )
 from tests.trainer.worlds import ROOT, next_world, run_ranks
-from trainer.config import Algorithm, Model
+from trainer.config import Algorithm, Eval, Model
 from trainer.engines.transformers import TransformersEngine
 from trainer.fsdp import shard, whole
 from trainer.log import read_rows
@@ -153,7 +153,7 @@ def everything(model: str, root: Path, runs: list[str]) -> dict:
 
 def run_settings(path: str, root: Path, name: str, **changes):
     """Steps so small that AdamW, which divides by what may be rounding, moves little by it."""
-    config = settings(root, path, name=name, steps=4, eval_every=4, checkpoint_every=2)
+    config = settings(root, path, name=name, steps=4, eval=Eval(4, 4), checkpoint_every=2)
     optimizer = dataclasses.replace(config.optimizer, learning_rate=1e-4)
     return dataclasses.replace(config, algorithm=RUNS[name], optimizer=optimizer, **changes)
 
@@ -308,7 +308,7 @@ def test_mixed_precision_of_one_process(model, tmp_path, monkeypatch):
 
 def test_torchrun_and_python_are_one_program(tmp_path):
     """By the command line, resumed with torchrun; one process writes."""
-    options = ["--name", "run", "--steps", "2", "--eval-problems", "4", "--threads", "1"]
+    options = ["--name", "run", "--steps", "2", "--eval.problems", "4", "--threads", "1"]
     options += ["--rollout.prompts", "3", "--rollout.group-size", "2", "--warm-start.steps", "0"]
     options += ["--rollout.max-new-tokens", "8", "--device", "cpu", "--checkpoint-every", "1"]
     options += ["--algorithm.min-groups", "1"]

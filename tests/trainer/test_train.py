@@ -18,7 +18,7 @@ import trainer.run
 from tests.processes import forkserver
 from tests.trainer.small import Even, save_folder, settings, use_task
 from trainer.__main__ import main
-from trainer.config import Algorithm, Model
+from trainer.config import Algorithm, Eval, Model
 from trainer.log import read_rows
 from trainer.presets import PRESETS
 from trainer.sharded import read_whole
@@ -120,7 +120,7 @@ def test_it_learns(model, tmp_path):
     """Even digits first, with the entropies of either policy."""
     for source in ("old", "current"):
         config = settings(
-            tmp_path, model, name=source, steps=30, eval_every=30, checkpoint_every=30
+            tmp_path, model, name=source, steps=30, eval=Eval(30, 4), checkpoint_every=30
         )
         algorithm = dataclasses.replace(config.algorithm, entropy_source=source, fraction=0.5)
         train(dataclasses.replace(config, algorithm=algorithm))

@@ -12,7 +12,7 @@ import torch
 
 from tests.trainer.small import save_folder
 from trainer.__main__ import main
-from trainer.config import Algorithm, Config, Optimizer, Rollout
+from trainer.config import Algorithm, Config, Eval, Optimizer, Rollout
 from trainer.log import read_rows
 from trainer.presets import PRESETS
 
@@ -21,7 +21,7 @@ ONE_STEP = [
     "--steps=1",
     "--threads=1",
     "--device=cpu",
-    "--eval-problems=2",
+    "--eval.problems=2",
     "--rollout.prompts=4",
     "--rollout.group-size=8",
     "--rollout.batch-size=32",
@@ -114,7 +114,7 @@ def test_a_bad_option_stops_with_status_2(capsys, arguments):
         ),
         (lambda: Optimizer(mini_batches=0), "mini_batches must be at least 1; got 0"),
         (lambda: Config(keep_checkpoints=0), "keep_checkpoints must be at least 1; got 0"),
-        (lambda: Config(eval_every=0), "eval_every must be at least 1; got 0"),
+        (lambda: Config(eval=Eval(every=0)), "every must be at least 1; got 0"),
         (lambda: Config(rollout=Rollout(prompts=2)), "min_groups must be at most .*, 2, .* got 4"),
         (
             lambda: Config(algorithm=Algorithm(overlong_cache=49)),

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from tests.trainer.small import settings
-from trainer.config import Config, Engine
+from trainer.config import Config, Engine, Eval
 
 if importlib.util.find_spec("vllm") is None:
     pytest.skip("vllm is not installed; make test-vllm installs it", allow_module_level=True)
@@ -22,4 +22,6 @@ IGNORED = [
 def configure(root: Path, placement: str, **changes: Any) -> Config:
     """A run that evaluates every two steps."""
     engine = Engine(kind="vllm", placement=placement, kv_cache_bytes=2**26)
-    return settings(root, engine=engine, **{"steps": 4, "eval_every": 2} | changes)
+    return settings(
+        root, engine=engine, **{"steps": 4, "eval": Eval(every=2, problems=4)} | changes
+    )

@@ -1,0 +1,62 @@
+"""The objective."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from trainer.config.checks import at_least
+
+
+@dataclass(frozen=True)
+class Algorithm:
+    """The objective: GRPO or DAPO on the high-entropy tokens."""
+
+    loss_type: Literal["dapo", "grpo"] = "dapo"
+    """"dapo": one mean over the tokens of the step; "grpo": a mean of the sequences' means."""
+    fraction: float = 0.2
+    """Share of the response tokens that is trained on (1.0: all)."""
+    which: Literal["top", "bottom", "random"] = "top"
+    """Which tokens: the paper's, its ablation, and the control."""
+    entropy_source: Literal["current", "old"] = "old"
+    """"current": entropies of the policy being trained (the paper); the head runs on all tokens.
+    "old": entropies of the sampling policy; the head runs on the kept tokens only."""
+    denominator: Literal["selected", "all"] = "selected"
+    """Paper v2 and its code divide by the selected tokens, v1 and TRL by all."""
+    clip_low: float = 0.2
+    """Lower clip range of the ratio."""
+    clip_high: float = 0.28
+    """Upper clip range of the ratio (clip-higher)."""
+    dual_clip: float | None = None
+    """Bound of the ratio for negative advantages (10 in the paper's scripts)."""
+    correction: Literal["auto", "none", "tis", "mis"] = "auto"
+    """Of the engine's mismatch, by pi_old / pi_sampler of each token: "tis" truncates it to
+    [correction_floor, correction_cap], "mis" drops tokens outside; "auto": "tis" in bf16."""
+    correction_cap: float = 2.0
+    """Upper bound of the corrected ratio."""
+    correction_floor: float = 0.0
+    """Lower bound."""
+    advantage: Literal["grpo", "dr_grpo"] = "grpo"
+    """"grpo" divides by the group's standard deviation, "dr_grpo" does not."""
+    max_rounds: int = 1
+    """Dynamic sampling: rounds of fresh prompts until `rollout.prompts` groups are useful."""
+    min_groups: int = 4
+    """Useful groups below which a step makes no update (it is counted)."""
+    overlong_cache: int = 0
+    """Soft punishment over the last `overlong_cache` tokens before the limit; 0: none."""
+    overlong_factor: float = 1.0
+    """Size of the punishment at the limit."""
+
+    def __post_init__(self) -> None:
+        at_least(self, 1, "max_rounds", "min_groups")
+        at_least(self, 0, "overlong_cache")
+        if not 0 < self.fraction <= 1:
+            raise ValueError(f"fraction must lie in (0, 1]; got {self.fraction}")
+        if not 0 <= self.correction_floor <= 1 <= self.correction_cap:
+            raise ValueError(
+                "0 <= correction_floor <= 1 <= correction_cap is wanted, or equal policies would "
+                f"be corrected; got {self.correction_floor} and {self.correction_cap}"
+            )
+        if self.which != "top" and self.entropy_source != "old":
+            raise ValueError(
+                f'which={self.which!r} needs entropy_source="old": a threshold keeps the top; '
+                f"got {self.entropy_source!r}"
+            )

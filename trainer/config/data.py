@@ -1,0 +1,71 @@
+"""Problems, and the verdict on a response."""
+
+import re
+from dataclasses import dataclass
+
+from trainer.config.checks import at_least
+
+
+@dataclass(frozen=True)
+class Data:
+    """Where problems come from."""
+
+    task: str = "ladder"
+    """The number "ladder" or "ladder:long", a reasoning-gym task as "gym:NAME", or a prompt set as
+    "file:PATH" or "hub:NAME[:CONFIGURATION]"."""
+    prompt_field: str = "prompt"
+    """Prompt sets: the column of the question, text or chat messages."""
+    answer_field: str = "answer"
+    """Prompt sets: the column of the answer."""
+    template: str = "auto"
+    """"auto" applies the tokenizer's chat template where it has one, "none" nothing; any other
+    text stands for itself, with the question in the place of {question}."""
+    instruction: str = ""
+    """Appended to every question of a prompt set or reasoning-gym task."""
+    test_fraction: float = 0.05
+    """Prompt sets without a test split: the share held out, by hash of the prompt."""
+
+    def __post_init__(self) -> None:
+        if self.template not in ("auto", "none") and "{question}" not in self.template:
+            raise ValueError(
+                'template must be "auto", "none" or a text with {question} in it; '
+                f"got {self.template!r}"
+            )
+
+
+@dataclass(frozen=True)
+class Reward:
+    """The verdict on a response, and what is added to it."""
+
+    function: str = ""
+    """A verifier of your own, "module:function", in place of the task's. It is called in processes
+    of its own as `function(prompt=..., response=..., answer=...)`, the answer as the data has it,
+    and returns a finite number."""
+    seconds: float = 10.0
+    """Limit of one answer in such a process; over it the answer scores 0 and is counted."""
+    gigabytes: float = 4.0
+    """What such a process may allocate beyond its imports; held on Linux."""
+    workers: int = 4
+    """Such processes at most, on each rank."""
+    format: str = "boxed"
+    """What a response of the right form has: "boxed", a closed \\boxed{...}; "answer",
+    <answer>...</answer>; or a regular expression, searched for (in the trainer's process, without
+    a time limit)."""
+    format_weight: float = 0.0
+    """Added to the reward of a response of the right form."""
+    drop_truncated: bool = False
+    """Leave truncated responses out of the loss (overlong filtering). They still count in their
+    group's mean."""
+
+    def __post_init__(self) -> None:
+        at_least(self, 1, "workers")
+        for name in ("seconds", "gigabytes"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"reward.{name} must be > 0; got {getattr(self, name)}")
+        try:
+            re.compile(self.format)
+        except re.error as error:
+            raise ValueError(
+                'reward.format must be "boxed", "answer" or a regular expression; got '
+                f"{self.format!r}: {error}"
+            ) from error

@@ -1,0 +1,89 @@
+"""One run, evaluated and tracked."""
+
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from typing import Literal
+
+from trainer.config.algorithm import Algorithm
+from trainer.config.checks import at_least
+from trainer.config.data import Data, Reward
+from trainer.config.model import Model, Optimizer, WarmStart
+from trainer.config.sampling import Engine, Rollout
+
+
+@dataclass(frozen=True)
+class Eval:
+    """Evaluation during training."""
+
+    every: int = 20
+    """RL steps between evaluations; the first is before training."""
+    problems: int = 512
+    """Held-out problems an evaluation, one sample each at temperature 1 and one greedy."""
+
+    def __post_init__(self) -> None:
+        at_least(self, 1, "every", "problems")
+
+
+@dataclass(frozen=True)
+class Tracking:
+    """Where the metrics of a run go beside its metrics.jsonl."""
+
+    trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
+    """Libraries that are installed; each has its own environment variables."""
+    project: str = "entropy-kernels"
+    """Of wandb and trackio."""
+
+    def __post_init__(self) -> None:
+        for name in self.trackers:
+            if find_spec(name) is None:
+                raise ValueError(f"tracker {name!r} is not installed: pip install {name}")
+
+
+@dataclass(frozen=True)
+class Config:
+    """One run."""
+
+    name: str = "tiny"
+    """Folder of the run under `root`."""
+    root: str = "runs"
+    """Where runs live."""
+    seed: int = 0
+    """Of everything random."""
+    steps: int = 120
+    """RL steps."""
+    threads: int = 0
+    """CPU threads of torch; 0 leaves torch's choice."""
+    device: str = "auto"
+    """"auto": CUDA where there is one."""
+    checkpoint_every: int = 10
+    """RL steps between checkpoints."""
+    keep_checkpoints: int = 2
+    """Older ones are deleted."""
+    samples_every: int = 10
+    """RL steps between writes of samples.jsonl."""
+    samples: int = 8
+    """Responses a write."""
+    eval: Eval = field(default_factory=Eval)
+    model: Model = field(default_factory=Model)
+    data: Data = field(default_factory=Data)
+    warm_start: WarmStart = field(default_factory=WarmStart)
+    engine: Engine = field(default_factory=Engine)
+    rollout: Rollout = field(default_factory=Rollout)
+    reward: Reward = field(default_factory=Reward)
+    algorithm: Algorithm = field(default_factory=Algorithm)
+    optimizer: Optimizer = field(default_factory=Optimizer)
+    tracking: Tracking = field(default_factory=Tracking)
+
+    def __post_init__(self) -> None:
+        at_least(self, 1, "checkpoint_every", "keep_checkpoints", "samples_every")
+        at_least(self, 0, "steps", "samples", "threads")
+        if self.algorithm.min_groups > self.rollout.prompts:
+            raise ValueError(
+                f"algorithm.min_groups must be at most rollout.prompts, {self.rollout.prompts}, or "
+                f"every step is skipped; got {self.algorithm.min_groups}"
+            )
+        if self.algorithm.overlong_cache > self.rollout.max_new_tokens:
+            raise ValueError(
+                "algorithm.overlong_cache must be at most rollout.max_new_tokens, "
+                f"{self.rollout.max_new_tokens}; got {self.algorithm.overlong_cache}"
+            )
