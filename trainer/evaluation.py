@@ -260,7 +260,7 @@ def engine_config(settings: Evaluation) -> Config:
             temperature=settings.temperature or 1.0,
             batch_size=settings.batch_size,
         ),
-        reward=Reward(settings.function, settings.seconds, workers=settings.workers),
+        reward=Reward(settings.function, seconds=settings.seconds, workers=settings.workers),
     )
 
 

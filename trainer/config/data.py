@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import dataclass
+from typing import Any
 
 from trainer.config.checks import at_least
 
@@ -41,6 +42,8 @@ class Reward:
     """A verifier of your own, "module:function", in place of the task's. It is called in processes
     of its own as `function(prompt=..., response=..., answer=...)`, the answer as the data has it,
     and returns a finite number."""
+    right: float = 1.0
+    """Verdicts of at least this are right answers; accuracies count these."""
     seconds: float = 10.0
     """Limit of one answer in such a process; over it the answer scores 0 and is counted."""
     gigabytes: float = 4.0
@@ -69,3 +72,7 @@ class Reward:
                 'reward.format must be "boxed", "answer" or a regular expression; got '
                 f"{self.format!r}: {error}"
             ) from error
+
+    def is_right(self, verdict: Any) -> Any:
+        """Whether `verdict`, a number or a tensor of some, is that on a right answer."""
+        return verdict >= self.right
