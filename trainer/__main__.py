@@ -63,21 +63,18 @@ def main(arguments: list[str]) -> int:
 
 
 def _train(arguments: list[str]) -> int:
-    import tyro
+    from trainer.command_line import parse
+    from trainer.config.files import as_yaml
 
-    from trainer.config import Config
-    from trainer.presets import PRESETS
-
-    name = arguments.pop(0) if arguments and not arguments[0].startswith("-") else "tiny"
-    if name not in PRESETS:
-        raise ValueError(f"no preset {name!r}; there are {', '.join(PRESETS)}")
-    settings = tyro.cli(
-        Config,
-        default=PRESETS[name](),
-        args=arguments,
-        prog=f"python -m trainer train {name}",
-        description=f"One run, from the preset {name!r}. Presets: {', '.join(PRESETS)}.",
+    printing = "--print-config" in arguments
+    settings = parse(
+        [argument for argument in arguments if argument != "--print-config"],
+        "python -m trainer train",
+        "One run. --print-config prints its settings as a file for --config, and ends.",
     )
+    if printing:
+        print(as_yaml(settings), end="")
+        return 0
 
     import transformers
 
