@@ -7,7 +7,8 @@ events that only running code raises, and the number of verdicts.
 import json
 import sys
 
-GOLD = "x^5-x-1=0"  # compared by solving
+# Compared by solving, as a formula, part by part, and as a number.
+GOLDS = ("x^5-x-1=0", "x^5-x-1", "(x+1,2)", "5")
 PLACES = (
     "CODE",
     "$CODE$",
@@ -57,7 +58,15 @@ CALLS = (
 )
 ARITHMETIC = (
     *("34/2*3", "(1+2)(3)", "7*(8", "1,234.5e7", "the answer is 2*(3)+4", "\\boxed{1{,}000}"),
-    *("\\boxed{50\\%}", "\\boxed{1.5E10}", "\\boxed{0,5}", "12 percent", "1.", "\u0663\u0664"),
+    *(
+        "\\boxed{x^{34}+1}",
+        "\\boxed{50\\%}",
+        "\\boxed{1.5E10}",
+        "\\boxed{0,5}",
+        "12 percent",
+        "1.",
+        "\u0663\u0664",
+    ),
 )
 # Of code that runs, and of nothing that a verifier does.
 EFFECTS = {"os.system", "os.exec", "os.posix_spawn", "os.fork", "subprocess.Popen"}
@@ -72,7 +81,8 @@ def responses(file: str) -> list[str]:
 def main(file: str) -> None:
     from trainer.tasks.math_answers import math_reward
 
-    math_reward(GOLD, f"\\boxed{{{GOLD}}} 34/2*3")  # what is imported and compiled once
+    for gold in GOLDS:  # what is imported and compiled once
+        math_reward(gold, f"\\boxed{{{gold}+x}}")
     compiled: set[str] = set()
     effects: list[str] = []
 
@@ -84,7 +94,7 @@ def main(file: str) -> None:
             effects.append(f"{event} {arguments}")
 
     sys.addaudithook(watch)
-    verdicts = [math_reward(GOLD, text) for text in responses(file)]
+    verdicts = [math_reward(gold, text) for gold in GOLDS for text in responses(file)]
     result = {"compiled": sorted(compiled), "effects": effects, "count": len(verdicts)}
     json.dump(result, sys.stdout)
 

@@ -29,7 +29,9 @@ def test_no_response_runs_in_the_verifiers_process(tmp_path):
     file = tmp_path / "was_run"
     responses = hostile_answers.responses(str(file))
     assert len(responses) > 300
-    failures = run_all("trainer.tasks.math_answers:math_verifier", responses, "2")
+    failures = run_all(
+        "trainer.tasks.math_answers:math_verifier", responses, hostile_answers.GOLDS[1]
+    )
     assert set(failures) == {""}
     assert not file.exists()
 
@@ -57,8 +59,8 @@ def test_only_numbers_and_operators_are_evaluated(tmp_path):
         env={"PYTHONPATH": ":".join(sys.path)},
     )
     result = json.loads(done.stdout)
-    assert result["count"] == len(hostile_answers.responses(""))
-    assert "Integer (34 )/Integer (2 )*Integer (3 )" in result["compiled"]
+    assert result["count"] == len(hostile_answers.GOLDS) * len(hostile_answers.responses(""))
+    assert "Integer (34 )" in result["compiled"]
     assert [text for text in result["compiled"] if any(part in text for part in FRAGMENTS)] == []
     assert result["effects"] == []
     assert not file.exists()

@@ -1,36 +1,55 @@
-"""Whether a response gives the right mathematical answer, by math-verify."""
+"""Whether a response gives the right mathematical answer.
 
-import logging
+What an answer is made of (lists, brackets, units, numbers, words) is compared here, part by part
+and exactly; math-verify compares the expressions that are left.
+"""
+
 import re
+from fractions import Fraction
 
-from math_verify import parse, verify
+from trainer.tasks.answers import is_cut, last_boxed, marked_answer
+from trainer.tasks.expressions import same_expression
+from trainer.tasks.quantities import Number, Quantity, read_number, read_quantity
+from trainer.tasks.shapes import Shape, as_interval, name_and_values, read_relation, read_shape
+from trainer.tasks.spelling import spell, squeeze
 
-from trainer.tasks.answers import last_boxed
-
-# It warns of having no time limit, which the verifier's process has.
-logging.getLogger("math_verify").setLevel(logging.ERROR)
-
-_WORDS = re.compile(r"[A-Za-z]{3,}(?: [A-Za-z]+)*")
-_TEXT_COMMAND = re.compile(r"\\(?:text|textbf|mathrm|mathbf)\s*\{([^{}]*)\}")
+LONGEST = 2000
+"""Characters of an answer; a longer one is right only where it is the gold itself."""
+_DEPTH = 8
+_OPTION = r"(?i:(?:option|choice|answer)\s+)?"
+_LETTER = re.compile(rf"{_OPTION}\(?([A-Z])\)?[.:]?")
+_CHOICE = re.compile(rf"{_OPTION}(?:\(([A-Z])\)|([A-Z])\s*[.:)])(.*)", re.DOTALL)
+_OTHER_CHOICE = re.compile(r"^\s*(?:[,/]|[A-Z]\s*$)|\([A-Z]\)|\b[A-Z]\s*[.:)]|,\s*[A-Z]\s*(?:,|$)")
+_WORDS = re.compile(r"[A-Za-z]{3,}[A-Za-z .'-]*")
+_IN_TEXT = re.compile(r"(?:\\text\{[^{}]*\}\s*)+")
+_TIME = re.compile(r"\d{1,2}:\d\d")
+_PERCENT = Fraction(1, 100)
+_LOOSE = re.compile(
+    r"\$([^$\n]*[^\s$])\$(?!\d)|\\[(\[]((?:(?!\\[(\[\])]).)+)\\[)\]]"
+    r"|(-?(?:\\?\$)?\d[\d,]*(?:\.\d+)?(?:[eE]-?\d+)?(?:/\d+)?(?:\s*\\?%)?)"
+)
+_STATED = re.compile(r"(?i:answer\s*(?:is|:)\s*:?|####)")
+_SENTENCE_END = re.compile(r"\.\s|\n")
+_HEDGE = re.compile(r"(?i:\b(?:not|or|either|least|most|than)\b|n't)")
 
 
 def math_reward(gold: str, response: str) -> float:
     r"""1.0 where `response` answers as `gold` does, else 0.0.
 
-    `gold` is a number or LaTeX, bare or within `$` or `\boxed`; of a worked solution that ends in
-    `#### 42` the part after the mark counts. The response's last `\boxed` counts, else the last
-    expression math-verify finds. Words, which math-verify would read as products of letters, and
-    what it cannot parse are compared as text with the response's last `\boxed`, without regard to
-    case, blanks, `$` and `\text`. What math-verify fails on is 0.0.
+    `gold` is a number, LaTeX or words, bare or within `$` or `\boxed`; of a worked solution that
+    ends in `#### 42` the part after the mark counts. Of the response `marked_answer` counts;
+    without one, if it opens no box or tag, what follows its last "answer is", else its last
+    formula or number. docs/trainer.md says which answers are right. What math-verify fails on is
+    0.0.
     There is no time limit here, and a response such as `\boxed{9^{9^{9^{9}}}}` takes for ever:
     outside of tests, call it through `trainer.rewards.verifier`, whose processes have one.
     """
-    gold = gold.rpartition("####")[2].strip()
-    parsed = [] if _WORDS.fullmatch(gold) else _parse_gold(gold)
-    if parsed:
-        return float(verify(parsed, parse(response, parsing_timeout=None), timeout_seconds=None))
-    boxed = last_boxed(response)
-    return float(boxed is not None and _normalised(boxed) == _normalised(last_boxed(gold) or gold))
+    gold = gold.rpartition("####")[2]
+    boxed = last_boxed(gold)
+    answer = marked_answer(response)
+    if answer is None:
+        answer = "" if is_cut(response) else _loose_answer(response)
+    return float(_same(spell(gold if boxed is None else boxed), spell(answer[: 2 * LONGEST])))
 
 
 def math_verifier(prompt: str, response: str, answer: str) -> float:
@@ -38,12 +57,135 @@ def math_verifier(prompt: str, response: str, answer: str) -> float:
     return math_reward(answer, response)
 
 
-def _parse_gold(gold: str) -> list:
-    """What math-verify reads in `gold`: no strings, and nothing where it reads no mathematics."""
-    marked = gold if "$" in gold or "\\boxed" in gold else f"\\boxed{{{gold}}}"
-    return parse(marked, fallback_mode="no_fallback", parsing_timeout=None)
+def _loose_answer(response: str) -> str:
+    """What a `response` without a mark ends in: "" for nothing.
+
+    The rest of the sentence after its last "answer is", of which one formula or number alone, if
+    nothing hedges it, stands for all; else the last formula or number of the response.
+    """
+    *_, stated = _STATED.split(response)
+    sentence = _SENTENCE_END.split(stated.lstrip(), maxsplit=1)[0].strip()
+    found = [next(filter(None, match.groups())) for match in _LOOSE.finditer(sentence)]
+    if stated == response or not sentence:
+        found = [next(filter(None, match.groups())) for match in _LOOSE.finditer(response)]
+        return found[-1] if found else ""
+    return found[0] if len(found) == 1 and not _HEDGE.search(sentence) else sentence
 
 
-def _normalised(text: str) -> str:
-    """`text` without what does not change an answer."""
-    return "".join(_TEXT_COMMAND.sub(r"\1", text).replace("$", "").split()).casefold()
+def _same(gold: str, answer: str, depth: int = 0) -> bool:
+    """Whether `answer` says what `gold` does, both in the one spelling."""
+    if not gold or not answer:
+        return False
+    if squeeze(gold) == squeeze(answer):
+        return True
+    if depth > _DEPTH or len(answer) > LONGEST:
+        return False
+    if choice := _LETTER.fullmatch(squeeze(gold)):
+        return _is_choice(choice[1], answer)
+    if read_relation(gold) or read_relation(answer):
+        return _same_relations(gold, answer, depth)
+    if name_and_values(gold)[1] != [gold] or name_and_values(answer)[1] != [answer]:
+        return _same_named(gold, answer, depth)
+    golds, answers = read_shape(gold), read_shape(answer)
+    if not (golds.single and answers.single):
+        return _same_parts(golds, answers, depth)
+    if (golds.parts[0], answers.parts[0]) != (gold, answer):
+        return _same(golds.parts[0], answers.parts[0], depth + 1)
+    return _same_value(gold, answer)
+
+
+def _same_parts(gold: Shape, answer: Shape, depth: int) -> bool:
+    """Part by part, in order or each gold with an answer of its own."""
+    ordered = gold.order(answer)
+    if ordered is None or len(gold.parts) != len(answer.parts):
+        return False
+    if ordered:
+        return all(_same(*pair, depth + 1) for pair in zip(gold.parts, answer.parts, strict=True))
+    left = list(answer.parts)
+    for part in gold.parts:
+        found = next((other for other in left if _same(part, other, depth + 1)), None)
+        if found is None:
+            return False
+        left.remove(found)
+    return True
+
+
+def _same_relations(gold: str, answer: str, depth: int) -> bool:
+    """Inequalities with the same sides, or as intervals; they are not solved."""
+    left, right = read_relation(gold), read_relation(answer)
+    if left and right:
+        (sides, signs), (others, other_signs) = left, right
+        if signs == ("\\ne",) and not _same(sides[0], others[0], depth + 1):
+            others = others[::-1]
+        return signs == other_signs and all(map(_same, sides, others, [depth + 1] * len(sides)))
+    found = as_interval(gold if left else answer)
+    if found is None:
+        return False
+    other = name_and_values(answer if left else gold)[1][-1]
+    return _same(*((found[1], other) if left else (other, found[1])), depth + 1)
+
+
+def _same_named(gold: str, answer: str, depth: int) -> bool:
+    """Values of the same name, or of one that gold or answer leaves out."""
+    (name, golds), (other, answers) = name_and_values(gold), name_and_values(answer)
+    if len(golds) > 1 and not name:
+        return "=" in answer and same_expression(gold, answer)
+    if (not name or not other or name == other) and all(
+        _same(golds[-1], value, depth + 1) for value in answers
+    ):
+        return True
+    # A line or a curve has many equations; of a number the equation is no answer.
+    return bool(name) and "=" in answer and _has_names(golds[-1]) and same_expression(gold, answer)
+
+
+def _same_value(gold: str, answer: str) -> bool:
+    """One value each, with units perhaps."""
+    left, right = read_quantity(gold), read_quantity(answer)
+    if left.unit and right.unit and left.unit != right.unit:
+        return False
+    number, other = read_number(left.text), read_number(right.text)
+    if number and other:
+        return _same_numbers(number, other, left, right)
+    if _TIME.fullmatch(left.text) or left.unit.startswith("base"):
+        return squeeze(left.text).lstrip("0") == squeeze(right.text).lstrip("0")
+    if _is_words(left.text) or _is_words(right.text):
+        return _letters(left.text) == _letters(right.text) and bool(_letters(left.text))
+    if left.percent != right.percent:
+        return False
+    return same_expression(left.text, right.text)
+
+
+def _same_numbers(gold: Number, answer: Number, left: Quantity, right: Quantity) -> bool:
+    """10% is 0.1, and 10 too where the gold is 10%; 10% is right for 10, but not 0.5% for 0.5."""
+    if left.percent == right.percent:
+        return gold.is_written_as(answer)
+    if left.percent:
+        return gold.is_written_as(answer) or (gold * _PERCENT).is_written_as(answer)
+    if gold.is_written_as(answer * _PERCENT):
+        return True
+    return abs(gold.value) > 1 and gold.is_written_as(answer)
+
+
+def _is_words(text: str) -> bool:
+    return bool(_WORDS.fullmatch(text) or _IN_TEXT.fullmatch(text))
+
+
+def _letters(text: str) -> str:
+    return re.sub(r"[\s.,'-]", "", squeeze(text)).casefold()
+
+
+def _has_names(text: str) -> bool:
+    return bool(re.search(r"(?<![\\a-zA-Z])[a-zA-Z](?![a-zA-Z])", text))
+
+
+def _is_choice(gold: str, answer: str) -> bool:
+    """Whether `answer` is the letter that `gold` is, or begins with it and names no other."""
+    text = re.sub(r"\\text\{([^{}]*)\}", r"\1", answer).strip()
+    if alone := _LETTER.fullmatch(text):
+        return alone[1] == gold
+    found = _CHOICE.fullmatch(text)
+    return (
+        found is not None
+        and (found[1] or found[2]) == gold
+        and _OTHER_CHOICE.search(found[3]) is None
+    )

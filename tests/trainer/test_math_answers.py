@@ -1,0 +1,28 @@
+"""Which answers are right: every pair of the table, and what is said of a response without one."""
+
+import pytest
+
+from tests.trainer import answer_pairs, more_answer_pairs
+from trainer.tasks.math_answers import math_reward
+
+
+def table() -> list[tuple[str, str, str, bool]]:
+    """Group, gold, response and whether it is right."""
+    boxed = answer_pairs.BOXED | more_answer_pairs.BOXED
+    rows = [
+        (group, gold, text if whole else f"\\boxed{{{text}}}", right)
+        for whole, groups in ((False, boxed), (True, more_answer_pairs.WHOLE))
+        for group, pairs in groups.items()
+        for gold, rights, wrongs in pairs
+        for right, texts in ((True, rights), (False, wrongs))
+        for text in texts
+    ]
+    assert len(rows) == len(set(rows))
+    return rows
+
+
+@pytest.mark.parametrize("group", dict.fromkeys(row[0] for row in table()))
+def test_every_pair_of_the_table(group):
+    rows = [row for row in table() if row[0] == group]
+    wrong = [row[1:] for row in rows if math_reward(row[1], row[2]) != row[3]]
+    assert wrong == []
