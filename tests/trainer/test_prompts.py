@@ -1,15 +1,19 @@
 """Prompt sets: reading, splitting, rendering and scoring them."""
 
 import json
+from decimal import Decimal
 
 import datasets
+import numpy as np
 import pytest
 from datasets import Dataset, DatasetDict
 
 from trainer.config import Data
 from trainer.tasks import make_task
+from trainer.tasks.benchmarks import make_benchmark
 from trainer.tasks.math_answers import math_reward
 from trainer.tasks.render import render
+from trainer.tasks.sources import answer_text
 
 ROWS = [{"prompt": f"What is {i} + {i}?", "answer": str(2 * i)} for i in range(200)]
 NESTED = [
@@ -144,7 +148,14 @@ def test_repeated_prompts_count_once(tmp_path):
             id="a row without an answer",
         ),
         pytest.param(
-            '{"prompt": "a", "answer": ["1"]}\n', "must hold text or numbers, not", id="list"
+            '{"prompt": "a", "answer": [{"b": 1}]}\n',
+            "column 'answer' must hold text, finite numbers or lists of them; got {'b': 1}",
+            id="no answer is an object",
+        ),
+        pytest.param(
+            '{"prompt": "a", "answer": 1.5}\n{"prompt": "b", "answer": NaN}\n',
+            "row 1: column 'answer' must hold text, finite numbers or lists of them; got nan",
+            id="nan",
         ),
         pytest.param('{"prompt": "a", "answer": "1"}\n', "to train on and", id="too few"),
     ],
@@ -194,6 +205,51 @@ def test_render():
     for prompt in (7, [], [{"role": "user"}], ["Hi"], [{"role": "user", "content": [1]}]):
         with pytest.raises(ValueError, match="chat message"):
             render(tokenizer, prompt, data)
+
+
+@pytest.mark.parametrize(
+    ("answer", "right", "wrong"),
+    [
+        ([0.00001, 1e-7], "10^{-7}, 10^{-5}", "10^{-5}"),
+        (0.00001, "10^{-5}", "10^{-6}"),
+        (5e-324, "5\\times10^{-324}", "0"),
+        (1e22, "10^{22}", "10^{21}"),
+        (2**53 + 1, "9007199254740993", "9007199254740992"),
+        (-3, "-3", "3"),
+        (0.1 + 0.2, "0.3", "0.300001"),
+        (34.0, "34", "34.1"),
+        (True, "\\text{true}", "1"),
+        (["2", "-2"], "\\pm 2", "2"),
+    ],
+    ids=repr,
+)
+def test_answers_of_json_are_golds(answer, right, wrong, tmp_path):
+    """In training as in evaluation; a list of answers is right together."""
+    source = write_lines(tmp_path / "set.jsonl", [row | {"answer": answer} for row in ROWS])
+    for task in (make_task(Data(task=source), 0), make_benchmark(source, Data(), "train", None)):
+        problem = task.problem("test", 0)
+        assert task.reward(problem, f"\\boxed{{{right}}}") == 1.0, problem.answer
+        assert task.reward(problem, f"\\boxed{{{wrong}}}") == 0.0
+
+
+@pytest.mark.parametrize(
+    ("answer", "text"),
+    [
+        (np.float32(0.5), "0.5"),
+        (np.int64(7), "7"),
+        (Decimal("18.90"), "18.90"),
+        ((1, "x"), "1, x"),
+        (10**30, "1" + "0" * 30),
+    ],
+)
+def test_answers_of_other_sources(answer, text):
+    assert answer_text(answer) == text
+
+
+@pytest.mark.parametrize("answer", [None, {}, 1j, float("inf"), Decimal("nan"), b"1", [[None]]])
+def test_what_is_no_answer(answer):
+    with pytest.raises(ValueError, match="must hold text, finite numbers or lists of them; got"):
+        answer_text(answer)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from trainer.config import Data
 from trainer.problems import Problem
 from trainer.tasks.math_answers import math_reward
 from trainer.tasks.render import render
-from trainer.tasks.sources import distinct_prompts, load_source, lookup
+from trainer.tasks.sources import answer_text, distinct_prompts, load_source, lookup
 from trainer.tasks.split import check_index, held_out
 
 
@@ -51,7 +51,7 @@ class PromptSet:
         self._order = lru_cache(2)(self._make_order)
 
     def problem(self, split: str, index: int) -> Problem:
-        """Problem `index` of `split`; its answer is the text of the answer column."""
+        """Problem `index` of `split`; its answer is `answer_text` of the answer column."""
         check_index(split, index, self.num_test)
         if split == "train":
             epoch, position = divmod(index, len(self._train_rows))
@@ -59,7 +59,7 @@ class PromptSet:
         else:
             row = self._test[self._test_rows[index]]
         prompt = render(self._tokenizer, lookup(row, self._data.prompt_field), self._data)
-        return Problem(prompt, str(lookup(row, self._data.answer_field)))
+        return Problem(prompt, answer_text(lookup(row, self._data.answer_field)))
 
     def reward(self, problem: Problem, response: str) -> float:
         """1.0 for a right answer, 0.0 for a wrong one, as `math_reward` tells."""

@@ -45,7 +45,6 @@ class QuestionSet:
 def _problem(
     source: str, rows: Any, number: int, row: Mapping[str, Any], data: Data, tokenizer: Any
 ) -> Problem:
-    """Of one row; several answers become a list, as a response would write it."""
+    """Of one row."""
     prompt, answer = read_row(source, rows, number, row, data.prompt_field, data.answer_field)
-    answers = answer if isinstance(answer, list) else [answer]
-    return Problem(render(tokenizer, prompt, data), ", ".join(map(str, answers)))
+    return Problem(render(tokenizer, prompt, data), answer)

@@ -1,7 +1,10 @@
 """Reading prompt sets: files, folders of `datasets`, the hub, and their columns."""
 
 import json
+import math
+import numbers
 from collections.abc import Mapping
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -62,8 +65,8 @@ def distinct_prompts(
 ) -> dict[int, int]:
     """`stable_hash` of each different prompt, to its first row in `dataset`.
 
-    Raises ValueError, naming the place, for no rows, a missing column, and a row without an
-    answer of text or a number.
+    Raises ValueError, naming the place, for no rows, a missing column, and a row whose answer is
+    none (`answer_text`).
     """
     if len(dataset) == 0:
         raise ValueError(f"{source} is empty")
@@ -74,12 +77,7 @@ def distinct_prompts(
     }
     narrow = dataset.select_columns(sorted(used & set(dataset.column_names)))
     for number, row in enumerate(narrow):
-        prompt, answer = read_row(source, dataset, number, row, prompt_field, answer_field)
-        if not isinstance(answer, str | int | float):
-            raise ValueError(
-                f"{source}: row {number}: column {answer_field!r} must hold text or numbers, "
-                f"not {answer!r}"
-            )
+        prompt, _ = read_row(source, dataset, number, row, prompt_field, answer_field)
         first.setdefault(stable_hash(json.dumps(prompt, sort_keys=True)), number)
     return first
 
@@ -91,8 +89,11 @@ def read_row(
     row: Mapping[str, Any],
     prompt_field: str,
     answer_field: str,
-) -> tuple[Any, Any]:
-    """Prompt and answer of `row`, row `number` of `dataset`; ValueError where one is missing."""
+) -> tuple[Any, str]:
+    """The prompt of `row`, row `number` of `dataset`, and the text of its answer.
+
+    Raises ValueError, naming the place, where one is missing or the answer is none.
+    """
     prompt, answer = lookup(row, prompt_field), lookup(row, answer_field)
     for field, value in ((prompt_field, prompt), (answer_field, answer)):
         if value in (None, "", []):
@@ -101,7 +102,29 @@ def read_row(
                 f"{source}: row {number} has nothing in column {field!r}; the columns are "
                 f"{', '.join(columns)}"
             )
-    return prompt, answer
+    try:
+        return prompt, answer_text(answer)
+    except ValueError as error:
+        raise ValueError(f"{source}: row {number}: column {answer_field!r} {error}") from error
+
+
+def answer_text(answer: Any) -> str:
+    """The gold that an answer column means: text as it is, and a number in digits.
+
+    Several answers, such as the roots of an equation, are right together; they become a list, as
+    a response would write it. Raises ValueError for what is neither text nor a finite number.
+    """
+    if isinstance(answer, list | tuple):
+        return ", ".join(map(answer_text, answer))
+    if hasattr(answer, "item"):  # a scalar of numpy
+        answer = answer.item()
+    if isinstance(answer, str):
+        return answer
+    if isinstance(answer, float) and math.isfinite(answer):  # 0.1 + 0.2 is meant as 0.3
+        return min(repr(answer), f"{answer:.15g}", key=len)
+    if isinstance(answer, numbers.Real | Decimal) and math.isfinite(answer):
+        return str(answer)
+    raise ValueError(f"must hold text, finite numbers or lists of them; got {answer!r}")
 
 
 def _load_hub(where: str, split: str | None) -> Any:
