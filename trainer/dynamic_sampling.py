@@ -8,13 +8,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from trainer.config import Reward
 from trainer.rollout import sample
 from trainer.run import Run
 from trainer.types import Rollouts
 
 
 class Groups(NamedTuple):
-    """How groups came out: a group is useful if its rewards differ."""
+    """How groups came out: useful where verdicts differ, else all right or all wrong."""
 
     useful_B: Tensor
     useful: int
@@ -22,14 +23,17 @@ class Groups(NamedTuple):
     all_wrong: int
 
 
-def sort_groups(reward_B: Tensor, group_B: Tensor) -> Groups:
-    """Which rows lie in a useful group, and the number of groups of each kind."""
+def sort_groups(reward_B: Tensor, group_B: Tensor, settings: Reward) -> Groups:
+    """Which rows lie in a useful group, and the number of groups of each kind.
+
+    Of equal verdicts `settings.right` tells right from wrong.
+    """
     _, index_B = group_B.unique(return_inverse=True)
     count = int(index_B.max()) + 1 if len(index_B) else 0
     low_G = reward_B.new_full((count,), torch.inf).scatter_reduce(0, index_B, reward_B, "amin")
     high_G = reward_B.new_full((count,), -torch.inf).scatter_reduce(0, index_B, reward_B, "amax")
     useful_G = low_G < high_G
-    useful, right = int(useful_G.sum()), int((~useful_G & (high_G > 0)).sum())
+    useful, right = int(useful_G.sum()), int((~useful_G & settings.is_right(high_G)).sum())
     return Groups(useful_G[index_B], useful, right, count - useful - right)
 
 
@@ -44,12 +48,13 @@ def sample_useful(run: Run) -> tuple[Rollouts, dict[str, float]]:
     while useful < wanted and len(rounds) < settings.algorithm.max_rounds:
         rollouts = _round(run, len(rounds))
         rounds.append(rollouts)
-        useful += sort_groups(rollouts.reward_B, rollouts.group_B).useful
+        useful += sort_groups(rollouts.reward_B, rollouts.group_B, settings.reward).useful
     everything = Rollouts.concatenate(rounds, run.policy.tokenizer.pad_token_id)
-    groups = sort_groups(everything.reward_B, everything.group_B)
+    groups = sort_groups(everything.reward_B, everything.group_B, settings.reward)
     chosen = everything.group_B[groups.useful_B].unique()[:wanted]
     metrics = {
         "reward/mean": float(everything.reward_B.mean()),
+        "reward/right": float(settings.reward.is_right(everything.reward_B).float().mean()),
         "reward/timeouts": float(everything.timed_out_B.sum()),
         "reward/crashes": float(everything.crashed_B.sum()),
         "response/length": float(everything.mask_BL.sum(1).float().mean()),

@@ -69,11 +69,15 @@ def estimate(values: Sequence[float], samples: int) -> Estimate:
     this is Wilson's interval itself. It lies in [0, 1] and is never empty: with 30 problems, all
     wrong, it ends at 0.12. The bootstrap's is a point there, and too short near by.
 
-    Raises ValueError for no values.
+    Raises ValueError for no values, and for one outside [0, 1], such as a verdict of 2.
     """
     problems = len(values)
     if not problems:
         raise ValueError("an estimate needs one problem at least; got none")
+    if not all(0 <= value <= 1 for value in values):
+        raise ValueError(
+            f"an estimate needs shares in [0, 1]; got {min(values):g} to {max(values):g}"
+        )
     mean = fmean(values)
     wide = (mean * problems + 0.5) / (problems + 1)
     squares = _squares(values, wide) + (wide**2 + (1 - wide) ** 2) / 2

@@ -10,15 +10,16 @@ from hypothesis import strategies as st
 
 from tests.trainer.small import build_policy, settings
 from trainer.checkpoint import Progress
-from trainer.config import Algorithm, Rollout
+from trainer.config import Algorithm, Reward, Rollout
 from trainer.dynamic_sampling import sample_useful, sort_groups
 from trainer.engines.transformers import TransformersEngine
 from trainer.ranks import Ranks
-from trainer.rewards.verifier import Verifier
+from trainer.rewards.verifier import Verdicts, Verifier
 from trainer.run import Run
 from trainer.types import Problem
 
-ROWS = st.lists(st.tuples(st.sampled_from([0.0, 1.0]), st.integers(0, 5)), max_size=30)
+VERDICTS = st.sampled_from([-1.0, 0.0, 0.5, 1.0, 2.0])
+ROWS = st.lists(st.tuples(VERDICTS, st.integers(0, 5)), max_size=30)
 
 
 class Scripted:
@@ -56,18 +57,18 @@ def sample_script(script: str, rounds: int, next_problem: int = 0):
     return *sample_useful(run), run
 
 
-@given(ROWS)
-def test_groups_are_sorted_as_by_hand(rows):
+@given(ROWS, VERDICTS)
+def test_groups_are_sorted_as_by_hand(rows, right):
     rewards = torch.tensor([reward for reward, _ in rows])
     groups = torch.tensor([10 * group for _, group in rows], dtype=torch.int64)
     members = {g: {r for r, h in rows if h == g} for _, g in rows}
-    got = sort_groups(rewards, groups)
+    got = sort_groups(rewards, groups, Reward(right=right))
     assert got.useful_B.tolist() == [len(members[g]) > 1 for _, g in rows]
     kinds = list(members.values())
     assert (got.useful, got.all_right, got.all_wrong) == (
         sum(len(kind) > 1 for kind in kinds),
-        kinds.count({1.0}),
-        kinds.count({0.0}),
+        sum(len(kind) == 1 and max(kind) >= right for kind in kinds),
+        sum(len(kind) == 1 and max(kind) < right for kind in kinds),
     )
 
 
@@ -98,6 +99,7 @@ def test_rounds(script, bound, rounds, kept):
     assert metrics["groups/all_wrong"] == kinds.count("-")
     right = kinds.count("+") + kinds.count("?") / 2
     assert metrics["reward/mean"] == pytest.approx(right / len(kinds))
+    assert metrics["reward/right"] == metrics["reward/mean"]
 
 
 def test_tokens_count_what_was_left_out_too():
@@ -106,6 +108,18 @@ def test_tokens_count_what_was_left_out_too():
     assert metrics["tokens"] == pytest.approx(metrics["response/length"] * 2 * 9)
     assert metrics["tokens"] > rollouts.mask_BL.sum()
     assert 0 < metrics["response/truncated"] <= 1
+
+
+def test_failures_of_the_verifier_are_counted(monkeypatch):
+    def verify(self, problems, responses):
+        numbers = range(len(responses))
+        return Verdicts(
+            [float(i % 2) for i in numbers], [i < 2 for i in numbers], [i == 3 for i in numbers]
+        )
+
+    monkeypatch.setattr(Verifier, "verify", verify)
+    _, metrics, _ = sample_script("???", 1)
+    assert (metrics["reward/timeouts"], metrics["reward/crashes"]) == (2.0, 1.0)
 
 
 def test_the_stream_goes_on_and_rounds_differ():

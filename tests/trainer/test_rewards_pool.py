@@ -11,12 +11,14 @@ from pathlib import Path
 
 import pytest
 
+from tests.trainer.verifiers import OTHERS
 from trainer.rewards.pool import Pool
 
 NAME = "tests.trainer.verifiers:scripted"
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 PROGRAM = """
 import sys
+from tests.trainer.verifiers import OTHERS
 from trainer.rewards.pool import Pool
 pool = Pool("{name}", 2, {seconds}, 4.0)
 requests = [dict(prompt=sys.argv[1], response=r, answer=None) for r in ("slow", {response!r})]
@@ -143,14 +145,15 @@ def test_output_of_a_verifier_is_no_answer(capfd):
     assert capfd.readouterr().out == "from a verifier\n"
 
 
-@pytest.mark.parametrize("value", ["nan", "none"])
-def test_what_is_no_number_is_an_error_that_names_the_answer(value):
+def test_what_is_no_verdict_is_an_error_that_names_the_answer():
     asked = pool(2)
-    shown = re.escape({"nan": "nan", "none": "None"}[value])
-    message = f"scripted must return a finite number; got {shown} for .* response '{value}'"
-    with pytest.raises(ValueError, match=message):
-        ask(asked, "1", value, "2")
+    for name in sorted(OTHERS.keys() - {"true"}):
+        shown = re.escape(repr(OTHERS[name]))
+        message = rf"scripted must return a number, .*; got {shown}, a \w+ for the prompt '', "
+        with pytest.raises(ValueError, match=rf"{message}response '{name}'"):
+            ask(asked, "1", name, "2")
     assert ask(asked, "3")[0].reward == 3.0
+    asked.close()
 
 
 @pytest.mark.parametrize(

@@ -138,6 +138,7 @@ def test_reasoning_gym(name):
     [
         ({"workers": 0}, "workers must be at least 1; got 0"),
         ({"seconds": 0.0}, "reward.seconds must be > 0; got 0.0"),
+        ({"right": float("nan")}, "reward.right must be a finite number; got nan"),
         ({"gigabytes": -1.0}, "reward.gigabytes must be > 0; got -1.0"),
         ({"format": "(a"}, 'reward.format must be "boxed", "answer" or a regular expression; got'),
     ],

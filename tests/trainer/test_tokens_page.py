@@ -7,6 +7,7 @@ from html.parser import HTMLParser
 import pytest
 
 from trainer.analyze.tokens_page import TOKENS_A_RESPONSE, write_tokens_page
+from trainer.config import Reward
 from trainer.log import Sample
 
 HOSTILE = ["</script>", "<b>", '"', "\x1b[0m", "a\nb", "&amp;"]
@@ -39,8 +40,9 @@ class Tokens(HTMLParser):
             self.found[-1][0] += data
 
 
-def page(tmp_path, samples, threshold=0.5):
-    return write_tokens_page(tmp_path / "x.html", samples, threshold, "a <model>").read_text()
+def page(tmp_path, samples, threshold=0.5, **reward):
+    path, reward = tmp_path / "x.html", Reward(**reward)
+    return write_tokens_page(path, samples, threshold, "a <model>", reward).read_text()
 
 
 def test_every_token_stands_with_its_entropy(tmp_path):

@@ -10,6 +10,15 @@ from pathlib import Path
 from typing import Any
 
 NOT_CALLABLE = 3
+OTHERS = {
+    "true": True,
+    "nan": float("nan"),
+    "none": None,
+    "text": "1.0",
+    "list": [1.0],
+    "complex": 1j,
+    "infinite": float("-inf"),
+}
 
 
 def scripted(prompt: str, response: str, answer: Any) -> Any:
@@ -44,8 +53,7 @@ def scripted(prompt: str, response: str, answer: Any) -> Any:
     if response == "print":
         print("from a verifier")
         return 1
-    others = {"nan": float("nan"), "none": None, "true": True}
-    return others[response] if response in others else float(response)
+    return OTHERS[response] if response in OTHERS else float(response)
 
 
 def even_or_worse(prompt: str, response: str, answer: Any) -> float:

@@ -13,6 +13,7 @@ from trainer.analyze.analysis import Analysis, Opened, opened
 from trainer.analyze.responses import Scored, scored_responses
 from trainer.analyze.statistics import EntropyStatistics
 from trainer.analyze.tokens_page import write_tokens_page
+from trainer.evaluation import engine_config
 from trainer.figures import Mark, Panel, Series, figure
 from trainer.log import Sample, provenance, replace_text
 from trainer.policy import Policy
@@ -51,14 +52,14 @@ def analyze_patterns(settings: Patterns) -> Path:
         vocabulary = work.policy.model.get_output_embeddings().weight.shape[0]
         statistics = EntropyStatistics(vocabulary)
         samples: list[Sample] = []
-        right = done = 0
+        right, done, reward = 0, 0, engine_config(settings).reward
         total = sum(len(problems) for _, problems in work.asked.values())
         with progress("problems", total, columns=_COLUMNS) as bar:
             for scored in scored_responses(work):
                 mask_BL = scored.rollouts.mask_BL
                 statistics.update(scored.rollouts.response_BL[mask_BL], scored.entropy_BL[mask_BL])
                 samples += _samples(scored, work.policy, settings.coloured - len(samples))
-                right += int((scored.rollouts.reward_B >= 1).sum())
+                right += int(reward.is_right(scored.rollouts.reward_B).sum())
                 done += len(scored.rollouts)
                 p80 = statistics.percentile(80)
                 bar.update(done // settings.samples, {"mean": statistics.mean(), "p80": p80})
@@ -148,7 +149,8 @@ def _samples(scored: Scored, policy: Policy, wanted: int) -> list[Sample]:
 def _write(work: Opened[Patterns], found: dict[str, Any], samples: list[Sample]) -> Path:
     folder, settings, threshold = work.folder, work.settings, found["threshold"]
     marked = [replace(s, kept=[entropy >= threshold for entropy in s.entropy]) for s in samples]
-    write_tokens_page(folder / "tokens.html", marked, threshold, settings.model)
+    reward = engine_config(settings).reward
+    write_tokens_page(folder / "tokens.html", marked, threshold, settings.model, reward)
     replace_text(folder / "patterns.svg", draw(found, "patterns.json"))
     whole = {"settings": asdict(settings), "made": provenance(str(work.ranks.device)), **found}
     path = folder / "patterns.json"

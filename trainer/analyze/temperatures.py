@@ -140,10 +140,10 @@ def _points(work: Opened[Temperatures], found: dict[str, Any]) -> Iterator[dict[
 
 
 def _accuracy(work: Opened[Temperatures], engine: Engine) -> dict[str, Any]:
-    samples = work.settings.samples
+    samples, reward = work.settings.samples, engine_config(work.settings).reward
     shares, lengths, truncated = [], [], []
     for rollouts in responses(work, engine):
-        right_B = (rollouts.reward_B >= 1).float()
+        right_B = reward.is_right(rollouts.reward_B).float()
         shares += right_B.view(-1, samples).mean(1).tolist()
         lengths += rollouts.mask_BL.sum(1).tolist()
         truncated += rollouts.truncated_B.tolist()

@@ -7,6 +7,7 @@ from typing import Any
 
 import jinja2
 
+from trainer.config import Reward
 from trainer.log import Sample
 
 LEVELS = 10
@@ -14,11 +15,14 @@ TOKENS_A_RESPONSE = 20_000
 """Longer responses are cut on the page, and say so."""
 
 
-def write_tokens_page(path: Path, samples: Sequence[Sample], threshold: float, title: str) -> Path:
+def write_tokens_page(
+    path: Path, samples: Sequence[Sample], threshold: float, title: str, reward: Reward
+) -> Path:
     """Write one self-contained HTML page of `samples`; the slider starts at `threshold`, nats.
 
-    Asks nothing of the network and works offline. Entropies that are not finite are shown grey.
-    Returns `path`. Raises ValueError where there is no sample.
+    `reward` tells which of them are right. The page asks nothing of the network and works offline.
+    Entropies that are not finite are shown grey. Returns `path`. Raises ValueError where there is
+    no sample.
     """
     if not samples:
         raise ValueError("a page of coloured tokens needs one response or more; got none")
@@ -39,18 +43,18 @@ def write_tokens_page(path: Path, samples: Sequence[Sample], threshold: float, t
         greatest=f"{max(found[-1], threshold) if found else 1.0:.4g}",
         top=f"{top:.2g}",
         levels=range(LEVELS + 1),
-        responses=[_response(sample, top) for sample in samples],
+        responses=[_response(sample, top, reward) for sample in samples],
     )
     path.write_bytes(text.encode("utf-8", "replace"))
     return path
 
 
-def _response(sample: Sample, top: float) -> dict[str, Any]:
+def _response(sample: Sample, top: float, reward: Reward) -> dict[str, Any]:
     pairs = list(zip(sample.tokens, sample.entropy, strict=True))
     return {
         "prompt": _visible(sample.prompt),
         "reward": f"{sample.reward:g}",
-        "right": sample.reward > 0,
+        "right": reward.is_right(sample.reward),
         "tokens": [_token(text, h, top) for text, h in pairs[:TOKENS_A_RESPONSE]],
         "cut": max(len(pairs) - TOKENS_A_RESPONSE, 0),
     }

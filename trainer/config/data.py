@@ -1,5 +1,6 @@
 """Problems, and the verdict on a response."""
 
+import math
 import re
 from dataclasses import dataclass
 from typing import Any
@@ -41,7 +42,8 @@ class Reward:
     function: str = ""
     """A verifier of your own, "module:function", in place of the task's. It is called in processes
     of its own as `function(prompt=..., response=..., answer=...)`, the answer as the data has it,
-    and returns a finite number."""
+    and returns a number or a truth value, finite in fp32; of any sign and scale, such as 0 and 2,
+    -1 and 1, or partial credit. A group teaches where its verdicts differ."""
     right: float = 1.0
     """Verdicts of at least this are right answers; accuracies count these."""
     seconds: float = 10.0
@@ -65,6 +67,8 @@ class Reward:
         for name in ("seconds", "gigabytes"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"reward.{name} must be > 0; got {getattr(self, name)}")
+        if not math.isfinite(self.right):
+            raise ValueError(f"reward.right must be a finite number; got {self.right}")
         try:
             re.compile(self.format)
         except re.error as error:
@@ -75,4 +79,5 @@ class Reward:
 
     def is_right(self, verdict: Any) -> Any:
         """Whether `verdict`, a number or a tensor of some, is that on a right answer."""
-        return verdict >= self.right
+        # Verdicts are kept in fp32, where 0.7 is a little less.
+        return verdict >= self.right - 1e-6 * abs(self.right)

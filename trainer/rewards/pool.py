@@ -79,7 +79,7 @@ class Pool:
         """The outcome of each request, in their order.
 
         A request is the function's keyword arguments, "prompt", "response" and "answer".
-        Raises ValueError for a function that cannot be used or gives no finite number.
+        Raises ValueError for a function that cannot be used or gives no verdict.
         """
         outcomes: dict[int, Outcome] = {}
         waiting = deque(range(len(requests)))
@@ -159,11 +159,11 @@ class Pool:
         if worker.job is None:
             worker.ready = True
             return None
-        if "not_a_number" in message:
+        if "unusable" in message:
             request = requests[worker.job]
             raise ValueError(
-                f"{self.function} must return a finite number; got {message['not_a_number']} for "
-                f"the prompt {request['prompt']!r:.500}, response {request['response']!r:.500}"
+                f"{self.function} {message['unusable']} for the prompt {request['prompt']!r:.500}, "
+                f"response {request['response']!r:.500}"
             )
         worker.job = None
         if "exception" in message:

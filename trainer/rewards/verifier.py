@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from trainer.config import Reward
 from trainer.problems import Problem, Task
 from trainer.rewards.pool import Pool
+from trainer.rewards.worker import as_verdict
 
 ALL_FAIL = 16
 """Of at least so many answers one call in which all crash is the function's fault, not theirs."""
@@ -56,13 +57,13 @@ class Verifier:
     def verify(self, problems: Sequence[Problem], responses: Sequence[str]) -> Verdicts:
         """One verdict a response.
 
-        Raises ValueError where the function cannot be imported, returns what is no finite number,
-        or crashes on every one of at least 16 answers: that is a defect of the function, and a
-        reward of 0 would hide it.
+        Raises ValueError where the function cannot be imported, returns what is no verdict
+        (`as_verdict`), or crashes on every one of at least 16 answers: that is a defect of the
+        function, and a reward of 0 would hide it.
         """
         pairs = list(zip(problems, responses, strict=True))
         if self._pool is None:
-            rewards = [self._task.reward(problem, response) for problem, response in pairs]
+            rewards = [self._ask_task(problem, response) for problem, response in pairs]
             return Verdicts(rewards, [False] * len(pairs), [False] * len(pairs))
         outcomes = self._pool.run(
             [
@@ -84,3 +85,13 @@ class Verifier:
             [outcome.failure == "timeout" for outcome in outcomes],
             [outcome.failure == "crash" for outcome in outcomes],
         )
+
+    def _ask_task(self, problem: Problem, response: str) -> float:
+        value = self._task.reward(problem, response)
+        try:
+            return as_verdict(value)
+        except ValueError as error:
+            raise ValueError(
+                f"{type(self._task).__name__}.reward {error} for the prompt "
+                f"{problem.prompt!r:.500}, response {response!r:.500}"
+            ) from error

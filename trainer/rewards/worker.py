@@ -9,13 +9,13 @@ import faulthandler
 import importlib
 import inspect
 import json
-import math
 import numbers
 import os
 import sys
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
+from decimal import Decimal
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -23,6 +23,7 @@ from typing import Any
 # later, whatever it is doing: the timer is a thread that needs nothing of the interpreter.
 GRACE = 1.0
 LONGEST_MESSAGE = 2000  # characters
+LARGEST = 3.4028234663852886e38  # of fp32
 
 
 def load(name: str) -> Callable[..., Any]:
@@ -56,15 +57,31 @@ def load(name: str) -> Callable[..., Any]:
 
 
 def score(function: Callable[..., Any], request: dict[str, Any]) -> dict[str, Any]:
-    """What came of one request: a reward, an exception's text, or what is no finite number."""
+    """What came of one request: a reward, an exception's text, or why it is no verdict."""
     try:
         value = function(**request)
     except Exception as error:  # of any kind: the answer is at fault, or the function
         text = traceback.format_exc()[-LONGEST_MESSAGE:]
         return {"exception": text, "out_of_memory": isinstance(error, MemoryError)}
-    if isinstance(value, numbers.Real) and math.isfinite(value):
-        return {"reward": float(value)}
-    return {"not_a_number": repr(value)[:LONGEST_MESSAGE]}
+    try:
+        return {"reward": as_verdict(value)}
+    except ValueError as error:
+        return {"unusable": str(error)}
+
+
+def as_verdict(value: Any) -> float:
+    """`value` as a float: a number or a truth value, of Python, of numpy or of a tensor of no axes.
+
+    Raises ValueError for anything else, and for what is not finite in fp32.
+    """
+    number = value
+    if getattr(value, "shape", None) == () and hasattr(value, "item"):
+        number = value.item()
+    with suppress(ArithmeticError):
+        if isinstance(number, numbers.Real | Decimal) and abs(float(number)) <= LARGEST:
+            return float(number)
+    shown = " ".join(f"{value!r:.500}".split())
+    raise ValueError(f"must return a number, finite in fp32; got {shown}, a {type(value).__name__}")
 
 
 def _set_limits(gigabytes: float) -> None:
