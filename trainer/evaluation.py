@@ -255,7 +255,6 @@ def engine_config(settings: Evaluation) -> Config:
         model=_model(settings),
         engine=settings.engine,
         rollout=Rollout(
-            group_size=settings.samples,
             max_new_tokens=settings.max_new_tokens,
             temperature=settings.temperature or 1.0,
             batch_size=settings.batch_size,

@@ -104,7 +104,8 @@ def test_a_bad_option_stops_with_status_2(capsys, arguments):
 @pytest.mark.parametrize(
     ("make", "says"),
     [
-        (lambda: Rollout(group_size=0), "group_size must be at least 1; got 0"),
+        (lambda: Rollout(group_size=1), "rollout.group_size must be at least 2: .* prompt; got 1"),
+        (lambda: Rollout(group_size=0), "rollout.group_size must be at least 2: .* prompt; got 0"),
         (lambda: Rollout(temperature=0.0), "temperature must be > 0 to train on; got 0.0"),
         (lambda: Algorithm(max_rounds=0), "max_rounds must be at least 1; got 0"),
         (lambda: Algorithm(fraction=1.5), r"fraction must lie in \(0, 1\]; got 1.5"),

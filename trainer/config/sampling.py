@@ -52,7 +52,7 @@ class Rollout:
     prompts: int = 32
     """Prompts a sampling round."""
     group_size: int = 8
-    """Responses a prompt, G."""
+    """Responses a prompt, G; an advantage compares them, so 2 at least."""
     max_new_tokens: int = 48
     """Length limit of a response, end-of-sequence included."""
     temperature: float = 1.0
@@ -61,6 +61,11 @@ class Rollout:
     """Sequences an engine samples at once."""
 
     def __post_init__(self) -> None:
-        at_least(self, 1, "prompts", "group_size", "max_new_tokens", "batch_size")
+        at_least(self, 1, "prompts", "max_new_tokens", "batch_size")
+        if self.group_size < 2:
+            raise ValueError(
+                "rollout.group_size must be at least 2: an advantage compares the responses to one "
+                f"prompt; got {self.group_size}"
+            )
         if not self.temperature > 0:
             raise ValueError(f"temperature must be > 0 to train on; got {self.temperature}")
