@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from trainer.tasks.answers import final_answer, last_boxed, last_tagged
+from trainer.tasks.answers import final_answer, is_cut, last_boxed, last_tagged, marked_answer
 
 
 def test_final_answers_of_long_texts_take_no_time():
@@ -33,6 +33,14 @@ def test_final_answers_of_long_texts_take_no_time():
         ("\\boxed{a \\boxed{b c}", "b c"),
         ("\\boxed{1} and {\\boxed{2", "1"),
         ("\\boxed{{}}{", "{}"),
+        ("\\fbox{1}", "1"),
+        ("\\boxed{1} \\fbox {2}", "2"),
+        ("\\boxed 34$.", "34"),
+        ("\\boxed{1} $\\boxed\\frac{1}{2}$", "\\frac{1}{2}"),
+        ("\\boxed \\boxed{2}", "2"),
+        ("\\boxed{\\{1, 2\\right.}", "\\{1, 2\\right."),
+        ("\\boxed{1\\\\} 2", "1\\\\"),
+        ("\\boxedx{1}", None),
     ],
 )
 def test_last_boxed(text, boxed):
@@ -51,3 +59,23 @@ def test_last_boxed(text, boxed):
 )
 def test_last_tagged(text, tagged):
     assert last_tagged(text) == tagged
+
+
+@pytest.mark.parametrize(
+    ("response", "marked", "final"),
+    [
+        ("\\boxed{1} <answer> 2 </answer> \\boxed{3}", "2", "2"),
+        ("<answer>so \\boxed{ 1 }</answer>", "1", "1"),
+        ("<answer></answer> \\boxed{3}", "", ""),
+        ("\\boxed{3} <answer>4", "3", "3"),
+        ("a\nb\n", None, "b"),
+    ],
+)
+def test_the_tag_comes_before_the_box(response, marked, final):
+    assert marked_answer(response) == marked
+    assert final_answer(response) == final
+
+
+def test_an_open_mark_is_a_cut():
+    assert all(map(is_cut, ("so \\boxed{3", "<answer>3", "\\fbox{")))
+    assert not is_cut("unboxed, \\boxedx, answer")

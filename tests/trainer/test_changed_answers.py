@@ -52,7 +52,7 @@ def rationals(value: Fraction) -> list[str]:
     ]
 
 
-@settings(max_examples=60)
+@settings(max_examples=40)
 @given(WHOLE, CHANGE, st.data())
 def test_integers(value, change, data):
     gold = data.draw(st.sampled_from(wholes(value)))
@@ -71,7 +71,7 @@ def test_integers(value, change, data):
             assert not right(gold, answer), (gold, answer)
 
 
-@settings(max_examples=60)
+@settings(max_examples=40)
 @given(RATIONAL.filter(lambda value: value.denominator > 1), RATIONAL, st.data())
 def test_fractions(value, change, data):
     gold = data.draw(st.sampled_from(rationals(value)))
@@ -86,7 +86,7 @@ def test_fractions(value, change, data):
             assert not right(fraction(value), f"{float(value):.{digits}f}")
 
 
-@settings(max_examples=60)
+@settings(max_examples=40)
 @given(st.lists(SMALL, min_size=1, max_size=5), SMALL, st.randoms(use_true_random=False))
 def test_lists(values, other, random):
     gold = ", ".join(map(str, values))
@@ -121,7 +121,7 @@ def test_intervals(low, size, opens, closes, as_relation):
     assert not right(gold, spell(low, high, opens, ")]".replace(closes, "")))
 
 
-@settings(max_examples=40)
+@settings(max_examples=20)
 @given(st.lists(SMALL, min_size=3, max_size=3), st.integers(0, 2), CHANGE)
 def test_polynomials(factors, place, change):
     def spell(a: int, b: int, c: int) -> str:

@@ -26,3 +26,14 @@ def test_every_pair_of_the_table(group):
     rows = [row for row in table() if row[0] == group]
     wrong = [row[1:] for row in rows if math_reward(row[1], row[2]) != row[3]]
     assert wrong == []
+
+
+@pytest.mark.parametrize(
+    "piece", ["!", "(", "\\{", "-", "1e", "and", "9e9", "\\sqrt{", "\\frac1", "x=", "<1"]
+)
+def test_long_and_deep_answers_are_wrong_and_raise_nothing(piece):
+    """What SymPy raises on them is of many kinds; a longer one is not even read."""
+    for gold in ("34", "x^2+1"):
+        for count in (300 // len(piece), 100_000):
+            for response in (f"\\boxed{{{piece * count}}}", f"The answer is {piece * count}"):
+                assert math_reward(gold, response) == 0.0

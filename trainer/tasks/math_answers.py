@@ -13,7 +13,7 @@ from trainer.tasks.quantities import Number, Quantity, read_number, read_quantit
 from trainer.tasks.shapes import Shape, as_interval, name_and_values, read_relation, read_shape
 from trainer.tasks.spelling import spell, squeeze
 
-LONGEST = 2000
+LONGEST = 1000
 """Characters of an answer; a longer one is right only where it is the gold itself."""
 _DEPTH = 8
 _OPTION = r"(?i:(?:option|choice|answer)\s+)?"
