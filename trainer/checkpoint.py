@@ -60,8 +60,11 @@ def save(
     progress: Progress,
     keep: int,
     ranks: Ranks,
+    keep_every: int = 0,
 ) -> Path:
     """Write checkpoint `progress.step` of the run in `folder`, then delete all but `keep`.
+
+    Those at multiples of `keep_every` steps stay too; 0: none.
 
     Collective: every rank writes its shards, and what fails on one is raised on all.
 
@@ -88,7 +91,7 @@ def save(
             need = sum(t.numel() * t.element_size() for t in (*weights.values(), *moments.values()))
             raise _disk_full(error, final, need) from error
         raise
-    ranks.on_first(lambda: _delete_old(root, keep))
+    ranks.on_first(lambda: _delete_old(root, keep, keep_every))
     return final
 
 
@@ -157,6 +160,38 @@ def check(checkpoint: Path, ranks: Ranks) -> str | None:
     return next(filter(None, ranks.on_all(share)), None)
 
 
+def adopt(folder: Path, checkpoint: Path) -> None:
+    """Give the run in `folder` a `checkpoint` of another run, in one rename.
+
+    A file is a link to the other's where the file system has such links: no run writes into a file
+    of a checkpoint, and each deletes its own.
+    """
+    root = folder / "checkpoints"
+    unfinished = root / (_UNFINISHED + secrets.token_hex(4))
+    _begin(unfinished)
+    for path in sorted(checkpoint.rglob("*")):
+        copied = unfinished / path.relative_to(checkpoint)
+        if path.is_dir():
+            copied.mkdir(exist_ok=True)
+            continue
+        try:
+            os.link(path, copied)
+        except OSError:
+            shutil.copy2(path, copied)
+    if not any((unfinished / OPTIMIZER).iterdir()):
+        (unfinished / OPTIMIZER).rmdir()
+    for path in (*unfinished.rglob("*"), unfinished):
+        _sync(path)
+    unfinished.rename(root / checkpoint.name.removeprefix(_REPLACED))
+    _sync(root)
+
+
+def steps_of(folder: Path) -> dict[int, Path]:
+    """The checkpoints of the run in `folder`, whole or not, by their steps."""
+    paths = _checkpoints(folder / "checkpoints")
+    return {step_of(path): path for path in paths}
+
+
 def path_of(folder: Path, step: int) -> Path:
     """Where the run in `folder` has its checkpoint of `step`."""
     return folder / "checkpoints" / f"step-{step:06d}"
@@ -223,14 +258,24 @@ def _write_configuration(folder: Path, policy: Policy) -> None:
     policy.tokenizer.save_pretrained(folder)
 
 
-def _delete_old(root: Path, keep: int) -> None:
+def _delete_old(root: Path, keep: int, keep_every: int) -> None:
     checkpoints = _checkpoints(root)
     replaced = [root / (_REPLACED + path.name) for path in checkpoints]
-    for old in (*checkpoints[:-keep], *replaced):
+    kept_for_ever = {
+        path
+        for path in checkpoints
+        if keep_every and step_of(path) and not step_of(path) % keep_every
+    }
+    for old in (*(path for path in checkpoints[:-keep] if path not in kept_for_ever), *replaced):
         if old.exists():
             # Hidden first: one that is partly gone is no checkpoint.
             hidden = old.rename(root / (_UNFINISHED + secrets.token_hex(4)))
             shutil.rmtree(hidden)
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step in the name of `checkpoint`."""
+    return int(checkpoint.name.rpartition("-")[2])
 
 
 def _checkpoints(root: Path) -> list[Path]:

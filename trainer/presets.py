@@ -64,6 +64,7 @@ def dapo_math() -> Data:
         answer_field="solution",
         template=QUESTION,
         test_fraction=0.01,
+        max_prompt_tokens=2048,
     )
 
 
@@ -79,13 +80,15 @@ def dapo(name: str, path: str) -> Config:
     prompts at a time, up to 10 times, until 512 groups are useful, and stops if they never are; we
     sample 512 at a time, up to 30 times, and leave the step out. verl's default: betas 0.9 and
     0.999. Our choice: 100 steps (Table 1 of the paper follows a 14B run to update 1,360, which is
-    step 85), 64 held-out problems, micro-batches of one longest sequence.
+    step 85), 64 held-out problems, micro-batches of one longest sequence, every 20th step's
+    checkpoint for good.
     """
     return Config(
         name=name,
         steps=100,
         eval=Eval(every=5, problems=64),
         checkpoint_every=5,
+        keep_every=20,
         model=Model(
             path=path,
             compute_dtype="bfloat16",
@@ -186,6 +189,7 @@ def single_gpu(name: str, path: str) -> Config:
         steps=300,
         eval=replace(config.eval, every=20),
         checkpoint_every=20,
+        keep_every=100,
         model=replace(config.model, attention="sdpa"),
         engine=replace(config.engine, memory_utilization=0.5, max_model_len=2048 + 4096),
         rollout=Rollout(prompts=32, group_size=8, max_new_tokens=4096, batch_size=64),

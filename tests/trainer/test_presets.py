@@ -53,6 +53,8 @@ def test_the_numbers_of_the_paper(name):
     assert (config.engine.kind, config.engine.dtype) == ("vllm", "bfloat16")
     assert config.engine.max_model_len == 2048 + rollout.max_new_tokens
     assert config.engine.memory_utilization == 0.8
+    assert config.data.max_prompt_tokens == 2048
+    assert (config.checkpoint_every, config.keep_every) == (5, 20)
 
 
 @pytest.mark.parametrize("size", SIZES)

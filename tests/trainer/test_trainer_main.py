@@ -12,7 +12,7 @@ import torch
 
 from tests.trainer.small import save_folder
 from trainer.__main__ import main
-from trainer.config import Algorithm, Config, Eval, Optimizer, Rollout
+from trainer.config import Algorithm, Config, Data, Eval, Optimizer, Rollout
 from trainer.log import read_rows
 from trainer.presets import PRESETS
 
@@ -115,6 +115,12 @@ def test_a_bad_option_stops_with_status_2(capsys, arguments):
         ),
         (lambda: Optimizer(mini_batches=0), "mini_batches must be at least 1; got 0"),
         (lambda: Config(keep_checkpoints=0), "keep_checkpoints must be at least 1; got 0"),
+        (
+            lambda: Config(keep_every=15),
+            "keep_every must be 0 or a multiple of checkpoint_every, 10; got 15",
+        ),
+        (lambda: Config(keep_every=-10), "keep_every must be at least 0; got -10"),
+        (lambda: Data(max_prompt_tokens=-1), "max_prompt_tokens must be at least 0; got -1"),
         (lambda: Config(eval=Eval(every=0)), "every must be at least 1; got 0"),
         (lambda: Config(rollout=Rollout(prompts=2)), "min_groups must be at most .*, 2, .* got 4"),
         (

@@ -27,7 +27,12 @@ class Data:
     test_fraction: float = 0.05
     """Prompt sets without a test split: the share held out, by hash of the prompt."""
 
+    max_prompt_tokens: int = 0
+    """Prompt sets: longer prompts are left out, and counted at the start; 0: none is, and one that
+    the model has no positions for ends the start."""
+
     def __post_init__(self) -> None:
+        at_least(self, 0, "max_prompt_tokens")
         if self.template not in ("auto", "none") and "{question}" not in self.template:
             raise ValueError(
                 'template must be "auto", "none" or a text with {question} in it; '

@@ -58,7 +58,10 @@ class Config:
     checkpoint_every: int = 10
     """RL steps between checkpoints."""
     keep_checkpoints: int = 2
-    """Older ones are deleted."""
+    """Older ones are deleted, but for those of `keep_every`."""
+    keep_every: int = 0
+    """Checkpoints at multiples of so many steps are never deleted, for `evaluate`, `analyze` and
+    branches; 0: none. A multiple of `checkpoint_every`."""
     samples_every: int = 10
     """RL steps between writes of samples.jsonl."""
     samples: int = 8
@@ -76,7 +79,12 @@ class Config:
 
     def __post_init__(self) -> None:
         at_least(self, 1, "checkpoint_every", "keep_checkpoints", "samples_every")
-        at_least(self, 0, "steps", "samples", "threads")
+        at_least(self, 0, "steps", "samples", "threads", "keep_every")
+        if self.keep_every % self.checkpoint_every:
+            raise ValueError(
+                f"keep_every must be 0 or a multiple of checkpoint_every, {self.checkpoint_every}; "
+                f"got {self.keep_every}"
+            )
         if self.algorithm.min_groups > self.rollout.prompts:
             raise ValueError(
                 f"algorithm.min_groups must be at most rollout.prompts, {self.rollout.prompts}, or "
