@@ -110,5 +110,6 @@ def _check_length(policy: Policy, prompt: int, new: int) -> None:
     if limit is not None and prompt + new > limit:
         raise ValueError(
             f"a prompt of {prompt} tokens and up to {new} new ones do not fit into the model's "
-            f"{limit} positions; lower rollout.max_new_tokens or leave such prompts out"
+            f"{limit} positions; lower rollout.max_new_tokens (a run that is under way takes it "
+            "with --allow-changes rollout.max_new_tokens) or leave such prompts out"
         )

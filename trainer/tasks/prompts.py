@@ -1,15 +1,17 @@
 """Prompt sets with answers, scored by math-verify: "file:PATH" and "hub:NAME[:CONFIGURATION]"."""
 
+from collections.abc import Collection
 from functools import lru_cache
 from typing import Any
 
+import jinja2
 import numpy as np
 
 from trainer.config import Data
 from trainer.problems import Problem
 from trainer.tasks.math_answers import math_reward
 from trainer.tasks.render import render
-from trainer.tasks.sources import answer_text, distinct_prompts, load_source, lookup
+from trainer.tasks.sources import answer_text, digest, distinct_prompts, load_source, lookup
 from trainer.tasks.split import check_index, held_out
 
 
@@ -41,6 +43,9 @@ class PromptSet:
             self._test = test
             test_rows = distinct_prompts(f"{self.name} (test)", test, *fields)
         self._train_rows = [row for key, row in train_rows.items() if key not in test_rows]
+        self.digest = digest(self._train, train_rows, data.answer_field)
+        if test is not None:
+            self.digest += digest(test, test_rows, data.answer_field)
         self._test_rows = np.random.default_rng(0).permutation(sorted(test_rows.values())).tolist()
         self.num_test = len(self._test_rows)
         if not self._train_rows or not self._test_rows:
@@ -58,8 +63,31 @@ class PromptSet:
             row = self._train[self._train_rows[self._order(epoch)[position]]]
         else:
             row = self._test[self._test_rows[index]]
-        prompt = render(self._tokenizer, lookup(row, self._data.prompt_field), self._data)
-        return Problem(prompt, answer_text(lookup(row, self._data.answer_field)))
+        return Problem(self._prompt(row), answer_text(lookup(row, self._data.answer_field)))
+
+    def prompts(self, split: str) -> dict[int, str]:
+        """Every prompt of `split` by the number of its row; ValueError for what is no prompt."""
+        rows, data = self._of(split)
+        found = {}
+        for number in sorted(rows):
+            try:
+                found[number] = self._prompt(data[number])
+            except (ValueError, jinja2.TemplateError) as error:
+                raise ValueError(f"{self.name}: row {number}: no prompt: {error}") from error
+        return found
+
+    def leave_out(self, split: str, numbers: Collection[int]) -> None:
+        """Without the rows of these `numbers`, before a problem has been asked for."""
+        rows, _ = self._of(split)
+        rows[:] = [row for row in rows if row not in numbers]
+        self.num_test = len(self._test_rows)
+
+    def _of(self, split: str) -> tuple[list[int], Any]:
+        test = split == "test"
+        return (self._test_rows, self._test) if test else (self._train_rows, self._train)
+
+    def _prompt(self, row: Any) -> str:
+        return render(self._tokenizer, lookup(row, self._data.prompt_field), self._data)
 
     def reward(self, problem: Problem, response: str) -> float:
         """1.0 for a right answer, 0.0 for a wrong one, as `math_reward` tells."""

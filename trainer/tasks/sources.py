@@ -1,5 +1,6 @@
 """Reading prompt sets: files, folders of `datasets`, the hub, and their columns."""
 
+import hashlib
 import json
 import math
 import numbers
@@ -80,6 +81,18 @@ def distinct_prompts(
         prompt, _ = read_row(source, dataset, number, row, prompt_field, answer_field)
         first.setdefault(stable_hash(json.dumps(prompt, sort_keys=True)), number)
     return first
+
+
+def digest(dataset: Any, rows: Mapping[int, int], answer_field: str) -> str:
+    """Of the prompts, by their hashes, and the answers of `rows` as `distinct_prompts` has them."""
+    column = (
+        answer_field if answer_field in dataset.column_names else answer_field.partition(".")[0]
+    )
+    answers = dataset.select_columns([column])
+    found = hashlib.sha256()
+    for key, number in rows.items():
+        found.update(f"{key} {lookup(answers[number], answer_field)}\n".encode())
+    return found.hexdigest()[:16]
 
 
 def read_row(

@@ -1,0 +1,143 @@
+"""Prompts before a run begins: each has a token, and leaves the model room for its responses."""
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+from trainer.config import Config
+from trainer.types import Task
+
+PROBED = 256
+"""Problems of each split of an endless task that are looked at."""
+_BATCH = 1024
+
+
+@runtime_checkable
+class Table(Protocol):
+    """A task whose prompts are all there, in rows."""
+
+    name: str
+    num_test: int
+
+    def prompts(self, split: str) -> dict[int, str]:
+        """Every prompt of "train" or "test" by the number of its row."""
+        ...
+
+    def leave_out(self, split: str, numbers: Collection[int]) -> None:
+        """Go without the rows of these `numbers`."""
+        ...
+
+
+@dataclass(frozen=True)
+class Room:
+    """How long a prompt may be, and why."""
+
+    tokens: int
+    """At most; 0 or less: none fits."""
+    reason: str
+
+    @staticmethod
+    def of(model: Any, settings: Config) -> "Room | None":
+        """What the positions of `model`, or vLLM's limit, leave to a prompt; None: unlimited."""
+        new = settings.rollout.max_new_tokens
+        positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        limits = [(positions, "the model's {:,} positions")] if positions else []
+        if settings.engine.kind == "vllm" and settings.engine.max_model_len:
+            limits.append((settings.engine.max_model_len, "engine.max_model_len of {:,}"))
+        if not limits:
+            return None
+        limit, name = min(limits)
+        reason = f"rollout.max_new_tokens of {new:,} leaves of {name.format(limit)}"
+        return Room(limit - new, reason)
+
+
+def check_prompts(task: Task, tokenizer: Any, room: Room | None, longest: int) -> dict[str, int]:
+    """Look at the prompts of `task`, or at the first of an endless one, and leave out the longer
+    than `longest` tokens (0: none); how many, by split.
+
+    Raises:
+        ValueError: a prompt that cannot be rendered or encoded, that gives no token, or that does
+            not fit into `room`; a split of which nothing is left.
+    """
+    if room is not None and room.tokens < 1:
+        raise ValueError(f"no prompt fits into the {room.tokens:,} tokens that {room.reason}")
+    table = task if isinstance(task, Table) else None
+    left_out: dict[str, int] = {}
+    kept: dict[tuple[str, int], int] = {}  # tokens, by split and number
+    for split in ("train", "test"):
+        prompts = table.prompts(split) if table else _first(task, split)
+        what = f"{task.name}: {_of(table)} {{}} of {split}"
+        lengths = _lengths(prompts, tokenizer, what)
+        if table:
+            left_out[split] = _leave_out(table, split, lengths, longest)
+        kept |= {(split, n): length for n, length in lengths.items()}
+    _check_room(task.name, kept, room, table)
+    return left_out
+
+
+def _of(table: Table | None) -> str:
+    return "row" if table else "problem"
+
+
+def _leave_out(table: Table, split: str, lengths: dict[int, int], longest: int) -> int:
+    """Take the longer ones out of `table` and of `lengths`; how many."""
+    long = [n for n, length in lengths.items() if longest and length > longest]
+    if len(long) == len(lengths):
+        raise ValueError(
+            f"{table.name}: all {len(lengths):,} prompts of {split} are longer than "
+            f"data.max_prompt_tokens={longest}; the shortest has {min(lengths.values())}"
+        )
+    table.leave_out(split, set(long))
+    for number in long:
+        del lengths[number]
+    return len(long)
+
+
+def _first(task: Task, split: str) -> dict[int, str]:
+    count = PROBED if split == "train" else min(PROBED, task.num_test)
+    return {i: task.problem(split, i).prompt for i in range(count)}
+
+
+def _lengths(prompts: Mapping[int, str], tokenizer: Any, what: str) -> dict[int, int]:
+    """Tokens of each prompt."""
+    numbers = list(prompts)
+    found: dict[int, int] = {}
+    for start in range(0, len(numbers), _BATCH):
+        batch = numbers[start : start + _BATCH]
+        try:
+            ids = _ids([prompts[number] for number in batch], tokenizer)
+        except Exception:
+            # One by one, for the one that is at fault: tokenizers raise exceptions of no class.
+            ids = [_id(prompts[number], tokenizer, what.format(number)) for number in batch]
+        found |= {number: len(own) for number, own in zip(batch, ids, strict=True)}
+    if empty := [number for number, length in found.items() if not length]:
+        raise ValueError(
+            f"{what.format(empty[0])}: the prompt gives no token: {prompts[empty[0]]!r}"
+        )
+    return found
+
+
+def _ids(texts: list[str], tokenizer: Any) -> list[list[int]]:
+    return tokenizer(texts, add_special_tokens=False, verbose=False).input_ids
+
+
+def _id(text: str, tokenizer: Any, what: str) -> list[int]:
+    try:
+        return _ids([text], tokenizer)[0]
+    except Exception as error:
+        raise ValueError(f"{what}: the tokenizer cannot encode {text!r:.80}: {error}") from error
+
+
+def _check_room(
+    name: str, lengths: Mapping[tuple[str, int], int], room: Room | None, table: Table | None
+) -> None:
+    if room is None or max(lengths.values()) <= room.tokens:
+        return
+    over = {place: length for place, length in lengths.items() if length > room.tokens}
+    split, number = max(over, key=lambda place: over[place])
+    leave_out = f", or leave them out by --data.max-prompt-tokens {room.tokens}" if table else ""
+    raise ValueError(
+        f"{name}: {len(over):,} of {len(lengths):,} prompts are longer than the {room.tokens:,} "
+        f"tokens that {room.reason}; the longest, {_of(table)} {number} of {split}, has "
+        f"{over[split, number]:,}. Lower rollout.max_new_tokens{leave_out}"
+    )
