@@ -1,6 +1,7 @@
 """The command line: `python -m trainer` and one of
 
     train [PRESET] [--options]      needs none: it runs the preset "tiny"; goes on from a checkpoint
+                                    (settings from --config FILE, a start from --branch RUN@STEP)
     evaluate --model M --data D     accuracy, pass@k and lengths of a model or a run
     analyze WHAT [--options]        entropy patterns, two temperatures, evolution over training
     compare PRESET [--options]      the paper's ablation and baselines from one preset, by seeds
@@ -63,17 +64,12 @@ def main(arguments: list[str]) -> int:
 
 
 def _train(arguments: list[str]) -> int:
-    from trainer.command_line import parse
+    from trainer.command_line import parse_train
     from trainer.config.files import as_yaml
 
-    printing = "--print-config" in arguments
-    settings = parse(
-        [argument for argument in arguments if argument != "--print-config"],
-        "python -m trainer train",
-        "One run. --print-config prints its settings as a file for --config, and ends.",
-    )
-    if printing:
-        print(as_yaml(settings), end="")
+    asked = parse_train(arguments)
+    if asked.print_config:
+        print(as_yaml(asked.config), end="")
         return 0
 
     import transformers
@@ -81,7 +77,7 @@ def _train(arguments: list[str]) -> int:
     from trainer.train import train
 
     transformers.utils.logging.disable_progress_bar()
-    report = train(settings)
+    report = train(asked.config, allow_changes=asked.allow_changes, branch=asked.branch)
     if _first():
         print(f"report: {report}")
     return 0

@@ -4,8 +4,9 @@ An option goes before the file, the file before the preset, whatever their order
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any
 
 import tyro
 
@@ -20,7 +21,37 @@ HELP = (
     "before the preset."
 )
 
-Request = TypeVar("Request")
+TRAIN = (
+    "One run, from its last checkpoint where its folder has one. What shapes only how it runs may "
+    "then differ, such as micro-batches, engine, threads and evaluations; other changes need "
+    "--allow-changes. All of them are printed, and noted in run.json."
+)
+
+
+@dataclass(frozen=True)
+class Train:
+    """What `train` is asked for."""
+
+    print_config: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Print all settings as a file for --config, and end."""
+    allow_changes: tuple[str, ...] = ()
+    """Settings, or groups of them, that a run keeps and that may differ from now on, such as
+    rollout.max_new_tokens."""
+    branch: str = ""
+    """RUN, RUN@STEP or a checkpoint: a new run, of another --name, begins with its weights,
+    optimizer, metrics and place in the data; without a preset or file with its settings too."""
+    config: Annotated[Config, tyro.conf.arg(name="")] = field(default_factory=Config)
+
+
+def parse_train(arguments: Sequence[str]) -> Train:
+    """What `train` is asked for by `arguments`; errors as of `parse`."""
+    preset, path, options = split(arguments)
+    origin = _value(options, "--branch")
+    if origin and not preset and not path:
+        from trainer.branch import find_origin
+
+        arguments = ["--config", str(find_origin(origin).run), *options]
+    return parse(arguments, "python -m trainer train", TRAIN, lambda config: Train(config=config))
 
 
 def parse(
@@ -75,6 +106,16 @@ def split(arguments: Sequence[str]) -> tuple[str, str, list[str]]:
     if len(paths) > 1:
         raise ValueError(f"--config takes one file; got {', '.join(paths)}")
     return preset, "".join(paths), options
+
+
+def _value(options: Sequence[str], name: str) -> str:
+    """Of the option `name`; "" where it is not there."""
+    for i, option in enumerate(options):
+        if option == name and i + 1 < len(options):
+            return options[i + 1]
+        if option.startswith(name + "="):
+            return option.partition("=")[2]
+    return ""
 
 
 def base(preset: str, file: File | None) -> tuple[Config, str]:

@@ -1,8 +1,10 @@
 """The files of a run: run.json, metrics.jsonl and samples.jsonl in `runs/<name>/`.
 
 run.json       {"config": resolved configuration, "starts": [{"time", "commit", "dirty", "versions",
-               "platform", "device"}]}: one entry each time the folder was opened, so a resumed run
-               tells of every machine and commit that made it.
+               "platform", "device", "step", "directory", "inputs", "left_out", "changes"}]}: one
+               entry each time the folder was opened, so a resumed run tells of every machine and
+               commit that made it, and of every setting that changed on the way,
+               {name: [was, now]}. A branch has "origin" too (branch.py).
 metrics.jsonl  one object a step, "step" first, then flat "group/name" keys; what is not finite is
                null and counted under "log/nonfinite".
 samples.jsonl  one object a sampled response: "step" and the fields of `Sample`.
@@ -60,17 +62,24 @@ class RunLog:
         self.samples_path = folder / "samples.jsonl"
 
     @classmethod
-    def open(cls, folder: str | Path, config: Config, device: str = "") -> "RunLog":
+    def open(
+        cls,
+        folder: str | Path,
+        config: Config,
+        device: str = "",
+        record: Mapping[str, Any] | None = None,
+    ) -> "RunLog":
         """Create `folder` where it is missing and note in run.json what starts now.
 
-        `device` names the hardware. The metrics of an earlier start stay: call `rewind` with the
-        step to go on from.
+        `device` names the hardware; `record` is what else there is to say of this start. The
+        metrics of an earlier start stay: call `rewind` with the step to go on from.
         """
         log = cls(Path(folder), config)
         log.folder.mkdir(parents=True, exist_ok=True)
         path = log.folder / "run.json"
-        earlier = json.loads(path.read_text("utf-8"))["starts"] if path.exists() else []
-        run = {"config": asdict(config), "starts": [*earlier, provenance(device)]}
+        earlier = json.loads(path.read_text("utf-8")) if path.exists() else {"starts": []}
+        starts = [*earlier["starts"], provenance(device) | dict(record or {})]
+        run = earlier | {"config": asdict(config), "starts": starts}
         replace_text(path, json.dumps(run, indent=2) + "\n")
         return log
 

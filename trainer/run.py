@@ -2,26 +2,30 @@
 
 import dataclasses
 import hashlib
-import json
 import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from trainer import checkpoint
+from trainer.branch import branch as branch_from
 from trainer.checkpoint import Progress
 from trainer.config import Config
+from trainer.config.changes import Change, check_names
 from trainer.engines import Engine, make_engine
 from trainer.fsdp import scatter, shard, tensors
 from trainer.log import RunLog
 from trainer.policy import Policy, check_policy, read_policy
 from trainer.progress import WARM_START, progress
 from trainer.ranks import Ranks
+from trainer.resume import inputs_of, resuming, start_record
 from trainer.rewards.verifier import Verifier
 from trainer.tasks import make_task
+from trainer.tasks.lengths import Room, check_prompts
 from trainer.types import Task
-from trainer.warm_start import load_or_warm_start
+from trainer.warm_start import Demonstrator, load_or_warm_start
 
 
 @dataclass
@@ -59,47 +63,59 @@ class Run:
         return settings.learning_rate * warm
 
 
-def start(settings: Config, ranks: Ranks) -> Run:
+def start(
+    settings: Config, ranks: Ranks, allow_changes: Sequence[str] = (), branch: str = ""
+) -> Run:
     """The run of `settings`, from its last checkpoint where its folder has one.
 
+    `allow_changes` names settings, or groups of them, that a run keeps and that may differ now.
+    With `branch`, a run or one of its checkpoints, a new folder begins with that checkpoint.
+
     Raises:
-        ValueError: the folder holds a run with other settings, or damaged checkpoints only, or the
-            verifier cannot be imported.
+        ValueError: the folder holds a run with other settings, or damaged checkpoints only; prompts
+            that do not fit; the verifier cannot be imported.
     """
+    check_names(allow_changes)
     folder = Path(settings.root) / settings.name
+    if branch:
+        branch_from(branch, settings, ranks)
     found = checkpoint.latest(folder, ranks)
-    if found is not None:
-        _check_same(folder, settings)
+    fresh = found is None
+    earlier = ranks.on_first(lambda: resuming(folder, settings, allow_changes, bool(branch), fresh))
+    changes = earlier.settings_changes() if earlier else []
     if settings.threads:
         torch.set_num_threads(settings.threads)
-    policy, engine, task, verifier = _parts(settings, ranks, found)
+    policy = _read(settings, ranks, found)
+    task = make_task(settings.data, settings.seed, policy.tokenizer)
+    room = Room.of(policy.model, settings)
+    left_out = check_prompts(task, policy.tokenizer, room, settings.data.max_prompt_tokens)
+    inputs = ranks.on_first(lambda: inputs_of(settings, task))
+    changes = earlier.input_changes(changes, inputs) if earlier else []
+    verifier = Verifier(task, settings.reward)
+    verifier.start()  # before what takes long
+    engine = _make_ready(settings, ranks, policy, task, fresh)
     optimizer = torch.optim.AdamW(
         policy.model.parameters(),
         lr=settings.optimizer.learning_rate,
         betas=settings.optimizer.betas,
         weight_decay=settings.optimizer.weight_decay,
     )
-    fresh = found is None
     state = checkpoint.load(found, policy, optimizer, ranks) if found else Progress()
     check_policy(policy)
-    if ranks.first and policy.layout == "padded":
-        name = type(policy.model).__name__
-        print(f"{name} does not keep packed sequences apart: one sequence a row", file=sys.stderr)
     engine.update_weights(policy.weights())
     log = RunLog(folder)
     if ranks.first:
-        log = RunLog.open(folder, settings, device=_describe(ranks))
+        _say(policy, changes, left_out)
+        record = start_record(state.step, changes, inputs, left_out)
+        log = RunLog.open(folder, settings, _describe(ranks), record)
         log.rewind(-1 if fresh else state.step)
     return Run(
         settings, folder, ranks, policy, engine, task, verifier, optimizer, log, state, fresh
     )
 
 
-def _parts(
-    settings: Config, ranks: Ranks, found: Path | None
-) -> tuple[Policy, Engine, Task, Verifier]:
-    """The model and its warm start, without values where a checkpoint has them; sharded where there
-    is a group: then the first rank alone reads the weights, and deals out their shards."""
+def _read(settings: Config, ranks: Ranks, found: Path | None) -> Policy:
+    """The model, without values where a checkpoint has them, and on all ranks but the first."""
     model = settings.model
     if found is not None:
         model = dataclasses.replace(model, path=str(found))
@@ -109,10 +125,14 @@ def _parts(
     policy = read[0]
     if ranks.group is None:
         policy.materialize(ranks.device)
-    task = make_task(settings.data, settings.seed, policy.tokenizer)
-    verifier = Verifier(task, settings.reward)
-    verifier.start()  # before what takes long
-    if found is None and settings.warm_start.steps:
+    return policy
+
+
+def _make_ready(settings: Config, ranks: Ranks, policy: Policy, task: Task, fresh: bool) -> Engine:
+    """The warm start of a fresh run, the engine, and, where there is a group, the shards: the first
+    rank alone has read the weights, and deals them out."""
+    model = settings.model
+    if fresh and settings.warm_start.steps:
         ranks.on_first(lambda: _warm_start(settings, policy, task, ranks.device))
     dtype = getattr(torch, model.compute_dtype or model.dtype)
     # The engine's copy is made of whole weights.
@@ -123,43 +143,31 @@ def _parts(
         whole = tensors(policy.model) if ranks.first else {}  # before they are shards
         shard(policy, policy.model, ranks, dtype)
         policy.materialize(ranks.device)
-        if found is None:
+        if fresh:
             scatter(policy.model, whole, ranks)
-    return policy, engine, task, verifier
+    return engine
 
 
 def _warm_start(settings: Config, policy: Policy, task: Task, device: torch.device) -> None:
+    if not isinstance(task, Demonstrator):
+        print(f"no warm start: task {task.name!r} has no demonstrations")
+        return
     policy.to(device)
     warm = settings.warm_start
     with progress("warm start", warm.steps, columns=WARM_START) as bar:
         load_or_warm_start(policy.model, policy.tokenizer, task, warm, settings.seed, bar.update)
 
 
-def _check_same(folder: Path, settings: Config) -> None:
-    """A run resumes with its settings; `steps`, the folder and the trackers may change."""
-    before = json.loads((folder / "run.json").read_text())["config"]
-    now = json.loads(json.dumps(dataclasses.asdict(settings)))
-    different = [
-        f"{name} was {old}, now {new}"
-        for name, (old, new) in sorted(_pairs(before, now).items())
-        if old != new and name.partition(".")[0] not in ("steps", "name", "root", "tracking")
-    ]
-    if different:
-        raise ValueError(
-            f"{folder} holds a run with other settings: {'; '.join(different)}. "
-            "Choose another --name, or delete the folder."
-        )
-
-
-def _pairs(before: dict, now: dict, prefix: str = "") -> dict[str, tuple[object, object]]:
-    pairs: dict[str, tuple[object, object]] = {}
-    for name in before.keys() | now.keys():
-        old, new = before.get(name), now.get(name)
-        if isinstance(old, dict) and isinstance(new, dict):
-            pairs |= _pairs(old, new, f"{prefix}{name}.")
-        else:
-            pairs[prefix + name] = (old, new)
-    return pairs
+def _say(policy: Policy, changes: Sequence[Change], left_out: Mapping[str, int]) -> None:
+    """What else is to be known of this start."""
+    if policy.layout == "padded":
+        name = type(policy.model).__name__
+        print(f"{name} does not keep packed sequences apart: one sequence a row", file=sys.stderr)
+    for change in changes:
+        print(f"changed: {change}" + (f" ({change.note})" if change.note else ""))
+    if any(left_out.values()):
+        counts = ", ".join(f"{count:,} of {split}" for split, count in left_out.items())
+        print(f"prompts longer than data.max_prompt_tokens, left out: {counts}")
 
 
 def _describe(ranks: Ranks) -> str:

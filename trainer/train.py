@@ -4,7 +4,7 @@ Names follow "Beyond the 80/20 Rule" (arXiv 2506.01939). B sequences, L response
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +27,20 @@ from trainer.samples import entropy_metrics, write_samples
 from trainer.update import Batch, Meter, at_least, clock, score, update
 
 
-def train(settings: Config, on_step: Callable[[int], Any] = lambda step: None) -> Path:
+def train(
+    settings: Config,
+    on_step: Callable[[int], Any] = lambda step: None,
+    *,
+    allow_changes: Sequence[str] = (),
+    branch: str = "",
+) -> Path:
     """Train up to `settings.steps`, from the last checkpoint where there is one.
 
-    `on_step` is called after each step is on disk. Returns the path of the report.
+    `on_step` is called after each step is on disk; the others are `start`'s. Returns the path of
+    the report.
     """
     with join(settings.device, group=settings.model.compute_dtype is not None) as ranks:
-        run = start(settings, ranks)
+        run = start(settings, ranks, allow_changes, branch)
         try:
             return _train(run, on_step)
         finally:
@@ -147,4 +154,5 @@ def _save(run: Run) -> None:
         run.progress,
         run.settings.keep_checkpoints,
         run.ranks,
+        run.settings.keep_every,
     )

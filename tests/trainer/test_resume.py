@@ -1,0 +1,375 @@
+"""Going on after a crash with other settings: which may differ, what comes of it, what is noted."""
+
+import dataclasses
+import json
+import re
+import sys
+from pathlib import Path
+
+import datasets
+import pytest
+import torch
+
+import trainer.run
+from tests.trainer.small import Even, save_folder, settings, use_task
+from tests.trainer.test_train import assert_same_run, metrics
+from trainer.__main__ import main
+from trainer.config import Data, Reward, WarmStart
+from trainer.config.files import fill
+from trainer.log import read_rows
+from trainer.sharded import read_whole
+from trainer.train import train
+from trainer.types import Problem
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(autouse=True)
+def _as_it_was(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    threads, task = torch.get_num_threads(), trainer.run.make_task
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+    trainer.run.make_task = task
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> str:
+    return save_folder(tmp_path_factory.mktemp("model"), spread=0.2)
+
+
+@pytest.fixture(scope="module")
+def whole(model, tmp_path_factory):
+    """An uninterrupted run of six steps on Even, and its settings."""
+    config = settings(tmp_path_factory.mktemp("whole"), model)
+    make_task = trainer.run.make_task
+    use_task(Even())
+    train(config)
+    trainer.run.make_task = make_task
+    return Path(config.root) / "run", config
+
+
+@pytest.fixture
+def _on_even():
+    use_task(Even())
+
+
+def crash(config, step=3):
+    """Run until `step` is done, and no longer."""
+
+    def on_step(done):
+        if done == step:
+            raise RuntimeError("out of memory")
+
+    with pytest.raises(RuntimeError, match="out of memory"):
+        train(config, on_step)
+
+
+def run_json(config):
+    return json.loads((Path(config.root) / config.name / "run.json").read_text())
+
+
+def elsewhere(config, root, **changes):
+    return dataclasses.replace(config, root=str(root), **changes)
+
+
+SAME = {
+    "model.gradient_checkpointing": True,
+    "warm_start.cache": "elsewhere",
+    "keep_checkpoints": 9,
+    "reward.workers": 1,
+    "reward.seconds": 5.0,
+    "reward.gigabytes": 1.0,
+    "engine.memory_utilization": 0.4,
+    "tracking.trackers": ("tensorboard",),
+}
+CLOSE = {
+    "optimizer.tokens_per_micro_batch": 17,
+    "rollout.batch_size": 3,
+    "model.attention": "sdpa",
+    "threads": 2,
+}
+
+
+@pytest.mark.usefixtures("_on_even")
+@pytest.mark.parametrize("name", SAME)
+def test_what_may_differ_changes_no_bit(whole, tmp_path, capsys, name):
+    folder, config = whole
+    config = elsewhere(config, tmp_path)
+    crash(config)
+    train(fill(config, {name: SAME[name]}))
+    assert_same_run(tmp_path / "run", folder)
+    assert f"changed: {name} was" in capsys.readouterr().out
+    first, second = run_json(config)["starts"]
+    assert (first["step"], first["changes"], second["step"]) == (0, {}, 2)
+    assert second["changes"].keys() == {name}
+
+
+@pytest.mark.usefixtures("_on_even")
+@pytest.mark.parametrize("name", CLOSE)
+def test_what_rounds_otherwise_ends_close_by(whole, tmp_path, capsys, name):
+    folder, config = whole
+    config = elsewhere(config, tmp_path)
+    crash(config)
+    changed = fill(config, {name: CLOSE[name]})
+    train(changed)
+    assert f"now {CLOSE[name]} (sums are rounded otherwise)" in capsys.readouterr().out
+    for got, want in zip(metrics(tmp_path / "run"), metrics(folder), strict=True):
+        assert got.keys() == want.keys()
+        for key in {"reward/mean", "tokens", "eval/accuracy", "loss", "grad_norm"} & want.keys():
+            assert got[key] == pytest.approx(want[key], rel=1e-4, abs=1e-6), key
+    last = Path("checkpoints", "step-000006")
+    got, want = read_whole(tmp_path / "run" / last), read_whole(folder / last)
+    for key, value in want.items():
+        assert (got[key] - value).norm() <= 1e-4 * value.norm(), key
+    # Back again needs no leave either.
+    train(config)
+    assert [start["changes"] for start in run_json(config)["starts"][1:]] == [
+        {name: [getattr_path(config, name), CLOSE[name]]},
+        {name: [CLOSE[name], getattr_path(config, name)]},
+    ]
+
+
+def getattr_path(config, name):
+    for part in name.split("."):
+        config = getattr(config, part)
+    return config
+
+
+@pytest.mark.usefixtures("_on_even")
+def test_other_checkpoints_samples_and_evaluations(whole, tmp_path):
+    """The same training; each at its new steps."""
+    folder, config = whole
+    config = elsewhere(config, tmp_path)
+    crash(config)
+    other = {"checkpoint_every": 1, "samples_every": 5, "eval.every": 2, "eval.problems": 3}
+    train(fill(config, other))
+    for got, want in zip(metrics(tmp_path / "run"), metrics(folder), strict=True):
+        assert {k: v for k, v in got.items() if not k.startswith("eval/")} == {
+            k: v for k, v in want.items() if not k.startswith("eval/")
+        }
+    rows = read_rows(tmp_path / "run" / "metrics.jsonl")
+    assert [row["step"] for row in rows if "eval/accuracy" in row] == [0, 4, 6]
+    assert (tmp_path / "run" / "checkpoints" / "step-000005").exists()
+
+
+@pytest.mark.usefixtures("_on_even")
+def test_other_settings_need_leave(whole, tmp_path, capsys):
+    _, config = whole
+    config = elsewhere(config, tmp_path)
+    crash(config)
+    other = fill(config, {"algorithm.fraction": 0.5, "optimizer.betas": (0.5, 0.9), "threads": 1})
+    before = run_json(config)
+    says = (
+        r"algorithm.fraction was 0.2, now 0.5; optimizer.betas was \[0.9, 0.95\], now \[0.5, 0.9\]."
+        r".*by --allow-changes algorithm.fraction optimizer.betas; .*--branch \S+/run --name NEW"
+    )
+    with pytest.raises(ValueError, match=says):
+        train(other)
+    with pytest.raises(
+        ValueError, match=r"settings: optimizer.betas was .*changes optimizer.betas"
+    ):
+        train(other, allow_changes=["algorithm"])
+    with pytest.raises(ValueError, match="no setting 'fraction' to be changed"):
+        train(other, allow_changes=["fraction"])
+    assert run_json(config) == before
+    train(other, allow_changes=["algorithm", "optimizer.betas"])
+    assert "changed: algorithm.fraction was 0.2, now 0.5\n" in capsys.readouterr().out
+    start = run_json(config)["starts"][-1]
+    assert start["changes"] == {
+        "algorithm.fraction": [0.2, 0.5],
+        "optimizer.betas": [[0.9, 0.95], [0.5, 0.9]],
+    }
+    kept = [row.get("entropy/kept_fraction") for row in metrics(tmp_path / "run")[1:]]
+    assert [round(share, 1) for share in kept if share is not None][-4:] == [0.5] * 4
+    # The same command again: nothing is left to allow, and nothing is wrong with that.
+    train(other, allow_changes=["algorithm", "optimizer.betas"])
+    with pytest.raises(ValueError, match=r"algorithm.fraction was 0.5, now 0.2"):
+        train(config)
+
+
+class Growing(Even):
+    """Prompts of one token, and from the 12th problem on of 60."""
+
+    def problem(self, split, index):
+        long = split == "train" and index >= 600
+        return Problem("1 " * (60 if long else 1), None)
+
+
+def test_a_prompt_without_room_is_mended_by_shorter_responses(model, tmp_path):
+    """Of an endless task, whose later prompts nobody has seen at the start."""
+    use_task(Growing())
+    config = settings(tmp_path, model)
+    config = dataclasses.replace(
+        config,
+        rollout=dataclasses.replace(config.rollout, prompts=100, group_size=2, batch_size=200),
+        optimizer=dataclasses.replace(config.optimizer, tokens_per_micro_batch=4096),
+        algorithm=dataclasses.replace(config.algorithm, max_rounds=2, min_groups=100),
+    )
+    says = r"60 tokens and up to 6 .*lower rollout.max_new_tokens.*--allow-changes rollout.max_new"
+    for _ in range(2):
+        with pytest.raises(ValueError, match=says):
+            train(config)
+    assert read_rows(tmp_path / "run" / "metrics.jsonl")[-1]["step"] < 6
+    shorter = fill(config, {"rollout.max_new_tokens": 4})
+    with pytest.raises(ValueError, match=r"allow-changes rollout.max_new_tokens"):
+        train(shorter)
+    train(shorter, allow_changes=["rollout.max_new_tokens"])
+    assert read_rows(tmp_path / "run" / "metrics.jsonl")[-1]["step"] == 6
+
+
+def sums(path, count=40, wrong=0):
+    rows = [
+        {"prompt": f"{i % 10} + {i // 10} =", "answer": str(7 + (i < wrong))} for i in range(count)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def on_sums(root, model, path, **data):
+    config = settings(root, model, data=Data(task=f"file:{path}", test_fraction=0.2, **data))
+    return fill(config, {"rollout.max_new_tokens": 2, "algorithm.max_rounds": 1, "steps": 4})
+
+
+def test_data_is_known_by_its_contents(model, tmp_path, monkeypatch, capsys):
+    file = tmp_path / "sums.jsonl"
+    sums(file)
+    config = on_sums(tmp_path, model, file)
+    crash(config, step=2)
+    (digest,) = {start["inputs"]["data"] for start in run_json(config)["starts"]}
+    assert re.fullmatch("[0-9a-f]{16}", digest)
+    # Another place and form.
+    datasets.Dataset.from_json(str(file)).to_parquet(str(tmp_path / "moved.parquet"))
+    moved = fill(config, {"data.task": f"file:{tmp_path}/moved.parquet"})
+    crash(moved, step=3)
+    assert re.search(r"changed: data.task .* \(the same contents\)", capsys.readouterr().out)
+    monkeypatch.chdir(tmp_path)
+    crash(fill(config, {"data.task": "file:./moved.parquet"}), step=3)
+    assert "changed" not in capsys.readouterr().out
+    # Other contents in the same place.
+    sums(tmp_path / "other.jsonl", wrong=1)
+    datasets.Dataset.from_json("other.jsonl").to_parquet("moved.parquet")
+    before = run_json(config)
+    with pytest.raises(
+        ValueError,
+        match=rf"data.task was file:\S+moved.parquet of digest {digest}, now of [0-9a-f]+\. .*"
+        "--allow-changes data.task",
+    ):
+        train(moved)
+    assert run_json(config) == before
+    train(moved, allow_changes=["data.task"])
+    assert run_json(config)["starts"][-1]["changes"].keys() == {"data.task"}
+    assert run_json(config)["starts"][-1]["inputs"]["data"] != digest
+    # Another file altogether.
+    sums(tmp_path / "third.jsonl", count=41)
+    with pytest.raises(ValueError, match=r"data.task was \S+, now file:third.jsonl\. "):
+        train(fill(config, {"data.task": "file:third.jsonl"}))
+
+
+def test_other_columns_are_named_and_not_their_contents(model, tmp_path):
+    rows = [{"prompt": f"{i % 10} + {i // 10} =", "answer": "7", "b": "8"} for i in range(40)]
+    file = tmp_path / "sums.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = on_sums(tmp_path, model, file)
+    crash(config, step=2)
+    other = fill(config, {"data.answer_field": "b"})
+    with pytest.raises(ValueError, match=r"settings: data.answer_field was answer, now b\. "):
+        train(other)
+    train(other, allow_changes=["data.answer_field"])
+
+
+def test_the_model_and_the_verifier_are_noted(model, tmp_path, monkeypatch, capsys):
+    use_task(Even())
+    (tmp_path / "package").mkdir()
+    verifier = tmp_path / "package" / "mine.py"
+    verifier.write_text("def check(prompt, response, answer):\n    return len(response) > 1\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{ROOT}")
+    own = save_folder(tmp_path / "model", spread=0.2)
+    config = settings(tmp_path, own, steps=4, reward=Reward("package.mine:check", workers=1))
+    crash(config)
+    inputs = run_json(config)["starts"][0]["inputs"]
+    assert inputs["model"]
+    assert inputs["verifier"]
+    assert inputs["data"] == ""  # generated
+    verifier.write_text("def check(prompt, response, answer):\n    return len(response) > 2\n")
+    Path(own, "added.json").write_text("{}")
+    capsys.readouterr()
+    train(config)
+    printed = capsys.readouterr().out
+    assert re.search(r"changed: model.path .*\(the run goes on with its own weights\)", printed)
+    assert re.search(r"changed: reward.function .*\(its verdicts may be others\)", printed)
+    assert "package" not in sys.modules  # it is read, and run in processes of its own
+    moved = fill(config, {"model.path": str(tmp_path / "moved")})
+    with pytest.raises(ValueError, match=r"model.path was"):
+        train(moved)
+    Path(own).rename(tmp_path / "moved")
+    train(moved)
+    assert "(the same contents)" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("_on_even")
+def test_a_damaged_or_missing_run_json(whole, tmp_path):
+    _, config = whole
+    config = elsewhere(config, tmp_path)
+    crash(config)
+    path = tmp_path / "run" / "run.json"
+    for content in ("", "[]", "{}"):
+        path.write_text(content)
+        with pytest.raises(ValueError, match=r"run.json is damaged"):
+            train(config)
+    path.unlink()
+    with pytest.raises(ValueError, match=r"has checkpoints and no run.json"):
+        train(config)
+
+
+@pytest.mark.usefixtures("_on_even")
+def test_a_run_of_before_there_was_a_record(whole, tmp_path):
+    """Starts without inputs, directory and changes, a configuration without the new settings."""
+    folder, config = whole
+    config = elsewhere(config, tmp_path)
+    crash(config)
+    run = run_json(config)
+    for start in run["starts"]:
+        for key in ("step", "directory", "inputs", "left_out", "changes"):
+            del start[key]
+    del run["config"]["keep_every"], run["config"]["data"]["max_prompt_tokens"]
+    (tmp_path / "run" / "run.json").write_text(json.dumps(run))
+    train(config)
+    assert_same_run(tmp_path / "run", folder)
+
+
+def test_own_prompts_with_the_tiny_preset(tmp_path, capsys):
+    """Its warm start needs demonstrations, and a file has none: it goes without, and says so."""
+    sums(tmp_path / "sums.jsonl")
+    config = dataclasses.replace(
+        on_sums(tmp_path, "tiny", tmp_path / "sums.jsonl"), warm_start=WarmStart(steps=600)
+    )
+    train(fill(config, {"steps": 1}))
+    printed = capsys.readouterr().out
+    assert re.search(r"no warm start: task 'file:\S+' has no demonstrations", printed)
+    assert not Path(WarmStart().cache).exists()
+
+
+def test_by_the_command_line(tmp_path, model, monkeypatch, capsys):
+    """The command of a run that ended, with less memory and more steps."""
+    monkeypatch.chdir(tmp_path)
+    sums(tmp_path / "sums.jsonl")
+    options = [
+        *("--data.task", "file:sums.jsonl", "--model.path", model, "--root", "runs", "--threads=1"),
+        *("--rollout.max-new-tokens", "2", "--eval.problems=2", "--rollout.prompts=4"),
+        *("--algorithm.min-groups=1", "--device=cpu", "--checkpoint-every=1", "--name=a"),
+    ]
+    assert main(["train", *options, "--steps=2"]) == 0
+    other = ["train", *options, "--steps=3", "--seed=1", "--optimizer.tokens-per-micro-batch=64"]
+    capsys.readouterr()
+    assert main(other) == 1
+    error = capsys.readouterr().err
+    assert re.fullmatch(r"error: runs/a holds .*--allow-changes seed; .*\n", error)
+    assert main([*other, "--allow-changes", "seed"]) == 0
+    printed = capsys.readouterr().out
+    assert "changed: seed was 0, now 1\n" in printed
+    assert "changed: steps was 2, now 3\n" in printed
+    start = json.loads((tmp_path / "runs" / "a" / "run.json").read_text())["starts"][-1]
+    assert start["changes"].keys() == {"seed", "steps", "optimizer.tokens_per_micro_batch"}
+    assert start["step"] == 2

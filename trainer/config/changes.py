@@ -1,0 +1,144 @@
+"""Which settings a run keeps when it resumes, and which may differ.
+
+A run keeps what shapes it: data, objective, model, seeds. What shapes only how it runs may differ,
+and each difference is noted. Every setting is in one of the two tables, by itself or by its group;
+a test holds this.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from trainer.config.files import close_names, leaves
+from trainer.config.run import Config
+
+_ROUNDING = "sums are rounded otherwise"
+
+FREE: Mapping[str, str] = {
+    "name": "",
+    "root": "",
+    "steps": "",
+    "threads": _ROUNDING,
+    "device": _ROUNDING,
+    "checkpoint_every": "",
+    "keep_checkpoints": "",
+    "keep_every": "",
+    "samples_every": "",
+    "samples": "",
+    "eval": "evaluations before and after may not compare",
+    "model.attention": _ROUNDING,
+    "model.gradient_checkpointing": _ROUNDING,
+    "warm_start.cache": "",
+    "engine": "",
+    "engine.kind": "another engine draws other random numbers",
+    "engine.tensor_parallel": _ROUNDING,
+    "engine.enforce_eager": _ROUNDING,
+    "engine.dtype": _ROUNDING,
+    "rollout.batch_size": _ROUNDING,
+    "reward.seconds": "slow answers may be judged otherwise",
+    "reward.gigabytes": "answers that need much memory may be judged otherwise",
+    "reward.workers": "",
+    "optimizer.tokens_per_micro_batch": _ROUNDING,
+    "tracking": "",
+}
+"""What may differ, and what comes of it; "": nothing in the run."""
+
+KEPT = frozenset(
+    [
+        "seed",
+        "model.path",
+        "model.dtype",
+        "model.compute_dtype",
+        *(f"data.{n}" for n in ("task", "prompt_field", "answer_field", "template", "instruction")),
+        *(f"data.{n}" for n in ("test_fraction", "max_prompt_tokens")),
+        *(f"warm_start.{n}" for n in ("steps", "traces", "batch_size", "learning_rate")),
+        *(f"warm_start.{n}" for n in ("warmup_steps", "weight_decay")),
+        *(f"rollout.{n}" for n in ("prompts", "group_size", "max_new_tokens", "temperature")),
+        *(f"reward.{n}" for n in ("function", "right", "format", "format_weight")),
+        "reward.drop_truncated",
+        *(f"algorithm.{n}" for n in ("loss_type", "fraction", "which", "entropy_source")),
+        *(f"algorithm.{n}" for n in ("denominator", "clip_low", "clip_high", "dual_clip")),
+        *(f"algorithm.{n}" for n in ("correction", "correction_cap", "correction_floor")),
+        *(f"algorithm.{n}" for n in ("advantage", "max_rounds", "min_groups")),
+        *(f"algorithm.{n}" for n in ("overlong_cache", "overlong_factor")),
+        *(f"optimizer.{n}" for n in ("learning_rate", "warmup_steps", "betas", "weight_decay")),
+        *(f"optimizer.{n}" for n in ("grad_clip", "mini_batches")),
+    ]
+)
+"""What differs only where it is allowed by name."""
+
+# Of what is kept: what a run has used before its first step, and never again.
+_USED = {
+    "model.path": "the run goes on with its own weights",
+    "warm_start": "its warm start was before",
+}
+_PATHS = ("root", "warm_start.cache", "data.task", "model.path")
+
+
+@dataclass(frozen=True)
+class Change:
+    """One setting, or what a setting names, that is not what it was."""
+
+    name: str
+    was: Any
+    now: Any
+    effect: str | None = None
+    """What comes of it; None where it needs leave."""
+
+    @property
+    def note(self) -> str:
+        """What comes of it, where there is something to say."""
+        return self.effect or _USED.get(self.name, _USED.get(self.name.partition(".")[0], ""))
+
+    def __str__(self) -> str:
+        return f"{self.name} was {_shown(self.was)}, now {_shown(self.now)}"
+
+
+def effect(name: str) -> str | None:
+    """What comes of another value of setting `name`; None where a run keeps it."""
+    return FREE.get(name, FREE.get(name.partition(".")[0]))
+
+
+def differences(before: Mapping[str, Any], now: Config, directory: Path) -> list[Change]:
+    """The settings of `now` that differ from `before`, a run's recorded ones, by name.
+
+    A setting that `before` lacks, as of a run that began before there was one, had its default.
+    Paths are the same where they lead to the same place; those of `before` began in `directory`.
+    """
+    old, new = dict(_flat(asdict(Config()))) | dict(_flat(before)), dict(_flat(asdict(now)))
+    return [
+        Change(name, old[name], new[name], effect(name))
+        for name in sorted(new)
+        if old[name] != new[name] and not _same_place(name, old[name], new[name], directory)
+    ]
+
+
+def check_names(names: Sequence[str]) -> None:
+    """ValueError for a name that is no setting and no group of settings."""
+    known = leaves()
+    for name in names:
+        if name not in known and not any(other.startswith(name + ".") for other in known):
+            raise ValueError(f"no setting {name!r} to be changed{close_names(name, known)}")
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, list(value) if isinstance(value, tuple) else value
+
+
+def _same_place(name: str, was: Any, now: Any, directory: Path) -> bool:
+    if name not in _PATHS or "tiny" in (was, now):  # the built-in model
+        return False
+    if name == "data.task":
+        (kind, _, was), (other, _, now) = was.partition(":"), now.partition(":")
+        if not kind == other == "file":
+            return False
+    return (directory / was).resolve() == Path(now).resolve()
+
+
+def _shown(value: Any) -> str:
+    return value if isinstance(value, str) else repr(value)
