@@ -64,7 +64,7 @@ def save(
 ) -> Path:
     """Write checkpoint `progress.step` of the run in `folder`, then delete all but `keep`.
 
-    Those at multiples of `keep_every` steps stay too; 0: none.
+    Those at multiples of `keep_every` steps, the first among them, stay too; 0: none.
 
     Collective: every rank writes its shards, and what fails on one is raised on all.
 
@@ -261,12 +261,8 @@ def _write_configuration(folder: Path, policy: Policy) -> None:
 def _delete_old(root: Path, keep: int, keep_every: int) -> None:
     checkpoints = _checkpoints(root)
     replaced = [root / (_REPLACED + path.name) for path in checkpoints]
-    kept_for_ever = {
-        path
-        for path in checkpoints
-        if keep_every and step_of(path) and not step_of(path) % keep_every
-    }
-    for old in (*(path for path in checkpoints[:-keep] if path not in kept_for_ever), *replaced):
+    for_good = {path for path in checkpoints if keep_every and step_of(path) % keep_every == 0}
+    for old in (*(path for path in checkpoints[:-keep] if path not in for_good), *replaced):
         if old.exists():
             # Hidden first: one that is partly gone is no checkpoint.
             hidden = old.rename(root / (_UNFINISHED + secrets.token_hex(4)))

@@ -1,5 +1,6 @@
 """What a run keeps and what may differ: every setting is one or the other."""
 
+import re
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -32,6 +33,18 @@ def test_what_an_out_of_memory_wants_to_change_is_free():
     for name in ("seed", "data.task", "algorithm.fraction", "rollout.max_new_tokens", "no.such"):
         assert effect(name) is None
     assert "random numbers" in (effect("engine.kind") or "")
+
+
+def test_the_documentation_has_all_that_is_free():
+    """Each in the row of what comes of it."""
+    page = (Path(__file__).parents[2] / "docs" / "trainer.md").read_text()
+    table = page.partition("what comes of another value |")[2].partition("\n\n")[0]
+    rows = dict.fromkeys(line.strip("| ").split(" | ")[-1] for line in table.splitlines()[2:])
+    for name, comes_of_it in FREE.items():
+        group = name if name in leaves() else f"{name}.*"
+        row = next(line for line in table.splitlines() if re.search(rf"`{re.escape(group)}`", line))
+        assert row.endswith(f"| {comes_of_it or 'nothing in the run'} |"), name
+    assert rows.keys() == {text or "nothing in the run" for text in FREE.values()}
 
 
 def found(before, now, directory=Path()):

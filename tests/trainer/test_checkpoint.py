@@ -141,12 +141,12 @@ def test_the_last_ones_are_kept_by_number(saved):
 
 
 def test_those_at_multiples_stay(saved):
-    """Of the others the last; the first is at no multiple, and no half of a replaced one stays."""
+    """The first among them; of the others the last; no half of a replaced one."""
     folder, policy, optimizer = saved
     for step in (0, 2, 3, 4, 5, 6, 7, 8, 8):
         checkpoint.save(folder, policy, optimizer, Progress(step), 1, ALONE, keep_every=3)
-    assert names(folder) == ["step-000003", "step-000006", "step-000008"]
-    assert list(checkpoint.steps_of(folder)) == [3, 6, 8]
+    assert names(folder) == ["step-000000", "step-000003", "step-000006", "step-000008"]
+    assert list(checkpoint.steps_of(folder)) == [0, 3, 6, 8]
     save(folder, policy, optimizer, Progress(9), keep=2)
     assert names(folder) == ["step-000008", "step-000009"]
 

@@ -108,9 +108,24 @@ def test_the_run_json_of_a_run_and_its_folder(tmp_path):
     path = tmp_path / "run.json"
     path.write_text(json.dumps({"config": content, "starts": []}))
     want = replace(config, steps=Config().steps)
-    assert parsed("--config", path) == parsed("--config", tmp_path) == want
+    assert parsed("--config", path) == want
     assert want.steps != PRESETS["tiny"]().steps
     assert parsed("tiny", "--config", path).steps == PRESETS["tiny"]().steps
+
+
+def test_the_folder_of_a_run_is_that_run(tmp_path, monkeypatch):
+    """It goes on where it is now, if it was moved."""
+    folder = tmp_path / "moved" / "here"
+    folder.mkdir(parents=True)
+    config = replace(PRESETS["tiny"](), seed=3, root="runs", name="mine")
+    (folder / "run.json").write_text(json.dumps({"config": asdict(config), "starts": []}))
+    want = replace(config, root=str(folder.parent), name="here")
+    assert parsed("--config", folder) == want
+    assert parsed("--config", folder, "--name", "new") == replace(want, name="new")
+    monkeypatch.chdir(folder)
+    assert parsed("--config", ".") == want
+    monkeypatch.chdir(folder.parent)
+    assert parsed("--config", "here/") == replace(want, root=".")
 
 
 def test_options_mend_what_a_file_alone_could_not_be(tmp_path, capsys):

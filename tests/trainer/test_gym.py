@@ -137,3 +137,11 @@ def test_final_answer(response, answer):
 def test_last_boxed_of_none():
     assert last_boxed("no box, \\boxed{open") is None
     assert last_boxed("\\boxed{}") == ""
+
+
+def test_another_version_of_the_library_is_other_data(monkeypatch):
+    """Which a run that resumes is told of (trainer/resume.py)."""
+    before = Gym("basic_arithmetic", 0, Data(), None).digest
+    assert before == Gym("basic_arithmetic", 1, Data(), None).digest
+    monkeypatch.setattr("trainer.tasks.gym.version", lambda name: "99.0")
+    assert Gym("basic_arithmetic", 0, Data(), None).digest == "reasoning-gym 99.0" != before

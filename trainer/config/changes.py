@@ -14,6 +14,7 @@ from trainer.config.files import close_names, leaves
 from trainer.config.run import Config
 
 _ROUNDING = "sums are rounded otherwise"
+_JUDGED = "answers near the limit may be judged otherwise"
 
 FREE: Mapping[str, str] = {
     "name": "",
@@ -36,8 +37,8 @@ FREE: Mapping[str, str] = {
     "engine.enforce_eager": _ROUNDING,
     "engine.dtype": _ROUNDING,
     "rollout.batch_size": _ROUNDING,
-    "reward.seconds": "slow answers may be judged otherwise",
-    "reward.gigabytes": "answers that need much memory may be judged otherwise",
+    "reward.seconds": _JUDGED,
+    "reward.gigabytes": _JUDGED,
     "reward.workers": "",
     "optimizer.tokens_per_micro_batch": _ROUNDING,
     "tracking": "",

@@ -52,13 +52,15 @@ def leaves(kind: type = Config, prefix: str = "") -> dict[str, Any]:
 
 
 def read(path: Path) -> File:
-    """The settings in the file at `path`, or in the run.json of the folder there.
+    """The settings in the file at `path`, or those of the run in the folder there, wherever that
+    was when it began: its `root` and `name` are the folder's.
 
     Raises:
         ValueError: the file is missing or cannot be parsed, has a key that is no setting, or a
             value of another type; in one line that names the file and the key.
     """
-    path = path / "run.json" if path.is_dir() else path
+    folder = path if path.is_dir() else None
+    path = folder / "run.json" if folder else path
     content = _parsed(path)
     if not isinstance(content, Mapping):
         raise ValueError(f"{path} must hold settings by name; got {content!r:.80}")
@@ -71,6 +73,9 @@ def read(path: Path) -> File:
     for name in given.keys() - types.keys():
         raise ValueError(f"{path}: {_unknown(name, types)}")
     values = {name: _typed(path, name, value, types[name]) for name, value in given.items()}
+    if folder:
+        folder = folder if folder.name else folder.resolve()
+        values |= {"name": folder.name, "root": str(folder.parent)}
     return File(path, values, preset, whole)
 
 

@@ -60,8 +60,8 @@ class Config:
     keep_checkpoints: int = 2
     """Older ones are deleted, but for those of `keep_every`."""
     keep_every: int = 0
-    """Checkpoints at multiples of so many steps are never deleted, for `evaluate`, `analyze` and
-    branches; 0: none. A multiple of `checkpoint_every`."""
+    """Checkpoints at multiples of so many steps, the first among them, are never deleted, for
+    `evaluate`, `analyze` and branches; 0: none. A multiple of `checkpoint_every`."""
     samples_every: int = 10
     """RL steps between writes of samples.jsonl."""
     samples: int = 8

@@ -2,6 +2,7 @@
 
 import difflib
 from functools import cache, lru_cache
+from importlib.metadata import version
 from typing import Any
 
 import reasoning_gym
@@ -39,6 +40,7 @@ class Gym:
             raise ValueError(f"no reasoning-gym dataset {name!r}; there is {', '.join(close)}")
         self.name = f"gym:{name}"
         self.num_test = num_test
+        self.digest = f"reasoning-gym {version('reasoning-gym')}"  # whose code makes the questions
         self._dataset_name = name
         self._seed = seed
         self._data = data
