@@ -14,6 +14,7 @@ import trainer.run
 from tests.processes import forkserver
 from tests.trainer.small import Even, save_folder, settings, use_task
 from tests.trainer.test_train import assert_same_run, metrics
+from tests.trainer.worlds import next_world, run_ranks
 from trainer import branch, checkpoint
 from trainer.__main__ import main
 from trainer.command_line import parse_train
@@ -209,3 +210,34 @@ def test_kill_9_while_it_is_laid_out(parent, tmp_path):
                 train(branching)
         train(branching, branch=f"{folder}@2")
         assert_same_run(root / "new", folder)
+
+
+def on_two(config, source):
+    """Branches, then is refused, then allowed; the error of each rank."""
+    use_task(Even())
+    train(config, branch=source)
+    next_world()
+    other = dataclasses.replace(config, seed=9, steps=6)
+    try:
+        train(other)
+    except ValueError as error:
+        said = str(error)
+    next_world()
+    train(other, allow_changes=["seed"])
+    return said
+
+
+def test_two_ranks_branch_and_change_together(parent, tmp_path):
+    """All refuse what one refuses; the first alone writes what has changed."""
+    folder, config = parent
+    config = fill(new(config, tmp_path, steps=4), {"model.compute_dtype": "float32"})
+    errors = run_ranks(2, on_two, tmp_path / "ranks", config, f"{folder}@2")
+    assert errors[0] == errors[1]
+    assert "other settings: seed was 3, now 9. " in errors[0]
+    starts = json.loads((tmp_path / "new" / "run.json").read_text())["starts"]
+    assert [start["step"] for start in starts] == [0, 2, 4]
+    assert starts[1]["changes"].keys() == {"name", "root", "steps", "model.compute_dtype"}
+    assert starts[2]["changes"].keys() == {"seed", "steps"}
+    assert [row["step"] for row in metrics(tmp_path / "new")] == list(range(7))
+    got, want = metrics(tmp_path / "new")[3:5], metrics(folder)[3:5]
+    assert [row["tokens"] for row in got] == [row["tokens"] for row in want]
