@@ -203,6 +203,8 @@ def test_kill_9_while_it_is_laid_out(parent, tmp_path):
         assert process.exitcode == -signal.SIGKILL
         assert (root / "new" / "run.json").exists() == (operations >= 10)
         assert bool(checkpoint.steps_of(root / "new")) == (operations == 50)
+        if operations >= 10:
+            assert [row["step"] for row in metrics(root / "new")] == [0, 1, 2]
         if operations in (10, 22, 49):
             with pytest.raises(
                 ValueError, match=r"without its checkpoint: give --branch \S+@2 again"

@@ -13,6 +13,7 @@ import torch
 import trainer.run
 from tests.trainer.small import Even, save_folder, settings, use_task
 from tests.trainer.test_train import assert_same_run, metrics
+from trainer import checkpoint
 from trainer.__main__ import main
 from trainer.config import Data, Reward, WarmStart
 from trainer.config.files import fill
@@ -144,6 +145,7 @@ def test_other_checkpoints_samples_and_evaluations(whole, tmp_path):
     config = elsewhere(config, tmp_path)
     crash(config)
     other = {"checkpoint_every": 1, "samples_every": 5, "eval.every": 2, "eval.problems": 3}
+    other |= {"keep_checkpoints": 1, "keep_every": 2}
     train(fill(config, other))
     for got, want in zip(metrics(tmp_path / "run"), metrics(folder), strict=True):
         assert {k: v for k, v in got.items() if not k.startswith("eval/")} == {
@@ -151,7 +153,7 @@ def test_other_checkpoints_samples_and_evaluations(whole, tmp_path):
         }
     rows = read_rows(tmp_path / "run" / "metrics.jsonl")
     assert [row["step"] for row in rows if "eval/accuracy" in row] == [0, 4, 6]
-    assert (tmp_path / "run" / "checkpoints" / "step-000005").exists()
+    assert list(checkpoint.steps_of(tmp_path / "run")) == [0, 2, 4, 6]
 
 
 @pytest.mark.usefixtures("_on_even")
