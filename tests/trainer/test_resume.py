@@ -2,11 +2,8 @@
 
 import dataclasses
 import json
-import re
-import sys
 from pathlib import Path
 
-import datasets
 import pytest
 import torch
 
@@ -14,8 +11,6 @@ import trainer.run
 from tests.trainer.small import Even, save_folder, settings, use_task
 from tests.trainer.test_train import assert_same_run, metrics
 from trainer import checkpoint
-from trainer.__main__ import main
-from trainer.config import Data, Reward, WarmStart
 from trainer.config.files import fill
 from trainer.log import read_rows
 from trainer.sharded import read_whole
@@ -26,8 +21,7 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(autouse=True)
-def _as_it_was(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+def _as_it_was():
     threads, task = torch.get_num_threads(), trainer.run.make_task
     torch.set_num_threads(1)
     yield
@@ -221,95 +215,6 @@ def test_a_prompt_without_room_is_mended_by_shorter_responses(model, tmp_path):
     assert read_rows(tmp_path / "run" / "metrics.jsonl")[-1]["step"] == 6
 
 
-def sums(path, count=40, wrong=0):
-    rows = [
-        {"prompt": f"{i % 10} + {i // 10} =", "answer": str(7 + (i < wrong))} for i in range(count)
-    ]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-
-def on_sums(root, model, path, **data):
-    config = settings(root, model, data=Data(task=f"file:{path}", test_fraction=0.2, **data))
-    return fill(config, {"rollout.max_new_tokens": 2, "algorithm.max_rounds": 1, "steps": 4})
-
-
-def test_data_is_known_by_its_contents(model, tmp_path, monkeypatch, capsys):
-    file = tmp_path / "sums.jsonl"
-    sums(file)
-    config = on_sums(tmp_path, model, file)
-    crash(config, step=2)
-    (digest,) = {start["inputs"]["data"] for start in run_json(config)["starts"]}
-    assert re.fullmatch("[0-9a-f]{16}", digest)
-    # Another place and form.
-    datasets.Dataset.from_json(str(file)).to_parquet(str(tmp_path / "moved.parquet"))
-    moved = fill(config, {"data.task": f"file:{tmp_path}/moved.parquet"})
-    crash(moved, step=3)
-    assert re.search(r"changed: data.task .* \(the same contents\)", capsys.readouterr().out)
-    monkeypatch.chdir(tmp_path)
-    crash(fill(config, {"data.task": "file:./moved.parquet"}), step=3)
-    assert "changed" not in capsys.readouterr().out
-    # Other contents in the same place.
-    sums(tmp_path / "other.jsonl", wrong=1)
-    datasets.Dataset.from_json("other.jsonl").to_parquet("moved.parquet")
-    before = run_json(config)
-    with pytest.raises(
-        ValueError,
-        match=rf"data.task was file:\S+moved.parquet of digest {digest}, now of [0-9a-f]+\. .*"
-        "--allow-changes data.task",
-    ):
-        train(moved)
-    assert run_json(config) == before
-    train(moved, allow_changes=["data.task"])
-    assert run_json(config)["starts"][-1]["changes"].keys() == {"data.task"}
-    assert run_json(config)["starts"][-1]["inputs"]["data"] != digest
-    # Another file altogether.
-    sums(tmp_path / "third.jsonl", count=41)
-    with pytest.raises(ValueError, match=r"data.task was \S+, now file:third.jsonl\. "):
-        train(fill(config, {"data.task": "file:third.jsonl"}))
-
-
-def test_other_columns_are_named_and_not_their_contents(model, tmp_path):
-    rows = [{"prompt": f"{i % 10} + {i // 10} =", "answer": "7", "b": "8"} for i in range(40)]
-    file = tmp_path / "sums.jsonl"
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    config = on_sums(tmp_path, model, file)
-    crash(config, step=2)
-    other = fill(config, {"data.answer_field": "b"})
-    with pytest.raises(ValueError, match=r"settings: data.answer_field was answer, now b\. "):
-        train(other)
-    train(other, allow_changes=["data.answer_field"])
-
-
-def test_the_model_and_the_verifier_are_noted(model, tmp_path, monkeypatch, capsys):
-    use_task(Even())
-    (tmp_path / "package").mkdir()
-    verifier = tmp_path / "package" / "mine.py"
-    verifier.write_text("def check(prompt, response, answer):\n    return len(response) > 1\n")
-    monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{ROOT}")
-    own = save_folder(tmp_path / "model", spread=0.2)
-    config = settings(tmp_path, own, steps=4, reward=Reward("package.mine:check", workers=1))
-    crash(config)
-    inputs = run_json(config)["starts"][0]["inputs"]
-    assert inputs["model"]
-    assert inputs["verifier"]
-    assert inputs["data"] == ""  # generated
-    verifier.write_text("def check(prompt, response, answer):\n    return len(response) > 2\n")
-    Path(own, "added.json").write_text("{}")
-    capsys.readouterr()
-    train(config)
-    printed = capsys.readouterr().out
-    assert re.search(r"changed: model.path .*\(the run goes on with its own weights\)", printed)
-    assert re.search(r"changed: reward.function .*\(its verdicts may be others\)", printed)
-    assert "package" not in sys.modules  # it is read, and run in processes of its own
-    moved = fill(config, {"model.path": str(tmp_path / "moved")})
-    with pytest.raises(ValueError, match=r"model.path was"):
-        train(moved)
-    Path(own).rename(tmp_path / "moved")
-    train(moved)
-    assert "(the same contents)" in capsys.readouterr().out
-
-
 @pytest.mark.usefixtures("_on_even")
 def test_a_damaged_or_missing_run_json(whole, tmp_path):
     _, config = whole
@@ -339,39 +244,3 @@ def test_a_run_of_before_there_was_a_record(whole, tmp_path):
     (tmp_path / "run" / "run.json").write_text(json.dumps(run))
     train(config)
     assert_same_run(tmp_path / "run", folder)
-
-
-def test_own_prompts_with_the_tiny_preset(tmp_path, capsys):
-    """Its warm start needs demonstrations, and a file has none: it goes without, and says so."""
-    sums(tmp_path / "sums.jsonl")
-    config = dataclasses.replace(
-        on_sums(tmp_path, "tiny", tmp_path / "sums.jsonl"), warm_start=WarmStart(steps=600)
-    )
-    train(fill(config, {"steps": 1}))
-    printed = capsys.readouterr().out
-    assert re.search(r"no warm start: task 'file:\S+' has no demonstrations", printed)
-    assert not Path(WarmStart().cache).exists()
-
-
-def test_by_the_command_line(tmp_path, model, monkeypatch, capsys):
-    """The command of a run that ended, with less memory and more steps."""
-    monkeypatch.chdir(tmp_path)
-    sums(tmp_path / "sums.jsonl")
-    options = [
-        *("--data.task", "file:sums.jsonl", "--model.path", model, "--root", "runs", "--threads=1"),
-        *("--rollout.max-new-tokens", "2", "--eval.problems=2", "--rollout.prompts=4"),
-        *("--algorithm.min-groups=1", "--device=cpu", "--checkpoint-every=1", "--name=a"),
-    ]
-    assert main(["train", *options, "--steps=2"]) == 0
-    other = ["train", *options, "--steps=3", "--seed=1", "--optimizer.tokens-per-micro-batch=64"]
-    capsys.readouterr()
-    assert main(other) == 1
-    error = capsys.readouterr().err
-    assert re.fullmatch(r"error: runs/a holds .*--allow-changes seed; .*\n", error)
-    assert main([*other, "--allow-changes", "seed"]) == 0
-    printed = capsys.readouterr().out
-    assert "changed: seed was 0, now 1\n" in printed
-    assert "changed: steps was 2, now 3\n" in printed
-    start = json.loads((tmp_path / "runs" / "a" / "run.json").read_text())["starts"][-1]
-    assert start["changes"].keys() == {"seed", "steps", "optimizer.tokens_per_micro_batch"}
-    assert start["step"] == 2

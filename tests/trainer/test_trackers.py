@@ -139,7 +139,7 @@ def test_one_that_does_not_start_is_an_error(tmp_path, service):
 
 @pytest.mark.parametrize("name", ["tensorboard", "wandb", "trackio"])
 def test_one_that_is_missing_is_said_before_anything_else(name, monkeypatch):
-    monkeypatch.setattr("trainer.config.find_spec", lambda _: None)
+    monkeypatch.setattr("trainer.config.run.find_spec", lambda _: None)
     with pytest.raises(ValueError, match=f"'{name}' is not installed: pip install {name}"):
         Tracking((name,))
 
