@@ -1,6 +1,8 @@
 """Where this process stands among those of a run: alone, or one of several under torchrun."""
 
 import os
+import pickle
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -47,18 +49,21 @@ class Ranks:
         return tensor
 
     def on_all(self, call: Callable[[], T]) -> list[T]:
-        """What `call` returns on each rank; what it raises on one is raised on all; collective."""
+        """What `call` returns on each rank; what it raises on one is raised on all; collective.
+
+        The first rank that has failed is the `teller` of what the others raise.
+        """
         outcome: T | Exception
         try:
             outcome = call()
         except Exception as error:
             outcome = error
-        outcomes = self.gather(outcome)
-        if isinstance(outcome, Exception):
-            raise outcome
-        for other in outcomes:
+        outcomes = self.gather(_sendable(outcome) if self.group is not None else outcome)
+        for rank, other in enumerate(outcomes):
             if isinstance(other, Exception):
-                raise other
+                own = outcome if isinstance(outcome, Exception) else other
+                own.teller = rank  # type: ignore[attr-defined]
+                raise own
         return outcomes  # type: ignore[return-value]
 
     def on_first(self, call: Callable[[], T]) -> T:
@@ -72,14 +77,16 @@ def join(device: str = "auto", group: bool = False) -> Iterator[Ranks]:
 
     `device` is "auto" (CUDA where there is one; under torchrun the one of the local rank) or
     torch's name of a device. NCCL on CUDA, else gloo. With `group` one alone has a group too.
+
+    Raises:
+        ValueError: there is no such device here, or it cannot be shared out among ranks.
     """
-    kind = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     several = "RANK" in os.environ and "WORLD_SIZE" in os.environ
+    kind = _checked(device, group=several or group, several=several)
     if not several and not group:
         yield Ranks(torch.device(kind))
         return
-    if kind == "cuda":
-        kind = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    if kind.startswith("cuda"):
         torch.cuda.set_device(kind)
     alone: dict[str, Any] = {"store": dist.HashStore(), "rank": 0, "world_size": 1}
     backend = "nccl" if kind.startswith("cuda") else "gloo"
@@ -89,3 +96,43 @@ def join(device: str = "auto", group: bool = False) -> Iterator[Ranks]:
     finally:
         if dist.is_initialized():  # An engine in this process may have ended it.
             dist.destroy_process_group()
+
+
+def _checked(device: str, group: bool, several: bool) -> str:
+    """torch's name of `device` for this process; ValueError where there is none."""
+    kind = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    name, _, index = kind.partition(":")
+    if group and name not in ("cpu", "cuda"):
+        raise ValueError(
+            f'device must be "auto", "cuda" or "cpu" for several ranks and for '
+            f"model.compute_dtype; got {device!r}"
+        )
+    if several and index:
+        raise ValueError(
+            f'device must be "auto", "cuda" or "cpu" under torchrun, which gives each rank its '
+            f"own; got {device!r}"
+        )
+    if group and kind == "cuda":
+        kind = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    try:
+        found = torch.empty(0, device=kind).is_meta
+        problem = "it has no values" if found else ""
+    # Anything at all: each backend of torch has its own way to say that it is not there.
+    except Exception as error:
+        problem = re.split(r"\. |\n", str(error).strip())[0]
+    if problem:
+        raise ValueError(
+            f'device must be "auto" or one that torch has here, such as "cpu"; got {kind!r}: '
+            f"{problem}"
+        )
+    return kind
+
+
+def _sendable(outcome: Any) -> Any:
+    """`outcome`, or what stands for it where it is an exception that does not survive pickling."""
+    if isinstance(outcome, Exception):
+        try:
+            pickle.loads(pickle.dumps(outcome))
+        except Exception:
+            return RuntimeError(f"{type(outcome).__name__}: {outcome}")
+    return outcome
