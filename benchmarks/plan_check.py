@@ -93,6 +93,7 @@ class Even:
     """A prompt of 32 tokens; every other response is right, so every group is useful."""
 
     name = "even"
+    num_train = None
     num_test = 1
 
     def __init__(self) -> None:

@@ -23,6 +23,8 @@ class Task(Protocol):
     """
 
     name: str
+    num_train: int | None
+    """How many different problems there are to train on, an epoch; None: without end."""
     num_test: int
     """How many held-out problems there are; `problem("test", i)` takes i < num_test."""
 

@@ -123,6 +123,7 @@ class Even:
     """Prompts of one to four digits; a right response starts with an even digit."""
 
     name = "even"
+    num_train = None
     num_test = 8
 
     def __init__(self, pause: float = 0.0):

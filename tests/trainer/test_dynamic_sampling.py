@@ -26,6 +26,7 @@ class Scripted:
     """Groups come out as told: "+" all right, "-" all wrong, "?" useful."""
 
     name = "scripted"
+    num_train = None
     num_test = 4
 
     def __init__(self, script: str):

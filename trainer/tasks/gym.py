@@ -32,6 +32,7 @@ class Gym:
     """
 
     verifier = "trainer.tasks.gym:gym_verifier"
+    num_train: int | None = None
 
     def __init__(self, name: str, seed: int, data: Data, tokenizer: Any, num_test: int = 1024):
         known = set(DATASETS) - _NEEDS_CONFIGURATION

@@ -123,6 +123,7 @@ class Ladder:
     """
 
     name = "ladder"
+    num_train: int | None = None
 
     def __init__(self, seed: int, num_test: int = 4096):
         self.seed = seed

@@ -47,6 +47,7 @@ class PromptSet:
         if test is not None:
             self.digest += digest(test, test_rows, data.answer_field)
         self._test_rows = np.random.default_rng(0).permutation(sorted(test_rows.values())).tolist()
+        self.num_train: int | None = len(self._train_rows)
         self.num_test = len(self._test_rows)
         if not self._train_rows or not self._test_rows:
             raise ValueError(

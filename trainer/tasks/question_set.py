@@ -20,6 +20,7 @@ class QuestionSet:
     """
 
     verifier = "trainer.tasks.math_answers:math_verifier"
+    num_train: int | None = 0
 
     def __init__(self, name: str, source: str, split: str, data: Data, tokenizer: Any):
         self.name = name
