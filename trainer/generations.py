@@ -15,7 +15,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from trainer.log import replace_text
+from trainer.log import append_text, replace_text
 from trainer.problems import Problem
 from trainer.types import Rollouts
 
@@ -69,8 +69,7 @@ def append(folder: Path, name: str, first: int, rollouts: Rollouts) -> None:
             "crashed": bool(rollouts.crashed_B[b]),
         }
         lines.setdefault(group, row)["responses"].append(response)
-    with (folder / FILE).open("a", encoding="utf-8", newline="\n") as file:
-        file.write("".join(json.dumps(line) + "\n" for line in lines.values()))
+    append_text(folder / FILE, "".join(json.dumps(line) + "\n" for line in lines.values()))
 
 
 def rows(folder: Path, counts: Mapping[str, int]) -> Iterator[dict[str, Any]]:

@@ -17,7 +17,8 @@ import os
 import platform
 import re
 import subprocess
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -77,7 +78,7 @@ class RunLog:
         log = cls(Path(folder), config)
         log.folder.mkdir(parents=True, exist_ok=True)
         path = log.folder / "run.json"
-        earlier = json.loads(path.read_text("utf-8")) if path.exists() else {"starts": []}
+        earlier = read_run(log.folder) if path.exists() else {"starts": []}
         starts = [*earlier["starts"], provenance(device) | dict(record or {})]
         run = earlier | {"config": asdict(config), "starts": starts}
         replace_text(path, json.dumps(run, indent=2) + "\n")
@@ -138,13 +139,36 @@ class RunLog:
             self._trackers = Trackers(self._config, self.folder, step)
 
 
+def read_run(folder: Path) -> dict[str, Any]:
+    """run.json of the run in `folder`.
+
+    Raises ValueError, naming the file and what helps, where it is missing or not what it should be.
+    """
+    path = folder / "run.json"
+    try:
+        run = json.loads(path.read_text("utf-8"))
+        if not isinstance(run["config"], dict) or not isinstance(run["starts"], list):
+            raise TypeError("config must be an object, and starts a list")
+    except FileNotFoundError:
+        raise ValueError(f"{path} is missing: {folder} is not the folder of a run") from None
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(
+            f"{path} is damaged or not of a run: {type(error).__name__}: {error}. Put a copy of it "
+            "there, or take another folder"
+        ) from error
+    return run
+
+
 def read_rows(path: Path) -> list[dict[str, Any]]:
     """The rows of metrics.jsonl or samples.jsonl; a torn last line is left out.
 
     Raises ValueError, naming file and line, for any other line that is not a row.
     """
     # Not splitlines(): it would also break at separators that JSON allows inside a string.
-    lines = path.read_text("utf-8").split("\n")
+    try:
+        lines = path.read_text("utf-8").split("\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
     last = max((i for i, line in enumerate(lines) if line.strip()), default=-1)
     rows = []
     for i, line in enumerate(lines[: last + 1]):
@@ -181,15 +205,35 @@ def _lines(rows: Iterable[Mapping[str, Any]]) -> str:
 
 
 def _append(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    with path.open("a", encoding="utf-8", newline="\n") as file:
-        file.write(_lines(rows))
+    append_text(path, _lines(rows))
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Put `text` at `path`: a kill leaves the old file or the new one."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8", newline="\n")
-    os.replace(temporary, path)
+    """Put `text` at `path`: a kill leaves the old file or the new one, and so do two at once."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        with _named(path):
+            temporary.write_text(text, encoding="utf-8", newline="\n")
+            os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def append_text(path: Path, text: str) -> None:
+    """Add `text` to the end of the file at `path`."""
+    with _named(path), path.open("a", encoding="utf-8", newline="\n") as file:
+        file.write(text)
+
+
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """An OSError of a write names the file; the system's own do not."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
 
 
 def provenance(device: str) -> dict[str, Any]:

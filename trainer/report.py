@@ -1,6 +1,5 @@
 """A run's folder as one page: report.html, which opens offline and asks nothing of the network."""
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timedelta
@@ -9,7 +8,7 @@ from typing import Any
 
 import jinja2
 
-from trainer.log import read_rows
+from trainer.log import read_rows, read_run, replace_text
 from trainer.report_figures import FIGURES, Row, draw, points
 
 SAMPLES_A_STEP = 4
@@ -24,28 +23,32 @@ def write_report(run_folder: Path) -> Path:
     missing or empty.
     """
     run_folder = Path(run_folder)
-    run_path, metrics_path = run_folder / "run.json", run_folder / "metrics.jsonl"
-    for path in (run_path, metrics_path):
-        if not path.exists():
-            raise ValueError(f"{path} is missing: {run_folder} is not the folder of a run")
-    run = json.loads(run_path.read_text("utf-8"))
+    metrics_path = run_folder / "metrics.jsonl"
+    run = read_run(run_folder)
+    if not metrics_path.exists():
+        raise ValueError(f"{metrics_path} is missing: {run_folder} is not the folder of a run")
     rows = read_rows(metrics_path)
     if not rows:
         raise ValueError(f"{metrics_path} is empty: the run has not finished a step yet")
     samples_path = run_folder / "samples.jsonl"
     samples = read_rows(samples_path) if samples_path.exists() else []
-    page = _template().render(
-        name=run["config"]["name"],
-        facts=_facts(run, rows),
-        tiles=_tiles(run["config"], rows),
-        figures=[draw(figure, rows) for figure in FIGURES],
-        nonfinite=sum(row.get("log/nonfinite") or 0 for row in rows),
-        metrics=_table(rows),
-        **_samples(samples),
-    )
+    try:
+        page = _template().render(
+            name=run["config"]["name"],
+            facts=_facts(run, rows),
+            tiles=_tiles(run["config"], rows),
+            figures=[draw(figure, rows) for figure in FIGURES],
+            nonfinite=sum(row.get("log/nonfinite") or 0 for row in rows),
+            metrics=_table(rows),
+            **_samples(samples),
+        )
+    except KeyError as error:
+        raise ValueError(
+            f"{run_folder} was written by another version of the trainer: its files lack {error}"
+        ) from error
     path = run_folder / "report.html"
     # "replace": a byte-level tokenizer can leave halves of a character behind.
-    path.write_bytes(page.encode("utf-8", "replace"))
+    replace_text(path, page.encode("utf-8", "replace").decode())
     return path
 
 

@@ -1,6 +1,5 @@
 """Following a run from another terminal: its last numbers, and how they came to be."""
 
-import json
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,7 +12,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from trainer.log import read_rows
+from trainer.log import read_rows, read_run
 from trainer.progress import RL, Columns, labelled
 
 COLUMNS: Columns = {
@@ -35,8 +34,7 @@ def watch(folder: Path) -> None:
 
     Raises ValueError where `folder` is not the folder of a run.
     """
-    if not (folder / "run.json").exists():
-        raise ValueError(f"{folder / 'run.json'} is missing: {folder} is not the folder of a run")
+    read_run(folder)
     if not sys.stdout.isatty():
         _print_lines(folder)
         return
@@ -62,7 +60,7 @@ def _follow(folder: Path) -> Iterator[tuple[list[dict[str, Any]], int]]:
             if (now.st_ino, now.st_size, now.st_mtime_ns) != seen:
                 seen, rows = (now.st_ino, now.st_size, now.st_mtime_ns), read_rows(metrics)
         # Read each time: a run that resumes may have more steps.
-        steps = json.loads((folder / "run.json").read_text("utf-8"))["config"]["steps"]
+        steps = read_run(folder)["config"]["steps"]
         yield rows, steps
         if rows and rows[-1]["step"] >= steps:
             return

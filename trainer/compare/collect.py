@@ -7,7 +7,7 @@ from typing import Any
 
 from trainer.compare.driver import is_finished
 from trainer.config import Config
-from trainer.log import provenance, read_rows, replace_text
+from trainer.log import provenance, read_rows, read_run, replace_text
 
 EVALUATION = {"accuracy": "eval/accuracy", "greedy": "eval/greedy", "length": "eval/length"}
 TRAINING = {
@@ -46,7 +46,7 @@ def write(path: Path, results: Mapping[str, Any]) -> None:
 def _run(label: str, config: Config) -> dict[str, Any]:
     folder = Path(config.root) / config.name
     rows = read_rows(folder / "metrics.jsonl")
-    starts = json.loads((folder / "run.json").read_text())["starts"]
+    starts = read_run(folder)["starts"]
     training = _columns([row for row in rows if row["step"]], TRAINING)
     for name in ("rows", "all_rows"):
         training[name] = [value or 0.0 for value in training[name]]
