@@ -1,9 +1,8 @@
 """Evaluating a model: many responses a problem, kept as they come, and what they say of it."""
 
-import json
 import re
 from collections.abc import Mapping
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Literal, TypeVar
@@ -14,6 +13,8 @@ from trainer import checkpoint
 from trainer.config import Config, Data, Engine, Model, Reward, Rollout
 from trainer.engines import make_engine
 from trainer.generations import append, open_folder
+from trainer.lock import owned
+from trainer.log import read_run
 from trainer.policy import Policy, read_policy
 from trainer.presets import QUESTION
 from trainer.problems import Problem, Task
@@ -108,10 +109,13 @@ def evaluate_model(settings: Evaluation) -> Path:
     Under torchrun the problems are spread over the ranks. Returns the path of results.json.
 
     Raises:
-        ValueError: a model or data that cannot be read, a folder with another evaluation.
+        ValueError: a model or data that cannot be read, a folder with another evaluation, or one
+            that is in use.
     """
-    with join(settings.device) as ranks:
+    with ExitStack() as stack:
+        ranks = stack.enter_context(join(settings.device))
         settings = resolved(settings, ranks)
+        stack.enter_context(owned(Path(settings.out), ranks))
         policy = load(settings, ranks)
         asked = problems_of(settings, policy)
         settings = with_limit(settings, policy, asked)
@@ -139,7 +143,7 @@ def resolved(settings: Settings, ranks: Ranks) -> Settings:
         found = checkpoint.latest(path, ranks)
         if found is None:
             raise ValueError(f"the run in {path} has no checkpoint yet")
-        config = json.loads((path / "run.json").read_text())["config"]
+        config = read_run(path)["config"]
         data = Data(**config["data"])
         model, limit = str(found), config["rollout"]["max_new_tokens"]
     instruction = settings.instruction

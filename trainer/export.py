@@ -10,6 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 from tyro.conf import Positional
 
 from trainer import checkpoint, sharded
+from trainer.lock import owned
 from trainer.ranks import Ranks
 
 _ALONE = Ranks(torch.device("cpu"))
@@ -33,17 +34,19 @@ def export(
         dtype: Of the weights, rounded to nearest; that of the run if left out.
 
     Raises:
-        ValueError: there is no such checkpoint or it is damaged, or `out` has files.
+        ValueError: there is no such checkpoint or it is damaged, `out` has files, or another export
+            writes it.
     """
     found = find(run, step)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"{out} is not empty; choose another folder")
-    unfinished = out.with_name(f".{out.name}.unfinished-{secrets.token_hex(4)}")
-    try:
-        _write(found, unfinished, dtype)
-        unfinished.rename(out)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+    with owned(out, beside=True):
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise ValueError(f"{out} is not empty; choose another folder")
+        unfinished = out.with_name(f".{out.name}.unfinished-{secrets.token_hex(4)}")
+        try:
+            _write(found, unfinished, dtype)
+            unfinished.rename(out)
+        finally:
+            shutil.rmtree(unfinished, ignore_errors=True)
     return out
 
 

@@ -63,6 +63,11 @@ class Run:
         return settings.learning_rate * warm
 
 
+def folder_of(settings: Config) -> Path:
+    """The folder of the run."""
+    return Path(settings.root) / settings.name
+
+
 def start(
     settings: Config, ranks: Ranks, allow_changes: Sequence[str] = (), branch: str = ""
 ) -> Run:
@@ -76,7 +81,7 @@ def start(
             that do not fit; the verifier cannot be imported.
     """
     check_names(allow_changes)
-    folder = Path(settings.root) / settings.name
+    folder = folder_of(settings)
     if branch:
         branch_from(branch, settings, ranks)
     found = checkpoint.latest(folder, ranks)

@@ -17,12 +17,13 @@ from trainer.advantages import group_advantages
 from trainer.config import Config
 from trainer.dynamic_sampling import sample_useful
 from trainer.evaluate import evaluate
+from trainer.lock import owned
 from trainer.mismatch import mismatch_metrics
 from trainer.progress import progress
 from trainer.ranks import join
 from trainer.report import write_report
 from trainer.rewards.terms import shaped_reward
-from trainer.run import Run, start
+from trainer.run import Run, folder_of, start
 from trainer.samples import entropy_metrics, write_samples
 from trainer.update import Batch, Meter, at_least, clock, score, update
 
@@ -39,7 +40,8 @@ def train(
     `on_step` is called after each step is on disk; the others are `start`'s. Returns the path of
     the report.
     """
-    with join(settings.device, group=settings.model.compute_dtype is not None) as ranks:
+    group = settings.model.compute_dtype is not None
+    with join(settings.device, group) as ranks, owned(folder_of(settings), ranks):
         run = start(settings, ranks, allow_changes, branch)
         try:
             return _train(run, on_step)

@@ -21,7 +21,7 @@ from trainer.compare import Comparison, compare, runs
 from trainer.compare.arms import ARMS, STUDIES, arm_config
 from trainer.compare.collect import collect
 from trainer.compare.differences import differences, holm, interval, t_cdf, t_quantile
-from trainer.compare.driver import alone, drive, is_finished
+from trainer.compare.driver import drive, is_finished
 from trainer.compare.report import arm_table, curves, difference_table, final, write_files
 from trainer.config import Config, Data, Eval
 from trainer.figures import Mark, Panel, Series, figure, ticks
@@ -71,15 +71,6 @@ def test_arms_are_what_they_are_called_whatever_the_preset():
     assert {arm for arm, found in arms.items() if found.clip_high == 0.2} == {"grpo", "ppo"}
     baseline = arm_config(PRESETS["qwen3-8b"](), "x", "grpo", 0).algorithm
     assert baseline == PRESETS["grpo-qwen3-8b"]().algorithm
-
-
-def test_two_comparisons_do_not_work_in_one_folder(tmp_path):
-    one, other = tmp_path / "x", tmp_path / "y"
-    busy = pytest.raises(ValueError, match=r"x: another comparison is at work there")
-    with alone(one), alone(other), busy, alone(one):
-        pass
-    with alone(one):
-        pass
 
 
 @pytest.mark.parametrize("preset", ["qwen3-8b", "qwen3-1.7b", "tiny"])

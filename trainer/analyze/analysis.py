@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Generic, TypeVar
 
 from trainer.evaluation import Asked, Evaluation, load, problems_of, resolved, with_limit
+from trainer.lock import owned
 from trainer.policy import Policy
 from trainer.ranks import Ranks, join
 
@@ -50,14 +51,13 @@ class Opened(Generic[Settings]):
 def opened(settings: Settings) -> Iterator[Opened[Settings]]:
     """The model and problems of `settings`; results go to `analyses`, by the model's name.
 
-    Raises ValueError for a model or data that cannot be read.
+    Raises ValueError for a model or data that cannot be read, and a folder that is in use.
     """
     name = re.sub(r"[^\w.-]+", "-", settings.model).strip("-.")
     settings = replace(settings, out=settings.out or str(Path("analyses") / name))
-    with join(settings.device) as ranks:
+    with join(settings.device) as ranks, owned(Path(settings.out)):
         settings = resolved(settings, ranks)
         policy = load(settings, ranks)
         asked = problems_of(settings, policy)
         settings = with_limit(settings, policy, asked)
-        Path(settings.out).mkdir(parents=True, exist_ok=True)
         yield Opened(settings, policy, asked, ranks)

@@ -59,28 +59,32 @@ def runs(settings: Comparison) -> list[Config]:
 def compare(settings: Comparison) -> int:
     """Do what is missing and write the results; 0 where all runs are finished."""
     from trainer.compare.collect import collect, write
-    from trainer.compare.driver import alone, drive, is_finished
+    from trainer.compare.driver import drive, is_finished
     from trainer.compare.report import write_files
+    from trainer.lock import owned
     from trainer.progress import progress
 
     configs = runs(settings)
-    out = Path(settings.out or Path(settings.config.root) / _label(settings) / "comparison.json")
+    folder = Path(settings.config.root) / _label(settings)
+    out = Path(settings.out or folder / "comparison.json")
+    if out.is_dir():
+        raise ValueError(f"out must be a file; got the folder {out}")
 
     def results() -> None:
         write(out, collect(_label(settings), configs, asdict(settings)))
 
-    started = sum(map(is_finished, configs))
-    shown_by = progress("runs", len(configs), started, columns={})
-    with alone(Path(settings.config.root) / _label(settings)), shown_by as bar:
+    with owned(folder), owned(out, beside=True):
+        started = sum(map(is_finished, configs))
+        with progress("runs", len(configs), started, columns={}) as bar:
 
-        def shown(done: int) -> None:
-            results()
-            bar.update(done, {})
+            def shown(done: int) -> None:
+                results()
+                bar.update(done, {})
 
-        outcome = drive(configs, settings.jobs, settings.hours, shown)
-    results()
-    if outcome.finished:
-        write_files(json.loads(out.read_text()), out)
+            outcome = drive(configs, settings.jobs, settings.hours, shown)
+        results()
+        if outcome.finished:
+            write_files(json.loads(out.read_text("utf-8")), out)
     for name, lines in outcome.failed.items():
         print(f"{name} failed:\n{lines}", file=sys.stderr)
     if outcome.left:

@@ -2,7 +2,6 @@
 
 import contextlib
 import ctypes
-import fcntl
 import json
 import os
 import pickle
@@ -11,14 +10,14 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from trainer.config import Config
 from trainer.log import read_rows
 
-LOG, LOCK = "log.txt", ".comparison.lock"
+LOG = "log.txt"
 LAST_LINES = 5
 _PR_SET_PDEATHSIG = 1
 _CHILD = "from trainer.compare.driver import run_one; run_one()"
@@ -66,18 +65,6 @@ def drive(
         raise state.error
     state.outcome.left += [config.name for config in state.waiting]
     return state.outcome
-
-
-@contextlib.contextmanager
-def alone(folder: Path) -> Iterator[None]:
-    """Nobody else works in `folder` meanwhile; ValueError where somebody does."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / LOCK).open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"{folder}: another comparison is at work there") from None
-        yield
 
 
 def is_finished(config: Config) -> bool:
