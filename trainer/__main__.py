@@ -16,16 +16,25 @@ trains on N devices (docs/trainer.md), and `evaluate` spreads its problems over 
 
 import argparse
 import contextlib
-import errno
+import difflib
+import io
 import os
+import select
+import shlex
 import sys
+from collections.abc import Callable
 
 # Before torch: threads that spin while they wait take the cores from those that work.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from pathlib import Path
 
+from trainer.errors import line, told_elsewhere
+from trainer.stop import STATUS, Stopped, signals_stop
+
 USAGE = __doc__
+_GO_ON = ("train", "evaluate", "compare")
+_BROKEN_PIPE = 141  # As a shell says of what SIGPIPE has ended.
 
 
 def main(arguments: list[str]) -> int:
@@ -41,26 +50,65 @@ def main(arguments: list[str]) -> int:
         "report": _report,
         "export": _export,
     }
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # One whose encoding may lack a character.
+            stream.reconfigure(errors="backslashreplace")
     if command not in commands:
+        close = difflib.get_close_matches(command, commands, n=1)
+        if command and not command.startswith("-") and command != "help":
+            hint = f"; did you mean {close[0]}?" if close else ""
+            print(f"error: no command {command!r}{hint}", file=sys.stderr)
         print(USAGE.strip() if USAGE else "")
-        return 0 if command in ("-h", "--help") else 2
+        return 0 if command in ("-h", "--help", "help") else 2
+    with signals_stop():
+        return _guarded(lambda: commands[command](rest), arguments)
+
+
+def _guarded(work: Callable[[], int], arguments: list[str]) -> int:
+    """The status of `work`; what a user or the machine has caused is a line, not a traceback."""
+    rank = os.environ.get("RANK", "0")
+    where = "" if _first() else f"rank {rank}: "
     try:
-        return commands[command](rest)
-    except ValueError as error:
-        where = "" if _first() else f"rank {os.environ['RANK']}: "
-        print(f"{where}error: {error}", file=sys.stderr)
-        return 1
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        status = work()
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError as error:
+        if not _unread():
             raise
-        print(f"error: {error.strerror}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
+        # What is left in the buffer would fail again at the end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if arguments[0] in _GO_ON:
+            print(f"error: nobody reads the output any more ({error.strerror})", file=sys.stderr)
+        return _BROKEN_PIPE
+    except KeyboardInterrupt as error:
+        stopped = error if isinstance(error, Stopped) else Stopped(2)
         if _first():
-            print(
-                "\ninterrupted; the same command resumes from the last checkpoint", file=sys.stderr
-            )
-        return 130
+            print(f"\n{_farewell(stopped, arguments)}", file=sys.stderr)
+        return STATUS[stopped.signal]
+    except Exception as error:
+        if (text := line(error)) is None:
+            raise
+        if not told_elsewhere(error, int(rank)):
+            print(f"{where}error: {text}", file=sys.stderr)
+        return 1
+
+
+def _unread() -> bool:
+    """Whether stdout is a pipe that nobody reads."""
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), select.POLLERR)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
+
+
+def _farewell(stopped: Stopped, arguments: list[str]) -> str:
+    """What a signal has ended, and how it goes on."""
+    by = "Ctrl-C" if stopped.signal.name == "SIGINT" else stopped.signal.name
+    parts = [" ".join(filter(None, [f"stopped by {by}", stopped.where]))]
+    if arguments[0] in _GO_ON:
+        alone = "RANK" not in os.environ
+        command = f"python -m trainer {shlex.join(arguments)}" if alone else "the same command"
+        parts.append(f"to go on: {command}")
+    return "\n".join(parts)
 
 
 def _train(arguments: list[str]) -> int:

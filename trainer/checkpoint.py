@@ -143,6 +143,11 @@ def latest(folder: Path, ranks: Ranks) -> Path | None:
     return None
 
 
+def newest(folder: Path) -> Path | None:
+    """The newest checkpoint of the run in `folder`, whole or not; None where it has none."""
+    return next(reversed(_checkpoints(folder / "checkpoints")), None)
+
+
 def check(checkpoint: Path, ranks: Ranks) -> str | None:
     """What is wrong with `checkpoint`; None where every file is as it was written.
 

@@ -17,6 +17,7 @@ from trainer.config.changes import Change, check_names
 from trainer.engines import Engine, make_engine
 from trainer.fsdp import scatter, shard, tensors
 from trainer.log import RunLog
+from trainer.notes import say_parts, say_start
 from trainer.policy import Policy, check_policy, read_policy
 from trainer.progress import WARM_START, progress
 from trainer.ranks import Ranks
@@ -88,6 +89,7 @@ def start(
     fresh = found is None
     earlier = ranks.on_first(lambda: resuming(folder, settings, allow_changes, bool(branch), fresh))
     changes = earlier.settings_changes() if earlier else []
+    say_start(settings, folder, found, ranks)
     if settings.threads:
         torch.set_num_threads(settings.threads)
     policy = _read(settings, ranks, found)
@@ -107,6 +109,7 @@ def start(
     )
     state = checkpoint.load(found, policy, optimizer, ranks) if found else Progress()
     check_policy(policy)
+    say_parts(settings, policy, task, ranks)
     engine.update_weights(policy.weights())
     log = RunLog(folder)
     if ranks.first:
@@ -158,9 +161,17 @@ def _warm_start(settings: Config, policy: Policy, task: Task, device: torch.devi
         print(f"no warm start: task {task.name!r} has no demonstrations")
         return
     policy.to(device)
-    warm = settings.warm_start
+    warm, made = settings.warm_start, False
     with progress("warm start", warm.steps, columns=WARM_START) as bar:
-        load_or_warm_start(policy.model, policy.tokenizer, task, warm, settings.seed, bar.update)
+
+        def report(step: int, metrics: Mapping[str, float]) -> None:
+            nonlocal made
+            made = True
+            bar.update(step, metrics)
+
+        kept = load_or_warm_start(policy.model, policy.tokenizer, task, warm, settings.seed, report)
+    if not made:
+        print(f"warm start: that of an earlier run, {kept}")
 
 
 def _say(policy: Policy, changes: Sequence[Change], left_out: Mapping[str, int]) -> None:

@@ -19,12 +19,14 @@ from trainer.dynamic_sampling import sample_useful
 from trainer.evaluate import evaluate
 from trainer.lock import owned
 from trainer.mismatch import mismatch_metrics
+from trainer.notes import stop_is_told
 from trainer.progress import progress
 from trainer.ranks import join
 from trainer.report import write_report
 from trainer.rewards.terms import shaped_reward
 from trainer.run import Run, folder_of, start
 from trainer.samples import entropy_metrics, write_samples
+from trainer.stop import asked, end_if, finishing
 from trainer.update import Batch, Meter, at_least, clock, score, update
 
 
@@ -39,12 +41,17 @@ def train(
 
     `on_step` is called after each step is on disk; the others are `start`'s. Returns the path of
     the report.
+
+    Raises:
+        ValueError: somebody else works in the run's folder, or what `start` raises.
+        KeyboardInterrupt: `trainer.stop.Stopped`, where a signal has ended it.
     """
     group = settings.model.compute_dtype is not None
     with join(settings.device, group) as ranks, owned(folder_of(settings), ranks):
         run = start(settings, ranks, allow_changes, branch)
         try:
-            return _train(run, on_step)
+            with stop_is_told(run):
+                return _train(run, on_step)
         finally:
             run.engine.close()
 
@@ -54,7 +61,8 @@ def _train(run: Run, on_step: Callable[[int], Any]) -> Path:
     if run.fresh:
         run.write({"step": 0, **_evaluate(run)})
         _save(run)
-    with progress("RL", settings.steps, start=run.progress.step, shown=first) as bar:
+    shown = progress("RL", settings.steps, start=run.progress.step, shown=first)
+    with finishing(), shown as bar:
         for step in range(run.progress.step + 1, settings.steps + 1):
             run.progress.step = step
             last = step == settings.steps
@@ -62,10 +70,12 @@ def _train(run: Run, on_step: Callable[[int], Any]) -> Path:
             if last or step % settings.eval.every == 0:
                 metrics |= _evaluate(run)
             run.write({"step": step, **metrics})
-            if last or step % settings.checkpoint_every == 0:
+            stopping = asked(run.ranks)
+            if last or stopping or step % settings.checkpoint_every == 0:
                 _save(run)
             bar.update(step, metrics)
             on_step(step)
+            end_if(stopping and not last)
     run.log.close()
     return write_report(run.folder) if first else run.folder / "report.html"
 

@@ -228,8 +228,10 @@ def test_ctrl_c_says_how_to_go_on(whole, tmp_path, processes):
     os.kill(process.pid, signal.SIGINT)
     process.join(900)
     assert process.exitcode == 130
-    assert "interrupted; the same command resumes from the last checkpoint" in log.read_text()
-    assert "Traceback" not in log.read_text()
+    said = log.read_text()
+    assert re.search(r"\nstopped by Ctrl-C \w+ step [3-6] of 6; the last checkpoint is \S+\n", said)
+    assert f"\nto go on: python -m trainer train --name run --root {config.root} --steps 6" in said
+    assert "Traceback" not in said
     assert 4 <= len(metrics(tmp_path / "run")) < 7
     train(config)
     assert_same_run(tmp_path / "run", folder)

@@ -15,7 +15,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from trainer.config import Config
-from trainer.log import read_rows
+from trainer.errors import line
+from trainer.log import read_rows, read_run
+from trainer.stop import STATUS, Stopped, signals_stop
 
 LOG = "log.txt"
 LAST_LINES = 5
@@ -73,7 +75,7 @@ def is_finished(config: Config) -> bool:
     metrics, run = folder / "metrics.jsonl", folder / "run.json"
     if not (metrics.exists() and run.exists()):
         return False
-    if json.loads(run.read_text())["config"] != json.loads(json.dumps(asdict(config))):
+    if read_run(folder)["config"] != json.loads(json.dumps(asdict(config))):
         return False
     rows = read_rows(metrics)
     return bool(rows) and rows[-1]["step"] == config.steps
@@ -96,9 +98,15 @@ def run_one() -> None:
 
     transformers.utils.logging.disable_progress_bar()
     try:
-        train(config)
-    except ValueError as error:
-        sys.exit(f"error: {error}")
+        with signals_stop():
+            train(config)
+    except Stopped as stopped:
+        print(f"stopped {stopped.where}", file=sys.stderr)
+        sys.exit(STATUS[stopped.signal])
+    except Exception as error:
+        if (text := line(error)) is None:
+            raise
+        sys.exit(f"error: {text}")
 
 
 class _State:
