@@ -21,6 +21,7 @@ import io
 import os
 import select
 import shlex
+import signal
 import sys
 from collections.abc import Callable
 
@@ -53,43 +54,52 @@ def main(arguments: list[str]) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # One whose encoding may lack a character.
             stream.reconfigure(errors="backslashreplace")
-    if command not in commands:
-        close = difflib.get_close_matches(command, commands, n=1)
-        if command and not command.startswith("-") and command != "help":
-            hint = f"; did you mean {close[0]}?" if close else ""
-            print(f"error: no command {command!r}{hint}", file=sys.stderr)
-        print(USAGE.strip() if USAGE else "")
-        return 0 if command in ("-h", "--help", "help") else 2
-    with signals_stop():
-        return _guarded(lambda: commands[command](rest), arguments)
-
-
-def _guarded(work: Callable[[], int], arguments: list[str]) -> int:
-    """The status of `work`; what a user or the machine has caused is a line, not a traceback."""
-    rank = os.environ.get("RANK", "0")
-    where = "" if _first() else f"rank {rank}: "
     try:
-        status = work()
-        sys.stdout.flush()
-        return status
-    except BrokenPipeError as error:
+        try:
+            if command not in commands:
+                return _usage(command, list(commands))
+            with signals_stop():
+                return _guarded(lambda: commands[command](rest), arguments)
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
         if not _unread():
             raise
         # What is left in the buffer would fail again at the end.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        if arguments[0] in _GO_ON:
-            print(f"error: nobody reads the output any more ({error.strerror})", file=sys.stderr)
+        if command in _GO_ON:
+            print("error: nobody reads the output any more", file=sys.stderr)
         return _BROKEN_PIPE
+
+
+def _usage(command: str, commands: list[str]) -> int:
+    """Say which commands there are, and which may be meant."""
+    wanted = command in ("-h", "--help", "help")
+    if command and not wanted:
+        close = difflib.get_close_matches(command, commands, n=1)
+        hint = f"; did you mean {close[0]}?" if close else ""
+        print(f"error: no command {command!r}{hint}", file=sys.stderr)
+    print(USAGE.strip() if USAGE else "")
+    return 0 if wanted else 2
+
+
+def _guarded(work: Callable[[], int], arguments: list[str]) -> int:
+    """The status of `work`; what a user or the machine has caused is a line, not a traceback."""
+    try:
+        return work()
+    except BrokenPipeError:
+        raise
     except KeyboardInterrupt as error:
-        stopped = error if isinstance(error, Stopped) else Stopped(2)
+        stopped = error if isinstance(error, Stopped) else Stopped(signal.SIGINT)
         if _first():
             print(f"\n{_farewell(stopped, arguments)}", file=sys.stderr)
         return STATUS[stopped.signal]
     except Exception as error:
         if (text := line(error)) is None:
             raise
-        if not told_elsewhere(error, int(rank)):
-            print(f"{where}error: {text}", file=sys.stderr)
+        rank = int(os.environ.get("RANK", "0"))
+        if not told_elsewhere(error, rank):
+            print(f"rank {rank}: " * (rank > 0) + f"error: {text}", file=sys.stderr)
         return 1
 
 

@@ -113,7 +113,7 @@ def load(
         sharded.load_moments(checkpoint / OPTIMIZER, policy.model, optimizer, ranks)
     path = checkpoint / "state.json"
     try:
-        return Progress(**json.loads(path.read_text()))
+        return Progress(**json.loads(path.read_text("utf-8")))
     except TypeError as error:
         raise ValueError(f"{path} is of another version of the trainer: {error}") from error
 
@@ -124,9 +124,10 @@ def latest(folder: Path, ranks: Ranks) -> Path | None:
     Collective. Each damaged one is named on stderr, and the one before it used.
 
     Raises:
-        ValueError: there are checkpoints, and all are damaged.
+        ValueError: there are checkpoints, and all are damaged; a file is in their folder's place.
     """
     root = folder / "checkpoints"
+    ranks.on_first(lambda: _check_folder(root))
     damaged = []
     for checkpoint in ranks.on_first(lambda: _checkpoints(root))[::-1]:
         problem = check(checkpoint, ranks)
@@ -202,6 +203,11 @@ def path_of(folder: Path, step: int) -> Path:
     return folder / "checkpoints" / f"step-{step:06d}"
 
 
+def _check_folder(root: Path) -> None:
+    if root.exists() and not root.is_dir():
+        raise ValueError(f"{root} must be a folder; it is a file: move it away")
+
+
 def _begin(unfinished: Path) -> None:
     """A folder to write into; what killed runs left is removed."""
     root = unfinished.parent
@@ -230,7 +236,7 @@ def _finish(
     _write_configuration(unfinished, policy)
     if not any((unfinished / OPTIMIZER).iterdir()):
         (unfinished / OPTIMIZER).rmdir()
-    (unfinished / "state.json").write_text(json.dumps(asdict(progress)))
+    (unfinished / "state.json").write_text(json.dumps(asdict(progress)), "utf-8")
     files = {name: entry for part in entries for name, entry in part.items()}
     if lost := [name for name in files if not (unfinished / name).is_file()]:
         raise ValueError(

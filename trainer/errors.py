@@ -13,6 +13,7 @@ _OUTSIDE = {
 }
 _HINTS = {
     errno.EEXIST: "a folder is wanted there",
+    errno.EISDIR: "a file is wanted there",
     errno.ENOTDIR: "a folder is wanted there",
     errno.ENOSPC: "make room, and run the same command",
 }

@@ -14,7 +14,7 @@ from trainer.config import Config, Data, Engine, Model, Reward, Rollout
 from trainer.engines import make_engine
 from trainer.generations import append, open_folder
 from trainer.lock import owned
-from trainer.log import read_run
+from trainer.log import other_version, read_run
 from trainer.policy import Policy, read_policy
 from trainer.presets import QUESTION
 from trainer.problems import Problem, Task
@@ -144,8 +144,11 @@ def resolved(settings: Settings, ranks: Ranks) -> Settings:
         if found is None:
             raise ValueError(f"the run in {path} has no checkpoint yet")
         config = read_run(path)["config"]
-        data = Data(**config["data"])
-        model, limit = str(found), config["rollout"]["max_new_tokens"]
+        try:
+            data, limit = Data(**config["data"]), config["rollout"]["max_new_tokens"]
+        except (KeyError, TypeError) as error:
+            raise other_version(path / "run.json", error) from error
+        model = str(found)
     instruction = settings.instruction
     if instruction == "auto":
         instruction = "" if settings.template in TEMPLATES else data.instruction

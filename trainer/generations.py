@@ -36,7 +36,9 @@ def open_folder(
     """
     folder.mkdir(parents=True, exist_ok=True)
     path, now = folder / "settings.json", json.loads(json.dumps(settings))
-    before = json.loads(path.read_text()) if path.exists() else now
+    # Without an answer it holds nothing yet, such as after a start that failed.
+    answered = (folder / FILE).exists() and (folder / FILE).stat().st_size
+    before = _settings(path) if answered and path.exists() else now
     different = [
         f"{name} was {before.get(name)!r}, now {now.get(name)!r}"
         for name in sorted((before.keys() | now.keys()) - set(free))
@@ -81,6 +83,13 @@ def rows(folder: Path, counts: Mapping[str, int]) -> Iterator[dict[str, Any]]:
                 yield row
 
 
+def _settings(path: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(path.read_text("utf-8")))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path} is damaged: {error}; choose another --out") from error
+
+
 def _found(path: Path, problems: Mapping[str, Sequence[Problem]]) -> dict[str, int]:
     """How many problems of each set `path` has; a last line torn by a kill is cut off."""
     counts: dict[str, int] = {}
@@ -88,12 +97,19 @@ def _found(path: Path, problems: Mapping[str, Sequence[Problem]]) -> dict[str, i
         return counts
     text = path.read_bytes()
     os.truncate(path, text.rfind(b"\n") + 1)
-    for line in text.split(b"\n")[:-1]:
-        row = json.loads(line)
-        name, number = row["data"], row["problem"]
+    for i, line in enumerate(text.split(b"\n")[:-1]):
+        try:
+            row = json.loads(line)
+            name, number, prompt = row["data"], int(row["problem"]), row["prompt"]
+            row["responses"][0]["text"]
+        except (ValueError, TypeError, LookupError) as error:
+            raise ValueError(
+                f"{path}, line {i + 1} is damaged ({type(error).__name__}: {error}). Take out that "
+                "line and all after it, or choose another --out"
+            ) from error
         counts[name] = number + 1
         own = problems.get(name, ())
-        if number < len(own) and own[number].prompt != row["prompt"]:
+        if number < len(own) and own[number].prompt != prompt:
             raise ValueError(
                 f"{path} has another problem {number} of {name} than {name} has now; choose "
                 "another --out"

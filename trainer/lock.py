@@ -70,7 +70,10 @@ def _take(file: Path, path: Path) -> int | None:
     if _held.get(os.path.realpath(file)) == os.getpid():
         raise ValueError(f"{path} is in use by this process")
     while True:
-        file.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+        except FileNotFoundError as error:  # In /proc, or below a working directory that is gone.
+            raise ValueError(f"{path} cannot be made: {error.strerror}") from error
         try:
             descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         except FileNotFoundError:  # Its owner has just removed the folder, as empty.

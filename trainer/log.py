@@ -147,16 +147,25 @@ def read_run(folder: Path) -> dict[str, Any]:
     path = folder / "run.json"
     try:
         run = json.loads(path.read_text("utf-8"))
-        if not isinstance(run["config"], dict) or not isinstance(run["starts"], list):
-            raise TypeError("config must be an object, and starts a list")
+        steps, starts = run["config"]["steps"], run["starts"]
+        if not isinstance(steps, int) or not all(
+            isinstance(start["time"], str) for start in starts
+        ):
+            raise TypeError("its config has a number of steps, and each of its starts a time")
+        starts[-1]
     except FileNotFoundError:
         raise ValueError(f"{path} is missing: {folder} is not the folder of a run") from None
-    except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(
-            f"{path} is damaged or not of a run: {type(error).__name__}: {error}. Put a copy of it "
-            "there, or take another folder"
-        ) from error
+    except (ValueError, TypeError, LookupError) as error:
+        raise other_version(path, error) from error
     return run
+
+
+def other_version(path: Path, error: Exception) -> ValueError:
+    """To raise where `error` says that `path`, a file or a run's folder, is not as it should be."""
+    return ValueError(
+        f"{path} is damaged, or of another version of the trainer: {type(error).__name__}, {error}."
+        " Put a copy of it there, or take another folder"
+    )
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
@@ -164,11 +173,11 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
     Raises ValueError, naming file and line, for any other line that is not a row.
     """
-    # Not splitlines(): it would also break at separators that JSON allows inside a string.
     try:
+        # Not splitlines(): it would also break at separators that JSON allows inside a string.
         lines = path.read_text("utf-8").split("\n")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is damaged: {error}") from error
+        raise other_version(path, error) from error
     last = max((i for i, line in enumerate(lines) if line.strip()), default=-1)
     rows = []
     for i, line in enumerate(lines[: last + 1]):
@@ -177,11 +186,29 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
         except json.JSONDecodeError as error:
             if i == last and i == len(lines) - 1:
                 break
-            raise ValueError(f"{path}, line {i + 1}: not JSON: {error}") from error
-        if not isinstance(row, dict) or not isinstance(row.get("step"), int):
-            raise ValueError(f"{path}, line {i + 1}: a row needs an integer step, got {line[:80]}")
+            problem: str | None = f"not JSON: {error}"
+        else:
+            problem = _problem(row, line, is_sample=path.name == "samples.jsonl")
+        if problem:
+            raise ValueError(
+                f"{path}, line {i + 1}: {problem}. Take the line out, or put a copy of the file "
+                "there"
+            )
         rows.append(row)
     return rows
+
+
+def _problem(row: Any, line: str, is_sample: bool) -> str | None:
+    """What is wrong with a row."""
+    if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+        return f"a row needs an integer step, got {line[:80]}"
+    if is_sample:
+        lengths = {len(row[name]) for name in ("tokens", "entropy", "kept") if name in row}
+        return f"lists of different lengths, {sorted(lengths)}" if len(lengths) > 1 else None
+    for key, value in row.items():
+        if value is not None and not isinstance(value, (int, float)):
+            return f"{key} is no number, but {value!r:.80}"
+    return None
 
 
 def _number(key: str, value: float | Tensor) -> float | None:
@@ -232,7 +259,7 @@ def _named(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        error.filename = error.filename or str(path)
+        error.filename = str(path)
         raise
 
 

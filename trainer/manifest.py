@@ -25,7 +25,8 @@ def entry(path: Path) -> Entry:
 
 def write(folder: Path, files: dict[str, Entry]) -> None:
     """Put the manifest of `files`, by their paths below `folder`, into `folder`."""
-    (folder / NAME).write_text(json.dumps({"files": files}, indent=1, sort_keys=True))
+    text = json.dumps({"files": files}, indent=1, sort_keys=True)
+    (folder / NAME).write_text(text, "utf-8")
 
 
 def read(folder: Path) -> dict[str, Entry]:
@@ -35,7 +36,7 @@ def read(folder: Path) -> dict[str, Entry]:
         ValueError: the manifest is missing, or is no manifest.
     """
     try:
-        files = json.loads((folder / NAME).read_text())["files"]
+        files = json.loads((folder / NAME).read_text("utf-8"))["files"]
         return {
             name: {key: wanted[key] for key in ("bytes", "crc32")} for name, wanted in files.items()
         }

@@ -8,7 +8,7 @@ from typing import Any
 
 import jinja2
 
-from trainer.log import read_rows, read_run, replace_text
+from trainer.log import other_version, read_rows, read_run, replace_text
 from trainer.report_figures import FIGURES, Row, draw, points
 
 SAMPLES_A_STEP = 4
@@ -43,9 +43,7 @@ def write_report(run_folder: Path) -> Path:
             **_samples(samples),
         )
     except KeyError as error:
-        raise ValueError(
-            f"{run_folder} was written by another version of the trainer: its files lack {error}"
-        ) from error
+        raise other_version(run_folder, error) from error
     path = run_folder / "report.html"
     # "replace": a byte-level tokenizer can leave halves of a character behind.
     replace_text(path, page.encode("utf-8", "replace").decode())

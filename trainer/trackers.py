@@ -169,5 +169,8 @@ def _id(folder: Path, step: int) -> str:
     """The tracked run's, kept in the folder; a new one for a fresh start."""
     path = folder / "tracking.json"
     if step < 0 or not path.exists():
-        path.write_text(json.dumps({"id": secrets.token_hex(4)}) + "\n")
-    return json.loads(path.read_text())["id"]
+        path.write_text(json.dumps({"id": secrets.token_hex(4)}) + "\n", "utf-8")
+    try:
+        return json.loads(path.read_text("utf-8"))["id"]
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{path} is damaged: {error}; without it a new run is tracked") from error

@@ -5,6 +5,7 @@ temperatures  two-temperature decoding: accuracy over both temperatures
 evolution     what training does to entropies: overlap of the top tokens, change by percentile
 """
 
+import difflib
 import os
 import sys
 
@@ -32,7 +33,11 @@ def main(arguments: list[str]) -> int:
 
         analyze_evolution(tyro.cli(Evolution, args=rest, prog=prog))
     else:
-        help_wanted = what in ("-h", "--help")
+        help_wanted = what in ("-h", "--help", "help")
+        if what and not help_wanted:
+            close = difflib.get_close_matches(what, ("patterns", "temperatures", "evolution"), n=1)
+            hint = f"; did you mean {close[0]}?" if close else ""
+            print(f"error: no analysis {what!r}{hint}", file=sys.stderr)
         print(USAGE.strip() if USAGE else "", file=sys.stdout if help_wanted else sys.stderr)
         return 0 if help_wanted else 2
     return 0

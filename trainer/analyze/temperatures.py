@@ -105,8 +105,14 @@ def _found(work: Opened[Temperatures]) -> dict[str, Any] | None:
     path = work.folder / FILE
     if not path.exists():
         return None
-    found = json.loads(path.read_text())
-    now, before = _plain(work.settings), found["settings"]
+    try:
+        found = json.loads(path.read_text("utf-8"))
+        now, before = _plain(work.settings), dict(found["settings"])
+        found["threshold"], found["points"]
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(
+            f"{path} is damaged: {error!r}; choose another --out, or delete it"
+        ) from error
     names = [name for name in now if now[name] != before.get(name)]
     if names:
         raise ValueError(

@@ -66,3 +66,5 @@ class Optimizer:
 
     def __post_init__(self) -> None:
         at_least(self, 1, "mini_batches", "tokens_per_micro_batch")
+        if not self.grad_clip > 0:
+            raise ValueError(f"grad_clip must be > 0; got {self.grad_clip}")

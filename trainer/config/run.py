@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Literal
 
 from trainer.config.algorithm import Algorithm
@@ -44,7 +45,7 @@ class Config:
     """One run."""
 
     name: str = "tiny"
-    """Folder of the run under `root`."""
+    """Folder of the run under `root`; with slashes, folders in folders."""
     root: str = "runs"
     """Where runs live."""
     seed: int = 0
@@ -78,8 +79,19 @@ class Config:
     tracking: Tracking = field(default_factory=Tracking)
 
     def __post_init__(self) -> None:
+        path = Path(self.name)
+        if (
+            not path.parts
+            or path.is_absolute()
+            or ".." in path.parts
+            or not self.name.isprintable()
+        ):
+            raise ValueError(
+                'name must be that of a folder below root, such as "tiny" or "paper/seed-0"; got '
+                f"{self.name!r}"
+            )
         at_least(self, 1, "checkpoint_every", "keep_checkpoints", "samples_every")
-        at_least(self, 0, "steps", "samples", "threads", "keep_every")
+        at_least(self, 0, "seed", "steps", "samples", "threads", "keep_every")
         if self.keep_every % self.checkpoint_every:
             raise ValueError(
                 f"keep_every must be 0 or a multiple of checkpoint_every, {self.checkpoint_every}; "

@@ -1,0 +1,184 @@
+"""Damaged files, those of another version, and full disks: a line that names the file."""
+
+import errno
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tests.trainer.mistake_cases import EVALUATE, TRAIN, _one_thread, here, made, said  # noqa: F401
+from trainer.analyze.temperatures import FILE as TEMPERATURES
+from trainer.log import RunLog, append_text, read_run, replace_text
+from trainer.trackers import _id
+
+RUN = {"config": {"steps": 1, "data": {"task": "ladder"}}, "starts": [{"time": "now"}]}
+DAMAGED = {
+    "cut off": "{",
+    "empty": "",
+    "a list": "[]",
+    "binary": b"\xff\xfe",
+    "without starts": json.dumps({"config": {"steps": 1}}),
+    "with no start": json.dumps({**RUN, "starts": []}),
+    "starts of texts": json.dumps({**RUN, "starts": ["x"]}),
+    "without steps": json.dumps({**RUN, "config": {}}),
+    "steps a text": json.dumps({**RUN, "config": {"steps": "x"}}),
+}
+
+
+@pytest.mark.parametrize("what", DAMAGED)
+def test_a_damaged_run_json_is_named(tmp_path, what):
+    content = DAMAGED[what]
+    path = tmp_path / "run.json"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(ValueError, match=r"run\.json is damaged, or of another version .* copy"):
+        read_run(tmp_path)
+
+
+ROW = '{"step": 1, "loss": 0.5}\n'
+READERS = [
+    ["report", "run"],
+    ["watch", "run"],
+    TRAIN,
+    ["evaluate", "--model=run", "--data=file:sums.jsonl"],
+]
+
+
+@pytest.mark.parametrize("command", READERS, ids=lambda command: command[0])
+def test_every_reader_of_a_damaged_run_json_says_so(here, capsys, command):  # noqa: F811
+    Path("run/run.json").write_text("{")
+    status, (line,) = said(capsys, *command)
+    assert status == 1
+    assert line.startswith("error: run/run.json is damaged, or of another version")
+
+
+@pytest.mark.parametrize("command", [READERS[0], READERS[3]], ids=["report", "evaluate"])
+def test_a_run_of_another_version_says_so(here, capsys, command):  # noqa: F811
+    Path("run/run.json").write_text(json.dumps(RUN))
+    status, (line,) = said(capsys, *command)
+    assert status == 1
+    assert re.match(r"error: run\S* is damaged, or of another version of the trainer", line)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("metrics.jsonl", "{\n" + ROW, "run/metrics.jsonl, line 1: not JSON"),
+        ("metrics.jsonl", ROW + '{"loss": 1}\n', "line 2: a row needs an integer step"),
+        ("metrics.jsonl", '{"step": 1, "loss": "x"}\n', "line 1: loss is no number, but 'x'"),
+        ("metrics.jsonl", b"\xff\n\n", "run/metrics.jsonl is damaged"),
+        ("metrics.jsonl", "", "run/metrics.jsonl is empty"),
+        ("samples.jsonl", "{\n{}\n", "run/samples.jsonl, line 1: not JSON"),
+        (
+            "samples.jsonl",
+            '{"step": 1, "tokens": ["a"], "entropy": [], "kept": []}\n',
+            "run/samples.jsonl, line 1: lists of different lengths, [0, 1]",
+        ),
+        ("samples.jsonl", '{"step": 1}\n', "run is damaged, or of another version"),
+        ("samples.jsonl", b"\xff\n\n", "run/samples.jsonl is damaged"),
+    ],
+)
+def test_a_damaged_row_is_named(here, capsys, name, content, says):  # noqa: F811
+    path = Path("run", name)
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    status, (line,) = said(capsys, "report", "run")
+    assert status == 1
+    assert says in line
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("settings.json", "{", "evaluation/settings.json is damaged"),
+        ("settings.json", "[1]", "evaluation/settings.json is damaged"),
+        ("generations.jsonl", "{\n{}\n", "evaluation/generations.jsonl, line 1 is damaged"),
+        ("generations.jsonl", "[]\n", "evaluation/generations.jsonl, line 1 is damaged"),
+        ("generations.jsonl", b"\xff\n", "evaluation/generations.jsonl, line 1 is damaged"),
+    ],
+)
+def test_a_damaged_evaluation_is_named(here, capsys, name, content, says):  # noqa: F811
+    path = Path("evaluation", name)
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    status, (line,) = said(capsys, *EVALUATE, "--out=evaluation")
+    assert status == 1
+    assert says in line
+    assert "another --out" in line
+
+
+def test_a_damaged_sweep_is_named(here, capsys):  # noqa: F811
+    Path("sweep").mkdir()
+    Path("sweep", TEMPERATURES).write_text('{"settings": {}}')
+    arguments = [*EVALUATE[1:], "--out=sweep"]
+    status, (line,) = said(capsys, "analyze", "temperatures", *arguments)
+    assert status == 1
+    assert f"sweep/{TEMPERATURES} is damaged: KeyError('threshold'); choose another --out" in line
+
+
+def test_an_evaluation_that_failed_before_any_answer_binds_nothing(here, capsys):  # noqa: F811
+    """A misspelt verifier is in its settings.json; the right one goes into the same folder."""
+    arguments = [*EVALUATE, "--out=fresh"]
+    status, (line,) = said(capsys, *arguments, "--function=none:verifier")
+    assert status == 1
+    assert "cannot import none" in line
+    assert said(capsys, *arguments) == (0, [])
+
+
+def test_a_file_in_the_place_of_the_checkpoints_changes_nothing(here, capsys):  # noqa: F811
+    shutil.rmtree("run/checkpoints")
+    Path("run/checkpoints").write_text("x")
+    before = Path("run/metrics.jsonl").read_text()
+    status, (line,) = said(capsys, *TRAIN)
+    assert status == 1
+    assert line == "error: run/checkpoints must be a folder; it is a file: move it away"
+    assert Path("run/metrics.jsonl").read_text() == before
+
+
+def test_a_damaged_id_of_a_tracked_run_is_named(tmp_path):
+    (tmp_path / "tracking.json").write_text("{")
+    with pytest.raises(ValueError, match=r"tracking\.json is damaged: .* a new run is tracked"):
+        _id(tmp_path, 3)
+
+
+# Full disks.
+
+FULL = pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
+
+
+@FULL
+@pytest.mark.parametrize("name", ["metrics.jsonl", "samples.jsonl"])
+def test_a_full_disk_names_the_file(here, capsys, monkeypatch, name):  # noqa: F811
+    def rewind(log, step):
+        (log.folder / name).unlink()
+        (log.folder / name).symlink_to("/dev/full")
+
+    monkeypatch.setattr(RunLog, "rewind", rewind)
+    status, (line,) = said(capsys, *TRAIN)
+    assert status == 1
+    full = "No space left on device: make room, and run the same command"
+    assert line == f"error: run/{name}: {full}"
+
+
+@FULL
+def test_a_full_disk_names_each_kind_of_file(tmp_path, monkeypatch):
+    path = tmp_path / "file"
+    path.symlink_to("/dev/full")
+    with pytest.raises(OSError, match=f"No space left on device: '{path}'"):
+        append_text(path, "x")
+
+    def write(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", write)
+    with pytest.raises(OSError, match=f"No space left on device: '{path}'"):
+        replace_text(path, "x")
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_two_who_replace_one_file_do_not_meet(tmp_path, monkeypatch):
+    """As `report` by hand while a run ends: another process has its temporary file there."""
+    (tmp_path / f"file.{os.getpid() + 1}.tmp").write_text("half")
+    replace_text(tmp_path / "file", "whole")
+    assert (tmp_path / "file").read_text() == "whole"
+    assert (tmp_path / f"file.{os.getpid() + 1}.tmp").read_text() == "half"
