@@ -31,7 +31,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 from pathlib import Path
 
 from trainer.errors import line, told_elsewhere
-from trainer.stop import STATUS, Stopped, signals_stop
+from trainer.stop import STATUS, Stopped, overtaken, signals_stop
 
 USAGE = __doc__
 _GO_ON = ("train", "evaluate", "compare")
@@ -87,20 +87,27 @@ def _guarded(work: Callable[[], int], arguments: list[str]) -> int:
     """The status of `work`; what a user or the machine has caused is a line, not a traceback."""
     try:
         return work()
-    except BrokenPipeError:
-        raise
     except KeyboardInterrupt as error:
+        if fault := overtaken(error):
+            return _told(fault)
         stopped = error if isinstance(error, Stopped) else Stopped(signal.SIGINT)
         if _first():
             print(f"\n{_farewell(stopped, arguments)}", file=sys.stderr)
         return STATUS[stopped.signal]
+    except BrokenPipeError:
+        raise
     except Exception as error:
-        if (text := line(error)) is None:
-            raise
-        rank = int(os.environ.get("RANK", "0"))
-        if not told_elsewhere(error, rank):
-            print(f"rank {rank}: " * (rank > 0) + f"error: {text}", file=sys.stderr)
-        return 1
+        return _told(error)
+
+
+def _told(error: Exception) -> int:
+    """The status, once the line is printed; an error that is none is raised."""
+    if (text := line(error)) is None:
+        raise error
+    rank = int(os.environ.get("RANK", "0"))
+    if not told_elsewhere(error, rank):
+        print(f"rank {rank}: " * (rank > 0) + f"error: {text}", file=sys.stderr)
+    return 1
 
 
 def _unread() -> bool:

@@ -13,7 +13,7 @@ from trainer import checkpoint
 from trainer.config import Config
 from trainer.policy import Policy
 from trainer.ranks import Ranks
-from trainer.stop import Stopped, cause
+from trainer.stop import Stopped, cause, overtaken
 from trainer.types import Task
 
 if TYPE_CHECKING:
@@ -57,6 +57,8 @@ def stop_is_told(run: "Run") -> Iterator[None]:
     try:
         yield
     except BaseException as error:
+        if fault := overtaken(error):
+            raise fault from None
         if (number := cause(error)) is None:
             raise
         raise Stopped(number, _where(run, error)) from error

@@ -84,6 +84,13 @@ def cause(error: BaseException) -> int | None:
     return signal.SIGTERM if _State.asked else None
 
 
+def overtaken(error: BaseException) -> Exception | None:
+    """The error that a rank was ending with when torchrun's SIGTERM came, another having failed."""
+    if "RANK" in os.environ and error.__cause__ is None and isinstance(error, Stopped):
+        return error.__context__ if isinstance(error.__context__, Exception) else None
+    return None
+
+
 def _handle(number: int, frame: FrameType | None) -> None:
     if number == signal.SIGTERM and _State.deferred and not _State.asked:
         _State.asked = True

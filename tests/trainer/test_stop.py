@@ -163,6 +163,28 @@ def test_other_commands_end_at_once(monkeypatch, capsys, number, status):
     assert capsys.readouterr().err == f"\nstopped by {by}\n"
 
 
+@pytest.mark.parametrize("within", ["the command", "the loop"])
+def test_the_error_of_a_rank_is_told_though_sigterm_comes_upon_it(
+    start, monkeypatch, capsys, within
+):
+    """As torchrun sends it to the others once the first of them has ended."""
+
+    def fail(*_):
+        try:
+            raise ValueError("wrong")
+        finally:
+            signal.raise_signal(SIGTERM)
+
+    monkeypatch.setenv("RANK", "0")
+    if within == "the loop":
+        monkeypatch.setattr(trainer.train, "_train", fail)
+        assert start(Even()) == 1
+    else:
+        monkeypatch.setattr("trainer.plan.main", fail)
+        assert main(["plan"]) == 1
+    assert capsys.readouterr().err.endswith("error: wrong\n")
+
+
 def train_with_a_signal(config, rank):
     """What `rank` of two gets SIGTERM in its step; the step after which each has stopped."""
     task = Signalling(SIGTERM) if os.environ["RANK"] == str(rank) else Even()
