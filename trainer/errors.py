@@ -3,6 +3,9 @@
 import errno
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 # What a disk, a file system or somebody's permissions say. Others, as that a file is missing which
 # nobody was asked for, are mistakes of the trainer's own and keep their traceback.
@@ -23,19 +26,29 @@ def line(error: BaseException) -> str | None:
     """What is printed in the place of a traceback; None where the traceback is wanted."""
     if isinstance(error, ValueError):
         return str(error)
-    if isinstance(error, OSError):
-        number, text = error.errno, error.strerror or ""
-    # safetensors and tokenizers have errors of their own.
-    elif found := re.search(r"\(os error (\d+)\)", str(error)):
-        number, text = int(found[1]), os.strerror(int(found[1]))
-    else:
+    if not isinstance(error, OSError) or error.errno not in _OUTSIDE:
         return None
-    if number not in _OUTSIDE:
-        return None
-    name = getattr(error, "filename", None)
-    # Without a name of a file the text may be one of ours, which says all.
-    hint = _HINTS.get(number) if text == os.strerror(number) else None
-    return ": ".join(str(part) for part in (name, text, hint) if part)
+    text = error.strerror or ""
+    # Another text is one of ours, which says all.
+    hint = _HINTS.get(error.errno) if text == os.strerror(error.errno) else None
+    return ": ".join(str(part) for part in (error.filename, text, hint) if part)
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """What a full disk and the like say of a write, by Python or by safetensors, names `path`."""
+    try:
+        yield
+    except OSError as error:
+        # A name of the system's is another file's, or that of a temporary one.
+        if error.filename is None or str(error.filename).startswith(str(path)):
+            error.filename = str(path)
+        raise
+    except Exception as error:
+        if found := re.search(r"\(os error (\d+)\)", str(error)):
+            number = int(found[1])
+            raise OSError(number, os.strerror(number), str(path)) from error
+        raise
 
 
 def told_elsewhere(error: BaseException, rank: int) -> bool:

@@ -10,6 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 from tyro.conf import Positional
 
 from trainer import checkpoint, sharded
+from trainer.errors import naming
 from trainer.lock import owned
 from trainer.ranks import Ranks
 
@@ -43,8 +44,9 @@ def export(
             raise ValueError(f"{out} is not empty; choose another folder")
         unfinished = out.with_name(f".{out.name}.unfinished-{secrets.token_hex(4)}")
         try:
-            _write(found, unfinished, dtype)
-            unfinished.rename(out)
+            with naming(out):
+                _write(found, unfinished, dtype)
+                unfinished.rename(out)
         finally:
             shutil.rmtree(unfinished, ignore_errors=True)
     return out

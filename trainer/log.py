@@ -17,8 +17,7 @@ import os
 import platform
 import re
 import subprocess
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -29,6 +28,7 @@ from torch import Tensor
 
 import entropy_kernels
 from trainer.config import Config
+from trainer.errors import naming
 from trainer.trackers import Trackers
 
 _KEY = re.compile(r"[a-z][a-z0-9_]*(/[A-Za-z0-9_.]+)?")
@@ -148,10 +148,8 @@ def read_run(folder: Path) -> dict[str, Any]:
     try:
         run = json.loads(path.read_text("utf-8"))
         steps, starts = run["config"]["steps"], run["starts"]
-        if not isinstance(steps, int) or not all(
-            isinstance(start["time"], str) for start in starts
-        ):
-            raise TypeError("its config has a number of steps, and each of its starts a time")
+        if not isinstance(steps, int) or not all(isinstance(start, dict) for start in starts):
+            raise TypeError("its config has a number of steps, and its starts are objects")
         starts[-1]
     except FileNotFoundError:
         raise ValueError(f"{path} is missing: {folder} is not the folder of a run") from None
@@ -239,7 +237,7 @@ def replace_text(path: Path, text: str) -> None:
     """Put `text` at `path`: a kill leaves the old file or the new one, and so do two at once."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
-        with _named(path):
+        with naming(path):
             temporary.write_text(text, encoding="utf-8", newline="\n")
             os.replace(temporary, path)
     except BaseException:
@@ -249,18 +247,8 @@ def replace_text(path: Path, text: str) -> None:
 
 def append_text(path: Path, text: str) -> None:
     """Add `text` to the end of the file at `path`."""
-    with _named(path), path.open("a", encoding="utf-8", newline="\n") as file:
+    with naming(path), path.open("a", encoding="utf-8", newline="\n") as file:
         file.write(text)
-
-
-@contextmanager
-def _named(path: Path) -> Iterator[None]:
-    """An OSError of a write names the file; the system's own do not."""
-    try:
-        yield
-    except OSError as error:
-        error.filename = str(path)
-        raise
 
 
 def provenance(device: str) -> dict[str, Any]:

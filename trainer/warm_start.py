@@ -21,6 +21,7 @@ from torch.nn.utils.rnn import pad_sequence
 import entropy_kernels as ek
 from entropy_kernels.integrations.hf import LMHead, lm_head
 from trainer.config import WarmStart
+from trainer.errors import naming
 from trainer.types import Task
 
 BETAS = (0.9, 0.95)
@@ -75,8 +76,9 @@ def load_or_warm_start(
     cache.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=cache, prefix=".unfinished-") as unfinished:
         complete = Path(unfinished) / "model"
-        model.save_pretrained(complete)
-        tokenizer.save_pretrained(complete)
+        with naming(folder):
+            model.save_pretrained(complete)
+            tokenizer.save_pretrained(complete)
         try:
             complete.rename(folder)
         except OSError:

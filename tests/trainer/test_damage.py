@@ -8,10 +8,15 @@ import shutil
 from pathlib import Path
 
 import pytest
+import transformers
+from safetensors import SafetensorError
 
+import trainer.run
 from tests.trainer.mistake_cases import EVALUATE, TRAIN, _one_thread, here, made, said  # noqa: F401
 from trainer.analyze.temperatures import FILE as TEMPERATURES
+from trainer.config import Data
 from trainer.log import RunLog, append_text, read_run, replace_text
+from trainer.tasks import make_task
 from trainer.trackers import _id
 
 RUN = {"config": {"steps": 1, "data": {"task": "ladder"}}, "starts": [{"time": "now"}]}
@@ -182,3 +187,24 @@ def test_two_who_replace_one_file_do_not_meet(tmp_path, monkeypatch):
     replace_text(tmp_path / "file", "whole")
     assert (tmp_path / "file").read_text() == "whole"
     assert (tmp_path / f"file.{os.getpid() + 1}.tmp").read_text() == "half"
+
+
+@pytest.mark.parametrize("what", ["export", "warm start"])
+def test_a_full_disk_names_a_whole_model(here, capsys, monkeypatch, what):  # noqa: F811
+    """safetensors has an error of its own, with the system's number in its text."""
+
+    def save(*_, **__):
+        raise SafetensorError("Error while serializing: I/O error: ... (os error 28)")
+
+    monkeypatch.setattr(transformers.PreTrainedModel, "save_pretrained", save)
+    if what == "export":
+        path, arguments = "out", ["export", "run", "out"]
+    else:
+        task = make_task(Data(), 0)
+        monkeypatch.setattr(trainer.run, "make_task", lambda *_: task)
+        options = ["--model.path=tiny", "--warm-start.steps=1", "--warm-start.traces=8"]
+        path, arguments = "kept/", [*TRAIN, "--name=warm", *options, "--warm-start.cache=kept"]
+    status, (line,) = said(capsys, *arguments)
+    assert status == 1
+    full = "No space left on device: make room, and run the same command"
+    assert re.fullmatch(rf"error: {path}\w*: {full}", line)
