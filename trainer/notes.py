@@ -2,7 +2,7 @@
 
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,6 +11,7 @@ import torch
 
 from trainer import checkpoint
 from trainer.config import Config
+from trainer.config.changes import Change
 from trainer.policy import Policy
 from trainer.ranks import Ranks
 from trainer.stop import Stopped, cause, overtaken
@@ -31,14 +32,30 @@ def say_start(settings: Config, folder: Path, found: Path | None, ranks: Ranks) 
     print(f"start    {_from(settings, found)}")
 
 
-def say_parts(settings: Config, policy: Policy, task: Task, ranks: Ranks) -> None:
-    """Once model and data are read: what there is of each; and too few held-out problems."""
+def say_parts(
+    settings: Config,
+    policy: Policy,
+    task: Task,
+    ranks: Ranks,
+    left_out: Mapping[str, int],
+    changes: Sequence[Change],
+) -> None:
+    """Once model and data are read: what there is of each, what has changed since the last start,
+    and what to be warned of; first rank."""
     if not ranks.first:
         return
     print(f"model    {_model(settings, policy)}")
     known = "endless" if task.num_train is None else f"{task.num_train:,}"
     print(f"data     {settings.data.task}: {known} to train on, {task.num_test:,} held out")
+    for split, count in left_out.items():
+        if count:
+            print(f"         left out of {split}: {count:,} prompts over data.max_prompt_tokens")
     print(f"devices  {_devices(settings, ranks)}")
+    for change in changes:
+        print(f"changed  {change}" + (f" ({change.note})" if change.note else ""))
+    if policy.layout == "padded":
+        name = type(policy.model).__name__
+        print(f"{name} does not keep packed sequences apart: one sequence a row", file=sys.stderr)
     asked, count = settings.eval.problems, min(settings.eval.problems, task.num_test)
     if count < asked:
         print(f"warning: eval.problems is {asked:,}; held out: {count:,}", file=sys.stderr)

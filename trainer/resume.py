@@ -2,7 +2,6 @@
 
 import hashlib
 import importlib.machinery
-import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -11,6 +10,7 @@ from typing import Any
 
 from trainer.config import Config
 from trainer.config.changes import Change, differences
+from trainer.log import read_run
 from trainer.types import Task
 
 Inputs = dict[str, str]
@@ -49,14 +49,10 @@ def read_earlier(folder: Path) -> Earlier | None:
     Raises:
         ValueError: run.json is damaged.
     """
-    path = folder / "run.json"
-    if not path.exists():
+    if not (folder / "run.json").exists():
         return None
-    try:
-        run = json.loads(path.read_text("utf-8"))
-        return Earlier(run["config"], run["starts"], run.get("origin"))
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} is damaged: {error!r}") from error
+    run = read_run(folder)
+    return Earlier(run["config"], run["starts"], run.get("origin"))
 
 
 @dataclass(frozen=True)

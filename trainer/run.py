@@ -2,7 +2,6 @@
 
 import dataclasses
 import hashlib
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,7 @@ from trainer import checkpoint
 from trainer.branch import branch as branch_from
 from trainer.checkpoint import Progress
 from trainer.config import Config
-from trainer.config.changes import Change, check_names
+from trainer.config.changes import check_names
 from trainer.engines import Engine, make_engine
 from trainer.fsdp import scatter, shard, tensors
 from trainer.log import RunLog
@@ -109,11 +108,10 @@ def start(
     )
     state = checkpoint.load(found, policy, optimizer, ranks) if found else Progress()
     check_policy(policy)
-    say_parts(settings, policy, task, ranks)
+    say_parts(settings, policy, task, ranks, left_out, changes)
     engine.update_weights(policy.weights())
     log = RunLog(folder)
     if ranks.first:
-        _say(policy, changes, left_out)
         record = start_record(state.step, changes, inputs, left_out)
         log = RunLog.open(folder, settings, _describe(ranks), record)
         log.rewind(-1 if fresh else state.step)
@@ -172,18 +170,6 @@ def _warm_start(settings: Config, policy: Policy, task: Task, device: torch.devi
         kept = load_or_warm_start(policy.model, policy.tokenizer, task, warm, settings.seed, report)
     if not made:
         print(f"warm start: that of an earlier run, {kept}")
-
-
-def _say(policy: Policy, changes: Sequence[Change], left_out: Mapping[str, int]) -> None:
-    """What else is to be known of this start."""
-    if policy.layout == "padded":
-        name = type(policy.model).__name__
-        print(f"{name} does not keep packed sequences apart: one sequence a row", file=sys.stderr)
-    for change in changes:
-        print(f"changed: {change}" + (f" ({change.note})" if change.note else ""))
-    if any(left_out.values()):
-        counts = ", ".join(f"{count:,} of {split}" for split, count in left_out.items())
-        print(f"prompts longer than data.max_prompt_tokens, left out: {counts}")
 
 
 def _describe(ranks: Ranks) -> str:

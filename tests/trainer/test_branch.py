@@ -62,7 +62,7 @@ def test_with_the_same_settings_it_is_the_same_run(parent, tmp_path, capsys):
     assert run["origin"] == {"run": str(folder.resolve()), "name": "run", "step": 2, "starts": 1}
     assert [start["step"] for start in run["starts"]] == [0, 2]
     assert run["starts"][1]["changes"].keys() == {"name", "root"}
-    assert "changed: name was run, now new\n" in capsys.readouterr().out
+    assert "changed  name was run, now new\n" in capsys.readouterr().out
     write_report(tmp_path / "new")
     watch(tmp_path / "new")
     assert len(capsys.readouterr().out.splitlines()) == 7
@@ -93,7 +93,7 @@ def test_any_setting_may_be_another(parent, tmp_path, capsys):
     capsys.readouterr()
     # The same command goes on, and from then on the branch keeps what it is.
     train(dataclasses.replace(config, steps=8), branch=str(folder / "checkpoints" / "step-000004"))
-    assert "changed: steps was 7, now 8\n" in capsys.readouterr().out
+    assert "changed  steps was 7, now 8\n" in capsys.readouterr().out
     with pytest.raises(ValueError, match="other settings: seed was 9, now 10"):
         train(dataclasses.replace(config, seed=10), branch=f"{folder}@4")
 

@@ -58,7 +58,9 @@ def test_a_run_says_what_it_does(tmp_path, capsys):
 def said_of(capsys, policy=None, task=None, ranks=ALONE, **changes):
     """The lines of model, data and devices, and the warnings."""
     task = task or SimpleNamespace(num_train=49, num_test=1)
-    say_parts(replace(settings(""), **changes), policy or build_policy(), task, ranks)
+    policy = policy or build_policy()
+    policy.layout = "rows"
+    say_parts(replace(settings(""), **changes), policy, task, ranks, {}, [])
     said = capsys.readouterr()
     return said.out.splitlines(), said.err.splitlines()
 

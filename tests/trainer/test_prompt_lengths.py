@@ -68,7 +68,8 @@ def test_longer_ones_are_left_out_where_asked(tmp_path, capsys):
     config = fill(settings(tmp_path, model, data=data), {"steps": 5, "rollout.max_new_tokens": 2})
     train(config)
     printed = capsys.readouterr().out
-    assert "prompts longer than data.max_prompt_tokens, left out: 1 of train, 1 of test" in printed
+    for split in ("train", "test"):
+        assert f"left out of {split}: 1 prompts over data.max_prompt_tokens" in printed
     start = json.loads((tmp_path / "run" / "run.json").read_text())["starts"][0]
     assert start["left_out"] == {"train": 1, "test": 1}
     assert read_rows(tmp_path / "run" / "metrics.jsonl")[-1]["step"] == 5

@@ -95,7 +95,7 @@ def test_what_may_differ_changes_no_bit(whole, tmp_path, capsys, name):
     crash(config)
     train(fill(config, {name: SAME[name]}))
     assert_same_run(tmp_path / "run", folder)
-    assert f"changed: {name} was" in capsys.readouterr().out
+    assert f"changed  {name} was" in capsys.readouterr().out
     first, second = run_json(config)["starts"]
     assert (first["step"], first["changes"], second["step"]) == (0, {}, 2)
     assert second["changes"].keys() == {name}
@@ -171,7 +171,7 @@ def test_other_settings_need_leave(whole, tmp_path, capsys):
         train(other, allow_changes=["fraction"])
     assert run_json(config) == before
     train(other, allow_changes=["algorithm", "optimizer.betas"])
-    assert "changed: algorithm.fraction was 0.2, now 0.5\n" in capsys.readouterr().out
+    assert "changed  algorithm.fraction was 0.2, now 0.5\n" in capsys.readouterr().out
     start = run_json(config)["starts"][-1]
     assert start["changes"] == {
         "algorithm.fraction": [0.2, 0.5],

@@ -57,7 +57,7 @@ def test_data_is_known_by_its_contents(model, tmp_path, monkeypatch, capsys):
     datasets.Dataset.from_json(str(file)).to_parquet(str(tmp_path / "moved.parquet"))
     moved = fill(config, {"data.task": f"file:{tmp_path}/moved.parquet"})
     crash(moved, step=3)
-    assert re.search(r"changed: data.task .* \(the same contents\)", capsys.readouterr().out)
+    assert re.search(r"changed  data.task .* \(the same contents\)", capsys.readouterr().out)
     monkeypatch.chdir(tmp_path)
     crash(fill(config, {"data.task": "file:./moved.parquet"}), step=3)
     assert "changed" not in capsys.readouterr().out
@@ -112,8 +112,8 @@ def test_the_model_and_the_verifier_are_noted(model, tmp_path, monkeypatch, caps
     capsys.readouterr()
     train(config)
     printed = capsys.readouterr().out
-    assert re.search(r"changed: model.path .*\(the run goes on with its own weights\)", printed)
-    assert re.search(r"changed: reward.function .*\(its verdicts may be others\)", printed)
+    assert re.search(r"changed  model.path .*\(the run goes on with its own weights\)", printed)
+    assert re.search(r"changed  reward.function .*\(its verdicts may be others\)", printed)
     assert "package" not in sys.modules  # it is read, and run in processes of its own
     moved = fill(config, {"model.path": str(tmp_path / "moved")})
     with pytest.raises(ValueError, match=r"model.path was"):
@@ -152,8 +152,8 @@ def test_by_the_command_line(tmp_path, model, monkeypatch, capsys):
     assert re.fullmatch(r"error: runs/a holds .*--allow-changes seed; .*\n", error)
     assert main([*other, "--allow-changes", "seed"]) == 0
     printed = capsys.readouterr().out
-    assert "changed: seed was 0, now 1\n" in printed
-    assert "changed: steps was 2, now 3\n" in printed
+    assert "changed  seed was 0, now 1\n" in printed
+    assert "changed  steps was 2, now 3\n" in printed
     start = json.loads((tmp_path / "runs" / "a" / "run.json").read_text())["starts"][-1]
     assert start["changes"].keys() == {"seed", "steps", "optimizer.tokens_per_micro_batch"}
     assert start["step"] == 2
