@@ -58,16 +58,30 @@ def standard_error(values: Sequence[float]) -> float:
     return math.sqrt(_squares(values) / max(len(values) - 1, 1) / len(values))
 
 
-def estimate(values: Sequence[float], samples: int) -> Estimate:
-    """The mean of one value in [0, 1] a problem, each from `samples` responses.
+def wilson(share: float, trials: int) -> Estimate:
+    """Wilson's score interval for `share` of so many independent `trials`, such as 0.25 of 40.
 
-    Responses to one problem are not independent, so n responses are worth fewer: the effective
-    number m = p (1 - p) / Var(mean) takes the place of n in Wilson's score interval, and Student's
-    t with a degree of freedom a problem that of 1.96. Var counts one problem more than there are,
-    half of it right and half of it wrong; without it a mean of 0 or 1 would have no variance, and
-    one right response in hundreds nearly none. With one response a problem, m is their number and
-    this is Wilson's interval itself. It lies in [0, 1] and is never empty: with 30 problems, all
-    wrong, it ends at 0.12. The bootstrap's is a point there, and too short near by.
+    Wilson 1927; recommended for small numbers by Brown, Cai and DasGupta 2001. It is for one
+    response to each problem, a greedy one for instance: with 30 problems, all wrong, it ends at
+    0.11. Raises ValueError for no trials and for a share outside [0, 1].
+    """
+    if trials < 1 or not 0 <= share <= 1:
+        raise ValueError(f"wanted a share in [0, 1] of one trial or more; got {share} of {trials}")
+    return _wilson(share, trials, NormalDist().inv_cdf(0.5 + CONFIDENCE / 2))
+
+
+def estimate(values: Sequence[float], samples: int) -> Estimate:
+    """The mean of one value in [0, 1] for each problem, each from `samples` responses.
+
+    With one response to each it is `wilson`. Several responses to one problem are not independent,
+    so n responses are worth fewer: the effective number m = p (1 - p) / Var(mean) takes the place
+    of n in Wilson's interval, and Student's t with a degree of freedom for each problem that of
+    1.96 (Korn and Graubard 1998; compared by Dean and Pagano 2015). So m is the number of problems
+    where responses to one problem agree, and that of all responses where they are independent. Var
+    counts one problem more than there are, half of it right and half of it wrong; without it a mean
+    of 0 or 1 would have no variance, and one right response in hundreds nearly none. The interval
+    lies in [0, 1] and is never empty: with 30 problems, all wrong, it ends at 0.12. The bootstrap's
+    is a point there, and too short near by.
 
     Raises ValueError for no values, and for one outside [0, 1], such as a verdict of 2.
     """
@@ -79,6 +93,8 @@ def estimate(values: Sequence[float], samples: int) -> Estimate:
             f"an estimate needs shares in [0, 1]; got {min(values):g} to {max(values):g}"
         )
     mean = fmean(values)
+    if samples == 1:
+        return wilson(mean, problems)
     wide = (mean * problems + 0.5) / (problems + 1)
     squares = _squares(values, wide) + (wide**2 + (1 - wide) ** 2) / 2
     effective = wide * (1 - wide) * problems * (problems + 1) / squares

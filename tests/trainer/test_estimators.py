@@ -12,12 +12,14 @@ from hypothesis import strategies as st
 from trainer.estimators import (
     Estimate,
     _student,
+    _wilson,
     average,
     estimate,
     majority,
     pass_at_k,
     powers_up_to,
     standard_error,
+    wilson,
 )
 
 SAMPLES = 16
@@ -55,11 +57,10 @@ def test_one_response_a_problem_has_the_interval_of_wilson():
     """Against its defining equation: its ends are the p0 at which the score test turns."""
     for right, n in ((0, 30), (3, 30), (15, 30), (30, 30), (200, 674)):
         found = estimate([1.0] * right + [0.0] * (n - right), 1)
-        t = _student(n)
         for end in found[1:]:
             if 0 < end < 1:
                 score = (found.value - end) / math.sqrt(end * (1 - end) / n)
-                assert abs(score) == pytest.approx(t, rel=1e-9)
+                assert abs(score) == pytest.approx(1.959963985, rel=1e-9)
         assert found.low < found.value or right == 0
         assert found.value < found.high or right == n
 
@@ -69,6 +70,16 @@ def test_one_response_a_problem_has_the_interval_of_wilson():
 )
 def test_student_is_that_of_the_tables(degrees, quantile):
     assert _student(degrees) == pytest.approx(quantile, rel=8e-3 if degrees < 4 else 4e-4)
+
+
+def test_wilson_by_hand():
+    """By hand: z^2 / (n + z^2) and 1 / (1 + z^2) at the ends, for z^2 = 3.841459."""
+    assert wilson(0.0, 10) == pytest.approx((0.0, 0.0, 0.277533), abs=1e-6)
+    assert wilson(0.25, 40) == pytest.approx((0.25, 0.141871, 0.401939), abs=1e-6)
+    assert wilson(1.0, 1) == pytest.approx((1.0, 0.206549, 1.0), abs=1e-6)
+    for share, trials in ((0.5, 0), (1.5, 3), (-0.1, 3), (math.nan, 3)):
+        with pytest.raises(ValueError, match=r"wanted a share in \[0, 1\] of one trial"):
+            wilson(share, trials)
 
 
 def test_none_and_all_right_have_an_interval():
@@ -118,7 +129,10 @@ def test_samples_narrow_it_only_where_problems_are_alike():
     alike = [8 / 16] * 30
     apart = [1.0, 0.0] * 15
     assert estimate(alike, 16).high < estimate(alike, 1).high
-    assert estimate(apart, 16) == pytest.approx(estimate(apart, 1), abs=1e-12)
+    # As many trials as problems; Student's t in the place of 1.96 alone sets them apart.
+    same = _wilson(0.5, 30, _student(30))
+    assert estimate(apart, 16) == pytest.approx(same, abs=1e-12)
+    assert estimate(apart, 16).high > estimate(apart, 1).high
 
 
 def test_no_values_are_refused():
