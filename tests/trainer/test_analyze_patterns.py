@@ -41,9 +41,12 @@ def test_streamed_statistics_are_those_of_all_tokens(tokens, portion):
     ordered = entropy_T.sort().values
     for percent in (0, 5, 20, 50, 80, 95, 99, 100):
         exact = float(ordered[max(math.ceil(percent / 100 * len(ordered)) - 1, 0)])
-        assert exact * (1 - RELATIVE) <= found.percentile(percent) <= exact
+        assert found.percentile(percent) == pytest.approx(exact, rel=RELATIVE / 2, abs=0)
+    assert found.percentile(100) == float(ordered[-1])
     for edge in (0.0, 0.01, 0.5, 1.0):
-        low, high = (float((entropy_T < edge * (1 - x)).double().mean()) for x in (RELATIVE, 0))
+        low, high = (
+            float((entropy_T < edge * (1 + x)).double().mean()) for x in (-RELATIVE, RELATIVE)
+        )
         assert low - 1e-12 <= found.share_below(edge) <= high + 1e-12
     edges = [0.0, 0.1, 1.0, math.inf]
     assert sum(found.shares(edges)) == pytest.approx(1.0)
@@ -67,8 +70,21 @@ def test_two_million_tokens_need_no_more_memory_than_none():
     assert statistics.percentile(80) == pytest.approx(0.8, abs=0.004)
     after = [x for x in vars(statistics).values() if torch.is_tensor(x)]
     assert sum(x.untyped_storage().nbytes() for x in after) == before
-    assert len(after) == len(vars(statistics)) == 3
-    assert before == 8 * (BINS + 2 * 1000)
+    assert len(after) == len(vars(statistics)) == 5
+    assert before == 16 * BINS + 8 * 2 * 1000
+
+
+@pytest.mark.parametrize("entropy", [2.9999, 4.6921, 0.01, 11.93], ids=str)
+def test_a_percentile_of_equal_entropies_is_their_mean(entropy):
+    """Of a model without preferences all tokens have about the same entropy."""
+    equal = stream(torch.arange(40), torch.full((40,), entropy), 7)
+    assert equal.percentile(80) == equal.percentile(5) == pytest.approx(equal.mean(), rel=1e-7)
+    assert equal.share_below(equal.mean()) == 0
+    # Within one bin of it, three quarters above: as the numbers themselves, not the bin's edge.
+    near = torch.full((40,), entropy)
+    near[:10] *= 1 - 1e-4
+    found = stream(torch.arange(40), near, 40)
+    assert found.percentile(80) > found.mean() > found.percentile(1)
 
 
 @pytest.mark.parametrize(

@@ -16,12 +16,14 @@ class EntropyStatistics:
     """What is asked of a stream of (token, entropy): counts by entropy, and by token.
 
     State: 131,072 counts by the top bits of the entropy as fp32, whose order is that of the
-    numbers, and a count and a sum for each token of the vocabulary. A percentile or share is
-    therefore exact for entropies rounded down to 9 bits of mantissa: within 1/512 of itself.
+    numbers, the least and the greatest entropy of each bin, and a count and a sum for each token of
+    the vocabulary. A bin is 1/512 of its entropies wide, and a percentile is within it.
     """
 
     def __init__(self, vocabulary: int):
         self.histogram = torch.zeros(BINS, dtype=torch.int64)
+        self.least = torch.full((BINS,), torch.inf)
+        self.greatest = torch.zeros(BINS)
         self.count_V = torch.zeros(vocabulary, dtype=torch.int64)
         self.sum_V = torch.zeros(vocabulary, dtype=torch.float64)
 
@@ -52,6 +54,8 @@ class EntropyStatistics:
         entropy_T = entropy_T.clamp_min(0)
         bins_T = entropy_T.view(torch.int32) >> _SHIFT
         self.histogram += torch.bincount(bins_T, minlength=BINS)
+        self.least.scatter_reduce_(0, bins_T.long(), entropy_T, "amin")
+        self.greatest.scatter_reduce_(0, bins_T.long(), entropy_T, "amax")
         self.count_V += torch.bincount(token_T, minlength=len(self.count_V))
         self.sum_V.index_add_(0, token_T, entropy_T.double())
 
@@ -65,19 +69,30 @@ class EntropyStatistics:
         return float(self.sum_V.sum()) / max(self.count, 1)
 
     def share_below(self, entropy: float) -> float:
-        """Share of the tokens with an entropy below `entropy`, within its bin's 1/512."""
-        edge = int(torch.tensor(max(entropy, 0.0)).view(torch.int32)) >> _SHIFT
-        return int(self.histogram[:edge].sum()) / max(self.count, 1)
+        """Share of the tokens with an entropy below `entropy`, as if its bin were evenly filled."""
+        entropy = float(torch.tensor(max(entropy, 0.0)))  # fp32, as those that are counted
+        edge = int(torch.tensor(entropy).view(torch.int32)) >> _SHIFT
+        inside, least = int(self.histogram[edge]), float(self.least[edge])
+        wide = float(self.greatest[edge]) - least
+        part = min(max(entropy - least, 0.0) / wide, 1.0) if wide > 0 else float(entropy > least)
+        return (int(self.histogram[:edge].sum()) + part * inside) / max(self.count, 1)
 
     def percentile(self, percent: float) -> float:
-        """The entropy that `percent` of 100 of the tokens do not exceed, within 1/512 of itself."""
+        """The entropy that `percent` of 100 of the tokens do not exceed, within 1/512 of itself.
+
+        Its bin is taken as evenly filled from its least to its greatest: what is the same for all
+        tokens is itself, and not the lower edge of its bin, which is below the mean.
+        """
         if not 0 <= percent <= 100:
             raise ValueError(f"a percentile lies in [0, 100]; got {percent}")
         if not self.count:
             raise ValueError("no percentile of no tokens")
         rank = max(math.ceil(percent / 100 * self.count), 1)
-        place = int(torch.searchsorted(self.histogram.cumsum(0), torch.tensor(rank)))
-        return float(torch.tensor(place << _SHIFT, dtype=torch.int32).view(torch.float32))
+        below = self.histogram.cumsum(0)
+        place = int(torch.searchsorted(below, torch.tensor(rank)))
+        inside, least = int(self.histogram[place]), float(self.least[place])
+        part = (rank - int(below[place]) + inside - 1) / max(inside - 1, 1)
+        return least + part * (float(self.greatest[place]) - least)
 
     def shares(self, edges: Sequence[float]) -> list[float]:
         """Share of the tokens in each [edges[i], edges[i + 1])."""
