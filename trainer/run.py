@@ -14,6 +14,7 @@ from trainer.checkpoint import Progress
 from trainer.config import Config
 from trainer.config.changes import check_names
 from trainer.engines import Engine, make_engine
+from trainer.evaluation_sets import EvaluationSet, sets_of_run
 from trainer.fsdp import scatter, shard, tensors
 from trainer.log import RunLog
 from trainer.notes import say_parts, say_start
@@ -22,7 +23,7 @@ from trainer.progress import WARM_START, progress
 from trainer.ranks import Ranks
 from trainer.resume import inputs_of, resuming, start_record
 from trainer.rewards.verifier import Verifier
-from trainer.tasks import make_task
+from trainer.tasks import benchmarks, make_task
 from trainer.tasks.lengths import Room, check_prompts
 from trainer.types import Task
 from trainer.warm_start import Demonstrator, load_or_warm_start
@@ -43,6 +44,7 @@ class Run:
     log: RunLog
     progress: Progress
     fresh: bool = False  # nothing is on disk yet
+    sets: Sequence[EvaluationSet] = ()  # what it is evaluated on
 
     def seed(self, part: int = 0) -> int:
         """Of the random numbers of this step: a function of the run's seed, so a run resumes."""
@@ -78,9 +80,10 @@ def start(
 
     Raises:
         ValueError: the folder holds a run with other settings, or damaged checkpoints only; prompts
-            that do not fit; the verifier cannot be imported.
+            that do not fit; the verifier cannot be imported; a set of `eval.data` cannot be read.
     """
     check_names(allow_changes)
+    benchmarks.check_names(settings.eval.data)
     folder = folder_of(settings)
     if branch:
         branch_from(branch, settings, ranks)
@@ -99,6 +102,7 @@ def start(
     changes = earlier.input_changes(changes, inputs) if earlier else []
     verifier = Verifier(task, settings.reward)
     verifier.start()  # before what takes long
+    sets = sets_of_run(settings, task, verifier, policy, ranks)
     engine = _make_ready(settings, ranks, policy, task, fresh)
     optimizer = torch.optim.AdamW(
         policy.model.parameters(),
@@ -116,7 +120,7 @@ def start(
         log = RunLog.open(folder, settings, _describe(ranks), record)
         log.rewind(-1 if fresh else state.step)
     return Run(
-        settings, folder, ranks, policy, engine, task, verifier, optimizer, log, state, fresh
+        settings, folder, ranks, policy, engine, task, verifier, optimizer, log, state, fresh, sets
     )
 
 

@@ -119,7 +119,7 @@ def test_tasks_that_make_their_problems():
     ("name", "says"),
     [
         ("aime26", "no data 'aime26'; wanted aime24, .*, olympiadbench"),
-        ("aime24=no/such.jsonl", "file:no/such.jsonl cannot be read"),
+        ("aime24=no/such.jsonl", "aime24=no/such.jsonl cannot be read: there is no no/such"),
         ("file:no/such.jsonl", "file:no/such.jsonl cannot be read"),
         ("aime24={empty}", "empty.jsonl cannot be read: it is empty"),
         ("aime24={other}", "row 0 has nothing in column 'problem'; the columns are answer, prompt"),

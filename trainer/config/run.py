@@ -17,12 +17,28 @@ class Eval:
     """Evaluation during training."""
 
     every: int = 20
-    """RL steps between evaluations; the first is before training."""
+    """RL steps between evaluations; the first is before training, the last after it."""
     problems: int = 512
-    """Held-out problems an evaluation, one sample each at temperature 1 and one greedy."""
+    """The first so many held-out problems of the task, which may have fewer, and of each set in
+    `data` that is generated."""
+    data: tuple[str, ...] = ()
+    """Sets evaluated beside them, whole: aime24, aime25, amc23, math500, minerva, olympiadbench,
+    from the hub or as NAME=PATH from a local copy; file:PATH, hub:NAME[:CONFIGURATION], gym:NAME,
+    ladder or ladder:long. Prompts are rendered as those of `data` are."""
+    samples: int = 1
+    """Sampled responses to each problem; a greedy one is added."""
+    temperature: float = 1.0
+    """Of the sampled responses."""
+    max_new_tokens: int = 0
+    """Length limit of a response; 0: that of `rollout`."""
 
     def __post_init__(self) -> None:
-        at_least(self, 1, "every", "problems")
+        at_least(self, 1, "every", "problems", "samples")
+        at_least(self, 0, "max_new_tokens")
+        if not self.temperature > 0:
+            raise ValueError(
+                f"eval.temperature must be > 0, greedy responses are added; got {self.temperature}"
+            )
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,8 @@
 """What a trained model is evaluated on: the paper's six sets by short names, or any other task."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from trainer.config import Data
@@ -34,6 +36,42 @@ BENCHMARKS = {
 }
 
 
+_READ = ("file:", "hub:")
+
+
+def short_name(name: str) -> str:
+    """What the set that `name` means is called in results: "aime24" for "aime24=PATH"."""
+    return name if name.startswith(_READ) else name.partition("=")[0]
+
+
+def has_own_columns(name: str) -> bool:
+    """Whether `name` says where questions and answers are, and so in which form answers come.
+
+    Rows of "file:" and "hub:" are read by the columns that a run or a call names.
+    """
+    return not name.startswith(_READ)
+
+
+def check_names(names: Sequence[str]) -> None:
+    """Refuse, before anything is read, what `make_benchmark` will not find.
+
+    Raises ValueError for a name of no known form, one that comes twice, and a path that is not
+    there.
+    """
+    for name in names:
+        known = name.partition("=")[0] in BENCHMARKS or name.startswith(_READ)
+        if not known and not is_generated(name):
+            raise ValueError(
+                f'no data {name!r}; wanted {", ".join(BENCHMARKS)} (each also as "NAME=PATH"), '
+                '"file:PATH", "hub:NAME[:CONFIGURATION]", "gym:NAME", "ladder" or "ladder:long"'
+            )
+        path = _local_path(name)
+        if path and not Path(path).exists():
+            raise ValueError(f"{name} cannot be read: there is no {path}")
+    if len({short_name(name) for name in names}) < len(names):
+        raise ValueError(f"data must name each set once; got {list(names)}")
+
+
 def make_benchmark(name: str, data: Data, split: str, tokenizer: Any) -> Task:
     """The problems that `name` means, as the held-out ones of a task.
 
@@ -42,14 +80,10 @@ def make_benchmark(name: str, data: Data, split: str, tokenizer: Any) -> Task:
     (of a file or folder without splits, all rows); or a task that makes its own problems.
     Raises ValueError for any other name, and what the source raises.
     """
-    if name in ("ladder", "ladder:long") or name.startswith("gym:"):
+    check_names([name])
+    if is_generated(name):
         return make_task(replace(data, task=name), 0, tokenizer)
     short, _, path = name.partition("=")
-    if short not in BENCHMARKS and not name.startswith(("file:", "hub:")):
-        raise ValueError(
-            f'no data {name!r}; wanted {", ".join(BENCHMARKS)} (each also as "NAME=PATH"), '
-            '"file:PATH", "hub:NAME[:CONFIGURATION]", "gym:NAME", "ladder" or "ladder:long"'
-        )
     # Here, as it imports `datasets`: a task that makes its own problems needs none of it.
     from trainer.tasks.question_set import QuestionSet
 
@@ -63,3 +97,15 @@ def make_benchmark(name: str, data: Data, split: str, tokenizer: Any) -> Task:
         return QuestionSet(short, f"hub:{known.hub}", known.split, columns, tokenizer)
     except ValueError as error:
         raise ValueError(f"{error}; a local copy is read as {short}=PATH") from error
+
+
+def is_generated(name: str) -> bool:
+    """Whether `name` makes as many problems as one likes, and is no set of a size of its own."""
+    return name in ("ladder", "ladder:long") or name.startswith("gym:")
+
+
+def _local_path(name: str) -> str:
+    """Where on this machine `name` says that its set is; empty for any other."""
+    if name.startswith("file:"):
+        return name.removeprefix("file:")
+    return "" if name.startswith("hub:") else name.partition("=")[2]

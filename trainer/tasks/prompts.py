@@ -1,6 +1,6 @@
 """Prompt sets with answers, scored by math-verify: "file:PATH" and "hub:NAME[:CONFIGURATION]"."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from functools import lru_cache
 from typing import Any
 
@@ -89,6 +89,11 @@ class PromptSet:
 
     def _prompt(self, row: Any) -> str:
         return render(self._tokenizer, lookup(row, self._data.prompt_field), self._data)
+
+    def training_prompts(self) -> Iterator[Any]:
+        """The prompt of every row that is trained on, as the source has it."""
+        for row in self._train_rows:
+            yield lookup(self._train[row], self._data.prompt_field)
 
     def reward(self, problem: Problem, response: str) -> float:
         """1.0 for a right answer, 0.0 for a wrong one, as `math_reward` tells."""

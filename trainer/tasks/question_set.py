@@ -7,7 +7,7 @@ from trainer.config import Data
 from trainer.problems import Problem
 from trainer.tasks.math_answers import math_reward
 from trainer.tasks.render import render
-from trainer.tasks.sources import load_split, read_row
+from trainer.tasks.sources import load_split, lookup, read_row
 
 
 class QuestionSet:
@@ -28,6 +28,8 @@ class QuestionSet:
         self._problems = [
             _problem(source, rows, number, row, data, tokenizer) for number, row in enumerate(rows)
         ]
+        self.questions = [lookup(row, data.prompt_field) for row in rows]
+        """As the rows have them, to be found among the prompts of training."""
         self.num_test = len(self._problems)
         if not self._problems:
             raise ValueError(f"{source} is empty")
