@@ -10,54 +10,59 @@ from typing import Literal, TypeVar
 import tyro
 
 from trainer import checkpoint
-from trainer.config import Config, Data, Engine, Model, Reward, Rollout
+from trainer.config import Config, Data, Engine, Eval, Model, Reward, Rollout
+from trainer.engines import Engine as Sampler
 from trainer.engines import make_engine
-from trainer.generations import append, open_folder
+from trainer.evaluation_sets import HELD_OUT, EvaluationSet, make_set
+from trainer.generations import append, open_folder, rows
 from trainer.lock import owned
-from trainer.log import other_version, read_run
+from trainer.origin import Origin, find_origin
 from trainer.policy import Policy, read_policy
 from trainer.presets import QUESTION
-from trainer.problems import Problem, Task
 from trainer.progress import Columns, progress
 from trainer.ranks import Ranks, join
-from trainer.results import show, write_results
-from trainer.rewards.verifier import Verifier
+from trainer.results import Tally, show, write_results
 from trainer.rollout import sample
-from trainer.tasks.benchmarks import make_benchmark
-from trainer.tasks.split import stable_hash
-from trainer.types import Rollouts
+from trainer.tasks import make_task
+from trainer.tasks.benchmarks import check_names, has_own_columns, make_benchmark, short_name
 
 INSTRUCTION = "Please reason step by step, and put your final answer within \\boxed{}."
 # The paper's.
 TEMPLATES = {"paper": QUESTION}
-MAX_NEW_TOKENS = 20_480
+MAX_NEW_TOKENS, SAMPLES = 20_480, 16
 
 _COLUMNS: Columns = {
     "accuracy": (("accuracy",), ".1%"),
+    "95% from": (("low",), ".1%"),
+    "to": (("high",), ".1%"),
+    "reward": (("reward",), ".3g"),
     "length": (("length",), ",.0f"),
     "truncated": (("truncated",), ".1%"),
 }
-Asked = Mapping[str, tuple[Task, list[Problem]]]
-"""Each set by its short name, and those of its problems that are asked."""
+Sets = Mapping[str, EvaluationSet]
+"""What is asked, by the short names of the sets."""
 # What may differ when an evaluation goes on: what is asked, and where and in what portions it runs.
-_FREE = {"data", "problems", "out", "batch_size", "device", "workers"}
+_FREE = {"data", "problems", "out", "batch_size", "device", "workers", "right"}
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """One model on some data. The defaults are the paper's protocol."""
+    """One model on some data. What is left out is as its run has it, where the model is a run or a
+    checkpoint of one, and else the paper's protocol."""
 
     model: str
     """A transformers folder or hub name, a checkpoint, or a run's folder for its last one."""
-    data: tyro.conf.UseAppendAction[tuple[str, ...]]
+    data: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """aime24, aime25, amc23, math500, minerva, olympiadbench, from the hub or as NAME=PATH from a
-    local copy; file:PATH, hub:NAME[:CONFIGURATION], gym:NAME or ladder. Can be repeated."""
-    samples: int = 16
-    """Responses a problem."""
+    local copy; file:PATH, hub:NAME[:CONFIGURATION], gym:NAME or ladder. Can be repeated. Of a run
+    also "held-out", the problems that it kept from its training; none: these, as in training."""
+    samples: int | None = None
+    """Responses to each problem; None: 16, and where data is none as many as in training."""
     problems: int = 0
-    """The first so many problems of each set; 0: all."""
-    temperature: float = 1.0
-    """Of sampling, without top-p or top-k; 0 is greedy."""
+    """The first so many problems of each set; 0: all, and of held-out as many as in training."""
+    temperature: float | None = None
+    """Of sampling, without top-p or top-k; 0 is greedy. None: the run's `eval.temperature`, or
+    1."""
     max_new_tokens: int = 0
     """Length limit of a response; 0: the run's, or 20,480 where the model has the positions."""
     template: str = ""
@@ -65,41 +70,50 @@ class Evaluation:
     or "auto"."""
     instruction: str = "auto"
     """As `data.instruction` of a run; "auto": the run's, or to reason and to box the answer."""
-    prompt_field: str = "prompt"
-    """Of file: and hub: sources: the column of the question."""
-    answer_field: str = "answer"
-    """Of file: and hub: sources: the column of the answer."""
+    prompt_field: str = ""
+    """Of file: and hub: sources: the column of the question; empty: the run's, or "prompt"."""
+    answer_field: str = ""
+    """Of file: and hub: sources: the column of the answer; empty: the run's, or "answer"."""
     split: str = "test"
     """Of file: and hub: sources with splits: which."""
-    function: str = ""
-    """As `reward.function` of a run: a verifier of your own, "module:function"."""
-    seconds: float = 10.0
-    """Limit of the verifier for one answer, where it runs in processes of its own."""
+    function: str | None = None
+    """As `reward.function` of a run, for all sets: a verifier of your own, "module:function", or
+    empty for the sets' own. None: the run's for held-out, file: and hub:, for others their own."""
+    right: float | None = None
+    """As `reward.right` of a run, for all sets: verdicts of at least this are right. None: the
+    run's where its verifier is used, else 1."""
+    seconds: float | None = None
+    """Limit of the verifier for one answer, where it runs in processes of its own; None: the run's,
+    or 10."""
+    gigabytes: float | None = None
+    """What such a process may allocate beyond its imports; None: the run's, or 4."""
     workers: int = 4
     """Such processes at most, on each rank."""
     out: str = ""
     """Folder of the results; by default in `evaluations`, named after the model."""
     seed: int = 0
-    """Of sampling."""
+    """Of sampling; training evaluates with 0."""
     batch_size: int = 256
     """Sequences sampled between two writes, by whole problems."""
     device: str = "auto"
     """"auto": CUDA where there is one."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of the weights."""
-    attention: str = "sdpa"
-    """transformers' attn_implementation: eager, sdpa, flash_attention_2."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of the weights; "auto": that in which the run sampled, or float32."""
+    attention: str = "auto"
+    """transformers' attn_implementation: eager, sdpa, flash_attention_2; "auto": the run's, or
+    sdpa."""
     engine: Engine = field(default_factory=Engine)
 
     def __post_init__(self) -> None:
-        for name, low in (("samples", 1), ("batch_size", 1), ("problems", 0), ("temperature", 0)):
-            if not getattr(self, name) >= low:
-                raise ValueError(f"{name} must be at least {low}; got {getattr(self, name)}")
-        if not self.data or len({_short(name) for name in self.data}) < len(self.data):
-            raise ValueError(f"data must name one set or more, each once; got {list(self.data)}")
+        least = {"samples": 1, "batch_size": 1, "problems": 0, "temperature": 0, "workers": 1}
+        for name, low in least.items():
+            value = getattr(self, name)
+            if value is not None and not value >= low:
+                raise ValueError(f"{name} must be at least {low}; got {value}")
 
 
 Settings = TypeVar("Settings", bound=Evaluation)
+T = TypeVar("T")
 
 
 def evaluate_model(settings: Evaluation) -> Path:
@@ -114,52 +128,75 @@ def evaluate_model(settings: Evaluation) -> Path:
     """
     with ExitStack() as stack:
         ranks = stack.enter_context(join(settings.device))
-        settings = resolved(settings, ranks)
+        asked, settings = settings, resolved(settings, ranks)
         stack.enter_context(owned(Path(settings.out), ranks))
         policy = load(settings, ranks)
-        asked = problems_of(settings, policy)
-        settings = with_limit(settings, policy, asked)
+        sets = sets_of(settings, asked, policy)
+        settings = with_limit(settings, policy, sets)
         folder, plain = Path(settings.out), asdict(settings)
-        problems = {name: own for name, (_, own) in asked.items()}
+        problems = {name: one.problems for name, one in sets.items()}
         found = ranks.on_first(lambda: open_folder(folder, plain, _FREE, problems))
-        _generate(folder, settings, policy, asked, found, ranks)
+        _generate(folder, settings, policy, sets, found, ranks)
         if ranks.first:
-            counts = {name: len(own) for name, own in problems.items()}
-            show(write_results(folder, plain, counts, str(ranks.device)))
+            show(write_results(folder, plain, sets, str(ranks.device)))
             print(f"results: {folder / 'results.json'}")
     return folder / "results.json"
 
 
-def _short(name: str) -> str:
-    """What a set is called in the results."""
-    return name if name.startswith(("file:", "hub:")) else name.partition("=")[0]
-
-
 def resolved(settings: Settings, ranks: Ranks) -> Settings:
-    """With a run's own settings where the model is one, and with the defaults elsewhere."""
-    path = Path(settings.model)
-    model, data, limit = settings.model, Data(instruction=INSTRUCTION), 0
-    if (path / "run.json").exists():
-        found = checkpoint.latest(path, ranks)
+    """With a run's own settings where the model is one or a checkpoint of one, else the defaults.
+
+    Raises ValueError for data that cannot be there, a run without a checkpoint, and a model that is
+    no run's without data.
+    """
+    check_names([name for name in settings.data if name != HELD_OUT])
+    origin, model = find_origin(settings.model), settings.model
+    if origin is None and HELD_OUT in (settings.data or (HELD_OUT,)):
+        raise ValueError(
+            f"data must name one set or more: {model} is neither a run nor a checkpoint of one, "
+            f"which would have held-out problems of its own; got {list(settings.data)}"
+        )
+    if origin is not None and Path(model) == origin.folder:
+        found = checkpoint.latest(origin.folder, ranks)
         if found is None:
-            raise ValueError(f"the run in {path} has no checkpoint yet")
-        config = read_run(path)["config"]
-        try:
-            data, limit = Data(**config["data"]), config["rollout"]["max_new_tokens"]
-        except (KeyError, TypeError) as error:
-            raise other_version(path / "run.json", error) from error
+            raise ValueError(f"the run in {model} has no checkpoint yet")
         model = str(found)
-    instruction = settings.instruction
+    own = origin or Origin(
+        Path(model),
+        settings.seed,
+        Data(instruction=INSTRUCTION),
+        Reward(),
+        Model(attention="sdpa"),
+        Rollout(),
+        Eval(),
+    )
+    reward, instruction = own.reward, settings.instruction
     if instruction == "auto":
-        instruction = "" if settings.template in TEMPLATES else data.instruction
+        instruction = "" if settings.template in TEMPLATES else own.data.instruction
+    limit = own.eval.max_new_tokens or own.rollout.max_new_tokens if origin else 0
     return replace(
         settings,
         model=model,
+        data=settings.data or (HELD_OUT,),
         out=settings.out or str(Path("evaluations") / re.sub(r"[^\w.-]+", "-", model).strip("-.")),
-        template=TEMPLATES.get(settings.template, settings.template or data.template),
-        instruction=instruction,
+        samples=_given(settings.samples, SAMPLES if settings.data else own.eval.samples),
+        temperature=_given(settings.temperature, own.eval.temperature),
         max_new_tokens=settings.max_new_tokens or limit,
+        template=TEMPLATES.get(settings.template, settings.template or own.data.template),
+        instruction=instruction,
+        prompt_field=settings.prompt_field or own.data.prompt_field,
+        answer_field=settings.answer_field or own.data.answer_field,
+        function=_given(settings.function, reward.function),
+        right=_given(settings.right, reward.right if settings.function is None else 1.0),
+        seconds=_given(settings.seconds, reward.seconds),
+        gigabytes=_given(settings.gigabytes, reward.gigabytes),
+        dtype=own.sampled_in if settings.dtype == "auto" else settings.dtype,
+        attention=own.model.attention if settings.attention == "auto" else settings.attention,
     )
+
+
+def _given(value: T | None, default: T) -> T:
+    return default if value is None else value
 
 
 def load(settings: Evaluation, ranks: Ranks) -> Policy:
@@ -173,29 +210,65 @@ def load(settings: Evaluation, ranks: Ranks) -> Policy:
 
 
 def _model(settings: Evaluation) -> Model:
-    return Model(path=settings.model, dtype=settings.dtype, attention=settings.attention)
+    dtype: Literal["float32", "bfloat16"] = (
+        "float32" if settings.dtype == "auto" else settings.dtype
+    )
+    return Model(path=settings.model, dtype=dtype, attention=settings.attention)
 
 
-def problems_of(settings: Evaluation, policy: Policy) -> Asked:
-    data = Data(
+def sets_of(settings: Evaluation, asked: Evaluation, policy: Policy) -> Sets:
+    """What `settings`, `asked` with nothing left out, are about, each set by its name.
+
+    Sets with an answer format of their own are judged by their own verifiers unless `asked` names
+    one. Raises ValueError for data that cannot be read.
+    """
+    origin, reward = find_origin(settings.model), _reward(settings)
+    data = replace(
+        origin.data if origin else Data(),
         prompt_field=settings.prompt_field,
         answer_field=settings.answer_field,
         template=settings.template,
         instruction=settings.instruction,
     )
-    asked = {}
+    own = replace(reward, function=asked.function or "", right=_given(asked.right, 1.0))
+    found = {}
     for name in settings.data:
-        task = make_benchmark(name, data, settings.split, policy.tokenizer)
-        count = min(settings.problems or task.num_test, task.num_test)
-        asked[_short(name)] = (task, [task.problem("test", i) for i in range(count)])
-    return asked
+        judged = own if has_own_columns(name) and name != HELD_OUT else reward
+        if name == HELD_OUT and origin:
+            task = make_task(data, origin.seed, policy.tokenizer)
+            count = settings.problems or origin.eval.problems
+        else:
+            task = make_benchmark(name, data, settings.split, policy.tokenizer)
+            count = settings.problems or task.num_test
+        found[short_name(name)] = make_set(short_name(name), task, count, judged)
+    return found
 
 
-def with_limit(settings: Settings, policy: Policy, asked: Asked) -> Settings:
+def _reward(settings: Evaluation) -> Reward:
+    return Reward(
+        settings.function or "",
+        right=_given(settings.right, 1.0),
+        seconds=_given(settings.seconds, 10.0),
+        gigabytes=_given(settings.gigabytes, 4.0),
+        workers=settings.workers,
+    )
+
+
+def samples_of(settings: Evaluation) -> int:
+    """Responses to each problem, once `resolved`."""
+    return _given(settings.samples, SAMPLES)
+
+
+def temperature_of(settings: Evaluation) -> float:
+    """Of sampling, once `resolved`."""
+    return _given(settings.temperature, 1.0)
+
+
+def with_limit(settings: Settings, policy: Policy, sets: Sets) -> Settings:
     """With a length limit: the paper's, or what the longest prompt leaves of the positions."""
     if settings.max_new_tokens:
         return settings
-    prompts = [problem.prompt for _, problems in asked.values() for problem in problems]
+    prompts = [problem.prompt for one in sets.values() for problem in one.problems]
     longest = max(map(len, policy.tokenizer(prompts, add_special_tokens=False).input_ids))
     positions = getattr(policy.model.config.get_text_config(), "max_position_embeddings", None)
     left = MAX_NEW_TOKENS if positions is None else positions - longest
@@ -210,48 +283,58 @@ def _generate(
     folder: Path,
     settings: Evaluation,
     policy: Policy,
-    asked: Asked,
+    sets: Sets,
     found: Mapping[str, int],
     ranks: Ranks,
 ) -> None:
     """Append what is missing to generations.jsonl, a portion of whole problems at a time."""
-    size = max(settings.batch_size // settings.samples, 1)
-    portions = [
-        (name, first, problems[first : first + size])
-        for name, (_, problems) in asked.items()
-        for first in range(found.get(name, 0), len(problems), size)
-    ]
-    if not portions:
+    missing = [one for one in sets.values() if found.get(one.name, 0) < len(one.problems)]
+    if not missing:
         return
-    config = engine_config(settings)
-    verifiers = {name: Verifier(task, config.reward) for name, (task, _) in asked.items()}
-    for verifier in verifiers.values():
-        verifier.start()  # before what takes long
-    engine = make_engine(config, policy)
+    for one in missing:
+        one.verifier.start()  # before what takes long
+    engine = make_engine(engine_config(settings), policy)
     engine.update_weights(policy.weights())
-    total = sum(len(problems) for _, problems in asked.values())
-    done = total - sum(len(portion) for *_, portion in portions)
-    shown = progress("evaluation", total, done, _COLUMNS, shown=ranks.first)
-    with closing(engine), shown as bar:
-        for name, first, portion in portions:
+    with closing(engine):
+        for one in missing:
+            _answer(folder, settings, policy, engine, one, found.get(one.name, 0), ranks)
+            one.verifier.close()
+
+
+def _answer(
+    folder: Path,
+    settings: Evaluation,
+    policy: Policy,
+    engine: Sampler,
+    one: EvaluationSet,
+    begin: int,
+    ranks: Ranks,
+) -> None:
+    """The problems of `one` from number `begin` on; what is shown is of all that are answered."""
+    total, size = len(one.problems), max(settings.batch_size // samples_of(settings), 1)
+    answered = Tally(one.reward)
+    if ranks.first and begin:
+        for row in rows(folder, {one.name: begin}):
+            answered.add(row)
+    with progress(f"{one.name}: problems", total, begin, _COLUMNS, shown=ranks.first) as bar:
+        for first in range(begin, total, size):
+            portion = one.problems[first : first + size]
             rollouts = sample(
                 engine,
                 policy,
-                verifiers[name],
+                one.verifier,
                 portion,
-                group_size=settings.samples,
+                group_size=samples_of(settings),
                 max_new_tokens=settings.max_new_tokens,
-                temperature=settings.temperature,
-                seed=stable_hash(f"{settings.seed}/{name}"),
+                temperature=temperature_of(settings),
+                seed=one.seed(settings.seed),
                 first=first,
                 ranks=ranks,
             )
-            done += len(portion)
             if ranks.first:
-                append(folder, name, first, rollouts)
-            bar.update(done, _metrics(rollouts))
-    for verifier in verifiers.values():
-        verifier.close()
+                for row in append(folder, one.name, first, rollouts):
+                    answered.add(row)
+            bar.update(first + len(portion), answered.metrics() if ranks.first else {})
 
 
 def engine_config(settings: Evaluation) -> Config:
@@ -263,16 +346,8 @@ def engine_config(settings: Evaluation) -> Config:
         engine=settings.engine,
         rollout=Rollout(
             max_new_tokens=settings.max_new_tokens,
-            temperature=settings.temperature or 1.0,
+            temperature=temperature_of(settings) or 1.0,
             batch_size=settings.batch_size,
         ),
-        reward=Reward(settings.function, seconds=settings.seconds, workers=settings.workers),
+        reward=_reward(settings),
     )
-
-
-def _metrics(rollouts: Rollouts) -> dict[str, float]:
-    return {
-        "accuracy": float(rollouts.reward_B.mean()),
-        "length": float(rollouts.mask_BL.sum(1).float().mean()),
-        "truncated": float(rollouts.truncated_B.float().mean()),
-    }

@@ -53,8 +53,11 @@ def open_folder(
     return _found(folder / FILE, problems)
 
 
-def append(folder: Path, name: str, first: int, rollouts: Rollouts) -> None:
-    """Add a line a problem of set `name`; the problems of `rollouts` count from `first`."""
+def append(folder: Path, name: str, first: int, rollouts: Rollouts) -> list[dict[str, Any]]:
+    """Add a line a problem of set `name`; the problems of `rollouts` count from `first`.
+
+    Returns these lines.
+    """
     length_B = rollouts.mask_BL.sum(1)
     logprob_B = rollouts.sampler_logprob_BL.double().sum(1)
     lines: dict[int, dict[str, Any]] = {}
@@ -72,6 +75,7 @@ def append(folder: Path, name: str, first: int, rollouts: Rollouts) -> None:
         }
         lines.setdefault(group, row)["responses"].append(response)
     append_text(folder / FILE, "".join(json.dumps(line) + "\n" for line in lines.values()))
+    return list(lines.values())
 
 
 def rows(folder: Path, counts: Mapping[str, int]) -> Iterator[dict[str, Any]]:

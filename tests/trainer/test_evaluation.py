@@ -270,7 +270,10 @@ def test_the_ladder_from_the_command_line(capsys):
     [
         ("--model no/such/folder --data ladder", "from model.path 'no/such/folder'"),
         ("--model tiny --data aime26", "no data 'aime26'; wanted aime24"),
-        ("--model tiny --data ladder --data ladder", "each once; got ['ladder', 'ladder']"),
+        ("--model tiny --data ladder --data ladder", "each set once; got ['ladder', 'ladder']"),
+        ("--model tiny", "tiny is neither a run nor a checkpoint of one"),
+        ("--model tiny --data held-out", "held-out problems of its own; got ['held-out']"),
+        ("--model tiny --data aime24=none.jsonl", "cannot be read: there is no none.jsonl"),
         ("--model tiny --data ladder --samples 0", "samples must be at least 1; got 0"),
         ("--model tiny --data ladder --temperature -1", "temperature must be at least 0; got -1.0"),
         ("--model tiny --data ladder --max-new-tokens 999", "do not fit into the model's 128"),

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Generic, TypeVar
 
-from trainer.evaluation import Asked, Evaluation, load, problems_of, resolved, with_limit
+from trainer.evaluation import Evaluation, Sets, load, resolved, sets_of, with_limit
 from trainer.lock import owned
 from trainer.policy import Policy
 from trainer.ranks import Ranks, join
@@ -17,6 +17,8 @@ from trainer.ranks import Ranks, join
 class Analysis(Evaluation):
     """An evaluation whose entropies are looked at."""
 
+    temperature: float | None = 1.0
+    """Of sampling and of the entropies."""
     fraction: float = 0.2
     """Share of the tokens that is called high-entropy."""
 
@@ -38,7 +40,7 @@ class Opened(Generic[Settings]):
     settings: Settings
     """With all that was left to defaults."""
     policy: Policy
-    asked: Asked
+    sets: Sets
     ranks: Ranks
 
     @property
@@ -56,8 +58,12 @@ def opened(settings: Settings) -> Iterator[Opened[Settings]]:
     name = re.sub(r"[^\w.-]+", "-", settings.model).strip("-.")
     settings = replace(settings, out=settings.out or str(Path("analyses") / name))
     with join(settings.device) as ranks, owned(Path(settings.out)):
-        settings = resolved(settings, ranks)
+        asked, settings = settings, resolved(settings, ranks)
         policy = load(settings, ranks)
-        asked = problems_of(settings, policy)
-        settings = with_limit(settings, policy, asked)
-        yield Opened(settings, policy, asked, ranks)
+        sets = sets_of(settings, asked, policy)
+        settings = with_limit(settings, policy, sets)
+        try:
+            yield Opened(settings, policy, sets, ranks)
+        finally:
+            for one in sets.values():
+                one.verifier.close()

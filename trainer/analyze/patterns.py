@@ -10,10 +10,11 @@ from rich.console import Console
 from rich.table import Table
 
 from trainer.analyze.analysis import Analysis, Opened, opened
-from trainer.analyze.responses import Scored, scored_responses
+from trainer.analyze.responses import Scored, right_shares, scored_responses
 from trainer.analyze.statistics import EntropyStatistics
 from trainer.analyze.tokens_page import write_tokens_page
-from trainer.evaluation import engine_config
+from trainer.estimators import estimate
+from trainer.evaluation import samples_of
 from trainer.figures import Mark, Panel, Series, figure
 from trainer.log import Sample, provenance, replace_text
 from trainer.policy import Policy
@@ -42,8 +43,9 @@ class Patterns(Analysis):
 def analyze_patterns(settings: Patterns) -> Path:
     """Sample, score, and write OUT/patterns.json, patterns.svg and tokens.html.
 
-    patterns.json: "count" of tokens; "mean", "below_0.01", "percentiles" and "threshold" of the
-    top `fraction` of their entropies, nats; "histogram" (edges, shares), "cdf" (points, shares
+    patterns.json: "accuracy" with its 95% "accuracy_interval" over "problems"; "count" of tokens;
+    "mean", the share "below_mean" and "below_0.01", "percentiles" and "threshold" of the top
+    `fraction` of their entropies, nats; "histogram" (edges, shares), "cdf" (points, shares
     below); "tokens", all sampled `minimum` times or more by mean entropy, highest first: "text",
     "token" id, "count", "mean", "share" of all tokens. Memory does not grow with the responses.
     Returns the path of patterns.json.
@@ -52,18 +54,23 @@ def analyze_patterns(settings: Patterns) -> Path:
         vocabulary = work.policy.model.get_output_embeddings().weight.shape[0]
         statistics = EntropyStatistics(vocabulary)
         samples: list[Sample] = []
-        right, done, reward = 0, 0, engine_config(settings).reward
-        total = sum(len(problems) for _, problems in work.asked.values())
+        shares: list[float] = []
+        total = sum(len(one.problems) for one in work.sets.values())
         with progress("problems", total, columns=_COLUMNS) as bar:
             for scored in scored_responses(work):
                 mask_BL = scored.rollouts.mask_BL
                 statistics.update(scored.rollouts.response_BL[mask_BL], scored.entropy_BL[mask_BL])
                 samples += _samples(scored, work.policy, settings.coloured - len(samples))
-                right += int(reward.is_right(scored.rollouts.reward_B).sum())
-                done += len(scored.rollouts)
+                shares += right_shares(scored.asked, scored.rollouts, samples_of(work.settings))
                 p80 = statistics.percentile(80)
-                bar.update(done // settings.samples, {"mean": statistics.mean(), "p80": p80})
-        found = {"accuracy": right / done, **summarize(statistics, settings, work.policy)}
+                bar.update(len(shares), {"mean": statistics.mean(), "p80": p80})
+        accuracy = estimate(shares, samples_of(work.settings))
+        found = {
+            "accuracy": accuracy.value,
+            "accuracy_interval": accuracy[1:],
+            "problems": len(shares),
+            **summarize(statistics, settings, work.policy),
+        }
         return _write(work, found, samples)
 
 
@@ -77,6 +84,7 @@ def summarize(statistics: EntropyStatistics, settings: Patterns, policy: Policy)
     return {
         "count": statistics.count,
         "mean": statistics.mean(),
+        "below_mean": statistics.share_below(statistics.mean()),
         "below_0.01": statistics.share_below(LOW),
         "percentiles": {str(p): statistics.percentile(p) for p in PERCENTILES},
         "threshold": statistics.percentile(100 * (1 - settings.fraction)),
@@ -161,10 +169,18 @@ def _write(work: Opened[Patterns], found: dict[str, Any], samples: list[Sample])
 
 
 def _show(found: dict[str, Any], settings: Patterns) -> None:
+    low, high = found["accuracy_interval"]
     print(
-        f"{found['count']:,} tokens, mean entropy {found['mean']:.3f} nats; "
-        f"{found['below_0.01']:.1%} below {LOW}; 80th percentile {found['percentiles']['80']:.3f}; "
-        f"top {settings.fraction:.0%} from {found['threshold']:.3f} on"
+        f"accuracy {found['accuracy']:.1%}, 95% interval {low:.1%} to {high:.1%}, of "
+        f"{found['problems']:,} problems with {samples_of(settings)} responses each"
+    )
+    # Few tokens have most of the entropy, so that 80% and more may lie below the mean of all.
+    print(
+        f"{found['count']:,} tokens: median entropy {found['percentiles']['50']:.3f} nats, 80th "
+        f"percentile {found['percentiles']['80']:.3f}, mean {found['mean']:.3f} "
+        f"({found['below_mean']:.1%} of the tokens are below the mean, "
+        f"{found['below_0.01']:.1%} below {LOW}); top {settings.fraction:.0%} from "
+        f"{found['threshold']:.3f} on"
     )
     table = Table(title=f"tokens sampled {settings.minimum} times or more")
     for title in ("highest", "entropy", "count", "lowest", "entropy", "count"):

@@ -13,10 +13,10 @@ from rich.table import Table
 
 import entropy_kernels as ek
 from trainer.analyze.analysis import Analysis, Opened, opened
-from trainer.analyze.responses import responses, scored_responses
+from trainer.analyze.responses import responses, right_shares, scored_responses
 from trainer.engines import Engine, make_engine
 from trainer.estimators import estimate
-from trainer.evaluation import engine_config
+from trainer.evaluation import engine_config, samples_of
 from trainer.figures import Mark, Panel, Series, figure
 from trainer.log import provenance, replace_text
 from trainer.progress import progress
@@ -53,8 +53,8 @@ def analyze_temperatures(settings: Temperatures) -> Path:
     """Sample with each pair of temperatures, and write OUT/temperatures.json and temperatures.svg.
 
     temperatures.json: "threshold", nats, and "points": "low", "high", "accuracy" {"value", "low",
-    "high"}, a 95% interval over problems, "length" and "truncated". Points that it has with the
-    same settings are not sampled again. Returns its path.
+    "high"}, a 95% interval over its "problems", "length" and "truncated". Points that it has with
+    the same settings are not sampled again. Returns its path.
     """
     with opened(settings) as work:
         found = _found(work)
@@ -146,15 +146,14 @@ def _points(work: Opened[Temperatures], found: dict[str, Any]) -> Iterator[dict[
 
 
 def _accuracy(work: Opened[Temperatures], engine: Engine) -> dict[str, Any]:
-    samples, reward = work.settings.samples, engine_config(work.settings).reward
     shares, lengths, truncated = [], [], []
-    for rollouts in responses(work, engine):
-        right_B = reward.is_right(rollouts.reward_B).float()
-        shares += right_B.view(-1, samples).mean(1).tolist()
+    for one, rollouts in responses(work, engine):
+        shares += right_shares(one, rollouts, samples_of(work.settings))
         lengths += rollouts.mask_BL.sum(1).tolist()
         truncated += rollouts.truncated_B.tolist()
     return {
-        "accuracy": estimate(shares, samples)._asdict(),
+        "accuracy": estimate(shares, samples_of(work.settings))._asdict(),
+        "problems": len(shares),
         "length": sum(lengths) / len(lengths),
         "truncated": sum(truncated) / len(truncated),
     }
@@ -168,13 +167,15 @@ def _write(folder: Path, found: dict[str, Any]) -> None:
 
 def _show(found: dict[str, Any]) -> None:
     table = Table(title=f"two temperatures, threshold {found['threshold']:.3f} nats")
-    for title in ("T_low", "T_high", "accuracy", "95% interval", "length", "truncated"):
+    titles = ("T_low", "T_high", "problems", "accuracy", "95% interval", "length", "truncated")
+    for title in titles:
         table.add_column(title, justify="right")
     for point in found["points"]:
         accuracy = point["accuracy"]
         table.add_row(
             f"{point['low']:g}",
             f"{point['high']:g}",
+            str(point["problems"]),
             f"{accuracy['value']:.1%}",
             f"{accuracy['low']:.1%} to {accuracy['high']:.1%}",
             f"{point['length']:.1f}",

@@ -1,0 +1,60 @@
+"""The run that a model comes from, and what its settings say."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from trainer.config import Data, Eval, Model, Reward, Rollout
+
+Part = TypeVar("Part", Data, Eval, Model, Reward, Rollout)
+
+
+@dataclass(frozen=True)
+class Origin:
+    """A run, by its run.json."""
+
+    folder: Path
+    seed: int
+    data: Data
+    reward: Reward
+    model: Model
+    rollout: Rollout
+    eval: Eval
+
+    @property
+    def sampled_in(self) -> Literal["float32", "bfloat16"]:
+        """The dtype in which its policy sampled."""
+        return self.model.compute_dtype or self.model.dtype
+
+
+def find_origin(model: str) -> Origin | None:
+    """The run whose folder, or whose checkpoint, `model` is; None where it is neither.
+
+    Raises ValueError where run.json is of another version of the trainer.
+    """
+    path = Path(model)
+    folder = path.parent.parent if path.parent.name == "checkpoints" else path
+    file = folder / "run.json"
+    if not file.exists():
+        return None
+    try:
+        config = json.loads(file.read_text("utf-8"))["config"]
+        return Origin(
+            folder,
+            config["seed"],
+            _part(config, Data),
+            _part(config, Reward),
+            _part(config, Model),
+            _part(config, Rollout),
+            _part(config, Eval),
+        )
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{file} is of another version of the trainer: {error}") from error
+
+
+def _part(config: dict[str, Any], kind: type[Part]) -> Part:
+    """Of `kind`; what an earlier version did not have is as by default."""
+    found = config.get(kind.__name__.lower(), {})
+    values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in found.items()}
+    return kind(**values)
