@@ -32,12 +32,13 @@ PAPER_OVERLAP = 0.8667
 
 def patterns(results: Path) -> str:
     """Shape of the entropies before RL, and the tokens with the highest and lowest."""
-    rows = [["paper, Qwen3-8B", "", "", f"{PAPER_BELOW:.1%}", f"{PAPER_P80}", "", ""]]
+    rows = [["paper, Qwen3-8B", "", "", f"{PAPER_BELOW:.1%}", f"{PAPER_P80}", "", "", ""]]
     parts = []
     for label in LABELS:
         found = read(results, f"{label}-patterns-seed-*.json")
         if not found:
             continue
+        asked = found[0]["settings"]["problems"]
         rows.append(
             [
                 f"{label}, {len(found)} models",
@@ -46,7 +47,8 @@ def patterns(results: Path) -> str:
                 report.percent(interval([one["below_0.01"] for one in found])),
                 _mean([one["percentiles"]["80"] for one in found], 3),
                 report.percent(interval([share_above(DECISION, one) for one in found])),
-                report.percent(interval([one["accuracy"] for one in found])),
+                report.accuracy(interval([one["accuracy"] for one in found]), asked),
+                f"{asked:,}",
             ]
         )
         parts.append(_tokens(label, found[0]))
@@ -55,7 +57,7 @@ def patterns(results: Path) -> str:
     if not parts:
         return NOTHING
     columns = ["model", "tokens", "mean, nats", "below 0.01", "80th percentile"]
-    columns += [f"above {DECISION}", "accuracy"]
+    columns += [f"above {DECISION}", "accuracy", "problems"]
     return "\n\n".join([table(columns, rows), *parts])
 
 
@@ -66,6 +68,7 @@ def temperatures(results: Path) -> str:
         found = read(results, f"{label}-temperatures-seed-*.json")
         if not found:
             continue
+        asked = found[0]["settings"]["problems"]
         pairs = [(point["low"], point["high"]) for point in found[0]["points"]]
         rows = []
         for low, high in pairs:
@@ -77,9 +80,10 @@ def temperatures(results: Path) -> str:
             ]
             accuracy = interval([point["accuracy"]["value"] for point in points])
             length = fmean(point["length"] for point in points)
-            cells = [f"{low:g}", f"{high:g}", report.percent(accuracy), f"{length:.1f}"]
-            rows.append(cells)
-        columns = ["T_low", "T_high", f"accuracy, {label}, {len(found)} models", "length"]
+            share = report.accuracy(accuracy, asked)
+            rows.append([f"{low:g}", f"{high:g}", share, f"{length:.1f}"])
+        sample = f"{len(found)} models, {asked:,} problems"
+        columns = ["T_low", "T_high", f"accuracy, {label}, {sample}", "length"]
         parts.append(table(columns, rows))
         parts.append(image(f"{label}-temperatures.svg", f"Accuracy on {label}"))
         parts.append(

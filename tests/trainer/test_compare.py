@@ -277,6 +277,8 @@ def made_up(seeds=range(5)):
             start = 0.4 + 0.01 * seed
             end = start + gain + 0.002 * ((seed * (len(arm) + 3)) % 5)
             evaluations = {"step": [0, 10], "accuracy": [start, end], "greedy": [0.5, 0.6]}
+            evaluations |= {"low": [start - 0.1, end - 0.1], "high": [start + 0.1, end + 0.1]}
+            evaluations |= {"problems": [96.0, 96.0]}
             steps = list(range(1, 11))
             training = {
                 "step": steps,
@@ -296,9 +298,12 @@ def test_tables_say_which_arms_differ():
     table = arm_table(results, "ablation").splitlines()
     assert len(table) == 2 + 3
     top = next(line for line in table if line.startswith("| top 20%"))
-    assert "| 5 | 42.0% | 72.4 ±" in top
+    # Over the seeds, and over the problems: Wilson's interval of 96 trials.
+    assert "| 5 | 96 | 42.0% [32.6, 52.0] | 72.4 ±" in top
+    assert "% [62.7, 80.3] | 60.0 ± 0.0% [50.0, 69.2] |" in top
     assert "200 (20%)" in top
-    lines = difference_table(results, "ablation").splitlines()[2:]
+    *lines, blank, said = difference_table(results, "ablation").splitlines()[2:]
+    assert (blank, said) == ("", "Intervals are over seeds, which share their 96 problems.")
     assert [line.split("|")[1].strip() for line in lines] == [
         "all (DAPO) - top 20%",
         "bottom-80 - top 20%",
@@ -306,6 +311,33 @@ def test_tables_say_which_arms_differ():
     ]
     assert ["**yes**" in line for line in lines] == [True, True, True]
     assert final(results, "all")[2] == pytest.approx(0.42 + 0.31 + 0.004)
+
+
+def test_results_that_have_no_count_are_of_what_was_asked_for():
+    results = made_up()
+    for run in results["runs"]:
+        del run["evaluations"]["problems"]
+    for config in ({"eval_problems": 24}, {"eval": {"problems": 24}}):
+        results["settings"] = {"config": config}
+        assert "| 5 | 24 | 42.0% [" in arm_table(results, "ablation")
+
+
+def test_one_problem_tells_little_and_no_difference():
+    """Every seed of one arm has it right and every seed of the other wrong."""
+    results = made_up([0, 1])
+    for run in results["runs"]:
+        right = float(run["arm"] == "all")
+        run["evaluations"] |= {"accuracy": [right, right], "problems": [1.0, 1.0]}
+    assert "| 2 | 1 | 100.0% [20.7, 100.0] |" in arm_table(results, "ablation")
+    lines = difference_table(results, "ablation").splitlines()
+    assert lines[-1] == "Intervals are over seeds, which share their 1 problem."
+    assert "yes" not in "".join(lines)
+    # Of rounding to multiples of 1, twice, and over two seeds.
+    half = 12.706205 / math.sqrt(6) / math.sqrt(2)
+    (one,) = differences({"a": {0: 1.0, 1: 1.0}, "b": {0: 0.0, 1: 0.0}}, [("a", "b")], 1.0)
+    assert (one.interval.low, one.interval.high) == pytest.approx((1 - half, 1 + half), rel=1e-6)
+    assert one.p > 0.1
+    assert differences({"a": {0: 1.0, 1: 1.0}, "b": {0: 0.0, 1: 0.0}}, [("a", "b")])[0].p == 0
 
 
 def test_files_name_their_data(tmp_path):
@@ -323,6 +355,7 @@ def test_files_name_their_data(tmp_path):
     assert "±" not in arm_table(one, "ablation")
     assert "no difference can be told" in difference_table(one, "ablation")
     assert "all (DAPO)" in curves(one, "ablation", "x")
+    assert "held-out accuracy, 96 problems" in curves(one, "ablation", "x")
 
 
 def test_collecting_counts_the_rows_that_were_paid_for(tmp_path):
@@ -333,6 +366,7 @@ def test_collecting_counts_the_rows_that_were_paid_for(tmp_path):
     starts = [{"commit": "c" * 40, "dirty": True}, {"commit": "d" * 40, "dirty": False}]
     (folder / "run.json").write_text(json.dumps({"config": asdict(config), "starts": starts}))
     accuracy = {"eval/accuracy": 0.5, "eval/greedy": 0.6, "eval/length": 9.0, "time/evaluate": 1.0}
+    accuracy |= {"eval/problems": 7.0, "eval/low": 0.2, "eval/high": 0.8}
     step = {"reward/mean": 0.5, "response/length": 9.0, "time/step": 2.0}
     updated = step | {"head/active_rows": 19.0, "head/rows": 100.0, "entropy/mean": 0.1234567}
     rows = [accuracy, updated, step | {"skipped/few_groups": 1.0}, updated | accuracy]
@@ -342,6 +376,8 @@ def test_collecting_counts_the_rows_that_were_paid_for(tmp_path):
     assert (found["arm"], found["seed"], found["seconds"]) == ("top-20", 0, 8.0)
     assert (found["commits"], found["dirty"]) == (["c" * 40, "d" * 40], True)
     assert found["evaluations"]["step"] == [0, 3]
+    assert found["evaluations"]["problems"] == [7.0, 7.0]
+    assert found["evaluations"]["high"] == [0.8, 0.8]
     assert found["training"]["rows"] == [19.0, 0.0, 19.0]
     assert found["training"]["all_rows"] == [100.0, 0.0, 100.0]
     assert found["training"]["entropy"] == [0.123457, None, 0.123457]

@@ -9,7 +9,14 @@ from trainer.compare.driver import is_finished
 from trainer.config import Config
 from trainer.log import provenance, read_rows, read_run, replace_text
 
-EVALUATION = {"accuracy": "eval/accuracy", "greedy": "eval/greedy", "length": "eval/length"}
+EVALUATION = {
+    "accuracy": "eval/accuracy",
+    "low": "eval/low",
+    "high": "eval/high",
+    "greedy": "eval/greedy",
+    "length": "eval/length",
+    "problems": "eval/problems",
+}
 TRAINING = {
     "reward": "reward/mean",
     "entropy": "entropy/mean",
@@ -28,7 +35,8 @@ def collect(label: str, configs: Sequence[Config], settings: Mapping[str, Any]) 
 
     "runs" has for each: "task" (`label`), "arm", "seed", the "commits" of its starts and whether
     any was "dirty", "seconds" of its steps and evaluations; "evaluations", columns over "step":
-    accuracy and length at temperature 1, and greedy accuracy; "training", columns over "step": mean
+    accuracy with its 95% interval "low", "high" and length of sampled responses, greedy accuracy,
+    and the "problems" they are of; "training", columns over "step": mean
     reward, mean entropy, its share below 0.01 and 80th percentile (nats), length, "rows" of the
     head's backward, and "all_rows", the response tokens of the same updates (both 0 in a step
     without update; other columns null where a step has not measured them); "rows", their sum.

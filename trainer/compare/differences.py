@@ -40,9 +40,9 @@ class Difference(NamedTuple):
         return self.p_holm < 1 - LEVEL
 
 
-def interval(values: Sequence[float]) -> Interval:
+def interval(values: Sequence[float], least: float = 0.0) -> Interval:
     """Mean of `values` and its 95% interval by Student's t; infinite for a single value, and not
-    a number where a value is none.
+    a number where a value is none. Their standard deviation counts as `least` or more.
 
     Raises ValueError for none.
     """
@@ -53,15 +53,21 @@ def interval(values: Sequence[float]) -> Interval:
         return Interval(math.nan, math.nan, math.nan, count)
     if count < 2:
         return Interval(mean, -math.inf, math.inf, count)
-    half = t_quantile((1 + LEVEL) / 2, count - 1) * stdev(values) / math.sqrt(count)
+    spread = max(stdev(values), least)
+    half = t_quantile((1 + LEVEL) / 2, count - 1) * spread / math.sqrt(count)
     return Interval(mean, mean - half, mean + half, count)
 
 
 def differences(
-    values: Mapping[str, Mapping[int, float]], pairs: Sequence[tuple[str, str]]
+    values: Mapping[str, Mapping[int, float]],
+    pairs: Sequence[tuple[str, str]],
+    resolution: float = 0.0,
 ) -> list[Difference]:
     """Of each pair (arm, other) of `pairs`; `values` has each arm's value by seed.
 
+    A value is known to multiples of `resolution`, 1/n for an accuracy on n problems: the standard
+    deviation over seeds is taken as at least that of two roundings, `resolution` / sqrt(6). Seeds
+    that agree to the last digit of few problems would else tell any difference.
     Raises ValueError where a pair has fewer than two seeds in common.
     """
     found = []
@@ -72,7 +78,10 @@ def differences(
                 f"{arm} and {other} have {len(seeds)} seeds in common; 2 or more are wanted"
             )
         apart = [values[arm][seed] - values[other][seed] for seed in seeds]
-        found.append((arm, other, interval(apart), _t_test(apart), _sign_flips(apart)))
+        least = resolution / math.sqrt(6)
+        found.append(
+            (arm, other, interval(apart, least), _t_test(apart, least), _sign_flips(apart))
+        )
     adjusted = holm([p for *_, p, _ in found])
     return [
         Difference(arm, other, around, p, p_holm, flips)
@@ -115,9 +124,9 @@ def t_cdf(t: float, freedom: int) -> float:
     return (1 + math.copysign(inside, t)) / 2
 
 
-def _t_test(apart: Sequence[float]) -> float:
-    """Two-sided p of a mean of zero."""
-    spread = stdev(apart) / math.sqrt(len(apart))
+def _t_test(apart: Sequence[float], least: float) -> float:
+    """Two-sided p of a mean of zero, the standard deviation counting as `least` or more."""
+    spread = max(stdev(apart), least) / math.sqrt(len(apart))
     if spread == 0:
         return 0.0 if apart[0] else 1.0
     return 2 * (1 - t_cdf(abs(fmean(apart)) / spread, len(apart) - 1))

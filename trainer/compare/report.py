@@ -7,6 +7,7 @@ from typing import Any
 
 from trainer.compare.arms import STUDIES, Study
 from trainer.compare.differences import Difference, Interval, differences, interval
+from trainer.estimators import wilson
 from trainer.figures import Mark, Panel, Series, figure
 from trainer.log import replace_text
 
@@ -34,22 +35,29 @@ def write_files(results: Results, path: Path) -> list[Path]:
 
 
 def arm_table(results: Results, study: Study) -> str:
-    """A row an arm: means over seeds after the last step, with 95% intervals.
+    """A row for each arm: means over seeds after the last step, with 95% intervals over seeds.
 
-    Accuracy at temperature 1 and greedy; over the last ten steps of training the mean entropy,
-    nats, and length, tokens; rows of the head's backward over the whole run, and against "all".
+    Accuracy of sampled responses and greedy, each with Wilson's 95% interval over the problems in
+    brackets. All seeds have the same problems, so it is that of the mean over seeds as if each
+    problem were answered once: at least as long as the true one. Over the last ten steps of
+    training the mean entropy, nats, and length, tokens; rows of the head's backward over the whole
+    run, and against "all".
     """
     lines = [
-        "| arm | seeds | accuracy before | accuracy | greedy | entropy | length | backward rows |",
-        "|---|--:|--:|--:|--:|--:|--:|--:|",
+        "| arm | seeds | problems | accuracy before | accuracy | greedy | entropy | length "
+        "| backward rows |",
+        "|---|--:|--:|--:|--:|--:|--:|--:|--:|",
     ]
     everything = _values(results, "all", lambda run: run["rows"])
     for arm in _arms(results, study):
         after = interval(list(final(results, arm).values()))
+        greedy = interval(list(_values(results, arm, _at("greedy", -1)).values()))
+        asked = problems(results, arm)
         cells = [
-            percent(interval(list(before(results, arm).values())), False),
-            percent(after),
-            percent(interval(list(_values(results, arm, _at("greedy", -1)).values()))),
+            f"{asked:,}",
+            accuracy(interval(list(before(results, arm).values())), asked, False),
+            accuracy(after, asked),
+            accuracy(greedy, asked),
             plain(interval(list(_values(results, arm, _last("entropy")).values())), 3),
             plain(interval(list(_values(results, arm, _last("length")).values())), 1),
             _rows(_values(results, arm, lambda run: run["rows"]), everything),
@@ -70,11 +78,15 @@ def found_differences(results: Results, study: Study) -> list[Difference]:
         if arm not in BASELINES[: BASELINES.index(base) + 1]
         and len(values[arm].keys() & values[base].keys()) > 1
     ]
-    return differences(values, pairs)
+    asked = [problems(results, arm) for arm in arms]
+    return differences(values, pairs, 1 / min(asked) if asked else 0.0)
 
 
 def difference_table(results: Results, study: Study) -> str:
-    """Final accuracy of each arm less that of "top-20" and of "all", within seeds."""
+    """Final accuracy of each arm less that of "top-20" and of "all", within seeds.
+
+    The least number of problems of any arm stands below.
+    """
     if not (found := found_differences(results, study)):
         return "No two arms have two seeds in common yet: no difference can be told."
     lines = [
@@ -90,14 +102,17 @@ def difference_table(results: Results, study: Study) -> str:
             "**yes**" if one.distinguishable else "no",
         ]
         lines.append(f"| {names} | {' | '.join(cells)} |")
+    asked = min(problems(results, arm) for arm in _arms(results, study))
+    lines += ["", f"Intervals are over seeds, which share their {_count(asked)}."]
     return "\n".join(lines)
 
 
 def curves(results: Results, study: Study, source: str) -> str:
     """Accuracy, entropy, length over training, and accuracy against backward rows, as an SVG."""
     arms = _arms(results, study)
+    asked = min(problems(results, arm) for arm in arms)
     panels = [
-        _curve(results, study, "evaluations", "accuracy", "held-out accuracy at temperature 1"),
+        _curve(results, study, "evaluations", "accuracy", f"held-out accuracy, {_count(asked)}"),
         _curve(results, study, "training", "entropy", "mean entropy, nats"),
         _curve(results, study, "training", "length", "response length, tokens"),
     ]
@@ -131,6 +146,27 @@ def before(results: Results, arm: str) -> dict[int, float]:
     return _values(results, arm, _at("accuracy", 0))
 
 
+def problems(results: Results, arm: str) -> int:
+    """How many held-out problems the accuracies of `arm` are of: the least of its runs.
+
+    Results of earlier versions have what was asked for alone.
+    """
+    config = results.get("settings", {}).get("config", {})
+    asked = config.get("eval_problems") or config.get("eval", {}).get("problems")
+    found = [run["evaluations"].get("problems", [asked])[-1] for run in _runs(results, arm)]
+    return int(min(found))
+
+
+def _count(asked: int) -> str:
+    return f"{asked:,} problem" + "s" * (asked != 1)
+
+
+def accuracy(found: Interval, asked: int, half: bool = True) -> str:
+    """A share of `asked` problems, with Wilson's interval over them in brackets."""
+    around = wilson(found.mean, asked)
+    return f"{percent(found, half)} [{100 * around.low:.1f}, {100 * around.high:.1f}]"
+
+
 def percent(found: Interval, half: bool = True) -> str:
     """A share with its half width, in percent."""
     if not half or found.seeds < 2:
@@ -159,7 +195,12 @@ def _curve(results: Results, study: Study, part: str, name: str, title: str) -> 
         for step in steps:
             values = [_around(run, name, step, part == "training") for run in runs]
             found = interval([value for value in values if value is not None] or [float("nan")])
-            marks.append(mark(step, found))
+            if len(runs) == 1 and name == "accuracy" and "low" in runs[0]:  # over problems
+                place = runs[0]["step"].index(step)
+                ends = runs[0]["low"][place], runs[0]["high"][place]
+                marks.append(Mark(step, found.mean, *ends))
+            else:
+                marks.append(mark(step, found))
         thin = arm not in EMPHASIZED
         series.append(Series(NAMES.get(arm, arm), marks, _color(arm, study), thin))
     return Panel(title, "RL step", series)
