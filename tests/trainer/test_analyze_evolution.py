@@ -48,7 +48,9 @@ def test_comparison_of_made_up_entropies():
     assert found["overlap"][0][1] == 1
     assert found["overlap"][0][2] == pytest.approx(0.8)
     assert found["distance"] == [0.0, 0.5, 0.25]
-    assert found["percentiles"][0]["50"] == pytest.approx(0.5, abs=0.01)
+    assert found["percentiles"][0]["50"] == pytest.approx(0.5, abs=1e-6)
+    few = compare(torch.tensor([[0.0, 1.0]] * 2), torch.zeros(2, 2), 0.5, 1)["percentiles"][0]
+    assert (few["20"], few["80"]) == pytest.approx((0.2, 0.8))
     assert found["below_0.01"][0] == pytest.approx(0.01)
     assert int(top_mask(base, 0.1).sum()) == 10
     assert found["bins"][0]["change"] > 0 > found["bins"][-1]["change"]

@@ -1,6 +1,7 @@
 """Evaluation while a run trains, on several sets, and that an evaluation afterwards agrees."""
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -170,6 +171,9 @@ def test_analyses_of_a_run_judge_as_it_does(place, tmp_path, rows, capsys):
     low, high = found["accuracy_interval"]
     said = f"accuracy {found['accuracy']:.1%}, 95% interval {low:.1%} to {high:.1%}, of "
     assert said + f"{found['problems']} problems with 3 responses each" in capsys.readouterr().out
+    page = (tmp_path / "p" / "tokens.html").read_text()
+    verdicts = set(re.findall(r'<article class="is-(\w+)">\s*<span.*?>reward ([\d.]+)', page))
+    assert verdicts == {("right", "0.85"), ("wrong", "0.3")}
     sweep = Temperatures(run, out=str(tmp_path / "t"), low=(), high=(1.0,), threshold=1.0, **given)
     (point,) = json.loads(analyze_temperatures(sweep).read_text())["points"]
     assert point["accuracy"]["value"] == pytest.approx(found["accuracy"])

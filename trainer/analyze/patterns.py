@@ -14,7 +14,7 @@ from trainer.analyze.responses import Scored, right_shares, scored_responses
 from trainer.analyze.statistics import EntropyStatistics
 from trainer.analyze.tokens_page import write_tokens_page
 from trainer.estimators import estimate
-from trainer.evaluation import samples_of
+from trainer.evaluation import engine_config, samples_of
 from trainer.figures import Mark, Panel, Series, figure
 from trainer.log import Sample, provenance, replace_text
 from trainer.policy import Policy
@@ -182,6 +182,9 @@ def _show(found: dict[str, Any], settings: Patterns) -> None:
         f"{found['below_0.01']:.1%} below {LOW}); top {settings.fraction:.0%} from "
         f"{found['threshold']:.3f} on"
     )
+    if not found["tokens"]:
+        print(f"no token was sampled {settings.minimum} times or more (--minimum)")
+        return
     table = Table(title=f"tokens sampled {settings.minimum} times or more")
     for title in ("highest", "entropy", "count", "lowest", "entropy", "count"):
         table.add_column(title, justify="left" if title in ("highest", "lowest") else "right")
