@@ -2,7 +2,7 @@
 
     train [PRESET] [--options]      needs none: it runs the preset "tiny"; goes on from a checkpoint
                                     (settings from --config FILE, a start from --branch RUN@STEP)
-    evaluate --model M --data D     accuracy, pass@k and lengths of a model or a run
+    evaluate --model M [--data D]   accuracy, pass@k and lengths of a model or a run
     analyze WHAT [--options]        entropy patterns, two temperatures, evolution over training
     compare PRESET [--options]      the paper's ablation and baselines from one preset, by seeds
     plan --preset P --gpus N        memory, flops and time of a run, before it is started
