@@ -18,6 +18,7 @@ from trainer.estimators import estimate, wilson
 from trainer.evaluation import Evaluation, evaluate_model
 from trainer.evaluation_sets import make_set, metric_names
 from trainer.log import read_rows
+from trainer.results import summarize
 from trainer.tasks.contamination import count_seen
 from trainer.train import train
 
@@ -271,6 +272,26 @@ def test_verdicts_are_compared_as_they_are_kept():
     kept = torch.tensor([0.7, 0.69])
     assert reward.is_right(kept).tolist() == [True, False]
     assert [reward.is_right(x) for x in kept.tolist()] == [True, False]
+
+
+@pytest.mark.parametrize("scale", [(0.0, 2.0), (-1.0, 1.0), (0.0, 0.5), (-3.0, -1.0)], ids=str)
+def test_verdicts_of_any_scale_have_their_accuracy(scale):
+    """Right twice, once and never in two responses; partial credit between is not right."""
+    wrong, right = scale
+    verdicts = [(right, right), (right, wrong), (wrong, wrong + (right - wrong) / 2)]
+    rows = [
+        {
+            "reward": own, "answers": ["a", "b"], "length": [1, 1], "truncated": [False, False],
+            "logprob": [0.0, 0.0], "timed_out": [False, False], "crashed": [False, False],
+        }
+        for own in verdicts
+    ]  # fmt: skip
+    found = summarize(rows, Reward(right=right))
+    assert found["avg@2"] == estimate([1.0, 0.5, 0.0], 2)._asdict()
+    assert found["pass@2"]["value"] == pytest.approx(2 / 3)
+    assert found["maj@2"]["value"] == pytest.approx(0.5)
+    assert found["standard_error"] == pytest.approx(0.5 / 3**0.5)
+    assert found["reward"] == pytest.approx(sum(map(sum, verdicts)) / 6)
 
 
 def test_the_real_number_of_problems_is_told(place, tmp_path, monkeypatch):
