@@ -3,17 +3,16 @@
 import re
 from collections.abc import Mapping
 from contextlib import ExitStack, closing
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Literal, TypeVar
 
-import tyro
-
 from trainer import checkpoint
-from trainer.config import Config, Data, Engine, Eval, Model, Reward, Rollout
+from trainer.config import Config, Data, Eval, Model, Reward, Rollout
 from trainer.engines import Engine as Sampler
 from trainer.engines import make_engine
 from trainer.evaluation_sets import HELD_OUT, EvaluationSet, make_set
+from trainer.evaluation_settings import SAMPLES, Evaluation, given, samples_of, temperature_of
 from trainer.generations import append, open_folder, rows
 from trainer.lock import owned
 from trainer.origin import Origin, find_origin
@@ -29,7 +28,7 @@ from trainer.tasks.benchmarks import check_names, has_own_columns, make_benchmar
 INSTRUCTION = "Please reason step by step, and put your final answer within \\boxed{}."
 # The paper's.
 TEMPLATES = {"paper": QUESTION}
-MAX_NEW_TOKENS, SAMPLES = 20_480, 16
+MAX_NEW_TOKENS = 20_480
 
 _COLUMNS: Columns = {
     "accuracy": (("accuracy",), ".1%"),
@@ -45,75 +44,7 @@ Sets = Mapping[str, EvaluationSet]
 _FREE = {"data", "problems", "out", "batch_size", "device", "workers", "right"}
 
 
-@dataclass(frozen=True)
-class Evaluation:
-    """One model on some data. What is left out is as its run has it, where the model is a run or a
-    checkpoint of one, and else the paper's protocol."""
-
-    model: str
-    """A transformers folder or hub name, a checkpoint, or a run's folder for its last one."""
-    data: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """aime24, aime25, amc23, math500, minerva, olympiadbench, from the hub or as NAME=PATH from a
-    local copy; file:PATH, hub:NAME[:CONFIGURATION], gym:NAME or ladder. Can be repeated. Of a run
-    also "held-out", the problems that it kept from its training; none: these, as in training."""
-    samples: int | None = None
-    """Responses to each problem; None: 16, and where data is none as many as in training."""
-    problems: int = 0
-    """The first so many problems of each set; 0: all, and of held-out as many as in training."""
-    temperature: float | None = None
-    """Of sampling, without top-p or top-k; 0 is greedy. None: the run's `eval.temperature`, or
-    1."""
-    max_new_tokens: int = 0
-    """Length limit of a response; 0: the run's, or 20,480 where the model has the positions."""
-    template: str = ""
-    """As `data.template` of a run, or "paper", which has the instruction in it; empty: the run's,
-    or "auto"."""
-    instruction: str = "auto"
-    """As `data.instruction` of a run; "auto": the run's, or to reason and to box the answer."""
-    prompt_field: str = ""
-    """Of file: and hub: sources: the column of the question; empty: the run's, or "prompt"."""
-    answer_field: str = ""
-    """Of file: and hub: sources: the column of the answer; empty: the run's, or "answer"."""
-    split: str = "test"
-    """Of file: and hub: sources with splits: which."""
-    function: str | None = None
-    """As `reward.function` of a run, for all sets: a verifier of your own, "module:function", or
-    empty for the sets' own. None: the run's for held-out, file: and hub:, for others their own."""
-    right: float | None = None
-    """As `reward.right` of a run, for all sets: verdicts of at least this are right. None: the
-    run's where its verifier is used, else 1."""
-    seconds: float | None = None
-    """Limit of the verifier for one answer, where it runs in processes of its own; None: the run's,
-    or 10."""
-    gigabytes: float | None = None
-    """What such a process may allocate beyond its imports; None: the run's, or 4."""
-    workers: int = 4
-    """Such processes at most, on each rank."""
-    out: str = ""
-    """Folder of the results; by default in `evaluations`, named after the model."""
-    seed: int = 0
-    """Of sampling; training evaluates with 0."""
-    batch_size: int = 256
-    """Sequences sampled between two writes, by whole problems."""
-    device: str = "auto"
-    """"auto": CUDA where there is one."""
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Of the weights; "auto": that in which the run sampled, or float32."""
-    attention: str = "auto"
-    """transformers' attn_implementation: eager, sdpa, flash_attention_2; "auto": the run's, or
-    sdpa."""
-    engine: Engine = field(default_factory=Engine)
-
-    def __post_init__(self) -> None:
-        least = {"samples": 1, "batch_size": 1, "problems": 0, "temperature": 0, "workers": 1}
-        for name, low in least.items():
-            value = getattr(self, name)
-            if value is not None and not value >= low:
-                raise ValueError(f"{name} must be at least {low}; got {value}")
-
-
 Settings = TypeVar("Settings", bound=Evaluation)
-T = TypeVar("T")
 
 
 def evaluate_model(settings: Evaluation) -> Path:
@@ -179,24 +110,20 @@ def resolved(settings: Settings, ranks: Ranks) -> Settings:
         model=model,
         data=settings.data or (HELD_OUT,),
         out=settings.out or str(Path("evaluations") / re.sub(r"[^\w.-]+", "-", model).strip("-.")),
-        samples=_given(settings.samples, SAMPLES if settings.data else own.eval.samples),
-        temperature=_given(settings.temperature, own.eval.temperature),
+        samples=given(settings.samples, SAMPLES if settings.data else own.eval.samples),
+        temperature=given(settings.temperature, own.eval.temperature),
         max_new_tokens=settings.max_new_tokens or limit,
         template=TEMPLATES.get(settings.template, settings.template or own.data.template),
         instruction=instruction,
         prompt_field=settings.prompt_field or own.data.prompt_field,
         answer_field=settings.answer_field or own.data.answer_field,
-        function=_given(settings.function, reward.function),
-        right=_given(settings.right, reward.right if settings.function is None else 1.0),
-        seconds=_given(settings.seconds, reward.seconds),
-        gigabytes=_given(settings.gigabytes, reward.gigabytes),
+        function=given(settings.function, reward.function),
+        right=given(settings.right, reward.right if settings.function is None else 1.0),
+        seconds=given(settings.seconds, reward.seconds),
+        gigabytes=given(settings.gigabytes, reward.gigabytes),
         dtype=own.sampled_in if settings.dtype == "auto" else settings.dtype,
         attention=own.model.attention if settings.attention == "auto" else settings.attention,
     )
-
-
-def _given(value: T | None, default: T) -> T:
-    return default if value is None else value
 
 
 def load(settings: Evaluation, ranks: Ranks) -> Policy:
@@ -230,7 +157,7 @@ def sets_of(settings: Evaluation, asked: Evaluation, policy: Policy) -> Sets:
         template=settings.template,
         instruction=settings.instruction,
     )
-    own = replace(reward, function=asked.function or "", right=_given(asked.right, 1.0))
+    own = replace(reward, function=asked.function or "", right=given(asked.right, 1.0))
     found = {}
     for name in settings.data:
         judged = own if has_own_columns(name) and name != HELD_OUT else reward
@@ -247,21 +174,11 @@ def sets_of(settings: Evaluation, asked: Evaluation, policy: Policy) -> Sets:
 def _reward(settings: Evaluation) -> Reward:
     return Reward(
         settings.function or "",
-        right=_given(settings.right, 1.0),
-        seconds=_given(settings.seconds, 10.0),
-        gigabytes=_given(settings.gigabytes, 4.0),
+        right=given(settings.right, 1.0),
+        seconds=given(settings.seconds, 10.0),
+        gigabytes=given(settings.gigabytes, 4.0),
         workers=settings.workers,
     )
-
-
-def samples_of(settings: Evaluation) -> int:
-    """Responses to each problem, once `resolved`."""
-    return _given(settings.samples, SAMPLES)
-
-
-def temperature_of(settings: Evaluation) -> float:
-    """Of sampling, once `resolved`."""
-    return _given(settings.temperature, 1.0)
 
 
 def with_limit(settings: Settings, policy: Policy, sets: Sets) -> Settings:
