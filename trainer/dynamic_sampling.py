@@ -11,6 +11,7 @@ from torch import Tensor
 from trainer.config import Reward
 from trainer.rollout import sample
 from trainer.run import Run
+from trainer.samples import kind_metrics, kinds_of
 from trainer.types import Rollouts
 
 
@@ -37,10 +38,10 @@ def sort_groups(reward_B: Tensor, group_B: Tensor, settings: Reward) -> Groups:
     return Groups(useful_G[index_B], useful, right, count - useful - right)
 
 
-def sample_useful(run: Run) -> tuple[Rollouts, dict[str, float]]:
+def sample_useful(run: Run) -> tuple[Rollouts, dict[str, float], Rollouts]:
     """Rounds of fresh prompts until `rollout.prompts` groups are useful, `max_rounds` at most.
 
-    Returns the useful groups, no more than wanted, and metrics of all that was sampled.
+    Returns the useful groups, no more than wanted, metrics of all that was sampled, and all of it.
     """
     settings = run.settings
     rounds: list[Rollouts] = []
@@ -64,8 +65,10 @@ def sample_useful(run: Run) -> tuple[Rollouts, dict[str, float]]:
         "groups/useful": float(groups.useful),
         "groups/all_right": float(groups.all_right),
         "groups/all_wrong": float(groups.all_wrong),
+        **kind_metrics(kinds_of(everything, run.task, settings.reward)),
     }
-    return everything.rows(torch.isin(everything.group_B, chosen).nonzero().squeeze(1)), metrics
+    rows = torch.isin(everything.group_B, chosen).nonzero().squeeze(1)
+    return everything.rows(rows), metrics, everything
 
 
 def _round(run: Run, number: int) -> Rollouts:

@@ -185,7 +185,7 @@ def _labels(axes: _Axes, panel: Panel) -> Iterator[str]:
             ends.append((axes.y(last.y), axes.x(last.x), series))
     ends.sort(key=lambda end: end[0])
     joined = any(series.joined for *_, series in ends)
-    ys = _spread([y for y, *_ in ends]) if joined else _beside([(x, y) for y, x, _ in ends])
+    ys = spread([y for y, *_ in ends]) if joined else _beside([(x, y) for y, x, _ in ends])
     for y, (_, x, series) in zip(ys, ends, strict=True):
         color, text = COLORS[series.color % len(COLORS)], escape(series.label)
         x = WIDTH - RIGHT if series.joined else x
@@ -203,12 +203,12 @@ def _beside(points: Sequence[tuple[float, float]]) -> list[float]:
     return [y for _, y in placed]
 
 
-def _spread(ys: Sequence[float]) -> list[float]:
-    """Rising `ys`, moved until each has LABEL_HEIGHT, within the panel."""
+def spread(ys: Sequence[float], lowest: float = HEIGHT - BOTTOM) -> list[float]:
+    """Rising `ys`, moved until each has LABEL_HEIGHT, above `lowest`."""
     moved: list[float] = []
     for y in ys:
         moved.append(max(y, moved[-1] + LABEL_HEIGHT) if moved else y)
-    below = float(HEIGHT - BOTTOM)
+    below = float(lowest)
     for place in reversed(range(len(moved))):
         moved[place] = min(moved[place], below)
         below = moved[place] - LABEL_HEIGHT

@@ -47,9 +47,11 @@ class Sample:
     tokens: Sequence[str]
     """Each token of the response as decoded text."""
     entropy: Sequence[float]
-    """Each token's entropy in nats."""
+    """Each token's entropy in nats; none of a response that was not trained on."""
     kept: Sequence[bool]
-    """Whether the loss was taken at this token."""
+    """Whether the loss was taken at each token; as `entropy`."""
+    kind: str = ""
+    """One of skips.KINDS."""
 
 
 class RunLog:
@@ -114,11 +116,11 @@ class RunLog:
         """Append `rows`, the responses sampled at `step`, to samples.jsonl."""
         lines = []
         for row in rows:
-            lengths = {len(row.tokens), len(row.entropy), len(row.kept)}
-            if len(lengths) > 1:
+            if len(row.entropy) != len(row.kept) or len(row.entropy) not in (0, len(row.tokens)):
                 raise ValueError(
-                    f"a sample needs one entropy and one kept flag a token, got {len(row.tokens)} "
-                    f"tokens, {len(row.entropy)} entropies and {len(row.kept)} flags"
+                    "a sample needs an entropy and a kept flag per token, or neither; got "
+                    f"{len(row.tokens)} tokens, {len(row.entropy)} entropies and "
+                    f"{len(row.kept)} flags"
                 )
             line: dict[str, Any] = {"step": step, **asdict(row)}
             line["reward"] = _finite(row.reward)
@@ -151,11 +153,27 @@ def read_run(folder: Path) -> dict[str, Any]:
         if not isinstance(steps, int) or not all(isinstance(start, dict) for start in starts):
             raise TypeError("its config has a number of steps, and its starts are objects")
         starts[-1]
-    except FileNotFoundError:
-        raise ValueError(f"{path} is missing: {folder} is not the folder of a run") from None
+    except (FileNotFoundError, NotADirectoryError):
+        raise _no_run(folder) from None
     except (ValueError, TypeError, LookupError) as error:
         raise other_version(path, error) from error
     return run
+
+
+def _no_run(folder: Path) -> ValueError:
+    """To raise where `folder` has no run.json; it says what `folder` is."""
+    wanted = "wanted the folder of a run, such as runs/tiny"
+    if not folder.exists():
+        return ValueError(f"{folder} does not exist: {wanted}")
+    if not folder.is_dir():
+        return ValueError(f"{folder} is a file: {wanted}")
+    runs = sorted(found.parent for n in (1, 2, 3) for found in folder.glob("*/" * n + "run.json"))
+    if runs:
+        return ValueError(
+            f"{folder} holds {len(runs)} run{'s' * (len(runs) > 1)}, and is not one: choose "
+            f"{', '.join(map(str, runs[:3]))}{' or another' * (len(runs) > 3)}"
+        )
+    return ValueError(f"{folder / 'run.json'} is missing: {folder} is not the folder of a run")
 
 
 def other_version(path: Path, error: Exception) -> ValueError:

@@ -20,6 +20,8 @@ class Task(Protocol):
     A task whose verifier may hang or crash on a response has an attribute `verifier`, the
     "module:function" that gives the same verdicts and runs in processes of its own
     (`trainer.rewards.verifier`). One without is verified by `reward`, in the trainer's process.
+    A task that reads answers of another form than `\\boxed` and `<answer>` has a method
+    `answered(response)`, whether there is one in `response`.
     """
 
     name: str

@@ -1,8 +1,9 @@
 """What a person sees while a run goes: a live bar on a terminal, plain lines elsewhere."""
 
+import math
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 
@@ -10,8 +11,12 @@ import rich.progress
 from rich.console import Console
 from torch import Tensor
 
+from trainer.skips import Skips, reason
+
 # What is shown: label -> (metrics, added up; format).
 Columns = Mapping[str, tuple[tuple[str, ...], str]]
+# Metrics of a step, of which None was not finite.
+Row = Mapping[str, float | Tensor | None]
 RL: Columns = {
     "reward": (("reward/mean",), ".2f"),
     "threshold": (("entropy/threshold",), ".2f"),
@@ -30,18 +35,51 @@ _PLAIN_LINES = 20  # About so many plain lines a run, ...
 _PLAIN_SECONDS = 60.0  # ... and never a longer silence than this between steps.
 
 
-def labelled(columns: Columns, metrics: Mapping[str, float | Tensor | None]) -> dict[str, str]:
+def labelled(columns: Columns, metrics: Row) -> dict[str, str]:
     """Each of `columns` that has all of its metrics, by its label, as text."""
     shown = {}
     for label, (keys, form) in columns.items():
-        values = [value for value in map(metrics.get, keys) if value is not None]
-        if len(values) == len(keys):
-            shown[label] = format(sum(map(float, values)), form)
+        if all(key in metrics for key in keys):
+            values = [_finite(metrics[key]) for key in keys]
+            known = [value for value in values if value is not None]
+            shown[label] = format(sum(known), form) if len(known) == len(keys) else "not finite"
     return shown
 
 
+def evaluated(metrics: Iterable[str]) -> Columns:
+    """A column for each named set of an evaluation, "eval/NAME.accuracy"."""
+    return {
+        key.removeprefix("eval/").removesuffix(".accuracy"): ((key,), ".1%")
+        for key in metrics
+        if key.startswith("eval/") and key.endswith(".accuracy")
+    }
+
+
+def told(columns: Columns, metrics: Row, skips: Skips) -> list[str]:
+    """What a line says of a step, which `skips` has counted: all of it the step's own."""
+    count = f"{skips.skipped:,} of {skips.steps:,}"
+    why = reason(metrics)
+    parts = [f"skipped: {why} ({count})"] if why else []
+    if skips.skipped and not why:
+        parts.append(f"skipped {count}")
+    columns = {**columns, **evaluated(metrics)}
+    parts += [f"{label} {text}" for label, text in labelled(columns, metrics).items()]
+    of = metrics.get("response/count")
+    for name, label in (("timeouts", "verifier time-outs"), ("crashes", "verifier crashes")):
+        if failed := metrics.get(f"reward/{name}"):
+            parts.append(f"{label} {float(failed):.0f}" + (f" of {float(of):.0f}" if of else ""))
+    if lost := sum(_finite(value) is None for value in metrics.values()):
+        parts.append(f"{lost} value{'s' if lost > 1 else ''} not finite")
+    return parts
+
+
+def _finite(value: float | Tensor | None) -> float | None:
+    """None for what is not finite, as a row of metrics.jsonl has it."""
+    return None if value is None or not math.isfinite(value) else float(value)
+
+
 class Bar:
-    """Where a loop stands. A column whose metrics a step lacks keeps what it last showed."""
+    """Where a loop stands. Between evaluations the last one's accuracy is shown, with its step."""
 
     def __init__(
         self,
@@ -54,22 +92,30 @@ class Bar:
     ):
         self._description, self._total, self._start = description, total, start
         self._columns, self._live, self._plain = columns, live, shown and live is None
-        self._shown: dict[str, str] = {}
+        self._accuracy, self._skips = "", Skips()
         self._began = self._printed = time.monotonic()
         if live is not None:
             self._task = live.add_task(description, total=total, completed=start, text=description)
 
-    def update(self, step: int, metrics: Mapping[str, float | Tensor]) -> None:
+    def update(self, step: int, metrics: Row) -> None:
         """Show that `step` of the loop is done, with `metrics` of that step."""
-        self._shown |= labelled(self._columns, metrics)
-        # In the order of the columns, whichever metric came first.
-        shown = [f"{label} {self._shown[label]}" for label in self._columns if label in self._shown]
+        warning = self._skips.add({"step": step, **metrics})
+        parts = told(self._columns, metrics, self._skips)
+        if self._accuracy and "eval/accuracy" not in metrics:
+            parts.append(self._accuracy)
+        if own := labelled(self._columns, metrics).get("accuracy"):
+            self._accuracy = f"accuracy {own} at step {step}"
         place = f"{self._description} {step}/{self._total}"
-        text = "  ".join(filter(None, [place, self._left(step), *shown]))
+        text = "  ".join(filter(None, [place, self._left(step), *parts]))
         if self._live is not None:
             self._live.update(self._task, completed=step, text=text)
-        elif self._plain and self._due(step):
-            print(text, flush=True)
+            if warning:
+                self._live.console.print(warning, style="bold red", markup=False, highlight=False)
+        elif self._plain:
+            if self._due(step):
+                print(text, flush=True)
+            if warning:
+                print(warning, flush=True)
 
     def _left(self, step: int) -> str:
         """Time left, by the mean of the steps since the start (evaluations included)."""

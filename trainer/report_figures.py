@@ -1,14 +1,10 @@
-"""The figures of a run's report: which metrics, in which unit, and how they are drawn."""
+"""The figures of a run's report: which metrics, in which unit, and what to read from them."""
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
-from markupsafe import Markup
+from trainer.skips import KINDS
 
-from trainer.report_plots import Line, Point, plot
-
-Row = Mapping[str, Any]
+COLORS = ("c1", "c2", "c3", "c4", "ink")
 
 
 @dataclass(frozen=True)
@@ -20,6 +16,8 @@ class Curve:
     color: str
     markers: bool = False
     dashed: bool = False
+    ends: tuple[str, str] = ("", "")
+    """Metrics of the ends of its interval, drawn where they were logged."""
 
 
 @dataclass(frozen=True)
@@ -33,25 +31,43 @@ class Figure:
     scale: float = 1.0
     zero: bool = True
     smooth: bool = False
+    events: bool = False
+    """Of what need not happen: a curve whose every value is 0 is left out."""
 
 
-FIGURES = (
+REWARDS = (
     Figure(
         "Held-out accuracy",
-        "One sample a problem at temperature 1, and greedy decoding.",
+        "One sample a problem at temperature 1, and greedy decoding. Shaded: 95% interval.",
         "% of problems",
         (
-            Curve("eval/accuracy", "sampled", "c1", markers=True),
-            Curve("eval/greedy", "greedy", "c2", markers=True),
+            Curve("eval/accuracy", "sampled", "c1", True, ends=("eval/low", "eval/high")),
+            Curve(
+                "eval/greedy", "greedy", "c2", True, ends=("eval/greedy_low", "eval/greedy_high")
+            ),
         ),
         scale=100,
     ),
     Figure(
         "Training reward",
-        "Mean of the step's responses.",
+        "Mean verdict on the step's responses.",
         "reward",
         (Curve("reward/mean", "mean", "c1"),),
         smooth=True,
+    ),
+)
+RESPONSES = (
+    Figure(
+        "Kinds of responses",
+        "By verdict; those not right by the reason: the length limit, no answer in the form that "
+        "the verifier reads, or the verifier's own failure.",
+        "% of responses",
+        tuple(
+            Curve(f"kind/{kind}", kind, color) for kind, color in zip(KINDS, COLORS, strict=True)
+        ),
+        scale=100,
+        smooth=True,
+        events=True,
     ),
     Figure(
         "Response length",
@@ -61,6 +77,84 @@ FIGURES = (
         zero=False,
         smooth=True,
     ),
+    Figure(
+        "Truncated responses",
+        "Stopped by the length limit.",
+        "% of responses",
+        (Curve("response/truncated", "truncated", "c1"),),
+        scale=100,
+        smooth=True,
+    ),
+    Figure(
+        "Groups",
+        "A group is useful if its verdicts differ; the others teach nothing.",
+        "groups a step",
+        (
+            Curve("groups/useful", "useful", "c1"),
+            Curve("groups/all_right", "all right", "c3"),
+            Curve("groups/all_wrong", "all wrong", "c2"),
+        ),
+        smooth=True,
+    ),
+    Figure(
+        "Skipped steps",
+        "Steps so far that updated nothing, by reason.",
+        "steps",
+        (),
+        events=True,
+    ),
+    Figure(
+        "Verifier failures",
+        "Responses that score 0 because the verifier took too long or failed.",
+        "responses a step",
+        (
+            Curve("reward/timeouts", "time-outs", "c1"),
+            Curve("reward/crashes", "crashes", "c2"),
+        ),
+        events=True,
+    ),
+)
+UPDATES = (
+    Figure(
+        "Loss",
+        "Of the policy, before each update; it need not fall.",
+        "loss",
+        (Curve("loss", "loss", "c1"),),
+        zero=False,
+        smooth=True,
+    ),
+    Figure(
+        "Gradient norm",
+        "Before clipping.",
+        "norm",
+        (Curve("grad_norm", "norm", "c1"),),
+        smooth=True,
+    ),
+    Figure(
+        "Sampler and trainer: KL",
+        "Estimate of KL(sampler || old policy) a token; rounding alone keeps it small.",
+        "nats",
+        (Curve("mismatch/kl", "KL", "c1"),),
+        smooth=True,
+    ),
+    Figure(
+        "Sampler and trainer: largest ratio",
+        "Of the probabilities of one token; 1 where both agree.",
+        "ratio",
+        (Curve("mismatch/max_ratio", "largest", "c1"),),
+        zero=False,
+        smooth=True,
+    ),
+    Figure(
+        "Clipped tokens",
+        "Share of the kept tokens whose ratio left the clip range.",
+        "% of kept tokens",
+        (Curve("clip/high", "high", "c1"), Curve("clip/low", "low", "c2")),
+        scale=100,
+        smooth=True,
+    ),
+)
+TOKENS = (
     Figure(
         "Token entropy",
         "Percentiles over the step's response tokens.",
@@ -88,14 +182,8 @@ FIGURES = (
         (Curve("entropy/kept_fraction", "kept", "c1"),),
         scale=100,
     ),
-    Figure(
-        "Clipped tokens",
-        "Share of the kept tokens whose ratio left the clip range.",
-        "% of kept tokens",
-        (Curve("clip/high", "high", "c1"), Curve("clip/low", "low", "c2")),
-        scale=100,
-        smooth=True,
-    ),
+)
+COST = (
     Figure(
         "Rows of the head",
         "All rows given to the head, and those that carry gradient in backward.",
@@ -123,31 +211,10 @@ FIGURES = (
     ),
 )
 
-
-def draw(figure: Figure, rows: Sequence[Row]) -> dict[str, Any]:
-    """The figure's title, note and SVG; without values the SVG is None and `missing` says why."""
-    rows = [_with_share(row) for row in rows]
-    lines = []
-    for curve in figure.curves:
-        found = points(rows, curve.key, figure.scale)
-        window = 2 * (len(found) // 40) + 1 if figure.smooth and not curve.markers else 1
-        if any(y is not None for _, y in found):
-            lines.append(Line(curve.label, found, curve.color, curve.dashed, curve.markers, window))
-    window = max((line.window for line in lines), default=1)
-    note = figure.note + (f" Bold: mean over {window} steps." if window > 1 else "")
-    missing = " or ".join(curve.key for curve in figure.curves)
-    svg = Markup(plot(lines, figure.unit, figure.zero)) if lines else None
-    return {"title": figure.title, "note": note, "svg": svg, "missing": missing}
-
-
-def points(rows: Sequence[Row], key: str, scale: float = 1.0) -> list[Point]:
-    """(step, value * scale) of every row that has `key`; None where it was not finite."""
-    return [
-        (row["step"], None if row[key] is None else row[key] * scale) for row in rows if key in row
-    ]
-
-
-def _with_share(row: Row) -> Row:
-    """The row and "head/share", the head's part of the step's time."""
-    head, step = row.get("time/head"), row.get("time/step")
-    return row if head is None or not step else {**row, "head/share": head / step}
+SECTIONS = {
+    "Accuracy and reward": REWARDS,
+    "Responses": RESPONSES,
+    "Updates": UPDATES,
+    "Tokens": TOKENS,
+    "Cost": COST,
+}

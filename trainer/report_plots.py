@@ -1,15 +1,25 @@
-"""Line plots as inline SVG: colours from the page's style, values under the cursor."""
+"""Line plots as inline SVG: colours from the page's style, values under the cursor.
+
+A plot has as many points for 5,000 steps as for 200: means over equal ranges of steps, with what
+lies between the least and the greatest value of each shaded behind.
+"""
 
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from html import escape
-from itertools import groupby, pairwise
+from itertools import pairwise
+from statistics import median
+from typing import NamedTuple
+
+from trainer.figures import spread, ticks
 
 WIDTH, HEIGHT = 450, 230
-LEFT, RIGHT, TOP, BOTTOM = 46, 98, 26, 36
-MAX_POINTS = 200  # More steps than this are averaged in buckets.
-LABEL_HEIGHT = 14
+LEFT, RIGHT, TOP, BOTTOM = 52, 98, 26, 36
+MAX_POINTS = 150  # Of a line; more steps than this are averaged.
+MAX_DOTS = 30  # That stay apart; more are small.
+GAP = 5  # A line breaks where its next point is so many times as far as usual.
+ROBUST = 50  # From so many values on, the axis need not reach the last hundredth on either side.
 
 Point = tuple[float, float | None]
 
@@ -27,31 +37,66 @@ class Line:
     dashed: bool = False
     """Drawn dashed: a reference rather than a measurement."""
     markers: bool = False
-    """A dot at every point: few measurements."""
+    """A dot at every point, where they are few enough."""
     window: int = 1
     """Over 1: a mean over so many steps is drawn, and the steps themselves faintly behind it."""
+    band: Sequence[tuple[float, float, float]] = ()
+    """(step, low, high) of an interval, shaded."""
 
 
-def plot(lines: Sequence[Line], unit: str, zero: bool = True) -> str:
+class _Mark(NamedTuple):
+    """One or several neighbouring points; `y` is None in a gap."""
+
+    x: float
+    y: float | None
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class _Drawn:
+    """A line in at most MAX_POINTS marks, and its means over `window` of them."""
+
+    line: Line
+    marks: Sequence[_Mark]
+    smooth: Sequence[_Mark]
+    several: bool
+    """Whether a mark is several points."""
+
+    def values(self) -> list[float]:
+        """What the vertical axis has to show."""
+        own = sorted(y for _, y in self.line.points if y is not None)
+        if len(own) > ROBUST:
+            own = [own[len(own) // 100], own[-1 - len(own) // 100]]
+        ends = [end for _, low, high in self.line.band for end in (low, high)]
+        return [*own, *ends, *(mark.y for mark in self.smooth if mark.y is not None)]
+
+
+def plot(lines: Sequence[Line], unit: str, zero: bool = True, title: str = "") -> str:
     """An <svg> of `lines` over RL steps; `unit` names the y axis, `zero` starts it at 0.
 
     Raises ValueError when no line has a value.
     """
-    lines = [_thin(line) for line in lines]
-    values = [y for line in lines for _, y in line.points if y is not None]
-    if not values:
-        raise ValueError("nothing to plot: no line has a value")
     steps = sorted({x for line in lines for x, _ in line.points})
-    y_ticks = _ticks(min(0.0, *values) if zero else min(values), max(values), 4)
+    if not any(y is not None for line in lines for _, y in line.points):
+        raise ValueError("nothing to plot: no line has a value")
+    edges = _edges(steps)
+    drawn = [_thin(line, edges) for line in lines]
+    values = [value for one in drawn for value in one.values()]
+    low, high = min(0.0, *values) if zero else min(values), max(values)
+    y_ticks = ticks(low, high if high or low else 1.0)
     axes = _Axes(steps[0], steps[-1], y_ticks[0], y_ticks[-1])
-    name = escape(", ".join(line.label for line in lines))
+    title = title or ", ".join(line.label for line in lines)
     return "".join(
         [
-            f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{name}: {escape(unit)}">',
+            f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img"><title>{escape(title)}</title>',
+            f"<desc>{escape(_description(lines, unit, steps))}</desc>",
             *_grid(axes, y_ticks, unit),
-            *(part for line in lines for part in _line(axes, line)),
-            *_end_labels(axes, lines),
-            *_hover(axes, lines, steps),
+            *_beyond(axes, lines),
+            *(part for one in drawn for part in _behind(axes, one)),
+            *(part for one in drawn for part in _line(axes, one)),
+            *_end_labels(axes, drawn),
+            *_hover(axes, drawn, steps, edges),
             "</svg>",
         ]
     )
@@ -70,22 +115,69 @@ class _Axes:
         return LEFT + (step - self.x0) / max(self.x1 - self.x0, 1) * (WIDTH - LEFT - RIGHT)
 
     def y(self, value: float) -> float:
+        value = min(max(value, self.y0), self.y1)  # what is rare may lie beyond
         return HEIGHT - BOTTOM - (value - self.y0) / (self.y1 - self.y0) * (HEIGHT - TOP - BOTTOM)
 
 
-def _ticks(low: float, high: float, count: int) -> list[float]:
-    """About `count` round numbers (1, 2 or 5 times a power of ten apart) that enclose the range."""
-    if high - low < 1e-12 * max(abs(high), 1):
-        high, low = max(high, 0.0) or 1.0, min(low, 0.0)
-    power = 10 ** math.floor(math.log10((high - low) / count))
-    step = min((power * m for m in (1, 2, 5, 10)), key=lambda s: abs((high - low) / s - count))
-    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
-    return [i * step for i in range(first, last + 1)]
+def _edges(steps: Sequence[float]) -> list[float]:
+    """The lower ends of equal ranges of steps; none where each step has a point of its own."""
+    if len(steps) <= MAX_POINTS:
+        return []
+    size = (steps[-1] + 1 - steps[0]) / MAX_POINTS
+    return [steps[0] + size * i for i in range(MAX_POINTS)]
+
+
+def _place(step: float, edges: Sequence[float]) -> int:
+    """The number of the range that `step` is in."""
+    size = edges[1] - edges[0]
+    return min(int((step - edges[0]) / size + 1e-9), len(edges) - 1)
+
+
+def _thin(line: Line, edges: Sequence[float]) -> _Drawn:
+    """The line with its marks: of each point, or of each range of steps."""
+    if len(line.points) <= MAX_POINTS:
+        marks = [_Mark(x, y, y or 0.0, y or 0.0) for x, y in line.points]
+        return _Drawn(line, marks, _rolling(marks, line.window), False)
+    ranges: dict[int, list[Point]] = {}
+    for point in line.points:
+        ranges.setdefault(_place(point[0], edges), []).append(point)
+    marks = []
+    for points in ranges.values():
+        known = [y for _, y in points if y is not None] or [0.0]
+        mean = None if all(y is None for _, y in points) else math.fsum(known) / len(known)
+        marks.append(_Mark(points[-1][0], mean, min(known), max(known)))
+    window = max(1, line.window * len(marks) // len(line.points))
+    return _Drawn(line, marks, _rolling(marks, window), True)
+
+
+def _rolling(marks: Sequence[_Mark], window: int) -> list[_Mark]:
+    """With the mean over `window` marks centred on each, fewer at the ends."""
+    half = window // 2
+    smooth = []
+    for i, mark in enumerate(marks):
+        near = [m.y for m in marks[max(0, i - half) : i + half + 1] if m.y is not None]
+        smooth.append(mark if mark.y is None else mark._replace(y=sum(near) / len(near)))
+    return smooth
 
 
 def _number(value: float, spacing: float) -> str:
+    """Of a tick, whose neighbours are `spacing` apart."""
+    if abs(value) >= 1e6 or 0 < spacing < 1e-4:
+        return f"{value:.3g}"
     decimals = max(0, -math.floor(math.log10(spacing) + 1e-9)) if spacing else 2
     return f"{value:,.{decimals}f}"
+
+
+def _description(lines: Sequence[Line], unit: str, steps: Sequence[float]) -> str:
+    """For those who do not see the picture."""
+    told = []
+    for line in lines:
+        known = [y for _, y in line.points if y is not None]
+        if known:
+            told.append(
+                f"{line.label} {known[-1]:.4g} at last, {min(known):.4g} to {max(known):.4g}"
+            )
+    return f"Steps {steps[0]:,.0f} to {steps[-1]:,.0f}, in {unit}: {'; '.join(told)}."
 
 
 def _grid(axes: _Axes, y_ticks: Sequence[float], unit: str) -> Iterator[str]:
@@ -97,7 +189,7 @@ def _grid(axes: _Axes, y_ticks: Sequence[float], unit: str) -> Iterator[str]:
         yield f'<path class="{kind}" d="M{LEFT} {y:.1f}H{right}"/>'
         text = _number(tick, y_ticks[1] - y_ticks[0])
         yield f'<text class="tick" x="{LEFT - 7}" y="{y + 4:.1f}" text-anchor="end">{text}</text>'
-    for tick in _ticks(axes.x0, axes.x1, 5):
+    for tick in ticks(axes.x0, axes.x1, 5):
         if tick == int(tick) and axes.x0 <= tick <= axes.x1:
             x = f"{axes.x(tick):.1f}"
             yield f'<path class="base" d="M{x} {bottom}v4"/>'
@@ -109,91 +201,118 @@ def _grid(axes: _Axes, y_ticks: Sequence[float], unit: str) -> Iterator[str]:
     yield f'<text class="unit" x="{middle}" y="{HEIGHT - 5}" text-anchor="middle">RL step</text>'
 
 
-def _line(axes: _Axes, line: Line) -> Iterator[str]:
-    kind = f"line {line.color}{' dashed' if line.dashed else ''}"
-    if line.window > 1:
-        yield f'<path class="{kind} faint" d="{_path(axes, line.points)}"/>'
-    yield f'<path class="{kind}" d="{_path(axes, _rolling(line.points, line.window))}"/>'
-    for i, (x, y) in enumerate(line.points):
-        alone = all(
-            not 0 <= j < len(line.points) or line.points[j][1] is None for j in (i - 1, i + 1)
-        )
-        if y is not None and (line.markers or alone):
-            yield (
-                f'<circle class="dot {line.color}" cx="{axes.x(x):.1f}" cy="{axes.y(y):.1f}"'
-                ' r="3.5"/>'
-            )
+def _beyond(axes: _Axes, lines: Sequence[Line]) -> Iterator[str]:
+    """A word on values that the axis does not reach."""
+    values = [y for line in lines for _, y in line.points if y is not None]
+    room = 1e-6 * (axes.y1 - axes.y0)  # of rounding
+    ends = [
+        f"{value:.3g}"
+        for value in (min(values), max(values))
+        if not axes.y0 - room <= value <= axes.y1 + room
+    ]
+    if ends:
+        text = f"not shown: single steps up to {' and '.join(ends)}"
+        yield f'<text class="unit" x="{WIDTH - 4}" y="12" text-anchor="end">{text}</text>'
 
 
-def _path(axes: _Axes, points: Sequence[Point]) -> str:
-    runs = [list(run) for some, run in groupby(points, lambda p: p[1] is not None) if some]
+def _behind(axes: _Axes, one: _Drawn) -> Iterator[str]:
+    """Intervals, and the single steps where a mean is drawn."""
+    kind = f"line {one.line.color}"
+    if one.line.band:
+        band = [_Mark(x, (low + high) / 2, low, high) for x, low, high in one.line.band]
+        if len(band) > MAX_POINTS:
+            band = band[:: math.ceil(len(band) / MAX_POINTS)]
+        yield f'<path class="band {one.line.color}" d="{_area(axes, band)}"/>'
+    if one.several:
+        yield f'<path class="band {one.line.color}" d="{_area(axes, one.marks)}"/>'
+    elif one.line.window > 1:
+        yield f'<path class="{kind} faint" d="{_path(axes, one.marks)}"/>'
+
+
+def _line(axes: _Axes, one: _Drawn) -> Iterator[str]:
+    color = one.line.color
+    dashed = " dashed" if one.line.dashed else ""
+    yield f'<path class="line {color}{dashed}" d="{_path(axes, one.smooth)}"/>'
+    few = len(one.marks) <= MAX_DOTS
+    for run in _runs(one.smooth):
+        if len(run) == 1 or (one.line.markers and not one.several):
+            for mark in run:
+                size = "3.5" if few and len(run) > 1 else "1.8" if len(run) > 1 else "2.5"
+                x, y = axes.x(mark.x), axes.y(mark.y or 0.0)
+                yield f'<circle class="dot {color}" cx="{x:.1f}" cy="{y:.1f}" r="{size}"/>'
+
+
+def _runs(marks: Sequence[_Mark]) -> list[list[_Mark]]:
+    """Marks that are joined: without a gap of value, or of many steps, between them."""
+    known = [mark for mark in marks if mark.y is not None]
+    far = GAP * median([b.x - a.x for a, b in pairwise(known)]) if len(known) > 2 else math.inf
+    runs: list[list[_Mark]] = [[]]
+    for mark in marks:
+        if mark.y is None or (runs[-1] and mark.x - runs[-1][-1].x > far):
+            runs.append([])
+        if mark.y is not None:
+            runs[-1].append(mark)
+    return [run for run in runs if run]
+
+
+def _path(axes: _Axes, marks: Sequence[_Mark]) -> str:
     return "".join(
-        "M" + "L".join(f"{axes.x(x):.1f} {axes.y(y):.1f}" for x, y in run if y is not None)
-        for run in runs
+        "M" + "L".join(f"{axes.x(mark.x):.1f} {axes.y(mark.y or 0.0):.1f}" for mark in run)
+        for run in _runs(marks)
     )
 
 
-def _end_labels(axes: _Axes, lines: Sequence[Line]) -> Iterator[str]:
+def _area(axes: _Axes, marks: Sequence[_Mark]) -> str:
+    """Between the low and high ends."""
+    parts = []
+    for run in _runs(marks):
+        upper = [f"{axes.x(mark.x):.1f} {axes.y(mark.high):.1f}" for mark in run]
+        lower = [f"{axes.x(mark.x):.1f} {axes.y(mark.low):.1f}" for mark in reversed(run)]
+        parts.append(f"M{'L'.join(upper + lower)}Z")
+    return "".join(parts)
+
+
+def _end_labels(axes: _Axes, drawn: Sequence[_Drawn]) -> Iterator[str]:
     """Names at the lines' right ends, moved apart where they would overlap."""
     ends = []
-    for line in lines:
-        last = [point for point in _rolling(line.points, line.window) if point[1] is not None]
+    for one in drawn:
+        last = [mark for mark in one.smooth if mark.y is not None]
         if last:
-            ends.append((axes.y(last[-1][1] or 0.0), line))
+            ends.append((axes.y(last[-1].y or 0.0), one.line))
     ends.sort(key=lambda end: end[0])
-    places: list[float] = []
-    for y, _ in ends:
-        places.append(max(y, places[-1] + LABEL_HEIGHT) if places else y)
-    lowest: float = HEIGHT - BOTTOM
-    for i in reversed(range(len(places))):
-        places[i] = min(places[i], lowest)
-        lowest = places[i] - LABEL_HEIGHT
     x = WIDTH - RIGHT + 6
-    for place, (y, line) in zip(places, ends, strict=True):
+    for place, (y, line) in zip(spread([y for y, _ in ends], HEIGHT - BOTTOM), ends, strict=True):
         dashed = " dashed" if line.dashed else ""
         yield f'<path class="line {line.color}{dashed}" d="M{x - 4} {y:.1f}L{x + 6} {place:.1f}"/>'
         yield f'<text class="name" x="{x + 10}" y="{place + 4:.1f}">{escape(line.label)}</text>'
 
 
-def _hover(axes: _Axes, lines: Sequence[Line], steps: Sequence[float]) -> Iterator[str]:
-    """One invisible column a step that shows its values as the browser's own tooltip."""
-    found = [dict(line.points) for line in lines]
-    edges = [axes.x(x) for x in steps]
-    middles = [(a + b) / 2 for a, b in pairwise(edges)]
-    # The first and last columns reach past their point, so that a single step has a width.
-    bounds = [edges[0] - 4, *middles, edges[-1] + 4]
-    for i, step in enumerate(steps):
-        rows = [f"step {step:,.0f}"]
-        for line, values in zip(lines, found, strict=True):
-            if (value := values.get(step)) is not None:
-                rows.append(f"{line.label}: {value:.4g}")
-        yield (
-            f'<rect class="hit" x="{bounds[i]:.1f}" y="{TOP}" '
-            f'width="{bounds[i + 1] - bounds[i]:.1f}" height="{HEIGHT - TOP - BOTTOM}">'
-            f"<title>{escape(chr(10).join(rows))}</title></rect>"
-        )
-
-
-def _thin(line: Line) -> Line:
-    """The line in at most MAX_POINTS points: means of equally many neighbours."""
-    size = math.ceil(len(line.points) / MAX_POINTS)
-    if size <= 1:
-        return line
-    buckets = [line.points[i : i + size] for i in range(0, len(line.points), size)]
-    points = [(bucket[-1][0], _mean([y for _, y in bucket])) for bucket in buckets]
-    window = max(1, line.window // size)
-    return Line(line.label, points, line.color, line.dashed, line.markers, window)
-
-
-def _rolling(points: Sequence[Point], window: int) -> list[Point]:
-    """The mean over `window` points centred on each, fewer at the ends."""
-    half = window // 2
-    return [
-        (x, None if y is None else _mean([v for _, v in points[max(0, i - half) : i + half + 1]]))
-        for i, (x, y) in enumerate(points)
-    ]
-
-
-def _mean(values: Sequence[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return sum(known) / len(known) if known else None
+def _hover(
+    axes: _Axes, drawn: Sequence[_Drawn], steps: Sequence[float], edges: Sequence[float]
+) -> Iterator[str]:
+    """Invisible columns, of a step or a range of steps, with their values as tooltips."""
+    if edges:
+        bounds = [axes.x(x) for x in edges] + [axes.x(steps[-1]) + 2]
+        spans = [*(f"{a:,.0f} to {b:,.0f}" for a, b in pairwise(map(math.ceil, edges))), ""]
+        spans[-1] = f"{edges[-1]:,.0f} to {steps[-1]:,.0f}"
+        spans = [f"steps {span}" for span in spans]
+    else:
+        middles = [(axes.x(a) + axes.x(b)) / 2 for a, b in pairwise(steps)]
+        # The first and last columns reach past their point, so that a single step has a width.
+        bounds = [axes.x(steps[0]) - 4, *middles, axes.x(steps[-1]) + 4]
+        spans = [f"step {step:,.0f}" for step in steps]
+    number = {step: i for i, step in enumerate(steps)}
+    texts = [[span] for span in spans]
+    for one in drawn:
+        for mark in one.marks:
+            if mark.y is not None:
+                at = _place(mark.x, edges) if edges else number[mark.x]
+                ends = f" ({mark.low:.4g} to {mark.high:.4g})" if mark.low < mark.high else ""
+                texts[at].append(f"{one.line.label}: {mark.y:.4g}{ends}")
+    for (left, right), text in zip(pairwise(bounds), texts, strict=True):
+        if len(text) > 1:
+            yield (
+                f'<rect class="hit" x="{left:.1f}" y="{TOP}" width="{right - left:.1f}" '
+                f'height="{HEIGHT - TOP - BOTTOM}"><title>{escape(chr(10).join(text))}</title>'
+                "</rect>"
+            )

@@ -22,10 +22,11 @@ from trainer.mismatch import mismatch_metrics
 from trainer.notes import stop_is_told
 from trainer.progress import progress
 from trainer.ranks import join
-from trainer.report import write_report
+from trainer.report import LiveReport
 from trainer.rewards.terms import shaped_reward
 from trainer.run import Run, folder_of, start
 from trainer.samples import entropy_metrics, write_samples
+from trainer.skips import took_step
 from trainer.stop import asked, end_if, finishing
 from trainer.update import Batch, Meter, at_least, clock, score, update
 
@@ -58,9 +59,11 @@ def train(
 
 def _train(run: Run, on_step: Callable[[int], Any]) -> Path:
     settings, first = run.settings, run.ranks.first
+    page = LiveReport(run.folder, first)
     if run.fresh:
         run.write({"step": 0, **_evaluate(run)})
         _save(run)
+        page.refresh()
     shown = progress("RL", settings.steps, start=run.progress.step, shown=first)
     with finishing(), shown as bar:
         for step in range(run.progress.step + 1, settings.steps + 1):
@@ -74,10 +77,12 @@ def _train(run: Run, on_step: Callable[[int], Any]) -> Path:
             if last or stopping or step % settings.checkpoint_every == 0:
                 _save(run)
             bar.update(step, metrics)
+            if step % settings.eval.every == 0:
+                page.refresh()
             on_step(step)
             end_if(stopping and not last)
     run.log.close()
-    return write_report(run.folder) if first else run.folder / "report.html"
+    return page.refresh(running=False)
 
 
 def _step(run: Run) -> dict[str, float]:
@@ -86,11 +91,13 @@ def _step(run: Run) -> dict[str, float]:
     began = clock(policy.device)
 
     # Sample G responses a prompt; keep the groups that are neither all right nor all wrong.
-    rollouts, metrics = sample_useful(run)
+    rollouts, metrics, everything = sample_useful(run)
     sampled = clock(policy.device)
     metrics["time/sample"] = sampled - began
     if metrics["groups/useful"] < algorithm.min_groups:
-        return metrics | {"skipped/few_groups": 1.0, "time/step": sampled - began}
+        write_samples(run, everything)
+        metrics |= {"skipped/few_groups": 1.0, "groups/wanted": float(algorithm.min_groups)}
+        return metrics | {"time/step": sampled - began}
 
     # Group advantages of the verdict and what is added to it, such as the overlong punishment.
     shaped_B, terms = shaped_reward(rollouts, settings)
@@ -98,9 +105,10 @@ def _step(run: Run) -> dict[str, float]:
     advantage_B = group_advantages(shaped_B, rollouts.group_B, algorithm.advantage)
     if settings.reward.drop_truncated:
         kept = (~rollouts.truncated_B).nonzero().squeeze(1)
-        metrics["skipped/truncated"] = float(len(rollouts) - len(kept))
+        metrics["response/dropped"] = float(len(rollouts) - len(kept))
         rollouts, advantage_B = rollouts.rows(kept), advantage_B[kept]
         if not len(kept):
+            write_samples(run, everything)
             return metrics | {"skipped/all_truncated": 1.0, "time/step": sampled - began}
     run.engine.sleep()
 
@@ -127,12 +135,11 @@ def _step(run: Run) -> dict[str, float]:
         run.progress.updates += 1
         head_seconds += seconds
         meter.add(updated, weight=updated["head/rows"])
+        metrics["updates"] = metrics.get("updates", 0.0) + took_step(updated)
     run.engine.update_weights(policy.weights())
     ended = clock(policy.device)
 
-    shown = run.progress.step % settings.samples_every == 0
-    if run.ranks.first and (shown or run.progress.step in (1, settings.steps)):
-        write_samples(run, batch, entropy_BL)
+    write_samples(run, everything, batch, entropy_BL)
     metrics |= meter.result() | entropy_metrics(entropy_BL[rollouts.mask_BL])
     metrics |= mismatch_metrics(
         old_logprob_BL, rollouts.sampler_logprob_BL, rollouts.mask_BL, settings

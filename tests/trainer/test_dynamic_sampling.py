@@ -55,7 +55,8 @@ def sample_script(script: str, rounds: int, next_problem: int = 0):
     verifier = Verifier(task, config.reward)
     engine, ranks = TransformersEngine(policy, batch_size=4), Ranks(policy.device)
     run = Run(config, Path(), ranks, policy, engine, task, verifier, None, None, progress)
-    return *sample_useful(run), run
+    rollouts, metrics, _ = sample_useful(run)
+    return rollouts, metrics, run
 
 
 @given(ROWS, VERDICTS)

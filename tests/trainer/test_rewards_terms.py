@@ -90,10 +90,10 @@ def run(folder, monkeypatch, tokens, **reward):
 def test_truncated_responses_can_be_left_out(tmp_path, monkeypatch):
     with_all = run(tmp_path / "all", monkeypatch, 24)
     without = run(tmp_path / "without", monkeypatch, 24, drop_truncated=True)
-    assert "skipped/truncated" not in with_all
+    assert "response/dropped" not in with_all
     truncated = with_all["response/truncated"] * 16
     assert 0 < truncated < 16
-    assert without["skipped/truncated"] == truncated
+    assert without["response/dropped"] == truncated
     assert without["reward/mean"] == with_all["reward/mean"]
     assert without["head/rows"] < with_all["head/rows"]
     assert with_all["reward/timeouts"] == with_all["reward/crashes"] == 0
@@ -102,6 +102,6 @@ def test_truncated_responses_can_be_left_out(tmp_path, monkeypatch):
 def test_a_step_of_truncated_responses_alone_is_skipped(tmp_path, monkeypatch):
     metrics = run(tmp_path, monkeypatch, 2, drop_truncated=True)
     assert metrics["response/truncated"] == 1.0
-    assert metrics["skipped/truncated"] == 16.0
+    assert metrics["response/dropped"] == 16.0
     assert metrics["skipped/all_truncated"] == 1.0
     assert "head/rows" not in metrics

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from trainer.advantages import overlong_punishment
-from trainer.config import Config
+from trainer.config import Config, Reward
+from trainer.problems import Task
 from trainer.tasks.answers import last_boxed, last_tagged
 from trainer.types import Rollouts
 
@@ -21,6 +22,18 @@ def has_format(response: str, form: str) -> bool:
     if form == "answer":
         return last_tagged(response) is not None
     return re.search(form, response) is not None
+
+
+def is_answered(response: str, task: Task, reward: Reward) -> bool:
+    """Whether `response` has an answer in the form that the verifier reads.
+
+    A task with a form of its own has a method `answered` that tells; elsewhere, and where
+    `reward.function` is the verifier, that is `reward.format`, `\\boxed` or `<answer>`.
+    """
+    own = getattr(task, "answered", None)
+    if own is not None and not reward.function:
+        return own(response)
+    return any(has_format(response, form) for form in (reward.format, "boxed", "answer"))
 
 
 def shaped_reward(rollouts: Rollouts, settings: Config) -> tuple[Tensor, dict[str, float]]:

@@ -92,6 +92,10 @@ class Gym:
         except _MALFORMED:
             return 0.0
 
+    def answered(self, response: str) -> bool:
+        """Whether there is a `final_answer`: in a response that is not blank."""
+        return bool(final_answer(response))
+
     def _make_dataset(self, seed: int) -> Any:
         return reasoning_gym.create_dataset(self._dataset_name, seed=seed, size=BLOCK)
 

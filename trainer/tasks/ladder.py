@@ -140,6 +140,11 @@ class Ladder:
         """1.0 for a chain of legal, right operations that ends at the goal with `!`, else 0.0."""
         return float(self.puzzle(problem.answer).solved_by(response))
 
+    def answered(self, response: str) -> bool:
+        """Whether `response` is a chain to its end, right or wrong."""
+        links = response[:-1].split(",")
+        return response.endswith(("!", "?")) and all(map(STEP.fullmatch, links))
+
     def demonstrations(self, count: int, seed: int) -> list[tuple[str, str]]:
         """`count` training prompts, each with a chain that `demonstrate` makes."""
         rng = random.Random(f"{self.name}/demonstrations/{seed}")

@@ -1,0 +1,143 @@
+"""Steps that update nothing: which, why, how many, and what to look at.
+
+A row of metrics tells by "updates", the optimizer steps taken in its step, and "skipped/REASON".
+"""
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+KINDS = ("right", "wrong", "truncated", "unparsed", "unverified")
+"""Of responses, each of which is of one. Unverified: the verifier timed out or crashed. Others are
+right by their verdict, or else stopped by the length limit, or else unparsed, without an answer in
+the form that the verifier reads, or else wrong."""
+LOUD = 5
+"""Skipped steps in a row that are told aloud; then twice as many, and so on."""
+
+Row = Mapping[str, Any]
+
+
+def took_step(update: Row) -> bool:
+    """Whether the optimizer stepped in an update with these metrics."""
+    return not any(value for key, value in update.items() if key.startswith("skipped/"))
+
+
+def reasons(row: Row) -> list[str]:
+    """Why the step of `row` updated nothing, by name; empty where it did."""
+    found = [
+        key.removeprefix("skipped/")
+        for key, value in row.items()
+        if key.startswith("skipped/") and value
+    ]
+    return [] if row.get("updates", "loss" in row) else found
+
+
+def reason(row: Row) -> str:
+    """The same in words, such as "2 useful groups, 4 wanted"; empty where the step updated."""
+    return ", ".join(_words(name, row) for name in reasons(row))
+
+
+def _words(name: str, row: Row) -> str:
+    if name == "few_groups" and "groups/useful" in row:
+        useful, wanted = float(row["groups/useful"]), row.get("groups/wanted")
+        more = "" if wanted is None else f", {float(wanted):.0f} wanted"
+        return f"{useful:.0f} useful group{'' if useful == 1 else 's'}{more}"
+    return plain(name)
+
+
+def plain(name: str) -> str:
+    """A reason without its numbers: "few useful groups"."""
+    return {
+        "few_groups": "few useful groups",
+        "all_truncated": "every response truncated",
+        "nonfinite_gradient": "gradient not finite",
+    }.get(name, name.replace("_", " "))
+
+
+@dataclass
+class Skips:
+    """Counts over the steps of a run, in their order."""
+
+    steps: int = 0
+    skipped: int = 0
+    in_a_row: int = 0
+    """Skipped since the last update."""
+    why: Counter[str] = field(default_factory=Counter)
+
+    def add(self, row: Row) -> str:
+        """Count the step of `row`; what to say aloud of it, mostly nothing."""
+        if row.get("step") == 0:
+            return ""
+        self.steps += 1
+        found = reasons(row)
+        self.skipped += bool(found)
+        self.in_a_row = self.in_a_row + 1 if found else 0
+        self.why.update(found)
+        times, rest = divmod(self.in_a_row, LOUD)
+        return self.warning(row) if found and not rest and not times & (times - 1) else ""
+
+    @property
+    def never(self) -> bool:
+        """Whether there were steps, and none updated the weights."""
+        return 0 < self.steps == self.skipped
+
+    def headline(self) -> str:
+        """What the run has come to, in a sentence; empty unless the last steps were skipped."""
+        why = ", ".join(plain(name) for name, _ in self.why.most_common())
+        if self.never:
+            return (
+                f"No step updated the weights: {self.skipped:,} of {self.steps:,} skipped, {why}."
+            )
+        if self.in_a_row >= LOUD:
+            return f"The last {self.in_a_row:,} steps updated nothing; skipped: {why}."
+        return ""
+
+    def warning(self, row: Row) -> str:
+        """Lines to be read by whoever watches: what happens, and where to look."""
+        return "\n  ".join(
+            ["warning: " + self.headline(), *filter(None, [composition(row)]), *advice(row)]
+        )
+
+
+def composition(row: Row) -> str:
+    """Shares of responses and groups of the step of `row`, as far as it has them."""
+    shares = [
+        f"{float(row[f'kind/{kind}']):.0%} {kind}" for kind in KINDS if row.get(f"kind/{kind}")
+    ]
+    groups = [
+        f"{float(row[f'groups/{kind}']):.0f} {kind.replace('_', ' ')}"
+        for kind in ("useful", "all_right", "all_wrong")
+        if row.get(f"groups/{kind}") is not None
+    ]
+    parts = {"responses": shares, "groups": groups}
+    return "; ".join(f"{name}: {', '.join(found)}" for name, found in parts.items() if found)
+
+
+def advice(row: Row) -> list[str]:
+    """What to look at, by what most responses or groups of the step of `row` are."""
+    groups = row.get("groups/sampled") or 1.0
+    told = [
+        (row.get("response/truncated"), "Most responses hit rollout.max_new_tokens."),
+        (
+            row.get("kind/unparsed"),
+            "Most responses have no answer in the form that the verifier reads: look at "
+            "data.template and data.instruction.",
+        ),
+        (
+            row.get("kind/unverified"),
+            "The verifier failed on most responses: look at reward.seconds, reward.gigabytes and "
+            "the verifier itself.",
+        ),
+        (
+            (row.get("groups/all_right") or 0.0) / groups,
+            "Most groups are all right: the problems are too easy for this policy.",
+        ),
+        (
+            (row.get("groups/all_wrong") or 0.0) / groups,
+            "Most groups are all wrong: the problems are too hard, or right answers are not read "
+            "as such.",
+        ),
+    ]
+    found = [text for share, text in told if share is not None and share >= 0.5]
+    return [*found, "samples.jsonl has responses of every kind."]
