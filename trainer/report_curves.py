@@ -1,15 +1,14 @@
 """A run's curves: from its rows to the figures of its report."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from itertools import accumulate
 from typing import Any
 
 from markupsafe import Markup
 
 from trainer.report_figures import COLORS, REWARDS, SECTIONS, Curve, Figure
-from trainer.report_plots import Line, Point, plot
-from trainer.skips import plain, reasons
+from trainer.report_plots import MAX_SHADES, Line, Point, plot, shaded
+from trainer.skips import reasons
 
 SETS_A_FIGURE = 5
 
@@ -20,27 +19,32 @@ Columns = Mapping[str, Sequence[Point]]
 
 def sections(rows: Sequence[Row], columns: Columns) -> list[dict[str, Any]]:
     """What is drawn under each title, and "missing": what is not, and why."""
+    columns = {**columns, **_sums(rows)}
     found = []
     for title, figures in SECTIONS.items():
         if figures is REWARDS:
             figures = (figures[0], *_sets(columns), *figures[1:])
         drawn, missing = [], []
         for figure in figures:
-            if figure.title == "Skipped steps":
-                figure, columns = _skips(figure, rows, columns)
-            svg, why = draw(figure, columns)
-            if why:
-                missing.append(f"{figure.title}: {why}")
+            svg, note = draw(figure, columns)
+            if svg:
+                drawn.append({"title": figure.title, "note": note, "svg": svg})
             else:
-                drawn.append({"title": figure.title, "note": figure.note, "svg": svg})
+                missing.append(f"{figure.title}: {note}")
         found.append({"title": title, "figures": drawn, "missing": missing})
     return found
 
 
 def draw(figure: Figure, columns: Columns) -> tuple[Markup, str]:
-    """The figure's SVG; or nothing, and why it is left out."""
-    lines = []
-    for curve in figure.curves:
+    """The figure's SVG and what to know of it; or nothing, and why it is left out."""
+    lines, curves = [], figure.curves
+    if figure.group:
+        names = [key.removeprefix(figure.group) for key in columns if key.startswith(figure.group)]
+        curves = tuple(
+            Curve(figure.group + name, name.replace("_", " "), color)
+            for name, color in zip(names, COLORS, strict=False)
+        )
+    for curve in curves:
         found = _scaled(columns.get(curve.key, ()), figure.scale)
         window = 2 * (len(found) // 40) + 1 if figure.smooth and not curve.markers else 1
         if any(y or (y is not None and not figure.events) for _, y in found):
@@ -49,11 +53,16 @@ def draw(figure: Figure, columns: Columns) -> tuple[Markup, str]:
                 Line(curve.label, found, curve.color, curve.dashed, curve.markers, window, band)
             )
     if not lines:
-        if figure.events and all(curve.key in columns for curve in figure.curves):
+        if figure.events and all(curve.key in columns for curve in curves):
             return Markup(), "none"
-        keys = " or ".join(curve.key for curve in figure.curves)
+        keys = " or ".join(curve.key for curve in curves)
         return Markup(), f"no value of {keys}"
-    return Markup(plot(lines, figure.unit, figure.zero, figure.title)), ""
+    notes = [figure.note]
+    if (window := max(line.window for line in lines)) > 1:
+        notes.append(f"Line: mean over {window} steps.")
+    if len(lines) <= MAX_SHADES and any(shaded(line) for line in lines):
+        notes.append("Shade: eight steps in ten.")
+    return Markup(plot(lines, figure.unit, figure.zero, figure.title)), " ".join(notes)
 
 
 def columns_of(rows: Sequence[Row]) -> Columns:
@@ -100,24 +109,22 @@ def _sets(columns: Columns) -> list[Figure]:
             Curve(f"eval/{n}.accuracy", n, color, True, ends=(f"eval/{n}.low", f"eval/{n}.high"))
             for n, color in zip(some, COLORS, strict=False)
         )
-        note = "Mean over its problems. Shaded: 95% interval."
+        note = "Sampled responses. Shaded: 95% interval of the mean over problems."
         figures.append(Figure(f"Accuracy on {', '.join(some)}", note, "%", curves, scale=100))
     return figures
 
 
-def _skips(figure: Figure, rows: Sequence[Row], columns: Columns) -> tuple[Figure, Columns]:
-    """The figure with a curve for each reason, and its counts up to every step."""
+def _sums(rows: Sequence[Row]) -> Columns:
+    """Counts up to each step: "skips/REASON" of skipped ones, "failures/KIND" of the verifier's."""
     found = [reasons(row) for row in rows]
-    names = list(dict.fromkeys(name for some in found for name in some))[: len(COLORS)]
-    counts = {
-        f"skips/{name}": [
-            (row["step"], float(count))
-            for row, count in zip(rows, accumulate(name in some for some in found), strict=True)
-        ]
-        for name in names
+    names = dict.fromkeys(name for some in found for name in some)
+    counts: dict[str, list[float]] = {
+        f"skips/{name}": [float(name in some) for some in found] for name in names
     }
-    curves = tuple(
-        Curve(f"skips/{name}", plain(name), color)
-        for name, color in zip(names, COLORS, strict=False)
-    )
-    return replace(figure, curves=curves), {**columns, **counts}
+    for name in ("timeouts", "crashes"):
+        if any(f"reward/{name}" in row for row in rows):
+            counts[f"failures/{name}"] = [row.get(f"reward/{name}") or 0.0 for row in rows]
+    return {
+        key: [(row["step"], total) for row, total in zip(rows, accumulate(own), strict=True)]
+        for key, own in counts.items()
+    }

@@ -19,10 +19,11 @@ def notices(rows: Sequence[Row], skips: Skips) -> list[list[str]]:
     found = []
     if headline := skips.headline():
         found.append([headline, _composition(rows), *advice(_last(rows))])
-    if timeouts := _total(rows, "reward/timeouts"):
-        found.append([f"The verifier timed out on {timeouts:,.0f} responses, which scored 0."])
-    if crashes := _total(rows, "reward/crashes"):
-        found.append([f"The verifier failed on {crashes:,.0f} responses, which scored 0."])
+    count = _total(rows, "response/count")
+    for name, what in (("timeouts", "timed out"), ("crashes", "failed")):
+        if failed := _total(rows, f"reward/{name}"):
+            of = f"{failed:,.0f} of {count:,.0f}" if count else f"{failed:,.0f}"
+            found.append([f"The verifier {what} on {of} responses, which therefore scored 0."])
     if lost := _total(rows, "log/nonfinite"):
         were = "s were" if lost > 1 else " was"
         found.append([f"{lost:,.0f} logged value{were} not finite; the curves have gaps there."])
@@ -88,7 +89,10 @@ def table(columns: Columns) -> list[tuple[str, ...]]:
 
 
 def _skipped(skips: Skips) -> str:
-    why = ", ".join(f"{plain(name)} {count:,}" for name, count in skips.why.most_common())
+    several = len(skips.why) > 1
+    why = ", ".join(
+        plain(name) + (f" {count:,}" if several else "") for name, count in skips.why.most_common()
+    )
     return f"{skips.skipped:,} of {skips.steps:,}" + (f": {why}" if why else "")
 
 
@@ -132,7 +136,11 @@ def _accuracy(
     low, high = last.get(f"{prefix}{kind}low"), last.get(f"{prefix}{kind}high")
     interval = "" if low is None or high is None else f"{low:.1%} to {high:.1%}"
     count = last.get(f"{prefix}problems")
-    problems = "number of problems unknown" if count is None else f"{count:,.0f} problems"
+    problems = (
+        "number of problems unknown"
+        if count is None
+        else f"{count:,.0f} problem{'s' * (count != 1)}"
+    )
     notes = [problems + (", 95% interval" if interval else "")]
     if first is not last:
         notes.append(_change(first, last, key, prefix + kind))

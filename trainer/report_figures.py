@@ -33,12 +33,14 @@ class Figure:
     smooth: bool = False
     events: bool = False
     """Of what need not happen: a curve whose every value is 0 is left out."""
+    group: str = ""
+    """In place of `curves`: one for each metric whose name begins with it."""
 
 
 REWARDS = (
     Figure(
         "Held-out accuracy",
-        "One sample a problem at temperature 1, and greedy decoding. Shaded: 95% interval.",
+        "Sampled responses, and greedy ones. Shaded: 95% interval of the mean over problems.",
         "% of problems",
         (
             Curve("eval/accuracy", "sampled", "c1", True, ends=("eval/low", "eval/high")),
@@ -102,14 +104,15 @@ RESPONSES = (
         "steps",
         (),
         events=True,
+        group="skips/",
     ),
     Figure(
         "Verifier failures",
-        "Responses that score 0 because the verifier took too long or failed.",
-        "responses a step",
+        "Responses so far that scored 0 because the verifier took too long or failed.",
+        "responses",
         (
-            Curve("reward/timeouts", "time-outs", "c1"),
-            Curve("reward/crashes", "crashes", "c2"),
+            Curve("failures/timeouts", "time-outs", "c1"),
+            Curve("failures/crashes", "crashes", "c2"),
         ),
         events=True,
     ),

@@ -1,7 +1,7 @@
 """Line plots as inline SVG: colours from the page's style, values under the cursor.
 
-A plot has as many points for 5,000 steps as for 200: means over equal ranges of steps, with what
-lies between the least and the greatest value of each shaded behind.
+A plot has as many points for 5,000 steps as for 150: means over equal ranges of steps, and behind
+them, shaded, where eight values in ten of each range lie.
 """
 
 import math
@@ -17,8 +17,11 @@ from trainer.figures import spread, ticks
 WIDTH, HEIGHT = 450, 230
 LEFT, RIGHT, TOP, BOTTOM = 52, 98, 26, 36
 MAX_POINTS = 150  # Of a line; more steps than this are averaged.
+MAX_SHADES = 2  # That can be told apart where they lie over one another.
 MAX_DOTS = 30  # That stay apart; more are small.
 GAP = 5  # A line breaks where its next point is so many times as far as usual.
+TAIL = 10  # The part of a range's values left out of its shade, on either side.
+LABEL = 15  # Characters.
 ROBUST = 50  # From so many values on, the axis need not reach the last hundredth on either side.
 
 Point = tuple[float, float | None]
@@ -66,10 +69,12 @@ class _Drawn:
     def values(self) -> list[float]:
         """What the vertical axis has to show."""
         own = sorted(y for _, y in self.line.points if y is not None)
+        drawn = sorted(mark.y for mark in self.smooth if mark.y is not None)
         if len(own) > ROBUST:
-            own = [own[len(own) // 100], own[-1 - len(own) // 100]]
-        ends = [end for _, low, high in self.line.band for end in (low, high)]
-        return [*own, *ends, *(mark.y for mark in self.smooth if mark.y is not None)]
+            own = own[len(own) // 100 : len(own) - len(own) // 100]
+        if self.several:
+            drawn = drawn[len(drawn) // 100 : len(drawn) - len(drawn) // 100]
+        return [*own, *drawn, *(end for _, *ends in self.line.band for end in ends)]
 
 
 def plot(lines: Sequence[Line], unit: str, zero: bool = True, title: str = "") -> str:
@@ -93,13 +98,18 @@ def plot(lines: Sequence[Line], unit: str, zero: bool = True, title: str = "") -
             f"<desc>{escape(_description(lines, unit, steps))}</desc>",
             *_grid(axes, y_ticks, unit),
             *_beyond(axes, lines),
-            *(part for one in drawn for part in _behind(axes, one)),
+            *(part for one in drawn for part in _behind(axes, one, len(drawn) <= MAX_SHADES)),
             *(part for one in drawn for part in _line(axes, one)),
             *_end_labels(axes, drawn),
             *_hover(axes, drawn, steps, edges),
             "</svg>",
         ]
     )
+
+
+def shaded(line: Line) -> bool:
+    """Whether `plot` shades where its single steps lie: of many, without intervals of their own."""
+    return len(line.points) > MAX_POINTS and not line.band
 
 
 @dataclass(frozen=True)
@@ -143,9 +153,10 @@ def _thin(line: Line, edges: Sequence[float]) -> _Drawn:
         ranges.setdefault(_place(point[0], edges), []).append(point)
     marks = []
     for points in ranges.values():
-        known = [y for _, y in points if y is not None] or [0.0]
+        known = sorted(y for _, y in points if y is not None) or [0.0]
         mean = None if all(y is None for _, y in points) else math.fsum(known) / len(known)
-        marks.append(_Mark(points[-1][0], mean, min(known), max(known)))
+        tenth = len(known) // TAIL
+        marks.append(_Mark(points[-1][0], mean, known[tenth], known[-1 - tenth]))
     window = max(1, line.window * len(marks) // len(line.points))
     return _Drawn(line, marks, _rolling(marks, window), True)
 
@@ -204,7 +215,7 @@ def _grid(axes: _Axes, y_ticks: Sequence[float], unit: str) -> Iterator[str]:
 def _beyond(axes: _Axes, lines: Sequence[Line]) -> Iterator[str]:
     """A word on values that the axis does not reach."""
     values = [y for line in lines for _, y in line.points if y is not None]
-    room = 1e-6 * (axes.y1 - axes.y0)  # of rounding
+    room = 0.25 * (axes.y1 - axes.y0)  # Not worth a word.
     ends = [
         f"{value:.3g}"
         for value in (min(values), max(values))
@@ -215,17 +226,17 @@ def _beyond(axes: _Axes, lines: Sequence[Line]) -> Iterator[str]:
         yield f'<text class="unit" x="{WIDTH - 4}" y="12" text-anchor="end">{text}</text>'
 
 
-def _behind(axes: _Axes, one: _Drawn) -> Iterator[str]:
-    """Intervals, and the single steps where a mean is drawn."""
+def _behind(axes: _Axes, one: _Drawn, shade: bool) -> Iterator[str]:
+    """Intervals, and the single steps where a mean is drawn; of ranges of them only if `shade`."""
     kind = f"line {one.line.color}"
     if one.line.band:
         band = [_Mark(x, (low + high) / 2, low, high) for x, low, high in one.line.band]
         if len(band) > MAX_POINTS:
             band = band[:: math.ceil(len(band) / MAX_POINTS)]
         yield f'<path class="band {one.line.color}" d="{_area(axes, band)}"/>'
-    if one.several:
+    elif shade and shaded(one.line):
         yield f'<path class="band {one.line.color}" d="{_area(axes, one.marks)}"/>'
-    elif one.line.window > 1:
+    elif one.line.window > 1 and not one.several:
         yield f'<path class="{kind} faint" d="{_path(axes, one.marks)}"/>'
 
 
@@ -284,7 +295,8 @@ def _end_labels(axes: _Axes, drawn: Sequence[_Drawn]) -> Iterator[str]:
     for place, (y, line) in zip(spread([y for y, _ in ends], HEIGHT - BOTTOM), ends, strict=True):
         dashed = " dashed" if line.dashed else ""
         yield f'<path class="line {line.color}{dashed}" d="M{x - 4} {y:.1f}L{x + 6} {place:.1f}"/>'
-        yield f'<text class="name" x="{x + 10}" y="{place + 4:.1f}">{escape(line.label)}</text>'
+        label = line.label if len(line.label) <= LABEL else line.label[: LABEL - 1] + "…"
+        yield f'<text class="name" x="{x + 10}" y="{place + 4:.1f}">{escape(label)}</text>'
 
 
 def _hover(

@@ -1,6 +1,7 @@
 """Synthetic runs for the tests of the report: `python -m tests.trainer.report_cases FOLDER`
 writes one that goes on, one of 5,000 steps and one that never updated, with their pages."""
 
+import json
 import math
 import random
 import sys
@@ -103,7 +104,7 @@ def evaluation(rng: random.Random, done: float, names: tuple[str, ...] = ("",)) 
         half = 1.96 * math.sqrt(value * (1 - value) / count)
         found |= {
             f"{prefix}accuracy": value,
-            f"{prefix}low": value - half,
+            f"{prefix}low": max(value - half, 0.0),
             f"{prefix}high": value + half,
             f"{prefix}greedy": value + 0.07,
             f"{prefix}problems": count,
@@ -156,10 +157,10 @@ def make_run(
         rows.append(row)
         if step == 1 or (step and step % every == 0):
             heat = 0.4 - 0.2 * step / steps
-            some = unscored(rng, length) if skipped else samples(rng, heat, length=length)
+            size = length if step in (1, steps) else 30
+            some = unscored(rng, size) if skipped else samples(rng, heat, length=size)
             log.samples(step, some)
-    for row in rows:
-        log.write(row)
+    log.metrics_path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return log
 
 
