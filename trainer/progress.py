@@ -100,6 +100,8 @@ class Bar:
     def update(self, step: int, metrics: Row) -> None:
         """Show that `step` of the loop is done, with `metrics` of that step."""
         warning = self._skips.add({"step": step, **metrics})
+        if step == self._total and self._skips.headline():
+            warning = self._skips.warning(metrics)
         parts = told(self._columns, metrics, self._skips)
         if self._accuracy and "eval/accuracy" not in metrics:
             parts.append(self._accuracy)

@@ -102,10 +102,10 @@ def _print_rows(rows: Sequence[Row], printed: int, steps: int) -> None:
         warning = skips.add(row)
         if row["step"] > printed:
             print("  ".join([f"{row['step']}/{steps}", *told(COLUMNS, row, skips)]), flush=True)
+            if row["step"] == steps and skips.headline():
+                warning = skips.warning(row)
             if warning:
                 print(warning, flush=True)
-    if rows[-1]["step"] >= steps and skips.headline():
-        print(skips.headline(), flush=True)
 
 
 def _state(now: Standing) -> str:

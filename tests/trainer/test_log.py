@@ -91,7 +91,9 @@ def test_samples_hold_each_token(log):
     log.samples(2, [sample("añ\u2028<"), sample()])
     rows = read_rows(log.samples_path)
     assert [row["response"] for row in rows] == ["añ\u2028<", "ab"]
-    assert list(rows[0]) == ["step", "prompt", "response", "reward", "tokens", "entropy", "kept"]
+    fields = ["step", "prompt", "response", "reward", "tokens", "entropy", "kept", "kind"]
+    assert list(rows[0]) == fields
+    log.samples(3, [Sample("p", "ab", 1.0, ["a", "b"], [], [], "wrong")])  # not trained on
     with pytest.raises(ValueError, match="2 tokens, 1 entropies and 2 flags"):
         log.samples(2, [Sample("p", "ab", 1.0, ["a", "b"], [0.5], [True, False])])
 
@@ -153,7 +155,7 @@ def test_plain_lines_where_no_terminal_is(capsys):
     assert 20 <= len(lines) <= 25
     assert lines[0] == "RL 0/120  clip 3.00%  accuracy 25.0%"
     assert lines[-1] == (
-        "RL 120/120  0:00:00 left  reward 1.00  clip 3.00%  tokens/s 1,234  accuracy 25.0%"
+        "RL 120/120  0:00:00 left  reward 1.00  tokens/s 1,234  accuracy 25.0% at step 0"
     )
 
 
