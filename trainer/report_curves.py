@@ -60,7 +60,7 @@ def draw(figure: Figure, columns: Columns) -> tuple[Markup, str]:
     notes = [figure.note]
     if (window := max(line.window for line in lines)) > 1:
         notes.append(f"Line: mean over {window} steps.")
-    if len(lines) <= MAX_SHADES and any(shaded(line) for line in lines):
+    if len(lines) <= MAX_SHADES and not figure.events and any(shaded(line) for line in lines):
         notes.append("Shade: eight steps in ten.")
     return Markup(plot(lines, figure.unit, figure.zero, figure.title)), " ".join(notes)
 

@@ -155,7 +155,7 @@ def _change(first: Row, last: Row, key: str, prefix: str) -> str:
     By the ends of both (MOVER: Zou and Donner 2008), as of independent shares; on the same
     problems the true interval is rather shorter.
     """
-    points = 100 * (last[key] - first[key])
+    points = round(100 * (last[key] - first[key]), 1) + 0.0  # no "-0.0"
     where = f"{first[key]:.1%} at step {first['step']:,}, {last[key]:.1%} at step {last['step']:,}"
     ends = [row.get(f"{prefix}{end}") for row in (first, last) for end in ("low", "high")]
     if None in ends:
