@@ -1,15 +1,21 @@
 """Steps that update nothing: counted, told with their reason, and loudly where they go on."""
 
+import dataclasses
 import io
 import math
 import sys
 from random import Random
 
 import pytest
+import torch
 
+import trainer.run
 from tests.trainer.report_cases import metrics_row, skipped_row
+from tests.trainer.small import Even, save_folder, settings
+from trainer.log import read_rows
 from trainer.progress import progress
 from trainer.skips import Skips, advice, composition, reason, reasons
+from trainer.train import train
 
 FEW = {"skipped/few_groups": 1.0, "groups/useful": 2.0, "groups/wanted": 4.0, "reward/mean": 0.0}
 UPDATED = {"loss": 0.1, "updates": 2.0, "entropy/threshold": 0.5, "reward/mean": 0.5}
@@ -130,6 +136,25 @@ def test_a_warning_stands_above_a_live_bar(monkeypatch, random):
         for step in range(1, 6):
             bar.update(step, skipped_row(random, step))
     assert "warning: No step updated the weights: 5 of 5 skipped" in sys.stderr.getvalue()
+
+
+def test_a_run_whose_gradients_are_not_finite_never_updates(tmp_path, monkeypatch, capsys):
+    """Each step has a loss, and updates nothing."""
+
+    def norm(*_):
+        return torch.tensor(math.inf)
+
+    monkeypatch.setattr(trainer.run, "make_task", lambda *_: Even())
+    config = settings(tmp_path, save_folder(tmp_path / "model"), steps=1)
+    train(config)
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", norm)
+    train(dataclasses.replace(config, name="other", steps=2))
+    own, other = (read_rows(tmp_path / name / "metrics.jsonl") for name in ("run", "other"))
+    assert own[1]["updates"] == config.optimizer.mini_batches == 2
+    assert [row["updates"] for row in other[1:]] == [0, 0]
+    told = "No step updated the weights: 2 of 2 skipped, gradient not finite."
+    assert told in capsys.readouterr().out
+    assert told in (tmp_path / "other" / "report.html").read_text()
 
 
 @pytest.fixture
