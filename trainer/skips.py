@@ -48,10 +48,13 @@ def _words(name: str, row: Row) -> str:
 
 def plain(name: str) -> str:
     """A reason without its numbers: "few useful groups"."""
+    if name.startswith("nonfinite_"):
+        return f"{name.removeprefix('nonfinite_').replace('_', ' ')} not finite"
     return {
         "few_groups": "few useful groups",
         "all_truncated": "every response truncated",
-        "nonfinite_gradient": "gradient not finite",
+        "no_tokens": "no token selected",
+        "no_advantage": "every advantage 0",
     }.get(name, name.replace("_", " "))
 
 

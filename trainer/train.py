@@ -88,7 +88,7 @@ def _train(run: Run, on_step: Callable[[int], Any]) -> Path:
 def _step(run: Run) -> dict[str, float]:
     """Sample, verify, select the tokens, update."""
     settings, algorithm, policy = run.settings, run.settings.algorithm, run.policy
-    began = clock(policy.device)
+    began, updates = clock(policy.device), run.progress.updates
 
     # Sample G responses a prompt; keep the groups that are neither all right nor all wrong.
     rollouts, metrics, everything = sample_useful(run)
@@ -132,10 +132,9 @@ def _step(run: Run) -> dict[str, float]:
     for index in _mini_batches(rollouts.group_B, settings.optimizer.mini_batches):
         metrics["lr"] = run.set_learning_rate()
         updated, seconds = update(policy, run.optimizer, batch.rows(index), settings, run.ranks)
-        run.progress.updates += 1
+        run.progress.updates += took_step(updated)
         head_seconds += seconds
         meter.add(updated, weight=updated["head/rows"])
-        metrics["updates"] = metrics.get("updates", 0.0) + took_step(updated)
     run.engine.update_weights(policy.weights())
     ended = clock(policy.device)
 
@@ -145,6 +144,7 @@ def _step(run: Run) -> dict[str, float]:
         old_logprob_BL, rollouts.sampler_logprob_BL, rollouts.mask_BL, settings
     )
     return metrics | {
+        "updates": float(run.progress.updates - updates),
         "entropy/threshold": float(threshold),
         "tokens_per_second": metrics["tokens"] / (ended - began),
         "time/update": ended - scored,

@@ -30,6 +30,9 @@ UPDATED = {"loss": 0.1, "updates": 2.0, "entropy/threshold": 0.5, "reward/mean":
         ({"skipped/all_truncated": 1.0}, "every response truncated"),
         ({"skipped/something_new": 1.0}, "something new"),
         ({"loss": 0.1, "updates": 0.0, "skipped/nonfinite_gradient": 2.0}, "gradient not finite"),
+        ({"skipped/nonfinite_old_logprob": 1.0}, "old logprob not finite"),
+        ({"loss": 0.0, "updates": 0.0, "skipped/no_tokens": 2.0}, "no token selected"),
+        ({"skipped/no_tokens": 1.0, "skipped/x": 1.0}, "no token selected, x"),
         # One mini-batch of two was skipped.
         ({"loss": 0.1, "updates": 1.0, "skipped/nonfinite_gradient": 1.0}, ""),
         (UPDATED | {"skipped/nonfinite_gradient": 0.0}, ""),
