@@ -3,8 +3,10 @@
 import pytest
 
 import trainer.run
+import trainer.train
 from tests.trainer.small import Even, save_folder, settings
 from trainer.config import Data, Reward
+from trainer.dynamic_sampling import sample_useful
 from trainer.log import read_rows
 from trainer.rewards.terms import is_answered
 from trainer.rewards.verifier import Verdicts, Verifier
@@ -185,3 +187,16 @@ def test_a_gym_answer_is_any_last_line():
     gym = pytest.importorskip("trainer.tasks.gym").Gym("basic_arithmetic", 0, Data(), None)
     assert is_answered("thus\n4\n", gym, Reward())
     assert not is_answered(" \n", gym, Reward())
+
+
+def test_a_step_of_truncated_responses_alone_writes_them(run, monkeypatch):
+    def cut(run):
+        rollouts, metrics, everything = sample_useful(run)
+        rollouts.truncated_B.fill_(True)
+        return rollouts, metrics, everything
+
+    monkeypatch.setattr(trainer.train, "sample_useful", cut)
+    metrics, samples = run(Odd(), reward=Reward(drop_truncated=True))
+    assert [row["skipped/all_truncated"] for row in metrics[1:]] == [1.0, 1.0]
+    assert [row["step"] for row in samples] == [1] * 6 + [2] * 6
+    assert not any(row["entropy"] for row in samples)
