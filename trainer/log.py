@@ -7,7 +7,8 @@ run.json       {"config": resolved configuration, "starts": [{"time", "commit", 
                {name: [was, now]}. A branch has "origin" too (branch.py).
 metrics.jsonl  one object a step, "step" first, then flat "group/name" keys; what is not finite is
                null and counted under "log/nonfinite".
-samples.jsonl  one object a sampled response: "step" and the fields of `Sample`.
+samples.jsonl  one object a sampled response: "step" and the fields of `Sample`; "entropy" and
+               "kept" of those that were trained on.
 """
 
 import importlib.metadata
@@ -125,6 +126,8 @@ class RunLog:
             line: dict[str, Any] = {"step": step, **asdict(row)}
             line["reward"] = _finite(row.reward)
             line["entropy"] = [_finite(value) for value in row.entropy]
+            if not row.entropy:
+                del line["entropy"], line["kept"]
             lines.append(line)
         _append(self.samples_path, lines)
 

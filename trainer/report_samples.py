@@ -63,7 +63,7 @@ def samples(rows: Sequence[Row], right: float) -> dict[str, Any]:
         (step, _spread(list(group), right))
         for step, group in groupby(rows, lambda row: row["step"])
     ]
-    values = [h for _, group in shown for s in group for h in s["entropy"] if h is not None]
+    values = [h for _, group in shown for s in group for h in s.get("entropy", ()) if h is not None]
     # The 98th percentile, lest one odd token bleach the rest.
     top = max(sorted(values)[int(0.98 * (len(values) - 1))], 0.1) if values else 1.0
     columns = [
@@ -94,11 +94,12 @@ def _spread(rows: Sequence[Row], right: float) -> list[Row]:
 def _sample(sample: Row, top: float, kind: str) -> dict[str, Any]:
     texts = sample["tokens"][:TOKENS_A_SAMPLE]
     tokens = [{"text": _visible("".join(texts)), "class": "", "title": ""}]
-    if sample["entropy"]:
+    trained = "not trained on"
+    if sample.get("entropy"):
+        trained = f"{sum(map(bool, sample['kept']))} kept"
         marks = zip(texts, sample["entropy"], sample["kept"], strict=False)
         tokens = [_token(*mark, top) for mark in marks]
     reward, length = sample["reward"], len(sample["tokens"])
-    trained = f"{sum(map(bool, sample['kept']))} kept" if sample["entropy"] else "not trained on"
     return {
         "prompt": _visible(sample["prompt"][:PROMPT], ends="\n"),
         "cut": len(sample["prompt"]) > PROMPT,

@@ -55,7 +55,7 @@ def test_a_skipped_step_writes_what_it_sampled(run):
     assert [row["step"] for row in samples] == [1] * 6 + [2] * 6
     for row in samples:
         assert row["kind"] in ("wrong", "truncated", "unparsed")
-        assert row["entropy"] == row["kept"] == []
+        assert not {"entropy", "kept"} & row.keys()
         assert row["tokens"]
         assert row["reward"] == 0.0
 
@@ -80,7 +80,7 @@ def test_what_is_trained_on_has_its_own_entropies(run):
     changes = {"samples": 100, "samples_every": 1}
     metrics, samples = run(Odd(), **changes)
     for row in metrics[1:]:
-        scored = [s for s in samples if s["step"] == row["step"] and s["entropy"]]
+        scored = [s for s in samples if s["step"] == row["step"] and "entropy" in s]
         entropies = [h for sample in scored for h in sample["entropy"]]
         kept = [keep for sample in scored for keep in sample["kept"]]
         assert len(entropies) == row["head/rows"]
@@ -96,7 +96,7 @@ def test_dropped_responses_are_among_the_samples(run):
         assert 0 < row["response/dropped"] <= row["response/truncated"] * row["response/count"]
     left_out = [row for row in samples if row["kind"] == "truncated"]
     assert len(left_out) >= 2
-    assert all(row["entropy"] == [] for row in left_out)
+    assert not any("entropy" in row for row in left_out)
 
 
 @pytest.mark.parametrize("can", [True, False], ids=["updates", "skips"])
@@ -199,4 +199,4 @@ def test_a_step_of_truncated_responses_alone_writes_them(run, monkeypatch):
     metrics, samples = run(Odd(), reward=Reward(drop_truncated=True))
     assert [row["skipped/all_truncated"] for row in metrics[1:]] == [1.0, 1.0]
     assert [row["step"] for row in samples] == [1] * 6 + [2] * 6
-    assert not any(row["entropy"] for row in samples)
+    assert not any("entropy" in row for row in samples)
