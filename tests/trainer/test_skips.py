@@ -7,9 +7,9 @@ import sys
 from random import Random
 
 import pytest
-import torch
 
 import trainer.run
+import trainer.train
 from tests.trainer.report_cases import metrics_row, skipped_row
 from tests.trainer.small import Even, save_folder, settings
 from trainer.log import read_rows
@@ -144,13 +144,16 @@ def test_a_warning_stands_above_a_live_bar(monkeypatch, random):
 def test_a_run_whose_gradients_are_not_finite_never_updates(tmp_path, monkeypatch, capsys):
     """Each step has a loss, and updates nothing."""
 
-    def norm(*_):
-        return torch.tensor(math.inf)
+    update = trainer.train.update
+
+    def poisoned(*arguments):
+        metrics, seconds = update(*arguments)
+        return metrics | {"skipped/nonfinite_gradient": 1.0}, seconds
 
     monkeypatch.setattr(trainer.run, "make_task", lambda *_: Even())
     config = settings(tmp_path, save_folder(tmp_path / "model"), steps=1)
     train(config)
-    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", norm)
+    monkeypatch.setattr(trainer.train, "update", poisoned)
     train(dataclasses.replace(config, name="other", steps=2))
     own, other = (read_rows(tmp_path / name / "metrics.jsonl") for name in ("run", "other"))
     assert own[1]["updates"] == config.optimizer.mini_batches == 2
