@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal, TypeVar
 
 from trainer import checkpoint
-from trainer.config import Config, Data, Eval, Model, Reward, Rollout
+from trainer.config import Config, Data, Engine, Eval, Model, Reward, Rollout
 from trainer.engines import Engine as Sampler
 from trainer.engines import make_engine
 from trainer.evaluation_sets import HELD_OUT, EvaluationSet, make_set
@@ -23,7 +23,7 @@ from trainer.ranks import Ranks, join
 from trainer.results import Tally, show, write_results
 from trainer.rollout import sample
 from trainer.tasks import make_task
-from trainer.tasks.benchmarks import check_names, has_own_columns, make_benchmark, short_name
+from trainer.tasks.benchmarks import check_sets, has_own_columns, make_benchmark, short_name
 
 INSTRUCTION = "Please reason step by step, and put your final answer within \\boxed{}."
 # The paper's.
@@ -80,7 +80,7 @@ def resolved(settings: Settings, ranks: Ranks) -> Settings:
     Raises ValueError for data that cannot be there, a run without a checkpoint, and a model that is
     no run's without data.
     """
-    check_names([name for name in settings.data if name != HELD_OUT])
+    check_sets([name for name in settings.data if name != HELD_OUT])
     origin, model = find_origin(settings.model), settings.model
     if origin is None and HELD_OUT in (settings.data or (HELD_OUT,)):
         raise ValueError(
@@ -100,7 +100,9 @@ def resolved(settings: Settings, ranks: Ranks) -> Settings:
         Model(attention="sdpa"),
         Rollout(),
         Eval(),
+        Engine(),
     )
+    longest = settings.engine.max_model_len or own.engine.max_model_len
     reward, instruction = own.reward, settings.instruction
     if instruction == "auto":
         instruction = "" if settings.template in TEMPLATES else own.data.instruction
@@ -123,6 +125,7 @@ def resolved(settings: Settings, ranks: Ranks) -> Settings:
         gigabytes=given(settings.gigabytes, reward.gigabytes),
         dtype=own.sampled_in if settings.dtype == "auto" else settings.dtype,
         attention=own.model.attention if settings.attention == "auto" else settings.attention,
+        engine=replace(settings.engine, max_model_len=longest),
     )
 
 
@@ -172,8 +175,11 @@ def sets_of(settings: Evaluation, asked: Evaluation, policy: Policy) -> Sets:
 
 
 def _reward(settings: Evaluation) -> Reward:
-    return Reward(
-        settings.function or "",
+    """The run's, where the model is one, with what `settings` say."""
+    origin = find_origin(settings.model)
+    return replace(
+        origin.reward if origin else Reward(),
+        function=settings.function or "",
         right=given(settings.right, 1.0),
         seconds=given(settings.seconds, 10.0),
         gigabytes=given(settings.gigabytes, 4.0),

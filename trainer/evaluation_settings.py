@@ -69,6 +69,7 @@ class Evaluation:
     """transformers' attn_implementation: eager, sdpa, flash_attention_2; "auto": the run's, or
     sdpa."""
     engine: Engine = field(default_factory=Engine)
+    """`max_model_len` is the run's where it is 0."""
 
     def __post_init__(self) -> None:
         least = {"samples": 1, "batch_size": 1, "problems": 0, "temperature": 0, "workers": 1}

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from trainer.config import Data, Eval, Model, Reward, Rollout
+from trainer.config import Data, Engine, Eval, Model, Reward, Rollout
 
-Part = TypeVar("Part", Data, Eval, Model, Reward, Rollout)
+Part = TypeVar("Part", Data, Engine, Eval, Model, Reward, Rollout)
 
 
 @dataclass(frozen=True)
@@ -21,6 +21,7 @@ class Origin:
     model: Model
     rollout: Rollout
     eval: Eval
+    engine: Engine
 
     @property
     def sampled_in(self) -> Literal["float32", "bfloat16"]:
@@ -48,6 +49,7 @@ def find_origin(model: str) -> Origin | None:
             _part(config, Model),
             _part(config, Rollout),
             _part(config, Eval),
+            _part(config, Engine),
         )
     except (KeyError, TypeError) as error:
         raise ValueError(f"{file} is of another version of the trainer: {error}") from error

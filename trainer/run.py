@@ -23,7 +23,8 @@ from trainer.progress import WARM_START, progress
 from trainer.ranks import Ranks
 from trainer.resume import inputs_of, resuming, start_record
 from trainer.rewards.verifier import Verifier
-from trainer.tasks import benchmarks, make_task
+from trainer.tasks import make_task
+from trainer.tasks.benchmarks import check_sets
 from trainer.tasks.lengths import Room, check_prompts
 from trainer.types import Task
 from trainer.warm_start import Demonstrator, load_or_warm_start
@@ -83,7 +84,7 @@ def start(
             that do not fit; the verifier cannot be imported; a set of `eval.data` cannot be read.
     """
     check_names(allow_changes)
-    benchmarks.check_names(settings.eval.data)
+    check_sets(settings.eval.data)
     folder = folder_of(settings)
     if branch:
         branch_from(branch, settings, ranks)

@@ -13,9 +13,9 @@ import trainer.run
 from tests.trainer.small import Even, save_folder, settings
 from trainer.analyze.patterns import Patterns, analyze_patterns
 from trainer.analyze.temperatures import Temperatures, analyze_temperatures
-from trainer.config import Data, Eval, Reward
+from trainer.config import Data, Engine, Eval, Reward
 from trainer.estimators import estimate, wilson
-from trainer.evaluation import Evaluation, evaluate_model
+from trainer.evaluation import Evaluation, engine_config, evaluate_model
 from trainer.evaluation_sets import make_set, metric_names
 from trainer.log import read_rows
 from trainer.results import summarize
@@ -65,7 +65,8 @@ def config(folder: Path):
             f"file:{folder / 'train.jsonl'}", "ask", "gold", template="{question} 5",
             instruction="9", test_fraction=0.4,
         ),
-        reward=Reward("own_judge:judge", right=0.8, seconds=7.0, workers=1),
+        reward=Reward("own_judge:judge", right=0.8, seconds=7.0, workers=1, format="answer"),
+        engine=Engine(max_model_len=60),
         eval=Eval(
             2, 5, samples=3, temperature=0.9, max_new_tokens=4,
             data=(f"amc23={folder / 'amc.jsonl'}", f"file:{folder / 'hard.jsonl'}", "ladder"),
@@ -118,6 +119,8 @@ def test_an_evaluation_afterwards_gives_the_numbers_of_training(place, rows):
         "ask", "gold", "own_judge:judge", 0.8,
     )  # fmt: skip
     assert (used["seconds"], used["attention"], used["temperature"]) == (7.0, "eager", 0.9)
+    assert used["engine"]["max_model_len"] == 60
+    assert engine_config(Evaluation(used["model"], max_new_tokens=1)).reward.format == "answer"
     # A checkpoint of the run knows its run too; sets of other kinds are as they were in training.
     names = (f"amc23={place / 'amc.jsonl'}", f"file:{place / 'hard.jsonl'}")
     first = str(run / "checkpoints" / "step-000000")

@@ -52,7 +52,7 @@ def has_own_columns(name: str) -> bool:
     return not name.startswith(_READ)
 
 
-def check_names(names: Sequence[str]) -> None:
+def check_sets(names: Sequence[str]) -> None:
     """Refuse, before anything is read, what `make_benchmark` will not find.
 
     Raises ValueError for a name of no known form, one that comes twice, and a path that is not
@@ -80,7 +80,7 @@ def make_benchmark(name: str, data: Data, split: str, tokenizer: Any) -> Task:
     (of a file or folder without splits, all rows); or a task that makes its own problems.
     Raises ValueError for any other name, and what the source raises.
     """
-    check_names([name])
+    check_sets([name])
     if is_generated(name):
         return make_task(replace(data, task=name), 0, tokenizer)
     short, _, path = name.partition("=")
