@@ -1,5 +1,7 @@
 """Which answers are right: every pair of the table, and what is said of a response without one."""
 
+from pathlib import Path
+
 import pytest
 
 from tests.trainer import answer_pairs, more_answer_pairs
@@ -21,6 +23,13 @@ def table() -> list[tuple[str, str, str, bool]]:
     return rows
 
 
+def test_the_page_tells_the_size_of_the_table():
+    right = sum(row[3] for row in table())
+    page = " ".join((Path(__file__).parents[2] / "docs" / "trainer.md").read_text().split())
+    assert f"{len(table())} pairs" in page
+    assert f"{right} right and {len(table()) - right} wrong" in page
+
+
 @pytest.mark.parametrize("group", dict.fromkeys(row[0] for row in table()))
 def test_every_pair_of_the_table(group):
     rows = [row for row in table() if row[0] == group]
@@ -37,3 +46,5 @@ def test_long_and_deep_answers_are_wrong_and_raise_nothing(piece):
         for count in (300 // len(piece), 100_000):
             for response in (f"\\boxed{{{piece * count}}}", f"The answer is {piece * count}"):
                 assert math_reward(gold, response) == 0.0
+    # Deeper than SymPy's recursion goes.
+    assert math_reward("34", f"\\boxed{{1{'!' * 900}}}") == 0.0
