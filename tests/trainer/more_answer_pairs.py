@@ -143,6 +143,12 @@ WHOLE: dict[str, Pairs] = {
             ["The answer is 34.", "so $x = 34$.", "It costs $34.", "Answer: 34", "thus 34"],
             ["34 is wrong, it is 33", "The answer is 33. I had 34.", "3 4", "thirty-four"],
         ),
+        (
+            "2",
+            ["**Answer:** 2", "#### 2 apples", "the answer is therefore $x=2$"],
+            ["so $1$ or $2$", "x = 1, 2", "The answer is 2 or 1.", "The answer is not 2."],
+        ),
+        ("B", ["The answer is (B).", "Answer: B) 12"], ["The answer is A or B", "B"]),
         ("0.5", ["the answer is 1/2", r"the answer is $\frac12$"], ["the answer is 12"]),
         (r"10\%", ["It is 10%.", "The final answer is 0.1"], ["It is 100%."]),
         ("Paris", [], ["It is Paris", "Paris"]),

@@ -25,9 +25,10 @@ _IN_TEXT = re.compile(r"(?:\\text\{[^{}]*\}\s*)+")
 _TIME = re.compile(r"\d{1,2}:\d\d")
 _PERCENT = Fraction(1, 100)
 _LOOSE = re.compile(
-    r"\$([^$\n]*[^\s$])\$(?!\d)|\\[(\[]((?:(?!\\[(\[\])]).)+)\\[)\]]"
-    r"|(-?(?:\\?\$)?\d[\d,]*(?:\.\d+)?(?:[eE]-?\d+)?(?:/\d+)?(?:\s*\\?%)?)"
+    r"\$[^$\n]*[^\s$]\$(?!\d)|\\[(\[](?:(?!\\[(\[\])]).)+\\[)\]]"
+    r"|-?(?:\\?\$)?\d[\d,]*(?:\.\d+)?(?:[eE]-?\d+)?(?:/\d+)?(?:\s*\\?%)?"
 )
+_BETWEEN = re.compile(r"[ ,]*(?:or|and)?[ ,]*")
 _STATED = re.compile(r"(?i:answer\s*(?:is|:)\s*:?|####)")
 _SENTENCE_END = re.compile(r"\.\s|\n")
 _HEDGE = re.compile(r"(?i:\b(?:not|or|either|least|most|than)\b|n't)")
@@ -46,10 +47,13 @@ def math_reward(gold: str, response: str) -> float:
     """
     gold = gold.rpartition("####")[2]
     boxed = last_boxed(gold)
-    answer = marked_answer(response)
-    if answer is None:
-        answer = "" if is_cut(response) else _loose_answer(response)
-    return float(_same(spell(gold if boxed is None else boxed), spell(answer[: 2 * LONGEST])))
+    gold = spell(gold if boxed is None else boxed)
+    marked = marked_answer(response)
+    if marked is not None:
+        answers = [marked]
+    else:
+        answers = [] if is_cut(response) else _loose_answers(response)
+    return float(any(_same(gold, spell(answer[: 2 * LONGEST])) for answer in answers))
 
 
 def math_verifier(prompt: str, response: str, answer: str) -> float:
@@ -57,19 +61,30 @@ def math_verifier(prompt: str, response: str, answer: str) -> float:
     return math_reward(answer, response)
 
 
-def _loose_answer(response: str) -> str:
-    """What a `response` without a mark ends in: "" for nothing.
+def _loose_answers(response: str) -> list[str]:
+    """What a `response` without a mark may mean as its answer.
 
-    The rest of the sentence after its last "answer is", of which one formula or number alone, if
-    nothing hedges it, stands for all; else the last formula or number of the response.
+    It is the rest of the sentence after its last "answer is", or the one formula or number in it if
+    nothing hedges that; else the last formula or number of the response, with those beside it.
     """
     *_, stated = _STATED.split(response)
     sentence = _SENTENCE_END.split(stated.lstrip(), maxsplit=1)[0].strip()
-    found = [next(filter(None, match.groups())) for match in _LOOSE.finditer(sentence)]
     if stated == response or not sentence:
-        found = [next(filter(None, match.groups())) for match in _LOOSE.finditer(response)]
-        return found[-1] if found else ""
-    return found[0] if len(found) == 1 and not _HEDGE.search(sentence) else sentence
+        return _last_run(response)
+    found = list(_LOOSE.finditer(sentence))
+    alone = len(found) == 1 and not _HEDGE.search(sentence)
+    return [sentence, found[0][0]] if alone else [sentence]
+
+
+def _last_run(response: str) -> list[str]:
+    """The last formula or number, with those of a list that it ends."""
+    found = list(_LOOSE.finditer(response))
+    if not found:
+        return []
+    first = last = found.pop()
+    while found and _BETWEEN.fullmatch(response[found[-1].end() : first.start()]):
+        first = found.pop()
+    return [response[first.start() : last.end()]]
 
 
 def _same(gold: str, answer: str, depth: int = 0) -> bool:
