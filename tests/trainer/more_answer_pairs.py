@@ -146,7 +146,14 @@ WHOLE: dict[str, Pairs] = {
         (
             "2",
             ["**Answer:** 2", "#### 2 apples", "the answer is therefore $x=2$"],
-            ["so $1$ or $2$", "x = 1, 2", "The answer is 2 or 1.", "The answer is not 2."],
+            [
+                "so $1$ or $2$",
+                "so 2x",
+                "so 2^3",
+                "x = 1, 2",
+                "The answer is 2 or 1.",
+                "The answer is not 2.",
+            ],
         ),
         ("B", ["The answer is (B).", "Answer: B) 12"], ["The answer is A or B", "B"]),
         ("0.5", ["the answer is 1/2", r"the answer is $\frac12$"], ["the answer is 12"]),

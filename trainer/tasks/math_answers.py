@@ -26,7 +26,8 @@ _TIME = re.compile(r"\d{1,2}:\d\d")
 _PERCENT = Fraction(1, 100)
 _LOOSE = re.compile(
     r"\$[^$\n]*[^\s$]\$(?!\d)|\\[(\[](?:(?!\\[(\[\])]).)+\\[)\]]"
-    r"|-?(?:\\?\$)?\d[\d,]*(?:\.\d+)?(?:[eE]-?\d+)?(?:/\d+)?(?:\s*\\?%)?"
+    # No part of a larger formula, such as 5x.
+    r"|(?<![\w^.])-?(?:\\?\$)?\d[\d,]*(?:\.\d+)?(?:[eE]-?\d+)?(?:/\d+)?(?![\w^(!])(?:\s*\\?%)?"
 )
 _BETWEEN = re.compile(r"[ ,]*(?:or|and)?[ ,]*")
 _STATED = re.compile(r"(?i:answer\s*(?:is|:)\s*:?|####)")
