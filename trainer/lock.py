@@ -29,6 +29,7 @@ except ModuleNotFoundError:  # Windows
 NAME = ".lock"
 _TAKEN = (errno.EACCES, errno.EAGAIN)
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)
+_NO_LINK = getattr(os, "O_NOFOLLOW", 0)  # One to nowhere would look like a folder that has gone.
 _LONGEST_COMMAND = 200
 # The system lets a process lock a file that it has locked. By file: the process, as a fork inherits
 # this and not the lock.
@@ -54,8 +55,9 @@ def owned(path: Path, ranks: Ranks | None = None, beside: bool = False) -> Itera
     def take() -> int | None:
         return _take(file, path)
 
-    descriptor = take() if ranks is None else ranks.on_first(take)
+    descriptor: int | None = None
     try:
+        descriptor = take() if ranks is None else ranks.on_first(take)
         yield
     finally:
         if ranks is None or ranks.first:
@@ -75,7 +77,7 @@ def _take(file: Path, path: Path) -> int | None:
         except FileNotFoundError as error:  # In /proc, or below a working directory that is gone.
             raise ValueError(f"{path} cannot be made: {error.strerror}") from error
         try:
-            descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            descriptor = os.open(file, os.O_RDWR | os.O_CREAT | _NO_LINK, 0o666)
         except FileNotFoundError:  # Its owner has just removed the folder, as empty.
             continue
         try:

@@ -174,6 +174,22 @@ def test_other_errors_of_a_lock_are_raised_with_its_name(tmp_path, monkeypatch):
         pass
 
 
+def test_folders_that_were_made_for_a_lock_that_fails_are_removed(tmp_path, monkeypatch):
+    def full(path, *_):
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    monkeypatch.setattr(os, "open", full)
+    with pytest.raises(OSError, match="No space left"), owned(tmp_path / "x" / "y"):
+        pass
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_lock_that_is_a_link_to_nowhere_is_refused(tmp_path):
+    (tmp_path / ".lock").symlink_to(tmp_path / "none" / "lock")
+    with pytest.raises(OSError, match=r"symbolic links: .*/\.lock'"), owned(tmp_path):
+        pass
+
+
 # Every command that writes a folder.
 
 
