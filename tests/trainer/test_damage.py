@@ -172,7 +172,8 @@ def test_a_full_disk_names_each_kind_of_file(tmp_path, monkeypatch):
     with pytest.raises(OSError, match=f"No space left on device: '{path}'"):
         append_text(path, "x")
 
-    def write(*_, **__):
+    def write(temporary, *_, **__):
+        temporary.touch()
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(Path, "write_text", write)
