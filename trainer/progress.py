@@ -103,10 +103,10 @@ class Bar:
         if step == self._total and self._skips.headline():
             warning = self._skips.warning(metrics)
         parts = told(self._columns, metrics, self._skips)
-        if self._accuracy and "eval/accuracy" not in metrics:
-            parts.append(self._accuracy)
         if own := labelled(self._columns, metrics).get("accuracy"):
             self._accuracy = f"accuracy {own} at step {step}"
+        elif self._accuracy:
+            parts.append(self._accuracy)
         place = f"{self._description} {step}/{self._total}"
         text = "  ".join(filter(None, [place, self._left(step), *parts]))
         if self._live is not None:

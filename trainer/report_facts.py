@@ -97,7 +97,7 @@ def _skipped(skips: Skips) -> str:
 
 
 def _last(rows: Sequence[Row]) -> Row:
-    """The last training step, without the numbers of which the page has those of all steps."""
+    """The last training step; none where there is an evaluation alone."""
     return next((row for row in reversed(rows) if row["step"]), {})
 
 

@@ -115,6 +115,15 @@ def test_a_skipped_step_shows_its_own_numbers_alone(capsys, random):
     )
 
 
+def test_an_accuracy_of_each_step_is_shown_once(capsys):
+    """As a standalone evaluation shows it."""
+    with progress("evaluation", 2, columns={"accuracy": (("accuracy",), ".1%")}) as bar:
+        bar.update(1, {"accuracy": 0.5})
+        bar.update(2, {"accuracy": 0.25})
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split("left  ")[1] for line in lines] == ["accuracy 50.0%", "accuracy 25.0%"]
+
+
 @pytest.mark.parametrize("steps", [3, 7])
 def test_a_run_that_never_updated_ends_with_it(capsys, random, steps):
     with progress("RL", steps) as bar:
