@@ -65,9 +65,9 @@ def branch(text: str, settings: Config, ranks: Ranks) -> None:
 def _is_done(folder: Path, origin: Origin) -> bool:
     """Whether `folder` is that branch already; ValueError where it is something else."""
     earlier, found = read_earlier(folder), checkpoint.steps_of(folder)
-    if earlier is None and not found:
-        return False
     made = earlier.origin if earlier is not None else None
+    if not found and (earlier is None or made is not None):  # nothing, or not laid out to the end
+        return False
     if made is None or made["run"] != str(origin.run.resolve()):
         raise ValueError(f"{folder} holds another run; choose another --name for the branch")
     if origin.step not in (None, made["step"]):
@@ -75,7 +75,7 @@ def _is_done(folder: Path, origin: Origin) -> bool:
             f"{folder} is a branch from step {made['step']}, not {origin.step}; choose another "
             "--name"
         )
-    return bool(found)
+    return True
 
 
 def _checkpoint(origin: Origin, ranks: Ranks) -> Path:
@@ -107,4 +107,9 @@ def _lay_out(folder: Path, run: Path, path: Path, step: int) -> None:
         **({"origin": content["origin"]} if "origin" in content else {}),
     }
     replace_text(folder / "run.json", json.dumps(content, indent=2) + "\n")
-    checkpoint.adopt(folder, path)
+    try:
+        checkpoint.adopt(folder, path)
+    except FileNotFoundError as error:
+        raise ValueError(
+            f"{path} was deleted meanwhile: {run} goes on; give another step"
+        ) from error

@@ -12,7 +12,7 @@ from trainer import checkpoint
 from trainer.branch import branch as branch_from
 from trainer.checkpoint import Progress
 from trainer.config import Config
-from trainer.config.changes import check_names
+from trainer.config.changes import known_names
 from trainer.engines import Engine, make_engine
 from trainer.evaluation_sets import EvaluationSet, sets_of_run
 from trainer.fsdp import scatter, shard, tensors
@@ -83,7 +83,7 @@ def start(
         ValueError: the folder holds a run with other settings, or damaged checkpoints only; prompts
             that do not fit; the verifier cannot be imported; a set of `eval.data` cannot be read.
     """
-    check_names(allow_changes)
+    allow_changes = known_names(allow_changes)
     check_sets(settings.eval.data)
     folder = folder_of(settings)
     if branch:

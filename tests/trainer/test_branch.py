@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -162,6 +163,26 @@ def test_the_other_runs_files_are_its_own(parent, tmp_path, monkeypatch):
     train(new(config, tmp_path / "b"), branch=f"{folder}@2")
     assert_same_run(tmp_path / "b" / "new", folder)
     assert contents(folder) == before
+
+
+def test_a_checkpoint_that_its_run_deletes_meanwhile(parent, tmp_path, monkeypatch):
+    """Which leaves a folder that another step may still have."""
+    folder, config = parent
+    live = shutil.copytree(folder, tmp_path / "live")
+    link = os.link
+
+    def deleted(path, to):
+        path.unlink()
+        link(path, to)
+
+    monkeypatch.setattr(os, "link", deleted)
+    with pytest.raises(
+        ValueError, match=r"step-000002 was deleted meanwhile: .*; give another step"
+    ):
+        train(new(config, tmp_path), branch=f"{live}@2")
+    monkeypatch.undo()
+    train(new(config, tmp_path), branch=f"{live}@4")
+    assert_same_run(tmp_path / "new", folder)
 
 
 def doomed(config, source, operations):

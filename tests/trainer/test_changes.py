@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from trainer.config import Config, Data, Model, Optimizer, Rollout, WarmStart
-from trainer.config.changes import FREE, KEPT, check_names, differences, effect
+from trainer.config.changes import FREE, KEPT, differences, effect, known_names
 from trainer.config.files import leaves
 
 
@@ -100,8 +100,9 @@ def test_a_hub_set_is_no_path_and_tiny_no_folder():
 
 
 def test_what_is_allowed_must_be_a_setting_or_a_group():
-    check_names(["rollout.max_new_tokens", "algorithm", "seed"])
+    names = ["rollout.max-new-tokens", "algorithm", "seed"]
+    assert known_names(names) == ("rollout.max_new_tokens", "algorithm", "seed")
     with pytest.raises(ValueError, match=r"no setting 'max_new_tokens' .*: rollout.max_new_tokens"):
-        check_names(["max_new_tokens"])
+        known_names(["max_new_tokens"])
     with pytest.raises(ValueError, match="no setting 'roll'"):
-        check_names(["roll"])
+        known_names(["roll"])

@@ -115,12 +115,17 @@ def differences(before: Mapping[str, Any], now: Config, directory: Path) -> list
     ]
 
 
-def check_names(names: Sequence[str]) -> None:
-    """ValueError for a name that is no setting and no group of settings."""
-    known = leaves()
-    for name in names:
+def known_names(names: Sequence[str]) -> tuple[str, ...]:
+    """`names` of settings and groups of them, with dashes as options have them or without.
+
+    Raises:
+        ValueError: one is neither.
+    """
+    known, found = leaves(), tuple(name.replace("-", "_") for name in names)
+    for name in found:
         if name not in known and not any(other.startswith(name + ".") for other in known):
             raise ValueError(f"no setting {name!r} to be changed{close_names(name, known)}")
+    return found
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
