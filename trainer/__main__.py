@@ -4,8 +4,8 @@
                                     (settings from --config FILE, a start from --branch RUN@STEP)
     evaluate --model M [--data D]   accuracy, pass@k and lengths of a model or a run
     analyze WHAT [--options]        entropy patterns, two temperatures, evolution over training
-    compare PRESET [--options]      the paper's ablation and baselines from one preset, by seeds
-    plan --preset P --gpus N        memory, flops and time of a run, before it is started
+    compare [PRESET] [--options]    the paper's ablation and baselines from one preset, by seeds
+    plan [PRESET] --gpus N          memory, flops and time of a run, before it is started
     watch RUN                       follow a run from another terminal
     report RUN                      write the page of a run
     export RUN OUT [--options]      write its policy as a transformers folder
@@ -59,7 +59,7 @@ def main(arguments: list[str]) -> int:
             if command not in commands:
                 return _usage(command, list(commands))
             with signals_stop():
-                return _guarded(lambda: commands[command](rest), arguments)
+                return _guarded(lambda: _run(commands[command], rest), arguments)
         finally:
             sys.stdout.flush()
     except BrokenPipeError:
@@ -70,6 +70,13 @@ def main(arguments: list[str]) -> int:
         if command in _GO_ON:
             print("error: nobody reads the output any more", file=sys.stderr)
         return _BROKEN_PIPE
+
+
+def _run(command: Callable[[list[str]], int], rest: list[str]) -> int:
+    from trainer.needs import check_base
+
+    check_base()
+    return command(rest)
 
 
 def _usage(command: str, commands: list[str]) -> int:

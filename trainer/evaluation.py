@@ -15,6 +15,7 @@ from trainer.evaluation_sets import HELD_OUT, EvaluationSet, make_set
 from trainer.evaluation_settings import SAMPLES, Evaluation, given, samples_of, temperature_of
 from trainer.generations import append, open_folder, rows
 from trainer.lock import owned
+from trainer.needs import check_needs
 from trainer.origin import Origin, find_origin
 from trainer.policy import Policy, read_policy
 from trainer.presets import QUESTION
@@ -60,6 +61,7 @@ def evaluate_model(settings: Evaluation) -> Path:
     with ExitStack() as stack:
         ranks = stack.enter_context(join(settings.device))
         asked, settings = settings, resolved(settings, ranks)
+        check_needs(as_run(settings))
         stack.enter_context(owned(Path(settings.out), ranks))
         policy = load(settings, ranks)
         sets = sets_of(settings, asked, policy)
@@ -258,6 +260,16 @@ def _answer(
                 for row in append(folder, one.name, first, rollouts):
                     answered.add(row)
             bar.update(first + len(portion), answered.metrics() if ranks.first else {})
+
+
+def as_run(settings: Evaluation) -> Config:
+    """A run that is evaluated on the same, for what it needs."""
+    return Config(
+        device=settings.device,
+        model=_model(settings),
+        engine=settings.engine,
+        eval=Eval(data=tuple(name for name in settings.data if name != HELD_OUT)),
+    )
 
 
 def engine_config(settings: Evaluation) -> Config:

@@ -26,9 +26,6 @@ Result = TypeVar("Result")
 # glibc's name of the setting, and the size from which on blocks are the system's and not its own.
 M_MMAP_THRESHOLD, MMAP_THRESHOLD = -3, 4 << 20
 
-# Attention that takes the lengths of the sequences in one row, which it reads off the positions.
-BY_LENGTHS = ("flash_attention_2", "flash_attention_3")
-
 
 class Policy(nn.Module):
     """A model, its tokenizer, and its head, which `lm_head` finds.
@@ -221,7 +218,7 @@ def _layout(policy: Policy) -> Layout:
     def hidden(length_B: Tensor, layout: Layout) -> Tensor:
         return policy(arrange(tokens, length_B, layout), 1.0, lambda hidden, _: hidden.float())
 
-    by_lengths = policy.model.config._attn_implementation in BY_LENGTHS
+    by_lengths = config.is_flash(policy.model.config._attn_implementation)
     layout: Layout = "row" if by_lengths else "rows"
     alone = hidden(apart, "padded")
     packed, joined = (

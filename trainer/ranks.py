@@ -71,6 +71,11 @@ class Ranks:
         return self.on_all(lambda: call() if self.first else None)[0]  # type: ignore[return-value]
 
 
+def local_ranks() -> int:
+    """How many processes of the run this machine has."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
 @contextmanager
 def join(device: str = "auto", group: bool = False) -> Iterator[Ranks]:
     """The ranks that torchrun started, joined for as long as the context lasts; else one alone.

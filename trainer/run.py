@@ -16,11 +16,13 @@ from trainer.config.changes import known_names
 from trainer.engines import Engine, make_engine
 from trainer.evaluation_sets import EvaluationSet, sets_of_run
 from trainer.fsdp import scatter, shard, tensors
+from trainer.limits import check_model, check_ranks, model_limits
 from trainer.log import RunLog
+from trainer.needs import check_needs
 from trainer.notes import say_parts, say_start
 from trainer.policy import Policy, check_policy, read_policy
 from trainer.progress import WARM_START, progress
-from trainer.ranks import Ranks
+from trainer.ranks import Ranks, local_ranks
 from trainer.resume import inputs_of, resuming, start_record
 from trainer.rewards.verifier import Verifier
 from trainer.tasks import make_task
@@ -69,6 +71,13 @@ class Run:
 def folder_of(settings: Config) -> Path:
     """The folder of the run."""
     return Path(settings.root) / settings.name
+
+
+def check_start(settings: Config) -> None:
+    """Raise ValueError, before anything is done, for what this machine lacks or cannot hold."""
+    check_needs(settings)
+    on_cpu = settings.device == "cpu" or not torch.cuda.is_available()
+    check_ranks(settings, local_ranks(), 0 if on_cpu else torch.cuda.device_count())
 
 
 def start(
@@ -134,6 +143,7 @@ def _read(settings: Config, ranks: Ranks, found: Path | None) -> Policy:
     empty = found is not None or not ranks.first
     ranks.on_all(lambda: read.append(read_policy(model, settings.seed, empty=empty)))
     policy = read[0]
+    check_model(settings, *model_limits(policy.model.config))
     if ranks.group is None:
         policy.materialize(ranks.device)
     return policy

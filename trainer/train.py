@@ -24,7 +24,7 @@ from trainer.progress import progress
 from trainer.ranks import join
 from trainer.report import LiveReport
 from trainer.rewards.terms import shaped_reward
-from trainer.run import Run, folder_of, start
+from trainer.run import Run, check_start, folder_of, start
 from trainer.samples import entropy_metrics, write_samples
 from trainer.skips import took_step
 from trainer.stop import asked, end_if, finishing
@@ -47,6 +47,7 @@ def train(
         ValueError: somebody else works in the run's folder, or what `start` raises.
         KeyboardInterrupt: `trainer.stop.Stopped`, where a signal has ended it.
     """
+    check_start(settings)
     group = settings.model.compute_dtype is not None
     with join(settings.device, group) as ranks, owned(folder_of(settings), ranks):
         run = start(settings, ranks, allow_changes, branch)

@@ -1,14 +1,12 @@
 """Which engine a configuration makes, and what it cannot make."""
 
 import dataclasses
-import importlib.util
-import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
 from tests.trainer.small import build_policy, settings
+from trainer import needs
 from trainer.config import Engine
 from trainer.engines import make_engine
 from trainer.engines.transformers import TransformersEngine
@@ -21,15 +19,14 @@ def test_transformers_is_what_a_run_has_without_asking():
 
 
 def test_says_how_to_install_vllm_where_it_is_missing(monkeypatch):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match=r"needs vLLM, which is not installed: pip install"):
+    monkeypatch.setattr(needs, "_version", lambda name: None)
+    with pytest.raises(ValueError, match=r"needed: vllm 0\.32 or newer \(engine.kind vllm\): pip"):
         make_engine(VLLM, build_policy())
 
 
 def test_refuses_a_vllm_without_the_calls_that_are_made(monkeypatch):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
-    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(__version__="0.9.2"))
-    with pytest.raises(ValueError, match=r"vLLM 0\.9\.2 is too old: pip install"):
+    monkeypatch.setattr(needs, "_version", lambda name: (0, 9))
+    with pytest.raises(ValueError, match=r"vllm 0\.32 or newer, not 0\.9 .*: pip install"):
         make_engine(VLLM, build_policy())
 
 

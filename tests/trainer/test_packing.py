@@ -156,7 +156,7 @@ def test_a_model_that_ignores_positions_gets_padded_ones(monkeypatch):
 def test_attention_by_lengths_reads_one_row(monkeypatch):
     """Its kernels need a GPU; here another attention stands in for them."""
     policy = build_policy(attention="sdpa")
-    monkeypatch.setattr(module, "BY_LENGTHS", ("sdpa",))
+    monkeypatch.setattr(module.config, "is_flash", lambda name: name == "sdpa")
     module.check_policy(policy)
     assert policy.layout == "row"
 

@@ -138,10 +138,12 @@ def test_one_that_does_not_start_is_an_error(tmp_path, service):
 
 
 @pytest.mark.parametrize("name", ["tensorboard", "wandb", "trackio"])
-def test_one_that_is_missing_is_said_before_anything_else(name, monkeypatch):
-    monkeypatch.setattr("trainer.config.run.find_spec", lambda _: None)
-    with pytest.raises(ValueError, match=f"'{name}' is not installed: pip install {name}"):
-        Tracking((name,))
+def test_one_that_is_missing_is_said_before_anything_else(name, monkeypatch, tmp_path):
+    monkeypatch.setattr("trainer.needs.find_spec", lambda _: None)
+    says = rf"{name} \(tracking.trackers {name}\): pip install {name}$"
+    with pytest.raises(ValueError, match=says):
+        train(replace(settings(tmp_path), tracking=Tracking((name,))))
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_run_is_tracked_and_may_change_its_trackers(tmp_path, service, monkeypatch):

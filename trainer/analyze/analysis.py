@@ -7,8 +7,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Generic, TypeVar
 
-from trainer.evaluation import Evaluation, Sets, load, resolved, sets_of, with_limit
+from trainer.evaluation import Evaluation, Sets, as_run, load, resolved, sets_of, with_limit
 from trainer.lock import owned
+from trainer.needs import check_needs
 from trainer.policy import Policy
 from trainer.ranks import Ranks, join
 
@@ -59,6 +60,7 @@ def opened(settings: Settings) -> Iterator[Opened[Settings]]:
     settings = replace(settings, out=settings.out or str(Path("analyses") / name))
     with join(settings.device) as ranks, owned(Path(settings.out)):
         asked, settings = settings, resolved(settings, ranks)
+        check_needs(as_run(settings))
         policy = load(settings, ranks)
         sets = sets_of(settings, asked, policy)
         settings = with_limit(settings, policy, sets)

@@ -2,7 +2,7 @@
 
 from trainer.config.algorithm import Algorithm
 from trainer.config.data import Data, Reward
-from trainer.config.model import Model, Optimizer, WarmStart
+from trainer.config.model import Model, Optimizer, WarmStart, is_flash
 from trainer.config.run import Config, Eval, Tracking
 from trainer.config.sampling import Engine, Rollout
 
@@ -18,4 +18,5 @@ __all__ = [
     "Rollout",
     "Tracking",
     "WarmStart",
+    "is_flash",
 ]

@@ -6,6 +6,12 @@ from typing import Literal
 from trainer.config.checks import at_least
 
 
+def is_flash(attention: str) -> bool:
+    """Whether `attention`, transformers' name of one, is a kind of flash attention, which takes the
+    lengths of the sequences in a row."""
+    return attention.startswith("flash_attention") or ("/" in attention and "flash" in attention)
+
+
 @dataclass(frozen=True)
 class Model:
     """The policy."""
@@ -19,7 +25,8 @@ class Model:
     """Of the arithmetic; None: that of the weights. "bfloat16" beside float32 weights is mixed
     precision: weights and moments stay exact, and gradients are added up in float32."""
     attention: str = "eager"
-    """transformers' attn_implementation: eager, sdpa, flash_attention_2."""
+    """transformers' attn_implementation: eager, sdpa, flash_attention_2 (3, 4), or a kernel of the
+    hub, such as kernels-community/flash-attn2."""
     gradient_checkpointing: bool = False
     """Recompute the backbone's activations in backward."""
 

@@ -1,7 +1,6 @@
 """One run, evaluated and tracked."""
 
 from dataclasses import dataclass, field
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
@@ -49,11 +48,6 @@ class Tracking:
     """Libraries that are installed; each has its own environment variables."""
     project: str = "entropy-kernels"
     """Of wandb and trackio."""
-
-    def __post_init__(self) -> None:
-        for name in self.trackers:
-            if find_spec(name) is None:
-                raise ValueError(f"tracker {name!r} is not installed: pip install {name}")
 
 
 @dataclass(frozen=True)

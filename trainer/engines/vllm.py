@@ -6,9 +6,7 @@ calls vLLM as the rest does, and has not run on one.
 """
 
 import copy
-import importlib.util
 import os
-import re
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -20,11 +18,12 @@ from torch import Tensor
 from trainer.config import Config
 from trainer.config import Engine as Settings
 from trainer.engines import Sampled, check_temperature
+from trainer.limits import check_length, check_ranks, devices_of
+from trainer.needs import check_engine
 from trainer.policy import Policy
+from trainer.ranks import local_ranks
 from trainer.two_temperatures import TwoTemperatures
 
-OLDEST = (0, 32)
-INSTALL = 'pip install "vllm>=0.32" (without a GPU: see tests/trainer/vllm-requirements.txt)'
 PROCESSOR = "trainer.engines.vllm_two_temperatures:TwoTemperaturesProcessor"
 CPU_CACHE_BYTES = 2**28
 TRAINER = "ENTROPY_KERNELS_TRAINER"  # environment variable: the process that vLLM's end with
@@ -47,7 +46,7 @@ class VllmEngine:
         self.two_temperatures = two_temperatures
         settings = config.engine
         _set_environment(settings, device)
-        _check_vllm()
+        check_engine(config)
         self._eos_ids = policy.eos_ids.tolist()
         self._sleeps = device.type == "cuda" and not settings.devices
         self._asleep = False
@@ -118,25 +117,12 @@ class VllmEngine:
         self._llm.llm_engine.engine_core.shutdown()
 
     def _check_length(self, prompt: int, new: int) -> None:
-        if prompt + new > self._longest:
-            raise ValueError(
-                f"a prompt of {prompt} tokens and up to {new} new ones do not fit into "
-                f"engine.max_model_len, {self._longest}"
-            )
+        check_length("engine.max_model_len, {}", self._longest, prompt, new)
 
 
 def _sampled(completion: Any) -> Sampled:
     logprobs = torch.tensor(completion.logprobs.logprobs, dtype=torch.float32)
     return Sampled(torch.tensor(completion.token_ids, dtype=torch.long), logprobs)
-
-
-def _check_vllm() -> None:
-    if importlib.util.find_spec("vllm") is None:
-        raise ValueError(f'engine.kind="vllm" needs vLLM, which is not installed: {INSTALL}')
-    import vllm
-
-    if tuple(map(int, re.findall(r"\d+", vllm.__version__)[:2])) < OLDEST:
-        raise ValueError(f"vLLM {vllm.__version__} is too old: {INSTALL}")
 
 
 def _write_configuration(policy: Policy, folder: str) -> None:
@@ -165,10 +151,7 @@ def _options(config: Config, device: torch.device, sleeps: bool) -> dict[str, An
         "enforce_eager": settings.enforce_eager or on_cpu,
         "enable_sleep_mode": sleeps,
     }
-    if on_cpu and settings.devices:
-        raise ValueError(
-            f"engine.devices names GPUs, but the device is cpu; got {settings.devices}"
-        )
+    check_ranks(config, local_ranks(), 0 if on_cpu else torch.cuda.device_count())
     if not on_cpu:
         options["device_ids"] = _devices(settings, device)
     if settings.placement == "beside":
@@ -180,16 +163,9 @@ def _options(config: Config, device: torch.device, sleeps: bool) -> dict[str, An
 
 def _devices(settings: Settings, device: torch.device) -> list[int]:
     """GPUs of this rank's engine: the trainer's, or its share of those set aside."""
-    size, rank = settings.tensor_parallel, int(os.environ.get("LOCAL_RANK", 0))
-    if not settings.devices and size == 1:
+    if not settings.devices and settings.tensor_parallel == 1:
         return [device.index or 0]
-    mine = list(settings.devices[rank * size : (rank + 1) * size])
-    if len(mine) < size:
-        raise ValueError(
-            f"engine.devices must name tensor_parallel, {size}, GPUs for each local rank; got "
-            f"{settings.devices}, and this is local rank {rank}"
-        )
-    return mine
+    return devices_of(settings, int(os.environ.get("LOCAL_RANK", 0)))
 
 
 def _backend(settings: Settings, device: torch.device) -> str:
