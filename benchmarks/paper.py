@@ -39,8 +39,8 @@ SIZES = {
 TRAIN = {
     "root": str(RUNS),
     "steps": STEPS,
-    "eval-problems": 512,
-    "eval-every": 20,
+    "eval.problems": 512,
+    "eval.every": 20,
     "checkpoint-every": 20,
     "keep-checkpoints": 4,
 }
@@ -143,7 +143,7 @@ def keep() -> None:
 
 def comparison(task: Task, hours: float) -> list[str]:
     """The command of all training runs of `task`."""
-    train = [part for name, value in TRAIN.items() for part in (f"--config.{name}", str(value))]
+    train = [part for name, value in TRAIN.items() for part in (f"--{name}", str(value))]
     return [
         *("compare", task.preset, "--label", task.label, "--seeds", str(SEEDS)),
         *("--jobs", str(JOBS), "--hours", str(hours)),

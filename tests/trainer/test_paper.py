@@ -12,8 +12,8 @@ from benchmarks import paper, paper_page, paper_tables
 from trainer.analyze.evolution import Evolution
 from trainer.analyze.patterns import Patterns
 from trainer.analyze.temperatures import Temperatures
+from trainer.command_line import parse
 from trainer.compare import Comparison, runs
-from trainer.presets import PRESETS
 
 ROOT = Path(__file__).parents[2]
 SETTINGS = {"patterns": Patterns, "evolution": Evolution, "temperatures": Temperatures}
@@ -49,7 +49,7 @@ def test_results_name_their_commits():
 def test_commands_are_understood(task):
     command, preset, *rest = paper.comparison(task, hours=1.5)
     assert command == "compare"
-    settings = tyro.cli(Comparison, default=Comparison(config=PRESETS[preset]()), args=rest)
+    settings = parse([preset, *rest], command, around=lambda c: Comparison(config=c))
     assert (settings.hours, settings.config.steps) == (1.5, paper.STEPS)
     assert {config.name.split("/")[0] for config in runs(settings)} == {task.label}
     trained = {config.name for config in runs(settings)}

@@ -9,9 +9,13 @@ import json
 import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Annotated
 
-from trainer.compare.arms import ARMS, STUDIES, Study, arm_config
+import tyro
+
+from trainer.compare.arms import ALWAYS, ARMS, STUDIES, Study, arm_config
 from trainer.config import Config
+from trainer.needs import check_needs
 
 
 @dataclass(frozen=True)
@@ -27,14 +31,14 @@ class Comparison:
     first_seed: int = 0
     """The least seed."""
     jobs: int = 2
-    """Processes at a time, each with `config.threads` threads, or one."""
+    """Processes at a time, each with `threads` threads, or one."""
     hours: float = 0.0
     """Budget of wall time; 0: none. The next call goes on with what is left."""
     label: str = ""
     """Of the task in the names of folders; by default from the data's name."""
     out: str = ""
     """File of the results; by default ROOT/LABEL/comparison.json."""
-    config: Config = field(default_factory=Config)
+    config: Annotated[Config, tyro.conf.arg(name="")] = field(default_factory=Config)
     """What all runs share."""
 
     def __post_init__(self) -> None:
@@ -65,6 +69,7 @@ def compare(settings: Comparison) -> int:
     from trainer.progress import progress
 
     configs = runs(settings)
+    check_needs(*configs)
     folder = Path(settings.config.root) / _label(settings)
     out = Path(settings.out or folder / "comparison.json")
     if out.is_dir():
@@ -99,18 +104,25 @@ def _label(settings: Comparison) -> str:
 
 def main(arguments: list[str]) -> int:
     """Run the comparison that `arguments` ask for; returns the exit status."""
-    import tyro
+    from trainer.command_line import parse
 
-    from trainer.presets import PRESETS
-
-    name = arguments.pop(0) if arguments and not arguments[0].startswith("-") else "tiny"
-    if name not in PRESETS:
-        raise ValueError(f"no preset {name!r}; there are {', '.join(PRESETS)}")
-    settings = tyro.cli(
-        Comparison,
-        default=Comparison(config=PRESETS[name]()),
-        args=arguments,
-        prog=f"python -m trainer compare {name}",
-        description=__doc__,
+    _check_own(arguments)
+    return compare(
+        parse(
+            arguments,
+            "python -m trainer compare",
+            "The paper's ablation and baselines from one preset, by seeds. The options up to "
+            "--out are the comparison's; all others are those of train, for every run.",
+            lambda config: Comparison(config=config),
+        )
     )
-    return compare(settings)
+
+
+def _check_own(arguments: list[str]) -> None:
+    """Raise ValueError for options of `train` that a comparison sets itself, in every run."""
+    own = {"--name": "--label", "--seed": "--seeds and --first-seed"}
+    own |= {f"--algorithm.{name.replace('_', '-')}": "--arms" for name in ALWAYS}
+    for argument in arguments:
+        option = argument.partition("=")[0].replace("_", "-")
+        if option in own:
+            raise ValueError(f"{option} is set in each run by {own[option]}; got {argument}")

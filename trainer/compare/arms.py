@@ -12,7 +12,7 @@ from trainer.config import Config
 Study = Literal["ablation", "algorithms"]
 
 # DAPO's objective, whatever that of the preset: the names of the arms are to be true.
-_TOP: Mapping[str, Any] = {
+ALWAYS: Mapping[str, Any] = {
     "loss_type": "dapo",
     "advantage": "grpo",
     "clip_low": 0.2,
@@ -71,5 +71,5 @@ def arm_config(base: Config, label: str, arm: str, seed: int) -> Config:
     """
     if arm not in ARMS:
         raise ValueError(f"no arm {arm!r}; there are {', '.join(ARMS)}")
-    algorithm = replace(base.algorithm, **{**_TOP, **ARMS[arm]})
+    algorithm = replace(base.algorithm, **{**ALWAYS, **ARMS[arm]})
     return replace(base, name=f"{label}/{arm}/seed-{seed}", seed=seed, algorithm=algorithm)
