@@ -181,7 +181,7 @@ def single_gpu(name: str, path: str) -> Config:
     """High-entropy DAPO on one GPU of 80 GB; all of it our choice, none of it the paper's.
 
     Shorter responses (4,096), 32 prompts x 8, 2 updates a step, the sampling policy's entropies.
-    `python -m trainer plan --preset qwen3-1.7b --gpus 1 --gpu h100` gives the memory.
+    `python -m trainer plan qwen3-1.7b --gpu h100` gives the memory.
     """
     config = dapo(name, path)
     return replace(

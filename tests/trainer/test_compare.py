@@ -15,10 +15,8 @@ from types import SimpleNamespace
 import psutil
 import pytest
 
-import trainer.compare
 import trainer.compare.driver
 from tests.trainer.small import save_folder, settings
-from trainer.__main__ import main
 from trainer.compare import Comparison, compare, runs
 from trainer.compare.arms import ARMS, STUDIES, arm_config
 from trainer.compare.collect import collect
@@ -94,53 +92,6 @@ def test_arms_of_one_round_update_where_a_few_groups_are_useful(preset):
 def test_bad_settings_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         Comparison(**changes)
-
-
-def asked(*arguments):
-    """What `compare` would do with `arguments`."""
-    found = []
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trainer.compare, "compare", lambda settings: found.append(settings) or 0)
-        assert main(["compare", *map(str, arguments)]) == 0
-    return found[0]
-
-
-def test_options_of_the_runs_are_those_of_train(tmp_path):
-    file = tmp_path / "short.toml"
-    file.write_text('preset = "tiny-long"\n[rollout]\nprompts = 8\n')
-    options = ["--steps", 3, "--eval.every", 2, "--rollout.group-size", 4]
-    settings = asked("--config", file, "--arms", "all", "top-5", "--seeds", 2, *options)
-    assert (settings.arms, settings.seeds, settings.jobs) == (("all", "top-5"), 2, 2)
-    want = PRESETS["tiny-long"]()
-    assert settings.config == replace(
-        want,
-        steps=3,
-        eval=replace(want.eval, every=2),
-        rollout=replace(want.rollout, prompts=8, group_size=4),
-    )
-    assert asked("qwen3-0.6b").config == PRESETS["qwen3-0.6b"]()
-    assert asked() == Comparison(config=PRESETS["tiny"]())
-
-
-@pytest.mark.parametrize(
-    ("option", "says"),
-    [
-        ("--name=x", "--name is set in each run by --label; got --name=x"),
-        ("--seed", "--seed is set in each run by --seeds and --first-seed; got --seed"),
-        ("--algorithm.fraction", "--algorithm.fraction is set in each run by --arms"),
-        ("--algorithm.clip_high=1", "--algorithm.clip-high is set in each run by --arms"),
-    ],
-)
-def test_options_that_a_comparison_sets_are_refused(option, says, capsys):
-    """They would change nothing."""
-    assert main(["compare", "tiny", option]) == 1
-    assert says in capsys.readouterr().err
-
-
-def test_options_of_the_runs_are_not_spelt_otherwise(capsys):
-    with pytest.raises(SystemExit):
-        main(["compare", "tiny", "--config.steps", "2"])
-    assert "Unrecognized options: --config.steps, 2" in capsys.readouterr().err
 
 
 # The driver.

@@ -1,25 +1,29 @@
 """The planner: what a run needs before it is started.
 
-    python -m trainer plan --preset qwen3-14b --gpus 128 --gpu h200
+    python -m trainer plan qwen3-14b --gpus 128 --gpu h200
 
-gives the memory of a GPU by part and phase, the flops of a step by part, the head's share of them
-and the time of a step. Memory and flops follow from shapes; seconds from the vendor's peaks and the
-assumptions that are printed beside them. It needs no GPU and no network.
+gives the memory of a GPU by part and phase, the flops of a step by part, the head's share of them,
+the time of a step, and what the whole run comes to. Memory and flops follow from shapes; seconds
+from the vendor's peaks and the assumptions that are printed beside them. It needs no GPU and no
+network, and refuses what `train` refuses.
 """
 
 from dataclasses import dataclass, field, replace
-from typing import Annotated, Any, Literal
+from pathlib import Path
+from typing import Annotated
 
 import tyro
 
 from trainer.config import Config
 from trainer.plan.architectures import find_architecture
-from trainer.plan.devices import GPUS, Device, cpu
+from trainer.plan.devices import find_device
 from trainer.plan.flops import Flops, step_flops, unit
 from trainer.plan.job import Assumptions, Job
+from trainer.plan.lengths import Lengths
 from trainer.plan.memory import Memory, engine_room, peak, step_memory
+from trainer.plan.remedy import find_remedy
 from trainer.plan.timing import Seconds, step_seconds
-from trainer.presets import PRESETS
+from trainer.plan.totals import Totals, totals
 
 
 @dataclass(frozen=True)
@@ -27,24 +31,29 @@ class Request:
     """Memory, flops and time of a run before it is started, estimated. All options of `train` are
     there too."""
 
-    preset: str = "tiny"
-    """The run to plan; `train --help` lists the presets."""
     architecture: str = ""
     """A transformers folder or a known name such as "qwen3-14b"; else that of model.path."""
     gpus: int = 1
     """How many train: torchrun's ranks. Engines share them, unless engine.devices names others."""
-    gpu: Literal["a100", "h100", "h200", "b200", "cpu"] = "h100"
-    """Which; "cpu" is this machine, without rates."""
-    memory_gb: float = 0.0
-    """Of a GPU, in 1e9 bytes; 0 leaves the data sheet's."""
-    tflops: float = 0.0
-    """Dense peak of a GPU; 0 leaves the data sheet's."""
-    bandwidth_tb: float = 0.0
-    """Of a GPU's memory, in 1e12 bytes a second; 0 leaves the data sheet's."""
-    network_gb: float = 0.0
-    """Between nodes, in 1e9 bytes a second and GPU; 0 leaves the data sheet's."""
+    gpu: str = "h100"
+    """Which, in any spelling: a100-40gb, a100-80gb, h100, h200, b200, l40s, 4090, mi300x; "cpu" is
+    this machine, without rates. Any other needs the first three of the numbers below."""
+    gpu_memory: float | None = None
+    """Of a GPU, in 1e9 bytes; else what nvidia-smi shows."""
+    gpu_tflops: float | None = None
+    """Dense bf16 peak of a GPU; else the data sheet's."""
+    gpu_bandwidth: float | None = None
+    """Of a GPU's memory, in 1e12 bytes a second; else the data sheet's."""
+    gpu_network: float | None = None
+    """Between machines, in 1e9 bytes a second and GPU; else the data sheet's."""
     gpus_per_node: int = 8
-    """How many share the fast links."""
+    """GPUs that train on a machine: torchrun's --nproc-per-node."""
+    machine_gpus: int = 8
+    """All GPUs of a machine, those of engine.devices included."""
+    mean_length: float | None = None
+    """Mean tokens of a response; else of the limit the share assume.response_share."""
+    lengths: str = ""
+    """A run's folder, whose last ten steps say the mean length and the share that is truncated."""
     assume: Assumptions = field(default_factory=Assumptions)
     json: bool = False
     """Print JSON."""
@@ -66,13 +75,30 @@ class Plan:
         return peak(self.memory)
 
     @property
-    def fits(self) -> bool:
+    def possible(self) -> bool:
+        """Whether the sums are no more than a GPU has, if only just."""
         return self.peak[1] <= self.job.device.memory and self.engine_starts
+
+    @property
+    def fits(self) -> bool:
+        """Whether the margin that is assumed is left as well."""
+        room = self.job.device.memory * (1 - self.job.assumptions.margin)
+        return self.possible and self.peak[1] <= room
 
     @property
     def engine_starts(self) -> bool:
         """Whether vLLM's share of a GPU holds its weights and one longest sequence."""
         return not (self.job.vllm and self.job.device.is_gpu) or engine_room(self.job) >= 0
+
+    @property
+    def remedy(self) -> str | None:
+        """The options that make it fit, by trying; None where nothing that is tried does."""
+        return find_remedy(self.job, lambda job: _sums(job).fits)
+
+    @property
+    def totals(self) -> Totals:
+        """Of the whole run."""
+        return totals(self.job, self.memory, self.seconds)
 
     @property
     def largest_part(self) -> tuple[str, float]:
@@ -91,67 +117,81 @@ class Plan:
 
 def plan(job: Job) -> Plan:
     """What `job` needs."""
-    found = Plan(job, step_memory(job), step_flops(job), None)
-    if not found.fits or not job.device.flops:
+    found = _sums(job)
+    if not found.possible or not job.device.flops:
         return found
     return replace(found, seconds=step_seconds(job, found.flops, found.memory))
+
+
+def _sums(job: Job) -> Plan:
+    return Plan(job, step_memory(job), step_flops(job), None)
 
 
 def make_job(request: Request) -> Job:
     """The job that `request` describes.
 
-    Raises ValueError for numbers that cannot be meant and for an unknown architecture.
+    Raises ValueError for numbers that cannot be meant, an unknown GPU or architecture, a run
+    without lengths, and what `train` refuses.
     """
-    device = GPUS[request.gpu] if request.gpu != "cpu" else cpu()
     names = (request.architecture,) if request.architecture else ()
     return Job(
         config=request.config,
-        architecture=find_architecture(*names or (request.config.model.path, request.preset)),
-        device=_with_own_numbers(device, request),
+        architecture=find_architecture(*names or (request.config.model.path, request.config.name)),
+        device=find_device(request.gpu, _own_numbers(request)),
         gpus=request.gpus,
         gpus_per_node=request.gpus_per_node,
+        machine_gpus=request.machine_gpus,
+        given_lengths=_lengths(request),
         assumptions=request.assume,
     )
 
 
-def _with_own_numbers(device: Device, request: Request) -> Device:
+def _own_numbers(request: Request) -> dict[str, float]:
     own = {
-        "memory": request.memory_gb * 1e9,
-        "flops": request.tflops * 1e12,
-        "bandwidth": request.bandwidth_tb * 1e12,
-        "network": request.network_gb * 1e9,
+        "memory": (request.gpu_memory, 1e9),
+        "flops": (request.gpu_tflops, 1e12),
+        "bandwidth": (request.gpu_bandwidth, 1e12),
+        "network": (request.gpu_network, 1e9),
     }
-    given: dict[str, Any] = {name: value for name, value in own.items() if value}
-    if any(value < 0 for value in given.values()):
-        raise ValueError(f"a GPU's numbers must be positive; got {given}")
-    if given:
-        given["source"] = f"{device.source}; {', '.join(given)} as given"
-    changed = replace(device, **given)
-    if bool(changed.flops) != bool(changed.bandwidth):
-        raise ValueError("a device without rates needs both tflops and bandwidth_tb, or none")
-    return changed
+    return {name: value * unit for name, (value, unit) in own.items() if value is not None}
+
+
+def _lengths(request: Request) -> Lengths | None:
+    limit = request.config.rollout.max_new_tokens
+    if request.lengths and request.mean_length is not None:
+        raise ValueError("lengths and mean_length exclude each other; got both")
+    if request.mean_length is not None:
+        return Lengths(request.mean_length, limit)
+    return lengths_of_run(Path(request.lengths), limit) if request.lengths else None
+
+
+def lengths_of_run(folder: Path, limit: int) -> Lengths:
+    """Of the last ten steps of the run in `folder`, for responses of up to `limit` tokens.
+
+    Raises ValueError where its metrics.jsonl is missing or has none.
+    """
+    from trainer.log import read_rows
+
+    path = folder / "metrics.jsonl"
+    if not path.is_file():
+        raise ValueError(f"lengths must be a run's folder; {path} is missing")
+    rows = [row for row in read_rows(path) if row.get("response/length")][-10:]
+    if not rows:
+        raise ValueError(f"lengths must be a run with steps; {path} has no response/length yet")
+    mean = sum(row["response/length"] for row in rows) / len(rows)
+    truncated = sum(row.get("response/truncated") or 0.0 for row in rows) / len(rows)
+    return Lengths(mean, limit, min(truncated, mean / limit))
 
 
 def main(arguments: list[str]) -> int:
-    """`python -m trainer plan`; returns 0, or 1 for a job that does not fit."""
+    """`python -m trainer plan [PRESET] [--config FILE] [--options]`; returns 0, or 1 for a job that
+    does not fit."""
+    from trainer.command_line import parse
     from trainer.plan.show import print_json, print_tables
 
-    name = _preset(arguments)
-    default = Request(preset=name, config=PRESETS[name]())
-    request = tyro.cli(Request, default=default, args=arguments, prog="python -m trainer plan")
+    request = parse(
+        arguments, "python -m trainer plan", Request.__doc__ or "", lambda c: Request(config=c)
+    )
     found = plan(make_job(request))
     (print_json if request.json else print_tables)(found)
-    return 0 if found.fits else 1
-
-
-def _preset(arguments: list[str]) -> str:
-    """The preset that `arguments` name: its settings are the defaults of all other options."""
-    name = "tiny"
-    for i, argument in enumerate(arguments):
-        if argument == "--preset":
-            name = arguments[i + 1] if i + 1 < len(arguments) else ""
-        elif argument.startswith("--preset="):
-            name = argument.partition("=")[2]
-    if name not in PRESETS:
-        raise ValueError(f"no preset {name!r}; there are {', '.join(PRESETS)}")
-    return name
+    return 0 if found.possible else 1

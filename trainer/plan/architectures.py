@@ -20,6 +20,8 @@ class Architecture:
     intermediate: int
     tied: bool
     """Whether the head is the embedding."""
+    positions: int | None = None
+    """The longest sequence that it is made for; None: any."""
     qk_norm: bool = True
     """Whether queries and keys are normalised, each by head_dim weights."""
     qkv_bias: bool = False
@@ -56,17 +58,19 @@ class Architecture:
         return self.layers * self.layer + self.outside
 
 
-# Vocabulary, D, layers, heads, kv heads, head dim, I, tied: from each model's config.json on the
-# hub. The tests build them all and count.
+# Vocabulary, D, layers, heads, kv heads, head dim, I, tied, positions: from each model's config
+# on the hub; of Qwen3 the base models. The tests build them all and count.
 ARCHITECTURES = {
-    "qwen3-0.6b": Architecture(151_936, 1024, 28, 16, 8, 128, 3072, True),
-    "qwen3-1.7b": Architecture(151_936, 2048, 28, 16, 8, 128, 6144, True),
-    "qwen3-4b": Architecture(151_936, 2560, 36, 32, 8, 128, 9728, True),
-    "qwen3-8b": Architecture(151_936, 4096, 36, 32, 8, 128, 12_288, False),
-    "qwen3-14b": Architecture(151_936, 5120, 40, 40, 8, 128, 17_408, False),
-    "qwen3-32b": Architecture(151_936, 5120, 64, 64, 8, 128, 25_600, False),
-    "llama-3.1-8b": Architecture(128_256, 4096, 32, 32, 8, 128, 14_336, False, qk_norm=False),
-    "tiny": Architecture(112, 96, 3, 3, 3, 32, 256, True),
+    "qwen3-0.6b": Architecture(151_936, 1024, 28, 16, 8, 128, 3072, True, 32_768),
+    "qwen3-1.7b": Architecture(151_936, 2048, 28, 16, 8, 128, 6144, True, 32_768),
+    "qwen3-4b": Architecture(151_936, 2560, 36, 32, 8, 128, 9728, True, 32_768),
+    "qwen3-8b": Architecture(151_936, 4096, 36, 32, 8, 128, 12_288, False, 32_768),
+    "qwen3-14b": Architecture(151_936, 5120, 40, 40, 8, 128, 17_408, False, 32_768),
+    "qwen3-32b": Architecture(151_936, 5120, 64, 64, 8, 128, 25_600, False, 40_960),
+    "llama-3.1-8b": Architecture(
+        *(128_256, 4096, 32, 32, 8, 128, 14_336, False, 131_072), qk_norm=False
+    ),
+    "tiny": Architecture(112, 96, 3, 3, 3, 32, 256, True, 128),
 }
 _ALSO_NAMED = {"llama-8b": "llama-3.1-8b"}
 
@@ -113,6 +117,7 @@ def from_folder(folder: Path) -> Architecture:
             or text.hidden_size // text.num_attention_heads,
             intermediate=text.intermediate_size,
             tied=bool(text.tie_word_embeddings),
+            positions=getattr(text, "max_position_embeddings", None),
             qk_norm="self_attn.q_norm.weight" in names,
             qkv_bias="self_attn.q_proj.bias" in names,
         )

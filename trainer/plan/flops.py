@@ -52,22 +52,28 @@ def unit(job: Job) -> float:
     return 2.0 * job.sequences * job.response * job.architecture.head
 
 
-def step_flops(job: Job) -> Flops:
-    """Flops of one step of `job`."""
+def sampling_flops(job: Job, prompts: int, sequences: int) -> tuple[float, float]:
+    """Of reading `prompts`, each once for its group, and of decoding `sequences` responses."""
     model, prompt, response = job.architecture, job.assumptions.prompt, job.response
-    sampled = job.sequences * job.rounds
-    read = job.config.rollout.prompts * job.rounds  # prompts, each once for its group
-    decode_context = prompt + response / 2
     per_token = 2.0 * model.layers * model.layer_matrices
     pair = 4.0 * model.layers * model.heads * model.head_dim  # scores and their sum of values
-    products, attention = _forward(job, prompt + response)
+    # Pairs of a token and one before it, over a response: a longer one has more of them.
+    pairs = prompt * response + job.lengths.second_moment / 2
+    prefill = prompts * (prompt * (per_token + pair * prompt / 2) + 2.0 * model.head)
+    return prefill, sequences * (response * (per_token + 2.0 * model.head) + pair * pairs)
+
+
+def step_flops(job: Job) -> Flops:
+    """Flops of one step of `job`."""
+    prefill, decode = sampling_flops(job, job.config.rollout.prompts, job.sequences)
+    products, attention = _forward(job)
     forward = products + attention
     # Nothing in backward needs the result of a layer's last product.
     recompute = forward - _last_product(job)
     factor = ATTENTION_BACKWARD.get(job.config.model.attention, FLASH_BACKWARD)
     return Flops(
-        prefill=read * prompt * (per_token + pair * prompt / 2) + read * 2.0 * model.head,
-        decode=sampled * response * (per_token + pair * decode_context + 2.0 * model.head),
+        prefill=job.rounds * prefill,
+        decode=job.rounds * decode,
         score_backbone=forward,
         score_head=unit(job),
         forward=forward,
@@ -77,14 +83,15 @@ def step_flops(job: Job) -> Flops:
     )
 
 
-def _forward(job: Job, length: float) -> tuple[float, float]:
+def _forward(job: Job) -> tuple[float, float]:
     """Of the backbone over all trained sequences: matrix products with weights, and attention."""
     model = job.architecture
-    tokens = job.sequences * length
+    tokens = job.sequences * (job.assumptions.prompt + job.response)
     # eager computes all pairs of positions; the others only those that are not masked.
-    pairs = length * (1.0 if job.config.model.attention == "eager" else 0.5)
+    share = 1.0 if job.config.model.attention == "eager" else 0.5
+    pairs = share * job.sequences * job.squared_length
     products = 2.0 * model.layers * model.layer_matrices * tokens
-    return products, 4.0 * model.layers * model.heads * model.head_dim * pairs * tokens
+    return products, 4.0 * model.layers * model.heads * model.head_dim * pairs
 
 
 def _last_product(job: Job) -> float:

@@ -2,10 +2,13 @@
 
 import math
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from trainer.config import Config
+from trainer.limits import check_model, check_ranks
 from trainer.plan.architectures import Architecture
 from trainer.plan.devices import Device
+from trainer.plan.lengths import Lengths
 
 BYTES = {"float32": 4, "bfloat16": 2}
 
@@ -16,7 +19,7 @@ class Assumptions:
 
     response_share: float = 0.37
     """Mean response, as a share of the limit: 7,628 of 20,480 tokens in the paper's 14B run
-    (Table 2). All sequences are taken to be of that length."""
+    (Table 2). Where the mean in tokens is given or read from a run, that is taken."""
     prompt: int = 150
     """Tokens of a prompt."""
     useful: float = 0.5
@@ -28,13 +31,18 @@ class Assumptions:
     network_efficiency: float = 0.7
     """Share of the links' bandwidth reached by collectives; they overlap with computation."""
     reserved: float = 4e9
-    """Bytes of a GPU for CUDA's context, NCCL, CUDA graphs and fragmentation."""
+    """Bytes of a GPU for CUDA's context, NCCL's buffers and CUDA graphs."""
+    margin: float = 0.1
+    """Share of a GPU that is left free where a run is said to fit: for fragmentation, and for what
+    the plan counts too low."""
 
     def __post_init__(self) -> None:
         shares = ("response_share", "useful", "mfu", "decode_efficiency", "network_efficiency")
         for name in shares:
             if not 0 < getattr(self, name) <= 1:
                 raise ValueError(f"{name} must lie in (0, 1]; got {getattr(self, name)}")
+        if not 0 <= self.margin < 1:
+            raise ValueError(f"margin must lie in [0, 1); got {self.margin}")
         if self.prompt < 1 or self.reserved < 0:
             raise ValueError(
                 f"prompt must be at least 1 and reserved at least 0; got {self.prompt} and "
@@ -45,17 +53,27 @@ class Assumptions:
 @dataclass(frozen=True)
 class Job:
     """A run of `config` on `gpus` GPUs; sequences are spread evenly over them. Each has an engine:
-    on itself, or on GPUs apart where `config.engine.devices` names some."""
+    on itself, or on GPUs apart where `config.engine.devices` names some.
+
+    Raises:
+        ValueError: numbers that cannot be meant, or what `train` refuses too (trainer/limits.py).
+    """
 
     config: Config
     architecture: Architecture
     device: Device
     gpus: int = 1
+    """That train: torchrun's ranks."""
     gpus_per_node: int = 8
+    """Those of a machine, torchrun's --nproc-per-node."""
+    machine_gpus: int = 8
+    """All GPUs of a machine, with those of engines."""
+    given_lengths: Lengths | None = None
+    """Of responses; None: as `assumptions` say."""
     assumptions: Assumptions = field(default_factory=Assumptions)
 
     def __post_init__(self) -> None:
-        for name in ("gpus", "gpus_per_node"):
+        for name in ("gpus", "gpus_per_node", "machine_gpus"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}")
         if self.gpus > self.gpus_per_node and self.gpus % self.gpus_per_node:
@@ -63,16 +81,14 @@ class Job:
                 f"gpus must be a multiple of gpus_per_node, {self.gpus_per_node}, where there is "
                 f"more than one node; got {self.gpus}"
             )
-        if self.architecture.heads % self.tensor_parallel:
+        ranks = min(self.gpus, self.gpus_per_node)
+        if self.device.is_gpu and ranks > self.machine_gpus:
             raise ValueError(
-                f"engine.tensor_parallel must divide the model's {self.architecture.heads} heads; "
-                f"got {self.tensor_parallel}"
+                f"machine_gpus must be at least gpus_per_node, {ranks}; got {self.machine_gpus}"
             )
-        if self.sequences_per_update < self.gpus:
-            raise ValueError(
-                f"an update has {self.sequences_per_update} sequences, fewer than {self.gpus} "
-                "GPUs: some would have nothing to do"
-            )
+        check_ranks(self.config, ranks, self.machine_gpus if self.device.is_gpu else 0)
+        model = self.architecture
+        check_model(self.config, model.heads, model.kv_heads, model.positions)
 
     @property
     def nodes(self) -> int:
@@ -113,14 +129,31 @@ class Job:
         return self.vllm and bool(self.config.engine.devices)
 
     @property
+    def all_gpus(self) -> int:
+        """That train and that sample."""
+        return self.gpus * (1 + (self.tensor_parallel if self.apart else 0))
+
+    @property
     def sequences_per_engine(self) -> int:
         """In a round of sampling."""
         return math.ceil(self.sequences / self.gpus)
 
+    @cached_property
+    def lengths(self) -> Lengths:
+        """Of responses."""
+        limit = self.config.rollout.max_new_tokens
+        return self.given_lengths or Lengths(self.assumptions.response_share * limit, limit)
+
     @property
     def response(self) -> float:
         """Mean tokens of a response."""
-        return self.assumptions.response_share * self.config.rollout.max_new_tokens
+        return self.lengths.mean
+
+    @property
+    def squared_length(self) -> float:
+        """Mean square of the tokens of a sequence, its prompt included."""
+        prompt = self.assumptions.prompt
+        return prompt * prompt + 2 * prompt * self.response + self.lengths.second_moment
 
     @property
     def longest(self) -> int:

@@ -4,6 +4,7 @@ T tokens of the largest micro-batch, D hidden, I intermediate, V vocabulary. Wha
 (masks, positions, statistics of a few floats a token) is left to `Assumptions.reserved`.
 """
 
+from trainer.config import is_flash
 from trainer.plan.job import Job
 
 Memory = dict[str, dict[str, float]]
@@ -112,7 +113,7 @@ def _saved(job: Job) -> float:
     norms += (q + kv) * (4 + E) * model.qk_norm
     # q, k, v and the result; where there is a mask, as over packed sequences, k and v are repeated
     # for each head, but for flash attention.
-    attended = E * (2 * q + 2 * kv if attention.startswith("flash") else 4 * q)
+    attended = E * (2 * q + 2 * kv if is_flash(attention) else 4 * q)
     if attention == "eager":
         attended += model.heads * job.longest * (4 if E == 4 else 4 + E)
     return norms + attended + 4 * E * model.intermediate

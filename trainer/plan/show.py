@@ -2,17 +2,21 @@
 
 import dataclasses
 import json
+import math
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
+from trainer.needs import needs
 from trainer.plan import Plan
 from trainer.plan.flops import Flops, head_units, unit
-from trainer.plan.job import Assumptions
+from trainer.plan.job import Assumptions, Job
 from trainer.plan.memory import eager_logits, engine_room
 from trainer.plan.timing import Seconds, collective_seconds, slots
+from trainer.plan.totals import kept_checkpoints
 
+_MARGIN = "for fragmentation and what is counted too low"
 _FLOPS_LABELS = {
     "prefill": "rollout: prefill",
     "decode": "rollout: decode",
@@ -29,14 +33,15 @@ def print_tables(plan: Plan) -> None:
     """The plan, and all that it assumes."""
     console = Console()
     for line in _summary(plan):
-        console.print(line, highlight=False)
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
     for table in (_memory(plan), _flops(plan), _head(plan)):
         console.print(table)
     if plan.seconds is not None:
         console.print(_time(plan.seconds))
+    console.print(_totals(plan))
     console.print("Assumed, not measured:", highlight=False)
     for line in assumptions(plan):
-        console.print(f"  {line}", highlight=False, soft_wrap=True)
+        console.print(f"  {line}", highlight=False, markup=False, soft_wrap=True)
 
 
 def print_json(plan: Plan) -> None:
@@ -56,6 +61,10 @@ def as_dict(plan: Plan) -> dict[str, Any]:
         "memory": plan.memory,
         "peak": {"phase": phase, "bytes": most, "largest_part": plan.largest_part[0]},
         "fits": plan.fits,
+        "possible": plan.possible,
+        "verdict": verdict(plan),
+        "remedy": None if plan.fits else plan.remedy,
+        "needs": [dataclasses.asdict(need) for need in needs(job.config)],
         "eager_logits_bytes": eager_logits(job),
         "flops": plan.flops._asdict(),
         "head": {
@@ -63,6 +72,8 @@ def as_dict(plan: Plan) -> dict[str, Any]:
             for name, units in head_variants(plan).items()
         },
         "seconds": plan.seconds and plan.seconds._asdict() | {"step": plan.seconds.step},
+        "totals": plan.totals._asdict(),
+        "lengths": dataclasses.asdict(job.lengths),
         "assumptions": dataclasses.asdict(job.assumptions),
     }
 
@@ -99,35 +110,65 @@ def assumptions(plan: Plan) -> list[str]:
             f"updated, and reduces gradients in {reduce:.2g} s",
         ]
     lines += [
-        f"all responses have {job.response:,.0f} tokens, but one of each engine reaches the limit",
+        f"responses have {job.response:,.0f} tokens in the mean ({_where(job)}), "
+        f"{job.lengths.truncated:.1%} of them the limit, and the others are spread as an "
+        "exponential that ends at the limit",
         "GPUs are evenly loaded; no padding; collectives hide behind computation or the reverse",
-        "verification, the optimizer and everything that is no matrix product take no time",
+        "verification, the optimizer, checkpoints and everything that is no matrix product take no "
+        "time",
     ]
     return lines
 
 
+def _where(job: Job) -> str:
+    """Where the mean length comes from."""
+    given = job.given_lengths is not None
+    return "as given" if given else "by response_share; --mean-length or --lengths RUN say others"
+
+
 def _summary(plan: Plan) -> list[str]:
-    job, (phase, most) = plan.job, plan.peak
-    name, size = plan.largest_part
-    room = job.device.memory
-    verdict = f"{_gb(most)} of {_gb(room)} GB a GPU at the peak ({phase})"
-    if plan.fits:
-        verdict = f"fits: {verdict}"
-    elif most > room:
-        verdict = f"does not fit: {verdict}; the largest part: {name}, {_gb(size)} GB"
+    job = plan.job
+    nodes = f", {job.nodes} nodes" if job.nodes > 1 else ""
+    engines = f" and {job.all_gpus - job.gpus} for engines" if job.apart else ""
     lines = [
         f"{job.config.name}: {job.architecture.parameters / 1e9:.2f} G parameters on {job.gpus} "
-        f"GPUs, {job.nodes} nodes; {job.sequences:,} sequences a step, "
+        f"GPU{'s' * (job.gpus > 1)}{engines}{nodes}; {job.sequences:,} sequences a step, "
         f"{job.sequences_per_update:,} an update, {job.micro_batches} micro-batches of at most "
         f"{job.micro_batch:,} tokens an update and GPU",
-        verdict,
+        verdict(plan),
     ]
     if not plan.engine_starts:
         lines.append(
             f"vLLM does not start: engine.memory_utilization leaves {_gb(-engine_room(job))} GB "
             "too little for its weights and one sequence of engine.max_model_len"
         )
-    return lines
+    if not plan.fits:
+        remedy = plan.remedy
+        lines.append(f"it fits with {remedy}" if remedy else "nothing that was tried makes it fit")
+    if job.sequences_per_update < job.gpus:
+        lines.append(
+            f"{job.gpus - job.sequences_per_update} of {job.gpus} GPUs have nothing to do in an "
+            f"update of {job.sequences_per_update} sequences"
+        )
+    positions = job.architecture.positions
+    if positions is not None and job.longest > positions:
+        room = positions - job.config.rollout.max_new_tokens
+        lines.append(f"longer prompts than {room} tokens are refused: it has {positions} positions")
+    return [*lines, *(f"needs {need}" for need in needs(job.config))]
+
+
+def verdict(plan: Plan) -> str:
+    """Whether it fits, and by how much."""
+    (phase, most), room = plan.peak, plan.job.device.memory
+    margin, free = plan.job.assumptions.margin, math.floor(1000 * (1 - most / room)) / 1000
+    size = f"{_gb(most)} of {_gb(room)} GB a GPU at the peak ({phase})"
+    if most > room:
+        name, largest = plan.largest_part
+        return f"does not fit: {size}; the largest part: {name}, {_gb(largest)} GB"
+    asked = f"{margin:.0%} {_MARGIN}"
+    if not plan.fits and plan.engine_starts:
+        return f"tight: {size}, {free:.1%} free; less than the {asked}"
+    return f"{'fits' if plan.fits else 'would fit'}: {size}, {free:.1%} free; wanted: {asked}"
 
 
 def _memory(plan: Plan) -> Table:
@@ -177,6 +218,33 @@ def _time(seconds: Seconds) -> Table:
         table.add_row(name, f"{value:,.1f}", f"{value / seconds.step:.1%}")
     table.add_section()
     table.add_row("step", f"{seconds.step:,.1f}", "")
+    return table
+
+
+def _totals(plan: Plan) -> Table:
+    """Counts, and what follows from the seconds of a step where there are any."""
+    job, found = plan.job, plan.totals
+    title = "The whole run; times are estimated"
+    table = Table(title=title, title_justify="left", show_header=False)
+    table.add_column("", no_wrap=True)
+    table.add_column("", justify="right")
+    rows = [
+        ("steps", f"{found.steps:,}"),
+        ("updates", f"{found.updates:,}"),
+        ("evaluations, the first before training", f"{found.evaluations:,}"),
+        ("tokens of responses, sampled", f"{found.sampled_tokens:.3g}"),
+        ("tokens of responses, trained on", f"{found.trained_tokens:.3g}"),
+        ("GB of a checkpoint", _gb(found.checkpoint_bytes)),
+        (f"GB on disk, {kept_checkpoints(job)} kept and one in writing", _gb(found.disk_bytes)),
+    ]
+    if found.hours is not None and found.evaluation_seconds is not None:
+        rows += [
+            ("seconds of an evaluation", f"{found.evaluation_seconds:,.0f}"),
+            ("hours", f"{found.hours:,.1f}"),
+            (f"GPU-hours, of {job.all_gpus:,} GPUs", f"{found.gpu_hours:,.0f}"),
+        ]
+    for row in rows:
+        table.add_row(*row)
     return table
 
 

@@ -1,10 +1,10 @@
 """Seconds of a step by a model: the vendor's peaks times assumed efficiencies. Not measurements."""
 
-import math
 from typing import NamedTuple
 
-from trainer.plan.flops import Flops
+from trainer.plan.flops import Flops, sampling_flops
 from trainer.plan.job import Job
+from trainer.plan.lengths import steps_of
 from trainer.plan.memory import Memory, cache_bytes
 
 
@@ -28,9 +28,10 @@ def step_seconds(job: Job, flops: Flops, memory: Memory) -> Seconds:
     rate = job.device.flops * job.assumptions.mfu * job.gpus
     count = job.micro_batches * job.config.optimizer.mini_batches
     gather, reduce = collective_seconds(job)
+    prefill, decode = sampling_seconds(job, memory, job.config.rollout.prompts, job.sequences)
     return Seconds(
-        prefill=flops.prefill / (rate * _engine_gpus(job)),
-        decode=_decode(job, flops, memory, rate),
+        prefill=job.rounds * prefill,
+        decode=job.rounds * decode,
         score=max(flops.score / rate, count * gather),
         update=max(flops.update / rate, count * (2 * gather + reduce)),
         push=gather,
@@ -43,7 +44,7 @@ def collective_seconds(job: Job) -> tuple[float, float]:
     A ring over N GPUs moves (N - 1) / N of the bytes over each link. Between nodes all GPUs of a
     node send at once, and each byte enters a node once.
     """
-    if not job.sharded:
+    if not job.sharded or job.gpus == 1:
         return 0.0, 0.0
     device = job.device
     link = device.link
@@ -54,33 +55,44 @@ def collective_seconds(job: Job) -> tuple[float, float]:
     return job.compute_bytes * moved / rate, 4 * moved / rate
 
 
-def slots(job: Job, memory: Memory) -> int:
-    """Sequences that an engine decodes at once: all of its own, or as many as it takes in a batch
-    or its cache holds."""
-    at_once = min(job.sequences_per_engine, job.config.rollout.batch_size)
+def slots(job: Job, memory: Memory, sequences: int | None = None) -> int:
+    """Sequences that an engine decodes at once: all of its `sequences`, by default those of a
+    round, or as many as it takes in a batch or its cache holds.
+
+    A place in the cache holds a prompt and what there is of its response at the time.
+    """
+    own = job.sequences_per_engine if sequences is None else sequences
+    at_once = min(own, job.config.rollout.batch_size)
     if not job.vllm:
         return at_once
-    each = (job.assumptions.prompt + job.response) * cache_bytes(job)
+    each = (job.assumptions.prompt + job.lengths.held) * cache_bytes(job)
     cache = memory["engine" if job.apart else "sample"]["cache"]
     return max(1, min(at_once, int(cache / each)))
 
 
-def _decode(job: Job, flops: Flops, memory: Memory, rate: float) -> float:
-    """All rounds: the larger of reading memory and computing.
+def sampling_seconds(job: Job, memory: Memory, prompts: int, sequences: int) -> tuple[float, float]:
+    """Reading `prompts` and decoding `sequences` responses on all engines.
 
-    A token's step reads the engine's weights once and the keys and values of all its sequences.
-    vLLM fills a place that becomes free: there are as many steps as the sequences take turns, and
-    then as many as the longest one, which reaches the limit, has left. The trainer's own engine
-    takes batch after batch, each to the limit.
+    Decoding takes the larger of reading memory and computing. A token's step reads the engine's
+    weights once and the keys and values of all sequences under way. vLLM fills a place that
+    becomes free; the trainer's own engine takes batch after batch, each to its longest. All wait
+    for the engine that has the longest response of all.
     """
-    own, limit = job.sequences_per_engine, job.config.rollout.max_new_tokens
-    turns = own / slots(job, memory)
-    steps = turns * job.response + limit - job.response if job.vllm else math.ceil(turns) * limit
+    own = -(-sequences // job.gpus)
+    lengths = [*job.lengths.of(own)[:-1], job.lengths.of(sequences)[-1]]
+    at_once = slots(job, memory, own)
+    if job.vllm:
+        steps = steps_of(lengths, at_once)
+    else:
+        batches = -(-own // at_once)
+        steps = sum(job.lengths.of(at_once)[-1:] * (batches - 1)) + lengths[-1]
     weights = job.engine_bytes * job.architecture.parameters / job.tensor_parallel
-    context = job.assumptions.prompt + job.response / 2
-    bytes_read = steps * weights + own * job.response * context * cache_bytes(job)
+    context = job.assumptions.prompt * job.response + job.lengths.second_moment / 2
+    bytes_read = steps * weights + own * context * cache_bytes(job)
     reading = bytes_read / (job.device.bandwidth * job.assumptions.decode_efficiency)
-    return max(job.rounds * reading, flops.decode / (rate * _engine_gpus(job)))
+    rate = job.device.flops * job.assumptions.mfu * job.gpus * _engine_gpus(job)
+    prefill, decode = sampling_flops(job, prompts, sequences)
+    return prefill / rate, max(reading, decode / rate)
 
 
 def _engine_gpus(job: Job) -> int:

@@ -1,0 +1,73 @@
+"""What a whole run comes to: evaluations, hours, tokens, disk. Estimates, but for the counts."""
+
+from typing import NamedTuple
+
+from trainer.plan.job import Job
+from trainer.plan.memory import Memory
+from trainer.plan.timing import Seconds, sampling_seconds
+
+
+class Totals(NamedTuple):
+    """Of a run, from its first step to its last."""
+
+    steps: int
+    updates: int
+    evaluations: int
+    """With that before training."""
+    evaluation_seconds: float | None
+    """Of one; None where a step has no seconds."""
+    hours: float | None
+    """Of wall time, evaluations included."""
+    gpu_hours: float | None
+    """Engines' own GPUs included."""
+    sampled_tokens: float
+    """Of responses, evaluations left out."""
+    trained_tokens: float
+    """Of responses, each counted once; those of useless groups are sampled and not trained on."""
+    checkpoint_bytes: float
+    """Of one checkpoint: weights and AdamW's moments."""
+    disk_bytes: float
+    """Of all that are there at a time: those kept, and one that is being written."""
+
+
+def totals(job: Job, memory: Memory, seconds: Seconds | None) -> Totals:
+    """What the run of `job` comes to; `seconds` are those of a step."""
+    config, steps = job.config, job.config.steps
+    evaluations = 1 + steps // config.eval.every + (steps % config.eval.every > 0)
+    once = hours = None
+    if seconds is not None:
+        once = evaluation_seconds(job, memory)
+        hours = (steps * seconds.step + evaluations * once) / 3600
+    each = 3.0 * job.master_bytes * job.architecture.parameters
+    trained = steps * job.sequences * job.response
+    return Totals(
+        steps=steps,
+        updates=steps * config.optimizer.mini_batches,
+        evaluations=evaluations,
+        evaluation_seconds=once,
+        hours=hours,
+        gpu_hours=None if hours is None else hours * job.all_gpus,
+        sampled_tokens=trained * job.rounds,
+        trained_tokens=trained,
+        checkpoint_bytes=each,
+        disk_bytes=each * (kept_checkpoints(job) + 1),
+    )
+
+
+def evaluation_seconds(job: Job, memory: Memory) -> float:
+    """Of one evaluation: each of its draws waits for its longest response."""
+    draws = evaluation_draws(job)
+    return sum(sum(sampling_seconds(job, memory, count, count)) for count in draws)
+
+
+def evaluation_draws(job: Job) -> list[int]:
+    """Responses of each draw of an evaluation: a sampled and a greedy one of each problem."""
+    return [job.config.eval.problems] * 2
+
+
+def kept_checkpoints(job: Job) -> int:
+    """Checkpoints that are there once the run has ended."""
+    config = job.config
+    written = 1 + config.steps // config.checkpoint_every
+    written += config.steps % config.checkpoint_every > 0
+    return min(config.keep_checkpoints, written)
