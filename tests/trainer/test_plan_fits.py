@@ -67,11 +67,17 @@ def test_totals_by_hand():
     assert totals.trained_tokens == pytest.approx(100 * 8192 * RESPONSE)
     assert totals.sampled_tokens == 2 * totals.trained_tokens
     assert totals.checkpoint_bytes == 12 * 14_768_307_200
-    assert totals.disk_bytes == 3 * totals.checkpoint_bytes
-    odd = replace(BIG.config, steps=7, checkpoint_every=5, keep_checkpoints=9)
+    odd = replace(BIG.config, steps=7, checkpoint_every=5, keep_checkpoints=9, keep_every=0)
     totals = plan(replace(BIG, config=odd)).totals
     assert totals.evaluations == 3  # before training, at 5, and at 7
     assert totals.disk_bytes == 4 * totals.checkpoint_bytes
+
+
+@pytest.mark.parametrize(("every", "kept"), [(0, 2), (20, 7), (50, 4), (100, 3)])
+def test_checkpoints_that_stay_are_counted(every, kept):
+    """The last two, 95 and 100, and of 20 also 0, 20, ... 80; one more while it is written."""
+    totals = plan(replace(BIG, config=replace(BIG.config, keep_every=every))).totals
+    assert totals.disk_bytes == (kept + 1) * totals.checkpoint_bytes
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,16 @@ from trainer.plan.job import Job
 from trainer.plan.memory import Memory
 from trainer.plan.timing import Seconds, sampling_seconds
 
+# Of the sets that trainer/tasks/benchmarks.py knows.
+PROBLEMS = {
+    "aime24": 30,
+    "aime25": 30,
+    "amc23": 40,
+    "math500": 500,
+    "minerva": 272,
+    "olympiadbench": 674,
+}
+
 
 class Totals(NamedTuple):
     """Of a run, from its first step to its last."""
@@ -56,18 +66,27 @@ def totals(job: Job, memory: Memory, seconds: Seconds | None) -> Totals:
 
 def evaluation_seconds(job: Job, memory: Memory) -> float:
     """Of one evaluation: each of its draws waits for its longest response."""
-    draws = evaluation_draws(job)
-    return sum(sum(sampling_seconds(job, memory, count, count)) for count in draws)
+    return sum(
+        sum(sampling_seconds(job, memory, prompts, prompts * samples))
+        for prompts, samples in evaluation_draws(job)
+    )
 
 
-def evaluation_draws(job: Job) -> list[int]:
-    """Responses of each draw of an evaluation: a sampled and a greedy one of each problem."""
-    return [job.config.eval.problems] * 2
+def evaluation_draws(job: Job) -> list[tuple[int, int]]:
+    """Problems and responses to each, of each draw of an evaluation: of the held-out problems and
+    of every set of eval.data the sampled and the greedy ones. A set of unknown size counts as many
+    problems as are held out."""
+    asked = job.config.eval
+    names = (name.partition("=")[0] for name in getattr(asked, "data", ()))
+    sizes = [asked.problems, *(PROBLEMS.get(name, asked.problems) for name in names)]
+    samples = getattr(asked, "samples", 1)
+    return [draw for size in sizes for draw in ((size, samples), (size, 1))]
 
 
 def kept_checkpoints(job: Job) -> int:
-    """Checkpoints that are there once the run has ended."""
+    """Checkpoints that are there once the run has ended: the last, and those of keep_every."""
     config = job.config
-    written = 1 + config.steps // config.checkpoint_every
-    written += config.steps % config.checkpoint_every > 0
-    return min(config.keep_checkpoints, written)
+    written = [*range(0, config.steps, config.checkpoint_every), config.steps]
+    every = config.keep_every
+    kept = {step for step in written if every and step % every == 0}
+    return len(kept.union(written[-config.keep_checkpoints :]))
