@@ -74,7 +74,8 @@ def check_model(
         ValueError: the engine cannot be spread over tensor_parallel GPUs, or sequences are longer
             than the model or the engine takes.
     """
-    engine, new = settings.engine, settings.rollout.max_new_tokens
+    engine = settings.engine
+    new = max(settings.rollout.max_new_tokens, settings.eval.max_new_tokens)
     longest = engine.max_model_len if engine.kind == "vllm" else 0
     if positions is not None and longest > positions:
         raise ValueError(

@@ -125,8 +125,16 @@ def _version(name: str) -> tuple[int, ...] | None:
 
 
 def _data(config: Config) -> list[Need]:
-    kind = config.data.task.partition(":")[0]
-    why = f"data.task {config.data.task}"
+    """Of the task and of the sets of evaluations."""
+    found = _task(config.data.task, f"data.task {config.data.task}")
+    for name in config.eval.data:
+        makes = name.startswith(("gym:", "ladder", "file:", "hub:"))
+        found += _task(name if makes else f"hub:{name}", f"eval.data {name}")
+    return found
+
+
+def _task(task: str, why: str) -> list[Need]:
+    kind = task.partition(":")[0]
     if kind == "gym":
         there = find_spec("reasoning_gym") is not None
         return [Need("reasoning-gym", why, 'pip install -e ".[gym]"', there)]

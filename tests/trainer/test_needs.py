@@ -8,7 +8,7 @@ import torch
 import trainer.needs
 from tests.trainer.small import settings
 from trainer.__main__ import main
-from trainer.config import Config, Data, Engine, Model, Tracking
+from trainer.config import Config, Data, Engine, Eval, Model, Tracking
 from trainer.needs import BASE, check_needs, needs
 from trainer.presets import PRESETS
 from trainer.train import train
@@ -43,6 +43,7 @@ WANTS = [
         {"data": Data("hub:x/y")},
         r'datasets \(data.task hub:x/y\): pip install -e "\.\[trainer\]"; math-verify \(',
     ),
+    ({"eval": Eval(data=("aime24",))}, r"datasets \(eval.data aime24\): .*; math-verify \(eval"),
     ({"tracking": Tracking(("wandb",))}, r"wandb \(tracking.trackers wandb\): pip install wandb"),
 ]
 

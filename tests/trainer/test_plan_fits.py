@@ -9,6 +9,8 @@ from trainer.plan import plan
 from trainer.plan.devices import GPUS, find_device
 from trainer.plan.job import Assumptions
 from trainer.plan.timing import sampling_seconds
+from trainer.plan.totals import evaluation_draws, evaluation_seconds
+from trainer.presets import PRESETS
 
 
 def test_fits_leaves_the_margin_and_tight_does_not():
@@ -70,14 +72,27 @@ def test_totals_by_hand():
     odd = replace(BIG.config, steps=7, checkpoint_every=5, keep_checkpoints=9, keep_every=0)
     totals = plan(replace(BIG, config=odd)).totals
     assert totals.evaluations == 3  # before training, at 5, and at 7
-    assert totals.disk_bytes == 4 * totals.checkpoint_bytes
+    # 0, without moments, 5, 7 and one more while it is written.
+    assert totals.disk_bytes == (3 + 1 / 3) * totals.checkpoint_bytes
 
 
-@pytest.mark.parametrize(("every", "kept"), [(0, 2), (20, 7), (50, 4), (100, 3)])
+@pytest.mark.parametrize(("every", "kept"), [(0, 2), (20, 6 + 1 / 3), (50, 3 + 1 / 3)])
 def test_checkpoints_that_stay_are_counted(every, kept):
-    """The last two, 95 and 100, and of 20 also 0, 20, ... 80; one more while it is written."""
+    """The last two, 95 and 100, and of 20 also 0, 20, ... 80; one more while it is written. That of
+    0 has no moments."""
     totals = plan(replace(BIG, config=replace(BIG.config, keep_every=every))).totals
-    assert totals.disk_bytes == (kept + 1) * totals.checkpoint_bytes
+    assert totals.disk_bytes == pytest.approx((kept + 1) * totals.checkpoint_bytes)
+
+
+def test_an_evaluation_on_named_sets_takes_longer():
+    config = PRESETS["qwen3-14b"]()
+    sets = replace(config.eval, data=("aime24", "aime25=local.jsonl"), samples=4)
+    job = replace(BIG, config=replace(config, eval=sets))
+    assert evaluation_draws(job) == [(64, 4), (64, 1), (30, 4), (30, 1), (30, 4), (30, 1)]
+    memory = plan(BIG).memory
+    assert evaluation_seconds(job, memory) > 2 * evaluation_seconds(BIG, memory)
+    short = replace(job, config=replace(config, eval=replace(sets, max_new_tokens=512)))
+    assert evaluation_seconds(short, memory) < 0.1 * evaluation_seconds(job, memory)
 
 
 @pytest.mark.parametrize(

@@ -161,7 +161,7 @@ def test_totals_are_printed(capsys):
     for label, value in [
         ("evaluations, the first before training", "21"),
         ("GB of a checkpoint", "177.22"),
-        ("GB on disk, 7 kept and one in writing", "1,417.76"),
+        ("GB on disk, 7 kept and one in writing", "1,299.61"),
         ("hours", f"{totals.hours:,.1f}"),
         ("GPU-hours, of 128 GPUs", f"{totals.gpu_hours:,.0f}"),
     ]:

@@ -32,6 +32,7 @@ REFUSED = [
     ),
     (8, {"rollout.max_new_tokens": 40_000}, "do not fit into the model's 32768 positions"),
     (8, {"rollout.max_new_tokens": 23_000}, "do not fit into engine.max_model_len, 22528"),
+    (8, {"eval.max_new_tokens": 30_000}, "do not fit into engine.max_model_len, 22528"),
     (8, {"engine.max_model_len": 40_000}, "at most the model's positions, 32768"),
     (
         8,

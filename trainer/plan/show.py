@@ -224,6 +224,7 @@ def _time(seconds: Seconds) -> Table:
 def _totals(plan: Plan) -> Table:
     """Counts, and what follows from the seconds of a step where there are any."""
     job, found = plan.job, plan.totals
+    kept = len(kept_checkpoints(job))
     title = "The whole run; times are estimated"
     table = Table(title=title, title_justify="left", show_header=False)
     table.add_column("", no_wrap=True)
@@ -235,7 +236,7 @@ def _totals(plan: Plan) -> Table:
         ("tokens of responses, sampled", f"{found.sampled_tokens:.3g}"),
         ("tokens of responses, trained on", f"{found.trained_tokens:.3g}"),
         ("GB of a checkpoint", _gb(found.checkpoint_bytes)),
-        (f"GB on disk, {kept_checkpoints(job)} kept and one in writing", _gb(found.disk_bytes)),
+        (f"GB on disk, {kept} kept and one in writing", _gb(found.disk_bytes)),
     ]
     if found.hours is not None and found.evaluation_seconds is not None:
         rows += [

@@ -1,5 +1,6 @@
 """What a whole run comes to: evaluations, hours, tokens, disk. Estimates, but for the counts."""
 
+from dataclasses import replace
 from typing import NamedTuple
 
 from trainer.plan.job import Job
@@ -48,7 +49,8 @@ def totals(job: Job, memory: Memory, seconds: Seconds | None) -> Totals:
     if seconds is not None:
         once = evaluation_seconds(job, memory)
         hours = (steps * seconds.step + evaluations * once) / 3600
-    each = 3.0 * job.master_bytes * job.architecture.parameters
+    weights = float(job.master_bytes * job.architecture.parameters)
+    kept = kept_checkpoints(job)
     trained = steps * job.sequences * job.response
     return Totals(
         steps=steps,
@@ -59,13 +61,18 @@ def totals(job: Job, memory: Memory, seconds: Seconds | None) -> Totals:
         gpu_hours=None if hours is None else hours * job.all_gpus,
         sampled_tokens=trained * job.rounds,
         trained_tokens=trained,
-        checkpoint_bytes=each,
-        disk_bytes=each * (kept_checkpoints(job) + 1),
+        checkpoint_bytes=3 * weights,
+        disk_bytes=3 * weights * (len(kept) + 1) - 2 * weights * (0 in kept),
     )
 
 
 def evaluation_seconds(job: Job, memory: Memory) -> float:
-    """Of one evaluation: each of its draws waits for its longest response."""
+    """Of one evaluation: each of its draws waits for its longest response. With a limit of its own
+    lengths are the same shares of it."""
+    lengths = job.lengths
+    limit = job.config.eval.max_new_tokens or lengths.limit
+    scaled = replace(lengths, mean=lengths.mean / lengths.limit * limit, limit=limit)
+    job = replace(job, given_lengths=scaled)
     return sum(
         sum(sampling_seconds(job, memory, prompts, prompts * samples))
         for prompts, samples in evaluation_draws(job)
@@ -77,16 +84,16 @@ def evaluation_draws(job: Job) -> list[tuple[int, int]]:
     of every set of eval.data the sampled and the greedy ones. A set of unknown size counts as many
     problems as are held out."""
     asked = job.config.eval
-    names = (name.partition("=")[0] for name in getattr(asked, "data", ()))
+    names = (name.partition("=")[0] for name in asked.data)
     sizes = [asked.problems, *(PROBLEMS.get(name, asked.problems) for name in names)]
-    samples = getattr(asked, "samples", 1)
-    return [draw for size in sizes for draw in ((size, samples), (size, 1))]
+    return [draw for size in sizes for draw in ((size, asked.samples), (size, 1))]
 
 
-def kept_checkpoints(job: Job) -> int:
-    """Checkpoints that are there once the run has ended: the last, and those of keep_every."""
+def kept_checkpoints(job: Job) -> set[int]:
+    """Steps of the checkpoints that are there once the run has ended: the last, and those of
+    keep_every. That before training has no moments."""
     config = job.config
     written = [*range(0, config.steps, config.checkpoint_every), config.steps]
     every = config.keep_every
     kept = {step for step in written if every and step % every == 0}
-    return len(kept.union(written[-config.keep_checkpoints :]))
+    return kept.union(written[-config.keep_checkpoints :])
