@@ -1,12 +1,14 @@
-"""docs/planning.md says what the planner says, and what was measured."""
+"""docs/planning.md and docs/trainer.md say what the planner says, and what was measured."""
 
 import json
 import re
+import shlex
 from pathlib import Path
 
 import pytest
 
 from tests.trainer.test_plan import job_of
+from trainer.__main__ import main
 from trainer.plan import plan
 from trainer.plan.memory import eager_logits
 from trainer.presets import PRESETS
@@ -65,3 +67,29 @@ def test_every_preset_that_is_named_exists():
     named = re.findall(r"`(?:--preset )?(qwen3-[\d.]+b|llama-8b)`", TEXT)
     assert len(named) >= 4
     assert set(named) <= set(PRESETS)
+
+
+TRAINER = (ROOT / "docs" / "trainer.md").read_text()
+PRINTED = re.findall(r"^    \$ python -m trainer (plan .*\n(?:    .*\n)+)", TRAINER, re.M)
+
+
+def words(text):
+    """`text` without the way its lines are broken."""
+    return " ".join(text.split())
+
+
+@pytest.mark.parametrize("block", PRINTED, ids=lambda block: block[:34])
+def test_what_the_walk_prints_is_what_the_planner_prints(block, capsys):
+    lines = block.splitlines()
+    count = 1 + sum(line.endswith("\\") for line in lines)
+    command = " ".join(line.removesuffix("\\") for line in lines[:count])
+    assert main(shlex.split(command)) == 0
+    found = words(capsys.readouterr().out)
+    shown = words(" ".join(lines[count:]))
+    assert "H200" not in shown  # it stands for no measurement
+    for part in re.split(r"(?=Seconds of a step)", shown):
+        assert part.strip() in found
+
+
+def test_the_walk_prints_three_plans():
+    assert len(PRINTED) == 3

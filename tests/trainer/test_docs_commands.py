@@ -1,0 +1,101 @@
+"""Every `python -m trainer` command of README and docs is one that the parsers take."""
+
+import re
+import shlex
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+
+import trainer.analyze.evolution
+import trainer.analyze.patterns
+import trainer.analyze.temperatures
+import trainer.compare
+import trainer.evaluation
+import trainer.export
+import trainer.report
+import trainer.train
+import trainer.watch
+from trainer.__main__ import main
+
+ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+# What stands for a reader's own, and is no option's value as it is.
+STAND_INS = {
+    "PRESET": "tiny",
+    "[PRESET]": "tiny",
+    "RUN": "runs/mine",
+    "OUT": "exported/mine",
+    "M": "runs/mine",
+    "MODEL": "runs/mine",
+    "D": "aime24",
+    "DATA": "aime24",
+}
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.M | re.S)
+INDENTED = re.compile(r"^ {4,}.*$", re.M)
+COMMAND = re.compile(r"-m trainer ([a-z].*)")
+
+
+def commands():
+    """Page and arguments of each command in a code block, and of those in a line with options."""
+    for page in PAGES:
+        text = re.sub(r"\\\n\s*", " ", page.read_text())  # lines that go on
+        blocks = [code for kind, code in FENCE.findall(text) if kind in ("", "sh", "bash")]
+        prose = FENCE.sub("", text)
+        lines = [*"".join(blocks).splitlines(), *INDENTED.findall(prose)]
+        for code in re.findall(r"`([^`]+)`", INDENTED.sub("", prose)):
+            # A name without options is a name, and no command.
+            lines += [code] if re.search(r"trainer \w+ .*(--|[A-Z]{3})", code) else []
+        for line in lines:
+            if found := COMMAND.search(" ".join(line.split())):
+                yield page.name, re.split(r" #| > ", found[1])[0]
+
+
+COMMANDS = sorted(set(commands()))
+
+
+def test_there_are_commands_of_every_kind():
+    kinds = {command.split()[0] for _, command in COMMANDS}
+    assert kinds == {
+        *("train", "evaluate", "analyze", "compare", "plan"),
+        *("watch", "report", "export"),
+    }
+    assert len(COMMANDS) > 25
+
+
+@pytest.fixture
+def _nothing_runs(monkeypatch):
+    def nothing(*arguments, **options):
+        return 0
+
+    for module, name in [
+        (trainer.train, "train"),
+        (trainer.evaluation, "evaluate_model"),
+        (trainer.compare, "compare"),
+        (trainer.watch, "watch"),
+        (trainer.report, "write_report"),
+        (trainer.analyze.patterns, "analyze_patterns"),
+        (trainer.analyze.temperatures, "analyze_temperatures"),
+        (trainer.analyze.evolution, "analyze_evolution"),
+    ]:
+        monkeypatch.setattr(module, name, nothing)
+    monkeypatch.setattr(trainer.export, "find", lambda *_: Path())
+    monkeypatch.setattr(
+        trainer.export, "_write", lambda found, folder, dtype: folder.mkdir(parents=True)
+    )
+
+
+@pytest.mark.usefixtures("_nothing_runs")
+@pytest.mark.parametrize(("page", "command"), COMMANDS, ids=lambda value: value[:60])
+def test_a_command_is_understood(page, command, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    arguments = [STAND_INS.get(word, word) for word in shlex.split(command)]
+    for option, value in pairwise(arguments):
+        if option == "--config":
+            Path(value).parent.mkdir(parents=True, exist_ok=True)
+            Path(value).write_text("steps: 5\n")
+    try:
+        status = main(arguments)
+    except SystemExit as end:  # of tyro, and after --help
+        status = end.code
+    assert status == 0, capsys.readouterr().err
