@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+import trainer.compare.driver
 import trainer.needs
 from tests.trainer.small import settings
 from trainer.__main__ import main
@@ -59,11 +60,13 @@ def test_a_run_says_what_it_needs_before_it_starts(changes, says, tmp_path):
 
 
 @pytest.mark.usefixtures("_bare")
-def test_train_compare_and_evaluate_say_the_same_line(capsys, tmp_path):
+def test_every_command_that_runs_a_model_says_the_same_line(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(trainer.compare.driver, "drive", lambda *_: pytest.fail("runs began"))
     commands = [
         ["train", "qwen3-14b", "--root", str(tmp_path)],
         ["compare", "qwen3-14b", "--root", str(tmp_path)],
         ["evaluate", "--model", "nowhere", "--data", "aime24", "--engine.kind", "vllm"],
+        ["analyze", "patterns", "--model=nowhere", "--data=aime24", "--engine.kind=vllm"],
     ]
     for command in commands:
         assert main(command) == 1
