@@ -56,11 +56,18 @@ def devices_of(engine: Engine, rank: int, on_machine: int | None = None) -> list
 
 
 def model_limits(config: Any) -> tuple[int, int, int | None]:
-    """Heads, key-value heads and positions of a transformers configuration, for `check_model`."""
+    """Heads, key-value heads and positions of a transformers configuration, for `check_model`; of a
+    model without heads, or with others in each layer, those that any number divides."""
     text = config.get_text_config()
-    heads = text.num_attention_heads
+    heads = getattr(text, "num_attention_heads", None)
+    if not isinstance(heads, int):
+        heads = 0
     kv_heads = getattr(text, "num_key_value_heads", None) or heads
-    return heads, kv_heads, getattr(text, "max_position_embeddings", None)
+    return (
+        heads,
+        kv_heads if isinstance(kv_heads, int) else heads,
+        getattr(text, "max_position_embeddings", None),
+    )
 
 
 def check_model(
@@ -89,7 +96,7 @@ def check_model(
         raise ValueError(
             f"engine.tensor_parallel must divide the model's {heads} heads; got {size}"
         )
-    if kv_heads % size and size % kv_heads:
+    if kv_heads % size and size % max(kv_heads, 1):
         raise ValueError(
             f"engine.tensor_parallel must divide the model's {kv_heads} key-value heads, or be a "
             f"multiple of them; got {size}"

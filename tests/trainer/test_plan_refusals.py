@@ -7,7 +7,9 @@ import torch
 from transformers import Qwen3Config
 
 import trainer.run
+from tests.trainer.small import FAMILIES, build_model, settings
 from tests.trainer.test_plan import changed, job_of
+from trainer.limits import check_model, model_limits
 from trainer.plan.architectures import ARCHITECTURES
 from trainer.presets import PRESETS
 from trainer.ranks import Ranks
@@ -78,3 +80,13 @@ def test_what_a_run_takes_is_taken():
     assert job_of("qwen3-14b", 4, changes=engines).all_gpus == 8
     assert job_of("qwen3-14b", 4, changes=engines, gpus_per_node=2).nodes == 2
     assert job_of("tiny").config.rollout.max_new_tokens == 48
+
+
+def test_limits_of_models_of_every_family(tmp_path):
+    for family in FAMILIES:
+        config = build_model(family).config
+        assert model_limits(config)[0] == 2
+        check_model(settings(tmp_path), *model_limits(config))
+    other = SimpleNamespace(get_text_config=lambda: SimpleNamespace(num_attention_heads=[2, 4]))
+    assert model_limits(other) == (0, 0, None)
+    check_model(PRESETS["qwen3-14b"](), *model_limits(other))
