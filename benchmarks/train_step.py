@@ -12,7 +12,8 @@ import torch
 import entropy_kernels as ek
 from benchmarks.peers import heads
 from trainer.config import Algorithm, Config, Optimizer, Rollout
-from trainer.policy import Policy, check_policy, checkpoint_activations
+from trainer.modes import checkpoint_activations
+from trainer.policy import Policy, check_policy
 from trainer.ranks import Ranks
 from trainer.types import Problem, Rollouts
 from trainer.update import Batch, at_least, score, update
@@ -138,7 +139,7 @@ def _eager_update(
     policy: Policy, optimizer: torch.optim.Optimizer, batch: Batch, settings: Config
 ) -> tuple[float, float, float]:
     """Loss, norm of the gradient, and the seconds of the head; the mask multiplies."""
-    policy.model.train()
+    policy.train()
     rollouts, algorithm = batch.rollouts, settings.algorithm
     tokens = torch.cat([rollouts.prompt_BP, rollouts.response_BL[:, :-1]], 1)
     hidden = policy.lm_head.hidden_states(input_ids=tokens, use_cache=False)

@@ -134,7 +134,8 @@ def resolved(settings: Settings, ranks: Ranks) -> Settings:
 def load(settings: Evaluation, ranks: Ranks) -> Policy:
     """A whole model on every rank; of a checkpoint too, by however many ranks it was written."""
     written = (Path(settings.model) / "manifest.json").exists()
-    policy = read_policy(_model(settings), settings.seed, empty=written)
+    longest = settings.engine.max_model_len
+    policy = read_policy(_model(settings), settings.seed, empty=written, longest=longest)
     policy.materialize(ranks.device)
     if written:
         checkpoint.load(Path(settings.model), policy, None, Ranks(ranks.device))
@@ -195,7 +196,7 @@ def with_limit(settings: Settings, policy: Policy, sets: Sets) -> Settings:
         return settings
     prompts = [problem.prompt for one in sets.values() for problem in one.problems]
     longest = max(map(len, policy.tokenizer(prompts, add_special_tokens=False).input_ids))
-    positions = getattr(policy.model.config.get_text_config(), "max_position_embeddings", None)
+    positions = policy.longest
     left = MAX_NEW_TOKENS if positions is None else positions - longest
     if left < 1:
         raise ValueError(

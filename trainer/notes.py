@@ -53,9 +53,7 @@ def say_parts(
     print(f"devices  {_devices(settings, ranks)}")
     for change in changes:
         print(f"changed  {change}" + (f" ({change.note})" if change.note else ""))
-    if policy.layout == "padded":
-        name = type(policy.model).__name__
-        print(f"{name} does not keep packed sequences apart: one sequence a row", file=sys.stderr)
+    print(*policy.notes(), sep="", end="", file=sys.stderr)
     asked, count = settings.eval.problems, min(settings.eval.problems, task.num_test)
     if count < asked:
         print(f"warning: eval.problems is {asked:,}; held out: {count:,}", file=sys.stderr)

@@ -3,9 +3,6 @@
 T response tokens, D hidden, V vocabulary; R rows and W their width as in packing.py.
 """
 
-import ctypes
-import os
-import sys
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
@@ -18,13 +15,13 @@ import entropy_kernels as ek
 from entropy_kernels.integrations.hf import LMHead, lm_head
 from trainer import config
 from trainer.fsdp import release, whole
+from trainer.modes import checkpoint_activations, without_noise
 from trainer.packing import Layout, Packed, arrange
+from trainer.probes import check_states, choose_layout, some_tokens
+from trainer.rope import fix_rope, longest_sequence
 from trainer.tiny import build_tiny
 
 Result = TypeVar("Result")
-
-# glibc's name of the setting, and the size from which on blocks are the system's and not its own.
-M_MMAP_THRESHOLD, MMAP_THRESHOLD = -3, 4 << 20
 
 
 class Policy(nn.Module):
@@ -40,11 +37,19 @@ class Policy(nn.Module):
     """How micro-batches are packed; `choose_layout` finds it."""
     compute_dtype: torch.dtype | None
     """Of its arithmetic, where it is not that of the weights."""
+    rope: list[str]
+    """Kinds of positions that are scaled for `longest`."""
+    longest: int | None
+    """How many tokens a prompt and its response may have together; None: any number."""
 
-    def __init__(self, model: Any, tokenizer: Any) -> None:
+    def __init__(self, model: Any, tokenizer: Any, longest: int = 0) -> None:
+        """With positions scaled for `longest` tokens; 0: for the model's positions."""
         super().__init__()
         self.model, self.tokenizer, self.lm_head = model, tokenizer, lm_head(model)
         self.layout, self.compute_dtype = "padded", None
+        self.longest = longest_sequence(model.config.get_text_config(), longest)
+        self.rope = fix_rope(model, self.longest)
+        without_noise(model)
 
     @property
     def device(self) -> torch.device:
@@ -57,6 +62,18 @@ class Policy(nn.Module):
         if ids is None:
             ids = self.tokenizer.eos_token_id
         return torch.tensor(ids).reshape(-1)
+
+    def notes(self) -> list[str]:
+        """Lines on what is not as one may expect; after `check_policy`."""
+        name, notes = type(self.model).__name__, []
+        if self.layout == "padded":
+            notes.append(f"{name} does not keep packed sequences apart: one sequence a row\n")
+        if self.rope:
+            notes.append(
+                f"positions of {name} are scaled by {' and '.join(self.rope)} for sequences of "
+                f"{self.longest:,} tokens, in shorter ones too; engine.max_model_len sets this\n"
+            )
+        return notes
 
     def materialize(self, device: torch.device) -> None:
         """Move all to `device`, where weights on "meta" get memory, and as yet no values."""
@@ -110,14 +127,13 @@ def load_policy(settings: config.Model, seed: int, device: torch.device) -> Poli
     return policy
 
 
-def read_policy(settings: config.Model, seed: int, *, empty: bool = False) -> Policy:
-    """The model and tokenizer of `settings.path`, on the CPU, unchecked.
+def read_policy(
+    settings: config.Model, seed: int, *, empty: bool = False, longest: int = 0
+) -> Policy:
+    """The model and tokenizer of `settings.path`, on the CPU, unchecked; `longest` as in `Policy`.
 
     With `empty` weights are not read. Those of a folder are on "meta": they take no memory until
     they are sharded and `Policy.materialize` gives them some.
-
-    Dropout is off, in training too: ratios compare the policy with the one that sampled, and
-    would be noise with another network each time.
 
     Raises:
         ValueError: a path that cannot be loaded, a tokenizer without an end-of-sequence.
@@ -129,33 +145,22 @@ def read_policy(settings: config.Model, seed: int, *, empty: bool = False) -> Po
         model, tokenizer = _from_folder(settings, dtype, empty)
     if settings.gradient_checkpointing:
         checkpoint_activations(model)
-    return Policy(model, tokenizer)
-
-
-def checkpoint_activations(model: Any) -> None:
-    """Let backward recompute the activations of each layer, and freed memory go back at once.
-
-    glibc keeps blocks of up to 32 MiB between others that stay: 1.4 GB in a step of 0.6 B
-    parameters on 2 x 1,024 tokens, on a CPU. A threshold that the environment sets is left.
-    """
-    # Its name changed within transformers 5.
-    old = model.gradient_checkpointing_enable
-    getattr(model, "activation_checkpointing_enable", old)({"use_reentrant": False})
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt is not None and "MALLOC_MMAP_THRESHOLD_" not in os.environ:
-        mallopt(M_MMAP_THRESHOLD, MMAP_THRESHOLD)
+    return Policy(model, tokenizer, longest)
 
 
 def check_policy(policy: Policy) -> None:
-    """Check the head of `policy`, and find how its micro-batches are packed.
+    """Check the head and the states of `policy`, and find how its micro-batches are packed.
 
     Collective where the policy is sharded.
 
     Raises:
-        ValueError: a head that linear_logprob_entropy does not reproduce.
+        ValueError: a head that linear_logprob_entropy does not reproduce; states that are noise,
+            or that depend on the other sequences of a batch.
     """
+    policy.train(False)
+    check_states(policy)
     _check_head(policy)
-    policy.layout = _layout(policy)
+    policy.layout = choose_layout(policy)
     release(policy)
 
 
@@ -163,10 +168,6 @@ def _from_folder(settings: config.Model, dtype: torch.dtype, empty: bool) -> tup
     path, options = settings.path, {"dtype": dtype, "attn_implementation": settings.attention}
     try:
         architecture = AutoConfig.from_pretrained(path)
-        for part in (architecture, architecture.get_text_config()):
-            for name, value in vars(part).items():
-                if "drop" in name and isinstance(value, float):
-                    setattr(part, name, 0.0)
         if empty:
             with init_empty_weights(include_buffers=False):
                 model = AutoModelForCausalLM.from_config(architecture, **options).eval()
@@ -202,34 +203,5 @@ def _check_head(policy: Policy) -> None:
                 f"that was measured: log-probs differ by {float((got - want).abs().max()):.2e}"
             )
 
-    tokens = _some_tokens(policy, 8)
+    tokens = some_tokens(policy, 8)
     policy(arrange(tokens, torch.tensor([8]), "padded"), 1.0, compare)
-
-
-@torch.no_grad()
-def _layout(policy: Policy) -> Layout:
-    """Rows of several sequences, if hidden states are then those of the sequences alone.
-
-    They are within rounding, which is that of an unknown number of 16-bit operations: far closer
-    than without any boundary between the sequences.
-    """
-    tokens, apart = _some_tokens(policy, 14), torch.tensor([7, 4, 3])
-
-    def hidden(length_B: Tensor, layout: Layout) -> Tensor:
-        return policy(arrange(tokens, length_B, layout), 1.0, lambda hidden, _: hidden.float())
-
-    by_lengths = config.is_flash(policy.model.config._attn_implementation)
-    layout: Layout = "row" if by_lengths else "rows"
-    alone = hidden(apart, "padded")
-    packed, joined = (
-        (hidden(length_B, layout) - alone).abs().max()
-        for length_B in (apart, torch.tensor([len(tokens)]))
-    )
-    rounding = 64 * torch.finfo(torch.float32).eps * alone.abs().max()
-    return layout if packed <= torch.maximum(joined / 16, rounding) else "padded"
-
-
-def _some_tokens(policy: Policy, count: int) -> Tensor:
-    return (
-        torch.arange(count, device=policy.device) % policy.model.config.get_text_config().vocab_size
-    )

@@ -105,11 +105,9 @@ def _pad(rows: list[Tensor], fill: int, side: str = "right") -> Tensor:
 
 
 def _check_length(policy: Policy, prompt: int, new: int) -> None:
-    settings = policy.model.config.get_text_config()
-    limit = getattr(settings, "max_position_embeddings", None)
-    if limit is not None and prompt + new > limit:
+    if policy.longest is not None and prompt + new > policy.longest:
         raise ValueError(
             f"a prompt of {prompt} tokens and up to {new} new ones do not fit into the model's "
-            f"{limit} positions; lower rollout.max_new_tokens (a run that is under way takes it "
+            f"{policy.longest} positions; lower rollout.max_new_tokens (a run that is under way takes it "
             "with --allow-changes rollout.max_new_tokens) or leave such prompts out"
         )

@@ -140,8 +140,10 @@ def _read(settings: Config, ranks: Ranks, found: Path | None) -> Policy:
     if found is not None:
         model = dataclasses.replace(model, path=str(found))
     read: list[Policy] = []
-    empty = found is not None or not ranks.first
-    ranks.on_all(lambda: read.append(read_policy(model, settings.seed, empty=empty)))
+    empty, longest = found is not None or not ranks.first, settings.engine.max_model_len
+    ranks.on_all(
+        lambda: read.append(read_policy(model, settings.seed, empty=empty, longest=longest))
+    )
     policy = read[0]
     check_model(settings, *model_limits(policy.model.config))
     if ranks.group is None:

@@ -123,7 +123,7 @@ def score(
 ) -> tuple[Tensor, Tensor, Tensor, float]:
     """Log-probs [B, L] and entropies [B, L] under the current weights, in one pass; the threshold
     of all of them; and the seconds spent in the head. The first three are those of all ranks."""
-    policy.model.eval()
+    policy.train(False)
     threshold = ek.StreamingThreshold(
         settings.algorithm.fraction, group=ranks.group, device=policy.device
     )
@@ -168,7 +168,7 @@ def update(
     Micro-batches and ranks add up sums; the gradient is divided once, by the count of the whole
     batch, so that their number changes nothing.
     """
-    policy.model.train()
+    policy.train()
     meter, watch = Meter(), Stopwatch(policy.device)
     for index in micro_batches(batch.rollouts, settings.optimizer.tokens_per_micro_batch, ranks):
         metrics = _backward(policy, batch.rows(index), settings, watch)

@@ -7,8 +7,9 @@ from hypothesis import strategies
 
 from tests.trainer.small import FAMILIES, build_policy
 from tests.trainer.update_cases import configure, distance, gradients, off_policy, roll
-from trainer import policy as module
+from trainer import probes
 from trainer.packing import arrange, lengths, pack
+from trainer.policy import check_policy
 from trainer.types import Rollouts
 
 LAYOUTS = ("row", "rows", "padded")
@@ -142,7 +143,7 @@ def test_a_model_that_mixes_packed_sequences_gets_padded_ones(dtype, spread):
     for family in FAMILIES:
         policy = build_policy(family, spread=spread)
         policy.model.to(dtype)
-        assert module._layout(policy) == ("padded" if family == "bloom" else "rows"), family
+        assert probes.choose_layout(policy) == ("padded" if family == "bloom" else "rows"), family
 
 
 def test_a_model_that_ignores_positions_gets_padded_ones(monkeypatch):
@@ -150,14 +151,14 @@ def test_a_model_that_ignores_positions_gets_padded_ones(monkeypatch):
     forward = policy.model.model.forward
     mixed = lambda position_ids, **options: forward(**options)  # noqa: E731
     monkeypatch.setattr(policy.model.model, "forward", mixed)
-    assert module._layout(policy) == "padded"
+    assert probes.choose_layout(policy) == "padded"
 
 
 def test_attention_by_lengths_reads_one_row(monkeypatch):
     """Its kernels need a GPU; here another attention stands in for them."""
     policy = build_policy(attention="sdpa")
-    monkeypatch.setattr(module.config, "is_flash", lambda name: name == "sdpa")
-    module.check_policy(policy)
+    monkeypatch.setattr(probes, "is_flash", lambda name: name == "sdpa")
+    check_policy(policy)
     assert policy.layout == "row"
 
 

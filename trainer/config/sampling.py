@@ -27,7 +27,8 @@ class Engine:
     enforce_eager: bool = False
     """Without CUDA graphs and compilation; on a CPU always."""
     max_model_len: int = 0
-    """Longest prompt and response together; 0: the model's positions."""
+    """Longest prompt and response together, with transformers too; 0: the model's positions.
+    Positions that longrope or dynamic NTK scale are scaled for this length in all sequences."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of vLLM's weights; "auto": the policy's."""
 

@@ -13,6 +13,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from trainer.engines import Sampled, check_temperature
 from trainer.policy import Policy, positions
+from trainer.probes import check_cache
 from trainer.two_temperatures import TwoTemperatures
 
 # Finished rows leave the batch once they are this share of it; leaving copies the cache.
@@ -37,8 +38,11 @@ class TransformersEngine:
         self.two_temperatures = two_temperatures
         self._policy, self._batch_size = policy, batch_size
         self._weights: dict[str, Tensor] | None = None
+        self._checked = False
         if copy_in is not None:
-            self._policy = Policy(copy.deepcopy(policy.model), policy.tokenizer)
+            self._policy = Policy(
+                copy.deepcopy(policy.model), policy.tokenizer, policy.longest or 0
+            )
             # Not by `to`, which would round the frequencies of positions.
             for weight in self._policy.parameters():
                 weight.requires_grad_(False).data = weight.data.to(copy_in)
@@ -55,7 +59,10 @@ class TransformersEngine:
     ) -> list[Sampled]:
         """As `Engine.sample`."""
         check_temperature(self, temperature)
-        self._policy.model.eval()
+        self._policy.train(False)
+        if not self._checked and prompts:
+            check_cache(self._policy, _cache(self._policy))
+            self._checked = True
         size = self._batch_size
         return [
             sampled

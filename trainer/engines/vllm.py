@@ -22,6 +22,7 @@ from trainer.limits import check_length, check_ranks, devices_of
 from trainer.needs import check_engine
 from trainer.policy import Policy
 from trainer.ranks import local_ranks
+from trainer.rope import fixed_configuration
 from trainer.two_temperatures import TwoTemperatures
 
 PROCESSOR = "trainer.engines.vllm_two_temperatures:TwoTemperaturesProcessor"
@@ -55,6 +56,8 @@ class VllmEngine:
             from vllm import LLM
 
             options = _options(config, device, self._sleeps)
+            if policy.rope:
+                options["max_model_len"] = policy.longest  # which decides on their scale
             if two_temperatures is not None:
                 options["logits_processors"] = [PROCESSOR]
             self._llm = LLM(folder, **options)
@@ -129,6 +132,8 @@ def _write_configuration(policy: Policy, folder: str) -> None:
     """A transformers folder without weights."""
     configuration = copy.deepcopy(policy.model.config)
     configuration.architectures = [type(policy.model).__name__]
+    if policy.longest is not None:
+        fixed_configuration(configuration.get_text_config(), policy.longest)
     configuration.save_pretrained(folder)
 
 
