@@ -32,6 +32,7 @@ from pathlib import Path
 import torch
 
 from trainer import manifest, sharded
+from trainer.finite import check_finite
 from trainer.policy import Policy
 from trainer.ranks import Ranks
 
@@ -71,12 +72,14 @@ def save(
     Raises:
         OSError: it could not be written, and the one before it stays; on a full disk with the
             bytes needed and free.
-        ValueError: the ranks do not share a file system, or a sharded model has no group.
+        ValueError: the ranks do not share a file system, or a sharded model has no group; a weight
+            or a moment of the optimizer is not finite.
     """
     root = folder / "checkpoints"
     final = path_of(folder, progress.step)
     weights = sharded.weights(policy.model)
     moments = sharded.moments(policy.model, optimizer)
+    check_finite({**weights, **moments}.items(), ranks, "so no checkpoint is written")
     unfinished = root / ranks.on_first(lambda: _UNFINISHED + secrets.token_hex(4))
     try:
         ranks.on_first(lambda: _begin(unfinished))

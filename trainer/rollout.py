@@ -108,6 +108,6 @@ def _check_length(policy: Policy, prompt: int, new: int) -> None:
     if policy.longest is not None and prompt + new > policy.longest:
         raise ValueError(
             f"a prompt of {prompt} tokens and up to {new} new ones do not fit into the model's "
-            f"{policy.longest} positions; lower rollout.max_new_tokens (a run that is under way takes it "
-            "with --allow-changes rollout.max_new_tokens) or leave such prompts out"
+            f"{policy.longest} positions; lower rollout.max_new_tokens (a run that is under way "
+            "takes it with --allow-changes rollout.max_new_tokens) or leave such prompts out"
         )

@@ -3,7 +3,7 @@
 import dataclasses
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -15,6 +15,7 @@ from trainer.config import Config
 from trainer.config.changes import known_names
 from trainer.engines import Engine, make_engine
 from trainer.evaluation_sets import EvaluationSet, sets_of_run
+from trainer.finite import Guard, check_finite
 from trainer.fsdp import scatter, shard, tensors
 from trainer.limits import check_model, check_ranks, model_limits
 from trainer.log import RunLog
@@ -48,6 +49,10 @@ class Run:
     progress: Progress
     fresh: bool = False  # nothing is on disk yet
     sets: Sequence[EvaluationSet] = ()  # what it is evaluated on
+    guard: Guard = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.guard = Guard(self.settings.optimizer.max_nonfinite)
 
     def seed(self, part: int = 0) -> int:
         """Of the random numbers of this step: a function of the run's seed, so a run resumes."""
@@ -121,6 +126,9 @@ def start(
         weight_decay=settings.optimizer.weight_decay,
     )
     state = checkpoint.load(found, policy, optimizer, ranks) if found else Progress()
+    read = f"as it is read from {found or settings.model.path}"
+    warm = " and warm-started" if fresh and settings.warm_start.steps else ""
+    check_finite(tensors(policy.model).items(), ranks, read + warm)
     check_policy(policy)
     say_parts(settings, policy, task, ranks, left_out, changes)
     engine.update_weights(policy.weights())

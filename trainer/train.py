@@ -17,7 +17,9 @@ from trainer.advantages import group_advantages
 from trainer.config import Config
 from trainer.dynamic_sampling import sample_useful
 from trainer.evaluate import evaluate
+from trainer.finite import naming_step
 from trainer.lock import owned
+from trainer.meters import Meter, clock
 from trainer.mismatch import mismatch_metrics
 from trainer.notes import stop_is_told
 from trainer.progress import progress
@@ -28,7 +30,7 @@ from trainer.run import Run, check_start, folder_of, start
 from trainer.samples import entropy_metrics, write_samples
 from trainer.skips import took_step
 from trainer.stop import asked, end_if, finishing
-from trainer.update import Batch, Meter, at_least, clock, score, update
+from trainer.update import Batch, at_least, check_statistics, score, update
 
 
 def train(
@@ -70,7 +72,8 @@ def _train(run: Run, on_step: Callable[[int], Any]) -> Path:
         for step in range(run.progress.step + 1, settings.steps + 1):
             run.progress.step = step
             last = step == settings.steps
-            metrics = _step(run)
+            with naming_step(step, run.folder):
+                metrics = _step(run)
             if last or step % settings.eval.every == 0:
                 metrics |= _evaluate(run)
             run.write({"step": step, **metrics})
@@ -129,18 +132,12 @@ def _step(run: Run) -> dict[str, float]:
 
     # An optimizer step on each mini-batch of whole groups.
     batch = Batch(rollouts, advantage_B, old_logprob_BL, selected_BL, threshold)
-    meter = Meter()
-    for index in _mini_batches(rollouts.group_B, settings.optimizer.mini_batches):
-        metrics["lr"] = run.set_learning_rate()
-        updated, seconds = update(policy, run.optimizer, batch.rows(index), settings, run.ranks)
-        run.progress.updates += took_step(updated)
-        head_seconds += seconds
-        meter.add(updated, weight=updated["head/rows"])
+    updated, seconds = _update(run, batch, entropy_BL)
     run.engine.update_weights(policy.weights())
     ended = clock(policy.device)
 
     write_samples(run, everything, batch, entropy_BL)
-    metrics |= meter.result() | entropy_metrics(entropy_BL[rollouts.mask_BL])
+    metrics |= updated | entropy_metrics(entropy_BL[rollouts.mask_BL])
     metrics |= mismatch_metrics(
         old_logprob_BL, rollouts.sampler_logprob_BL, rollouts.mask_BL, settings
     )
@@ -149,9 +146,25 @@ def _step(run: Run) -> dict[str, float]:
         "entropy/threshold": float(threshold),
         "tokens_per_second": metrics["tokens"] / (ended - began),
         "time/update": ended - scored,
-        "time/head": head_seconds,
+        "time/head": head_seconds + seconds,
         "time/step": ended - began,
     }
+
+
+def _update(run: Run, batch: Batch, entropy_BL: Tensor) -> tuple[dict[str, float], float]:
+    """Metrics of the step's updates, and the seconds of the head; none of poisoned statistics."""
+    if poisoned := check_statistics(run.policy, batch, entropy_BL, run.ranks, run.guard):
+        return poisoned, 0.0
+    meter, head_seconds, rate = Meter(), 0.0, 0.0
+    for index in _mini_batches(batch.rollouts.group_B, run.settings.optimizer.mini_batches):
+        rate = run.set_learning_rate()
+        updated, seconds = update(
+            run.policy, run.optimizer, batch.rows(index), run.settings, run.ranks, run.guard
+        )
+        run.progress.updates += took_step(updated)
+        head_seconds += seconds
+        meter.add(updated, weight=updated["head/rows"])
+    return meter.result() | {"lr": rate}, head_seconds
 
 
 def _mini_batches(group_B: Tensor, count: int) -> list[Tensor]:
@@ -167,12 +180,13 @@ def _evaluate(run: Run) -> dict[str, float]:
 
 
 def _save(run: Run) -> None:
-    checkpoint.save(
-        run.folder,
-        run.policy,
-        run.optimizer,
-        run.progress,
-        run.settings.keep_checkpoints,
-        run.ranks,
-        run.settings.keep_every,
-    )
+    with naming_step(run.progress.step, run.folder):
+        checkpoint.save(
+            run.folder,
+            run.policy,
+            run.optimizer,
+            run.progress,
+            run.settings.keep_checkpoints,
+            run.ranks,
+            run.settings.keep_every,
+        )

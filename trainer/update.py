@@ -3,9 +3,9 @@
 B sequences, L response width; T response tokens of a micro-batch, D hidden.
 """
 
-import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,7 +13,9 @@ from torch import Tensor
 
 import entropy_kernels as ek
 from trainer import config
+from trainer.finite import Guard, check_finite, first_nonfinite, nonfinite_statistic
 from trainer.fsdp import release, whole
+from trainer.meters import Meter, Stopwatch
 from trainer.mismatch import correction
 from trainer.packing import lengths, pack
 from trainer.partition import partition
@@ -21,8 +23,6 @@ from trainer.policy import Policy
 from trainer.ranks import Ranks
 from trainer.types import Rollouts
 
-# What is added up, not averaged, where parts of a step are joined.
-SUMS = ("head/", "skipped/", "sum/", "tokens/")
 # Entropies this close, relatively, tie. Those of one token differ by the rounding of sums in
 # another order, and the token at the threshold must not fall out by it.
 TIE = 1e-5
@@ -51,64 +51,6 @@ class Batch:
             self.selected_BL[index],
             self.threshold,
         )
-
-
-@dataclass
-class Meter:
-    """Metrics of parts joined into those of the whole: counts and sums (SUMS) add up, maxima stay
-    maxima, all others are means, weighted."""
-
-    totals: dict[str, float] = field(default_factory=dict)
-    weights: dict[str, float] = field(default_factory=dict)
-
-    def add(self, metrics: dict[str, Any], weight: float) -> None:
-        """The metrics of one part."""
-        for name, value in metrics.items():
-            before = self.totals.get(name, 0.0)
-            if name.endswith("/max"):
-                self.totals[name] = max(before, float(value))
-            elif name.startswith(SUMS):
-                self.totals[name] = before + float(value)
-            else:
-                self.totals[name] = before + weight * float(value)
-                self.weights[name] = self.weights.get(name, 0.0) + weight
-
-    @staticmethod
-    def of(parts: "Sequence[Meter]") -> "Meter":
-        """What all `parts` have seen."""
-        total = Meter()
-        for part in parts:
-            for name, value in part.totals.items():
-                before = total.totals.get(name, 0.0)
-                joined = max(before, value) if name.endswith("/max") else before + value
-                total.totals[name] = joined
-            for name, weight in part.weights.items():
-                total.weights[name] = total.weights.get(name, 0.0) + weight
-        return total
-
-    def result(self) -> dict[str, float]:
-        """The metrics of the whole."""
-        return {
-            name: total / max(self.weights[name], 1e-9) if name in self.weights else total
-            for name, total in self.totals.items()
-        }
-
-
-@dataclass
-class Stopwatch:
-    """Seconds on `device`, in pieces."""
-
-    device: torch.device
-    seconds: float = 0.0
-    _began: float = 0.0
-
-    def start(self) -> None:
-        """Begin a piece."""
-        self._began = clock(self.device)
-
-    def stop(self) -> None:
-        """End it."""
-        self.seconds += clock(self.device) - self._began
 
 
 def micro_batches(rollouts: Rollouts, tokens: int, ranks: Ranks) -> Iterator[Tensor]:
@@ -155,19 +97,52 @@ def at_least(entropy: Tensor, threshold: Tensor) -> Tensor:
     return ~(entropy < threshold * (1 - TIE))
 
 
+def check_statistics(
+    policy: Policy, batch: Batch, entropy_BL: Tensor, ranks: Ranks, guard: Guard
+) -> dict[str, float]:
+    """{"skipped/nonfinite_NAME": 1} for the first statistic of a step that is not finite, if any.
+
+    Raises:
+        NotFinite: so is a weight; or `guard` has counted too many skips.
+    """
+    name = nonfinite_statistic(
+        {
+            "logprob": batch.old_logprob_BL,
+            "entropy": entropy_BL,
+            "sampler_logprob": batch.rollouts.sampler_logprob_BL,
+            "reward": batch.rollouts.reward_B,
+            "advantage": batch.advantage_B,
+        },
+        batch.rollouts.mask_BL,
+    )
+    if name is None:
+        return {}
+    check_finite(policy.model.named_parameters(), ranks, "though updates left it so")
+    guard.count(f"{name} is not finite")
+    return {f"skipped/nonfinite_{name}": 1.0}
+
+
 def update(
     policy: Policy,
     optimizer: torch.optim.Optimizer,
     batch: Batch,
     settings: config.Config,
     ranks: Ranks,
+    guard: Guard | None = None,
 ) -> tuple[dict[str, float], float]:
     """One optimizer step on `batch`, the same on every rank. Returns its metrics and the seconds
     that this rank spent in the head.
 
     Micro-batches and ranks add up sums; the gradient is divided once, by the count of the whole
-    batch, so that their number changes nothing.
+    batch, so that their number changes nothing. There is no step, and "skipped/REASON" is 1, for a
+    batch without a selected token or an advantage, and where loss or gradient are not finite.
+
+    Raises:
+        NotFinite: a weight is not finite after the step, or `guard` has counted too many skips.
     """
+    guard = guard or Guard(limit=settings.optimizer.max_nonfinite)
+    if reason := _nothing_to_learn(batch, settings.algorithm):
+        return _no_update(batch, reason), 0.0
     policy.train()
     meter, watch = Meter(), Stopwatch(policy.device)
     for index in micro_batches(batch.rollouts, settings.optimizer.tokens_per_micro_batch, ranks):
@@ -176,20 +151,55 @@ def update(
     found = Meter.of(ranks.gather(meter)).result()
     kept, everything = int(found.pop("tokens/kept")), int(found.pop("tokens/all"))
     count = _count(batch, kept, everything, settings.algorithm)
-    parameters = [p for p in policy.model.parameters() if p.grad is not None]
-    for parameter in parameters:
+    named = [(name, p) for name, p in policy.model.named_parameters() if p.grad is not None]
+    for _, parameter in named:
         parameter.grad.div_(count / ranks.size)  # FSDP2 has divided by the number of ranks
-    norm = whole(torch.nn.utils.clip_grad_norm_(parameters, settings.optimizer.grad_clip))
-    if norm.isfinite():
+    norm = whole(torch.nn.utils.get_total_norm([p.grad for _, p in named]))
+    loss = found.pop("sum/loss") / count
+    problem = None
+    if not (norm.isfinite() and math.isfinite(loss)):
+        names = ranks.gather(first_nonfinite((name, p.grad) for name, p in named))
+        name = next(filter(None, names), None)
+        problem = f"the gradient of {name} is not finite" if name else "the loss is not finite"
+    elif kept:
+        limit = settings.optimizer.grad_clip
+        torch.nn.utils.clip_grads_with_norm_([p for _, p in named], limit, norm)
         optimizer.step()
+        check_finite(policy.model.named_parameters(), ranks, "after this update")
     optimizer.zero_grad()
+    guard.count(problem)
     return found | {
-        "loss": found.pop("sum/loss") / count,
+        "loss": loss,
         "grad_norm": float(norm),
         "entropy/kept_fraction": kept / max(everything, 1),
         "head/rows": everything,
         "skipped/nonfinite_gradient": float(not norm.isfinite()),
+        "skipped/nonfinite_loss": float(not math.isfinite(loss)),
+        "skipped/no_tokens": float(not kept),
     }, watch.seconds
+
+
+def _nothing_to_learn(batch: Batch, settings: config.Algorithm) -> str | None:
+    """Why `batch` has no gradient, as the name of a metric; AdamW would move by its moments."""
+    if not batch.advantage_B.any():
+        return "skipped/no_advantage"
+    # The current entropies select tokens later.
+    old = settings.entropy_source == "old" or settings.fraction == 1
+    return "skipped/no_tokens" if old and not batch.selected_BL.any() else None
+
+
+def _no_update(batch: Batch, reason: str) -> dict[str, float]:
+    """Metrics of an update that is not made for `reason`; those that its forward would have given
+    are missing."""
+    everything, kept = batch.rollouts.mask_BL.sum(), batch.selected_BL.sum()
+    return {
+        "loss": 0.0,
+        "grad_norm": 0.0,
+        "entropy/kept_fraction": float(kept / everything.clamp_min(1)),
+        "head/rows": float(everything),
+        "skipped/nonfinite_gradient": 0.0,
+        reason: 1.0,
+    }
 
 
 def _backward(
@@ -272,10 +282,3 @@ def _count(batch: Batch, kept: int, everything: int, settings: config.Algorithm)
     if settings.loss_type == "grpo":
         return max(len(batch.rollouts), 1)
     return max(kept if settings.denominator == "selected" else everything, 1)
-
-
-def clock(device: torch.device) -> float:
-    """Seconds, after all that was asked of the device is done."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()

@@ -67,6 +67,9 @@ class Optimizer:
     """Largest norm of the gradient."""
     mini_batches: int = 2
     """Optimizer steps a sampling step."""
+    max_nonfinite: int = 10
+    """Updates in a row that may be skipped for a statistic, loss or gradient that is not finite;
+    the next one ends the run."""
     tokens_per_micro_batch: int = 16_384
     """Tokens, prompt included and without padding, of one forward and backward of a rank; a longer
     sequence is one by itself."""
@@ -75,3 +78,4 @@ class Optimizer:
         at_least(self, 1, "mini_batches", "tokens_per_micro_batch")
         if not self.grad_clip > 0:
             raise ValueError(f"grad_clip must be > 0; got {self.grad_clip}")
+        at_least(self, 0, "max_nonfinite")

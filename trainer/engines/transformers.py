@@ -12,6 +12,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from trainer.engines import Sampled, check_temperature
+from trainer.finite import NotFinite, first_nonfinite
 from trainer.policy import Policy, positions
 from trainer.probes import check_cache
 from trainer.two_temperatures import TwoTemperatures
@@ -82,6 +83,8 @@ class TransformersEngine:
         if self._weights is not None:
             for name, weight in weights:
                 self._weights[name].copy_(weight)
+            if poisoned := first_nonfinite(self._weights.items()):
+                raise NotFinite(f"{poisoned} is not finite in the engine's copy of the weights")
 
     def close(self) -> None:
         """Nothing to end."""
