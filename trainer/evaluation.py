@@ -25,6 +25,7 @@ from trainer.results import Tally, show, write_results
 from trainer.rollout import sample
 from trainer.tasks import make_task
 from trainer.tasks.benchmarks import check_sets, has_own_columns, make_benchmark, short_name
+from trainer.tokens import prompt_ids
 
 INSTRUCTION = "Please reason step by step, and put your final answer within \\boxed{}."
 # The paper's.
@@ -136,6 +137,7 @@ def load(settings: Evaluation, ranks: Ranks) -> Policy:
     written = (Path(settings.model) / "manifest.json").exists()
     longest = settings.engine.max_model_len
     policy = read_policy(_model(settings), settings.seed, empty=written, longest=longest)
+    policy.chat = settings.template == "auto"
     policy.materialize(ranks.device)
     if written:
         checkpoint.load(Path(settings.model), policy, None, Ranks(ranks.device))
@@ -194,8 +196,8 @@ def with_limit(settings: Settings, policy: Policy, sets: Sets) -> Settings:
     """With a length limit: the paper's, or what the longest prompt leaves of the positions."""
     if settings.max_new_tokens:
         return settings
-    prompts = [problem.prompt for one in sets.values() for problem in one.problems]
-    longest = max(map(len, policy.tokenizer(prompts, add_special_tokens=False).input_ids))
+    posed = [problem for one in sets.values() for problem in one.problems]
+    longest = max(map(len, prompt_ids(policy.tokenizer, posed)))
     positions = policy.longest
     left = MAX_NEW_TOKENS if positions is None else positions - longest
     if left < 1:

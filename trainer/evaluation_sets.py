@@ -19,6 +19,7 @@ from trainer.tasks.benchmarks import (
 )
 from trainer.tasks.contamination import count_seen
 from trainer.tasks.split import stable_hash
+from trainer.tokens import prompt_ids
 
 HELD_OUT = "held-out"
 """What a run's own held-out problems are called among the sets."""
@@ -110,10 +111,9 @@ def metric_names(names: Sequence[str]) -> dict[str, str]:
 def check_prompts(policy: Policy, sets: Iterable[EvaluationSet], max_new_tokens: int) -> None:
     """Refuse, with a ValueError that names the set, prompts that leave no room for a response."""
     for one in sets:
-        prompts = [problem.prompt for problem in one.problems]
-        tokens = policy.tokenizer(prompts, add_special_tokens=False).input_ids
         try:
-            _check_length(policy, max(map(len, tokens)), max_new_tokens)
+            longest = max(map(len, prompt_ids(policy.tokenizer, one.problems)))
+            _check_length(policy, longest, max_new_tokens)
         except ValueError as error:
             raise ValueError(f"{one.name}: {error}") from error
 

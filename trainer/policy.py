@@ -20,6 +20,7 @@ from trainer.packing import Layout, Packed, arrange
 from trainer.probes import check_states, choose_layout, some_tokens
 from trainer.rope import fix_rope, longest_sequence
 from trainer.tiny import build_tiny
+from trainer.tokens import end_ids
 
 Result = TypeVar("Result")
 
@@ -39,6 +40,8 @@ class Policy(nn.Module):
     """Of its arithmetic, where it is not that of the weights."""
     rope: list[str]
     """Kinds of positions that are scaled for `longest`."""
+    chat: bool
+    """Whether the tokenizer's chat template writes prompts: its end of turn ends a response."""
     longest: int | None
     """How many tokens a prompt and its response may have together; None: any number."""
 
@@ -46,7 +49,7 @@ class Policy(nn.Module):
         """With positions scaled for `longest` tokens; 0: for the model's positions."""
         super().__init__()
         self.model, self.tokenizer, self.lm_head = model, tokenizer, lm_head(model)
-        self.layout, self.compute_dtype = "padded", None
+        self.layout, self.compute_dtype, self.chat = "padded", None, False
         self.longest = longest_sequence(model.config.get_text_config(), longest)
         self.rope = fix_rope(model, self.longest)
         without_noise(model)
@@ -57,11 +60,8 @@ class Policy(nn.Module):
 
     @property
     def eos_ids(self) -> Tensor:
-        """Token ids that end a response, on the CPU."""
-        ids = self.model.generation_config.eos_token_id
-        if ids is None:
-            ids = self.tokenizer.eos_token_id
-        return torch.tensor(ids).reshape(-1)
+        """Token ids that end a response, on the CPU; see `end_ids`."""
+        return torch.tensor(end_ids(self.tokenizer, self.model, self.chat))
 
     def notes(self) -> list[str]:
         """Lines on what is not as one may expect; after `check_policy`."""

@@ -12,6 +12,8 @@ class Problem:
     """The text the tokenizer sees, chat template included."""
     answer: Any
     """JSON-serialisable ground truth, read by the task's `reward` only."""
+    templated: bool = False
+    """Whether a chat template has written the prompt, special tokens included."""
 
 
 class Task(Protocol):

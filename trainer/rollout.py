@@ -14,6 +14,7 @@ from trainer.engines import Engine, Sampled
 from trainer.policy import Policy
 from trainer.ranks import Ranks
 from trainer.rewards.verifier import Verifier
+from trainer.tokens import prompt_ids, response_text
 from trainer.types import Problem, Rollouts
 
 
@@ -38,9 +39,7 @@ def sample(
     `first`, so that part of a list of problems has the responses that it has in the whole.
     """
     ranks = ranks or Ranks(policy.device)
-    prompts = policy.tokenizer(
-        [problem.prompt for problem in problems], add_special_tokens=False
-    ).input_ids
+    prompts = prompt_ids(policy.tokenizer, problems)
     _check_length(policy, max(map(len, prompts)), max_new_tokens)
     mine = range(ranks.rank, len(problems), ranks.size)
     rows = [(group, member) for group in mine for member in range(group_size)]
@@ -79,7 +78,12 @@ def _verified(
     answered = [one.tokens for one in sampled]
     ended = [bool(torch.isin(tokens[-1:], eos_ids).all()) for tokens in answered]
     texts = [
-        policy.tokenizer.decode(tokens[:-1] if end else tokens, skip_special_tokens=True)
+        response_text(
+            policy.tokenizer,
+            (tokens[:-1] if end else tokens).tolist(),
+            eos_ids.tolist(),
+            verifier.keep_special_tokens,
+        )
         for tokens, end in zip(answered, ended, strict=True)
     ]
     posed = [problems[group] for group, _ in rows]

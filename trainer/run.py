@@ -154,6 +154,7 @@ def _read(settings: Config, ranks: Ranks, found: Path | None) -> Policy:
     )
     policy = read[0]
     check_model(settings, *model_limits(policy.model.config))
+    policy.chat = settings.data.template == "auto"
     if ranks.group is None:
         policy.materialize(ranks.device)
     return policy

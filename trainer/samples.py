@@ -14,6 +14,7 @@ from trainer.problems import Task
 from trainer.rewards.terms import is_answered
 from trainer.run import Run
 from trainer.skips import KINDS
+from trainer.tokens import pieces
 from trainer.types import Rollouts
 from trainer.update import Batch
 
@@ -114,7 +115,7 @@ def _sample(
         prompt=everything.problems[b].prompt,
         response=everything.responses[b],
         reward=float(everything.reward_B[b]),
-        tokens=[run.policy.tokenizer.decode([token]) for token in tokens],
+        tokens=pieces(run.policy.tokenizer, tokens.tolist()),
         entropy=entropy,
         kept=kept,
         kind=kind,

@@ -22,7 +22,8 @@ import entropy_kernels as ek
 from entropy_kernels.integrations.hf import LMHead, lm_head
 from trainer.config import WarmStart
 from trainer.errors import naming
-from trainer.types import Task
+from trainer.tokens import prompt_ids, response_ids
+from trainer.types import Problem, Task
 
 BETAS = (0.9, 0.95)
 GRAD_CLIP = 1.0
@@ -146,11 +147,9 @@ def _demonstrator(task: Task) -> Demonstrator:
 
 
 def _example(tokenizer: Any, prompt: str, response: str) -> Example:
-    prompt_ids = tokenizer.encode(prompt, add_special_tokens=False)
-    response_ids = tokenizer.encode(response, add_special_tokens=False)
-    return Example(
-        torch.tensor([*prompt_ids, *response_ids, tokenizer.eos_token_id]), len(prompt_ids)
-    )
+    asked = prompt_ids(tokenizer, [Problem(prompt, None)])[0]
+    answered = response_ids(tokenizer, response)
+    return Example(torch.tensor([*asked, *answered, tokenizer.eos_token_id]), len(asked))
 
 
 def _endless_order(count: int, generator: torch.Generator) -> Iterator[int]:

@@ -168,11 +168,12 @@ def test_what_cannot_be_loaded_is_named(tmp_path):
         load_policy(Model(path=path), 0, CPU)
 
 
-def test_the_end_of_sequence_may_be_several_tokens_or_the_tokenizers():
+def test_the_end_of_sequence_is_all_that_generation_tokenizer_and_model_name():
     policy = build_policy()
-    policy.model.generation_config.eos_token_id = [1, 7]
-    assert policy.eos_ids.tolist() == [1, 7]
-    policy.model.generation_config.eos_token_id = 0
-    assert policy.eos_ids.tolist() == [0]
-    policy.model.generation_config.eos_token_id = None
-    assert policy.eos_ids.tolist() == [WORDS.index(EOS)]
+    for named, ends in (([1, 7], [1, 7]), (0, [0, 1]), (None, [1])):
+        policy.model.generation_config.eos_token_id = named
+        assert policy.eos_ids.tolist() == ends
+    # A configuration's may be its class's default: it counts where the tokenizer knows it.
+    for named, ends in ((5, [1]), ([0, 5], [0, 1]), (None, [1])):
+        policy.model.config.eos_token_id = named
+        assert policy.eos_ids.tolist() == ends

@@ -178,7 +178,7 @@ def test_padding_may_be_the_end_of_sequence():
 
 def test_token_0_may_be_the_end_of_sequence():
     policy = set_eos(build_policy(), 0)
-    assert policy.eos_ids.tolist() == [0]
+    assert policy.eos_ids.tolist() == [0, 1]
 
 
 def test_a_cache_that_cannot_drop_rows_is_refused():

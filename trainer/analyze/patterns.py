@@ -19,6 +19,7 @@ from trainer.figures import Mark, Panel, Series, figure
 from trainer.log import Sample, provenance, replace_text
 from trainer.policy import Policy
 from trainer.progress import Columns, progress
+from trainer.tokens import pieces
 
 PERCENTILES = (*range(5, 100, 5), 99)
 LOW = 0.01
@@ -140,7 +141,7 @@ def _samples(scored: Scored, policy: Policy, wanted: int) -> list[Sample]:
     for b in first[: max(wanted, 0)]:
         mask = rollouts.mask_BL[b]
         entropy = scored.entropy_BL[b][mask].tolist()
-        tokens = [policy.tokenizer.decode([token]) for token in rollouts.response_BL[b][mask]]
+        tokens = pieces(policy.tokenizer, rollouts.response_BL[b][mask].tolist())
         found.append(
             Sample(
                 rollouts.problems[b].prompt,

@@ -63,6 +63,9 @@ class Reward:
     a time limit)."""
     format_weight: float = 0.0
     """Added to the reward of a response of the right form."""
+    keep_special_tokens: bool = False
+    """Give the verifier the special tokens of a response too, such as an <answer> that was added
+    as one; without those that begin, end or pad a text."""
     drop_truncated: bool = False
     """Leave truncated responses out of the loss (overlong filtering). They still count in their
     group's mean."""

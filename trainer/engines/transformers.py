@@ -44,6 +44,7 @@ class TransformersEngine:
             self._policy = Policy(
                 copy.deepcopy(policy.model), policy.tokenizer, policy.longest or 0
             )
+            self._policy.chat = policy.chat
             # Not by `to`, which would round the frequencies of positions.
             for weight in self._policy.parameters():
                 weight.requires_grad_(False).data = weight.data.to(copy_in)

@@ -36,6 +36,7 @@ class Verifier:
 
     def __init__(self, task: Task, settings: Reward):
         self._task = task
+        self.keep_special_tokens = settings.keep_special_tokens
         self._warned = False
         function = settings.function or getattr(task, "verifier", "")
         self._pool = (

@@ -12,7 +12,7 @@ from trainer.config import Data
 from trainer.problems import Problem
 from trainer.tasks.answers import final_answer
 from trainer.tasks.harmless import harmless
-from trainer.tasks.render import render
+from trainer.tasks.render import pose
 from trainer.tasks.split import check_index, held_out, stable_hash
 
 BLOCK = 256
@@ -63,14 +63,13 @@ class Gym:
             entry = self._entry(seed, position)
             in_test = held_out(stable_hash(entry["question"]), TEST_FRACTION)
             if in_test == (split == "test"):
-                prompt = render(self._tokenizer, entry["question"], self._data)
                 answer = {
                     "dataset": self._dataset_name,
                     "seed": seed,
                     "position": position,
                     "answer": entry["answer"],
                 }
-                return Problem(prompt, answer)
+                return pose(self._tokenizer, entry["question"], answer, self._data)
         raise ValueError(
             f"{self.name} has too few different questions: none of {_MAX_DRAWS} draws is of the "
             f"{split} side"

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 from trainer.config import Config
-from trainer.types import Task
+from trainer.tokens import prompt_ids
+from trainer.types import Problem, Task
 
 PROBED = 256
 """Problems of each split of an endless task that are looked at."""
@@ -19,8 +20,8 @@ class Table(Protocol):
     name: str
     num_test: int
 
-    def prompts(self, split: str) -> dict[int, str]:
-        """Every prompt of "train" or "test" by the number of its row."""
+    def problems(self, split: str) -> dict[int, Problem]:
+        """Every problem of "train" or "test" by the number of its row."""
         ...
 
     def leave_out(self, split: str, numbers: Collection[int]) -> None:
@@ -65,9 +66,9 @@ def check_prompts(task: Task, tokenizer: Any, room: Room | None, longest: int) -
     left_out: dict[str, int] = {}
     kept: dict[tuple[str, int], int] = {}  # tokens, by split and number
     for split in ("train", "test"):
-        prompts = table.prompts(split) if table else _first(task, split)
+        problems = table.problems(split) if table else _first(task, split)
         what = f"{task.name}: {_of(table)} {{}} of {split}"
-        lengths = _lengths(prompts, tokenizer, what)
+        lengths = _lengths(problems, tokenizer, what)
         if table:
             left_out[split] = _leave_out(table, split, lengths, longest)
         kept |= {(split, n): length for n, length in lengths.items()}
@@ -93,39 +94,35 @@ def _leave_out(table: Table, split: str, lengths: dict[int, int], longest: int) 
     return len(long)
 
 
-def _first(task: Task, split: str) -> dict[int, str]:
+def _first(task: Task, split: str) -> dict[int, Problem]:
     count = PROBED if split == "train" else min(PROBED, task.num_test)
-    return {i: task.problem(split, i).prompt for i in range(count)}
+    return {i: task.problem(split, i) for i in range(count)}
 
 
-def _lengths(prompts: Mapping[int, str], tokenizer: Any, what: str) -> dict[int, int]:
+def _lengths(problems: Mapping[int, Problem], tokenizer: Any, what: str) -> dict[int, int]:
     """Tokens of each prompt."""
-    numbers = list(prompts)
+    numbers = list(problems)
     found: dict[int, int] = {}
     for start in range(0, len(numbers), _BATCH):
         batch = numbers[start : start + _BATCH]
         try:
-            ids = _ids([prompts[number] for number in batch], tokenizer)
+            ids = prompt_ids(tokenizer, [problems[number] for number in batch])
         except Exception:
             # One by one, for the one that is at fault: tokenizers raise exceptions of no class.
-            ids = [_id(prompts[number], tokenizer, what.format(number)) for number in batch]
+            ids = [_ids(problems[number], tokenizer, what.format(number)) for number in batch]
         found |= {number: len(own) for number, own in zip(batch, ids, strict=True)}
-    if empty := [number for number, length in found.items() if not length]:
-        raise ValueError(
-            f"{what.format(empty[0])}: the prompt gives no token: {prompts[empty[0]]!r}"
-        )
     return found
 
 
-def _ids(texts: list[str], tokenizer: Any) -> list[list[int]]:
-    return tokenizer(texts, add_special_tokens=False, verbose=False).input_ids
-
-
-def _id(text: str, tokenizer: Any, what: str) -> list[int]:
+def _ids(problem: Problem, tokenizer: Any, what: str) -> list[int]:
     try:
-        return _ids([text], tokenizer)[0]
+        return prompt_ids(tokenizer, [problem])[0]
+    except ValueError as error:
+        raise ValueError(f"{what}: {error}") from error
     except Exception as error:
-        raise ValueError(f"{what}: the tokenizer cannot encode {text!r:.80}: {error}") from error
+        raise ValueError(
+            f"{what}: the tokenizer cannot encode {problem.prompt!r:.80}: {error}"
+        ) from error
 
 
 def _check_room(

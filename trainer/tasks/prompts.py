@@ -4,13 +4,12 @@ from collections.abc import Collection, Iterator
 from functools import lru_cache
 from typing import Any
 
-import jinja2
 import numpy as np
 
 from trainer.config import Data
 from trainer.problems import Problem
 from trainer.tasks.math_answers import math_reward
-from trainer.tasks.render import render
+from trainer.tasks.render import pose
 from trainer.tasks.sources import answer_text, digest, distinct_prompts, load_source, lookup
 from trainer.tasks.split import check_index, held_out
 
@@ -64,16 +63,16 @@ class PromptSet:
             row = self._train[self._train_rows[self._order(epoch)[position]]]
         else:
             row = self._test[self._test_rows[index]]
-        return Problem(self._prompt(row), answer_text(lookup(row, self._data.answer_field)))
+        return self._problem(row)
 
-    def prompts(self, split: str) -> dict[int, str]:
-        """Every prompt of `split` by the number of its row; ValueError for what is no prompt."""
+    def problems(self, split: str) -> dict[int, Problem]:
+        """Every problem of `split` by the number of its row; ValueError for what is no prompt."""
         rows, data = self._of(split)
         found = {}
         for number in sorted(rows):
             try:
-                found[number] = self._prompt(data[number])
-            except (ValueError, jinja2.TemplateError) as error:
+                found[number] = self._problem(data[number])
+            except ValueError as error:
                 raise ValueError(f"{self.name}: row {number}: no prompt: {error}") from error
         return found
 
@@ -87,8 +86,11 @@ class PromptSet:
         test = split == "test"
         return (self._test_rows, self._test) if test else (self._train_rows, self._train)
 
-    def _prompt(self, row: Any) -> str:
-        return render(self._tokenizer, lookup(row, self._data.prompt_field), self._data)
+    def _problem(self, row: Any) -> Problem:
+        prompt, answer = (
+            lookup(row, field) for field in (self._data.prompt_field, self._data.answer_field)
+        )
+        return pose(self._tokenizer, prompt, answer_text(answer), self._data)
 
     def training_prompts(self) -> Iterator[Any]:
         """The prompt of every row that is trained on, as the source has it."""

@@ -6,7 +6,7 @@ from typing import Any
 from trainer.config import Data
 from trainer.problems import Problem
 from trainer.tasks.math_answers import math_reward
-from trainer.tasks.render import render
+from trainer.tasks.render import pose
 from trainer.tasks.sources import load_split, lookup, read_row
 
 
@@ -50,4 +50,4 @@ def _problem(
 ) -> Problem:
     """Of one row."""
     prompt, answer = read_row(source, rows, number, row, data.prompt_field, data.answer_field)
-    return Problem(render(tokenizer, prompt, data), answer)
+    return pose(tokenizer, prompt, answer, data)

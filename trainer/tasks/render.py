@@ -3,9 +3,18 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from trainer.config import Data
+from jinja2 import TemplateError
 
+from trainer.config import Data
+from trainer.problems import Problem
+
+_SHOWN = 200  # characters of a prompt in an error
 Messages = Sequence[Mapping[str, Any]]
+
+
+def pose(tokenizer: Any, prompt: str | Messages, answer: Any, data: Data) -> Problem:
+    """The problem with the text of `render`."""
+    return Problem(render(tokenizer, prompt, data), answer, _has_template(tokenizer, data))
 
 
 def render(tokenizer: Any, prompt: str | Messages, data: Data) -> str:
@@ -14,13 +23,21 @@ def render(tokenizer: Any, prompt: str | Messages, data: Data) -> str:
     `prompt` is text or chat messages with "role" and "content"; the instruction follows the last
     message after a blank line. `data.template` "auto" applies the template of `tokenizer`, up to
     the start of the assistant's turn, if it has one. Such text holds its special tokens already:
-    tokenize it with `add_special_tokens=False`. Without a template a text stands as it is, and so
-    does a single message; a template of one's own takes it in place of {question}. Both raise
-    ValueError for a conversation.
+    it is a `Problem` that is `templated`. Without a template a text stands as it is, and so does a
+    single message; a template of one's own takes it in place of {question}. Both raise ValueError
+    for a conversation, and so does a chat template's own error.
     """
     messages = _messages(prompt, data.instruction)
-    if data.template == "auto" and getattr(tokenizer, "chat_template", None):
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    if _has_template(tokenizer, data):
+        try:
+            return tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=True
+            )
+        except (TemplateError, TypeError) as error:
+            raise ValueError(
+                f"the tokenizer's chat template does not take the prompt {_short(messages)}: "
+                f"{error}; set data.template, or change the prompt"
+            ) from error
     if len(messages) > 1:
         raise ValueError(
             f"a prompt of {len(messages)} chat messages needs a tokenizer with a chat template and "
@@ -31,6 +48,15 @@ def render(tokenizer: Any, prompt: str | Messages, data: Data) -> str:
     if data.template in ("auto", "none"):
         return question
     return data.template.replace("{question}", question)
+
+
+def _has_template(tokenizer: Any, data: Data) -> bool:
+    return data.template == "auto" and bool(getattr(tokenizer, "chat_template", None))
+
+
+def _short(messages: Messages) -> str:
+    text = str(messages)
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
 
 
 def _messages(prompt: str | Messages, instruction: str) -> list[dict[str, str]]:
