@@ -18,7 +18,6 @@ rank adds state.json and the manifest, waits until everything is on the disk, an
 its name in one rename: what has the name is whole, whichever process is killed when.
 """
 
-import copy
 import errno
 import json
 import os
@@ -33,6 +32,7 @@ import torch
 
 from trainer import manifest, sharded
 from trainer.finite import check_finite
+from trainer.model_folder import write_settings
 from trainer.policy import Policy
 from trainer.ranks import Ranks
 
@@ -236,7 +236,7 @@ def _finish(
     entries: list[dict[str, manifest.Entry]],
 ) -> None:
     """Add what has no shards, and the manifest; wait for the disk; give the folder its name."""
-    _write_configuration(unfinished, policy)
+    write_settings(unfinished, policy.model, policy.tokenizer, policy.files)
     if not any((unfinished / OPTIMIZER).iterdir()):
         (unfinished / OPTIMIZER).rmdir()
     (unfinished / "state.json").write_text(json.dumps(asdict(progress)), "utf-8")
@@ -259,17 +259,6 @@ def _finish(
         final.rename(replaced)
     unfinished.rename(final)
     _sync(final.parent)
-
-
-def _write_configuration(folder: Path, policy: Policy) -> None:
-    """What save_pretrained writes beside the weights, of a model that may be sharded."""
-    settings = copy.deepcopy(policy.model.config)
-    # fully_shard puts its own prefix to the name of the class.
-    settings.architectures = [type(policy.model).__name__.removeprefix("FSDP")]
-    settings.dtype = policy.model.dtype
-    settings.save_pretrained(folder)
-    policy.model.generation_config.save_pretrained(folder)
-    policy.tokenizer.save_pretrained(folder)
 
 
 def _delete_old(root: Path, keep: int, keep_every: int) -> None:

@@ -6,12 +6,13 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 from tyro.conf import Positional
 
 from trainer import checkpoint, sharded
 from trainer.errors import naming
 from trainer.lock import owned
+from trainer.model_folder import copy_settings
 from trainer.ranks import Ranks
 
 _ALONE = Ranks(torch.device("cpu"))
@@ -25,8 +26,9 @@ def export(
 ) -> Path:
     """Write the policy of a run into a folder that transformers and vLLM load.
 
-    On the CPU, in one process, with one copy of the weights in memory. The folder appears when it
-    is whole.
+    On the CPU, in one process, with one copy of the weights in memory. Configuration, generation
+    and tokenizer are those that the run was given, byte for byte but for the weights' dtype. The
+    folder appears when it is whole.
 
     Args:
         run: Folder of the run.
@@ -76,7 +78,7 @@ def _write(found: Path, folder: Path, dtype: str | None) -> None:
     config = AutoConfig.from_pretrained(found)
     kind = getattr(torch, dtype) if dtype else config.dtype
     model = AutoModelForCausalLM.from_config(config, dtype=kind)
-    model.generation_config = GenerationConfig.from_pretrained(found)
+    model.generation_config = GenerationConfig()  # a stranger's may be one that is not saved
     sharded.read(sharded.weights(model), found, _ALONE)
     model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(found).save_pretrained(folder)
+    copy_settings(found, folder, model)

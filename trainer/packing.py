@@ -40,6 +40,8 @@ def pack(rollouts: Rollouts, layout: Layout) -> Packed:
     read_BS = torch.cat([rollouts.prompt_mask_BP, rollouts.mask_BL[:, 1:]], 1)
     tokens_N = torch.cat([rollouts.prompt_BP, rollouts.response_BL[:, :-1]], 1)[read_BS]
     length_B, prompt_B = read_BS.sum(1), rollouts.prompt_mask_BP.sum(1)
+    # Or the state before its response would be another sequence's; `prompt_ids` refuses it.
+    assert (prompt_B > 0).all(), "a prompt without a token"
     packed = arrange(tokens_N, length_B, layout)
     begin_B = length_B.cumsum(0) - length_B
     number_T = _runs(begin_B + prompt_B - 1, rollouts.mask_BL.sum(1))

@@ -7,14 +7,13 @@ from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import torch
-from accelerate import init_empty_weights
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 import entropy_kernels as ek
 from entropy_kernels.integrations.hf import LMHead, lm_head
 from trainer import config
 from trainer.fsdp import release, whole
+from trainer.model_folder import Files, read_folder
 from trainer.modes import checkpoint_activations, without_noise
 from trainer.packing import Layout, Packed, arrange
 from trainer.probes import check_states, choose_layout, some_tokens
@@ -40,6 +39,8 @@ class Policy(nn.Module):
     """Of its arithmetic, where it is not that of the weights."""
     rope: list[str]
     """Kinds of positions that are scaled for `longest`."""
+    files: Files
+    """The files of settings that it was read with, to be saved again."""
     chat: bool
     """Whether the tokenizer's chat template writes prompts: its end of turn ends a response."""
     longest: int | None
@@ -49,7 +50,7 @@ class Policy(nn.Module):
         """With positions scaled for `longest` tokens; 0: for the model's positions."""
         super().__init__()
         self.model, self.tokenizer, self.lm_head = model, tokenizer, lm_head(model)
-        self.layout, self.compute_dtype, self.chat = "padded", None, False
+        self.layout, self.compute_dtype, self.chat, self.files = "padded", None, False, {}
         self.longest = longest_sequence(model.config.get_text_config(), longest)
         self.rope = fix_rope(model, self.longest)
         without_noise(model)
@@ -136,16 +137,19 @@ def read_policy(
     they are sharded and `Policy.materialize` gives them some.
 
     Raises:
-        ValueError: a path that cannot be loaded, a tokenizer without an end-of-sequence.
+        ValueError: as `read_folder`.
     """
-    dtype = getattr(torch, settings.dtype)
+    files: Files = {}
     if settings.path == "tiny":
+        dtype = getattr(torch, settings.dtype)
         model, tokenizer = build_tiny(seed, settings.attention, dtype)
     else:
-        model, tokenizer = _from_folder(settings, dtype, empty)
+        model, tokenizer, files = read_folder(settings, empty=empty)
     if settings.gradient_checkpointing:
         checkpoint_activations(model)
-    return Policy(model, tokenizer, longest)
+    policy = Policy(model, tokenizer, longest)
+    policy.files = files
+    return policy
 
 
 def check_policy(policy: Policy) -> None:
@@ -162,27 +166,6 @@ def check_policy(policy: Policy) -> None:
     _check_head(policy)
     policy.layout = choose_layout(policy)
     release(policy)
-
-
-def _from_folder(settings: config.Model, dtype: torch.dtype, empty: bool) -> tuple[Any, Any]:
-    path, options = settings.path, {"dtype": dtype, "attn_implementation": settings.attention}
-    try:
-        architecture = AutoConfig.from_pretrained(path)
-        if empty:
-            with init_empty_weights(include_buffers=False):
-                model = AutoModelForCausalLM.from_config(architecture, **options).eval()
-            model.tie_weights()
-            model.generation_config = GenerationConfig.from_pretrained(path)
-        else:
-            model = AutoModelForCausalLM.from_pretrained(path, config=architecture, **options)
-        tokenizer = AutoTokenizer.from_pretrained(path, padding_side="left")
-    except OSError as error:
-        raise ValueError(f"no model can be loaded from model.path {path!r}: {error}") from error
-    if tokenizer.eos_token_id is None:
-        raise ValueError(f"the tokenizer of {path} has no end-of-sequence token; it needs one")
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return model, tokenizer
 
 
 @torch.no_grad()

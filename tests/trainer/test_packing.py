@@ -84,6 +84,14 @@ def test_every_token_once_with_its_position(shape, layout):
         assert not position[~real].any()
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_prompt_without_a_token_is_never_packed(layout):
+    whole = rollouts([(2, 3), (1, 2)])
+    whole.prompt_mask_BP[1] = False
+    with pytest.raises(AssertionError, match="a prompt without a token"):
+        pack(whole, layout)
+
+
 def test_short_sequences_share_rows():
     """First fit, longest first: [7], [5, 2], [4, 3], [1]."""
     packed = pack(rollouts([(1, 1), (2, 2), (1, 2), (3, 5), (4, 2), (2, 3)]), "rows")
