@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+from transformers import AutoConfig, AutoModelForCausalLM
 from tyro.conf import Positional
 
 from trainer import checkpoint, sharded
 from trainer.errors import naming
 from trainer.lock import owned
-from trainer.model_folder import copy_settings
+from trainer.model_folder import copy_settings, save_model
 from trainer.ranks import Ranks
 
 _ALONE = Ranks(torch.device("cpu"))
@@ -78,7 +78,6 @@ def _write(found: Path, folder: Path, dtype: str | None) -> None:
     config = AutoConfig.from_pretrained(found)
     kind = getattr(torch, dtype) if dtype else config.dtype
     model = AutoModelForCausalLM.from_config(config, dtype=kind)
-    model.generation_config = GenerationConfig()  # a stranger's may be one that is not saved
     sharded.read(sharded.weights(model), found, _ALONE)
-    model.save_pretrained(folder)
+    save_model(folder, model)
     copy_settings(found, folder, model)

@@ -77,6 +77,17 @@ def write_settings(folder: Path, model: Any, tokenizer: Any, files: Files) -> No
         (folder / CONFIG).write_text(json.dumps(said, indent=2) + "\n")
 
 
+def save_model(folder: Path, model: Any) -> None:
+    """What `save_pretrained` writes, but for the settings of generation, some of which it refuses
+    though it has read them."""
+    generation = model.generation_config
+    model.generation_config = GenerationConfig()
+    try:
+        model.save_pretrained(folder)
+    finally:
+        model.generation_config = generation
+
+
 def copy_settings(source: Path, folder: Path, model: Any) -> None:
     """As `write_settings`, from one transformers folder to another."""
     tokenizer = AutoTokenizer.from_pretrained(source)

@@ -22,6 +22,8 @@ import entropy_kernels as ek
 from entropy_kernels.integrations.hf import LMHead, lm_head
 from trainer.config import WarmStart
 from trainer.errors import naming
+from trainer.finite import first_nonfinite
+from trainer.model_folder import save_model
 from trainer.tokens import prompt_ids, response_ids
 from trainer.types import Problem, Task
 
@@ -78,7 +80,7 @@ def load_or_warm_start(
     with tempfile.TemporaryDirectory(dir=cache, prefix=".unfinished-") as unfinished:
         complete = Path(unfinished) / "model"
         with naming(folder):
-            model.save_pretrained(complete)
+            save_model(complete, model)
             tokenizer.save_pretrained(complete)
         try:
             complete.rename(folder)
@@ -126,7 +128,7 @@ def warm_start(
         loss, tokens = _loss(head, batch, tokenizer.pad_token_id)
         optimizer.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), GRAD_CLIP, error_if_nonfinite=True)
+        _clip(model, step)
         optimizer.step()
         schedule.step()
         tokens_done += tokens
@@ -135,6 +137,16 @@ def warm_start(
             report(step, {"loss": loss.item(), "tokens_per_second": speed})
     optimizer.zero_grad()
     model.train(was_training)
+
+
+def _clip(model: Any, step: int) -> None:
+    """Clip the gradient. Raises ValueError, which names the tensor, where it is not finite."""
+    named = [(name, p) for name, p in model.named_parameters() if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm([p.grad for _, p in named])
+    if not norm.isfinite():
+        name = first_nonfinite([*model.named_parameters(), *((n, p.grad) for n, p in named)])
+        raise ValueError(f"step {step} of the warm start: {name} or its gradient is not finite")
+    torch.nn.utils.clip_grads_with_norm_([p for _, p in named], GRAD_CLIP, norm)
 
 
 def _demonstrator(task: Task) -> Demonstrator:

@@ -16,15 +16,18 @@ from tests.trainer.worlds import run_ranks
 from trainer import checkpoint
 from trainer import train as loop
 from trainer.checkpoint import Progress
-from trainer.config import Algorithm, Optimizer
+from trainer.config import Algorithm, Data, Optimizer, WarmStart
 from trainer.engines.transformers import TransformersEngine
 from trainer.finite import Guard, NotFinite, check_finite, first_nonfinite
 from trainer.fsdp import shard
 from trainer.log import read_rows
 from trainer.ranks import join
 from trainer.sharded import read_whole
+from trainer.tasks import make_task
+from trainer.tiny import build_tiny
 from trainer.train import train
 from trainer.update import update
+from trainer.warm_start import warm_start
 
 
 @pytest.fixture(autouse=True)
@@ -131,16 +134,18 @@ def test_a_good_update_starts_the_count_of_skips_again():
 STATISTICS = ("logprob", "entropy", "sampler_logprob", "reward", "advantage")
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-@pytest.mark.parametrize("name", STATISTICS)
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [*((name, math.nan) for name in STATISTICS), ("sampler_logprob", -math.inf)],
+)
 def test_a_statistic_that_is_not_finite_skips_its_step(model, tmp_path, monkeypatch, name, value):
-    """In step 3 of 4; the other steps train, and nothing of it is in the end."""
+    """In step 2 of 3; the other steps train, and nothing of it is in the end."""
     check = loop.check_statistics
 
     def poison(policy, batch, entropy_BL, *arguments):
         step = len(seen)
         seen.append(policy.model.lm_head.weight.detach().clone())
-        if step == 2:
+        if step == 1:
             rollouts = batch.rollouts
             place = tuple(rollouts.mask_BL.nonzero()[-1])
             entropy_BL = entropy_BL.clone()
@@ -153,13 +158,13 @@ def test_a_statistic_that_is_not_finite_skips_its_step(model, tmp_path, monkeypa
 
     seen = []
     monkeypatch.setattr(loop, "check_statistics", poison)
-    config = settings(tmp_path, model, steps=4)
+    config = settings(tmp_path, model, steps=3)
     train(config)
     rows = read_rows(tmp_path / "run" / "metrics.jsonl")
-    assert [row.get(f"skipped/nonfinite_{name}", 0) for row in rows] == [0, 0, 0, 1, 0]
-    assert "loss" not in rows[3]
-    assert torch.equal(seen[2], seen[3])
-    assert not torch.equal(seen[1], seen[2])
+    assert [row.get(f"skipped/nonfinite_{name}", 0) for row in rows] == [0, 0, 1, 0]
+    assert "loss" not in rows[2]
+    assert torch.equal(seen[1], seen[2])
+    assert not torch.equal(seen[0], seen[1])
     assert all(value.isfinite().all() for value in read_state(config).values())
 
 
@@ -239,6 +244,17 @@ def test_a_model_that_is_not_finite_does_not_start(tmp_path, where):
     with pytest.raises(ValueError, match=rf"{where} is not finite as it is read from .*model$"):
         train(settings(tmp_path, folder))
     assert not (tmp_path / "run").exists()
+
+
+def test_a_warm_start_that_is_not_finite_is_told_in_a_line():
+    model, tokenizer = build_tiny(0)
+    with torch.no_grad():
+        model.get_parameter("model.layers.1.mlp.up_proj.weight")[0, 0] = math.nan
+    settings = WarmStart(steps=2, traces=8, batch_size=4)
+    with pytest.raises(
+        ValueError, match=r"step 1 of the warm start: model.layers.1.mlp.up_proj.weight or its grad"
+    ):
+        warm_start(model, tokenizer, make_task(Data(), 0), settings, 0)
 
 
 def test_the_engines_copy_is_finite():
