@@ -169,7 +169,7 @@ def llama(path: str) -> Config:
     of Qwen3-32B to prompts of DAPO-Math-17K. Neither the responses nor the settings of that
     training are published, and `warm_start` trains neither on a file nor on several GPUs: `path` is
     a model trained so elsewhere, and the other prompts are a local file. Llama's tokenizer starts a
-    text with a token of its own, which templates must write out.
+    text with a token of its own, and not twice where a template writes it out.
     """
     config = high_entropy(dapo("llama-8b", path))
     template = "<|begin_of_text|>" + QUESTION
