@@ -173,6 +173,9 @@ def test_the_end_of_sequence_is_all_that_generation_tokenizer_and_model_name():
     for named, ends in (([1, 7], [1, 7]), (0, [0, 1]), (None, [1])):
         policy.model.generation_config.eos_token_id = named
         assert policy.eos_ids.tolist() == ends
+    policy.model.config.eos_token_id, policy.model.generation_config.eos_token_id = None, [7]
+    assert policy.eos_ids.tolist() == [1, 7]
+    policy.model.generation_config.eos_token_id = None
     # A configuration's may be its class's default: it counts where the tokenizer knows it.
     for named, ends in ((5, [1]), ([0, 5], [0, 1]), (None, [1])):
         policy.model.config.eos_token_id = named
