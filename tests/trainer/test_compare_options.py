@@ -45,8 +45,9 @@ def test_options_of_the_runs_are_those_of_train(tmp_path):
         ("--algorithm.clip_high=1", "--algorithm.clip-high is set in each run by --arms"),
     ],
 )
-def test_options_that_a_comparison_sets_are_refused(option, says, capsys):
+def test_options_that_a_comparison_sets_are_refused(option, says, capsys, monkeypatch):
     """They would change nothing."""
+    monkeypatch.setattr(trainer.compare, "compare", lambda _: pytest.fail("the runs began"))
     assert main(["compare", "tiny", option]) == 1
     assert says in capsys.readouterr().err
 
