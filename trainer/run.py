@@ -111,7 +111,7 @@ def start(
         torch.set_num_threads(settings.threads)
     policy = _read(settings, ranks, found)
     task = make_task(settings.data, settings.seed, policy.tokenizer)
-    room = Room.of(policy.model, settings)
+    room = Room.of(policy.longest, settings)
     left_out = check_prompts(task, policy.tokenizer, room, settings.data.max_prompt_tokens)
     inputs = ranks.on_first(lambda: inputs_of(settings, task))
     changes = earlier.input_changes(changes, inputs) if earlier else []

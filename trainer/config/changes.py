@@ -33,6 +33,7 @@ FREE: Mapping[str, str] = {
     "warm_start.cache": "",
     "engine": "",
     "engine.kind": "another engine draws other random numbers",
+    "engine.max_model_len": "positions that longrope or dynamic NTK scale are scaled otherwise",
     "engine.tensor_parallel": _ROUNDING,
     "engine.enforce_eager": _ROUNDING,
     "engine.dtype": _ROUNDING,
@@ -41,6 +42,7 @@ FREE: Mapping[str, str] = {
     "reward.gigabytes": _JUDGED,
     "reward.workers": "",
     "optimizer.tokens_per_micro_batch": _ROUNDING,
+    "optimizer.max_nonfinite": "",
     "tracking": "",
 }
 """What may differ, and what comes of it; "": nothing in the run."""
@@ -58,6 +60,7 @@ KEPT = frozenset(
         *(f"rollout.{n}" for n in ("prompts", "group_size", "max_new_tokens", "temperature")),
         *(f"reward.{n}" for n in ("function", "right", "format", "format_weight")),
         "reward.drop_truncated",
+        "reward.keep_special_tokens",
         *(f"algorithm.{n}" for n in ("loss_type", "fraction", "which", "entropy_source")),
         *(f"algorithm.{n}" for n in ("denominator", "clip_low", "clip_high", "dual_clip")),
         *(f"algorithm.{n}" for n in ("correction", "correction_cap", "correction_floor")),

@@ -38,18 +38,17 @@ class Room:
     reason: str
 
     @staticmethod
-    def of(model: Any, settings: Config) -> "Room | None":
-        """What the positions of `model`, or vLLM's limit, leave to a prompt; None: unlimited."""
-        new = settings.rollout.max_new_tokens
-        positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-        limits = [(positions, "the model's {:,} positions")] if positions else []
-        if settings.engine.kind == "vllm" and settings.engine.max_model_len:
-            limits.append((settings.engine.max_model_len, "engine.max_model_len of {:,}"))
-        if not limits:
+    def of(longest: int | None, settings: Config) -> "Room | None":
+        """What `longest`, the tokens of a policy's longest sequence, leaves to a prompt; None: it
+        has no limit."""
+        if longest is None:
             return None
-        limit, name = min(limits)
-        reason = f"rollout.max_new_tokens of {new:,} leaves of {name.format(limit)}"
-        return Room(limit - new, reason)
+        new = settings.rollout.max_new_tokens
+        asked = settings.engine.max_model_len == longest
+        limit = "engine.max_model_len of {:,}" if asked else "the model's {:,} positions"
+        return Room(
+            longest - new, f"rollout.max_new_tokens of {new:,} leaves of {limit.format(longest)}"
+        )
 
 
 def check_prompts(task: Task, tokenizer: Any, room: Room | None, longest: int) -> dict[str, int]:
