@@ -6,11 +6,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from trainer.config import Config, Reward
+from trainer.limits import check_length
 from trainer.policy import Policy
 from trainer.problems import Problem, Task
 from trainer.ranks import Ranks
 from trainer.rewards.verifier import Verifier
-from trainer.rollout import _check_length
 from trainer.tasks.benchmarks import (
     has_own_columns,
     is_generated,
@@ -110,10 +110,11 @@ def metric_names(names: Sequence[str]) -> dict[str, str]:
 
 def check_prompts(policy: Policy, sets: Iterable[EvaluationSet], max_new_tokens: int) -> None:
     """Refuse, with a ValueError that names the set, prompts that leave no room for a response."""
+    name = "eval.max_new_tokens"
     for one in sets:
         try:
             longest = max(map(len, prompt_ids(policy.tokenizer, one.problems)))
-            _check_length(policy, longest, max_new_tokens)
+            check_length("the model's {} positions", policy.longest, longest, max_new_tokens, name)
         except ValueError as error:
             raise ValueError(f"{one.name}: {error}") from error
 

@@ -82,15 +82,19 @@ def check_model(
             than the model or the engine takes.
     """
     engine = settings.engine
-    new = max(settings.rollout.max_new_tokens, settings.eval.max_new_tokens)
+    name, new = max(
+        ("rollout.max_new_tokens", settings.rollout.max_new_tokens),
+        ("eval.max_new_tokens", settings.eval.max_new_tokens),
+        key=lambda asked: asked[1],
+    )
     longest = engine.max_model_len if engine.kind == "vllm" else 0
     if positions is not None and longest > positions:
         raise ValueError(
             f"engine.max_model_len must be at most the model's positions, {positions}; got "
             f"{longest}"
         )
-    check_length("the model's {} positions", positions, prompt, new)
-    check_length("engine.max_model_len, {}", longest or None, prompt, new)
+    check_length("the model's {} positions", positions, prompt, new, name)
+    check_length("engine.max_model_len, {}", longest or None, prompt, new, name)
     size = engine.tensor_parallel if engine.kind == "vllm" else 1
     if heads % size:
         raise ValueError(
@@ -103,13 +107,17 @@ def check_model(
         )
 
 
-def check_length(what: str, limit: int | None, prompt: int, new: int) -> None:
+def check_length(
+    what: str, limit: int | None, prompt: int, new: int, name: str = "rollout.max_new_tokens"
+) -> None:
     """Raise ValueError where a prompt of `prompt` tokens and `new` new ones exceed `limit`.
 
-    `what` names the limit, with {} in the place of the number.
+    `what` names the limit, with {} in the place of the number, and `name` the setting of `new`.
     """
     if limit is not None and prompt + new > limit:
+        kept = name.startswith("rollout.")
+        under_way = f" (a run that is under way takes it with --allow-changes {name})" * kept
         raise ValueError(
             f"a prompt of {prompt} tokens and up to {new} new ones do not fit into "
-            f"{what.format(limit)}; lower rollout.max_new_tokens or leave such prompts out"
+            f"{what.format(limit)}; lower {name}{under_way} or leave such prompts out"
         )

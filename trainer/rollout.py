@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from trainer.engines import Engine, Sampled
+from trainer.limits import check_length
 from trainer.policy import Policy
 from trainer.ranks import Ranks
 from trainer.rewards.verifier import Verifier
@@ -40,7 +41,8 @@ def sample(
     """
     ranks = ranks or Ranks(policy.device)
     prompts = prompt_ids(policy.tokenizer, problems)
-    _check_length(policy, max(map(len, prompts)), max_new_tokens)
+    longest = max(map(len, prompts))
+    check_length("the model's {} positions", policy.longest, longest, max_new_tokens)
     mine = range(ranks.rank, len(problems), ranks.size)
     rows = [(group, member) for group in mine for member in range(group_size)]
     sampled = engine.sample(
@@ -106,12 +108,3 @@ def _verified(
 
 def _pad(rows: list[Tensor], fill: int, side: str = "right") -> Tensor:
     return pad_sequence(rows, batch_first=True, padding_value=fill, padding_side=side)
-
-
-def _check_length(policy: Policy, prompt: int, new: int) -> None:
-    if policy.longest is not None and prompt + new > policy.longest:
-        raise ValueError(
-            f"a prompt of {prompt} tokens and up to {new} new ones do not fit into the model's "
-            f"{policy.longest} positions; lower rollout.max_new_tokens (a run that is under way "
-            "takes it with --allow-changes rollout.max_new_tokens) or leave such prompts out"
-        )

@@ -192,7 +192,10 @@ def test_analyses_of_a_run_judge_as_it_does(place, tmp_path, rows, capsys):
         ({"data": ("aime24=amc.jsonl",)}, "row 0 has nothing in column 'problem'"),
         ({"data": ("amc23=long.jsonl",)}, "amc23: a prompt of 6. tokens and up to 4 new ones"),
         ({"data": ("ladder", "ladder")}, "data must name each set once"),
-        ({"max_new_tokens": 200}, "held-out: a prompt of .* tokens and up to 200 new ones"),
+        (
+            {"max_new_tokens": 200},
+            "prompt of 1 tokens and up to 200 new .*; lower eval.max_new_tokens",
+        ),
     ],
 )
 def test_sets_are_checked_before_the_run_has_a_folder(place, tmp_path, changes, says):
