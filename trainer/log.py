@@ -197,24 +197,35 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
         lines = path.read_text("utf-8").split("\n")
     except UnicodeDecodeError as error:
         raise other_version(path, error) from error
-    last = max((i for i, line in enumerate(lines) if line.strip()), default=-1)
     rows = []
-    for i, line in enumerate(lines[: last + 1]):
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            if i == last and i == len(lines) - 1:
-                break
-            problem: str | None = f"not JSON: {error}"
-        else:
-            problem = _problem(row, line, is_sample=path.name == "samples.jsonl")
-        if problem:
-            raise ValueError(
-                f"{path}, line {i + 1}: {problem}. Take the line out, or put a copy of the file "
-                "there"
-            )
-        rows.append(row)
+    for number, line in enumerate(lines, start=1):
+        # split leaves an empty text behind the last line that is whole.
+        if line.strip():
+            row = parse_row(path, line, f"line {number}", whole=number < len(lines))
+            rows += [] if row is None else [row]
     return rows
+
+
+def parse_row(path: Path, line: str | bytes, place: str, whole: bool) -> dict[str, Any] | None:
+    """The row in a `line` of metrics.jsonl or samples.jsonl; None for one that a kill has torn.
+
+    Raises ValueError, naming file and `place`, for any other that is not a row.
+    """
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        if not whole:
+            return None
+        problem: str | None = f"not JSON: {error}"
+    except UnicodeDecodeError as error:
+        raise other_version(path, error) from error
+    else:
+        problem = _problem(row, str(line), is_sample=path.name == "samples.jsonl")
+    if problem:
+        raise ValueError(
+            f"{path}, {place}: {problem}. Take the line out, or put a copy of the file there"
+        )
+    return row
 
 
 def _problem(row: Any, line: str, is_sample: bool) -> str | None:

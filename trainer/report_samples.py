@@ -1,11 +1,11 @@
 """The responses on a run's page: of its first and its last sampled step, as many kinds as fit."""
 
-import json
 from collections.abc import Mapping, Sequence
 from itertools import groupby, zip_longest
 from pathlib import Path
 from typing import Any
 
+from trainer.log import parse_row
 from trainer.skips import KINDS
 
 SAMPLES_A_STEP = 6
@@ -20,14 +20,14 @@ Row = Mapping[str, Any]
 def ends(path: Path) -> list[dict[str, Any]]:
     """The rows of the first and of the last step in samples.jsonl, which may have gigabytes.
 
-    A torn last line is left out.
+    A torn last line is left out. Raises ValueError, naming the file, for a damaged one.
     """
     if not path.exists():
         return []
     first: list[dict[str, Any]] = []
     with path.open("rb") as file:
-        for line in file:
-            row = _row(line)
+        for number, line in enumerate(file, start=1):
+            row = parse_row(path, line, f"line {number}", whole=line.endswith(b"\n"))
             if row is None or (first and row["step"] != first[0]["step"]):
                 break
             first.append(row)
@@ -38,20 +38,21 @@ def ends(path: Path) -> list[dict[str, Any]]:
         for blocks in (1 << i for i in range(40)):
             start = max(0, size - blocks * BLOCK)
             file.seek(start)
-            lines = file.read(size - start).split(b"\n")[1 if start else 0 :]
-            last = [row for row in map(_row, lines) if row is not None]
+            last = _rows(path, file.read(size - start).split(b"\n")[1 if start else 0 :])
             if start == 0 or len({row["step"] for row in last}) > 1:
                 break
     step = last[-1]["step"]
     return first + [row for row in last if row["step"] == step] * (step != first[0]["step"])
 
 
-def _row(line: bytes) -> dict[str, Any] | None:
-    try:
-        row = json.loads(line)
-    except ValueError:
-        return None
-    return row if isinstance(row, dict) and isinstance(row.get("step"), int) else None
+def _rows(path: Path, lines: Sequence[bytes]) -> list[dict[str, Any]]:
+    """Of the last lines, of which the very last is empty or torn."""
+    found = [
+        parse_row(path, line, f"{len(lines) - number} lines before its end", number < len(lines))
+        for number, line in enumerate(lines, start=1)
+        if line.strip()
+    ]
+    return [row for row in found if row is not None]
 
 
 def samples(rows: Sequence[Row], right: float) -> dict[str, Any]:
