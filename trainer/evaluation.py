@@ -16,13 +16,13 @@ from trainer.evaluation_settings import SAMPLES, Evaluation, given, samples_of, 
 from trainer.generations import append, open_folder, rows
 from trainer.lock import owned
 from trainer.needs import check_needs
-from trainer.origin import Origin, find_origin
 from trainer.policy import Policy, read_policy
 from trainer.presets import QUESTION
 from trainer.progress import Columns, progress
 from trainer.ranks import Ranks, join
 from trainer.results import Tally, show, write_results
 from trainer.rollout import sample
+from trainer.source_run import SourceRun, source_run
 from trainer.tasks import make_task
 from trainer.tasks.benchmarks import check_sets, has_own_columns, make_benchmark, short_name
 from trainer.tokens import prompt_ids
@@ -84,18 +84,18 @@ def resolved(settings: Settings, ranks: Ranks) -> Settings:
     no run's without data.
     """
     check_sets([name for name in settings.data if name != HELD_OUT])
-    origin, model = find_origin(settings.model), settings.model
-    if origin is None and HELD_OUT in (settings.data or (HELD_OUT,)):
+    run, model = source_run(settings.model), settings.model
+    if run is None and HELD_OUT in (settings.data or (HELD_OUT,)):
         raise ValueError(
             f"data must name one set or more: {model} is neither a run nor a checkpoint of one, "
             f"which would have held-out problems of its own; got {list(settings.data)}"
         )
-    if origin is not None and Path(model) == origin.folder:
-        found = checkpoint.latest(origin.folder, ranks)
+    if run is not None and Path(model) == run.folder:
+        found = checkpoint.latest(run.folder, ranks)
         if found is None:
             raise ValueError(f"the run in {model} has no checkpoint yet")
         model = str(found)
-    own = origin or Origin(
+    own = run or SourceRun(
         Path(model),
         settings.seed,
         Data(instruction=INSTRUCTION),
@@ -109,7 +109,7 @@ def resolved(settings: Settings, ranks: Ranks) -> Settings:
     reward, instruction = own.reward, settings.instruction
     if instruction == "auto":
         instruction = "" if settings.template in TEMPLATES else own.data.instruction
-    limit = own.eval.max_new_tokens or own.rollout.max_new_tokens if origin else 0
+    limit = own.eval.max_new_tokens or own.rollout.max_new_tokens if run else 0
     return replace(
         settings,
         model=model,
@@ -157,9 +157,9 @@ def sets_of(settings: Evaluation, asked: Evaluation, policy: Policy) -> Sets:
     Sets with an answer format of their own are judged by their own verifiers unless `asked` names
     one. Raises ValueError for data that cannot be read.
     """
-    origin, reward = find_origin(settings.model), _reward(settings)
+    run, reward = source_run(settings.model), _reward(settings)
     data = replace(
-        origin.data if origin else Data(),
+        run.data if run else Data(),
         prompt_field=settings.prompt_field,
         answer_field=settings.answer_field,
         template=settings.template,
@@ -169,9 +169,9 @@ def sets_of(settings: Evaluation, asked: Evaluation, policy: Policy) -> Sets:
     found = {}
     for name in settings.data:
         judged = own if has_own_columns(name) and name != HELD_OUT else reward
-        if name == HELD_OUT and origin:
-            task = make_task(data, origin.seed, policy.tokenizer)
-            count = settings.problems or origin.eval.problems
+        if name == HELD_OUT and run:
+            task = make_task(data, run.seed, policy.tokenizer)
+            count = settings.problems or run.eval.problems
         else:
             task = make_benchmark(name, data, settings.split, policy.tokenizer)
             count = settings.problems or task.num_test
@@ -181,9 +181,9 @@ def sets_of(settings: Evaluation, asked: Evaluation, policy: Policy) -> Sets:
 
 def _reward(settings: Evaluation) -> Reward:
     """The run's, where the model is one, with what `settings` say."""
-    origin = find_origin(settings.model)
+    run = source_run(settings.model)
     return replace(
-        origin.reward if origin else Reward(),
+        run.reward if run else Reward(),
         function=settings.function or "",
         right=given(settings.right, 1.0),
         seconds=given(settings.seconds, 10.0),

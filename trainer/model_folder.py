@@ -74,7 +74,7 @@ def write_settings(folder: Path, model: Any, tokenizer: Any, files: Files) -> No
         said = json.loads(files[CONFIG])
         said.pop("torch_dtype", None)  # its older name
         said |= {"architectures": [name], "dtype": str(dtype).removeprefix("torch.")}
-        (folder / CONFIG).write_text(json.dumps(said, indent=2) + "\n")
+        (folder / CONFIG).write_text(json.dumps(said, indent=2) + "\n", "utf-8")
 
 
 def save_model(folder: Path, model: Any) -> None:

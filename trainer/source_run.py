@@ -1,17 +1,17 @@
 """The run that a model comes from, and what its settings say."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from trainer.config import Data, Engine, Eval, Model, Reward, Rollout
+from trainer.log import other_version, read_run
 
 Part = TypeVar("Part", Data, Engine, Eval, Model, Reward, Rollout)
 
 
 @dataclass(frozen=True)
-class Origin:
+class SourceRun:
     """A run, by its run.json."""
 
     folder: Path
@@ -29,19 +29,18 @@ class Origin:
         return self.model.compute_dtype or self.model.dtype
 
 
-def find_origin(model: str) -> Origin | None:
+def source_run(model: str) -> SourceRun | None:
     """The run whose folder, or whose checkpoint, `model` is; None where it is neither.
 
-    Raises ValueError where run.json is of another version of the trainer.
+    Raises ValueError where run.json is damaged, or of another version of the trainer.
     """
     path = Path(model)
     folder = path.parent.parent if path.parent.name == "checkpoints" else path
-    file = folder / "run.json"
-    if not file.exists():
+    if not (folder / "run.json").exists():
         return None
+    config = read_run(folder)["config"]
     try:
-        config = json.loads(file.read_text("utf-8"))["config"]
-        return Origin(
+        return SourceRun(
             folder,
             config["seed"],
             _part(config, Data),
@@ -52,7 +51,7 @@ def find_origin(model: str) -> Origin | None:
             _part(config, Engine),
         )
     except (KeyError, TypeError) as error:
-        raise ValueError(f"{file} is of another version of the trainer: {error}") from error
+        raise other_version(folder / "run.json", error) from error
 
 
 def _part(config: dict[str, Any], kind: type[Part]) -> Part:

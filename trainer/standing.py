@@ -77,7 +77,7 @@ def in_use(folder: Path) -> bool | None:
     The lock is not tried: a run that starts meanwhile would find it taken.
     """
     try:
-        owner = json.loads((folder / LOCK).read_text())
+        owner = json.loads((folder / LOCK).read_text("utf-8"))
         if owner["host"] != socket.gethostname():
             return None
         os.kill(owner["pid"], 0)

@@ -1,7 +1,9 @@
 """Every `python -m trainer` command of README and docs is one that the parsers take."""
 
+import json
 import re
 import shlex
+from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
 
@@ -17,6 +19,7 @@ import trainer.report
 import trainer.train
 import trainer.watch
 from trainer.__main__ import main
+from trainer.presets import PRESETS
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -85,6 +88,17 @@ def _nothing_runs(monkeypatch):
     )
 
 
+def _write_settings(path):
+    """A file of settings, or a run's folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix:
+        path.write_text("steps: 5\n")
+        return
+    path.mkdir()
+    run = {"config": asdict(PRESETS["tiny"]()), "starts": [{"time": "now"}]}
+    (path / "run.json").write_text(json.dumps(run))
+
+
 @pytest.mark.usefixtures("_nothing_runs")
 @pytest.mark.parametrize(("page", "command"), COMMANDS, ids=lambda value: value[:60])
 def test_a_command_is_understood(page, command, tmp_path, monkeypatch, capsys):
@@ -92,8 +106,9 @@ def test_a_command_is_understood(page, command, tmp_path, monkeypatch, capsys):
     arguments = [STAND_INS.get(word, word) for word in shlex.split(command)]
     for option, value in pairwise(arguments):
         if option == "--config":
-            Path(value).parent.mkdir(parents=True, exist_ok=True)
-            Path(value).write_text("steps: 5\n")
+            _write_settings(Path(value))
+        if option == "--branch":
+            _write_settings(Path(value.partition("@")[0]))
     try:
         status = main(arguments)
     except SystemExit as end:  # of tyro, and after --help

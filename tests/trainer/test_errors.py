@@ -84,12 +84,12 @@ def test_a_gradient_is_not_clipped_to_a_negative_norm():
         ([*EVALUATE, "--out=file"], "file: File exists: a folder is wanted there"),
         ([*EVALUATE, "--out=file/x"], "file/x: Not a directory: a folder is wanted there"),
         (["export", "run", "file/x"], "file: File exists: a folder is wanted there"),
-        (["compare", "--config.root=file"], "file/ladder: Not a directory"),
+        (["compare", "--root=file"], "file/ladder: Not a directory"),
         (["compare", "--out=model"], "out must be a file; got the folder model"),
         (["compare", "--label=../x"], "name must be that of a folder below root"),
-        (["watch", "file"], "file/run.json: Not a directory"),
+        (["watch", "file"], "file is a file: wanted the folder of a run"),
         (["report", "model"], "model/run.json is missing: model is not the folder of a run"),
-        (["watch", "none"], "none/run.json is missing"),
+        (["watch", "none"], "none does not exist: wanted the folder of a run"),
     ],
 )
 def test_a_folder_that_cannot_be_is_named(here, capsys, arguments, says):  # noqa: F811

@@ -46,8 +46,8 @@ def model(tmp_path_factory) -> str:
 
 @pytest.fixture(scope="module")
 def sums(tmp_path_factory) -> str:
-    """Ten questions whose answer is 7."""
-    rows = [{"question": f"{i} + {7 - i} =", "answer": "7"} for i in range(10)]
+    """Ten questions whose answer is 4."""
+    rows = [{"question": f"{i} + {4 - i} =", "answer": "4"} for i in range(10)]
     path = tmp_path_factory.mktemp("data") / "sums.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return f"amc23={path}"
@@ -59,7 +59,7 @@ def asked(model, sums, tmp_path) -> Evaluation:
         model,
         (sums,),
         samples=SAMPLES,
-        max_new_tokens=3,
+        max_new_tokens=2,
         batch_size=3 * SAMPLES,
         instruction="",
         out=str(tmp_path / "out"),
@@ -83,13 +83,13 @@ def test_generations_are_kept_and_say_what_the_results_say(asked):
     path = evaluate_model(asked)
     rows, results = lines(asked.out), json.loads(path.read_text())
     assert [row["problem"] for row in rows] == list(range(10))
-    assert rows[3]["prompt"] == "<user> 3 + 4 = <assistant>"
-    assert rows[3]["answer"] == "7"
+    assert rows[3]["prompt"] == "<user> 3 + 1 = <assistant>"
+    assert rows[3]["answer"] == "4"
     responses = [response for row in rows for response in row["responses"]]
     assert len(responses) == 10 * SAMPLES
     for response in responses:
         assert len(response["text"].split()) <= response["length"] - (not response["truncated"])
-        assert response["length"] == 3 or not response["truncated"]
+        assert response["length"] == 2 or not response["truncated"]
         assert response["logprob"] < 0
     found = results["sets"]["amc23"]
     accuracy = [statistics.fmean(r["reward"] for r in row["responses"]) for row in rows]
@@ -104,7 +104,7 @@ def test_generations_are_kept_and_say_what_the_results_say(asked):
     assert found["length"]["max"] == max(lengths)
     assert 0 < found["truncated"] == statistics.fmean(r["truncated"] for r in responses) < 1
     assert 0.1 < found["entropy"] < 3.1  # ln of the vocabulary's 17 words and 3 is 3.0
-    assert results["settings"]["max_new_tokens"] == 3
+    assert results["settings"]["max_new_tokens"] == 2
     assert results["made"]["versions"]["torch"] == torch.__version__
 
 
@@ -222,7 +222,7 @@ def test_a_run_is_evaluated_as_it_was_trained(model, sums, tmp_path, monkeypatch
     path = evaluate_model(Evaluation(str(folder), (sums,), samples=2, device="cpu"))
     assert path.parent.parent == Path("evaluations")
     assert "step-000002" in path.parent.name
-    assert lines(path.parent)[0]["prompt"] == "0 + 7 =\n\n9 5"
+    assert lines(path.parent)[0]["prompt"] == "0 + 4 =\n\n9 5"
     used = json.loads(path.read_text())["settings"]
     assert (used["max_new_tokens"], used["instruction"]) == (6, "9")
     assert used["model"].endswith("step-000002")
@@ -243,7 +243,7 @@ def test_the_template_of_the_paper_has_the_instruction_in_it(asked):
     paper = replace(asked, template="paper", instruction="auto", problems=1)
     evaluate_model(paper)
     assert lines(asked.out)[0]["prompt"] == (
-        "User:\n0 + 7 =\nPlease reason step by step, and put your final answer within \\boxed{}."
+        "User:\n0 + 4 =\nPlease reason step by step, and put your final answer within \\boxed{}."
         "\n\nAssistant:\n"
     )
 
@@ -252,7 +252,7 @@ def test_without_a_run_the_limit_is_what_the_positions_leave(asked):
     limit = replace(asked, max_new_tokens=0, problems=1, samples=1, instruction="auto")
     settings = json.loads(evaluate_model(limit).read_text())["settings"]
     assert settings["instruction"] == INSTRUCTION
-    # 64, less <user>, "0 + 7 =", the instruction's 12 words and <assistant>.
+    # 64, less <user>, "0 + 4 =", the instruction's 12 words and <assistant>.
     assert settings["max_new_tokens"] == 64 - 1 - 4 - 12 - 1
 
 

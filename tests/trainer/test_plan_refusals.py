@@ -65,7 +65,7 @@ def test_what_the_run_refuses_is_refused(gpus, changes, says, monkeypatch):
 
     def begin():
         check_start(config)
-        trainer.run._parts(config, Ranks(torch.device("cpu")), None)
+        trainer.run._read(config, Ranks(torch.device("cpu")), None)
 
     with pytest.raises(ValueError, match=says):
         begin()

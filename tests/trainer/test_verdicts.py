@@ -78,8 +78,6 @@ def test_anything_else_ends_in_one_line_that_names_all(value):
 def run(folder, monkeypatch, verdicts, **reward):
     """The metrics of three steps."""
     monkeypatch.setattr("trainer.run.make_task", lambda *_: Scaled(verdicts))
-    # The page has tests of its own.
-    monkeypatch.setattr("trainer.train.write_report", lambda folder: folder / "report.html")
     # At a larger rate AdamW makes the rounding of an advantage a step of its own.
     optimizer = Optimizer(learning_rate=1e-4, tokens_per_micro_batch=64)
     train(settings(folder, steps=3, reward=Reward(**reward), optimizer=optimizer))
