@@ -163,5 +163,5 @@ def test_table_and_plot_show_every_run(four):
 
 def test_documentation_has_the_result_file_s_table():
     result = json.loads(engine_runs.RESULT.read_text())
-    page = engine_runs.RESULT.parents[2] / "docs" / "trainer.md"
+    page = engine_runs.RESULT.parents[2] / "docs" / "distributed.md"
     assert table(result) in page.read_text()
