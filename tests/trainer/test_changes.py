@@ -106,3 +106,5 @@ def test_what_is_allowed_must_be_a_setting_or_a_group():
         known_names(["max_new_tokens"])
     with pytest.raises(ValueError, match="no setting 'roll'"):
         known_names(["roll"])
+    with pytest.raises(ValueError, match=r"no setting 'algoritm' to be changed.*: algorithm$"):
+        known_names(["algoritm"])

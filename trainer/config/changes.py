@@ -124,9 +124,11 @@ def known_names(names: Sequence[str]) -> tuple[str, ...]:
     Raises:
         ValueError: one is neither.
     """
-    known, found = leaves(), tuple(name.replace("-", "_") for name in names)
+    found = tuple(name.replace("-", "_") for name in names)
+    known = leaves()
+    known |= {name.partition(".")[0]: None for name in known if "." in name}
     for name in found:
-        if name not in known and not any(other.startswith(name + ".") for other in known):
+        if name not in known:
             raise ValueError(f"no setting {name!r} to be changed{close_names(name, known)}")
     return found
 
