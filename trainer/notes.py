@@ -28,7 +28,7 @@ def say_start(settings: Config, folder: Path, found: Path | None, ranks: Ranks) 
     """Before the model is read: the folder, and whether the run starts or goes on; first rank."""
     if not ranks.first:
         return
-    print(f"run      {folder}: metrics.jsonl, samples.jsonl, at the end report.html")
+    print(f"run      {folder}: metrics.jsonl, samples.jsonl, report.html")
     print(f"start    {_from(settings, found)}")
 
 
@@ -47,6 +47,12 @@ def say_parts(
     print(f"model    {_model(settings, policy)}")
     known = "endless" if task.num_train is None else f"{task.num_train:,}"
     print(f"data     {settings.data.task}: {known} to train on, {task.num_test:,} held out")
+    for count, why in (
+        (getattr(task, "repeated", 0), "came before; the first answer counts"),
+        (getattr(task, "in_both", 0), "is held out too"),
+    ):
+        if count:
+            print(f"         left out: {count:,} row{'s' * (count > 1)} whose prompt {why}")
     for split, count in left_out.items():
         if count:
             print(f"         left out of {split}: {count:,} prompts over data.max_prompt_tokens")

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from datasets import Dataset, DatasetDict
 
 import trainer.run
 from tests.trainer.small import Even, build_policy, save_folder, settings, use_task
@@ -37,7 +38,7 @@ def test_a_run_says_what_it_does(tmp_path, capsys):
     train(config)
     said = capsys.readouterr()
     assert said.out.splitlines()[:5] == [
-        f"run      {folder}: metrics.jsonl, samples.jsonl, at the end report.html",
+        f"run      {folder}: metrics.jsonl, samples.jsonl, report.html",
         "start    fresh, 2 steps",
         f"model    {tmp_path}/model (LlamaForCausalLM), 0.01 M parameters, float32, 64 positions",
         "data     ladder: endless to train on, 8 held out",
@@ -120,3 +121,32 @@ def test_prompt_sets_say_how_many_they_train_on(tmp_path, monkeypatch):
     epoch = {task.problem("train", i).prompt for i in range(task.num_train)}
     assert len(epoch) == task.num_train
     assert make_benchmark(f"file:{path}", Data(), "train", None).num_train == 0
+
+
+@pytest.mark.parametrize(
+    ("splits", "said"),
+    [
+        ([["1", "2", "2", "3", "4", "1"], None], ["2 rows whose prompt came before"]),
+        (
+            [["1", "2", "2", "3"], ["3", "5", "5"]],
+            ["2 rows whose prompt came before", "1 row whose prompt is held out too"],
+        ),
+        ([["1", "2"], ["3"]], []),
+    ],
+)
+def test_rows_that_are_not_trained_on_are_counted(tmp_path, capsys, splits, said):
+    train_prompts, test_prompts = splits
+    rows = [[{"prompt": text, "answer": "7"} for text in part or ()] for part in splits]
+    if test_prompts is None:
+        (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[0]))
+        source = f"file:{tmp_path}/a.jsonl"
+    else:
+        both = {"train": Dataset.from_list(rows[0]), "test": Dataset.from_list(rows[1])}
+        DatasetDict(both).save_to_disk(tmp_path / "folder")
+        source = f"file:{tmp_path}/folder"
+    task = make_task(Data(task=source, test_fraction=0.5), 0, None)
+    printed, _ = said_of(capsys, task=task)
+    left_out = [line.split("left out: ")[1] for line in printed if "left out: " in line]
+    assert len(left_out) == len(said)
+    assert all(map(str.startswith, left_out, said))
+    assert task.num_train + task.num_test == len({*train_prompts, *(test_prompts or ())})

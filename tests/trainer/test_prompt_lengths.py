@@ -71,6 +71,10 @@ def test_longer_ones_are_left_out_where_asked(tmp_path, capsys):
     printed = capsys.readouterr().out
     for split in ("train", "test"):
         assert f"left out of {split}: 1 prompts over data.max_prompt_tokens" in printed
+    counts = re.search(r"data +\S+: (\d+) to train on, (\d+) held out", printed)
+    assert counts
+    assert int(counts[1]) + int(counts[2]) == 40 - len(LONG)
+    assert "repeat" not in printed
     start = json.loads((tmp_path / "run" / "run.json").read_text())["starts"][0]
     assert start["left_out"] == {"train": 1, "test": 1}
     assert read_rows(tmp_path / "run" / "metrics.jsonl")[-1]["step"] == 5

@@ -45,6 +45,10 @@ class PromptSet:
         self.digest = digest(self._train, train_rows, data.answer_field)
         if test is not None:
             self.digest += digest(test, test_rows, data.answer_field)
+        self.repeated, self.in_both = len(self._train) - len(train_rows), 0
+        if test is not None:
+            self.repeated += len(test) - len(test_rows)
+            self.in_both = len(train_rows) - len(self._train_rows)
         self._test_rows = np.random.default_rng(0).permutation(sorted(test_rows.values())).tolist()
         self.num_train: int | None = len(self._train_rows)
         self.num_test = len(self._test_rows)
@@ -80,7 +84,7 @@ class PromptSet:
         """Without the rows of these `numbers`, before a problem has been asked for."""
         rows, _ = self._of(split)
         rows[:] = [row for row in rows if row not in numbers]
-        self.num_test = len(self._test_rows)
+        self.num_train, self.num_test = len(self._train_rows), len(self._test_rows)
 
     def _of(self, split: str) -> tuple[list[int], Any]:
         test = split == "test"
