@@ -3,7 +3,7 @@
 import math
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 
@@ -68,9 +68,16 @@ def told(columns: Columns, metrics: Row, skips: Skips) -> list[str]:
     for name, label in (("timeouts", "verifier time-outs"), ("crashes", "verifier crashes")):
         if failed := metrics.get(f"reward/{name}"):
             parts.append(f"{label} {float(failed):.0f}" + (f" of {float(of):.0f}" if of else ""))
+        evaluating = sum(_finite(metrics[key]) or 0.0 for key in metrics if _counts(key, name))
+        parts += [f"{label} in evaluation {evaluating:.0f}"] if evaluating else []
     if lost := sum(_finite(value) is None for value in metrics.values()):
         parts.append(f"{lost} value{'s' if lost > 1 else ''} not finite")
     return parts
+
+
+def _counts(key: str, failure: str) -> bool:
+    """Whether the metric `key` counts this failure of the verifier in the evaluation of a set."""
+    return key == f"eval/{failure}" or (key.startswith("eval/") and key.endswith(f".{failure}"))
 
 
 def _finite(value: float | Tensor | None) -> float | None:
@@ -96,6 +103,15 @@ class Bar:
         self._began = self._printed = time.monotonic()
         if live is not None:
             self._task = live.add_task(description, total=total, completed=start, text=description)
+
+    def recall(self, rows: Sequence[Row]) -> None:
+        """Count the steps of `rows`, those of earlier starts; a row of step 0 alone is shown."""
+        for row in rows:
+            self._skips.add(row)
+            if own := labelled(self._columns, row).get("accuracy"):
+                self._accuracy = f"accuracy {own} at step {row['step']}"
+        if len(rows) == 1 and rows[0]["step"] == 0:
+            self.update(0, rows[0])
 
     def update(self, step: int, metrics: Row) -> None:
         """Show that `step` of the loop is done, with `metrics` of that step."""

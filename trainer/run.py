@@ -5,6 +5,7 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -18,7 +19,7 @@ from trainer.evaluation_sets import EvaluationSet, sets_of_run
 from trainer.finite import Guard, check_finite
 from trainer.fsdp import scatter, shard, tensors
 from trainer.limits import check_model, check_ranks, model_limits
-from trainer.log import RunLog
+from trainer.log import RunLog, read_rows
 from trainer.needs import check_needs
 from trainer.notes import say_parts, say_start
 from trainer.policy import Policy, check_policy, read_policy
@@ -63,6 +64,11 @@ class Run:
         """Append a row to metrics.jsonl; the first rank does."""
         if self.ranks.first:
             self.log.write(metrics)
+
+    def rows(self) -> list[dict[str, Any]]:
+        """What metrics.jsonl has so far; none on other ranks than the first."""
+        path = self.log.metrics_path
+        return read_rows(path) if self.ranks.first and path.exists() else []
 
     def set_learning_rate(self) -> float:
         """Linear warm-up, then constant."""

@@ -69,6 +69,7 @@ def _train(run: Run, on_step: Callable[[int], Any]) -> Path:
         page.refresh()
     shown = progress("RL", settings.steps, start=run.progress.step, shown=first)
     with finishing(), shown as bar:
+        bar.recall(run.rows())
         for step in range(run.progress.step + 1, settings.steps + 1):
             run.progress.step = step
             last = step == settings.steps

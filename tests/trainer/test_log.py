@@ -174,3 +174,30 @@ def test_a_live_bar_on_a_terminal(monkeypatch):
     assert "warm start" in drawn
     assert "5/10" in drawn
     assert "loss 0.750" in drawn
+
+
+def test_a_start_counts_the_steps_of_earlier_ones(capsys):
+    """A resumed run whose last step is skipped has updated its weights before."""
+    skipped = {"skipped/few_groups": 1.0, "updates": 0.0}
+    earlier = [
+        {"step": 0, "eval/accuracy": 0.5},
+        {"step": 1, "updates": 1.0},
+        {"step": 2, **skipped},
+    ]
+    with progress("RL", 3, start=2) as bar:
+        bar.recall(earlier)
+        bar.update(3, skipped)
+    out = capsys.readouterr().out
+    assert out.startswith("RL 3/3")
+    assert "skipped: few useful groups (2 of 3)  accuracy 50.0% at step 0" in out
+    assert "No step updated" not in out
+
+
+def test_what_a_fresh_run_begins_with_is_shown(capsys):
+    with progress("RL", 3) as bar:
+        bar.recall(
+            [{"step": 0, "eval/accuracy": 0.5, "eval/timeouts": 2.0, "eval/a.timeouts": 1.0}]
+        )
+    assert capsys.readouterr().out == (
+        "RL 0/3  accuracy 50.0%  verifier time-outs in evaluation 3\n"
+    )
