@@ -104,7 +104,8 @@ class Resuming:
     def _refuse(self, changes: Sequence[Change]) -> None:
         different = [c for c in changes if c.effect is None and not self._is_allowed(c.name)]
         if different:
-            names = " ".join(change.name for change in different)
+            # Those that are allowed have to be named again.
+            names = " ".join([*(self.allowed or ()), *(change.name for change in different)])
             raise ValueError(
                 f"{self.folder} holds a run with other settings: "
                 f"{'; '.join(map(str, different))}. Choose another --name; go on with these, which "

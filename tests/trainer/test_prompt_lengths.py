@@ -125,7 +125,7 @@ def test_a_row_that_the_tokenizer_cannot_encode_is_named(tmp_path):
     """The tiny model's has no token for letters, and none for what it does not know."""
     tokenizer = build_tiny(0)[1]
     prompts(tmp_path / "a.jsonl", row8="What is 1 + 1?")
-    says = "row 8 of test: the tokenizer cannot encode 'What is 1 [+] 1[?]': .*UNK"
+    says = "row 8 of test: the tokenizer cannot encode 'What is 1 [+] 1[?]': .*UNK.* model.path"
     with pytest.raises(ValueError, match=says):
         check_prompts(made(tmp_path, tokenizer), tokenizer, None, 0)
 

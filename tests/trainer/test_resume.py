@@ -164,7 +164,7 @@ def test_other_settings_need_leave(whole, tmp_path, capsys):
     with pytest.raises(ValueError, match=says):
         train(other)
     with pytest.raises(
-        ValueError, match=r"settings: optimizer.betas was .*changes optimizer.betas"
+        ValueError, match=r"settings: optimizer.betas was .*changes algorithm optimizer.betas;"
     ):
         train(other, allow_changes=["algorithm"])
     with pytest.raises(ValueError, match="no setting 'fraction' to be changed"):

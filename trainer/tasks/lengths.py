@@ -120,7 +120,8 @@ def _ids(problem: Problem, tokenizer: Any, what: str) -> list[int]:
         raise ValueError(f"{what}: {error}") from error
     except Exception as error:
         raise ValueError(
-            f"{what}: the tokenizer cannot encode {problem.prompt!r:.80}: {error}"
+            f"{what}: the tokenizer cannot encode {problem.prompt!r:.80}: {error}. Another "
+            "model.path has another tokenizer"
         ) from error
 
 
