@@ -147,6 +147,11 @@ def show(results: Mapping[str, Any]) -> None:
         table.add_row(*_cells("average", results["average"], samples, chances, partial))
     console = Console()
     (console if console.is_terminal else Console(width=_PLAIN_WIDTH)).print(table)
+    for name, own in sets.items():
+        failed = {"timed out": own["timeouts"], "crashed": own["crashes"]}
+        if said := " and ".join(f"{how} on {n:,}" for how, n in failed.items() if n):
+            of = own["problems"] * own["samples"]
+            print(f"warning: {name}: the verifier {said} of {of:,} responses; these score 0")
 
 
 def _numbers(row: Row) -> Row:

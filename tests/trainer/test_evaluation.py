@@ -194,7 +194,7 @@ def test_greedy_has_no_entropy_to_estimate(asked):
     assert "entropy" not in found
 
 
-def test_what_the_verifier_fails_on_is_wrong_and_counted(asked, tmp_path, monkeypatch):
+def test_what_the_verifier_fails_on_is_wrong_and_counted(asked, tmp_path, monkeypatch, capsys):
     (tmp_path / "own_verifier.py").write_text(
         "def judge(prompt, response, answer):\n    return 1 / len(response.split())\n"
     )
@@ -206,6 +206,8 @@ def test_what_the_verifier_fails_on_is_wrong_and_counted(asked, tmp_path, monkey
     assert [response["crashed"] for response in responses] == empty
     assert found["crashes"] == sum(empty) > 0
     assert found["timeouts"] == 0
+    told = f"warning: amc23: the verifier crashed on {sum(empty)} of 40 responses; these score 0\n"
+    assert told in capsys.readouterr().out
     # Partial credit is not right.
     right = [len(response["text"].split()) == 1 for response in responses]
     assert found["avg@4"]["value"] == pytest.approx(statistics.fmean(right))
