@@ -118,7 +118,12 @@ def test_a_comparison_runs_each_arm_once_and_resumes(tmp_path, capsys):
     assert out.with_name("comparison-ablation.svg").exists()
     # One warm start a seed, shared by its arms.
     assert len(list((tmp_path / "warm").iterdir())) == 2
-    assert "runs 4/4" in capsys.readouterr().out
+    said = capsys.readouterr()
+    assert "runs 4/4" in said.out
+    idle = ", ".join(f"{run['arm']}/seed-{run['seed']}" for run in found["runs"])
+    assert not any(run["rows"] for run in found["runs"])
+    assert f"warning: every step of {idle} was skipped" in said.err
+    assert f"report {tmp_path}/ladder/top-20/seed-0 tells why" in said.err
 
 
 def test_a_run_that_fails_is_told_and_the_others_go_on(tmp_path):
@@ -311,6 +316,22 @@ def test_tables_say_which_arms_differ():
     ]
     assert ["**yes**" in line for line in lines] == [True, True, True]
     assert final(results, "all")[2] == pytest.approx(0.42 + 0.31 + 0.004)
+
+
+def test_runs_that_updated_nothing_are_told():
+    results = made_up()
+    table = arm_table(results, "ablation")
+    assert "updated nothing" not in table
+    idle = next(run for run in results["runs"] if run["arm"] == "top-20")
+    idle["rows"] = 0.0
+    for values in idle["training"].values():
+        values[:] = [None] * len(values)
+    table = arm_table(results, "ablation")
+    count = sum(run["arm"] in STUDIES["ablation"] for run in results["runs"])
+    assert table.endswith(
+        f"\n\n1 of {count} runs updated nothing: each of their steps was skipped."
+    )
+    assert "nan" not in table
 
 
 def test_results_that_have_no_count_are_of_what_was_asked_for():

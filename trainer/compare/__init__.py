@@ -88,8 +88,15 @@ def compare(settings: Comparison) -> int:
 
             outcome = drive(configs, settings.jobs, settings.hours, shown)
         results()
+        found = json.loads(out.read_text("utf-8"))
         if outcome.finished:
-            write_files(json.loads(out.read_text("utf-8")), out)
+            write_files(found, out)
+    if idle := [f"{run['arm']}/seed-{run['seed']}" for run in found["runs"] if not run["rows"]]:
+        print(
+            f"warning: every step of {', '.join(idle)} was skipped, so nothing was trained there; "
+            f"python -m trainer report {folder / idle[0]} tells why",
+            file=sys.stderr,
+        )
     for name, lines in outcome.failed.items():
         print(f"{name} failed:\n{lines}", file=sys.stderr)
     if outcome.left:

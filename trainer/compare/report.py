@@ -63,6 +63,12 @@ def arm_table(results: Results, study: Study) -> str:
             _rows(_values(results, arm, lambda run: run["rows"]), everything),
         ]
         lines.append(f"| {NAMES.get(arm, arm)} | {after.seeds} | {' | '.join(cells)} |")
+    runs = [run for arm in _arms(results, study) for run in _runs(results, arm)]
+    if idle := sum(not run["rows"] for run in runs):
+        lines += [
+            "",
+            f"{idle} of {len(runs)} runs updated nothing: each of their steps was skipped.",
+        ]
     return "\n".join(lines)
 
 
@@ -175,7 +181,9 @@ def percent(found: Interval, half: bool = True) -> str:
 
 
 def plain(found: Interval, digits: int) -> str:
-    """A number with its half width."""
+    """A number with its half width; a dash where a run has none."""
+    if math.isnan(found.mean):
+        return "-"
     if found.seeds < 2:
         return f"{found.mean:.{digits}f}"
     return f"{found.mean:.{digits}f} ± {found.high - found.mean:.{digits}f}"
