@@ -63,7 +63,9 @@ def find(run: Path, step: int | None = None) -> Path:
     if step is None:
         found = checkpoint.latest(run, _ALONE)
         if found is None:
-            raise ValueError(f"{run} is not the folder of a run with a checkpoint")
+            raise ValueError(
+                f"{run} is not the folder of a run with a checkpoint; --step N names one of a run"
+            )
         return found
     path = checkpoint.path_of(run, step)
     if not path.exists():

@@ -72,7 +72,7 @@ def test_what_cannot_be_exported_is_said(tmp_path, capsys):
         assert not out.exists() or out.is_file()
         return capsys.readouterr().err
 
-    assert "run is not the folder of a run with a checkpoint" in error()
+    assert "run is not the folder of a run with a checkpoint; --step N" in error()
     save(run)
     assert "step-000003 does not exist; there are: step-000002" in error("--step=3")
     (run / "checkpoints" / "step-000002" / "config.json").write_text("{}")

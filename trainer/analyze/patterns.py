@@ -173,7 +173,8 @@ def _show(found: dict[str, Any], settings: Patterns) -> None:
     low, high = found["accuracy_interval"]
     print(
         f"accuracy {found['accuracy']:.1%}, 95% interval {low:.1%} to {high:.1%}, of "
-        f"{found['problems']:,} problems with {samples_of(settings)} responses each"
+        f"{found['problems']:,} problem{'s' * (found['problems'] != 1)} with "
+        f"{samples_of(settings)} response{'s' * (samples_of(settings) != 1)} each"
     )
     # Few tokens have most of the entropy, so that 80% and more may lie below the mean of all.
     print(
