@@ -4,17 +4,19 @@ from pathlib import Path
 
 import pytest
 
-from tests.trainer import answer_pairs, more_answer_pairs
+from tests.trainer import answer_pairs, more_answer_pairs, other_answer_pairs
 from trainer.tasks.math_answers import math_reward
 
 
 def table() -> list[tuple[str, str, str, bool]]:
     """Group, gold, response and whether it is right."""
-    boxed = answer_pairs.BOXED | more_answer_pairs.BOXED
+    tables = (answer_pairs, more_answer_pairs, other_answer_pairs)
+    boxed = [group for one in tables for group in one.BOXED.items()]
+    free = [group for one in tables[1:] for group in one.WHOLE.items()]
     rows = [
         (group, gold, text if whole else f"\\boxed{{{text}}}", right)
-        for whole, groups in ((False, boxed), (True, more_answer_pairs.WHOLE))
-        for group, pairs in groups.items()
+        for whole, groups in ((False, boxed), (True, free))
+        for group, pairs in groups
         for gold, rights, wrongs in pairs
         for right, texts in ((True, rights), (False, wrongs))
         for text in texts

@@ -5,6 +5,7 @@ Texts are in the one spelling of `trainer.tasks.spelling`.
 
 import itertools
 import logging
+import re
 from dataclasses import replace
 from fractions import Fraction
 from typing import Any
@@ -29,6 +30,8 @@ _LATEX = LatexExtractionConfig(
 def same_expression(gold: str, answer: str) -> bool:
     """Whether math-verify finds the two equal; of constants their values decide."""
     if "\\text" in gold + answer or max(itertools.accumulate(map(_step, answer))) > _DEEPEST:
+        return False
+    if _differ_in_case(gold, answer):
         return False
     try:
         return _same_parsed(gold, answer)
@@ -62,6 +65,12 @@ def _parsed(text: str) -> Any:
     # It reads the imaginary unit as a name, which it says is not real.
     units = {name: sympy.I for name in found[0].free_symbols if str(name) == "i"}
     return found[0].subs(units) if units else found[0]
+
+
+def _differ_in_case(gold: str, answer: str) -> bool:
+    """Whether the letters are the same but for capitals, which math-verify takes for equal."""
+    left, right = (set(re.sub(r"\\[a-zA-Z]+|[^a-zA-Z]", "", text)) for text in (gold, answer))
+    return left != right and {x.lower() for x in left} == {x.lower() for x in right}
 
 
 def _is_constant(value: Any) -> bool:

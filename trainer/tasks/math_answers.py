@@ -30,9 +30,14 @@ _LOOSE = re.compile(
     r"|(?<![\w^.])-?(?:\\?\$)?\d[\d,]*(?:\.\d+)?(?:[eE]-?\d+)?(?:/\d+)?(?![\w^(!])(?:\s*\\?%)?"
 )
 _BETWEEN = re.compile(r"[ ,]*(?:or|and)?[ ,]*")
-_STATED = re.compile(r"(?i:answer\s*(?:is|:)\s*:?|####)")
+_STATED = re.compile(r"(?i:(?:answer|(?:option|choice)(?=\s+is|:))\s*(?:is|:)\s*:?|####)")
 _SENTENCE_END = re.compile(r"\.\s|\n")
-_HEDGE = re.compile(r"(?i:\b(?:not|or|either|least|most|than)\b|n't)")
+_NOT = re.compile(r"(?i:\bnot\b|n't)")
+_SCALE = r"\b(?:hundred|thousand|[mbt]r?illion|dozen)s?\b"
+_HEDGE = re.compile(rf"(?i:\b(?:not|or|either|least|most|than)\b|n't|{_SCALE})")
+_AFTER = re.compile(rf"(?i:\s*{_SCALE})")
+_COMPARED = re.compile(r"(?:[<>≤≥≠]|\\(?:[lg]eq?|neq?|[lg]t|approx)(?![a-zA-Z]))\s*$")
+_BOLD = re.compile(r"\*\*(?!\w)|(?<!\w)\*\*")
 
 
 def math_reward(gold: str, response: str) -> float:
@@ -68,6 +73,7 @@ def _loose_answers(response: str) -> list[str]:
     It is the rest of the sentence after its last "answer is", or the one formula or number in it if
     nothing hedges that; else the last formula or number of the response, with those beside it.
     """
+    response = _BOLD.sub("", response)
     *_, stated = _STATED.split(response)
     sentence = _SENTENCE_END.split(stated.lstrip(), maxsplit=1)[0].strip()
     if stated == response or not sentence:
@@ -78,13 +84,18 @@ def _loose_answers(response: str) -> list[str]:
 
 
 def _last_run(response: str) -> list[str]:
-    """The last formula or number, with those of a list that it ends."""
+    """The last formula or number, with those of a list that it ends; none of a sentence that denies
+    it, none that is compared, or counts thousands."""
     found = list(_LOOSE.finditer(response))
     if not found:
         return []
     first = last = found.pop()
     while found and _BETWEEN.fullmatch(response[found[-1].end() : first.start()]):
         first = found.pop()
+    before, after = response[: first.start()], response[last.end() :]
+    sentence = _SENTENCE_END.split(before)[-1] + _SENTENCE_END.split(after, maxsplit=1)[0]
+    if _COMPARED.search(before) or _AFTER.match(after) or _NOT.search(sentence):
+        return []
     return [response[first.start() : last.end()]]
 
 
@@ -144,7 +155,7 @@ def _same_relations(gold: str, answer: str, depth: int) -> bool:
 def _same_named(gold: str, answer: str, depth: int) -> bool:
     """Values of the same name, or of one that gold or answer leaves out."""
     (name, golds), (other, answers) = name_and_values(gold), name_and_values(answer)
-    if len(golds) > 1 and not name:
+    if (len(golds) > 1 and not name) or re.search(r"(?<!\{)[+-]", name):  # x + y = 3 names no value
         return "=" in answer and same_expression(gold, answer)
     if (not name or not other or name == other) and all(
         _same(golds[-1], value, depth + 1) for value in answers
@@ -165,7 +176,7 @@ def _same_value(gold: str, answer: str) -> bool:
     if _TIME.fullmatch(left.text) or left.unit.startswith("base"):
         return squeeze(left.text).lstrip("0") == squeeze(right.text).lstrip("0")
     if _is_words(left.text) or _is_words(right.text):
-        return _letters(left.text) == _letters(right.text) and bool(_letters(left.text))
+        return _letters(left.text) == _letters(right.text) and len(_letters(left.text)) > 1
     if left.percent != right.percent:
         return False
     return same_expression(left.text, right.text)

@@ -27,7 +27,7 @@ _UNIT = re.compile(
 )
 _NO_UNIT = re.compile(
     r"\b(?:or|and|not|no|more|less|fewer|least|most|than|to|about|approx\w*|hundred|thousand"
-    r"|[mb]illion)\b"
+    r"|[mbt]r?illion|dozen)\b"
 )
 _NO_VALUE = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc|text)(?![a-z])|[^\d}a-zA-Z.!]$")
 _NAMES = {
@@ -41,6 +41,8 @@ _NAMES = {
     **dict.fromkeys(("hour", "hr"), "h"),
     **dict.fromkeys(("^\\circ", "degree"), "deg"),
     **dict.fromkeys(("unit", "unit^2", "units^2", "unit^3", "units^3"), ""),
+    **dict.fromkeys(("euros", "eur", "€"), "euro"),
+    "£": "lb",
     "gram": "g",
     "kilogram": "kg",
     "mile": "mi",
@@ -152,6 +154,7 @@ def read_quantity(text: str) -> Quantity:
 def _unit(text: str) -> str:
     """One name of each unit."""
     words = re.sub(r"\\text\{([^{}]*)\}", r" \1 ", text).replace("\\cdot", " ")
+    words = re.sub(r"\b(?:(m)|k)ph\b", lambda found: "mi / h" if found[1] else "km / h", words)
     words = re.sub(r"\bsq(?:uare|\.)?\s+(\w+)", r"\1^2", words)
     words = re.sub(r"\bcu(?:bic|\.)?\s+(\w+)", r"\1^3", words)
     words = re.sub(r"\^\{(-?\d)\}", r"^\1", words).replace(" per ", " / ").replace(".", "")

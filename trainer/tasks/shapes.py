@@ -12,8 +12,9 @@ _MATRIX = re.compile(r"\\begin\{([pbvBV]?matrix|array)\}(?:\{[clr|]*\})?(.*)\\en
 _RELATIONS = ("<", ">", "\\le", "\\ge", "\\ne")
 _FLIPPED = {">": "<", "\\ge": "\\le"}
 _NAME = re.compile(
-    r"(?:m?\\angle\s*)?(?:\\?[a-zA-Z]+'?(?:_(?:\w|\{\w+\}))?|\\text\{[^{}]*\})(?:\([^()=]*\))?"
-    r"|\([a-zA-Z](?:,\s*[a-zA-Z])+\)"
+    r"(?:m?\\angle\s*)?(?:\\?[a-zA-Z]+'?(?:_(?:\w|\{\w+\}))?|\\text\{[^{}]*\})"
+    r"(?:(?:\^\{-1\})?\([^()=]*\))?"
+    r"|\((?:[a-zA-Z]|\\(?:theta|phi|rho))\s*(?:,\s*(?:[a-zA-Z]|\\(?:theta|phi|rho))\s*)+\)"
 )
 
 

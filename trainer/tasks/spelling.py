@@ -10,10 +10,11 @@ import re
 _UNICODE = str.maketrans(
     {chr(0xFF10 + digit): str(digit) for digit in range(10)}
     | {"−": "-", "–": "-", "—": "-", "×": r"\times ", "·": r"\cdot ", "⋅": r"\cdot ", "÷": "/"}
-    | {"π": r"\pi ", "θ": r"\theta ", "√": r"\sqrt ", "∞": r"\infty ", "±": r"\pm ", "°": "^\\circ"}
+    | {"π": r"\pi ", "θ": r"\theta ", "∞": r"\infty ", "±": r"\pm ", "°": "^\\circ"}
     | {"≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ", "≈": r"\approx ", "∈": r"\in ", "∅": r"\emptyset "}
     | {"∪": r"\cup ", "∩": r"\cap ", "ℝ": r"\mathbb{R}", "½": r"\frac{1}{2}", "⁄": "/"}
     | {"²": "^{2}", "³": "^{3}", "\u00a0": " ", "\u2009": " ", "\u202f": " ", "’": "'", "，": ","}
+    | {"✓": "", "✔": "", "✅": "", "\ufe0f": ""}
     | {"（": "(", "）": ")", "：": ":", "％": "%", "．": ".", "＝": "="}
 )
 _TEXT = (
@@ -31,12 +32,17 @@ _RULES = tuple(
         (r"(?<=\d\d)\{,\}(?=\d{3}(?!\d))", ""),
         (r"(?<=\d)(?:\\[,;:!]|\s*~)(?=\d{3}(?!\d))", ""),
         (r"(?<=\d)\{,\}(?=\d)", "."),
-        # Blanks and sizes.
+        # Blanks, sizes and colours.
+        (r"\\\\\s*\[\s*-?[\d.]+\s*[a-z]{2}\s*\]", r"\\\\ "),
+        (r"\\(?:text)?color\s*\{[^{}]*\}|\\(?:underline|checkmark|blacksquare)(?![a-zA-Z])", ""),
+        (r"\\(?:tiny|small|normalsize|large|Large|LARGE|huge|Huge)(?![a-zA-Z])", ""),
         (r"(?<!\\)\\[,;:!> ]|(?<!\\)~|\\(?:q?quad|hspace\{[^{}]*\}|phantom\{[^{}]*\})", " "),
         (r"\\(?:displaystyle|textstyle|limits|bigl?|bigr|Bigl?|Bigr|Biggl?|Biggr)(?![a-zA-Z])", ""),
         (r"\\(?:left|right)(?![a-zA-Z])\.?", ""),
+        (r"[(\[]\s*(\\begin\{array\}(?:(?!\\begin).)*\\end\{array\})\s*[)\]]", r"\1"),
         # Marks of mathematics, and the dollars that money costs.
         (r"\\\$\s*(\d+(?:,\d{3})*(?:\.\d+)?)", r"\1\\text{dollar}"),
+        (r"([£€¥₹])\s*(\d+(?:,\d{3})*(?:\.\d+)?)", r"\2\\text{\1}"),
         (r"\\\$|\$|(?<!\\)\\[()]|(?<!\\)\\[\[\]]", ""),
         # Words.
         (r"\\(?:rm|bf|it)(?![a-zA-Z])\s*", ""),
@@ -44,13 +50,19 @@ _RULES = tuple(
         (_TEXT, r"\\text{\1}"),
         (r"\\text\{([^{}]*\d[^{}]*)\}", r" \1 "),
         (rf"\\text\{{\s*({_FUNCTIONS})\s*\}}", r"\\\1 "),
-        (r"\\text\{\s*(?:[,;]?\s*(?:and|or)|,|;)\s*\}", ","),
+        (r",?\s*\\text\{\s*(?:[,;]?\s*(?:and|or)|,|;)\s*\}", ","),
+        (r"(?<=\d)\s*(?:\\text\{\s*to\s*\}|\bto\b|\\colon(?![a-zA-Z]))\s*(?=\d)", ":"),
         (r",?\s*\b(?<!\\)(?:and|or)\b(?![^{}]*\})", ","),
         (r"\\text\{\s*([ei])\s*\}", r" \1 "),
         (r"\\text\{\s*(?:percent|%|\\%)\s*\}|\\?%|(?<=\d)\s*percent\b", r"\\%"),
         (r"\s*;", ","),
         # Names of one thing.
-        (r"\\[dtc]frac", r"\\frac"),
+        (r"\\(?:[dtcs]|nice)frac", r"\\frac"),
+        (r"\\[dt]?binom\s*(\d)\s*(\d)", r"\\binom{\1}{\2}"),
+        (r"\\[dt]binom", r"\\binom"),
+        (r"\{([^{}]*)\\choose(?![a-zA-Z])([^{}]*)\}", r"\\binom{\1}{\2}"),
+        (r"\\log\s*_\s*(?:e|\{\s*e\s*\})(?![a-zA-Z])", r"\\ln "),
+        (r"\(\s*([\dA-F]+)\s*\)\s*_", r"\1_"),
         (r"\\(?:leqslant|leq|le)(?![a-zA-Z])|<=", r"\\le "),
         (r"\\(?:geqslant|geq|ge)(?![a-zA-Z])|>=", r"\\ge "),
         (r"\\lt(?![a-zA-Z])", "<"),
@@ -70,6 +82,8 @@ _RULES = tuple(
         (r"\*\*", "^"),
         (r"\*", r"\\cdot "),
         # Braces that may be left out.
+        (r"√\s*(\d+(?:\.\d+)?)", r"\\sqrt{\1}"),
+        (r"√", r"\\sqrt "),
         (r"\\sqrt\s*\(([^()]*)\)", r"\\sqrt{\1}"),
         (r"\\sqrt\s*(\w|\\pi)", r"\\sqrt{\1}"),
         (r"\\frac\s*([a-zA-Z\d])\s*([a-zA-Z\d])", r"\\frac{\1}{\2}"),
@@ -84,7 +98,7 @@ _RULES = tuple(
         (r"^(\s*\\text\{)?\s*(?:[Tt]he )?(?:[Ff]inal )?[Aa]nswer\s*(?:is|:)\s*:?", r"\1"),
         (r"\\text\{\s*\}", ""),
         (r"(?:^|(?<=[(\[,]))\s*\+", ""),
-        (r"[\s.,:]+$", ""),
+        (r"[\s.,:\\]+$", ""),
     )
 )
 _BARE_THOUSANDS = re.compile(r"(?<![\d.,])(\d{1,3}(?:,\d{3})+)(?![\d,])")
