@@ -92,6 +92,8 @@ def _end_of_turn(tokenizer: Any) -> set[int]:
         text = tokenizer.apply_chat_template(said, tokenize=False)
     except Exception:  # a template may refuse any conversation, in any way
         return set()
+    if _SAID not in text:  # a template may change words
+        return set()
     after = tokenizer(text.rpartition(_SAID)[2].lstrip(), add_special_tokens=False).input_ids
     return set(after[:1]) & {i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
 
@@ -103,9 +105,9 @@ def _ids(value: int | Sequence[int] | None) -> set[int]:
 
 
 def _in_front(own: Sequence[int], whole: Sequence[int]) -> Sequence[int]:
-    """What `whole` has before `own`; nothing where that is there already."""
+    """What `whole` has before `own`; nothing where that is there already, if only its beginning."""
     for start in range(len(whole) - len(own) + 1):
         if list(whole[start : start + len(own)]) == list(own):
             front = list(whole[:start])
-            return [] if list(own[:start]) == front else front
+            return [] if list(own[:1]) == front[:1] else front
     return []

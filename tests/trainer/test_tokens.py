@@ -9,7 +9,7 @@ import torch
 from tokenizers import processors
 
 from tests.trainer.small import Even, build_policy, build_tokenizer
-from tests.trainer.tokenizer_kinds import KINDS, pieces_of_sentences
+from tests.trainer.tokenizer_kinds import KINDS, Kind, byte_level, pieces_of_sentences
 from trainer.config import Data, Reward
 from trainer.engines import Sampled
 from trainer.problems import Problem
@@ -83,6 +83,21 @@ def test_a_character_of_several_tokens_is_shown_at_its_last():
     assert pieces(tokenizer, tokens[:-1]) == ["", "é", " ", "a", "", "\ufffd"]
     letters = pieces_of_sentences()
     assert pieces(letters, response_ids(letters, "1 a b")) == ["1", " a", " ", "b"]
+
+
+def test_a_text_that_begins_as_the_tokenizer_does_gets_nothing_in_front():
+    tokenizer = byte_level(bos_token="<b>", eos_token="<e>", special=["<c>"], front=["<b>", "<c>"])
+    assert tokens_of(tokenizer, Problem("a", None)) == ["<b>", "<c>", "a"]
+    assert tokens_of(tokenizer, Problem("<b><c>a", None)) == ["<b>", "<c>", "a"]
+    assert tokens_of(tokenizer, Problem("<b>a", None)) == ["<b>", "a"]
+
+
+def test_a_template_that_changes_words_tells_no_end_of_turn():
+    """The start of a turn, which comes first in its text, ends nothing."""
+    template = "{% for m in messages %}<s>{{ m['content'] | upper }}<t>{% endfor %}"
+    tokenizer = byte_level(eos_token="<e>", special=["<s>", "<t>"], template=template)
+    ends = end_ids(tokenizer, model_of(Kind(tokenizer, [], [])), True)
+    assert tokenizer.convert_ids_to_tokens(ends) == ["<e>"]
 
 
 def test_the_llama_presets_template_gives_one_token_of_begin():
