@@ -75,6 +75,12 @@ def test_anything_else_ends_in_one_line_that_names_all(value):
     assert str(raised.value).endswith(r"for the prompt '1 +\n2 =', response '3\n'")
 
 
+def test_the_mean_of_the_largest_verdicts_is_a_number(tmp_path, monkeypatch):
+    rows = run(tmp_path, monkeypatch, (3e38, 3e38))
+    assert all(row["reward/mean"] == pytest.approx(3e38) for row in rows)
+    assert not any(row.get("log/nonfinite") for row in rows)
+
+
 def run(folder, monkeypatch, verdicts, **reward):
     """The metrics of three steps."""
     monkeypatch.setattr("trainer.run.make_task", lambda *_: Scaled(verdicts))
