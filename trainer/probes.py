@@ -30,13 +30,16 @@ def check_states(policy: Any) -> None:
     Collective where the policy is sharded.
 
     Raises:
-        ValueError: it has not; with what its settings say of noise.
+        ValueError: it has not, or they are not finite; with what its settings say of noise.
     """
     name = type(policy.model).__name__
     alone = arrange(some_tokens(policy, _SEVEN), torch.tensor([_SEVEN]), "padded")
     before = random_state(policy.device)
     first = _states(policy, alone)
+    if not first.isfinite().all():
+        raise ValueError(f"{name} cannot be trained: its states in {_dtype(policy)} are not finite")
     far, near = _beside(policy, policy.longest or _SEVEN), _beside(policy, _SEVEN)
+    crowd = _behind(policy)
     again = _states(policy, alone)
     drawn = not all(map(torch.equal, before, random_state(policy.device)))
     if drawn and not torch.equal(first, again):
@@ -49,9 +52,10 @@ def check_states(policy: Any) -> None:
     for got, want, what in (
         (again, first, "the batches before"),
         (near, first, "the other sequences of its batch"),
+        (crowd, first, "the other sequences of its batch"),
         (far, near, "how long the other sequences of its batch are"),
     ):
-        if not _alike(got, want, joined, policy.compute_dtype or policy.model.dtype):
+        if not _alike(got, want, joined, _dtype(policy)):
             raise ValueError(
                 f"{name} cannot be trained: the states of a sequence depend on {what} (by up to "
                 f"{float((got - want).abs().max()):.1e}), so its log-probs are not the sampler's"
@@ -106,6 +110,10 @@ def choose_layout(policy: Any) -> Layout:
     return layout if _close(packed, alone, joined) else "padded"
 
 
+def _dtype(policy: Any) -> torch.dtype:
+    return policy.compute_dtype or policy.model.dtype
+
+
 def _states(policy: Any, packed: Packed) -> Tensor:
     return policy(packed, 1.0, lambda hidden, _: hidden.float())
 
@@ -124,6 +132,18 @@ def _beside(policy: Any, end: int) -> Tensor:
     positions = packed.positions_RW.clone()
     positions[1] += max(end - _SEVEN, 0)
     return _states(policy, replace(packed, positions_RW=positions))[:_SEVEN]
+
+
+def _behind(policy: Any) -> Tensor:
+    """States of the tokens of `check_states` behind two sequences, one of them longer if it may be.
+
+    These repeat a token, and have taken what is shared out, such as the room of an expert.
+    """
+    tokens = some_tokens(policy, _SEVEN)
+    long = max(min(policy.longest or 2 * _SEVEN, 2 * _SEVEN), _SEVEN)
+    counts = torch.tensor([long, _SEVEN, _SEVEN])
+    others = tokens[:1].repeat(long + _SEVEN)
+    return _states(policy, arrange(torch.cat([others, tokens]), counts, "padded"))[-_SEVEN:]
 
 
 def _alike(got: Tensor, want: Tensor, other: Tensor, dtype: torch.dtype) -> bool:

@@ -227,6 +227,25 @@ class Crowded(transformers.LlamaForCausalLM):
         return super().forward(input_ids, position_ids=position_ids, **options)
 
 
+class Filling(transformers.LlamaForCausalLM):
+    """Shares out room: half of a batch's tokens may be of one kind, the first that come."""
+
+    def forward(self, input_ids, **options):
+        flat = input_ids.flatten()
+        taken = (flat[:, None] == flat).tril().sum(1)
+        full = (2 * taken > len(flat)).view(input_ids.shape)
+        return super().forward(input_ids.masked_fill(full, 3), **options)
+
+
+class Widening(transformers.LlamaForCausalLM):
+    """Positions by the width of the batch, padding and all."""
+
+    def forward(self, input_ids, position_ids=None, **options):
+        if position_ids is not None and input_ids.shape[1] > 9:
+            position_ids = 2 * position_ids
+        return super().forward(input_ids, position_ids=position_ids, **options)
+
+
 class Remembering(transformers.LlamaForCausalLM):
     """Positions of the batches before."""
 
@@ -244,6 +263,8 @@ class Remembering(transformers.LlamaForCausalLM):
     [
         (Restless, r"draws random numbers in eval mode; .*attention_dropout=0.25"),
         (Crowded, r"depend on how long the other sequences of its batch are"),
+        (Filling, r"depend on the other sequences of its batch"),
+        (Widening, r"depend on the other sequences of its batch"),
         (Remembering, r"depend on the batches before"),
     ],
 )
@@ -252,6 +273,14 @@ def test_states_that_are_no_function_of_the_sequence_are_refused(kind, message, 
     model = build("Llama", {"attention_dropout": 0.25}).to(dtype)
     model.__class__ = kind
     with pytest.raises(ValueError, match=rf"{kind.__name__} cannot be trained: .*{message}"):
+        check_policy(Policy(model, build_tokenizer()))
+
+
+def test_states_that_are_not_finite_are_named_so():
+    model = build("Llama", {})
+    model.model.layers[0].mlp.down_proj.weight.data[0, 0] = 3e38
+    model.model.layers[0].mlp.up_proj.weight.data.fill_(1e30)
+    with pytest.raises(ValueError, match=r"its states in torch\.float32 are not finite"):
         check_policy(Policy(model, build_tokenizer()))
 
 
