@@ -138,6 +138,11 @@ def test_repeated_prompts_count_once(tmp_path):
             id="no prompt",
         ),
         pytest.param(
+            '{"problem": "a", "solution": "1"}\n',
+            "row 0 has nothing in column 'prompt'; the columns are problem, solution",
+            id="neither",
+        ),
+        pytest.param(
             '{"prompt": "a", "info": {"gold": "1"}}\n',
             "nothing in column 'answer'; the columns are info, info.gold, prompt",
             id="no answer",
@@ -157,7 +162,11 @@ def test_repeated_prompts_count_once(tmp_path):
             "row 1: column 'answer' must hold text, finite numbers or lists of them; got nan",
             id="nan",
         ),
-        pytest.param('{"prompt": "a", "answer": "1"}\n', "to train on and", id="too few"),
+        pytest.param(
+            '{"prompt": "a", "answer": "1"}\n',
+            "to hold out; both need 1, and data.test_fraction is",
+            id="too few",
+        ),
     ],
 )
 def test_bad_files_are_named(content, message, tmp_path):

@@ -56,6 +56,7 @@ class PromptSet:
             raise ValueError(
                 f"{self.name}: its {len(train_rows)} different prompts leave "
                 f"{len(self._train_rows)} to train on and {self.num_test} to hold out; both need 1"
+                + (f", and data.test_fraction is {data.test_fraction}" if test is None else "")
             )
         self._order = lru_cache(2)(self._make_order)
 

@@ -76,8 +76,9 @@ def distinct_prompts(
         field if field in dataset.column_names else field.partition(".")[0]
         for field in (prompt_field, answer_field)
     }
-    narrow = dataset.select_columns(sorted(used & set(dataset.column_names)))
-    for number, row in enumerate(narrow):
+    there = sorted(used & set(dataset.column_names))
+    # A selection of no column has no rows.
+    for number, row in enumerate(dataset.select_columns(there) if there else [{}]):
         prompt, _ = read_row(source, dataset, number, row, prompt_field, answer_field)
         first.setdefault(stable_hash(json.dumps(prompt, sort_keys=True)), number)
     return first
