@@ -23,6 +23,7 @@ BOXED: dict[str, Pairs] = {
         ),
         ("6,3,2", [r"2, 3, \text{ and } 6", "2, 3, and 6"], [r"2, 3, 6, \text{ and } 7"]),
         ("204_5", ["(204)_5", r"(204)_{5}"], ["(204)_6", "(402)_5"]),
+        ("13", [r"{\bf 13}"], ["13_{x}", "13_n"]),
     ],
     "units by other names": [
         ("£20", ["20", "£20", r"20\text{ pounds}"], [r"\$20", "€20", "£2"]),
@@ -36,6 +37,7 @@ BOXED: dict[str, Pairs] = {
     "formulas by other names": [
         (r"\sqrt{51}", ["√51", "√ 51"], ["√5", "√(15)"]),
         (r"\binom{5}{2}", [r"{5 \choose 2}", r"\tbinom52", r"\dbinom{5}{2}"], [r"{5 \choose 1}"]),
+        (r"\sqrt[3]{4}", [r"\sqrt[3]4", r"2^{2/3}"], [r"\sqrt[4]3", r"\sqrt4"]),
         (r"\ln 5", [r"\log_e 5", r"\log_{e}(5)"], [r"\log_5 e", r"\log_{10} 5"]),
         (r"f^{-1}(x)=2x", ["2x", "f^{-1}(x) = 2x"], ["x^{-1}=2x", "f(x) = 2x"]),
         (r"(3, \frac{\pi}{2})", [r"(r,\theta) = (3, \frac{\pi}{2})"], [r"(\theta,r)=(3,\pi)"]),

@@ -20,7 +20,7 @@ _FRACTION = re.compile(
 )
 _REPEATING = re.compile(r"(\d{0,50})\.(\d{0,50})\\overline\{(\d{1,50})\}")
 _MIXED = re.compile(r"(-?\d+) +(\d+/\d+)")
-_BASE = re.compile(r"([A-F]*[0-9][0-9A-F]*)_\{?(?:\\text\{)?(\w+)\}{0,2}")
+_BASE = re.compile(r"([A-F]*[0-9][0-9A-F]*)_\{?(?:\\text\{)?(\d+|[a-z]{3,})\}{0,2}")
 _UNIT = re.compile(
     r"(?P<value>.*?[^\s{(,])\s*(?P<unit>(?:\^\\circ)?"
     r"(?:\s*(?:/|\\cdot)?\s*\\text\{[^{}]*\}(?:\^(?:\d|\{-?\d\}))?)*)"

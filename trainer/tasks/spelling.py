@@ -85,7 +85,7 @@ _RULES = tuple(
         (r"√\s*(\d+(?:\.\d+)?)", r"\\sqrt{\1}"),
         (r"√", r"\\sqrt "),
         (r"\\sqrt\s*\(([^()]*)\)", r"\\sqrt{\1}"),
-        (r"\\sqrt\s*(\w|\\pi)", r"\\sqrt{\1}"),
+        (r"\\sqrt\s*(\[[^\[\]]*\]|)\s*(\w|\\pi)", r"\\sqrt\1{\2}"),
         (r"\\frac\s*([a-zA-Z\d])\s*([a-zA-Z\d])", r"\\frac{\1}{\2}"),
         (r"\\frac\s*([a-zA-Z\d])\s*\{", r"\\frac{\1}{"),
         (r"\\frac\s*(\{[^{}]*\})\s*([a-zA-Z\d])", r"\\frac\1{\2}"),
