@@ -44,6 +44,7 @@ def test_a_run_says_what_it_does(tmp_path, capsys):
         "data     ladder: endless to train on, 8 held out",
         "devices  1 process x cpu, sampling with transformers",
     ]
+    assert said.out.splitlines()[5].startswith("RL 0/2  accuracy ")
     assert said.err.splitlines()[-1] == (
         "warning: an accuracy on 4 held-out problems has a standard error of up to 25 points"
     )
