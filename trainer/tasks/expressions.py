@@ -31,7 +31,8 @@ def same_expression(gold: str, answer: str) -> bool:
     """Whether math-verify finds the two equal; of constants their values decide."""
     if "\\text" in gold + answer or max(itertools.accumulate(map(_step, answer))) > _DEEPEST:
         return False
-    if _differ_in_case(gold, answer):
+    # math-verify reads no capitals, and nothing that stands below a number.
+    if _differ_in_case(gold, answer) or re.search(r"\d\s*_", f"{gold} {answer}"):
         return False
     try:
         return _same_parsed(gold, answer)
@@ -68,7 +69,7 @@ def _parsed(text: str) -> Any:
 
 
 def _differ_in_case(gold: str, answer: str) -> bool:
-    """Whether the letters are the same but for capitals, which math-verify takes for equal."""
+    """Whether the letters are the same but for capitals."""
     left, right = (set(re.sub(r"\\[a-zA-Z]+|[^a-zA-Z]", "", text)) for text in (gold, answer))
     return left != right and {x.lower() for x in left} == {x.lower() for x in right}
 
