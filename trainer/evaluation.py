@@ -165,7 +165,7 @@ def sets_of(settings: Evaluation, asked: Evaluation, policy: Policy) -> Sets:
         template=settings.template,
         instruction=settings.instruction,
     )
-    own = replace(reward, function=asked.function or "", right=given(asked.right, 1.0))
+    own = _from(replace(reward, function=asked.function or ""), given(asked.right, 1.0))
     found = {}
     for name in settings.data:
         judged = own if has_own_columns(name) and name != HELD_OUT else reward
@@ -183,13 +183,18 @@ def _reward(settings: Evaluation) -> Reward:
     """The run's, where the model is one, with what `settings` say."""
     run = source_run(settings.model)
     return replace(
-        run.reward if run else Reward(),
+        _from(run.reward if run else Reward(), given(settings.right, 1.0)),
         function=settings.function or "",
-        right=given(settings.right, 1.0),
         seconds=given(settings.seconds, 10.0),
         gigabytes=given(settings.gigabytes, 4.0),
         workers=settings.workers,
     )
+
+
+def _from(reward: Reward, right: float) -> Reward:
+    """`reward` where verdicts of at least `right` are right, and failures are not."""
+    kept = reward.failed is not None and reward.failed < right
+    return replace(reward, right=right, failed=reward.failed if kept else None)
 
 
 def with_limit(settings: Settings, policy: Policy, sets: Sets) -> Settings:

@@ -58,7 +58,7 @@ def make_set(
 
 def own_verdicts(reward: Reward) -> Reward:
     """`reward` for a set with an answer format of its own: its own verifier, right at 1."""
-    return replace(reward, function="", right=1.0)
+    return replace(reward, function="", right=1.0, failed=None)
 
 
 def sets_of_run(

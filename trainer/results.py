@@ -151,7 +151,7 @@ def show(results: Mapping[str, Any]) -> None:
         failed = {"timed out": own["timeouts"], "crashed": own["crashes"]}
         if said := " and ".join(f"{how} on {n:,}" for how, n in failed.items() if n):
             of = own["problems"] * own["samples"]
-            print(f"warning: {name}: the verifier {said} of {of:,} responses; these score 0")
+            print(f"warning: {name}: the verifier {said} of {of:,} responses; these count as wrong")
 
 
 def _numbers(row: Row) -> Row:

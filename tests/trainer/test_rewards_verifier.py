@@ -3,6 +3,7 @@
 import logging
 
 import pytest
+import torch
 
 from tests.trainer.small import Even, build_policy, settings
 from trainer.config import Data, Reward
@@ -52,6 +53,21 @@ def test_others_score_in_processes_and_a_function_of_ones_own_comes_first(task, 
     assert verdicts.rewards == [0.5, 0.0, 0.0, -2.0]
     assert verdicts.timed_out == [False, True, False, False]
     assert verdicts.crashed == [False, False, True, False]
+
+
+def test_a_failure_is_no_better_than_a_wrong_answer(caplog):
+    """A verifier of -1 and 1, and one whose right answers begin at 0."""
+    for right, failed, scores in ((1.0, -1.0, -1.0), (0.0, None, -1.0), (1.0, None, 0.0)):
+        settings = Reward(SCRIPTED, right=right, failed=failed, seconds=3.0, workers=2)
+        caplog.clear()
+        verdicts = verify(Verifier(Even(), settings), "1", "-1", "hang", "exit")
+        assert verdicts.rewards == [1.0, -1.0, scores, scores]
+        assert ("failed on 2 answers, which score 0, more than" in caplog.text) == (scores == 0)
+        assert settings.is_right(torch.tensor(verdicts.rewards)).tolist() == [True] + [False] * 3
+    with pytest.raises(
+        ValueError, match=r"reward\.failed must be a finite number below .* got 0\.0"
+    ):
+        Reward(right=0.0, failed=0.0)
 
 
 def test_the_first_crash_is_shown_and_no_more(caplog):

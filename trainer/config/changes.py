@@ -58,7 +58,7 @@ KEPT = frozenset(
         *(f"warm_start.{n}" for n in ("steps", "traces", "batch_size", "learning_rate")),
         *(f"warm_start.{n}" for n in ("warmup_steps", "weight_decay")),
         *(f"rollout.{n}" for n in ("prompts", "group_size", "max_new_tokens", "temperature")),
-        *(f"reward.{n}" for n in ("function", "right", "format", "format_weight")),
+        *(f"reward.{n}" for n in ("function", "right", "failed", "format", "format_weight")),
         "reward.drop_truncated",
         "reward.keep_special_tokens",
         *(f"algorithm.{n}" for n in ("loss_type", "fraction", "which", "entropy_source")),

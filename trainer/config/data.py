@@ -51,8 +51,12 @@ class Reward:
     -1 and 1, or partial credit. A group teaches where its verdicts differ."""
     right: float = 1.0
     """Verdicts of at least this are right answers; accuracies count these."""
+    failed: float | None = None
+    """The verdict where such a process takes too long, crashes or runs out of memory: no better
+    than on a wrong answer, such as -1 for a function of -1 and 1. None: 0, or a number below
+    `right` where 0 would be right."""
     seconds: float = 10.0
-    """Limit of one answer in such a process; over it the answer scores 0 and is counted."""
+    """Limit of one answer in such a process; over it the verdict is `failed`, and counted."""
     gigabytes: float = 4.0
     """What such a process may allocate beyond its imports; held on Linux."""
     workers: int = 4
@@ -77,6 +81,11 @@ class Reward:
                 raise ValueError(f"reward.{name} must be > 0; got {getattr(self, name)}")
         if not math.isfinite(self.right):
             raise ValueError(f"reward.right must be a finite number; got {self.right}")
+        if not math.isfinite(self.verdict_on_failure) or self.is_right(self.verdict_on_failure):
+            raise ValueError(
+                f"reward.failed must be a finite number below reward.right, {self.right}, or "
+                f"failures of the verifier would count as right; got {self.verdict_on_failure}"
+            )
         try:
             re.compile(self.format)
         except re.error as error:
@@ -84,6 +93,13 @@ class Reward:
                 'reward.format must be "boxed", "answer" or a regular expression; got '
                 f"{self.format!r}: {error}"
             ) from error
+
+    @property
+    def verdict_on_failure(self) -> float:
+        """`failed`, or what stands for it."""
+        if self.failed is not None:
+            return self.failed
+        return 0.0 if self.right > 0 else self.right - max(1.0, -self.right)
 
     def is_right(self, verdict: Any) -> Any:
         """Whether `verdict`, a number or a tensor of some, is that on a right answer."""

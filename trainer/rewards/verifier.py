@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from trainer.config import Reward
 from trainer.problems import Problem, Task
-from trainer.rewards.pool import Pool
+from trainer.rewards.pool import Outcome, Pool
 from trainer.rewards.worker import as_verdict
 
 ALL_FAIL = 16
@@ -21,23 +21,25 @@ class Verdicts:
 
     rewards: list[float]
     timed_out: list[bool]
-    """Over `reward.seconds`; the reward is 0."""
+    """Over `reward.seconds`; the reward is `reward.failed`."""
     crashed: list[bool]
-    """The verifier raised, ended its process or ran out of memory; the reward is 0."""
+    """It raised, ended its process or ran out of memory; the reward is `reward.failed`."""
 
 
 class Verifier:
     """Scores responses by `settings.function`, the task's `verifier`, or the task's `reward`.
 
     The first two name a "module:function" and run in processes of their own: an answer that hangs
-    or crashes scores 0, is counted, and costs no other. The third runs here, so it must do neither.
+    or crashes scores `reward.failed`, is counted, and costs no other. The third runs here, so it
+    must do neither.
     Nothing in a response is ever evaluated as code by the tasks' own verifiers.
     """
 
     def __init__(self, task: Task, settings: Reward):
         self._task = task
+        self._failed = settings.verdict_on_failure
         self.keep_special_tokens = settings.keep_special_tokens
-        self._warned = False
+        self._warned = self._warned_of_score = False
         function = settings.function or getattr(task, "verifier", "")
         self._pool = (
             Pool(function, settings.workers, settings.seconds, settings.gigabytes)
@@ -60,7 +62,7 @@ class Verifier:
 
         Raises ValueError where the function cannot be imported, returns what is no verdict
         (`as_verdict`), or crashes on every one of at least 16 answers: that is a defect of the
-        function, and a reward of 0 would hide it.
+        function, and the reward of a wrong answer would hide it.
         """
         pairs = list(zip(problems, responses, strict=True))
         if self._pool is None:
@@ -81,11 +83,26 @@ class Verifier:
         if crashes and not self._warned:
             self._warned = True
             _log.warning("%s failed on an answer: %s", self._pool.function, crashes[0])
+        self._compare_failures(outcomes)
         return Verdicts(
-            [outcome.reward for outcome in outcomes],
+            [self._failed if outcome.failure else outcome.reward for outcome in outcomes],
             [outcome.failure == "timeout" for outcome in outcomes],
             [outcome.failure == "crash" for outcome in outcomes],
         )
+
+    def _compare_failures(self, outcomes: Sequence[Outcome]) -> None:
+        """Warn, once, where a failure scores more than an answer does."""
+        given = [outcome.reward for outcome in outcomes if not outcome.failure]
+        failed = len(outcomes) - len(given)
+        if failed and given and min(given) < self._failed and not self._warned_of_score:
+            self._warned_of_score = True
+            _log.warning(
+                "the verifier failed on %d answers, which score %g, more than the least verdict, "
+                "%g: set reward.failed to that of a wrong answer",
+                failed,
+                self._failed,
+                min(given),
+            )
 
     def _ask_task(self, problem: Problem, response: str) -> float:
         value = self._task.reward(problem, response)
