@@ -11,7 +11,7 @@ from trainer import checkpoint
 from trainer.config import Config, Data, Engine, Eval, Model, Reward, Rollout
 from trainer.engines import Engine as Sampler
 from trainer.engines import make_engine
-from trainer.evaluation_sets import HELD_OUT, EvaluationSet, make_set
+from trainer.evaluation_sets import HELD_OUT, EvaluationSet, make_set, warn_of_repeats
 from trainer.evaluation_settings import SAMPLES, Evaluation, given, samples_of, temperature_of
 from trainer.generations import append, open_folder, rows
 from trainer.lock import owned
@@ -67,6 +67,8 @@ def evaluate_model(settings: Evaluation) -> Path:
         policy = load(settings, ranks)
         sets = sets_of(settings, asked, policy)
         settings = with_limit(settings, policy, sets)
+        if ranks.first:
+            warn_of_repeats(sets.values())
         folder, plain = Path(settings.out), asdict(settings)
         problems = {name: one.problems for name, one in sets.items()}
         found = ranks.on_first(lambda: open_folder(folder, plain, _FREE, problems))

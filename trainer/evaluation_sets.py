@@ -87,6 +87,7 @@ def sets_of_run(
     check_prompts(policy, sets, asked.max_new_tokens or settings.rollout.max_new_tokens)
     if ranks.first:
         _warn_of_training(task, sets[1:])
+        warn_of_repeats(sets)
     return sets
 
 
@@ -126,6 +127,19 @@ def _function(task: Task, reward: Reward) -> str:
 
 def _plain(name: str) -> str:
     return re.sub(r"\W+", "_", name, flags=re.ASCII).strip("_")
+
+
+def warn_of_repeats(sets: Iterable[EvaluationSet]) -> None:
+    """Say of each data set how many of its problems ask what one before has asked."""
+    for one in sets:
+        asked = [problem.prompt for problem in one.problems]
+        repeats = len(asked) - len(set(asked))
+        if repeats and hasattr(one.task, "questions"):
+            print(
+                f"warning: {repeats:,} of {len(asked):,} questions of {one.name} are repeated; its "
+                "intervals take them for independent problems, and are too short",
+                file=sys.stderr,
+            )
 
 
 def _warn_of_training(task: Task, sets: Iterable[EvaluationSet]) -> None:

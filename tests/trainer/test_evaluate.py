@@ -236,6 +236,19 @@ def test_questions_that_are_trained_on_are_counted(place, tmp_path, capsys):
     assert f"{seen} of 8 questions of file:{tmp_path / 'test.jsonl'} are in the training" in said
 
 
+def test_repeated_questions_of_a_set_are_counted(place, tmp_path, capsys):
+    """Their set stays as it is, so its intervals take them for independent."""
+    path = tmp_path / "again.jsonl"
+    rows = [{"ask": f"{i % 3} + 1 =", "gold": "7"} for i in range(8)]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    asked = config(place)
+    train(replace(asked, root=str(tmp_path), steps=0, eval=Eval(9, 1, data=(f"file:{path}",))))
+    told = f"warning: 5 of 8 questions of file:{path} are repeated"
+    assert capsys.readouterr().err.count(told) == 1
+    evaluate_model(Evaluation(str(tmp_path / "run"), (f"file:{path}",), out=str(tmp_path / "out")))
+    assert capsys.readouterr().err.count(told) == 1
+
+
 @pytest.mark.parametrize(
     ("question", "prompt", "seen"),
     [
