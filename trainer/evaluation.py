@@ -1,6 +1,7 @@
 """Evaluating a model: many responses a problem, kept as they come, and what they say of it."""
 
 import re
+import sys
 from collections.abc import Mapping
 from contextlib import ExitStack, closing
 from dataclasses import asdict, replace
@@ -18,6 +19,7 @@ from trainer.lock import owned
 from trainer.needs import check_needs
 from trainer.policy import Policy, read_policy
 from trainer.presets import QUESTION
+from trainer.problems import Task
 from trainer.progress import Columns, progress
 from trainer.ranks import Ranks, join
 from trainer.results import Tally, show, write_results
@@ -25,6 +27,7 @@ from trainer.rollout import sample
 from trainer.source_run import SourceRun, source_run
 from trainer.tasks import make_task
 from trainer.tasks.benchmarks import check_sets, has_own_columns, make_benchmark, short_name
+from trainer.tasks.lengths import check_prompts
 from trainer.tokens import prompt_ids
 
 INSTRUCTION = "Please reason step by step, and put your final answer within \\boxed{}."
@@ -173,12 +176,25 @@ def sets_of(settings: Evaluation, asked: Evaluation, policy: Policy) -> Sets:
         judged = own if has_own_columns(name) and name != HELD_OUT else reward
         if name == HELD_OUT and run:
             task = make_task(data, run.seed, policy.tokenizer)
+            _check_held_out(run, task)
+            check_prompts(task, policy.tokenizer, None, data.max_prompt_tokens)
             count = settings.problems or run.eval.problems
         else:
             task = make_benchmark(name, data, settings.split, policy.tokenizer)
             count = settings.problems or task.num_test
         found[short_name(name)] = make_set(short_name(name), task, count, judged)
     return found
+
+
+def _check_held_out(run: SourceRun, task: Task) -> None:
+    """Warn where the data are not those that the run was trained on."""
+    now = getattr(task, "digest", "")
+    if run.digest and now and now != run.digest:
+        print(
+            f"warning: {task.name} has other contents than when {run.folder} started last: other "
+            "problems may be held out, and some of them trained on",
+            file=sys.stderr,
+        )
 
 
 def _reward(settings: Evaluation) -> Reward:

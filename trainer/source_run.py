@@ -22,6 +22,8 @@ class SourceRun:
     rollout: Rollout
     eval: Eval
     engine: Engine
+    digest: str = ""
+    """Of its data's contents at the last start."""
 
     @property
     def sampled_in(self) -> Literal["float32", "bfloat16"]:
@@ -38,7 +40,8 @@ def source_run(model: str) -> SourceRun | None:
     folder = path.parent.parent if path.parent.name == "checkpoints" else path
     if not (folder / "run.json").exists():
         return None
-    config = read_run(folder)["config"]
+    written = read_run(folder)
+    config, inputs = written["config"], written["starts"][-1].get("inputs") or {}
     try:
         return SourceRun(
             folder,
@@ -49,6 +52,7 @@ def source_run(model: str) -> SourceRun | None:
             _part(config, Rollout),
             _part(config, Eval),
             _part(config, Engine),
+            inputs.get("data", ""),
         )
     except (KeyError, TypeError) as error:
         raise other_version(folder / "run.json", error) from error

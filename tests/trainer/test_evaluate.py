@@ -131,6 +131,32 @@ def test_an_evaluation_afterwards_gives_the_numbers_of_training(place, rows):
     assert (sets["amc23"]["right"], sets[names[1]]["right"]) == (1.0, 0.8)
 
 
+def test_held_out_problems_are_those_of_training(place, tmp_path, capsys):
+    """Without the prompts that it left out; and a line where the data have been edited."""
+    path = tmp_path / "sums.jsonl"
+    long = " ".join(["1 +"] * 12)
+    lines = [json.dumps({"ask": f"{long * (i % 2)} {i} + 1 =", "gold": "7"}) for i in range(40)]
+    path.write_text("\n".join(lines))
+    asked = config(place)
+    data = replace(asked.data, task=f"file:{path}", max_prompt_tokens=15)
+    train(replace(asked, root=str(tmp_path), steps=0, data=data, eval=Eval(9, 64)))
+    (row,) = read_rows(tmp_path / "run" / "metrics.jsonl")
+    assert 0 < row["eval/problems"] < 20
+
+    def evaluated(name):
+        out = str(tmp_path / name)
+        results = evaluate_model(Evaluation(str(tmp_path / "run"), out=out, device="cpu"))
+        return json.loads(results.read_text())["sets"]["held-out"], capsys.readouterr().err
+
+    found, told = evaluated("first")
+    assert found["problems"] == row["eval/problems"]
+    assert "other contents" not in told
+    path.write_text("\n".join(lines[:-1]))
+    _, told = evaluated("second")
+    says = f"warning: file:{path} has other contents than when {tmp_path / 'run'} started last: "
+    assert told.count(says) == 1
+
+
 def test_what_is_given_comes_before_the_run(place, tmp_path):
     asked = Evaluation(
         str(place / "run"),
