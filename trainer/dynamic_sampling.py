@@ -55,7 +55,7 @@ def sample_useful(run: Run) -> tuple[Rollouts, dict[str, float], Rollouts]:
     chosen = everything.group_B[groups.useful_B].unique()[:wanted]
     metrics = {
         "reward/mean": float(everything.reward_B.double().mean()),
-        "reward/right": float(settings.reward.is_right(everything.reward_B).float().mean()),
+        "reward/right": float(settings.reward.is_right(everything.reward_B).double().mean()),
         "reward/timeouts": float(everything.timed_out_B.sum()),
         "reward/crashes": float(everything.crashed_B.sum()),
         "response/length": float(everything.mask_BL.sum(1).float().mean()),

@@ -1,10 +1,10 @@
 """Synthetic runs for the tests of the report: `python -m tests.trainer.report_cases FOLDER`
 writes one that goes on, one of 5,000 steps and one that never updated, with their pages."""
 
+import argparse
 import json
 import math
 import random
-import sys
 from pathlib import Path
 
 from trainer.config import Config
@@ -176,4 +176,6 @@ def main(root: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    parser = argparse.ArgumentParser("python -m tests.trainer.report_cases", description=__doc__)
+    parser.add_argument("folder", type=Path, help="where the three runs and their pages go")
+    main(parser.parse_args().folder)

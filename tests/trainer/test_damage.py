@@ -152,13 +152,19 @@ FULL = pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that
 
 
 @FULL
-@pytest.mark.parametrize("name", ["metrics.jsonl", "samples.jsonl"])
-def test_a_full_disk_names_the_file(here, capsys, monkeypatch, name):  # noqa: F811
-    def rewind(log, step):
-        (log.folder / name).unlink()
-        (log.folder / name).symlink_to("/dev/full")
+@pytest.mark.parametrize(
+    ("name", "method"), [("metrics.jsonl", "write"), ("samples.jsonl", "samples")]
+)
+def test_a_full_disk_names_the_file(here, capsys, monkeypatch, name, method):  # noqa: F811
+    write = getattr(RunLog, method)
 
-    monkeypatch.setattr(RunLog, "rewind", rewind)
+    def fill(log, *arguments):
+        """At the write itself: who reads a device that is always full reads for ever."""
+        (log.folder / name).unlink(missing_ok=True)
+        (log.folder / name).symlink_to("/dev/full")
+        write(log, *arguments)
+
+    monkeypatch.setattr(RunLog, method, fill)
     status, (line,) = said(capsys, *TRAIN)
     assert status == 1
     full = "No space left on device: make room, and run the same command"
