@@ -11,11 +11,10 @@ so that the first start of the branch notes what is another, as every start does
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from trainer import checkpoint
 from trainer.config import Config
-from trainer.log import read_rows, replace_text
+from trainer.log import read_rows, read_run, replace_text
 from trainer.ranks import Ranks
 from trainer.resume import read_earlier
 
@@ -52,7 +51,7 @@ def branch(text: str, settings: Config, ranks: Ranks) -> None:
             left.
     """
     origin = ranks.on_first(lambda: find_origin(text))
-    folder = Path(settings.root) / settings.name
+    folder = settings.folder
     if ranks.on_first(lambda: _is_done(folder, origin)):
         return
     path = _checkpoint(origin, ranks)
@@ -98,7 +97,7 @@ def _lay_out(folder: Path, run: Path, path: Path, step: int) -> None:
         if (run / name).exists():
             rows = [row for row in read_rows(run / name) if row["step"] <= step]
             replace_text(folder / name, "".join(json.dumps(row) + "\n" for row in rows))
-    content: dict[str, Any] = json.loads((run / "run.json").read_text("utf-8"))
+    content = read_run(run)
     content["origin"] = {
         "run": str(run.resolve()),
         "name": content["config"]["name"],

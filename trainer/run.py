@@ -79,11 +79,6 @@ class Run:
         return settings.learning_rate * warm
 
 
-def folder_of(settings: Config) -> Path:
-    """The folder of the run."""
-    return Path(settings.root) / settings.name
-
-
 def check_start(settings: Config) -> None:
     """Raise ValueError, before anything is done, for what this machine lacks or cannot hold."""
     check_needs(settings)
@@ -105,7 +100,7 @@ def start(
     """
     allow_changes = known_names(allow_changes)
     check_sets(settings.eval.data)
-    folder = folder_of(settings)
+    folder = settings.folder
     if branch:
         branch_from(branch, settings, ranks)
     found = checkpoint.latest(folder, ranks)

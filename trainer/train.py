@@ -26,7 +26,7 @@ from trainer.progress import progress
 from trainer.ranks import join
 from trainer.report import LiveReport
 from trainer.rewards.terms import shaped_reward
-from trainer.run import Run, check_start, folder_of, start
+from trainer.run import Run, check_start, start
 from trainer.samples import entropy_metrics, write_samples
 from trainer.skips import took_step
 from trainer.stop import asked, end_if, finishing
@@ -51,7 +51,7 @@ def train(
     """
     check_start(settings)
     group = settings.model.compute_dtype is not None
-    with join(settings.device, group) as ranks, owned(folder_of(settings), ranks):
+    with join(settings.device, group) as ranks, owned(settings.folder, ranks):
         run = start(settings, ranks, allow_changes, branch)
         try:
             with stop_is_told(run):

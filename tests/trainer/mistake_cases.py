@@ -6,23 +6,11 @@ import shutil
 from pathlib import Path
 
 import pytest
-import torch
 
-import trainer.run
-from tests.trainer.small import Even, save_folder, settings, use_task
+from tests.trainer.small import Even, on_even, save_folder, settings, use_task  # noqa: F401
 from trainer.__main__ import main
 from trainer.presets import PRESETS
 from trainer.train import train
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    before, task = torch.get_num_threads(), trainer.run.make_task
-    torch.set_num_threads(1)
-    use_task(Even())
-    yield
-    torch.set_num_threads(before)
-    trainer.run.make_task = task
 
 
 @pytest.fixture(scope="module")

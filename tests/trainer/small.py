@@ -1,10 +1,12 @@
 """Models, a tokenizer and a task so small that an RL step takes milliseconds."""
 
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -169,6 +171,17 @@ def settings(root: Path, model: str = "tiny", **changes: Any) -> Config:
 def use_task(task: Any) -> None:
     """Let every run of this process work on `task`."""
     trainer.run.make_task = lambda *_: task
+
+
+@pytest.fixture(scope="module", autouse=True)
+def on_even() -> Iterator[None]:
+    """Runs of a module that imports it work on Even, with one thread."""
+    before, task = torch.get_num_threads(), trainer.run.make_task
+    torch.set_num_threads(1)
+    use_task(Even())
+    yield
+    torch.set_num_threads(before)
+    trainer.run.make_task = task
 
 
 def train_even(config: Config, pause: float = 0.0) -> None:

@@ -11,9 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-import trainer.run
 from tests.processes import forkserver
-from tests.trainer.small import Even, save_folder, settings, use_task
+from tests.trainer.small import Even, on_even, save_folder, settings, use_task  # noqa: F401
 from tests.trainer.test_train import assert_same_run, metrics
 from tests.trainer.worlds import next_world, run_ranks
 from trainer import branch, checkpoint
@@ -25,16 +24,6 @@ from trainer.report import write_report
 from trainer.sharded import read_whole
 from trainer.train import train
 from trainer.watch import watch
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _on_even():
-    before, task = torch.get_num_threads(), trainer.run.make_task
-    torch.set_num_threads(1)
-    use_task(Even())
-    yield
-    torch.set_num_threads(before)
-    trainer.run.make_task = task
 
 
 @pytest.fixture(scope="module")

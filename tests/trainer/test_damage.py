@@ -12,7 +12,7 @@ import transformers
 from safetensors import SafetensorError
 
 import trainer.run
-from tests.trainer.mistake_cases import EVALUATE, TRAIN, _one_thread, here, made, said  # noqa: F401
+from tests.trainer.mistake_cases import EVALUATE, TRAIN, here, made, on_even, said  # noqa: F401
 from trainer.analyze.temperatures import FILE as TEMPERATURES
 from trainer.config import Data
 from trainer.log import RunLog, append_text, read_run, replace_text

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from tests.processes import ROOT
-from tests.trainer.mistake_cases import EVALUATE, TRAIN, _one_thread, here, made, said  # noqa: F401
+from tests.trainer.mistake_cases import EVALUATE, TRAIN, here, made, on_even, said  # noqa: F401
 from trainer import errors
 from trainer.__main__ import main
 from trainer.config import Config, Optimizer

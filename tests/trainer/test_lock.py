@@ -14,13 +14,12 @@ from pathlib import Path
 import datasets
 import psutil
 import pytest
-import torch
 
 import trainer.lock
 import trainer.run
 from tests.processes import forkserver
 from tests.trainer.analyze_cases import options
-from tests.trainer.small import Even, save_folder, settings, use_task
+from tests.trainer.small import Even, on_even, save_folder, settings, use_task  # noqa: F401
 from tests.trainer.worlds import run_ranks
 from trainer.__main__ import main
 from trainer.analyze.evolution import Evolution, analyze_evolution
@@ -32,16 +31,6 @@ from trainer.export import export
 from trainer.lock import owned
 from trainer.ranks import join
 from trainer.train import train
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    before, task = torch.get_num_threads(), trainer.run.make_task
-    torch.set_num_threads(1)
-    use_task(Even())
-    yield
-    torch.set_num_threads(before)
-    trainer.run.make_task = task
 
 
 @pytest.fixture(scope="module")

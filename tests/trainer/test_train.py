@@ -16,7 +16,7 @@ import torch
 
 import trainer.run
 from tests.processes import forkserver
-from tests.trainer.small import Even, save_folder, settings, use_task
+from tests.trainer.small import Even, on_even, save_folder, settings, use_task  # noqa: F401
 from trainer.__main__ import main
 from trainer.config import Algorithm, Eval, Model
 from trainer.log import read_rows
@@ -27,16 +27,6 @@ from trainer.train import train
 ROOT = Path(__file__).parents[2]
 LONG, KILLS = 30, 8  # steps of a run that is killed on the way
 OPERATIONS = 77  # on files that a checkpoint takes
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    before, task = torch.get_num_threads(), trainer.run.make_task
-    torch.set_num_threads(1)
-    use_task(Even())
-    yield
-    torch.set_num_threads(before)
-    trainer.run.make_task = task
 
 
 @pytest.fixture(scope="module")

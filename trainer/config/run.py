@@ -88,6 +88,11 @@ class Config:
     optimizer: Optimizer = field(default_factory=Optimizer)
     tracking: Tracking = field(default_factory=Tracking)
 
+    @property
+    def folder(self) -> Path:
+        """Where the run is written."""
+        return Path(self.root) / self.name
+
     def __post_init__(self) -> None:
         path = Path(self.name)
         if (
