@@ -26,9 +26,9 @@ from typing import Any
 import torch
 
 from trainer import checkpoint
+from trainer.checkpoint.sharded import read_whole
 from trainer.log import read_rows
 from trainer.ranks import Ranks
-from trainer.sharded import read_whole
 
 RESULT = Path(__file__).parent / "results" / "fault_run.json"
 ALONE = Ranks(torch.device("cpu"))

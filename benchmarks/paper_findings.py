@@ -16,10 +16,10 @@ from benchmarks.paper_results import (
     share_above,
 )
 from benchmarks.tables import table
-from trainer.compare import report
-from trainer.compare.arms import ARMS
-from trainer.compare.differences import Interval, differences, interval
-from trainer.figures import Panel, Series, figure
+from trainer.report.charts import Panel, Series, figure
+from trainer.studies.compare import report
+from trainer.studies.compare.arms import ARMS
+from trainer.studies.compare.differences import Interval, differences, interval
 
 TOPS = tuple(
     sorted((a for a in ARMS if a.startswith("top-") and a[4:].isdigit()), key=lambda a: int(a[4:]))

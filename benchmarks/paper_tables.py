@@ -18,12 +18,12 @@ from benchmarks.paper_results import (
     share_above,
 )
 from benchmarks.tables import table
-from trainer.analyze import evolution as evolving
-from trainer.analyze import patterns as patterning
-from trainer.analyze import temperatures as tempering
-from trainer.compare import report
-from trainer.compare.arms import STUDIES, Study
-from trainer.compare.differences import interval
+from trainer.studies.analyze import evolution as evolving
+from trainer.studies.analyze import patterns as patterning
+from trainer.studies.analyze import temperatures as tempering
+from trainer.studies.compare import report
+from trainer.studies.compare.arms import STUDIES, Study
+from trainer.studies.compare.differences import interval
 
 # The paper's, of Qwen3-8B on AIME 2024 and 2025 (section 3), and of Qwen3-14B (Table 1).
 PAPER_BELOW, PAPER_P80 = 0.5064, 0.672

@@ -12,7 +12,7 @@ import torch
 import entropy_kernels as ek
 from benchmarks.peers import heads
 from trainer.config import Algorithm, Config, Optimizer, Rollout
-from trainer.modes import checkpoint_activations
+from trainer.model.modes import checkpoint_activations
 from trainer.policy import Policy, check_policy
 from trainer.ranks import Ranks
 from trainer.types import Problem, Rollouts

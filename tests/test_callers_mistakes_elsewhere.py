@@ -29,7 +29,7 @@ from tests.mistakes import (
     check,
     each,
 )
-from trainer.tiny import build_tiny
+from trainer.tiny.model import build_tiny
 
 TOKENS = {"logprob": LOGPROB, "old_logprob": LOGPROB, "advantage": ADVANTAGE, "mask": MASK}
 FRACTION = mistakes.number(0, -0.2, 1.5, INF)

@@ -31,7 +31,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 from pathlib import Path
 
 from trainer.errors import line, told_elsewhere
-from trainer.stop import STATUS, Stopped, overtaken, signals_stop
+from trainer.launch.stop import STATUS, Stopped, overtaken, signals_stop
 
 USAGE = __doc__
 _GO_ON = ("train", "evaluate", "compare")
@@ -73,7 +73,7 @@ def main(arguments: list[str]) -> int:
 
 
 def _run(command: Callable[[list[str]], int], rest: list[str]) -> int:
-    from trainer.needs import check_base
+    from trainer.launch.needs import check_base
 
     check_base()
     return command(rest)
@@ -136,8 +136,8 @@ def _farewell(stopped: Stopped, arguments: list[str]) -> str:
 
 
 def _train(arguments: list[str]) -> int:
-    from trainer.command_line import parse_train
     from trainer.config.files import as_yaml
+    from trainer.launch.command_line import parse_train
 
     asked = parse_train(arguments)
     if asked.print_config:
@@ -164,7 +164,7 @@ def _evaluate(arguments: list[str]) -> int:
     import transformers
     import tyro
 
-    from trainer.evaluation import Evaluation, evaluate_model
+    from trainer.evaluation.command import Evaluation, evaluate_model
 
     settings = tyro.cli(Evaluation, args=arguments, prog="python -m trainer evaluate")
     transformers.utils.logging.disable_progress_bar()
@@ -173,19 +173,19 @@ def _evaluate(arguments: list[str]) -> int:
 
 
 def _analyze(arguments: list[str]) -> int:
-    from trainer.analyze import main as analyze
+    from trainer.studies.analyze import main as analyze
 
     return analyze(arguments)
 
 
 def _compare(arguments: list[str]) -> int:
-    from trainer.compare import main as compare
+    from trainer.studies.compare import main as compare
 
     return compare(arguments)
 
 
 def _watch(arguments: list[str]) -> int:
-    from trainer.watch import watch
+    from trainer.report.watch import watch
 
     run = _folder("watch", "Follow a run from another terminal.", arguments)
     with contextlib.suppress(KeyboardInterrupt):
@@ -210,7 +210,7 @@ def _plan(arguments: list[str]) -> int:
 
 
 def _report(arguments: list[str]) -> int:
-    from trainer.report import write_report
+    from trainer.report.page import write_report
 
     run = _folder("report", "Write the page of a run.", arguments)
     print(f"report: {write_report(run)}")
@@ -221,7 +221,7 @@ def _export(arguments: list[str]) -> int:
     import transformers
     import tyro
 
-    from trainer.export import export
+    from trainer.checkpoint.export import export
 
     transformers.utils.logging.disable_progress_bar()
     out = tyro.cli(export, args=arguments, prog="python -m trainer export")

@@ -30,7 +30,7 @@ from torch import Tensor
 import entropy_kernels
 from trainer.config import Config
 from trainer.errors import naming
-from trainer.trackers import Trackers
+from trainer.report.trackers import Trackers
 
 _KEY = re.compile(r"[a-z][a-z0-9_]*(/[A-Za-z0-9_.]+)?")
 

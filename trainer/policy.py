@@ -13,13 +13,13 @@ import entropy_kernels as ek
 from entropy_kernels.integrations.hf import LMHead, lm_head
 from trainer import config
 from trainer.fsdp import release, whole
-from trainer.model_folder import Files, read_folder
-from trainer.modes import checkpoint_activations, without_noise
+from trainer.model.folder import Files, read_folder
+from trainer.model.modes import checkpoint_activations, without_noise
+from trainer.model.probes import check_states, choose_layout, some_tokens
+from trainer.model.rope import fix_rope, longest_sequence
+from trainer.model.tokens import end_ids
 from trainer.packing import Layout, Packed, arrange
-from trainer.probes import check_states, choose_layout, some_tokens
-from trainer.rope import fix_rope, longest_sequence
-from trainer.tiny import build_tiny
-from trainer.tokens import end_ids
+from trainer.tiny.model import build_tiny
 
 Result = TypeVar("Result")
 

@@ -11,11 +11,11 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from trainer.engines import Engine, Sampled
-from trainer.limits import check_length
+from trainer.launch.limits import check_length
+from trainer.model.tokens import prompt_ids, response_text
 from trainer.policy import Policy
 from trainer.ranks import Ranks
 from trainer.rewards.verifier import Verifier
-from trainer.tokens import prompt_ids, response_text
 from trainer.types import Problem, Rollouts
 
 

@@ -10,28 +10,28 @@ from typing import Any
 import torch
 
 from trainer import checkpoint
-from trainer.branch import branch as branch_from
 from trainer.checkpoint import Progress
+from trainer.checkpoint.branch import branch as branch_from
+from trainer.checkpoint.resume import inputs_of, resuming, start_record
 from trainer.config import Config
 from trainer.config.changes import known_names
 from trainer.engines import Engine, make_engine
-from trainer.evaluation_sets import EvaluationSet, sets_of_run
+from trainer.evaluation.sets import EvaluationSet, sets_of_run
 from trainer.finite import Guard, check_finite
 from trainer.fsdp import scatter, shard, tensors
-from trainer.limits import check_model, check_ranks, model_limits
+from trainer.launch.limits import check_model, check_ranks, model_limits
+from trainer.launch.needs import check_needs
+from trainer.launch.notes import say_parts, say_start
 from trainer.log import RunLog, read_rows
-from trainer.needs import check_needs
-from trainer.notes import say_parts, say_start
 from trainer.policy import Policy, check_policy, read_policy
-from trainer.progress import WARM_START, progress
 from trainer.ranks import Ranks, local_ranks
-from trainer.resume import inputs_of, resuming, start_record
+from trainer.report.progress import WARM_START, progress
 from trainer.rewards.verifier import Verifier
 from trainer.tasks import make_task
 from trainer.tasks.benchmarks import check_sets
 from trainer.tasks.lengths import Room, check_prompts
+from trainer.tiny.warm_start import Demonstrator, load_or_warm_start
 from trainer.types import Task
-from trainer.warm_start import Demonstrator, load_or_warm_start
 
 
 @dataclass

@@ -10,11 +10,11 @@ from torch import Tensor
 
 from trainer.config import Reward
 from trainer.log import Sample
-from trainer.problems import Task
+from trainer.model.tokens import pieces
+from trainer.report.skips import KINDS
 from trainer.rewards.terms import is_answered
 from trainer.run import Run
-from trainer.skips import KINDS
-from trainer.tokens import pieces
+from trainer.tasks.problem import Task
 from trainer.types import Rollouts
 from trainer.update import Batch
 

@@ -16,20 +16,20 @@ from trainer import checkpoint
 from trainer.advantages import group_advantages
 from trainer.config import Config
 from trainer.dynamic_sampling import sample_useful
-from trainer.evaluate import evaluate
+from trainer.evaluation.in_training import evaluate
 from trainer.finite import naming_step
-from trainer.lock import owned
+from trainer.launch.lock import owned
+from trainer.launch.notes import stop_is_told
+from trainer.launch.stop import asked, end_if, finishing
 from trainer.meters import Meter, clock
 from trainer.mismatch import mismatch_metrics
-from trainer.notes import stop_is_told
-from trainer.progress import progress
 from trainer.ranks import join
-from trainer.report import LiveReport
+from trainer.report.page import LiveReport
+from trainer.report.progress import progress
+from trainer.report.skips import took_step
 from trainer.rewards.terms import shaped_reward
 from trainer.run import Run, check_start, start
 from trainer.samples import entropy_metrics, write_samples
-from trainer.skips import took_step
-from trainer.stop import asked, end_if, finishing
 from trainer.update import Batch, at_least, check_statistics, score, update
 
 
@@ -47,7 +47,7 @@ def train(
 
     Raises:
         ValueError: somebody else works in the run's folder, or what `start` raises.
-        KeyboardInterrupt: `trainer.stop.Stopped`, where a signal has ended it.
+        KeyboardInterrupt: `trainer.launch.stop.Stopped`, where a signal has ended it.
     """
     check_start(settings)
     group = settings.model.compute_dtype is not None

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trainer.problems import Problem, Task
+from trainer.tasks.problem import Problem, Task
 
 __all__ = ["Problem", "Rollouts", "Task"]
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from trainer.config import Config
 from trainer.log import RunLog, Sample
-from trainer.report import write_report
+from trainer.report.page import write_report
 
 WORDS = ["<think>", "\n", "Since", " the", " sum", " is", " 12", ",", " try", " 7", "+", "5", "."]
 PROMPT = "Reach 24 from 3, 5, 7 and 9 with + - * /.\nAnswer in one line."

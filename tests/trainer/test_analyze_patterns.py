@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from tests.trainer.analyze_cases import _one_thread, models, options, sums  # noqa: F401
-from trainer.analyze import main
-from trainer.analyze.patterns import Patterns, analyze_patterns
-from trainer.analyze.statistics import BINS, EntropyStatistics
+from trainer.studies.analyze import main
+from trainer.studies.analyze.patterns import Patterns, analyze_patterns
+from trainer.studies.analyze.statistics import BINS, EntropyStatistics
 
 RELATIVE = 1 / 512  # what the nine bits of a bin leave out
 

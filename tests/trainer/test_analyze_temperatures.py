@@ -4,10 +4,10 @@ import json
 
 import pytest
 
-import trainer.analyze.temperatures
+import trainer.studies.analyze.temperatures
 from tests.trainer.analyze_cases import _one_thread, models, options, sums  # noqa: F401
-from trainer.analyze.temperatures import Temperatures, analyze_temperatures
-from trainer.evaluation import Evaluation, evaluate_model
+from trainer.evaluation.command import Evaluation, evaluate_model
+from trainer.studies.analyze.temperatures import Temperatures, analyze_temperatures
 
 LOW, HIGH = (0.0, 1.0), (1.0, 2.0)
 
@@ -36,7 +36,7 @@ def test_points_are_those_of_the_figure(asked, models, sums, tmp_path):  # noqa:
 
 
 def test_a_stopped_sweep_goes_on(asked, monkeypatch):
-    whole, calls = trainer.analyze.temperatures._accuracy, []
+    whole, calls = trainer.studies.analyze.temperatures._accuracy, []
 
     def stopped(*arguments):
         calls.append(arguments)
@@ -44,7 +44,7 @@ def test_a_stopped_sweep_goes_on(asked, monkeypatch):
             raise KeyboardInterrupt
         return whole(*arguments)
 
-    monkeypatch.setattr(trainer.analyze.temperatures, "_accuracy", stopped)
+    monkeypatch.setattr(trainer.studies.analyze.temperatures, "_accuracy", stopped)
     with pytest.raises(KeyboardInterrupt):
         analyze_temperatures(asked)
     path = analyze_temperatures(asked)
@@ -57,7 +57,7 @@ def test_a_stopped_sweep_goes_on(asked, monkeypatch):
 
 
 def test_a_given_threshold_is_not_measured(asked, monkeypatch):
-    monkeypatch.setattr(trainer.analyze.temperatures, "_threshold", None)
+    monkeypatch.setattr(trainer.studies.analyze.temperatures, "_threshold", None)
     given = Temperatures(**vars(asked) | {"threshold": 0.4, "low": (), "high": (1.0,)})
     found = json.loads(analyze_temperatures(given).read_text())
     assert found["threshold"] == 0.4

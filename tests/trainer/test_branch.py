@@ -15,15 +15,16 @@ from tests.processes import forkserver
 from tests.trainer.small import Even, on_even, save_folder, settings, use_task  # noqa: F401
 from tests.trainer.test_train import assert_same_run, metrics
 from tests.trainer.worlds import next_world, run_ranks
-from trainer import branch, checkpoint
+from trainer import checkpoint
 from trainer.__main__ import main
-from trainer.command_line import parse_train
+from trainer.checkpoint import branch
+from trainer.checkpoint.sharded import read_whole
 from trainer.config.files import fill
+from trainer.launch.command_line import parse_train
 from trainer.log import read_rows
-from trainer.report import write_report
-from trainer.sharded import read_whole
+from trainer.report.page import write_report
+from trainer.report.watch import watch
 from trainer.train import train
-from trainer.watch import watch
 
 
 @pytest.fixture(scope="module")

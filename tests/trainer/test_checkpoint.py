@@ -16,8 +16,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from tests.trainer.small import build_policy, save_folder
-from trainer import checkpoint, sharded
-from trainer.checkpoint import Progress
+from trainer import checkpoint
+from trainer.checkpoint import Progress, sharded
 from trainer.config import Model
 from trainer.policy import load_policy, read_policy
 from trainer.ranks import Ranks

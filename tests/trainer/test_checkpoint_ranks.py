@@ -16,9 +16,9 @@ from transformers import AutoModelForCausalLM
 
 from tests.processes import forkserver
 from tests.trainer.small import WORDS, build_model, build_tokenizer
-from trainer import checkpoint, sharded
-from trainer.checkpoint import Progress
-from trainer.export import export
+from trainer import checkpoint
+from trainer.checkpoint import Progress, sharded
+from trainer.checkpoint.export import export
 from trainer.policy import Policy
 from trainer.ranks import Ranks
 

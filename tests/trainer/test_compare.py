@@ -15,17 +15,17 @@ from types import SimpleNamespace
 import psutil
 import pytest
 
-import trainer.compare.driver
+import trainer.studies.compare.driver
 from tests.trainer.small import save_folder, settings
-from trainer.compare import Comparison, compare, runs
-from trainer.compare.arms import ARMS, STUDIES, arm_config
-from trainer.compare.collect import collect
-from trainer.compare.differences import differences, holm, interval, t_cdf, t_quantile
-from trainer.compare.driver import drive, is_finished
-from trainer.compare.report import arm_table, curves, difference_table, final, write_files
 from trainer.config import Config, Data, Eval
-from trainer.figures import Mark, Panel, Series, figure, ticks
 from trainer.presets import PRESETS
+from trainer.report.charts import Mark, Panel, Series, figure, ticks
+from trainer.studies.compare import Comparison, compare, runs
+from trainer.studies.compare.arms import ARMS, STUDIES, arm_config
+from trainer.studies.compare.collect import collect
+from trainer.studies.compare.differences import differences, holm, interval, t_cdf, t_quantile
+from trainer.studies.compare.driver import drive, is_finished
+from trainer.studies.compare.report import arm_table, curves, difference_table, final, write_files
 
 
 def small(root: Path, **changes) -> Config:
@@ -153,9 +153,9 @@ def test_no_run_is_started_that_would_end_after_the_budget(tmp_path, monkeypatch
         clock.now += 1200.0
         return ""
 
-    monkeypatch.setattr(trainer.compare.driver._State, "_run", a_third_of_an_hour)
+    monkeypatch.setattr(trainer.studies.compare.driver._State, "_run", a_third_of_an_hour)
     monkeypatch.setattr(
-        trainer.compare.driver, "time", SimpleNamespace(monotonic=lambda: clock.now)
+        trainer.studies.compare.driver, "time", SimpleNamespace(monotonic=lambda: clock.now)
     )
     outcome = drive(configs, jobs=1, hours=0.5)
     assert outcome.finished == [configs[0].name]
@@ -165,7 +165,9 @@ def test_no_run_is_started_that_would_end_after_the_budget(tmp_path, monkeypatch
 @pytest.mark.parametrize("jobs", [1, 2])
 def test_an_error_of_the_results_ends_the_comparison(tmp_path, monkeypatch, jobs):
     configs = [arm_config(small(tmp_path), "x", arm, 0) for arm in ("all", "top-20", "top-5")]
-    monkeypatch.setattr(trainer.compare.driver._State, "_run", lambda *_: time.sleep(0.1) or "")
+    monkeypatch.setattr(
+        trainer.studies.compare.driver._State, "_run", lambda *_: time.sleep(0.1) or ""
+    )
 
     def full(done):
         raise OSError(28, "No space left on device")
@@ -184,7 +186,7 @@ def test_an_error_of_the_results_ends_the_comparison(tmp_path, monkeypatch, jobs
 
 
 def test_a_run_whose_driver_has_ended_does_not_start():
-    code = trainer.compare.driver._CHILD
+    code = trainer.studies.compare.driver._CHILD
     run = subprocess.run(
         [sys.executable, "-c", code, "1"],
         stdin=subprocess.DEVNULL,
@@ -212,7 +214,7 @@ def test_a_driver_that_is_killed_leaves_no_runs_behind(tmp_path):
 from dataclasses import replace
 from pathlib import Path
 from tests.trainer.test_compare import small
-from trainer.compare.driver import drive
+from trainer.studies.compare.driver import drive
 drive([small(Path({str(tmp_path)!r}), steps=100_000)], jobs=1)
 """
     driver = subprocess.Popen([sys.executable, "-c", code], cwd=Path(__file__).parents[2])

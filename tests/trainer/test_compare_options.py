@@ -4,17 +4,19 @@ from dataclasses import replace
 
 import pytest
 
-import trainer.compare
+import trainer.studies.compare
 from trainer.__main__ import main
-from trainer.compare import Comparison
 from trainer.presets import PRESETS
+from trainer.studies.compare import Comparison
 
 
 def asked(*arguments):
     """What `compare` would do with `arguments`."""
     found = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trainer.compare, "compare", lambda settings: found.append(settings) or 0)
+        patch.setattr(
+            trainer.studies.compare, "compare", lambda settings: found.append(settings) or 0
+        )
         assert main(["compare", *map(str, arguments)]) == 0
     return found[0]
 
@@ -47,7 +49,7 @@ def test_options_of_the_runs_are_those_of_train(tmp_path):
 )
 def test_options_that_a_comparison_sets_are_refused(option, says, capsys, monkeypatch):
     """They would change nothing."""
-    monkeypatch.setattr(trainer.compare, "compare", lambda _: pytest.fail("the runs began"))
+    monkeypatch.setattr(trainer.studies.compare, "compare", lambda _: pytest.fail("the runs began"))
     assert main(["compare", "tiny", option]) == 1
     assert says in capsys.readouterr().err
 

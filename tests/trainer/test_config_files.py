@@ -8,9 +8,9 @@ import pytest
 import tyro
 
 from trainer.__main__ import main
-from trainer.command_line import parse
 from trainer.config import Config, Optimizer, Rollout
 from trainer.config.files import as_yaml, fill, leaves, read
+from trainer.launch.command_line import parse
 from trainer.presets import PRESETS
 
 TOML = """

@@ -13,11 +13,11 @@ from safetensors import SafetensorError
 
 import trainer.run
 from tests.trainer.mistake_cases import EVALUATE, TRAIN, here, made, on_even, said  # noqa: F401
-from trainer.analyze.temperatures import FILE as TEMPERATURES
 from trainer.config import Data
 from trainer.log import RunLog, append_text, read_run, replace_text
+from trainer.report.trackers import _id
+from trainer.studies.analyze.temperatures import FILE as TEMPERATURES
 from trainer.tasks import make_task
-from trainer.trackers import _id
 
 RUN = {"config": {"steps": 1, "data": {"task": "ladder"}}, "starts": [{"time": "now"}]}
 DAMAGED = {

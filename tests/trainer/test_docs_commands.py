@@ -9,15 +9,15 @@ from pathlib import Path
 
 import pytest
 
-import trainer.analyze.evolution
-import trainer.analyze.patterns
-import trainer.analyze.temperatures
-import trainer.compare
-import trainer.evaluation
-import trainer.export
-import trainer.report
+import trainer.checkpoint.export
+import trainer.evaluation.command
+import trainer.report.page
+import trainer.report.watch
+import trainer.studies.analyze.evolution
+import trainer.studies.analyze.patterns
+import trainer.studies.analyze.temperatures
+import trainer.studies.compare
 import trainer.train
-import trainer.watch
 from trainer.__main__ import main
 from trainer.presets import PRESETS
 
@@ -73,18 +73,18 @@ def _nothing_runs(monkeypatch):
 
     for module, name in [
         (trainer.train, "train"),
-        (trainer.evaluation, "evaluate_model"),
-        (trainer.compare, "compare"),
-        (trainer.watch, "watch"),
-        (trainer.report, "write_report"),
-        (trainer.analyze.patterns, "analyze_patterns"),
-        (trainer.analyze.temperatures, "analyze_temperatures"),
-        (trainer.analyze.evolution, "analyze_evolution"),
+        (trainer.evaluation.command, "evaluate_model"),
+        (trainer.studies.compare, "compare"),
+        (trainer.report.watch, "watch"),
+        (trainer.report.page, "write_report"),
+        (trainer.studies.analyze.patterns, "analyze_patterns"),
+        (trainer.studies.analyze.temperatures, "analyze_temperatures"),
+        (trainer.studies.analyze.evolution, "analyze_evolution"),
     ]:
         monkeypatch.setattr(module, name, nothing)
-    monkeypatch.setattr(trainer.export, "find", lambda *_: Path())
+    monkeypatch.setattr(trainer.checkpoint.export, "find", lambda *_: Path())
     monkeypatch.setattr(
-        trainer.export, "_write", lambda found, folder, dtype: folder.mkdir(parents=True)
+        trainer.checkpoint.export, "_write", lambda found, folder, dtype: folder.mkdir(parents=True)
     )
 
 

@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 
 from tests.trainer.small import build_policy, settings
-from trainer import needs
 from trainer.config import Engine
 from trainer.engines import make_engine
 from trainer.engines.transformers import TransformersEngine
+from trainer.launch import needs
 
 VLLM = settings(Path(), engine=Engine(kind="vllm"))
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trainer.estimators import (
+from trainer.evaluation.estimates import (
     Estimate,
     _student,
     _wilson,

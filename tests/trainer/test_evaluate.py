@@ -11,14 +11,14 @@ import torch
 
 import trainer.run
 from tests.trainer.small import Even, save_folder, settings
-from trainer.analyze.patterns import Patterns, analyze_patterns
-from trainer.analyze.temperatures import Temperatures, analyze_temperatures
 from trainer.config import Data, Engine, Eval, Reward
-from trainer.estimators import estimate, wilson
-from trainer.evaluation import Evaluation, engine_config, evaluate_model
-from trainer.evaluation_sets import make_set, metric_names
+from trainer.evaluation.command import Evaluation, engine_config, evaluate_model
+from trainer.evaluation.estimates import estimate, wilson
+from trainer.evaluation.results import summarize
+from trainer.evaluation.sets import make_set, metric_names
 from trainer.log import read_rows
-from trainer.results import summarize
+from trainer.studies.analyze.patterns import Patterns, analyze_patterns
+from trainer.studies.analyze.temperatures import Temperatures, analyze_temperatures
 from trainer.tasks.contamination import count_seen
 from trainer.train import train
 

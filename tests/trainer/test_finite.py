@@ -16,18 +16,18 @@ from tests.trainer.worlds import run_ranks
 from trainer import checkpoint
 from trainer import train as loop
 from trainer.checkpoint import Progress
+from trainer.checkpoint.sharded import read_whole
 from trainer.config import Algorithm, Data, Optimizer, WarmStart
 from trainer.engines.transformers import TransformersEngine
 from trainer.finite import Guard, NotFinite, check_finite, first_nonfinite
 from trainer.fsdp import shard
 from trainer.log import read_rows
 from trainer.ranks import join
-from trainer.sharded import read_whole
 from trainer.tasks import make_task
-from trainer.tiny import build_tiny
+from trainer.tiny.model import build_tiny
+from trainer.tiny.warm_start import warm_start
 from trainer.train import train
 from trainer.update import update
-from trainer.warm_start import warm_start
 
 
 @pytest.fixture(autouse=True)

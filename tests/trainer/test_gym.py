@@ -140,7 +140,7 @@ def test_last_boxed_of_none():
 
 
 def test_another_version_of_the_library_is_other_data(monkeypatch):
-    """Which a run that resumes is told of (trainer/resume.py)."""
+    """Which a run that resumes is told of (trainer/checkpoint/resume.py)."""
     before = Gym("basic_arithmetic", 0, Data(), None).digest
     assert before == Gym("basic_arithmetic", 1, Data(), None).digest
     monkeypatch.setattr("trainer.tasks.gym.version", lambda name: "99.0")

@@ -15,21 +15,21 @@ import datasets
 import psutil
 import pytest
 
-import trainer.lock
+import trainer.launch.lock
 import trainer.run
 from tests.processes import forkserver
 from tests.trainer.analyze_cases import options
 from tests.trainer.small import Even, on_even, save_folder, settings, use_task  # noqa: F401
 from tests.trainer.worlds import run_ranks
 from trainer.__main__ import main
-from trainer.analyze.evolution import Evolution, analyze_evolution
-from trainer.analyze.patterns import Patterns, analyze_patterns
-from trainer.analyze.temperatures import Temperatures, analyze_temperatures
-from trainer.compare import Comparison, compare
-from trainer.evaluation import Evaluation, evaluate_model
-from trainer.export import export
-from trainer.lock import owned
+from trainer.checkpoint.export import export
+from trainer.evaluation.command import Evaluation, evaluate_model
+from trainer.launch.lock import owned
 from trainer.ranks import join
+from trainer.studies.analyze.evolution import Evolution, analyze_evolution
+from trainer.studies.analyze.patterns import Patterns, analyze_patterns
+from trainer.studies.analyze.temperatures import Temperatures, analyze_temperatures
+from trainer.studies.compare import Comparison, compare
 from trainer.train import train
 
 
@@ -148,7 +148,7 @@ def test_without_locks_it_warns_and_goes_on(tmp_path, monkeypatch, capsys, code)
     def lockf(*_):
         raise OSError(code, os.strerror(code))
 
-    monkeypatch.setattr(trainer.lock.fcntl, "lockf", lockf)
+    monkeypatch.setattr(trainer.launch.lock.fcntl, "lockf", lockf)
     with owned(tmp_path), owned(tmp_path):
         pass
     assert capsys.readouterr().err.count(f"{tmp_path} cannot be locked") == 2
@@ -158,7 +158,7 @@ def test_other_errors_of_a_lock_are_raised_with_its_name(tmp_path, monkeypatch):
     def lockf(*_):
         raise OSError(errno.EIO, "Input/output error")
 
-    monkeypatch.setattr(trainer.lock.fcntl, "lockf", lockf)
+    monkeypatch.setattr(trainer.launch.lock.fcntl, "lockf", lockf)
     with pytest.raises(OSError, match=r"Input/output error: .*/\.lock'"), owned(tmp_path):
         pass
 

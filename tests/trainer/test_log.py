@@ -10,7 +10,7 @@ import torch
 
 from trainer.config import Config
 from trainer.log import RunLog, Sample, read_rows
-from trainer.progress import WARM_START, progress
+from trainer.report.progress import WARM_START, progress
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from trainer.tasks.long_ladder import (
     LongPuzzle,
     draw_long_puzzle,
 )
-from trainer.tiny import build_tokenizer
+from trainer.tiny.model import build_tokenizer
 from trainer.types import Problem
 
 PUZZLE = LongPuzzle(17, 41, (("+", 2), ("+", 7), ("-", 3), ("-", 5), ("*", 2)))

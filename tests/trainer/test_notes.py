@@ -12,7 +12,7 @@ from datasets import Dataset, DatasetDict
 import trainer.run
 from tests.trainer.small import Even, build_policy, save_folder, settings, use_task
 from trainer.config import Data, Eval
-from trainer.notes import say_parts
+from trainer.launch.notes import say_parts
 from trainer.ranks import Ranks
 from trainer.tasks import make_task
 from trainer.tasks.benchmarks import make_benchmark

@@ -9,11 +9,11 @@ import pytest
 import tyro
 
 from benchmarks import paper, paper_page, paper_tables
-from trainer.analyze.evolution import Evolution
-from trainer.analyze.patterns import Patterns
-from trainer.analyze.temperatures import Temperatures
-from trainer.command_line import parse
-from trainer.compare import Comparison, runs
+from trainer.launch.command_line import parse
+from trainer.studies.analyze.evolution import Evolution
+from trainer.studies.analyze.patterns import Patterns
+from trainer.studies.analyze.temperatures import Temperatures
+from trainer.studies.compare import Comparison, runs
 
 ROOT = Path(__file__).parents[2]
 SETTINGS = {"patterns": Patterns, "evolution": Evolution, "temperatures": Temperatures}

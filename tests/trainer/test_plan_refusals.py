@@ -9,7 +9,7 @@ from transformers import Qwen3Config
 import trainer.run
 from tests.trainer.small import FAMILIES, build_model, settings
 from tests.trainer.test_plan import changed, job_of
-from trainer.limits import check_model, model_limits
+from trainer.launch.limits import check_model, model_limits
 from trainer.plan.architectures import ARCHITECTURES
 from trainer.presets import PRESETS
 from trainer.ranks import Ranks

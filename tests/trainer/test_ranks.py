@@ -23,12 +23,12 @@ from tests.trainer.update_cases import (
     step,
 )
 from tests.trainer.worlds import ROOT, next_world, run_ranks
+from trainer.checkpoint.sharded import read_whole
 from trainer.config import Algorithm, Eval, Model
 from trainer.engines.transformers import TransformersEngine
 from trainer.fsdp import shard, whole
 from trainer.log import read_rows
 from trainer.ranks import Ranks, join
-from trainer.sharded import read_whole
 from trainer.train import train
 from trainer.update import score
 

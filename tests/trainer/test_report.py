@@ -13,18 +13,18 @@ from pathlib import Path
 
 import pytest
 
-import trainer.report
-import trainer.report_samples
+import trainer.report.page
+import trainer.report.samples
 import trainer.run
 from tests.trainer.report_cases import make_run, metrics_row, samples, skipped_row, unscored
 from tests.trainer.small import Even, save_folder, settings
 from trainer.config import Config, Eval, Reward
-from trainer.figures import ticks
 from trainer.log import RunLog, Sample
-from trainer.report import LiveReport, write_report
-from trainer.report_plots import MAX_POINTS, Line, plot
-from trainer.report_samples import ends
-from trainer.skips import KINDS
+from trainer.report.charts import ticks
+from trainer.report.page import LiveReport, write_report
+from trainer.report.plots import MAX_POINTS, Line, plot
+from trainer.report.samples import ends
+from trainer.report.skips import KINDS
 from trainer.train import train
 
 VOID = {"meta", "br"}
@@ -206,7 +206,7 @@ def test_five_thousand_steps_stay_small_quick_and_legible(tmp_path):
     assert "2600 more tokens" in parsed.text
     # Beside what reading the rows takes, which no page goes without.
     began = time.process_time()
-    trainer.report.read_rows(log.metrics_path)
+    trainer.report.page.read_rows(log.metrics_path)
     assert page_time < max(30 * (time.process_time() - began), 1.0)
     paths = re.findall(r'<path class="line [^"]*" d="([^"]*)"', text)
     assert len(paths) > 30
@@ -252,7 +252,7 @@ def test_a_line_does_not_cross_a_long_stretch_without_values():
 
 def test_the_page_is_written_while_the_run_goes(tmp_path, monkeypatch):
     monkeypatch.setattr(trainer.run, "make_task", lambda *_: Even())
-    monkeypatch.setattr(trainer.report, "SHARE", math.inf)
+    monkeypatch.setattr(trainer.report.page, "SHARE", math.inf)
     config = settings(tmp_path, save_folder(tmp_path / "model"), steps=5, eval=Eval(2, 4))
     seen = []
 
@@ -274,7 +274,7 @@ def test_a_page_that_cannot_be_drawn_ends_no_run(tmp_path, monkeypatch):
     config = settings(tmp_path, save_folder(tmp_path / "model"), steps=2, eval=Eval(1, 4))
     train(dataclasses.replace(config, steps=1))
     before = (tmp_path / "run" / "report.html").read_text()
-    monkeypatch.setattr(trainer.report, "sections", fail)
+    monkeypatch.setattr(trainer.report.page, "sections", fail)
     with pytest.warns(RuntimeWarning, match=r"report\.html was not written: Zero.*of the picture"):
         train(config)
     assert (tmp_path / "run" / "metrics.jsonl").read_text().count("\n") == 3
@@ -288,8 +288,8 @@ def test_the_page_takes_a_small_part_of_the_time(tmp_path, monkeypatch):
         clock[0] += 2.0
         drawn.append(clock[0])
 
-    monkeypatch.setattr(trainer.report, "write_report", draw)
-    monkeypatch.setattr(trainer.report.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(trainer.report.page, "write_report", draw)
+    monkeypatch.setattr(trainer.report.page.time, "monotonic", lambda: clock[0])
     live = LiveReport(tmp_path)
     for _ in range(1000):
         clock[0] += 1.0
@@ -307,7 +307,7 @@ def test_the_page_takes_a_small_part_of_the_time(tmp_path, monkeypatch):
 @pytest.mark.parametrize("steps", [0, 1, 2, 9])
 def test_the_ends_of_many_samples_are_read(tmp_path, monkeypatch, block, steps):
     """Without the middle: a broken line there is not seen."""
-    monkeypatch.setattr(trainer.report_samples, "BLOCK", block)
+    monkeypatch.setattr(trainer.report.samples, "BLOCK", block)
     log = RunLog.open(tmp_path / "run", Config())
     log.samples_path.touch()
     rng = random.Random(0)

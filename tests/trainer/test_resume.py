@@ -11,9 +11,9 @@ import trainer.run
 from tests.trainer.small import Even, save_folder, settings, use_task
 from tests.trainer.test_train import assert_same_run, metrics
 from trainer import checkpoint
+from trainer.checkpoint.sharded import read_whole
 from trainer.config.files import fill
 from trainer.log import read_rows
-from trainer.sharded import read_whole
 from trainer.train import train
 from trainer.types import Problem
 

@@ -12,11 +12,11 @@ from tests.trainer.update_cases import ALONE
 from trainer.advantages import group_advantages
 from trainer.config import Algorithm, Optimizer
 from trainer.engines.transformers import TransformersEngine
-from trainer.modes import checkpoint_activations
+from trainer.model.modes import checkpoint_activations
+from trainer.model.rope import fixed_configuration
 from trainer.packing import pack
 from trainer.policy import Policy, check_policy
 from trainer.rollout import sample
-from trainer.rope import fixed_configuration
 from trainer.update import Batch, score, update
 
 COMMON = {

@@ -13,8 +13,8 @@ import trainer.train
 from tests.trainer.report_cases import metrics_row, skipped_row
 from tests.trainer.small import Even, save_folder, settings
 from trainer.log import read_rows
-from trainer.progress import progress
-from trainer.skips import Skips, advice, composition, reason, reasons
+from trainer.report.progress import progress
+from trainer.report.skips import Skips, advice, composition, reason, reasons
 from trainer.train import train
 
 FEW = {"skipped/few_groups": 1.0, "groups/useful": 2.0, "groups/wanted": 4.0, "reward/mean": 0.0}

@@ -13,9 +13,9 @@ import trainer.train
 from tests.trainer.small import Even, save_folder, settings, use_task
 from tests.trainer.worlds import run_ranks
 from trainer.__main__ import main
+from trainer.launch.stop import Stopped, signals_stop
 from trainer.log import read_rows
 from trainer.presets import PRESETS
-from trainer.stop import Stopped, signals_stop
 from trainer.train import train
 
 SIGINT, SIGTERM = signal.SIGINT, signal.SIGTERM

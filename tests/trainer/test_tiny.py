@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from trainer.tasks.ladder import Ladder
-from trainer.tiny import CHARACTERS, NUMBERS, build_tiny, build_tokenizer
+from trainer.tiny.model import CHARACTERS, NUMBERS, build_tiny, build_tokenizer
 
 TOKENIZER = build_tokenizer()
 

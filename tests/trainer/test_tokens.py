@@ -12,11 +12,11 @@ from tests.trainer.small import Even, build_policy, build_tokenizer
 from tests.trainer.tokenizer_kinds import KINDS, Kind, byte_level, pieces_of_sentences
 from trainer.config import Data, Reward
 from trainer.engines import Sampled
-from trainer.problems import Problem
+from trainer.model.tokens import end_ids, pieces, prompt_ids, response_ids, response_text
 from trainer.rewards.verifier import Verifier
 from trainer.rollout import sample
+from trainer.tasks.problem import Problem
 from trainer.tasks.render import pose, render
-from trainer.tokens import end_ids, pieces, prompt_ids, response_ids, response_text
 
 NAMES = sorted(KINDS)
 

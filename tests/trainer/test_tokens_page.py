@@ -6,9 +6,9 @@ from html.parser import HTMLParser
 
 import pytest
 
-from trainer.analyze.tokens_page import TOKENS_A_RESPONSE, write_tokens_page
 from trainer.config import Reward
 from trainer.log import Sample
+from trainer.studies.analyze.tokens_page import TOKENS_A_RESPONSE, write_tokens_page
 
 HOSTILE = ["</script>", "<b>", '"', "\x1b[0m", "a\nb", "&amp;"]
 

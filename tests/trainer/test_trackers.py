@@ -139,7 +139,7 @@ def test_one_that_does_not_start_is_an_error(tmp_path, service):
 
 @pytest.mark.parametrize("name", ["tensorboard", "wandb", "trackio"])
 def test_one_that_is_missing_is_said_before_anything_else(name, monkeypatch, tmp_path):
-    monkeypatch.setattr("trainer.needs.find_spec", lambda _: None)
+    monkeypatch.setattr("trainer.launch.needs.find_spec", lambda _: None)
     says = rf"{name} \(tracking.trackers {name}\): pip install {name}$"
     with pytest.raises(ValueError, match=says):
         train(replace(settings(tmp_path), tracking=Tracking((name,))))

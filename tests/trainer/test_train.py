@@ -18,10 +18,10 @@ import trainer.run
 from tests.processes import forkserver
 from tests.trainer.small import Even, on_even, save_folder, settings, use_task  # noqa: F401
 from trainer.__main__ import main
+from trainer.checkpoint.sharded import read_whole
 from trainer.config import Algorithm, Eval, Model
 from trainer.log import read_rows
 from trainer.presets import PRESETS
-from trainer.sharded import read_whole
 from trainer.train import train
 
 ROOT = Path(__file__).parents[2]

@@ -7,7 +7,7 @@ from transformers import LogitsProcessorList
 from tests.trainer.small import build_model, build_tokenizer
 from trainer.engines.transformers import TransformersEngine
 from trainer.policy import Policy
-from trainer.two_temperatures import TwoTemperatures, temper
+from trainer.studies.two_temperatures import TwoTemperatures, temper
 
 PROMPTS = [[3, 4, 13, 5, 14], [7, 8]] * 8
 

@@ -11,10 +11,10 @@ import torch
 from tests.trainer.small import Even, settings
 from tests.trainer.test_tokens_page import page, sample
 from trainer.config import Optimizer, Reward
-from trainer.estimators import estimate
-from trainer.problems import Problem
+from trainer.evaluation.estimates import estimate
 from trainer.rewards.verifier import Verifier
 from trainer.rewards.worker import as_verdict
+from trainer.tasks.problem import Problem
 from trainer.train import train
 
 

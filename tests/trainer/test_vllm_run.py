@@ -12,9 +12,9 @@ import pytest
 import trainer.run
 from tests.trainer.small import Even, use_task
 from tests.trainer.vllm_cases import IGNORED, configure  # first: it skips where vLLM is missing
+from trainer.checkpoint.sharded import read_whole
 from trainer.config import Model
 from trainer.log import read_rows
-from trainer.sharded import read_whole
 from trainer.train import train
 
 pytestmark = IGNORED

@@ -10,9 +10,9 @@ from tests.trainer.vllm_cases import IGNORED  # first: it skips where vLLM is mi
 from trainer.config import Engine, Rollout
 from trainer.engines.transformers import TransformersEngine
 from trainer.engines.vllm import VllmEngine
-from trainer.engines.vllm_two_temperatures import TwoTemperaturesProcessor
 from trainer.policy import Policy
-from trainer.two_temperatures import TwoTemperatures, temper
+from trainer.studies.two_temperatures import TwoTemperatures, temper
+from trainer.studies.vllm_two_temperatures import TwoTemperaturesProcessor
 
 from vllm import SamplingParams  # isort: skip
 from vllm.v1.sample.logits_processor import BatchUpdate, MoveDirectionality  # isort: skip

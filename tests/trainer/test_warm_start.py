@@ -14,8 +14,8 @@ from entropy_kernels.integrations.hf import lm_head
 from tests.trainer.small import build_model
 from trainer.config import WarmStart
 from trainer.tasks.ladder import Ladder
-from trainer.tiny import build_tiny
-from trainer.warm_start import _example, _loss, _rate, load_or_warm_start, warm_start
+from trainer.tiny.model import build_tiny
+from trainer.tiny.warm_start import _example, _loss, _rate, load_or_warm_start, warm_start
 
 SETTINGS = WarmStart(steps=3, traces=100, batch_size=16, warmup_steps=1)
 
@@ -145,8 +145,8 @@ from entropy_kernels.integrations.hf import lm_head
 from tests.trainer.small import build_model
 from trainer.config import WarmStart
 from trainer.tasks.ladder import Ladder
-from trainer.tiny import build_tiny
-from trainer.warm_start import load_or_warm_start
+from trainer.tiny.model import build_tiny
+from trainer.tiny.warm_start import load_or_warm_start
 model, tokenizer = build_tiny(0)
 save = model.save_pretrained
 def killed(folder):

@@ -12,18 +12,18 @@ import time
 import pytest
 from rich.console import Console
 
-import trainer.watch
+import trainer.report.watch
 from trainer.__main__ import main
 from trainer.config import Config
 from trainer.log import RunLog, read_rows
-from trainer.report import write_report
-from trainer.standing import standing
-from trainer.watch import sparkline, watch
+from trainer.report.page import write_report
+from trainer.report.standing import standing
+from trainer.report.watch import sparkline, watch
 
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch):
-    monkeypatch.setattr(trainer.watch, "SECONDS", 0.01)
+    monkeypatch.setattr(trainer.report.watch, "SECONDS", 0.01)
 
 
 def lock(folder, pid=None, host=None):
@@ -83,7 +83,7 @@ def looked_twice(monkeypatch):
         sleep(seconds)
 
     with monkeypatch.context() as patch:
-        patch.setattr(trainer.watch.time, "sleep", count)
+        patch.setattr(trainer.report.watch.time, "sleep", count)
         assert all(looks.acquire(timeout=300) for _ in range(2))
 
 
@@ -170,8 +170,8 @@ def screen(log, steps):
     """What a terminal shows now."""
     console = Console(file=io.StringIO(), width=100)
     rows = read_rows(log.metrics_path) if log.metrics_path.exists() else []
-    view = trainer.watch.View(rows, standing(log.folder, rows, steps))
-    console.print(trainer.watch._screen(log.folder, view))
+    view = trainer.report.watch.View(rows, standing(log.folder, rows, steps))
+    console.print(trainer.report.watch._screen(log.folder, view))
     return console.file.getvalue()
 
 
@@ -344,6 +344,6 @@ def test_the_command(log, capsys, monkeypatch):
     def interrupt(_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(trainer.watch, "watch", interrupt)
+    monkeypatch.setattr(trainer.report.watch, "watch", interrupt)
     assert main(["watch", str(log.folder)]) == 0
     assert capsys.readouterr().err == ""

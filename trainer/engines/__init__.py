@@ -8,7 +8,7 @@ from torch import Tensor
 
 from trainer.config import Config
 from trainer.policy import Policy
-from trainer.two_temperatures import TwoTemperatures
+from trainer.studies.two_temperatures import TwoTemperatures
 
 
 class Sampled(NamedTuple):

@@ -13,9 +13,9 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from trainer.engines import Sampled, check_temperature
 from trainer.finite import NotFinite, first_nonfinite
+from trainer.model.probes import check_cache
 from trainer.policy import Policy, positions
-from trainer.probes import check_cache
-from trainer.two_temperatures import TwoTemperatures
+from trainer.studies.two_temperatures import TwoTemperatures
 
 # Finished rows leave the batch once they are this share of it; leaving copies the cache.
 DROP_SHARE = 0.2

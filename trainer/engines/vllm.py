@@ -18,14 +18,14 @@ from torch import Tensor
 from trainer.config import Config
 from trainer.config import Engine as Settings
 from trainer.engines import Sampled, check_temperature
-from trainer.limits import check_length, check_ranks, devices_of
-from trainer.needs import check_engine
+from trainer.launch.limits import check_length, check_ranks, devices_of
+from trainer.launch.needs import check_engine
+from trainer.model.rope import fixed_configuration
 from trainer.policy import Policy
 from trainer.ranks import local_ranks
-from trainer.rope import fixed_configuration
-from trainer.two_temperatures import TwoTemperatures
+from trainer.studies.two_temperatures import TwoTemperatures
 
-PROCESSOR = "trainer.engines.vllm_two_temperatures:TwoTemperaturesProcessor"
+PROCESSOR = "trainer.studies.vllm_two_temperatures:TwoTemperaturesProcessor"
 CPU_CACHE_BYTES = 2**28
 TRAINER = "ENTROPY_KERNELS_TRAINER"  # environment variable: the process that vLLM's end with
 

@@ -186,7 +186,7 @@ def lengths_of_run(folder: Path, limit: int) -> Lengths:
 def main(arguments: list[str]) -> int:
     """`python -m trainer plan [PRESET] [--config FILE] [--options]`; returns 0, or 1 for a job that
     does not fit."""
-    from trainer.command_line import parse
+    from trainer.launch.command_line import parse
     from trainer.plan.show import print_json, print_tables
 
     request = parse(

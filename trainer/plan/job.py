@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 from trainer.config import Config
-from trainer.limits import check_model, check_ranks
+from trainer.launch.limits import check_model, check_ranks
 from trainer.plan.architectures import Architecture
 from trainer.plan.devices import Device
 from trainer.plan.lengths import Lengths
@@ -56,7 +56,7 @@ class Job:
     on itself, or on GPUs apart where `config.engine.devices` names some.
 
     Raises:
-        ValueError: numbers that cannot be meant, or what `train` refuses too (trainer/limits.py).
+        ValueError: numbers that cannot be meant, or what `train` refuses (launch/limits.py).
     """
 
     config: Config

@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from trainer.needs import needs
+from trainer.launch.needs import needs
 from trainer.plan import Plan
 from trainer.plan.flops import Flops, head_units, unit
 from trainer.plan.job import Assumptions, Job

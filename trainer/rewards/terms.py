@@ -10,8 +10,8 @@ from torch import Tensor
 
 from trainer.advantages import overlong_punishment
 from trainer.config import Config, Reward
-from trainer.problems import Task
 from trainer.tasks.answers import last_boxed, last_tagged
+from trainer.tasks.problem import Task
 from trainer.types import Rollouts
 
 

@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from trainer.config import Reward
-from trainer.problems import Problem, Task
 from trainer.rewards.pool import Outcome, Pool
 from trainer.rewards.worker import as_verdict
+from trainer.tasks.problem import Problem, Task
 
 ALL_FAIL = 16
 """Of at least so many answers one call in which all crash is the function's fault, not theirs."""

@@ -3,7 +3,7 @@
 from typing import Any
 
 from trainer.config import Data
-from trainer.problems import Task
+from trainer.tasks.problem import Task
 
 
 def make_task(data: Data, seed: int, tokenizer: Any = None) -> Task:

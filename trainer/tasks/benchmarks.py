@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from trainer.config import Data
-from trainer.problems import Task
 from trainer.tasks import make_task
+from trainer.tasks.problem import Task
 
 
 @dataclass(frozen=True)

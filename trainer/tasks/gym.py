@@ -9,9 +9,9 @@ import reasoning_gym
 from reasoning_gym.factory import DATASETS
 
 from trainer.config import Data
-from trainer.problems import Problem
 from trainer.tasks.answers import final_answer
 from trainer.tasks.harmless import harmless
+from trainer.tasks.problem import Problem
 from trainer.tasks.render import pose
 from trainer.tasks.split import check_index, held_out, stable_hash
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from trainer.problems import Problem
+from trainer.tasks.problem import Problem
 from trainer.tasks.split import check_index, held_out, stable_hash
 
 LARGEST = 50

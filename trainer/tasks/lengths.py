@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 from trainer.config import Config
-from trainer.tokens import prompt_ids
+from trainer.model.tokens import prompt_ids
 from trainer.types import Problem, Task
 
 PROBED = 256

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 
 from trainer.config import Data
-from trainer.problems import Problem
 from trainer.tasks.math_answers import math_reward
+from trainer.tasks.problem import Problem
 from trainer.tasks.render import pose
 from trainer.tasks.sources import answer_text, digest, distinct_prompts, load_source, lookup
 from trainer.tasks.split import check_index, held_out

@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from trainer.config import Data
-from trainer.problems import Problem
 from trainer.tasks.math_answers import math_reward
+from trainer.tasks.problem import Problem
 from trainer.tasks.render import pose
 from trainer.tasks.sources import load_split, lookup, read_row
 

@@ -6,7 +6,7 @@ from typing import Any
 from jinja2 import TemplateError
 
 from trainer.config import Data
-from trainer.problems import Problem
+from trainer.tasks.problem import Problem
 
 _SHOWN = 200  # characters of a prompt in an error
 Messages = Sequence[Mapping[str, Any]]

@@ -1,0 +1,1 @@
+"""Accuracies of a policy on sets of problems, in training and by themselves."""

@@ -1,0 +1,314 @@
+"""Evaluating a model: many responses a problem, kept as they come, and what they say of it."""
+
+import re
+import sys
+from collections.abc import Mapping
+from contextlib import ExitStack, closing
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Literal, TypeVar
+
+from trainer import checkpoint
+from trainer.checkpoint.source_run import SourceRun, source_run
+from trainer.config import Config, Data, Engine, Eval, Model, Reward, Rollout
+from trainer.engines import Engine as Sampler
+from trainer.engines import make_engine
+from trainer.evaluation.generations import append, open_folder, rows
+from trainer.evaluation.results import Tally, show, write_results
+from trainer.evaluation.sets import HELD_OUT, EvaluationSet, make_set, warn_of_repeats
+from trainer.evaluation.settings import SAMPLES, Evaluation, given, samples_of, temperature_of
+from trainer.launch.lock import owned
+from trainer.launch.needs import check_needs
+from trainer.model.tokens import prompt_ids
+from trainer.policy import Policy, read_policy
+from trainer.presets import QUESTION
+from trainer.ranks import Ranks, join
+from trainer.report.progress import Columns, progress
+from trainer.rollout import sample
+from trainer.tasks import make_task
+from trainer.tasks.benchmarks import check_sets, has_own_columns, make_benchmark, short_name
+from trainer.tasks.lengths import check_prompts
+from trainer.tasks.problem import Task
+
+INSTRUCTION = "Please reason step by step, and put your final answer within \\boxed{}."
+# The paper's.
+TEMPLATES = {"paper": QUESTION}
+MAX_NEW_TOKENS = 20_480
+
+_COLUMNS: Columns = {
+    "accuracy": (("accuracy",), ".1%"),
+    "95% from": (("low",), ".1%"),
+    "to": (("high",), ".1%"),
+    "reward": (("reward",), ".3g"),
+    "length": (("length",), ",.0f"),
+    "truncated": (("truncated",), ".1%"),
+}
+Sets = Mapping[str, EvaluationSet]
+"""What is asked, by the short names of the sets."""
+# What may differ when an evaluation goes on: what is asked, and where and in what portions it runs.
+_FREE = {"data", "problems", "out", "batch_size", "device", "workers", "right"}
+
+
+Settings = TypeVar("Settings", bound=Evaluation)
+
+
+def evaluate_model(settings: Evaluation) -> Path:
+    """Sample and verify what is not in the folder yet, then write and print the results.
+
+    Stopped at any moment, the same call goes on from there and ends with the same responses.
+    Under torchrun the problems are spread over the ranks. Returns the path of results.json.
+
+    Raises:
+        ValueError: a model or data that cannot be read, a folder with another evaluation, or one
+            that is in use.
+    """
+    with ExitStack() as stack:
+        ranks = stack.enter_context(join(settings.device))
+        asked, settings = settings, resolved(settings, ranks)
+        check_needs(as_run(settings))
+        stack.enter_context(owned(Path(settings.out), ranks))
+        policy = load(settings, ranks)
+        sets = sets_of(settings, asked, policy)
+        settings = with_limit(settings, policy, sets)
+        if ranks.first:
+            warn_of_repeats(sets.values())
+        folder, plain = Path(settings.out), asdict(settings)
+        problems = {name: one.problems for name, one in sets.items()}
+        found = ranks.on_first(lambda: open_folder(folder, plain, _FREE, problems))
+        _generate(folder, settings, policy, sets, found, ranks)
+        if ranks.first:
+            show(write_results(folder, plain, sets, str(ranks.device)))
+            print(f"results: {folder / 'results.json'}")
+    return folder / "results.json"
+
+
+def resolved(settings: Settings, ranks: Ranks) -> Settings:
+    """With a run's own settings where the model is one or a checkpoint of one, else the defaults.
+
+    Raises ValueError for data that cannot be there, a run without a checkpoint, and a model that is
+    no run's without data.
+    """
+    check_sets([name for name in settings.data if name != HELD_OUT])
+    run, model = source_run(settings.model), settings.model
+    if run is None and HELD_OUT in (settings.data or (HELD_OUT,)):
+        raise ValueError(
+            f"data must name one set or more: {model} is neither a run nor a checkpoint of one, "
+            f"which would have held-out problems of its own; got {list(settings.data)}"
+        )
+    if run is not None and Path(model) == run.folder:
+        found = checkpoint.latest(run.folder, ranks)
+        if found is None:
+            raise ValueError(f"the run in {model} has no checkpoint yet")
+        model = str(found)
+    own = run or SourceRun(
+        Path(model),
+        settings.seed,
+        Data(instruction=INSTRUCTION),
+        Reward(),
+        Model(attention="sdpa"),
+        Rollout(),
+        Eval(),
+        Engine(),
+    )
+    longest = settings.engine.max_model_len or own.engine.max_model_len
+    reward, instruction = own.reward, settings.instruction
+    if instruction == "auto":
+        instruction = "" if settings.template in TEMPLATES else own.data.instruction
+    limit = own.eval.max_new_tokens or own.rollout.max_new_tokens if run else 0
+    return replace(
+        settings,
+        model=model,
+        data=settings.data or (HELD_OUT,),
+        out=settings.out or str(Path("evaluations") / re.sub(r"[^\w.-]+", "-", model).strip("-.")),
+        samples=given(settings.samples, SAMPLES if settings.data else own.eval.samples),
+        temperature=given(settings.temperature, own.eval.temperature),
+        max_new_tokens=settings.max_new_tokens or limit,
+        template=TEMPLATES.get(settings.template, settings.template or own.data.template),
+        instruction=instruction,
+        prompt_field=settings.prompt_field or own.data.prompt_field,
+        answer_field=settings.answer_field or own.data.answer_field,
+        function=given(settings.function, reward.function),
+        right=given(settings.right, reward.right if settings.function is None else 1.0),
+        seconds=given(settings.seconds, reward.seconds),
+        gigabytes=given(settings.gigabytes, reward.gigabytes),
+        dtype=own.sampled_in if settings.dtype == "auto" else settings.dtype,
+        attention=own.model.attention if settings.attention == "auto" else settings.attention,
+        engine=replace(settings.engine, max_model_len=longest),
+    )
+
+
+def load(settings: Evaluation, ranks: Ranks) -> Policy:
+    """A whole model on every rank; of a checkpoint too, by however many ranks it was written."""
+    written = (Path(settings.model) / "manifest.json").exists()
+    longest = settings.engine.max_model_len
+    policy = read_policy(_model(settings), settings.seed, empty=written, longest=longest)
+    policy.chat = settings.template == "auto"
+    policy.materialize(ranks.device)
+    if written:
+        checkpoint.load(Path(settings.model), policy, None, Ranks(ranks.device))
+    return policy
+
+
+def _model(settings: Evaluation) -> Model:
+    dtype: Literal["float32", "bfloat16"] = (
+        "float32" if settings.dtype == "auto" else settings.dtype
+    )
+    return Model(path=settings.model, dtype=dtype, attention=settings.attention)
+
+
+def sets_of(settings: Evaluation, asked: Evaluation, policy: Policy) -> Sets:
+    """What `settings`, `asked` with nothing left out, are about, each set by its name.
+
+    Sets with an answer format of their own are judged by their own verifiers unless `asked` names
+    one. Raises ValueError for data that cannot be read.
+    """
+    run, reward = source_run(settings.model), _reward(settings)
+    data = replace(
+        run.data if run else Data(),
+        prompt_field=settings.prompt_field,
+        answer_field=settings.answer_field,
+        template=settings.template,
+        instruction=settings.instruction,
+    )
+    own = _from(replace(reward, function=asked.function or ""), given(asked.right, 1.0))
+    found = {}
+    for name in settings.data:
+        judged = own if has_own_columns(name) and name != HELD_OUT else reward
+        if name == HELD_OUT and run:
+            task = make_task(data, run.seed, policy.tokenizer)
+            _check_held_out(run, task)
+            check_prompts(task, policy.tokenizer, None, data.max_prompt_tokens)
+            count = settings.problems or run.eval.problems
+        else:
+            task = make_benchmark(name, data, settings.split, policy.tokenizer)
+            count = settings.problems or task.num_test
+        found[short_name(name)] = make_set(short_name(name), task, count, judged)
+    return found
+
+
+def _check_held_out(run: SourceRun, task: Task) -> None:
+    """Warn where the data are not those that the run was trained on."""
+    now = getattr(task, "digest", "")
+    if run.digest and now and now != run.digest:
+        print(
+            f"warning: {task.name} has other contents than when {run.folder} started last: other "
+            "problems may be held out, and some of them trained on",
+            file=sys.stderr,
+        )
+
+
+def _reward(settings: Evaluation) -> Reward:
+    """The run's, where the model is one, with what `settings` say."""
+    run = source_run(settings.model)
+    return replace(
+        _from(run.reward if run else Reward(), given(settings.right, 1.0)),
+        function=settings.function or "",
+        seconds=given(settings.seconds, 10.0),
+        gigabytes=given(settings.gigabytes, 4.0),
+        workers=settings.workers,
+    )
+
+
+def _from(reward: Reward, right: float) -> Reward:
+    """`reward` where verdicts of at least `right` are right, and failures are not."""
+    kept = reward.failed is not None and reward.failed < right
+    return replace(reward, right=right, failed=reward.failed if kept else None)
+
+
+def with_limit(settings: Settings, policy: Policy, sets: Sets) -> Settings:
+    """With a length limit: the paper's, or what the longest prompt leaves of the positions."""
+    if settings.max_new_tokens:
+        return settings
+    posed = [problem for one in sets.values() for problem in one.problems]
+    longest = max(map(len, prompt_ids(policy.tokenizer, posed)))
+    positions = policy.longest
+    left = MAX_NEW_TOKENS if positions is None else positions - longest
+    if left < 1:
+        raise ValueError(
+            f"the longest prompt has {longest} tokens, and the model {positions} positions"
+        )
+    return replace(settings, max_new_tokens=min(left, MAX_NEW_TOKENS))
+
+
+def _generate(
+    folder: Path,
+    settings: Evaluation,
+    policy: Policy,
+    sets: Sets,
+    found: Mapping[str, int],
+    ranks: Ranks,
+) -> None:
+    """Append what is missing to generations.jsonl, a portion of whole problems at a time."""
+    missing = [one for one in sets.values() if found.get(one.name, 0) < len(one.problems)]
+    if not missing:
+        return
+    for one in missing:
+        one.verifier.start()  # before what takes long
+    engine = make_engine(engine_config(settings), policy)
+    engine.update_weights(policy.weights())
+    with closing(engine):
+        for one in missing:
+            _answer(folder, settings, policy, engine, one, found.get(one.name, 0), ranks)
+            one.verifier.close()
+
+
+def _answer(
+    folder: Path,
+    settings: Evaluation,
+    policy: Policy,
+    engine: Sampler,
+    one: EvaluationSet,
+    begin: int,
+    ranks: Ranks,
+) -> None:
+    """The problems of `one` from number `begin` on; what is shown is of all that are answered."""
+    total, size = len(one.problems), max(settings.batch_size // samples_of(settings), 1)
+    answered = Tally(one.reward)
+    if ranks.first and begin:
+        for row in rows(folder, {one.name: begin}):
+            answered.add(row)
+    with progress(f"{one.name}: problems", total, begin, _COLUMNS, shown=ranks.first) as bar:
+        for first in range(begin, total, size):
+            portion = one.problems[first : first + size]
+            rollouts = sample(
+                engine,
+                policy,
+                one.verifier,
+                portion,
+                group_size=samples_of(settings),
+                max_new_tokens=settings.max_new_tokens,
+                temperature=temperature_of(settings),
+                seed=one.seed(settings.seed),
+                first=first,
+                ranks=ranks,
+            )
+            if ranks.first:
+                for row in append(folder, one.name, first, rollouts):
+                    answered.add(row)
+            bar.update(first + len(portion), answered.metrics() if ranks.first else {})
+
+
+def as_run(settings: Evaluation) -> Config:
+    """A run that is evaluated on the same, for what it needs."""
+    return Config(
+        device=settings.device,
+        model=_model(settings),
+        engine=settings.engine,
+        eval=Eval(data=tuple(name for name in settings.data if name != HELD_OUT)),
+    )
+
+
+def engine_config(settings: Evaluation) -> Config:
+    """The same as a run has it; greedy, entropies are those of temperature 1."""
+    return Config(
+        seed=settings.seed,
+        device=settings.device,
+        model=_model(settings),
+        engine=settings.engine,
+        rollout=Rollout(
+            max_new_tokens=settings.max_new_tokens,
+            temperature=temperature_of(settings) or 1.0,
+            batch_size=settings.batch_size,
+        ),
+        reward=_reward(settings),
+    )

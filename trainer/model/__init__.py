@@ -1,0 +1,1 @@
+"""A model folder, and what is probed and set on the model it holds."""

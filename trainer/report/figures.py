@@ -1,0 +1,223 @@
+"""The figures of a run's report: which metrics, in which unit, and what to read from them."""
+
+from dataclasses import dataclass
+
+from trainer.report.skips import KINDS
+
+COLORS = ("c1", "c2", "c3", "c4", "ink")
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A metric on a figure."""
+
+    key: str
+    label: str
+    color: str
+    markers: bool = False
+    dashed: bool = False
+    ends: tuple[str, str] = ("", "")
+    """Metrics of the ends of its interval, drawn where they were logged."""
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A plot of the page: what it shows, in which unit, and what to read from it."""
+
+    title: str
+    note: str
+    unit: str
+    curves: tuple[Curve, ...]
+    scale: float = 1.0
+    zero: bool = True
+    smooth: bool = False
+    events: bool = False
+    """Of what need not happen: a curve whose every value is 0 is left out."""
+    group: str = ""
+    """In place of `curves`: one for each metric whose name begins with it."""
+
+
+REWARDS = (
+    Figure(
+        "Held-out accuracy",
+        "Sampled responses, and greedy ones. Shaded: 95% interval of the mean over problems.",
+        "% of problems",
+        (
+            Curve("eval/accuracy", "sampled", "c1", True, ends=("eval/low", "eval/high")),
+            Curve(
+                "eval/greedy", "greedy", "c2", True, ends=("eval/greedy_low", "eval/greedy_high")
+            ),
+        ),
+        scale=100,
+    ),
+    Figure(
+        "Training reward",
+        "Mean verdict on the step's responses.",
+        "reward",
+        (Curve("reward/mean", "mean", "c1"),),
+        smooth=True,
+    ),
+)
+RESPONSES = (
+    Figure(
+        "Kinds of responses",
+        "By verdict; those not right by the reason: the length limit, no answer in the form that "
+        "the verifier reads, or the verifier's own failure.",
+        "% of responses",
+        tuple(
+            Curve(f"kind/{kind}", kind, color) for kind, color in zip(KINDS, COLORS, strict=True)
+        ),
+        scale=100,
+        smooth=True,
+        events=True,
+    ),
+    Figure(
+        "Response length",
+        "End-of-sequence included.",
+        "tokens",
+        (Curve("response/length", "training", "c1"), Curve("eval/length", "held out", "c2", True)),
+        zero=False,
+        smooth=True,
+    ),
+    Figure(
+        "Truncated responses",
+        "Stopped by the length limit.",
+        "% of responses",
+        (Curve("response/truncated", "truncated", "c1"),),
+        scale=100,
+        smooth=True,
+    ),
+    Figure(
+        "Groups",
+        "A group is useful if its verdicts differ; the others teach nothing.",
+        "groups a step",
+        (
+            Curve("groups/useful", "useful", "c1"),
+            Curve("groups/all_right", "all right", "c3"),
+            Curve("groups/all_wrong", "all wrong", "c2"),
+        ),
+        smooth=True,
+    ),
+    Figure(
+        "Skipped steps",
+        "Steps so far that updated nothing, by reason.",
+        "steps",
+        (),
+        events=True,
+        group="skips/",
+    ),
+    Figure(
+        "Verifier failures",
+        "Responses so far that scored 0 because the verifier took too long or failed.",
+        "responses",
+        (
+            Curve("failures/timeouts", "time-outs", "c1"),
+            Curve("failures/crashes", "crashes", "c2"),
+        ),
+        events=True,
+    ),
+)
+UPDATES = (
+    Figure(
+        "Loss",
+        "Of the policy, before each update; it need not fall.",
+        "loss",
+        (Curve("loss", "loss", "c1"),),
+        zero=False,
+        smooth=True,
+    ),
+    Figure(
+        "Gradient norm",
+        "Before clipping.",
+        "norm",
+        (Curve("grad_norm", "norm", "c1"),),
+        smooth=True,
+    ),
+    Figure(
+        "Sampler and trainer: KL",
+        "Estimate of KL(sampler || old policy) a token; rounding alone keeps it small.",
+        "nats",
+        (Curve("mismatch/kl", "KL", "c1"),),
+        smooth=True,
+    ),
+    Figure(
+        "Sampler and trainer: largest ratio",
+        "Of the probabilities of one token; 1 where both agree.",
+        "ratio",
+        (Curve("mismatch/max_ratio", "largest", "c1"),),
+        zero=False,
+        smooth=True,
+    ),
+    Figure(
+        "Clipped tokens",
+        "Share of the kept tokens whose ratio left the clip range.",
+        "% of kept tokens",
+        (Curve("clip/high", "high", "c1"), Curve("clip/low", "low", "c2")),
+        scale=100,
+        smooth=True,
+    ),
+)
+TOKENS = (
+    Figure(
+        "Token entropy",
+        "Percentiles over the step's response tokens.",
+        "nats",
+        (
+            Curve("entropy/p95", "p95", "s3"),
+            Curve("entropy/p80", "p80", "s2"),
+            Curve("entropy/p50", "p50", "s1"),
+            Curve("entropy/mean", "mean", "ink", dashed=True),
+        ),
+    ),
+    Figure(
+        "Entropy threshold",
+        "Where kept tokens part from the others, and the mean entropy of the kept.",
+        "nats",
+        (
+            Curve("entropy/kept_mean", "mean of kept", "c2"),
+            Curve("entropy/threshold", "threshold", "c1"),
+        ),
+    ),
+    Figure(
+        "Kept tokens",
+        "Share of the response tokens that the loss is taken over.",
+        "% of tokens",
+        (Curve("entropy/kept_fraction", "kept", "c1"),),
+        scale=100,
+    ),
+)
+COST = (
+    Figure(
+        "Rows of the head",
+        "All rows given to the head, and those that carry gradient in backward.",
+        "rows a step",
+        (Curve("head/rows", "all", "c2"), Curve("head/active_rows", "in backward", "c1")),
+    ),
+    Figure(
+        "Time of a step",
+        "Its parts: sampling, scoring by the old policy, update. Evaluation is not in it.",
+        "seconds",
+        (
+            Curve("time/sample", "sample", "c1"),
+            Curve("time/update", "update", "c2"),
+            Curve("time/score", "score", "ink"),
+        ),
+        smooth=True,
+    ),
+    Figure(
+        "LM head in the step",
+        "Time in the head over the time of the whole step.",
+        "% of step time",
+        (Curve("head/share", "head", "c1"),),
+        scale=100,
+        smooth=True,
+    ),
+)
+
+SECTIONS = {
+    "Accuracy and reward": REWARDS,
+    "Responses": RESPONSES,
+    "Updates": UPDATES,
+    "Tokens": TOKENS,
+    "Cost": COST,
+}

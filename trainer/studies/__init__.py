@@ -1,0 +1,1 @@
+"""The paper's studies of a run: analyses and comparisons."""

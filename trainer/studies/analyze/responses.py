@@ -1,0 +1,68 @@
+"""Responses of a model with the entropy of every token, a portion at a time.
+
+B sequences of a portion, L response width.
+"""
+
+from collections.abc import Iterator
+from contextlib import closing
+from typing import NamedTuple
+
+from torch import Tensor
+
+from trainer.engines import Engine, make_engine
+from trainer.evaluation.command import engine_config, samples_of, temperature_of
+from trainer.evaluation.sets import EvaluationSet
+from trainer.rollout import sample
+from trainer.studies.analyze.analysis import Opened
+from trainer.types import Rollouts
+from trainer.update import score
+
+
+class Scored(NamedTuple):
+    """Responses to some problems of one set."""
+
+    asked: EvaluationSet
+    rollouts: Rollouts
+    logprob_BL: Tensor
+    """Of the sampled tokens under the policy, 0 where there is none."""
+    entropy_BL: Tensor
+    """Of the whole vocabulary at the temperature of sampling, nats; 0 where there is no token."""
+
+
+def responses(opened: Opened, engine: Engine) -> Iterator[tuple[EvaluationSet, Rollouts]]:
+    """`samples` verified responses of `engine` to each problem of each set, a portion of whole
+    problems at a time: about `batch_size` responses. The same settings give the same responses."""
+    settings = opened.settings
+    size = max(settings.batch_size // samples_of(settings), 1)
+    for one in opened.sets.values():
+        one.verifier.start()
+        for first in range(0, len(one.problems), size):
+            rollouts = sample(
+                engine,
+                opened.policy,
+                one.verifier,
+                one.problems[first : first + size],
+                group_size=samples_of(settings),
+                max_new_tokens=settings.max_new_tokens,
+                temperature=temperature_of(settings),
+                seed=one.seed(settings.seed),
+                first=first,
+                ranks=opened.ranks,
+            )
+            yield one, rollouts
+
+
+def right_shares(one: EvaluationSet, rollouts: Rollouts, samples: int) -> list[float]:
+    """Of the `samples` responses to each problem, the share that is right."""
+    return one.reward.is_right(rollouts.reward_B).double().view(-1, samples).mean(1).tolist()
+
+
+def scored_responses(opened: Opened) -> Iterator[Scored]:
+    """`responses` of the policy itself, scored by it."""
+    config, policy = engine_config(opened.settings), opened.policy
+    engine = make_engine(config, policy)
+    engine.update_weights(policy.weights())
+    with closing(engine):
+        for one, rollouts in responses(opened, engine):
+            logprob_BL, entropy_BL, _, _ = score(policy, rollouts, config, opened.ranks)
+            yield Scored(one, rollouts, logprob_BL, entropy_BL)

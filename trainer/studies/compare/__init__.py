@@ -1,0 +1,135 @@
+"""`python -m trainer compare PRESET [--options]`: the paper's ablation and baselines, by seeds.
+
+Each arm (arms.py) is a run of the trainer with each seed; a seed makes the model,
+its warm start, its problems and its samples, so that intervals over seeds are over all of these.
+What is finished is not done again.
+"""
+
+import json
+import sys
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from trainer.config import Config
+from trainer.launch.needs import check_needs
+from trainer.studies.compare.arms import ALWAYS, ARMS, STUDIES, Study, arm_config
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Which runs, and how they are done."""
+
+    studies: tuple[Study, ...] = ("ablation", "algorithms")
+    """Whose arms are run: fractions of the tokens and their controls, and algorithms."""
+    arms: tuple[str, ...] = ()
+    """Only these, of any study."""
+    seeds: int = 5
+    """Replications of each arm."""
+    first_seed: int = 0
+    """The least seed."""
+    jobs: int = 2
+    """Processes at a time, each with `threads` threads, or one."""
+    hours: float = 0.0
+    """Budget of wall time; 0: none. The next call goes on with what is left."""
+    label: str = ""
+    """Of the task in the names of folders; by default from the data's name."""
+    out: str = ""
+    """File of the results; by default ROOT/LABEL/comparison.json."""
+    config: Annotated[Config, tyro.conf.arg(name="")] = field(default_factory=Config)
+    """What all runs share."""
+
+    def __post_init__(self) -> None:
+        for name in ("seeds", "jobs"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}")
+        if self.hours < 0:
+            raise ValueError(f"hours must be at least 0; got {self.hours}")
+        if unknown := set(self.arms) - set(ARMS):
+            raise ValueError(f"no arm {', '.join(sorted(unknown))}; there are {', '.join(ARMS)}")
+
+
+def runs(settings: Comparison) -> list[Config]:
+    """All runs of `settings`: every arm of the first seed, then of the next."""
+    arms = dict.fromkeys(arm for study in settings.studies for arm in STUDIES[study])
+    chosen = dict.fromkeys(settings.arms or arms)
+    seeds = range(settings.first_seed, settings.first_seed + settings.seeds)
+    label = _label(settings)
+    return [arm_config(settings.config, label, arm, seed) for seed in seeds for arm in chosen]
+
+
+def compare(settings: Comparison) -> int:
+    """Do what is missing and write the results; 0 where all runs are finished."""
+    from trainer.launch.lock import owned
+    from trainer.report.progress import progress
+    from trainer.studies.compare.collect import collect, write
+    from trainer.studies.compare.driver import drive, is_finished
+    from trainer.studies.compare.report import write_files
+
+    configs = runs(settings)
+    check_needs(*configs)
+    folder = Path(settings.config.root) / _label(settings)
+    out = Path(settings.out or folder / "comparison.json")
+    if out.is_dir():
+        raise ValueError(f"out must be a file; got the folder {out}")
+
+    def results() -> None:
+        write(out, collect(_label(settings), configs, asdict(settings)))
+
+    with owned(folder), owned(out, beside=True):
+        started = sum(map(is_finished, configs))
+        with progress("runs", len(configs), started, columns={}) as bar:
+
+            def shown(done: int) -> None:
+                results()
+                bar.update(done, {})
+
+            outcome = drive(configs, settings.jobs, settings.hours, shown)
+        results()
+        found = json.loads(out.read_text("utf-8"))
+        if outcome.finished:
+            write_files(found, out)
+    if idle := [f"{run['arm']}/seed-{run['seed']}" for run in found["runs"] if not run["rows"]]:
+        print(
+            f"warning: every step of {', '.join(idle)} was skipped, so nothing was trained there; "
+            f"python -m trainer report {folder / idle[0]} tells why",
+            file=sys.stderr,
+        )
+    for name, lines in outcome.failed.items():
+        print(f"{name} failed:\n{lines}", file=sys.stderr)
+    if outcome.left:
+        print(f"{len(outcome.left)} runs are left; the same command goes on", file=sys.stderr)
+    print(f"results: {out}")
+    return int(bool(outcome.failed or outcome.left))
+
+
+def _label(settings: Comparison) -> str:
+    return settings.label or settings.config.data.task.replace(":", "-").replace("/", "-")
+
+
+def main(arguments: list[str]) -> int:
+    """Run the comparison that `arguments` ask for; returns the exit status."""
+    from trainer.launch.command_line import parse
+
+    _check_own(arguments)
+    return compare(
+        parse(
+            arguments,
+            "python -m trainer compare",
+            "The paper's ablation and baselines from one preset, by seeds. The options up to "
+            "--out are the comparison's; all others are those of train, for every run.",
+            lambda config: Comparison(config=config),
+        )
+    )
+
+
+def _check_own(arguments: list[str]) -> None:
+    """Raise ValueError for options of `train` that a comparison sets itself, in every run."""
+    own = {"--name": "--label", "--seed": "--seeds and --first-seed"}
+    own |= {f"--algorithm.{name.replace('_', '-')}": "--arms" for name in ALWAYS}
+    for argument in arguments:
+        option = argument.partition("=")[0].replace("_", "-")
+        if option in own:
+            raise ValueError(f"{option} is set in each run by {own[option]}; got {argument}")

@@ -1,0 +1,211 @@
+"""Runs of a comparison: a process each, several at a time, within a budget of time."""
+
+import contextlib
+import ctypes
+import json
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from trainer.config import Config
+from trainer.errors import line
+from trainer.launch.stop import STATUS, Stopped, signals_stop
+from trainer.log import read_rows, read_run
+
+LOG = "log.txt"
+LAST_LINES = 5
+_PR_SET_PDEATHSIG = 1
+_CHILD = "from trainer.studies.compare.driver import run_one; run_one()"
+
+
+@dataclass
+class Outcome:
+    """What a call of `drive` came to, by the names of the runs."""
+
+    finished: list[str] = field(default_factory=list)
+    failed: dict[str, str] = field(default_factory=dict)
+    """With the last lines of their logs."""
+    left: list[str] = field(default_factory=list)
+    """Not started or not finished, for want of time."""
+
+
+def drive(
+    configs: Sequence[Config],
+    jobs: int,
+    hours: float = 0.0,
+    on_finished: Callable[[int], None] = lambda done: None,
+) -> Outcome:
+    """Do the runs that are not finished yet, in their order, `jobs` at a time.
+
+    The first run of each seed goes before the others of that seed, which use its warm start. With
+    `hours` no run is started that, by the mean of those done in this call, would end later.
+    `on_finished` is called after each, with the number that is finished. An interruption ends the
+    runs under way, and so does an error of `on_finished`, which is raised; all of them go on from
+    their checkpoints in the next call.
+    """
+    state = _State(configs, hours, on_finished)
+    workers = [threading.Thread(target=state.work) for _ in range(jobs)]
+    for worker in workers:
+        worker.start()
+    try:
+        for worker in workers:
+            while worker.is_alive():
+                worker.join(0.2)
+    except BaseException:
+        state.stop()
+        for worker in workers:
+            worker.join()
+        raise
+    if state.error is not None:
+        raise state.error
+    state.outcome.left += [config.name for config in state.waiting]
+    return state.outcome
+
+
+def is_finished(config: Config) -> bool:
+    """Whether the run of `config` is on disk with all of its steps and these settings."""
+    folder = Path(config.root) / config.name
+    metrics, run = folder / "metrics.jsonl", folder / "run.json"
+    if not (metrics.exists() and run.exists()):
+        return False
+    if read_run(folder)["config"] != json.loads(json.dumps(asdict(config))):
+        return False
+    rows = read_rows(metrics)
+    return bool(rows) and rows[-1]["step"] == config.steps
+
+
+def run_one() -> None:
+    """A run in this process; its configuration comes by stdin from the process that started it.
+
+    The id of that process is the first argument.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != int(sys.argv[1]):  # it was killed before the signal was asked for
+        sys.exit("error: the process that started this run has ended")
+    config = pickle.load(sys.stdin.buffer)
+
+    import transformers
+
+    from trainer.train import train
+
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        with signals_stop():
+            train(config)
+    except Stopped as stopped:
+        print(f"stopped {stopped.where}", file=sys.stderr)
+        sys.exit(STATUS[stopped.signal])
+    except Exception as error:
+        if (text := line(error)) is None:
+            raise
+        sys.exit(f"error: {text}")
+
+
+class _State:
+    """What the threads share, each of which waits for one process at a time."""
+
+    def __init__(self, configs: Sequence[Config], hours: float, on_finished: Callable[[int], None]):
+        self.outcome = Outcome([config.name for config in configs if is_finished(config)])
+        self.error: BaseException | None = None
+        self.waiting = [config for config in configs if config.name not in self.outcome.finished]
+        self._on_finished = on_finished
+        self._began, self._limit = time.monotonic(), 3600 * hours
+        self._seconds: list[float] = []
+        self._warming: set[int] = set()
+        # A seed of which a run is done has its warm start.
+        self._warm = {c.seed for c in configs if c.name in self.outcome.finished}
+        self._running: set[subprocess.Popen[bytes]] = set()
+        self._stopped = False
+        self._changed = threading.Condition()
+
+    def work(self) -> None:
+        """Do one run after the other; an error of this process ends the other threads too."""
+        try:
+            self._work()
+        except BaseException as error:
+            self.error = error
+            self.stop()
+
+    def _work(self) -> None:
+        """Until no run is left that could be started."""
+        while (config := self._take()) is not None:
+            began = time.monotonic()
+            try:
+                error = self._run(config)
+            except OSError as problem:  # no process, no log: the other runs wait for an outcome
+                error = str(problem)
+            with self._changed:
+                self._warming.discard(config.seed)
+                self._put_away(config, error, time.monotonic() - began)
+                self._changed.notify_all()
+
+    def stop(self) -> None:
+        """End all processes and start no more."""
+        with self._changed:
+            self._stopped = True
+            for process in self._running:
+                process.terminate()
+            self._changed.notify_all()
+
+    def _take(self) -> Config | None:
+        """The next run whose warm start is there or is its own to make."""
+        with self._changed:
+            while self.waiting and not self._stopped and not self._late():
+                for config in self.waiting:
+                    if config.seed not in self._warming:
+                        self.waiting.remove(config)
+                        if config.seed not in self._warm:
+                            self._warming.add(config.seed)
+                        return config
+                self._changed.wait()
+            return None
+
+    def _late(self) -> bool:
+        """Whether a run that starts now would end after the limit."""
+        mean = sum(self._seconds) / max(len(self._seconds), 1)
+        return bool(self._limit) and time.monotonic() - self._began + mean > self._limit
+
+    def _put_away(self, config: Config, error: str, seconds: float) -> None:
+        if self._stopped:
+            self.outcome.left.append(config.name)
+        elif error:
+            self.outcome.failed[config.name] = error
+        else:
+            self._warm.add(config.seed)
+            self._seconds.append(seconds)
+            self.outcome.finished.append(config.name)
+            self._on_finished(len(self.outcome.finished))
+
+    def _run(self, config: Config) -> str:
+        """Run it to its end; the end of its log where that is not the right one."""
+        log = Path(config.root) / config.name / LOG
+        log.parent.mkdir(parents=True, exist_ok=True)
+        environment = {**os.environ, "OMP_NUM_THREADS": str(config.threads or 1)}
+        with log.open("ab") as output:
+            process = subprocess.Popen(
+                [sys.executable, "-c", _CHILD, str(os.getpid())],
+                stdin=subprocess.PIPE,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env=environment,
+            )
+            with self._changed:
+                self._running.add(process)
+                if self._stopped:
+                    process.terminate()
+            with contextlib.suppress(BrokenPipeError):  # its log says why
+                process.communicate(pickle.dumps(config))
+            with self._changed:
+                self._running.discard(process)
+        if process.returncode == 0:
+            return ""
+        lines = log.read_text("utf-8", "replace").splitlines()[-LAST_LINES:]
+        return "\n".join(lines) or f"exit status {process.returncode}"

@@ -1,0 +1,1 @@
+"""The model that trains in minutes on a CPU."""

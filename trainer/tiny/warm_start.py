@@ -1,0 +1,212 @@
+"""The warm start: supervised training on a task's demonstrations, kept for later runs.
+
+B demonstrations of a batch, L their padded length, T their response tokens, D hidden.
+"""
+
+import hashlib
+import json
+import math
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+import entropy_kernels as ek
+from entropy_kernels.integrations.hf import LMHead, lm_head
+from trainer.config import WarmStart
+from trainer.errors import naming
+from trainer.finite import first_nonfinite
+from trainer.model.folder import save_model
+from trainer.model.tokens import prompt_ids, response_ids
+from trainer.types import Problem, Task
+
+BETAS = (0.9, 0.95)
+GRAD_CLIP = 1.0
+FINAL_RATE = 0.1  # where the cosine ends, of the peak
+
+_RECIPE = 1  # Part of the name of what is kept: count up when the training below changes.
+_PROBED_DEMONSTRATIONS = 64
+
+Report = Callable[[int, Mapping[str, float]], None]
+"""Told after every step: the number of steps done, and "loss" and "tokens_per_second"."""
+
+
+@runtime_checkable
+class Demonstrator(Protocol):
+    """A task that can show how its problems are solved."""
+
+    def demonstrations(self, count: int, seed: int) -> list[tuple[str, str]]:
+        """`count` training prompts with a response each; fewer are the beginning of more."""
+        ...
+
+
+class Example(NamedTuple):
+    """A demonstration in tokens: `start` of them are the prompt's, the last is end-of-sequence."""
+
+    tokens: Tensor
+    start: int
+
+
+def load_or_warm_start(
+    model: Any,
+    tokenizer: Any,
+    task: Task,
+    settings: WarmStart,
+    seed: int,
+    report: Report | None = None,
+) -> Path:
+    """Warm-start `model` in place, or load what an earlier run with the same inputs has kept.
+
+    Returns its transformers folder, `settings.cache` / a hash of the settings, the seed, the
+    demonstrations, the vocabulary, and the model's configuration and weights. The folder appears
+    in one rename, so a run that is killed leaves nothing half-made there.
+    Raises ValueError as `warm_start` does.
+    """
+    cache = Path(settings.cache)
+    folder = cache / _fingerprint(model, tokenizer, task, settings, seed)
+    if folder.exists():
+        kept = type(model).from_pretrained(folder, dtype=model.dtype)
+        model.load_state_dict(kept.state_dict())
+        return folder
+    warm_start(model, tokenizer, task, settings, seed, report)
+    cache.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=cache, prefix=".unfinished-") as unfinished:
+        complete = Path(unfinished) / "model"
+        with naming(folder):
+            save_model(complete, model)
+            tokenizer.save_pretrained(complete)
+        try:
+            complete.rename(folder)
+        except OSError:
+            if not folder.exists():
+                raise
+            # Another run was at it too, and done first.
+    return folder
+
+
+def warm_start(
+    model: Any,
+    tokenizer: Any,
+    task: Task,
+    settings: WarmStart,
+    seed: int,
+    report: Report | None = None,
+) -> None:
+    """Train `model` in place on the responses of `settings.traces` demonstrations of `task`.
+
+    The loss is the mean of -log p over the response tokens of a batch, end-of-sequence included.
+    AdamW with linear warm-up and a cosine to a tenth of the peak. On a CPU `seed`, the number of
+    threads and the model's weights fix the result to the bit.
+    Raises ValueError for a task without demonstrations and for steps, traces or batch size < 1.
+    """
+    for name in ("steps", "traces", "batch_size"):
+        if getattr(settings, name) < 1:
+            raise ValueError(f"a warm start needs {name} >= 1, not {getattr(settings, name)}")
+    pairs = _demonstrator(task).demonstrations(settings.traces, seed)
+    examples = [_example(tokenizer, prompt, response) for prompt, response in pairs]
+    head = lm_head(model)
+    order = _endless_order(len(examples), torch.Generator().manual_seed(seed))
+    optimizer = torch.optim.AdamW(
+        model.parameters(),
+        lr=settings.learning_rate,
+        betas=BETAS,
+        weight_decay=settings.weight_decay,
+    )
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, settings))
+    was_training = model.training
+    model.train()
+    began, tokens_done = time.monotonic(), 0
+    for step in range(1, settings.steps + 1):
+        batch = [examples[i] for i in islice(order, settings.batch_size)]
+        loss, tokens = _loss(head, batch, tokenizer.pad_token_id)
+        optimizer.zero_grad()
+        loss.backward()
+        _clip(model, step)
+        optimizer.step()
+        schedule.step()
+        tokens_done += tokens
+        if report is not None:
+            speed = tokens_done / (time.monotonic() - began)
+            report(step, {"loss": loss.item(), "tokens_per_second": speed})
+    optimizer.zero_grad()
+    model.train(was_training)
+
+
+def _clip(model: Any, step: int) -> None:
+    """Clip the gradient. Raises ValueError, which names the tensor, where it is not finite."""
+    named = [(name, p) for name, p in model.named_parameters() if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm([p.grad for _, p in named])
+    if not norm.isfinite():
+        name = first_nonfinite([*model.named_parameters(), *((n, p.grad) for n, p in named)])
+        raise ValueError(f"step {step} of the warm start: {name} or its gradient is not finite")
+    torch.nn.utils.clip_grads_with_norm_([p for _, p in named], GRAD_CLIP, norm)
+
+
+def _demonstrator(task: Task) -> Demonstrator:
+    if not isinstance(task, Demonstrator):
+        raise ValueError(
+            f"task {task.name!r} has no demonstrations to warm-start from: set warm_start.steps "
+            'to 0 or use a task that has, such as "ladder"'
+        )
+    return task
+
+
+def _example(tokenizer: Any, prompt: str, response: str) -> Example:
+    asked = prompt_ids(tokenizer, [Problem(prompt, None)])[0]
+    answered = response_ids(tokenizer, response)
+    return Example(torch.tensor([*asked, *answered, tokenizer.eos_token_id]), len(asked))
+
+
+def _endless_order(count: int, generator: torch.Generator) -> Iterator[int]:
+    """Permutations of 0..count-1, one after the other."""
+    while True:
+        yield from torch.randperm(count, generator=generator).tolist()
+
+
+def _rate(step: int, settings: WarmStart) -> float:
+    """The learning rate of `step`, from 0, as a share of the peak."""
+    if step < settings.warmup_steps:
+        return (step + 1) / settings.warmup_steps
+    done = (step - settings.warmup_steps) / max(1, settings.steps - settings.warmup_steps)
+    return FINAL_RATE + (1 - FINAL_RATE) * (1 + math.cos(math.pi * done)) / 2
+
+
+def _loss(head: LMHead, batch: list[Example], pad_id: int) -> tuple[Tensor, int]:
+    """Mean of -log p over the response tokens of `batch`, and how many they are."""
+    lengths_B = torch.tensor([len(example.tokens) for example in batch])
+    starts_B = torch.tensor([example.start for example in batch])
+    tokens_BL = pad_sequence([e.tokens for e in batch], batch_first=True, padding_value=pad_id)
+    position_L = torch.arange(tokens_BL.shape[1])
+    exists_BL = position_L < lengths_B[:, None]
+    # A token is predicted at the position before it.
+    predicts_BL = exists_BL[:, 1:] & (position_L[1:] >= starts_B[:, None])
+    tokens_BL, exists_BL, predicts_BL = (
+        x.to(head.model.device) for x in (tokens_BL, exists_BL, predicts_BL)
+    )
+    hidden_BLD = head.hidden_states(
+        input_ids=tokens_BL[:, :-1], attention_mask=exists_BL[:, :-1].long(), use_cache=False
+    )
+    logprob_T = ek.linear_logprob_entropy(
+        target=tokens_BL[:, 1:][predicts_BL], **head(hidden_BLD[predicts_BL])
+    ).logprob
+    return -logprob_T.mean(), len(logprob_T)
+
+
+def _fingerprint(model: Any, tokenizer: Any, task: Task, settings: WarmStart, seed: int) -> str:
+    """Hash of all that shapes a warm start but torch's version and the machine's arithmetic."""
+    shaped_by = {key: value for key, value in asdict(settings).items() if key != "cache"}
+    probed = _demonstrator(task).demonstrations(_PROBED_DEMONSTRATIONS, seed)
+    parts = [_RECIPE, shaped_by, seed, task.name, probed, tokenizer.get_vocab()]
+    digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode())
+    digest.update(model.config.to_json_string().encode())
+    for name, weight in sorted(model.state_dict().items()):
+        digest.update(f"{name} {weight.dtype}".encode())
+        digest.update(weight.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]
