@@ -102,7 +102,7 @@ def check_loops(folder: Path, isa: str, objdump: str) -> None:
     A sum that is kept in memory for want of registers, or an addition and a shuffle for a
     broadcast, costs a third of the speed and changes no value.
     """
-    path = folder / "CMakeFiles" / f"kernels_{isa}.dir" / "csrc" / "cpu" / "kernels.cpp.o"
+    path = folder / "CMakeFiles" / f"kernels_{isa}.dir" / "csrc" / "cpu" / "kernels_per_isa.cpp.o"
     loops = [
         (function, loop)
         for function, loop in innermost_loops(objdump, path)

@@ -185,7 +185,7 @@ def test_an_extension_of_other_sources_than_the_checkout_s_is_refused(checkout, 
     shutil.copy(checkout / "CMakeLists.txt", folder)
     shutil.copy(ROOT / EXTENSION, folder / EXTENSION)
     ask = "from entropy_kernels import _native; print(_native.why_missing('cpu'))"
-    with (folder / "csrc" / "cpu" / "kernels.cpp").open("a") as file:
+    with (folder / "csrc" / "cpu" / "kernels_per_isa.cpp").open("a") as file:
         file.write("// pulled\n")
     printed = run(sys.executable, "-c", ask, cwd=folder)
     assert "_cpu is of other sources than csrc/ holds; run pip install -e . again" in printed

@@ -32,7 +32,7 @@ struct Faulty : TileModel {
 #define EK_OTHERS nobody
 #include <string>
 
-#include "kernels.cpp"
+#include "kernels_per_isa.cpp"
 
 const entropy_kernels::Kernels nobody::kernels{};
 

@@ -14,7 +14,7 @@
 #include <sys/sysctl.h>
 #endif
 
-// The namespaces that kernels.cpp is compiled into.
+// The namespaces that kernels_per_isa.cpp is compiled into.
 namespace amx {
 extern const entropy_kernels::Kernels kernels;
 }

@@ -14,7 +14,7 @@
 #include <numeric>
 
 #include "blocks.h"
-#include "moments.h"
+#include "statistics.h"
 #include "pages.h"
 #include "rows.h"
 
