@@ -61,6 +61,7 @@ lint: $(VENV)/.dev
 	@echo "Checking style and types ..."
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
+	@$(BIN)/clang-format --dry-run --Werror $(wildcard csrc/*/*.* tests/*.cpp tests/cpp/*.*)
 	@$(BIN)/mypy
 
 bench: $(VENV)/.dev

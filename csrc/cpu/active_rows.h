@@ -7,7 +7,7 @@ namespace EK_ISA {
 
 using entropy_kernels::Incoming;
 
-constexpr std::int64_t kRowChunk = 512;  // active rows whose dz is held at once
+constexpr std::int64_t kRowChunk = 512;              // active rows whose dz is held at once
 constexpr std::int64_t kRowStride = kRowChunk + 16;  // no power of two: few sets of a cache
 
 // What a panel of 64 active rows needs, gradients divided by the temperature; zero beyond the last.
@@ -39,7 +39,7 @@ struct ActivePanel {
 template <class E>
 struct Gathered {
   std::int64_t units, panels, row_chunks;
-  std::vector<typename E::Unit> along_dim;  // panels of rows, for the logits
+  std::vector<typename E::Unit> along_dim;   // panels of rows, for the logits
   std::vector<typename E::Unit> along_rows;  // for each chunk of rows, panels of D, for dW
   std::vector<ActivePanel> active;
 

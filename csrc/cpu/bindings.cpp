@@ -36,13 +36,12 @@ void ratio_loss(Pointer logprob_ptr, Pointer old_logprob_ptr, Pointer advantage_
                 Pointer kept_ptr, Pointer weight_ptr, std::int64_t sequences, std::int64_t length,
                 float low, float high, float dual, float log_ratio, int threads, Pointer loss_ptr,
                 Pointer grad_ptr, Pointer sums_ptr, Pointer counts_ptr) {
-  entropy_kernels::ratio_loss(
-      {as<const float>(logprob_ptr), as<const float>(old_logprob_ptr),
-       as<const float>(advantage_ptr), as<const std::uint8_t>(kept_ptr),
-       as<const float>(weight_ptr), sequences, length},
-      {low, high, dual, log_ratio}, threads,
-      {as<float>(loss_ptr), as<float>(grad_ptr), as<float>(sums_ptr),
-       as<std::int64_t>(counts_ptr)});
+  entropy_kernels::ratio_loss({as<const float>(logprob_ptr), as<const float>(old_logprob_ptr),
+                               as<const float>(advantage_ptr), as<const std::uint8_t>(kept_ptr),
+                               as<const float>(weight_ptr), sequences, length},
+                              {low, high, dual, log_ratio}, threads,
+                              {as<float>(loss_ptr), as<float>(grad_ptr), as<float>(sums_ptr),
+                               as<std::int64_t>(counts_ptr)});
 }
 
 Head make_head(Pointer hidden_ptr, std::int64_t hidden_stride, Pointer weight_ptr,
@@ -100,7 +99,8 @@ std::int64_t without_gil(Run run) {
 }
 
 std::int64_t linear_logprob_entropy(const Head& head, Pointer index_ptr, std::int64_t count,
-                            Pointer statistics_ptr, Pointer moments_ptr, const std::string& isa) {
+                                    Pointer statistics_ptr, Pointer moments_ptr,
+                                    const std::string& isa) {
   const Kernels& chosen = kernels(isa);
   return without_gil([&] {
     return chosen.forward(head, Rows{as<const std::int64_t>(index_ptr), count},
@@ -108,11 +108,13 @@ std::int64_t linear_logprob_entropy(const Head& head, Pointer index_ptr, std::in
   });
 }
 
-std::int64_t linear_logprob_entropy_backward(const Head& head, Pointer index_ptr, std::int64_t count,
-                                     Pointer statistics_ptr, Pointer grad_logprob_ptr,
-                                     Pointer grad_entropy_ptr, Pointer grad_logsumexp_ptr,
-                                     Pointer dhidden_ptr, Pointer dweight_ptr, int dweight_dtype,
-                                     bool add_dweight, Pointer dbias_ptr, const std::string& isa) {
+std::int64_t linear_logprob_entropy_backward(const Head& head, Pointer index_ptr,
+                                             std::int64_t count, Pointer statistics_ptr,
+                                             Pointer grad_logprob_ptr, Pointer grad_entropy_ptr,
+                                             Pointer grad_logsumexp_ptr, Pointer dhidden_ptr,
+                                             Pointer dweight_ptr, int dweight_dtype,
+                                             bool add_dweight, Pointer dbias_ptr,
+                                             const std::string& isa) {
   const Kernels& chosen = kernels(isa);
   const Incoming incoming{as<const float>(grad_logprob_ptr), as<const float>(grad_entropy_ptr),
                           as<const float>(grad_logsumexp_ptr)};
@@ -150,47 +152,61 @@ PYBIND11_MODULE(_cpu, m) {
       .def(py::init(&make_head), py::kw_only(), py::arg("hidden_ptr"), py::arg("hidden_stride"),
            py::arg("weight_ptr"), py::arg("weight_stride"), py::arg("bias_ptr"),
            py::arg("temperature_ptr"), py::arg("softcap"), py::arg("target_ptr"), py::arg("tokens"),
-           py::arg("dim"), py::arg("vocabulary"), py::arg("dtype"), py::arg("threads"), py::arg("l2"),
-           py::arg("last"), py::arg("logits_ptr"));
+           py::arg("dim"), py::arg("vocabulary"), py::arg("dtype"), py::arg("threads"),
+           py::arg("l2"), py::arg("last"), py::arg("logits_ptr"));
   m.def("linear_logprob_entropy", &linear_logprob_entropy, py::arg("head"), py::kw_only(),
-        py::arg("index_ptr"), py::arg("count"), py::arg("statistics_ptr"),
-        py::arg("moments_ptr"), py::arg("isa"),
+        py::arg("index_ptr"), py::arg("count"), py::arg("statistics_ptr"), py::arg("moments_ptr"),
+        py::arg("isa"),
         "Writes logprob, entropy, logsumexp, max and log_sum: fp32 [5, T]; and varentropy, the "
         "largest probability, and the sums of p^2 and p^2 log p: fp32 [4, T], unless moments_ptr "
         "is 0. Returns the multiplications done.");
-  m.def("linear_logprob_entropy_backward", &linear_logprob_entropy_backward, py::arg("head"),
-        py::kw_only(), py::arg("index_ptr"), py::arg("count"), py::arg("statistics_ptr"),
-        py::arg("grad_logprob_ptr"), py::arg("grad_entropy_ptr"),
-        py::arg("grad_logsumexp_ptr"), py::arg("dhidden_ptr"), py::arg("dweight_ptr"),
-        py::arg("dweight_dtype"), py::arg("add_dweight"), py::arg("dbias_ptr"),
-        py::arg("isa"),
-        "Gradients of the rows at `index`; a pointer of 0 asks for nothing. The weight's is written "
-        "as `dweight_dtype`, or added to what is there. Returns the multiplications done.");
-  m.def("caches", [] {
-    const entropy_kernels::Caches found = entropy_kernels::machine_caches();
-    return py::dict(py::arg("l2") = found.l2, py::arg("last") = found.last);
-  }, "Bytes of the second-level cache and of the last level.");
-  m.def("instruction_sets", [](bool models) {
-    py::list names;
-    const Kernels* model = models ? entropy_kernels::model_kernels() : nullptr;
-    if (model != nullptr) names.append(model->name);
-    for (int i = 0; const Kernels* kernels = entropy_kernels::usable_kernels(i); ++i)
-      names.append(kernels->name);
-    return names;
-  }, py::arg("models") = false,
-  "What this machine can run, best first; models of what it lacks, slow, come before.");
-  m.def("agrees", [](const std::string& isa) { return kernels(isa).agrees(); }, py::arg("isa"),
-        "Whether a product of bf16 is that of fp32, but for rounding.");
-  m.def("why_no_amx", []() -> py::object {
-    const char* why = entropy_kernels::why_no_amx();
-    return why == nullptr ? py::object(py::none()) : py::object(py::str(why));
-  }, "Why AMX is not used; empty where it can be, None where the processor has none.");
-  m.def("seconds", [](const std::string& isa, int dtype) {
-    const Kernels& chosen = kernels(isa);
-    double best = chosen.seconds(static_cast<Dtype>(dtype));
-    for (int run = 1; run < 32; ++run)
-      best = std::min(best, chosen.seconds(static_cast<Dtype>(dtype)));
-    return best;
-  }, py::arg("isa"), py::arg("dtype"),
-     "Seconds of a small product of inputs of a dtype, the best of many; less than a millisecond.");
+  m.def(
+      "linear_logprob_entropy_backward", &linear_logprob_entropy_backward, py::arg("head"),
+      py::kw_only(), py::arg("index_ptr"), py::arg("count"), py::arg("statistics_ptr"),
+      py::arg("grad_logprob_ptr"), py::arg("grad_entropy_ptr"), py::arg("grad_logsumexp_ptr"),
+      py::arg("dhidden_ptr"), py::arg("dweight_ptr"), py::arg("dweight_dtype"),
+      py::arg("add_dweight"), py::arg("dbias_ptr"), py::arg("isa"),
+      "Gradients of the rows at `index`; a pointer of 0 asks for nothing. The weight's is written "
+      "as `dweight_dtype`, or added to what is there. Returns the multiplications done.");
+  m.def(
+      "caches",
+      [] {
+        const entropy_kernels::Caches found = entropy_kernels::machine_caches();
+        return py::dict(py::arg("l2") = found.l2, py::arg("last") = found.last);
+      },
+      "Bytes of the second-level cache and of the last level.");
+  m.def(
+      "instruction_sets",
+      [](bool models) {
+        py::list names;
+        const Kernels* model = models ? entropy_kernels::model_kernels() : nullptr;
+        if (model != nullptr) names.append(model->name);
+        for (int i = 0; const Kernels* kernels = entropy_kernels::usable_kernels(i); ++i)
+          names.append(kernels->name);
+        return names;
+      },
+      py::arg("models") = false,
+      "What this machine can run, best first; models of what it lacks, slow, come before.");
+  m.def(
+      "agrees", [](const std::string& isa) { return kernels(isa).agrees(); }, py::arg("isa"),
+      "Whether a product of bf16 is that of fp32, but for rounding.");
+  m.def(
+      "why_no_amx",
+      []() -> py::object {
+        const char* why = entropy_kernels::why_no_amx();
+        return why == nullptr ? py::object(py::none()) : py::object(py::str(why));
+      },
+      "Why AMX is not used; empty where it can be, None where the processor has none.");
+  m.def(
+      "seconds",
+      [](const std::string& isa, int dtype) {
+        const Kernels& chosen = kernels(isa);
+        double best = chosen.seconds(static_cast<Dtype>(dtype));
+        for (int run = 1; run < 32; ++run)
+          best = std::min(best, chosen.seconds(static_cast<Dtype>(dtype)));
+        return best;
+      },
+      py::arg("isa"), py::arg("dtype"),
+      "Seconds of a small product of inputs of a dtype, the best of many; less than a "
+      "millisecond.");
 }

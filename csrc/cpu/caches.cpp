@@ -25,8 +25,7 @@ std::string line_of(const std::string& path) {
 // Bytes of the data cache of `level`, 0 if there is none. Sizes read "48K" or "2M".
 std::int64_t cache(int level) {
   for (int i = 0; i < 8; ++i) {
-    const std::string folder =
-        "/sys/devices/system/cpu/cpu0/cache/index" + std::to_string(i) + "/";
+    const std::string folder = "/sys/devices/system/cpu/cpu0/cache/index" + std::to_string(i) + "/";
     if (line_of(folder + "level") != std::to_string(level)) continue;
     if (line_of(folder + "type") == "Instruction") continue;
     std::int64_t size = 0;

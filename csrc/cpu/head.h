@@ -67,8 +67,8 @@ struct Kernels {
   double (*seconds)(Dtype);  // what a small product of inputs of that dtype takes
   bool (*agrees)();          // whether products of bf16 are those of fp32, but for rounding
   std::int64_t (*forward)(const Head&, const Rows&, const Statistics&, Stop);
-  std::int64_t (*backward)(const Head&, const Rows&, const Statistics&, const Incoming&, const Gradients&,
-                   Stop);
+  std::int64_t (*backward)(const Head&, const Rows&, const Statistics&, const Incoming&,
+                           const Gradients&, Stop);
 };
 
 // What this machine can run, best first: the `i`-th (nullptr beyond the last), and the one called

@@ -30,7 +30,8 @@ static std::int64_t forward_of(const Head& head, const Rows& rows, const Statist
                                 : forward<E, NoMoments>(head, rows, out, stop);
 }
 
-static std::int64_t forward_any(const Head& head, const Rows& rows, const Statistics& out, Stop stop) {
+static std::int64_t forward_any(const Head& head, const Rows& rows, const Statistics& out,
+                                Stop stop) {
   if (head.dtype == Dtype::bf16) return forward_of<Brain>(head, rows, out, stop);
 #ifdef EK_TILES
   return EK_OTHERS::kernels.forward(head, rows, out, stop);
@@ -40,7 +41,7 @@ static std::int64_t forward_any(const Head& head, const Rows& rows, const Statis
 }
 
 static std::int64_t backward_any(const Head& head, const Rows& rows, const Statistics& found,
-                         const Incoming& in, const Gradients& out, Stop stop) {
+                                 const Incoming& in, const Gradients& out, Stop stop) {
   if (head.dtype == Dtype::bf16) return backward<Brain>(head, rows, found, in, out, stop);
 #ifdef EK_TILES
   return EK_OTHERS::kernels.backward(head, rows, found, in, out, stop);

@@ -14,9 +14,9 @@
 #include <numeric>
 
 #include "blocks.h"
-#include "statistics.h"
 #include "pages.h"
 #include "rows.h"
+#include "statistics.h"
 
 namespace EK_ISA {
 
@@ -24,8 +24,8 @@ using entropy_kernels::Statistics;
 using entropy_kernels::Stop;
 
 constexpr std::int64_t kPanelsWorthACopy = 4;  // of the weight's rows: it costs less than it saves
-constexpr float kLowest = -1e30f;           // the maximum's start; finite, so -inf - m is no NaN
-constexpr float kLowestExponent = -87.0f;   // exp of less is subnormal
+constexpr float kLowest = -1e30f;              // the maximum's start; finite, so -inf - m is no NaN
+constexpr float kLowestExponent = -87.0f;      // exp of less is subnormal
 
 // A panel of 64 tokens as far as the vocabulary has been walked. `present` counts the maximum: 0
 // before the first logit, then 1. s leaves that one out; others that tie with it stay in. M is
@@ -180,8 +180,8 @@ class Walk {
  public:
   Walk(const Head& head, const Rows& rows, int threads)
       : head_(head), rows_(rows), threads_(threads),
-        units_(round_up(head.dim, E::kWidth) / E::kWidth),
-        chunk_(token_chunk<E>(head)), capacity_(std::min(round_up(rows.count, kPanel), chunk_) / kPanel),
+        units_(round_up(head.dim, E::kWidth) / E::kWidth), chunk_(token_chunk<E>(head)),
+        capacity_(std::min(round_up(rows.count, kPanel), chunk_) / kPanel),
         tiles_(round_up(head.vocabulary, kTileRows) / kTileRows),
         packed_(capacity_ * units_ * kPanel), buffer_(threads * kPanel * units_),
         scratch_(threads * kTileRows * units_), running_(threads * capacity_), products_(threads) {}
@@ -262,8 +262,7 @@ class Walk {
     std::int64_t token[kPanel];
     const std::int64_t here = tokens_of(p, token);
     for (int i = 0; i < here; ++i) {
-      for (int thread = 1; thread < threads_; ++thread)
-        running(0, p).merge(running(thread, p), i);
+      for (int thread = 1; thread < threads_; ++thread) running(0, p).merge(running(thread, p), i);
       finish(head_, running(0, p), i, token[i], out);
     }
   }

@@ -4,7 +4,8 @@
 //
 // For a block of the weight's rows the logits are recomputed tile by tile, turned into dz, and used
 // twice while they are in the cache: the block's rows of dW are written, or added to, once; dH is
-// added up in fp32 for each thread. dz is held in the dtype of the inputs where the products take it (bf16).
+// added up in fp32 for each thread. dz is held in the dtype of the inputs where the products take
+// it (bf16).
 #pragma once
 
 #include "active_rows.h"
@@ -114,8 +115,10 @@ static void write_weight(const Gradients& out, std::int64_t dim, std::int64_t ro
   char* to = static_cast<char*>(out.weight) + (row * dim + first) * bytes_of(dtype);
   if (dtype == Dtype::f32) {
     auto* sum = reinterpret_cast<float*>(to);
-    if (!out.add_weight) std::memcpy(sum, values, count * 4);
-    else for (std::int64_t i = 0; i < count; ++i) sum[i] += values[i];
+    if (!out.add_weight)
+      std::memcpy(sum, values, count * 4);
+    else
+      for (std::int64_t i = 0; i < count; ++i) sum[i] += values[i];
     return;
   }
   auto* half = reinterpret_cast<std::uint16_t*>(to);
@@ -137,8 +140,8 @@ class Worker {
  public:
   Worker(const Head& head, const Rows& rows, std::int64_t size, bool with_entropy,
          const Gradients& out, const Gathered<E>& gathered)
-      : head_(head), rows_(rows), size_(size), with_entropy_(with_entropy), out_(out), gathered_(gathered),
-        wide_(round_up(head.dim, kPanel)), scratch_(size * gathered.units),
+      : head_(head), rows_(rows), size_(size), with_entropy_(with_entropy), out_(out),
+        gathered_(gathered), wide_(round_up(head.dim, kPanel)), scratch_(size * gathered.units),
         tile_(kTileRows * kPanel), slope_(head.softcap > 0 ? kTileRows * kPanel : 0), dz_(size) {
     if (out.weight != nullptr)
       dweight_.resize(size * (gathered.row_chunks > 1 ? wide_ : std::int64_t{kPanel}));
@@ -250,13 +253,14 @@ class Worker {
   std::int64_t wide_;
   std::vector<Unit> scratch_, packed_;
   std::vector<float> tile_, slope_;
-  std::vector<float> dweight_, dhidden_;  // panels of D: [rows][64], no stride a cache maps to few sets
+  std::vector<float> dweight_,
+      dhidden_;  // panels of D: [rows][64], no stride a cache maps to few sets
   Block<E> dz_;
 };
 
 template <class E>
 static std::int64_t backward(const Head& head, const Rows& rows, const Statistics& found,
-                     const Incoming& in, const Gradients& out, Stop stop) {
+                             const Incoming& in, const Gradients& out, Stop stop) {
   if (rows.count == 0) {
     if (out.weight != nullptr && !out.add_weight)
       std::memset(out.weight, 0, head.vocabulary * head.dim * bytes_of(out.weight_dtype));
@@ -272,7 +276,8 @@ static std::int64_t backward(const Head& head, const Rows& rows, const Statistic
   const Gathered<E> gathered(head, rows, found, in, out.weight != nullptr);
   std::vector<Worker<E>> workers;
   workers.reserve(threads);
-  for (int i = 0; i < threads; ++i) workers.emplace_back(head, rows, size, in.entropy != nullptr, out, gathered);
+  for (int i = 0; i < threads; ++i)
+    workers.emplace_back(head, rows, size, in.entropy != nullptr, out, gathered);
   Interrupt interrupted(stop);
 #pragma omp parallel num_threads(threads)
   {

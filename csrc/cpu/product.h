@@ -1,5 +1,5 @@
-// Products of small blocks with the columns in the vector lanes: c[r][lane] += sum_k a(r, k) b[k][lane].
-// A unit is one fp32, or two bf16 that are neighbours along k.
+// Products of small blocks with the columns in the vector lanes: c[r][lane] += sum_k a(r, k)
+// b[k][lane]. A unit is one fp32, or two bf16 that are neighbours along k.
 #pragma once
 
 #include <algorithm>
@@ -9,8 +9,8 @@
 
 namespace EK_ISA {
 
-constexpr int kPanel = 64;      // columns of a packed panel
-constexpr int kRows = 6;        // rows held in registers
+constexpr int kPanel = 64;  // columns of a packed panel
+constexpr int kRows = 6;    // rows held in registers
 // Of the sets with 32 registers, 24 hold sums; of those with 16, 12.
 #if defined(__AVX512F__) || defined(EK_NEON)
 constexpr int kVectors = 4;
@@ -61,7 +61,8 @@ static inline void micro(Left<E> a, const typename E::Unit* b, int units, float*
   for (int k = 0; k < units; ++k) {
     typename E::Operand right[kVectors];
 #pragma GCC unroll 8
-    for (int j = 0; j < kVectors; ++j) right[j] = E::operand(b + std::int64_t(k) * kPanel + j * kLanes);
+    for (int j = 0; j < kVectors; ++j)
+      right[j] = E::operand(b + std::int64_t(k) * kPanel + j * kLanes);
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
       const auto left = E::broadcast(a.data + r * row_stride + k * unit_stride);
@@ -96,17 +97,20 @@ static void micro_rows(int rows, Left<E> a, const typename E::Unit* b, int units
 }
 
 template <class E, bool kAlong>
-static void strided_product(std::int64_t rows, Left<E> a, const typename E::Unit* b, std::int64_t units,
-                    float* c, std::int64_t c_stride, bool add) {
+static void strided_product(std::int64_t rows, Left<E> a, const typename E::Unit* b,
+                            std::int64_t units, float* c, std::int64_t c_stride, bool add) {
   for (std::int64_t k = 0; k < units || k == 0; k += kChain) {
     const int length = int(std::min<std::int64_t>(kChain, units - k));
     for (std::int64_t r = 0; r < rows; r += kRows) {
       const int count = int(std::min<std::int64_t>(kRows, rows - r));
-      const Left<E> part{a.data + r * a.row_stride + k * a.unit_stride, a.row_stride, a.unit_stride};
+      const Left<E> part{a.data + r * a.row_stride + k * a.unit_stride, a.row_stride,
+                         a.unit_stride};
       if (add || k > 0)
-        micro_rows<E, true, kAlong>(count, part, b + k * kPanel, length, c + r * c_stride, c_stride);
+        micro_rows<E, true, kAlong>(count, part, b + k * kPanel, length, c + r * c_stride,
+                                    c_stride);
       else
-        micro_rows<E, false, kAlong>(count, part, b + k * kPanel, length, c + r * c_stride, c_stride);
+        micro_rows<E, false, kAlong>(count, part, b + k * kPanel, length, c + r * c_stride,
+                                     c_stride);
     }
   }
 }
@@ -121,6 +125,8 @@ static void product(std::int64_t rows, Left<E> a, const typename E::Unit* b, std
     strided_product<E, false>(rows, a, b, units, c, c_stride, add);
 }
 
-static inline std::int64_t round_up(std::int64_t x, std::int64_t to) { return (x + to - 1) / to * to; }
+static inline std::int64_t round_up(std::int64_t x, std::int64_t to) {
+  return (x + to - 1) / to * to;
+}
 
 }  // namespace EK_ISA

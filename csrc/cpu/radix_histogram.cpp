@@ -41,9 +41,8 @@ inline std::uint32_t ordered_key(float value) {
 
 // bins[i]: the digit of value i, or a dummy bin where it does not count. Returns how many count.
 template <bool kHasMask>
-TARGET_CLONES
-std::uint32_t find_bins(const float* values, const std::uint8_t* mask, int n, RadixDigit digit,
-                        std::uint32_t* bins) {
+TARGET_CLONES std::uint32_t find_bins(const float* values, const std::uint8_t* mask, int n,
+                                      RadixDigit digit, std::uint32_t* bins) {
   const std::uint32_t num_bins = 1u << digit.bits;
   const int rest = 32 - digit.prefix_bits;
   const std::uint32_t prefix_mask = rest == 32 ? 0u : ~0u << rest;
@@ -85,18 +84,17 @@ void count_slab(const float* values, const std::uint8_t* mask, std::int64_t n, R
   const std::int64_t copy_size = num_bins + kDummies;
   int threads = 1;
 #ifdef _OPENMP
-  threads = static_cast<int>(std::clamp<std::int64_t>(n / std::max(kMinPerThread, num_bins), 1,
-                                                      omp_get_max_threads()));
+  threads = static_cast<int>(
+      std::clamp<std::int64_t>(n / std::max(kMinPerThread, num_bins), 1, omp_get_max_threads()));
 #endif
   const std::int64_t share = (n + threads - 1) / threads;
   std::vector<std::uint32_t> local(threads * copies * copy_size, 0);
 #pragma omp parallel for num_threads(threads) schedule(static, 1)
   for (int t = 0; t < threads; ++t)
-    count_range<kHasMask>(values, mask, std::min(n, t * share), std::min(n, (t + 1) * share),
-                          digit, local.data() + t * copies * copy_size);
+    count_range<kHasMask>(values, mask, std::min(n, t * share), std::min(n, (t + 1) * share), digit,
+                          local.data() + t * copies * copy_size);
   for (std::int64_t copy = 0; copy < threads * copies; ++copy)
-    for (std::int64_t bin = 0; bin < num_bins; ++bin)
-      counts[bin] += local[copy * copy_size + bin];
+    for (std::int64_t bin = 0; bin < num_bins; ++bin) counts[bin] += local[copy * copy_size + bin];
 }
 
 }  // namespace

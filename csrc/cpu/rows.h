@@ -53,7 +53,8 @@ static void pack_columns(const typename E::Unit* rows, std::int64_t row_units, s
   // Row after row, as they lie in memory.
   for (std::int64_t k = 0; k < units; ++k) {
     for (std::int64_t panel = 0; panel < panels; ++panel) {
-      const std::int64_t first = panel * kPanel, width = std::min<std::int64_t>(kPanel, dim - first);
+      const std::int64_t first = panel * kPanel,
+                         width = std::min<std::int64_t>(kPanel, dim - first);
       typename E::Unit* to = out + (panel * units + k) * kPanel;
       if constexpr (E::kWidth == 1) {
         std::memcpy(to, rows + k * row_units + first, width * 4);

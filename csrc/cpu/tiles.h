@@ -79,8 +79,8 @@ void product<Tiles>(std::int64_t rows, Left<Tiles> a, const std::uint32_t* b, st
     }
     for (std::int64_t r = 0; r < rows; r += kSquare) {
       const std::int64_t height = std::min<std::int64_t>(kSquare, rows - r);
-      const Left<Tiles> part = whole_tiles({a.data + r * a.row_stride + k, a.row_stride, 1}, height,
-                                           length, left);
+      const Left<Tiles> part =
+          whole_tiles({a.data + r * a.row_stride + k, a.row_stride, 1}, height, length, left);
       const bool sum = add || k > 0;
       for (int column = 0; column < kPanel; column += kSquare) {
         float* to = c + r * c_stride + column;

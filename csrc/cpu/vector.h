@@ -26,7 +26,8 @@ static inline Vec load(const float* p) {
 
 static inline void store(float* p, Vec v) { std::memcpy(p, &v, sizeof v); }
 
-// x - 0 is x, also for -0; x + 0 is not, and would cost an addition and a shuffle at every broadcast.
+// x - 0 is x, also for -0; x + 0 is not, and would cost an addition and a shuffle at every
+// broadcast.
 static inline Vec splat(float x) { return x - Vec{}; }
 
 // The larger of each pair; a NaN in `b` stays, one in `a` does not: so does vmaxps, but neither

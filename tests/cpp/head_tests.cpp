@@ -1,7 +1,6 @@
-#include "tests.h"
-
 #include <limits>
 
+#include "tests.h"
 #include "truth.h"
 
 namespace {
@@ -30,14 +29,18 @@ Options logprob_alone() {
 
 // Odd D (half a pair), tails of every tile, several chunks of rows, long sums.
 const Case kCases[] = {
-    {1, 1, 1, {}},          {5, 65, 385, {}},           {67, 40, 389, everything()},
-    {66, 37, 200, {}},      {700, 9, 99, everything()}, {3, 600, 97, everything()},
+    {1, 1, 1, {}},
+    {5, 65, 385, {}},
+    {67, 40, 389, everything()},
+    {66, 37, 200, {}},
+    {700, 9, 99, everything()},
+    {3, 600, 97, everything()},
     {130, 16, 300, logprob_alone()},
 };
 
 std::string label(const Kernels& kernels, const Problem& p) {
-  const std::string shape = std::to_string(p.tokens) + "x" + std::to_string(p.dim) + "x" +
-                            std::to_string(p.vocabulary);
+  const std::string shape =
+      std::to_string(p.tokens) + "x" + std::to_string(p.dim) + "x" + std::to_string(p.vocabulary);
   return std::string(kernels.name) + " " + shape + " " + name_of(p.dtype);
 }
 

@@ -1,5 +1,3 @@
-#include "tests.h"
-
 #include <algorithm>
 #include <cstring>
 #include <limits>
@@ -7,6 +5,7 @@
 #include "problem.h"
 #include "radix_histogram.h"
 #include "ratio_loss.h"
+#include "tests.h"
 
 namespace {
 
@@ -52,10 +51,9 @@ struct Found {
 Found run(const Tokens& t, const entropy_kernels::RatioBounds& bounds, int threads) {
   Found out{std::vector<float>(5 + t.logprob.size()), {}};
   float* values = out.values.data();
-  entropy_kernels::ratio_loss(
-      {t.logprob.data(), t.old_logprob.data(), t.advantage.data(), t.kept.data(), t.weight.data(),
-       t.sequences, t.length},
-      bounds, threads, {values, values + 5, values + 1, out.counts});
+  entropy_kernels::ratio_loss({t.logprob.data(), t.old_logprob.data(), t.advantage.data(),
+                               t.kept.data(), t.weight.data(), t.sequences, t.length},
+                              bounds, threads, {values, values + 5, values + 1, out.counts});
   return out;
 }
 
@@ -104,11 +102,10 @@ void test_radix_histogram(Report& report) {
   std::vector<std::uint8_t> mask;
   while (values.size() < 200003) values.push_back(of_bits(random.engine()));
   for (std::size_t i = 0; i < values.size(); ++i) mask.push_back(random.uniform() < 0.6);
-  const entropy_kernels::RadixDigit digits[] = {
-      {0, 0, 21, 11},
-      {key_of(1) >> 21, 11, 10, 11},
-      {key_of(values[20]) >> 10, 22, 0, 10},
-      {0, 0, 13, 19}};
+  const entropy_kernels::RadixDigit digits[] = {{0, 0, 21, 11},
+                                                {key_of(1) >> 21, 11, 10, 11},
+                                                {key_of(values[20]) >> 10, 22, 0, 10},
+                                                {0, 0, 13, 19}};
   for (const auto& digit : digits)
     for (const bool masked : {false, true}) {
       std::vector<std::int64_t> want(std::size_t{1} << digit.bits, 5), got = want;

@@ -118,20 +118,33 @@ Outcome run(const Kernels& kernels, const Problem& p, int threads, bool keep_log
   const auto hidden = stored(p.hidden, p.dim, hidden_stride, p.dtype);
   const auto weight = stored(p.weight, p.dim, weight_stride, p.dtype);
   std::vector<float> logits(keep_logits ? (p.tokens + 63) / 64 * 64 * p.vocabulary : 0);
-  const entropy_kernels::Head head{
-      hidden.data(),     hidden_stride, weight.data(), weight_stride, given(p.bias),
-      given(p.temperature), p.softcap,  p.target.data(), p.tokens,    p.dim,
-      p.vocabulary,      p.dtype,       threads,       entropy_kernels::machine_caches(),
-      keep_logits ? logits.data() : nullptr};
+  const entropy_kernels::Head head{hidden.data(),
+                                   hidden_stride,
+                                   weight.data(),
+                                   weight_stride,
+                                   given(p.bias),
+                                   given(p.temperature),
+                                   p.softcap,
+                                   p.target.data(),
+                                   p.tokens,
+                                   p.dim,
+                                   p.vocabulary,
+                                   p.dtype,
+                                   threads,
+                                   entropy_kernels::machine_caches(),
+                                   keep_logits ? logits.data() : nullptr};
   const std::int64_t count = std::int64_t(p.index.size());
   const entropy_kernels::Rows rows{p.all_rows ? nullptr : p.index.data(), count};
   Outcome out;
   out.statistics.assign(5 * p.tokens, kUntouched);
   out.moments.assign(4 * p.tokens, kUntouched);
   float* found = out.statistics.data();
-  const entropy_kernels::Statistics statistics{
-      found, found + p.tokens, found + 2 * p.tokens, found + 3 * p.tokens, found + 4 * p.tokens,
-      out.moments.data()};
+  const entropy_kernels::Statistics statistics{found,
+                                               found + p.tokens,
+                                               found + 2 * p.tokens,
+                                               found + 3 * p.tokens,
+                                               found + 4 * p.tokens,
+                                               out.moments.data()};
   // Logits are kept of all tokens, in their order.
   const entropy_kernels::Rows all{nullptr, p.tokens};
   out.forward_products = kernels.forward(head, keep_logits ? all : rows, statistics, never);
@@ -140,10 +153,10 @@ Outcome run(const Kernels& kernels, const Problem& p, int threads, bool keep_log
   std::vector<float> wide(p.vocabulary * p.dim, kUntouched);
   std::vector<std::uint16_t> half(wide.size(), 0x4d4d);
   void* dweight = p.dtype == Dtype::f32 ? static_cast<void*>(wide.data()) : half.data();
-  out.backward_products = kernels.backward(
-      head, rows, statistics,
-      {given(p.grad_logprob), given(p.grad_entropy), given(p.grad_logsumexp)},
-      {out.dhidden.data(), dweight, p.dtype, false, out.dbias.data()}, never);
+  out.backward_products =
+      kernels.backward(head, rows, statistics,
+                       {given(p.grad_logprob), given(p.grad_entropy), given(p.grad_logsumexp)},
+                       {out.dhidden.data(), dweight, p.dtype, false, out.dbias.data()}, never);
   for (std::size_t i = 0; p.dtype != Dtype::f32 && i < half.size(); ++i)
     wide[i] = decode(half[i], p.dtype);
   out.dweight = wide;

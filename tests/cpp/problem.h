@@ -15,7 +15,7 @@ using entropy_kernels::Kernels;
 struct Options {
   bool bias = false, temperature = false;
   float softcap = 0;
-  bool some_rows = false;               // three in four of the tokens
+  bool some_rows = false;                 // three in four of the tokens
   bool entropy = true, logsumexp = true;  // gradients beside logprob's
 };
 
@@ -37,8 +37,8 @@ struct Problem {
 // What forward and backward write, as floats. Statistics are those of the rows in `index`;
 // elsewhere they keep kUntouched.
 struct Outcome {
-  std::vector<float> statistics, moments;         // [5, T], [4, T]
-  std::vector<float> dhidden, dweight, dbias;     // [R, D], [V, D], [V]
+  std::vector<float> statistics, moments;      // [5, T], [4, T]
+  std::vector<float> dhidden, dweight, dbias;  // [R, D], [V, D], [V]
   std::int64_t forward_products, backward_products;
 
   bool operator==(const Outcome& other) const;  // of bits

@@ -4,7 +4,7 @@
 
 namespace {
 
-constexpr double kUnit = 0x1p-24;    // half a unit in the last place of 1
+constexpr double kUnit = 0x1p-24;     // half a unit in the last place of 1
 constexpr double kVanishing = 1e-35;  // beyond it numbers may be flushed or clamped
 
 // Additions that a term of a sum of n may pass through, a few to spare.
@@ -113,7 +113,8 @@ void compare_statistics(const Row& row, const Problem& p, const Outcome& got, st
   moment(2, squares / (z * z), (row.s2_off + 2 * squares * row.s_off / z) / (z * z), " sum p^2");
   moment(3, weighted / (z * z),
          (row.t2_off + log_sum * row.s2_off + squares * row.s_off / z +
-          2 * std::fabs(weighted) * row.s_off / z) / (z * z),
+          2 * std::fabs(weighted) * row.s_off / z) /
+             (z * z),
          " sum p^2 log p");
 }
 
