@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from entropy_kernels._bench.machine import processor
+from entropy_kernels._bench.result_text import result_text
 from trainer.log import read_rows
 
 RESULT = Path(__file__).parent / "results" / "engine_runs.json"
@@ -81,7 +82,7 @@ def main(arguments: list[str]) -> None:
     _start(options.root, options.preset)
     result = collect(options.root, options.preset)
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(result, indent=1) + "\n")
+    options.out.write_text(result_text(result))
     print(f"{table(result)}\n\n{options.out}")
 
 

@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 
+from entropy_kernels._bench.result_text import result_text
 from trainer import checkpoint
 from trainer.checkpoint.sharded import read_whole
 from trainer.log import read_rows
@@ -62,7 +63,7 @@ def main(arguments: list[str]) -> int:
         "started": json.loads((root / "whole" / "run.json").read_text())["starts"][0],
     }
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(result, indent=1) + "\n")
+    options.out.write_text(result_text(result))
     print(f"{len(kills)} kills; equal: {equal}; {options.out}")
     if not options.keep:
         shutil.rmtree(root)

@@ -12,8 +12,8 @@ same command goes on.
 """
 
 import argparse
+import json
 import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -22,6 +22,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from benchmarks import paper_page
+from entropy_kernels._bench.result_text import result_text
 
 ROOT = Path(__file__).parent.parent
 RUNS = Path("runs/paper")
@@ -138,7 +139,7 @@ def keep() -> None:
     found |= {a.file: RESULTS / f"{a.name}.json" for task in TASKS for a in analyses(task)}
     for source, target in found.items():
         if source.exists():
-            shutil.copyfile(source, target)
+            target.write_text(result_text(json.loads(source.read_text())))
 
 
 def comparison(task: Task, hours: float) -> list[str]:

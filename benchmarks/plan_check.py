@@ -22,6 +22,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from entropy_kernels._bench.result_text import result_text
 from entropy_kernels._bench.rounds import status
 from trainer.config import Algorithm, Config, Eval, Model, Optimizer, Rollout
 from trainer.plan import plan
@@ -256,7 +257,7 @@ def main(arguments: list[str]) -> None:
         for part, pair in results[name].items():
             error = pair["predicted"] / pair["measured"] - 1
             print(f"  {part}: measured {pair['measured']:.4g}, predicted {error:+.1%}", flush=True)
-    RESULT.write_text(json.dumps(results, indent=1) + "\n")
+    RESULT.write_text(result_text(results))
 
 
 if __name__ == "__main__":

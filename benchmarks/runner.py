@@ -7,7 +7,6 @@ call, the results included, in a fresh process for each contestant.
 """
 
 import datetime
-import json
 import os
 import platform
 import subprocess
@@ -32,6 +31,7 @@ from entropy_kernels._bench.contestant import (
     WrongResultError,
     check,
 )
+from entropy_kernels._bench.result_text import result_text
 from entropy_kernels.testing import Watch
 
 __all__ = ["Contestant", "RefusedError", "Results", "WrongResultError", "check"]
@@ -150,7 +150,7 @@ def write(folder: Path, about: dict[str, Any], entries: list[dict[str, Any]]) ->
     shape = "x".join(str(size) for size in about["shape"].values())
     name = "-".join([about["op"], about["device"], about["dtype"], shape])
     path = folder / f"{name}-{about['processor']['slug']}.json"
-    path.write_text(json.dumps(about | {"contestants": entries}, indent=1) + "\n")
+    path.write_text(result_text(about | {"contestants": entries}))
     return path
 
 

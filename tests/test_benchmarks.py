@@ -30,6 +30,7 @@ from benchmarks.plot import HEIGHT, WIDTH
 from benchmarks.runner import Contestant
 from entropy_kernels import _native
 from entropy_kernels._bench import machine
+from entropy_kernels._bench.result_text import result_text
 
 
 def _quiet(line: str) -> None:
@@ -239,6 +240,18 @@ def test_result_files_name_what_was_measured_and_with_what(tree):
         if _native.cpu() is not None:
             dtype = getattr(torch, run["dtype"])
             assert run["instruction"] == _native.instruction_set(dtype)
+
+
+def test_result_files_have_a_series_on_a_line():
+    value = {"s": [1, 2.5, None], "t": ("x",), "u": [], "v": [[1, 2], {"a": [3]}], "w": {"b": "c"}}
+    lines = [
+        *("{", ' "s": [1, 2.5, null],', ' "t": ["x"],', ' "u": [],'),
+        *(' "v": [', "  [1, 2],", "  {", '   "a": [3]', "  }", " ],", ' "w": {"b": "c"}', "}"),
+    ]
+    assert result_text(value).splitlines() == lines
+    for path in sorted(runner.RESULTS.rglob("*.json")):
+        text = path.read_text()
+        assert result_text(json.loads(text)) == text, f"{path.name} is not as result_text writes it"
 
 
 def test_every_make_that_has_result_files_has_its_tables(tree, tmp_path):

@@ -5,7 +5,6 @@ all passed, correctness-ARCHITECTURE-GPU.json is written: committed under benchm
 it is the reason for an entry in entropy_kernels._triton.target.VERIFIED.
 """
 
-import json
 import re
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -20,6 +19,7 @@ from benchmarks.gpu.head_cases import Case
 from benchmarks.gpu.rows import FATAL, Rows, reason
 from benchmarks.gpu.setting import Setting
 from entropy_kernels import reference
+from entropy_kernels._bench.result_text import result_text
 from entropy_kernels.testing import assert_within_two_bounds
 
 STAGE = "correctness"
@@ -147,5 +147,5 @@ def _record(setting: Setting, rows: dict[str, Any], failed: list[str]) -> None:
         **about,
         "cases": cases,
     }
-    path.write_text(json.dumps(found, indent=1) + "\n")
+    path.write_text(result_text(found))
     setting.rows.log(f"wrote {path}; commit it under benchmarks/results/gpu/ if all passed")

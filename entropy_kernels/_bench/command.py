@@ -4,7 +4,6 @@ Results are checked against fp64 first, and what is wrong is not timed.
 """
 
 import argparse
-import json
 import math
 import os
 import platform
@@ -21,6 +20,7 @@ from . import machine
 from .entrants import entrants, is_ours
 from .measure import Measured, measure
 from .output import footer, header, table
+from .result_text import result_text
 from .step import ROWS, make_problem
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -150,7 +150,7 @@ def _run(plan: Plan, file: Path | None, version: str) -> int:
         gradient_bytes = (tokens + vocabulary) * hidden * dtype.itemsize
         print(footer(everyone, device, gradient_bytes))
     if file is not None:
-        file.write_text(json.dumps(_result(plan, everyone, version), indent=1) + "\n")
+        file.write_text(result_text(_result(plan, everyone, version)))
     if stopped:
         print(stopped)
         return STOPPED

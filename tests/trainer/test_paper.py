@@ -104,10 +104,10 @@ def test_results_are_copied_last(tmp_path, monkeypatch):
     monkeypatch.undo()
     monkeypatch.chdir(tmp_path)
     analysis = next(paper.analyses(paper.TASKS[0]))
-    for path, text in ((paper.TASKS[0].comparison, "one"), (analysis.file, "two")):
+    for path, text in ((paper.TASKS[0].comparison, "[1,\n2]"), (analysis.file, "[3]")):
         path.parent.mkdir(parents=True)
         path.write_text(text)
     paper.keep()
-    assert (paper.RESULTS / "ladder-comparison.json").read_text() == "one"
-    assert (paper.RESULTS / "ladder-patterns-seed-0.json").read_text() == "two"
+    assert (paper.RESULTS / "ladder-comparison.json").read_text() == "[1, 2]\n"
+    assert (paper.RESULTS / "ladder-patterns-seed-0.json").read_text() == "[3]\n"
     assert len(list(paper.RESULTS.iterdir())) == 2
