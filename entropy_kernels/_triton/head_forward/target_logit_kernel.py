@@ -12,9 +12,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import target as gpu
-from .logits import cap, dot
-from .tiles import Tile
+from ... import device
+from ..common.logit_functions import cap, dot
+from ..common.tiles import Tile
 
 # Rows of one product with their targets' weights, at most, by bytes of an element: more of fp32
 # would spill.
@@ -92,7 +92,7 @@ def target_logits(
         softcap or 0.0,
         HAS_BIAS=bias_V is not None,
         HAS_SOFTCAP=softcap is not None,
-        UPCAST=gpu.interpreting(),
+        UPCAST=device.interpreting(),
         BLOCK_T=block_t,
         BLOCK_D=tile.block_d,
         **tile._replace(num_warps=4).options,

@@ -17,16 +17,16 @@ import torch
 import triton
 from torch import Tensor
 
-from .._rows import Statistics, per_row
-from . import products, tiles
-from . import target as gpu
-from .forward_cublas import forward_cublas
-from .forward_pointer import forward_pointer
-from .forward_tma import forward_tma
-from .kept_rows import Keeping
-from .row_statistics import merge
-from .target_logit import target_logits
-from .tiles import Tile
+from ... import device
+from ..._rows import Statistics, per_row
+from ..common import products, tiles
+from ..common.tiles import Tile
+from .cublas_kernel import forward_cublas
+from .launch_store import Keeping
+from .pointer_kernel import forward_pointer
+from .row_sum_functions import merge
+from .target_logit_kernel import target_logits
+from .tma_kernel import forward_tma
 
 # fp32 logits of as many rows as fit, at least one block of them.
 WORKSPACE_BYTES = 1 << 29
@@ -87,7 +87,7 @@ def linear_logprob_entropy(
     if keep_above is not None and tile.variant != "cublas":
         raise ValueError(f'keep_above needs the variant "cublas"; got {tile.variant!r}')
     keeping = Keeping.room(keep_above, keep_rows, count, vocabulary)
-    n_split, tiles_per_split = _splits(tile, count, vocabulary, gpu.processors(hidden_TD))
+    n_split, tiles_per_split = _splits(tile, count, vocabulary, device.processors(hidden_TD.device))
     head = _Head(
         hidden_TD,
         weight_VD,
@@ -102,7 +102,7 @@ def linear_logprob_entropy(
     partials = _empty((4 if moments is None else 7, n_split, count), hidden_TD)
     target_logit_T = _empty((count,), hidden_TD)
     merge_rows = partial(_merge, head, partials, target_logit_T, ignore_index, found)
-    with gpu.on(hidden_TD.device):
+    with device.on(hidden_TD.device):
         if tile.variant == "cublas":
             for z_TV, start in _from_products(head, tile, partials, target_logit_T, logits_TV):
                 merge_rows(start, start + z_TV.shape[0])
@@ -134,7 +134,7 @@ def _choose(
     keep_rows: bool,
     variant: str | None,
 ) -> Tile:
-    arch = gpu.architecture(hidden_TD)
+    arch = device.architecture(hidden_TD.device)
     usable = tiles.variants(arch, hidden_TD, weight_VD)
     if keep_logits:
         usable -= {*tiles.TMA}
@@ -204,7 +204,7 @@ def _from_pointers(head: _Head, tile: Tile, partials: Tensor, logits_TV: Tensor)
         MOMENTS=head.moments is not None,
         KEEP_LOGITS=logits_TV.numel() > 0,
         EVEN_D=hidden % tile.block_d == 0,
-        UPCAST=gpu.interpreting(),
+        UPCAST=device.interpreting(),
         BLOCK_T=tile.block_t,
         BLOCK_V=tile.block_v,
         BLOCK_D=tile.block_d,
@@ -220,7 +220,7 @@ def _from_descriptors(head: _Head, tile: Tile, partials: Tensor) -> None:
 
     (count, hidden), vocabulary = head.hidden_TD.shape, head.weight_VD.shape[0]
     units = triton.cdiv(count, tile.block_t) * head.n_split
-    programs = min(units, gpu.processors(head.hidden_TD))
+    programs = min(units, device.processors(head.hidden_TD.device))
     forward_tma[(units if tile.variant == "tma_split" else programs,)](
         TensorDescriptor.from_tensor(head.hidden_TD, [tile.block_t, tile.block_d]),
         TensorDescriptor.from_tensor(head.weight_VD, [tile.block_v, tile.block_d]),
@@ -235,7 +235,7 @@ def _from_descriptors(head: _Head, tile: Tile, partials: Tensor) -> None:
         head.softcap or 0.0,
         **_flags(head),
         MOMENTS=head.moments is not None,
-        UPCAST=gpu.interpreting(),
+        UPCAST=device.interpreting(),
         BLOCK_T=tile.block_t,
         BLOCK_V=tile.block_v,
         BLOCK_D=tile.block_d,

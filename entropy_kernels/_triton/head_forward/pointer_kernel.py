@@ -6,10 +6,10 @@ T tokens, D hidden, V vocabulary, S vocabulary splits.
 import triton
 import triton.language as tl
 
-from .logits import LOG2E, LOWEST, add_bias, cap, dot
-from .logits import load_inverse_temperature as load_inverse
-from .moments import store_moments
-from .row_statistics import store, update, update_moments
+from ..common.logit_functions import LOG2E, LOWEST, add_bias, cap, dot
+from ..common.logit_functions import load_inverse_temperature as load_inverse
+from .row_sum_functions import store, update, update_moments
+from .statistics_functions import store_moments
 
 
 @triton.jit

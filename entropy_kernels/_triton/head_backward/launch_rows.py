@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .kept_rows import KeptRows, kept_rows
+from ..head_forward.launch_store import KeptRows, kept_rows
 
 BLOCK = 1024
 MAX_PROGRAMS = 1024

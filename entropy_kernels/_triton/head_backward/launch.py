@@ -15,14 +15,14 @@ import torch
 import triton
 from torch import Tensor
 
-from .._rows import Statistics
-from . import products, tiles
-from . import target as gpu
-from .active_rows import ActiveRows, active_rows
-from .compact_rows import CompactRows, compact, spread
-from .dlogits import Chunk, Dlogits
-from .kept_rows import KeptRows
-from .tiles import Tile
+from ... import device
+from ..._rows import Statistics
+from ..common import products, tiles
+from ..common.tiles import Tile
+from ..head_forward.launch_store import KeptRows
+from .launch_dlogits import Chunk, Dlogits
+from .launch_rows import ActiveRows, active_rows
+from .row_kernels import CompactRows, compact, spread
 
 # Columns of a chunk; halved, but not below the least, until dz fits its bytes.
 CHUNK_V = 16384
@@ -95,7 +95,7 @@ def linear_logprob_entropy_backward(
     needs = _Needs(*needs)
     _check(max_active_rows, main_grad, weight_VD, needs)
     gradients = (grad_logprob_T, grad_entropy_T, grad_logsumexp_T)
-    with gpu.on(hidden_TD.device):
+    with device.on(hidden_TD.device):
         places_T = found.places
         active = active_rows(gradients, target_T, ignore_index, max_active_rows, places_T)
         if active.rows.numel() == 0:
@@ -145,7 +145,7 @@ def _kept(active: ActiveRows, found: Statistics) -> KeptRows | None:
 
 
 def _choose(hidden_CD: Tensor, weight_VD: Tensor, softcap: float | None) -> Tile:
-    arch = gpu.architecture(hidden_CD)
+    arch = device.architecture(hidden_CD.device)
     usable = tiles.variants(arch, hidden_CD, weight_VD)
     count, hidden = hidden_CD.shape
     name = "dlogits" if softcap is None else "dlogits_softcap"
@@ -230,7 +230,7 @@ class _HiddenGradient:
     def __init__(self, rows: CompactRows) -> None:
         count, hidden = rows.hidden.shape
         n_tiles = triton.cdiv(count, PRODUCT_TILE[0]) * triton.cdiv(hidden, PRODUCT_TILE[1])
-        fitting = gpu.processors(rows.hidden) // n_tiles
+        fitting = device.processors(rows.hidden.device) // n_tiles
         self._splits = min(MAX_SPLITS, 1 << max(0, fitting.bit_length() - 1))
         self._empty = True
         self.sum_CD = rows.fields.new_empty(count, hidden)

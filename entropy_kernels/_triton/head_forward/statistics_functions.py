@@ -20,7 +20,7 @@ T tokens, V vocabulary, S vocabulary splits.
 import triton
 import triton.language as tl
 
-from .logits import LN2, LOWEST_EXPONENT
+from ..common.logit_functions import LN2, LOWEST_EXPONENT
 
 
 @triton.jit

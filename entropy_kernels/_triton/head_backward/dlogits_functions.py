@@ -9,7 +9,7 @@ C compact rows, V vocabulary.
 import triton
 import triton.language as tl
 
-from .logits import LOG2E, tanh
+from ..common.logit_functions import LOG2E, tanh
 
 # Of log p: exp of less is 0, and it times 0 is 0, whatever the logit.
 LEAST_LOGPROB = tl.constexpr(-1e4)

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import target
+from ... import device
 
 
 class Tile(NamedTuple):
@@ -218,9 +218,9 @@ _LIKE = {
 def variants(arch: str, *matrices: Tensor) -> set[str]:
     """The variants that can run on these matrices: descriptors want rows of aligned, dense 16 B."""
     names = {"pointer", "cublas"}
-    if target.has_tma(arch) and all(map(_fits_descriptor, matrices)):
+    if device.has_tma(arch) and all(map(_fits_descriptor, matrices)):
         names |= {"tma", "tma_split"}
-        if target.has_warp_specialization(arch):
+        if device.has_warp_specialization(arch):
             names.add("tma_ws")
     return names
 
@@ -264,7 +264,7 @@ def keeps_rows(device: torch.device, dtype: torch.dtype, hidden: int) -> bool:
     The kernels that keep nothing are faster where a product is short against the traffic of its
     logits, which "cublas" writes and reads.
     """
-    interpreting = target.interpreting()
-    arch = target.INTERPRETER if interpreting else target.architecture_of(device)
+    interpreting = device.interpreting()
+    arch = device.INTERPRETER if interpreting else device.architecture_of(device)
     everywhere = {"pointer", "cublas", *TMA}
     return lookup("forward_keep", arch, dtype, hidden, ANY, everywhere).variant == "cublas"

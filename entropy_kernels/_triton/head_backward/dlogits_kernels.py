@@ -9,9 +9,9 @@ C compact rows, D hidden, V vocabulary.
 import triton
 import triton.language as tl
 
-from .dlogits_epilogue import store_gradient, target_gradient
-from .forward_pointer import order
-from .logits import add_bias, dot
+from ..common.logit_functions import add_bias, dot
+from ..head_forward.pointer_kernel import order
+from .dlogits_functions import store_gradient, target_gradient
 
 
 @triton.jit

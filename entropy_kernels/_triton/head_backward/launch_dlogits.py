@@ -8,12 +8,13 @@ from typing import Any, NamedTuple
 import triton
 from torch import Tensor
 
-from . import kept_rows, products
-from . import target as gpu
-from .compact_rows import CompactRows
+from ... import device
+from ..common import products
+from ..common.tiles import Tile
+from ..head_forward import launch_store as kept_rows
+from ..head_forward.launch_store import KeptRows
 from .dlogits_kernels import dlogits_pointer, dlogits_read, dlogits_tma
-from .kept_rows import KeptRows
-from .tiles import Tile
+from .row_kernels import CompactRows
 
 # Rows and columns of a tile where the logits are read, not recomputed.
 BLOCK_READ = (16, 256)
@@ -140,7 +141,7 @@ class Dlogits(NamedTuple):
         blocks_v = triton.cdiv(chunk.stop - chunk.start, tile.block_v)
         n_tiles = triton.cdiv(capacity, tile.block_t) * blocks_v
         persistent = tile.variant == "tma"
-        dlogits_tma[(min(n_tiles, gpu.processors(self.weight_VD)) if persistent else n_tiles,)](
+        dlogits_tma[(min(n_tiles, device.processors(self.weight_VD.device)) if persistent else n_tiles,)](
             TensorDescriptor.from_tensor(self.rows.hidden, [tile.block_t, tile.block_d]),
             TensorDescriptor.from_tensor(self.weight_VD, [tile.block_v, tile.block_d]),
             self.bias_V,
@@ -160,7 +161,7 @@ class Dlogits(NamedTuple):
         return {
             "HAS_FIRST": self.kept is not None,
             "HAS_BIAS": self.bias_V is not None,
-            "UPCAST": gpu.interpreting(),
+            "UPCAST": device.interpreting(),
             "BLOCK_C": tile.block_t,
             "BLOCK_V": tile.block_v,
             "BLOCK_D": tile.block_d,

@@ -9,8 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import target
-from .radix_histogram import MAX_PROGRAMS, load_keys, partition, sort_keys
+from ... import device
+from .launch import MAX_PROGRAMS, load_keys, partition, sort_keys
 
 BLOCK = 1024
 
@@ -75,7 +75,7 @@ def keep_largest(values: Tensor, mask: Tensor | None, threshold: Tensor, quota: 
     bits = values.view(torch.int32)
     valid = None if mask is None else mask.view(torch.uint8)
     threshold = threshold.view(torch.int32)
-    with target.on(values.device):
+    with device.on(values.device):
         _count_kernel[(programs,)](
             bits,
             valid,

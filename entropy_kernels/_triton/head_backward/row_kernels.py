@@ -10,9 +10,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._rows import Statistics, per_row
-from .active_rows import ActiveRows
-from .logits import load_inverse_temperature
+from ..._rows import Statistics, per_row
+from ..common.logit_functions import load_inverse_temperature
+from .launch_rows import ActiveRows
 
 FIELDS = 6
 # Rows that a program takes, and columns of them at once.

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import target
+from ... import device
 
 BLOCK = 2048
 # Programs that a launch has at most: each goes over consecutive blocks.
@@ -142,7 +142,7 @@ def radix_histogram(
     programs, blocks = partition(values.numel(), BLOCK)
     if programs == 0:
         return counts
-    with target.on(values.device):
+    with device.on(values.device):
         _histogram_kernel[(programs,)](
             values.view(torch.int32),
             None if mask is None else mask.view(torch.uint8),
@@ -175,7 +175,7 @@ def radix_pick(
     assert bits <= DENSE_BITS.value
     new_prefix, new_remaining, equal = (torch.empty_like(prefix) for _ in range(3))
     value = torch.empty((), dtype=torch.float32, device=counts.device)
-    with target.on(counts.device):
+    with device.on(counts.device):
         _pick_kernel[(1,)](
             counts,
             local,

@@ -19,8 +19,8 @@ T tokens, V vocabulary, S vocabulary splits.
 import triton
 import triton.language as tl
 
-from .logits import LN2, LOG2E, LOWEST, LOWEST_EXPONENT, log1p
-from .moments import finish_moments, moments_of_tile, moved_moments
+from ..common.logit_functions import LN2, LOG2E, LOWEST, LOWEST_EXPONENT, log1p
+from .statistics_functions import finish_moments, moments_of_tile, moved_moments
 
 
 @triton.jit

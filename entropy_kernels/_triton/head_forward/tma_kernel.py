@@ -6,11 +6,11 @@ T tokens, D hidden, V vocabulary, S vocabulary splits.
 import triton
 import triton.language as tl
 
-from .forward_pointer import order
-from .logits import LOG2E, LOWEST, add_bias, cap, dot
-from .logits import load_inverse_temperature as load_inverse
-from .moments import moments_of_tile, store_moments
-from .row_statistics import of_tile, store, update, update_moments
+from ..common.logit_functions import LOG2E, LOWEST, add_bias, cap, dot
+from ..common.logit_functions import load_inverse_temperature as load_inverse
+from .pointer_kernel import order
+from .row_sum_functions import of_tile, store, update, update_moments
+from .statistics_functions import moments_of_tile, store_moments
 
 
 @triton.jit

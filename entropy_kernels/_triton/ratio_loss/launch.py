@@ -9,8 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import target
-from .radix_histogram import MAX_PROGRAMS, partition
+from ..selection.launch import MAX_PROGRAMS, partition
 
 BLOCK = 512
 
@@ -175,7 +174,7 @@ def ratio_loss(
     loss = torch.empty((), dtype=torch.float32, device=device)
     sums = torch.empty(4, dtype=torch.float32, device=device)
     counts = torch.empty(3, dtype=torch.int64, device=device)
-    with target.on(device):
+    with device.on(device):
         if programs:
             _tokens_kernel[(programs,)](
                 logprob,
