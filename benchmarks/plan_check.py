@@ -101,7 +101,7 @@ class Even:
         self._answers = 0
 
     def problem(self, split: str, index: int) -> Any:
-        from trainer.types import Problem
+        from trainer.tasks.problem import Problem
 
         return Problem(" ".join(["1", "+"] * (PROMPT // 2)), None)
 

@@ -15,7 +15,8 @@ from trainer.config import Algorithm, Config, Optimizer, Rollout
 from trainer.model.modes import checkpoint_activations
 from trainer.policy import Policy, check_policy
 from trainer.ranks import Ranks
-from trainer.types import Problem, Rollouts
+from trainer.tasks.problem import Problem
+from trainer.types import Rollouts
 from trainer.update import Batch, at_least, score, update
 
 if TYPE_CHECKING:

@@ -16,7 +16,8 @@ from trainer.model.tokens import prompt_ids, response_text
 from trainer.policy import Policy
 from trainer.ranks import Ranks
 from trainer.rewards.verifier import Verifier
-from trainer.types import Problem, Rollouts
+from trainer.tasks.problem import Problem
+from trainer.types import Rollouts
 
 
 def sample(

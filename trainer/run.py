@@ -30,8 +30,8 @@ from trainer.rewards.verifier import Verifier
 from trainer.tasks import make_task
 from trainer.tasks.benchmarks import check_sets
 from trainer.tasks.lengths import Room, check_prompts
+from trainer.tasks.problem import Task
 from trainer.tiny.warm_start import Demonstrator, load_or_warm_start
-from trainer.types import Task
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""What crosses a file: a problem, the rollouts of a step, one row of a run.
+"""What crosses a file: the rollouts of a step.
 
 B sequences, P prompt width, L response width.
 """
@@ -9,9 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trainer.tasks.problem import Problem, Task
-
-__all__ = ["Problem", "Rollouts", "Task"]
+from trainer.tasks.problem import Problem
 
 
 @dataclass

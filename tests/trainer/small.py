@@ -16,8 +16,8 @@ import trainer.run
 from trainer.config import Algorithm, Config, Eval, Model, Optimizer, Reward, Rollout
 from trainer.policy import Policy, check_policy
 from trainer.rewards.verifier import Verifier
+from trainer.tasks.problem import Problem
 from trainer.train import train
-from trainer.types import Problem
 
 PAD, EOS, UNKNOWN = "<pad>", "<eos>", "<unk>"
 WORDS = [PAD, EOS, UNKNOWN, *"0123456789", "+", "=", "<user>", "<assistant>"]

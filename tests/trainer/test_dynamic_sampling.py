@@ -16,7 +16,7 @@ from trainer.engines.transformers import TransformersEngine
 from trainer.ranks import Ranks
 from trainer.rewards.verifier import Verdicts, Verifier
 from trainer.run import Run
-from trainer.types import Problem
+from trainer.tasks.problem import Problem
 
 VERDICTS = st.sampled_from([-1.0, 0.0, 0.5, 1.0, 2.0])
 ROWS = st.lists(st.tuples(VERDICTS, st.integers(0, 5)), max_size=30)

@@ -12,7 +12,7 @@ from trainer.tasks import make_task
 from trainer.tasks.answers import final_answer, last_boxed
 from trainer.tasks.gym import Gym
 from trainer.tasks.harmless import FORMULA_SCORERS, TEXT_SCORERS, harmless
-from trainer.types import Problem
+from trainer.tasks.problem import Problem
 
 # They evaluate their own data, or have a parser of that name of their own.
 NOT_THE_ANSWER = {

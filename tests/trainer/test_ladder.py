@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from trainer.config import Data
 from trainer.tasks import make_task
 from trainer.tasks.ladder import MAX_STEPS, Ladder, Puzzle, draw_puzzle
-from trainer.types import Problem
+from trainer.tasks.problem import Problem
 
 PUZZLE = Puzzle(17, 18, {"+": 4, "-": 3, "*": 3})
 GOOD = "17+4=21,21-3=18!"

@@ -17,8 +17,8 @@ from trainer.tasks.long_ladder import (
     LongPuzzle,
     draw_long_puzzle,
 )
+from trainer.tasks.problem import Problem
 from trainer.tiny.model import build_tokenizer
-from trainer.types import Problem
 
 PUZZLE = LongPuzzle(17, 41, (("+", 2), ("+", 7), ("-", 3), ("-", 5), ("*", 2)))
 GOOD = "17+7=24,24+2=26,26-5=21,21*2=42,42+2=44,44-3=41!"

@@ -17,9 +17,9 @@ from trainer.policy import Policy
 from trainer.tasks import lengths, make_task
 from trainer.tasks.ladder import Ladder
 from trainer.tasks.lengths import Room, check_prompts
+from trainer.tasks.problem import Problem
 from trainer.tiny.model import build_tiny
 from trainer.train import train
-from trainer.types import Problem
 
 
 @pytest.fixture(autouse=True)

@@ -14,8 +14,8 @@ from trainer import checkpoint
 from trainer.checkpoint.sharded import read_whole
 from trainer.config.files import fill
 from trainer.log import read_rows
+from trainer.tasks.problem import Problem
 from trainer.train import train
-from trainer.types import Problem
 
 ROOT = Path(__file__).parents[2]
 

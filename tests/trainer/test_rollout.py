@@ -19,7 +19,7 @@ from trainer.engines.transformers import TransformersEngine
 from trainer.packing import pack
 from trainer.policy import Policy
 from trainer.rollout import sample
-from trainer.types import Problem
+from trainer.tasks.problem import Problem
 
 PROMPTS = [Even().problem("train", index) for index in range(8)]
 WIDTH = 10

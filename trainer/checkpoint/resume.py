@@ -11,7 +11,7 @@ from typing import Any
 from trainer.config import Config
 from trainer.config.changes import Change, differences
 from trainer.log import read_run
-from trainer.types import Task
+from trainer.tasks.problem import Task
 
 Inputs = dict[str, str]
 """Digests of what settings name and do not hold: "data", "model", "verifier"; "" where unknown."""

@@ -15,7 +15,7 @@ from trainer.config.changes import Change
 from trainer.launch.stop import Stopped, cause, overtaken
 from trainer.policy import Policy
 from trainer.ranks import Ranks
-from trainer.types import Task
+from trainer.tasks.problem import Task
 
 if TYPE_CHECKING:
     from trainer.run import Run

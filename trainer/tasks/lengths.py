@@ -6,7 +6,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from trainer.config import Config
 from trainer.model.tokens import prompt_ids
-from trainer.types import Problem, Task
+from trainer.tasks.problem import Problem, Task
 
 PROBED = 256
 """Problems of each split of an endless task that are looked at."""

@@ -25,7 +25,7 @@ from trainer.errors import naming
 from trainer.finite import first_nonfinite
 from trainer.model.folder import save_model
 from trainer.model.tokens import prompt_ids, response_ids
-from trainer.types import Problem, Task
+from trainer.tasks.problem import Problem, Task
 
 BETAS = (0.9, 0.95)
 GRAD_CLIP = 1.0
