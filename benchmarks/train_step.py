@@ -11,12 +11,12 @@ import torch
 
 import entropy_kernels as ek
 from benchmarks.peers import heads
+from trainer.batch import Rollouts
 from trainer.config import Algorithm, Config, Optimizer, Rollout
 from trainer.model.modes import checkpoint_activations
 from trainer.policy import Policy, check_policy
 from trainer.ranks import Ranks
 from trainer.tasks.problem import Problem
-from trainer.types import Rollouts
 from trainer.update import Batch, at_least, score, update
 
 if TYPE_CHECKING:

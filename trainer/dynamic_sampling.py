@@ -8,11 +8,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from trainer.batch import Rollouts
 from trainer.config import Reward
-from trainer.rollout import sample
 from trainer.run import Run
 from trainer.samples import kind_metrics, kinds_of
-from trainer.types import Rollouts
+from trainer.sampling import sample
 
 
 class Groups(NamedTuple):

@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from trainer.types import Rollouts
+from trainer.batch import Rollouts
 
 # "row": all in one row, without padding, for attention by sequence lengths. "rows": rows no longer
 # than the longest sequence, so attention reads no more than padded sequences would have. "padded":

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from trainer.batch import Rollouts
 from trainer.config import Reward
 from trainer.log import Sample
 from trainer.model.tokens import pieces
@@ -15,7 +16,6 @@ from trainer.report.skips import KINDS
 from trainer.rewards.terms import is_answered
 from trainer.run import Run
 from trainer.tasks.problem import Task
-from trainer.types import Rollouts
 from trainer.update import Batch
 
 

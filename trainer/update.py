@@ -13,6 +13,7 @@ from torch import Tensor
 
 import entropy_kernels as ek
 from trainer import config
+from trainer.batch import Rollouts
 from trainer.finite import Guard, check_finite, first_nonfinite, nonfinite_statistic
 from trainer.fsdp import release, whole
 from trainer.meters import Meter, Stopwatch
@@ -21,7 +22,6 @@ from trainer.packing import lengths, pack
 from trainer.partition import partition
 from trainer.policy import Policy
 from trainer.ranks import Ranks
-from trainer.types import Rollouts
 
 # Entropies this close, relatively, tie. Those of one token differ by the rounding of sums in
 # another order, and the token at the threshold must not fall out by it.

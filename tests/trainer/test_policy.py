@@ -22,7 +22,7 @@ from trainer.config import Model
 from trainer.engines.transformers import TransformersEngine
 from trainer.packing import pack
 from trainer.policy import Policy, load_policy, read_policy
-from trainer.rollout import sample
+from trainer.sampling import sample
 
 PROMPTS = [Even().problem("train", index) for index in range(6)]
 CPU = torch.device("cpu")

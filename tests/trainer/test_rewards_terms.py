@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from tests.trainer.small import Even, settings
+from trainer.batch import Rollouts
 from trainer.config import Algorithm, Reward, Rollout
 from trainer.rewards.terms import has_format, shaped_reward
 from trainer.tasks.problem import Problem
 from trainer.train import train
-from trainer.types import Rollouts
 
 
 @pytest.mark.parametrize(

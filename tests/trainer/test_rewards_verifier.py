@@ -9,7 +9,7 @@ from tests.trainer.small import Even, build_policy, settings
 from trainer.config import Data, Reward
 from trainer.engines.transformers import TransformersEngine
 from trainer.rewards.verifier import Verifier
-from trainer.rollout import sample
+from trainer.sampling import sample
 from trainer.tasks import make_task
 from trainer.tasks.problem import Problem
 from trainer.train import train

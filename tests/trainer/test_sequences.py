@@ -16,7 +16,7 @@ from trainer.model.modes import checkpoint_activations
 from trainer.model.rope import fixed_configuration
 from trainer.packing import pack
 from trainer.policy import Policy, check_policy
-from trainer.rollout import sample
+from trainer.sampling import sample
 from trainer.update import Batch, score, update
 
 COMMON = {

@@ -14,7 +14,7 @@ from trainer.config import Data, Reward
 from trainer.engines import Sampled
 from trainer.model.tokens import end_ids, pieces, prompt_ids, response_ids, response_text
 from trainer.rewards.verifier import Verifier
-from trainer.rollout import sample
+from trainer.sampling import sample
 from trainer.tasks.problem import Problem
 from trainer.tasks.render import pose, render
 

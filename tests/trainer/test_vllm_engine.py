@@ -12,7 +12,7 @@ from trainer.config import Engine, Rollout
 from trainer.engines.transformers import TransformersEngine
 from trainer.engines.vllm import VllmEngine
 from trainer.policy import Policy
-from trainer.rollout import sample
+from trainer.sampling import sample
 from trainer.update import score
 
 pytestmark = IGNORED

@@ -13,7 +13,7 @@ from trainer.config import Optimizer, Rollout
 from trainer.engines.transformers import TransformersEngine
 from trainer.fsdp import whole
 from trainer.ranks import Ranks
-from trainer.rollout import sample
+from trainer.sampling import sample
 from trainer.update import Batch, at_least, score, update
 
 ALONE = Ranks(torch.device("cpu"))

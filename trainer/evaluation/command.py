@@ -24,7 +24,7 @@ from trainer.policy import Policy, read_policy
 from trainer.presets import QUESTION
 from trainer.ranks import Ranks, join
 from trainer.report.progress import Columns, progress
-from trainer.rollout import sample
+from trainer.sampling import sample
 from trainer.tasks import make_task
 from trainer.tasks.benchmarks import check_sets, has_own_columns, make_benchmark, short_name
 from trainer.tasks.lengths import check_prompts

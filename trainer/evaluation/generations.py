@@ -15,9 +15,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from trainer.batch import Rollouts
 from trainer.log import append_text, replace_text
 from trainer.tasks.problem import Problem
-from trainer.types import Rollouts
 
 FILE = "generations.jsonl"
 

@@ -6,8 +6,8 @@ from typing import NamedTuple
 
 from trainer.evaluation.estimates import estimate, standard_error
 from trainer.evaluation.sets import HELD_OUT, EvaluationSet, metric_names
-from trainer.rollout import sample
 from trainer.run import Run
+from trainer.sampling import sample
 
 
 class _Answers(NamedTuple):

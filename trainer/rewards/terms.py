@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from trainer.advantages import overlong_punishment
+from trainer.batch import Rollouts
 from trainer.config import Config, Reward
 from trainer.tasks.answers import last_boxed, last_tagged
 from trainer.tasks.problem import Task
-from trainer.types import Rollouts
 
 
 def has_format(response: str, form: str) -> bool:

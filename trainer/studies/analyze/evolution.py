@@ -16,13 +16,13 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from trainer.batch import Rollouts
 from trainer.evaluation.command import engine_config, load
 from trainer.log import provenance, replace_text
 from trainer.report.charts import Mark, Panel, Series, figure
 from trainer.studies.analyze.analysis import Analysis, Opened, opened
 from trainer.studies.analyze.overlap import change_by_bin, overlap, rank_correlation, top_mask
 from trainer.studies.analyze.responses import scored_responses
-from trainer.types import Rollouts
 from trainer.update import score
 
 PERCENTILES = tuple(range(0, 101, 5))

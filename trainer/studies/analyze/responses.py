@@ -9,12 +9,12 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from trainer.batch import Rollouts
 from trainer.engines import Engine, make_engine
 from trainer.evaluation.command import engine_config, samples_of, temperature_of
 from trainer.evaluation.sets import EvaluationSet
-from trainer.rollout import sample
+from trainer.sampling import sample
 from trainer.studies.analyze.analysis import Opened
-from trainer.types import Rollouts
 from trainer.update import score
 
 

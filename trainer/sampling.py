@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from trainer.batch import Rollouts
 from trainer.engines import Engine, Sampled
 from trainer.launch.limits import check_length
 from trainer.model.tokens import prompt_ids, response_text
@@ -17,7 +18,6 @@ from trainer.policy import Policy
 from trainer.ranks import Ranks
 from trainer.rewards.verifier import Verifier
 from trainer.tasks.problem import Problem
-from trainer.types import Rollouts
 
 
 def sample(

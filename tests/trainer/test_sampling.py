@@ -18,7 +18,7 @@ from tests.trainer.small import (
 from trainer.engines.transformers import TransformersEngine
 from trainer.packing import pack
 from trainer.policy import Policy
-from trainer.rollout import sample
+from trainer.sampling import sample
 from trainer.tasks.problem import Problem
 
 PROMPTS = [Even().problem("train", index) for index in range(8)]

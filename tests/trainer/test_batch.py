@@ -7,10 +7,10 @@ from hypothesis import strategies
 
 from tests.trainer.small import FAMILIES, build_policy
 from tests.trainer.update_cases import configure, distance, gradients, off_policy, roll
+from trainer.batch import Rollouts
 from trainer.model import probes
 from trainer.packing import arrange, lengths, pack
 from trainer.policy import check_policy
-from trainer.types import Rollouts
 
 LAYOUTS = ("row", "rows", "padded")
 MODELS = [
