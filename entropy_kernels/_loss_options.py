@@ -38,7 +38,7 @@ from .losses import (
     vespo,
 )
 
-ON = ("kept", "all")
+ON = ("selected", "all")
 OVER = ("all", "selected")
 _CHOICES = {
     "sequence_over": (None, *OVER),
@@ -191,8 +191,8 @@ def beyond_kept(
     on_policy: bool,
     loss_type: str | Callable[..., Tensor] = "dapo",
     sequence_over: str | None = None,
-    kl_on: str = "kept",
-    entropy_on: str = "kept",
+    kl_on: str = "selected",
+    entropy_on: str = "selected",
     correction: str | None = None,
     **_: Any,
 ) -> str | None:

@@ -19,10 +19,10 @@ from ._shapes import Bool, Float, Int
 
 # How the metrics of parts join, by name: these add up, keep the largest or the smallest, or are
 # means over the tokens of the mask; all others are means over the kept tokens.
-_SUMS = ("loss", "tokens/all", "tokens/kept", "head/active_rows")
+_SUMS = ("loss", "tokens/all", "tokens/selected", "head/active_rows")
 _LARGEST = ("ratio/max", "mismatch/max_ratio")
 _SMALLEST = ("entropy/threshold",)
-_OF_THE_MASK = ("entropy/mean", "entropy/kept_fraction")
+_OF_THE_MASK = ("entropy/mean", "entropy/selected_fraction")
 
 
 def all_reduce_sum(tensor: Tensor, group: ProcessGroup | None) -> Tensor:
@@ -166,7 +166,7 @@ def join_metrics(
     parts: Sequence[Mapping[str, Tensor]],
     group: ProcessGroup | None = None,
     *,
-    kl_on: str = "kept",
+    kl_on: str = "selected",
 ) -> dict[str, Float[Tensor, ""]]:
     """The metrics of a whole step, from those of its micro-batches and of the ranks of `group`.
 
@@ -192,7 +192,7 @@ def join_metrics(
     if not parts:
         raise ValueError("parts must be the metrics of at least one micro-batch; got none")
     check_group("group", group)
-    check_choice("kl_on", kl_on, ("kept", "all"))
+    check_choice("kl_on", kl_on, ("selected", "all"))
     joined = _join(parts, kl_on)
     if group is None:
         return joined
@@ -215,7 +215,7 @@ def _join(parts: Sequence[Mapping[str, Tensor]], kl_on: str) -> dict[str, Tensor
         elif name in _SMALLEST:
             joined[name] = values.amin()
         else:
-            counts = columns["tokens/all" if name in of_the_mask else "tokens/kept"]
+            counts = columns["tokens/all" if name in of_the_mask else "tokens/selected"]
             total = torch.where(counts > 0, values * counts, 0.0).sum()
             joined[name] = total / counts.sum().clamp_min(1)
     return joined

@@ -103,7 +103,7 @@ def high_entropy_policy_loss(
     Returns:
         The loss, a fp32 scalar, and its metrics, 0-dim tensors without gradient: those of
         `ratio_loss`; entropy/threshold, the lowest entropy among this rank's selected tokens, or
-        the `threshold` given; entropy/kept_mean over the selected tokens; and entropy/mean over
+        the `threshold` given; entropy/selected_mean over the selected tokens; and entropy/mean over
         the mask's, unless `selected` was given.
 
     An empty mask or selection gives a zero loss with zero gradients. A NaN entropy is selected in
@@ -186,7 +186,7 @@ def high_entropy_policy_loss(
     lowest = entropy.masked_fill(~selected, torch.inf).flatten()
     lowest = torch.cat([lowest, lowest.new_full((1,), torch.inf)]).min()
     metrics["entropy/threshold"] = lowest if threshold is None else threshold
-    for name, among in (means | {"entropy/kept_mean": selected}).items():
+    for name, among in (means | {"entropy/selected_mean": selected}).items():
         total = torch.where(among, entropy, 0.0).sum()
         metrics[name] = total / among.sum().clamp_min(1)
     return loss, metrics

@@ -50,10 +50,10 @@ def ratio_loss(
     reference_logprob: Float[Tensor, "*tokens"] | None = None,
     kl_coef: float | Float[Tensor, "..."] = 0.0,
     kl_type: str = "k3",
-    kl_on: str = "kept",
+    kl_on: str = "selected",
     entropy: Float[Tensor, "*tokens"] | None = None,
     entropy_coef: float = 0.0,
-    entropy_on: str = "kept",
+    entropy_on: str = "selected",
     impl: str = "auto",
 ) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
     """The policy loss over the selected tokens; by default DAPO's clipped ratio.
@@ -121,8 +121,8 @@ def ratio_loss(
         reference_logprob: of the reference policy. KL_t is an estimate of KL(pi || reference).
         kl_coef: one, or one a token.
         kl_type: "k1", "k2", "k3", "abs"; "k1+", "k3+", with the gradient of k2; "k3_corrected".
-        kl_on: "kept" tokens, or "all" of the mask: every row then gets a gradient, and the head's
-            backward is dense. Words as denominator then count all of the mask for the KL.
+        kl_on: "selected" tokens, or "all" of the mask: every row then gets a gradient, and the
+            head's backward is dense. Words as denominator then count all of the mask for the KL.
         entropy: of each token, with gradient: `linear_logprob_entropy(...).entropy`.
         entropy_coef: of the entropy bonus, aggregated as the loss is.
         entropy_on: as kl_on.
@@ -132,12 +132,13 @@ def ratio_loss(
 
     Returns:
         The loss, and metrics as 0-dim tensors without gradient: ratio/mean, ratio/max, kl/k1,
-        kl/k3 (estimates of KL(old || new) over the kept tokens), entropy/kept_fraction (kept over
-        mask), tokens/all, tokens/kept; from the kernel also clip/low, clip/high (share of the kept
-        tokens whose gradient was clipped away; clip/low includes the dual clip) and, without KL and
-        bonus, head/active_rows (tokens whose gradient is not zero); with reference_logprob
-        kl/reference; with sampler_logprob mismatch/k3, mismatch/max_ratio and, with a correction,
-        mismatch/outside (share of kept tokens whose ratio was truncated or masked).
+        kl/k3 (estimates of KL(old || new) over the selected tokens), entropy/selected_fraction
+        (selected over mask), tokens/all, tokens/selected; from the kernel also clip/low, clip/high
+        (share of the selected tokens whose gradient was clipped away; clip/low includes the dual
+        clip) and, without KL and bonus, head/active_rows (tokens whose gradient is not zero); with
+        reference_logprob kl/reference; with sampler_logprob mismatch/k3, mismatch/max_ratio and,
+        with a correction, mismatch/outside (share of selected tokens whose ratio was truncated or
+        masked).
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit, an unknown word, a bound out of its
@@ -201,19 +202,21 @@ def ratio_loss(
         mean_group=group,
     )
     counted = mask if isinstance(denominator, str) and denominator == "all" else kept
-    tokens = {"kept": (kept, scale(counted=counted))}
+    tokens = {"selected": (kept, scale(counted=counted))}
     if "all" in (kl_on, entropy_on):
         tokens["all"] = mask, scale(counted=mask)
 
     if by_kernel:
-        total, found = clipped_by_kernel(new, old, advantage, factor, *tokens["kept"], clip, impl)
+        total, found = clipped_by_kernel(
+            new, old, advantage, factor, *tokens["selected"], clip, impl
+        )
     else:
         given = {name: value for name, value in clip.items() if value is not None}
         if sequence_group is not None and sees_sequences(loss_type):
             given["sequence_group"] = sequence_group
         loss = functools.partial(loss, **given) if given else loss
         seen = mask if over == "all" else kept
-        total, found = _by_function(loss, new, old, advantage, factor, seen, *tokens["kept"])
+        total, found = _by_function(loss, new, old, advantage, factor, seen, *tokens["selected"])
     metrics |= found | _counts(kept, mask)
     if reference_logprob is not None:
         how = kl_coef, kl_type, *tokens[kl_on]
@@ -332,7 +335,7 @@ def _per_token(advantage: Tensor, logprob: Tensor) -> Tensor:
 def _counts(kept: Tensor, mask: Tensor) -> dict[str, Tensor]:
     count, valid = kept.sum(), mask.sum()
     return {
-        "entropy/kept_fraction": count / valid.clamp_min(1),
+        "entropy/selected_fraction": count / valid.clamp_min(1),
         "tokens/all": valid,
-        "tokens/kept": count,
+        "tokens/selected": count,
     }

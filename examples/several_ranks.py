@@ -145,7 +145,7 @@ def main() -> None:
         optimizer.step()
         optimizer.zero_grad()
         if rank == 0:
-            kept = f"{int(found['tokens/kept'])} of {int(found['tokens/all'])} tokens"
+            kept = f"{int(found['tokens/selected'])} of {int(found['tokens/all'])} tokens"
             loss = f"loss {found['loss']:+.4f}, gradient norm {norm:.4f}"
             print(f"update {update}: {loss}, ratio {found['ratio/mean']:.4f}, kept {kept}")
     if group is not None:

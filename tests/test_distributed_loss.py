@@ -54,7 +54,7 @@ def gradient(w, tensors, group, options):
         h, w.detach(), y, old, advantage, mask, group=group, **options
     )
     torch.testing.assert_close(by_call, loss.detach(), rtol=1e-6, atol=1e-7)
-    assert counts["tokens/kept"] == metrics["tokens/kept"]
+    assert counts["tokens/selected"] == metrics["tokens/selected"]
     return w.grad
 
 

@@ -91,9 +91,9 @@ def test_the_three_ways_agree_and_cost_what_they_say(batch, fraction, monkeypatc
             )
         assert watch.products == rows * V * D
         metrics = results[name][3]
-        assert metrics["tokens/kept"] == kept
+        assert metrics["tokens/selected"] == kept
         torch.testing.assert_close(metrics["entropy/threshold"], entropy[selected].min())
-        torch.testing.assert_close(metrics["entropy/kept_mean"], entropy[selected].mean())
+        torch.testing.assert_close(metrics["entropy/selected_mean"], entropy[selected].mean())
         assert ("entropy/mean" in metrics) == (name != "selected")
     for name in ("threshold", "selected"):
         for got, want in zip(results[name][:3], results["fraction"][:3], strict=True):
@@ -201,7 +201,7 @@ def test_micro_batches_equal_one_batch(batch):
     threshold = ek.StreamingThreshold(0.2)
     for b in range(B):
         threshold.update(ek.linear_logprob_entropy(h[b], w, y[b]).entropy, mask[b])
-    count = int(whole[3]["tokens/kept"])
+    count = int(whole[3]["tokens/selected"])
 
     def split(h, w):
         losses = [
@@ -243,7 +243,7 @@ def test_per_token_temperature_follows_the_selected_rows(batch):
 def test_ablations_keep_the_same_number(batch, which):
     h, w, *rest = batch
     metrics = ek.high_entropy_policy_loss(h, w, *rest, which=which)[1]
-    assert metrics["tokens/kept"] == 30
+    assert metrics["tokens/selected"] == 30
 
 
 def test_compiles_into_one_graph(batch, unchecked_shapes):

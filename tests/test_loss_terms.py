@@ -43,11 +43,11 @@ def assert_gradients_equal(got, want, rtol=1e-12):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("on", ["kept", "all"])
+@pytest.mark.parametrize("on", ["selected", "all"])
 @pytest.mark.parametrize("loss_type", ["dapo", "sapo"])
 def test_kl_is_its_formula_on_its_tokens(case, reference, kind, on, loss_type):
     kept = case.mask & case.selected
-    tokens = kept if on == "kept" else case.mask
+    tokens = kept if on == "selected" else case.mask
     options = {"loss_type": loss_type, "aggregation": "token-mean"}
 
     def written(x):
@@ -262,11 +262,11 @@ def test_weights_multiply_the_loss_of_their_tokens(case, loss_type):
     assert torch.equal(as_bool, want)
 
 
-@pytest.mark.parametrize("on", ["kept", "all"])
+@pytest.mark.parametrize("on", ["selected", "all"])
 def test_the_entropy_bonus_is_on_its_tokens(case, on):
     entropy = torch.rand(case.mask.shape, dtype=torch.float64)
     kept = case.mask & case.selected
-    tokens = kept if on == "kept" else case.mask
+    tokens = kept if on == "selected" else case.mask
     dirty = entropy.masked_fill(~tokens, torch.nan).requires_grad_()
     loss = loss_of(case, entropy=dirty, entropy_coef=0.1, entropy_on=on)(case.logprob)
     want = loss_of(case)(case.logprob) - 0.1 * entropy[tokens].mean()

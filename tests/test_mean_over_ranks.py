@@ -74,7 +74,7 @@ def in_parts(tensors, advantage, options, group):
     found = [loss_of(rows(tensors, i), advantage[i], options | counts) for i in parts]
     metrics = [m | {"loss": loss} for loss, m, _ in found]
     grads = [torch.cat(g) for g in zip(*(g for _, _, g in found), strict=True)]
-    return join_metrics(metrics, group, kl_on=options.get("kl_on", "kept")), grads
+    return join_metrics(metrics, group, kl_on=options.get("kl_on", "selected")), grads
 
 
 SPLIT = {

@@ -151,9 +151,9 @@ def test_metrics_are_over_the_selected_tokens(ratio_loss, batch):
         "ratio/max": log_ratio.exp().max(),
         "kl/k1": -log_ratio.mean(),
         "kl/k3": (log_ratio.exp() - 1 - log_ratio).mean(),
-        "entropy/kept_fraction": (mask & selected).sum() / mask.sum(),
+        "entropy/selected_fraction": (mask & selected).sum() / mask.sum(),
         "tokens/all": mask.sum(),
-        "tokens/kept": (mask & selected).sum(),
+        "tokens/selected": (mask & selected).sum(),
     }
     for name, value in want.items():
         torch.testing.assert_close(metrics[name], value, rtol=1e-5, atol=1e-6)

@@ -311,13 +311,13 @@ def test_a_known_threshold_costs_two_products_of_the_rows_above_it(room, monkeyp
     """Units of T V D: 1 + 2f; what does not fit costs one more."""
     inputs = make(SHAPE)
     want, metrics = policy_loss(*inputs, fraction=0.8)
-    threshold, kept = metrics["entropy/threshold"], int(metrics["tokens/kept"])
+    threshold, kept = metrics["entropy/threshold"], int(metrics["tokens/selected"])
     fitting = int(room * kept)
     bytes_of = dict.fromkeys(("cpu", "cuda"), 4 * V * fitting)
     monkeypatch.setattr(functional, "KEPT_LOGITS_BYTES", bytes_of)
     with Watch() as watch:
         got, found = policy_loss(*inputs, threshold=threshold)
-    assert found["tokens/kept"] == kept == found["head/active_rows"]
+    assert found["tokens/selected"] == kept == found["head/active_rows"]
     read = kept if room == 1 else fitting // kept_rows.STEP * kept_rows.STEP
     assert watch.products == (T + 3 * kept - read) * V * D
     bounded, _ = policy_loss(*inputs, threshold=threshold, max_active_rows=kept)

@@ -71,7 +71,7 @@ def test_within_two_bounds(shape, loss_type, dual_clip):
     for name in ("ratio/mean", "ratio/max", "kl/k1", "kl/k3"):
         g, t, p = (metrics[name] for _, _, metrics in (got, truth, plain))
         assert_within_two_bounds(g, t, p, p)
-    for name in ("clip/low", "clip/high", "head/active_rows", "tokens/all", "tokens/kept"):
+    for name in ("clip/low", "clip/high", "head/active_rows", "tokens/all", "tokens/selected"):
         assert torch.equal(got[2][name], plain[2][name])
     assert torch.equal(got[1] == 0, plain[1] == 0)
 

@@ -147,9 +147,9 @@ def update(
     meter, watch = Meter(), Stopwatch(policy.device)
     for index in micro_batches(batch.rollouts, settings.optimizer.tokens_per_micro_batch, ranks):
         metrics = _backward(policy, batch.rows(index), settings, watch)
-        meter.add(metrics, weight=float(metrics["tokens/kept"]))
+        meter.add(metrics, weight=float(metrics["tokens/selected"]))
     found = Meter.of(ranks.gather(meter)).result()
-    kept, everything = int(found.pop("tokens/kept")), int(found.pop("tokens/all"))
+    kept, everything = int(found.pop("tokens/selected")), int(found.pop("tokens/all"))
     count = _count(batch, kept, everything, settings.algorithm)
     named = [(name, p) for name, p in policy.model.named_parameters() if p.grad is not None]
     for _, parameter in named:
@@ -171,7 +171,7 @@ def update(
     return found | {
         "loss": loss,
         "grad_norm": float(norm),
-        "entropy/kept_fraction": kept / max(everything, 1),
+        "entropy/selected_fraction": kept / max(everything, 1),
         "head/rows": everything,
         "skipped/nonfinite_gradient": float(not norm.isfinite()),
         "skipped/nonfinite_loss": float(not math.isfinite(loss)),
@@ -195,7 +195,7 @@ def _no_update(batch: Batch, reason: str) -> dict[str, float]:
     return {
         "loss": 0.0,
         "grad_norm": 0.0,
-        "entropy/kept_fraction": float(kept / everything.clamp_min(1)),
+        "entropy/selected_fraction": float(kept / everything.clamp_min(1)),
         "head/rows": float(everything),
         "skipped/nonfinite_gradient": 0.0,
         reason: 1.0,
@@ -267,7 +267,7 @@ def _loss(
     selected_T = at_least(entropy_T, part.threshold)
     loss, metrics = ek.ratio_loss(found.logprob, **options(selected_T))
     kept = entropy_T[selected_T].sum() / selected_T.sum().clamp_min(1)
-    return loss, metrics | {"entropy/kept_mean": kept}
+    return loss, metrics | {"entropy/selected_mean": kept}
 
 
 def _share(counted_T: Tensor, sequence_T: Tensor) -> Tensor:

@@ -259,8 +259,8 @@ class _HighEntropyLoss:
         """The loss of `patch_verl`, times the number of ranks, over which gradients are averaged.
 
         All tensors are [B, L]. Metrics, over the selected tokens of this rank: actor/pg_clipfrac,
-        actor/ppo_kl; of the mask: actor/kept_fraction and the mean entropies actor/kept_entropy and
-        actor/mask_entropy.
+        actor/ppo_kl; of the mask: actor/selected_fraction and the mean entropies
+        actor/selected_entropy and actor/mask_entropy.
         """
         if loss_agg_mode != "token-mean":
             raise ValueError(
@@ -289,8 +289,8 @@ class _HighEntropyLoss:
         metrics = {
             "actor/pg_clipfrac": found["clip/low"] + found["clip/high"],
             "actor/ppo_kl": found["kl/k1"],
-            "actor/kept_fraction": found["entropy/kept_fraction"],
-            "actor/kept_entropy": kept / found["tokens/kept"].clamp_min(1),
+            "actor/selected_fraction": found["entropy/selected_fraction"],
+            "actor/selected_entropy": kept / found["tokens/selected"].clamp_min(1),
             "actor/mask_entropy": valid / found["tokens/all"].clamp_min(1),
         }
         values = torch.stack([x.float() for x in metrics.values()]).tolist()

@@ -170,8 +170,8 @@ def test_one_micro_batch_is_equation_6(patched):
     delta = fields["old_log_probs"] - log_p.gather(-1, fields["target"][..., None]).squeeze(-1)
     expected = {
         "actor/pg_loss": want[0],
-        "actor/kept_fraction": k / n,
-        "actor/kept_entropy": entropy[selected].mean(),
+        "actor/selected_fraction": k / n,
+        "actor/selected_entropy": entropy[selected].mean(),
         "actor/mask_entropy": entropy[fields["response_mask"]].mean(),
         "actor/ppo_kl": delta[selected].mean(),
         "actor/pg_clipfrac": 1 - active / k,

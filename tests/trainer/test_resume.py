@@ -177,7 +177,7 @@ def test_other_settings_need_leave(whole, tmp_path, capsys):
         "algorithm.fraction": [0.2, 0.5],
         "optimizer.betas": [[0.9, 0.95], [0.5, 0.9]],
     }
-    kept = [row.get("entropy/kept_fraction") for row in metrics(tmp_path / "run")[1:]]
+    kept = [row.get("entropy/selected_fraction") for row in metrics(tmp_path / "run")[1:]]
     assert [round(share, 1) for share in kept if share is not None][-4:] == [0.5] * 4
     # The same command again: nothing is left to allow, and nothing is wrong with that.
     train(other, allow_changes=["algorithm", "optimizer.betas"])

@@ -85,7 +85,7 @@ def test_what_is_trained_on_has_its_own_entropies(run):
         kept = [keep for sample in scored for keep in sample["kept"]]
         assert len(entropies) == row["head/rows"]
         assert sum(entropies) / len(entropies) == pytest.approx(row["entropy/mean"], rel=1e-5)
-        assert sum(kept) / len(kept) == pytest.approx(row["entropy/kept_fraction"])
+        assert sum(kept) / len(kept) == pytest.approx(row["entropy/selected_fraction"])
         everything = [s for s in samples if s["step"] == row["step"]]
         assert len(everything) == row["response/count"]
 

@@ -87,7 +87,7 @@ def test_a_run_writes_what_it_did(whole, model):
     assert len(updated) >= 4
     for row in updated:
         assert row["head/active_rows"] <= row["head/rows"] * 0.2 + 2
-        assert row["entropy/kept_fraction"] == pytest.approx(0.2, abs=0.05)
+        assert row["entropy/selected_fraction"] == pytest.approx(0.2, abs=0.05)
         assert row["entropy/p95"] >= row["entropy/threshold"] >= row["entropy/p50"] >= 0
         assert row["skipped/nonfinite_gradient"] == 0
         parts = ("time/sample", "time/score", "time/update")
@@ -318,8 +318,8 @@ def test_which_tokens(tmp_path, which):
     algorithm = Algorithm(min_groups=1, max_rounds=2, which=which, fraction=0.5)
     train(settings(tmp_path, model, steps=1, algorithm=algorithm))
     row = metrics(tmp_path / "run")[1]
-    assert row["entropy/kept_fraction"] == pytest.approx(0.5, abs=0.05)
-    kept, mean = row["entropy/kept_mean"], row["entropy/mean"]
+    assert row["entropy/selected_fraction"] == pytest.approx(0.5, abs=0.05)
+    kept, mean = row["entropy/selected_mean"], row["entropy/mean"]
     assert {"top": kept > 1.05 * mean, "bottom": kept < 0.95 * mean, "random": True}[which]
     if which == "random":
         assert kept == pytest.approx(mean, rel=0.1)

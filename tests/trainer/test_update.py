@@ -152,7 +152,7 @@ def test_the_objective_counts_its_tokens():
     assert metrics["ratio/mean"] == pytest.approx(float(ratio[kept].mean()), rel=1e-5)
     assert metrics["ratio/max"] == pytest.approx(float(ratio[kept].max()), rel=1e-5)
     fraction = kept.sum() / batch.rollouts.mask_BL.sum()
-    assert metrics["entropy/kept_fraction"] == pytest.approx(float(fraction))
+    assert metrics["entropy/selected_fraction"] == pytest.approx(float(fraction))
     assert all(math.isfinite(value) for value in metrics.values())
 
 
@@ -178,7 +178,7 @@ def test_fraction_1_trains_on_all_tokens(source):
     batch, _ = on_policy(policy, config)
     batch = dataclasses.replace(batch, threshold=batch.threshold + 0.5)
     _, metrics = gradients(policy, batch, config)
-    assert metrics["entropy/kept_fraction"] == 1
+    assert metrics["entropy/selected_fraction"] == 1
 
 
 def test_scores_are_those_of_the_dense_model_and_set_the_threshold():

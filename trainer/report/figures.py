@@ -150,8 +150,8 @@ UPDATES = (
     ),
     Figure(
         "Clipped tokens",
-        "Share of the kept tokens whose ratio left the clip range.",
-        "% of kept tokens",
+        "Share of the selected tokens whose ratio left the clip range.",
+        "% of selected tokens",
         (Curve("clip/high", "high", "c1"), Curve("clip/low", "low", "c2")),
         scale=100,
         smooth=True,
@@ -171,10 +171,10 @@ TOKENS = (
     ),
     Figure(
         "Entropy threshold",
-        "Where kept tokens part from the others, and the mean entropy of the kept.",
+        "Where selected tokens part from the others, and the mean entropy of the selected.",
         "nats",
         (
-            Curve("entropy/kept_mean", "mean of kept", "c2"),
+            Curve("entropy/selected_mean", "mean of selected", "c2"),
             Curve("entropy/threshold", "threshold", "c1"),
         ),
     ),
@@ -182,7 +182,7 @@ TOKENS = (
         "Kept tokens",
         "Share of the response tokens that the loss is taken over.",
         "% of tokens",
-        (Curve("entropy/kept_fraction", "kept", "c1"),),
+        (Curve("entropy/selected_fraction", "selected", "c1"),),
         scale=100,
     ),
 )

@@ -20,7 +20,7 @@ Row = Mapping[str, float | Tensor | None]
 RL: Columns = {
     "reward": (("reward/mean",), ".2f"),
     "threshold": (("entropy/threshold",), ".2f"),
-    "kept": (("entropy/kept_fraction",), ".1%"),
+    "selected": (("entropy/selected_fraction",), ".1%"),
     "clip": (("clip/low", "clip/high"), ".2%"),
     "tokens/s": (("tokens_per_second",), ",.0f"),
     "accuracy": (("eval/accuracy",), ".1%"),
