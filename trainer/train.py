@@ -21,8 +21,7 @@ from trainer.finite import naming_step
 from trainer.launch.lock import owned
 from trainer.launch.notes import stop_is_told
 from trainer.launch.stop import asked, end_if, finishing
-from trainer.meters import Meter, clock
-from trainer.mismatch import mismatch_metrics
+from trainer.metrics import Meter, clock, mismatch_metrics
 from trainer.ranks import join
 from trainer.report.page import LiveReport
 from trainer.report.progress import progress

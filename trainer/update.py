@@ -16,8 +16,7 @@ from trainer import config
 from trainer.batch import Rollouts
 from trainer.finite import Guard, check_finite, first_nonfinite, nonfinite_statistic
 from trainer.fsdp import release, whole
-from trainer.meters import Meter, Stopwatch
-from trainer.mismatch import correction
+from trainer.metrics import Meter, Stopwatch, correction
 from trainer.packing import lengths, pack
 from trainer.partition import partition
 from trainer.policy import Policy

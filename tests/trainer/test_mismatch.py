@@ -9,7 +9,7 @@ import torch
 
 from tests.trainer.small import settings
 from trainer.config import Algorithm, Engine, Model
-from trainer.mismatch import correction, mismatch_metrics
+from trainer.metrics import correction, mismatch_metrics
 
 CONFIG = settings(Path())
 # r = 1, 2, 1/4 and 5 where the mask is true; garbage elsewhere.
