@@ -15,7 +15,8 @@ from trainer.checkpoint.branch import branch as branch_from
 from trainer.checkpoint.resume import inputs_of, resuming, start_record
 from trainer.config import Config
 from trainer.config.changes import known_names
-from trainer.engines import Engine, make_engine
+from trainer.engines import make_engine
+from trainer.engines.engine import Engine
 from trainer.evaluation.sets import EvaluationSet, sets_of_run
 from trainer.finite import Guard, check_finite
 from trainer.fsdp import scatter, shard, tensors

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from trainer.batch import Rollouts
-from trainer.engines import Engine, Sampled
+from trainer.engines.engine import Engine, Sampled
 from trainer.launch.limits import check_length
 from trainer.model.tokens import prompt_ids, response_text
 from trainer.policy import Policy

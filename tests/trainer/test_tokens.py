@@ -11,7 +11,7 @@ from tokenizers import processors
 from tests.trainer.small import Even, build_policy, build_tokenizer
 from tests.trainer.tokenizer_kinds import KINDS, Kind, byte_level, pieces_of_sentences
 from trainer.config import Data, Reward
-from trainer.engines import Sampled
+from trainer.engines.engine import Sampled
 from trainer.model.tokens import end_ids, pieces, prompt_ids, response_ids, response_text
 from trainer.rewards.verifier import Verifier
 from trainer.sampling import sample

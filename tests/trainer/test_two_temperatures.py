@@ -7,6 +7,7 @@ from transformers import LogitsProcessorList
 from tests.trainer.small import build_model, build_tokenizer
 from trainer.engines.transformers import TransformersEngine
 from trainer.policy import Policy
+from trainer.studies.two_temperature_engines import TransformersTwoTemperatures
 from trainer.studies.two_temperatures import TwoTemperatures, temper
 
 PROMPTS = [[3, 4, 13, 5, 14], [7, 8]] * 8
@@ -57,7 +58,10 @@ def policy():
 
 
 def sampled(policy, two, temperature=1.0):
-    engine = TransformersEngine(policy, 16, two_temperatures=two)
+    plain = two is None
+    engine = (
+        TransformersEngine(policy, 16) if plain else TransformersTwoTemperatures(policy, 16, two)
+    )
     return engine.sample(PROMPTS, range(len(PROMPTS)), max_new_tokens=12, temperature=temperature)
 
 

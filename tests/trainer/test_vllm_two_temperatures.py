@@ -9,8 +9,8 @@ from tests.trainer.small import build_model, build_tokenizer, settings
 from tests.trainer.vllm_cases import IGNORED  # first: it skips where vLLM is missing
 from trainer.config import Engine, Rollout
 from trainer.engines.transformers import TransformersEngine
-from trainer.engines.vllm import VllmEngine
 from trainer.policy import Policy
+from trainer.studies.two_temperature_engines import VllmTwoTemperatures
 from trainer.studies.two_temperatures import TwoTemperatures, temper
 from trainer.studies.vllm_two_temperatures import TwoTemperaturesProcessor
 
@@ -88,7 +88,7 @@ def test_vllm_samples_from_the_distribution_of_two_temperatures(tmp_path):
         rollout=Rollout(batch_size=8),
     )
     two = TwoTemperatures(**ASKED)
-    engine = VllmEngine(policy, config, policy.device, two)
+    engine = VllmTwoTemperatures(policy, config, policy.device, two)
     engine.update_weights(policy.weights())
     used = set()
     found = engine.sample(PROMPTS, [1, 2, 3], max_new_tokens=24, temperature=1.0)
@@ -101,7 +101,7 @@ def test_vllm_samples_from_the_distribution_of_two_temperatures(tmp_path):
         entropy = torch.distributions.Categorical(logits=logits).entropy()
         used |= set((entropy > two.threshold).tolist())
     assert used == {False, True}
-    engine.two_temperatures = TwoTemperatures(0.9, 0.0, 0.0)
+    engine.two = TwoTemperatures(0.9, 0.0, 0.0)
     got = engine.sample(PROMPTS, [1, 2, 3], max_new_tokens=12, temperature=1.0)
     want = TransformersEngine(policy, 8).sample(
         PROMPTS, [1, 2, 3], max_new_tokens=12, temperature=0.0

@@ -11,11 +11,10 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from trainer.engines import Sampled, check_temperature
+from trainer.engines.engine import Sampled
 from trainer.finite import NotFinite, first_nonfinite
 from trainer.model.probes import check_cache
 from trainer.policy import Policy, positions
-from trainer.studies.two_temperatures import TwoTemperatures
 
 # Finished rows leave the batch once they are this share of it; leaving copies the cache.
 DROP_SHARE = 0.2
@@ -34,9 +33,7 @@ class TransformersEngine:
         batch_size: int,
         copy_in: torch.dtype | None = None,
         device: torch.device | None = None,
-        two_temperatures: TwoTemperatures | None = None,
     ):
-        self.two_temperatures = two_temperatures
         self._policy, self._batch_size = policy, batch_size
         self._weights: dict[str, Tensor] | None = None
         self._checked = False
@@ -60,7 +57,6 @@ class TransformersEngine:
         temperature: float,
     ) -> list[Sampled]:
         """As `Engine.sample`."""
-        check_temperature(self, temperature)
         self._policy.train(False)
         if not self._checked and prompts:
             check_cache(self._policy, _cache(self._policy))
@@ -90,6 +86,10 @@ class TransformersEngine:
     def close(self) -> None:
         """Nothing to end."""
 
+    def process(self, logits_BV: Tensor) -> Tensor:
+        """The logits to sample from; a subclass may change them."""
+        return logits_BV
+
     @torch.no_grad()
     def _batch(
         self, prompts: Sequence[Sequence[int]], uniform_BL: Tensor, temperature: float
@@ -117,9 +117,7 @@ class TransformersEngine:
         response_BL = torch.zeros_like(uniform_BL, dtype=torch.long)
         logprob_BL, length_B = torch.zeros_like(uniform_BL), torch.zeros_like(rows)
         for step in range(uniform_BL.shape[1]):
-            if self.two_temperatures is not None:
-                logits = self.two_temperatures(None, logits)
-            token, logprob = _draw(logits, temperature, uniform_BL[rows, step])
+            token, logprob = _draw(self.process(logits), temperature, uniform_BL[rows, step])
             response_BL[rows[running], step] = token[running]
             logprob_BL[rows[running], step] = logprob[running]
             length_B[rows[running]] += 1

@@ -8,8 +8,7 @@ calls vLLM as the rest does, and has not run on one.
 import copy
 import os
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -17,17 +16,15 @@ from torch import Tensor
 
 from trainer.config import Config
 from trainer.config import Engine as Settings
-from trainer.engines import Sampled, check_temperature
+from trainer.engines.engine import Sampled
+from trainer.engines.vllm_setup import backend, own_threads, set_environment
 from trainer.launch.limits import check_length, check_ranks, devices_of
 from trainer.launch.needs import check_engine
 from trainer.model.rope import fixed_configuration
 from trainer.policy import Policy
 from trainer.ranks import local_ranks
-from trainer.studies.two_temperatures import TwoTemperatures
 
-PROCESSOR = "trainer.studies.vllm_two_temperatures:TwoTemperaturesProcessor"
 CPU_CACHE_BYTES = 2**28
-TRAINER = "ENTROPY_KERNELS_TRAINER"  # environment variable: the process that vLLM's end with
 
 
 class VllmEngine:
@@ -37,29 +34,25 @@ class VllmEngine:
         ValueError: vLLM is missing, or older than the calls made here; too few GPUs are set aside.
     """
 
-    def __init__(
-        self,
-        policy: Policy,
-        config: Config,
-        device: torch.device,
-        two_temperatures: TwoTemperatures | None = None,
-    ):
-        self.two_temperatures = two_temperatures
+    logits_processors: Sequence[str] = ()
+    """vLLM's logits processors, "module:Class", that a subclass needs."""
+
+    def __init__(self, policy: Policy, config: Config, device: torch.device):
         settings = config.engine
-        _set_environment(settings, device)
+        set_environment(settings, device)
         check_engine(config)
         self._eos_ids = policy.eos_ids.tolist()
         self._sleeps = device.type == "cuda" and not settings.devices
         self._asleep = False
-        with tempfile.TemporaryDirectory() as folder, _own_threads():
+        with tempfile.TemporaryDirectory() as folder, own_threads():
             _write_configuration(policy, folder)
             from vllm import LLM
 
             options = _options(config, device, self._sleeps)
             if policy.rope:
                 options["max_model_len"] = policy.longest  # which decides on their scale
-            if two_temperatures is not None:
-                options["logits_processors"] = [PROCESSOR]
+            if self.logits_processors:
+                options["logits_processors"] = list(self.logits_processors)
             self._llm = LLM(folder, **options)
         self._longest = self._llm.llm_engine.model_config.max_model_len
         self._push = _pusher(self._llm, policy, settings, device)
@@ -75,10 +68,8 @@ class VllmEngine:
         """As `Engine.sample`."""
         from vllm import SamplingParams
 
-        check_temperature(self, temperature)
         if not prompts:
             return []
-        two = self.two_temperatures
         self._check_length(max(map(len, prompts)), max_new_tokens)
         parameters = [
             SamplingParams(
@@ -90,7 +81,7 @@ class VllmEngine:
                 logprobs=0,  # of the token sampled, and no others
                 flat_logprobs=True,
                 detokenize=False,
-                extra_args=None if two is None else {"two_temperatures": two.plain()},
+                extra_args=self.extra_args(),
             )
             for seed in seeds
         ]
@@ -118,6 +109,10 @@ class VllmEngine:
     def close(self) -> None:
         """End vLLM, and with it the process group that it shares with the trainer."""
         self._llm.llm_engine.engine_core.shutdown()
+
+    def extra_args(self) -> dict[str, Any] | None:
+        """What each request gives the logits processors of a subclass."""
+        return None
 
     def _check_length(self, prompt: int, new: int) -> None:
         check_length("engine.max_model_len, {}", self._longest, prompt, new)
@@ -162,7 +157,7 @@ def _options(config: Config, device: torch.device, sleeps: bool) -> dict[str, An
     if settings.placement == "beside":
         from trainer.engines import vllm_weights
 
-        options |= vllm_weights.options(_backend(settings, device))
+        options |= vllm_weights.options(backend(settings, device))
     return options
 
 
@@ -173,20 +168,13 @@ def _devices(settings: Settings, device: torch.device) -> list[int]:
     return devices_of(settings, int(os.environ.get("LOCAL_RANK", 0)))
 
 
-def _backend(settings: Settings, device: torch.device) -> str:
-    """Of vLLM's weight transfer."""
-    if device.type == "cpu":
-        return "memory_file"
-    return "nccl" if settings.devices else "ipc"
-
-
 def _pusher(
     llm: Any, policy: Policy, settings: Settings, device: torch.device
 ) -> Callable[[Iterable[tuple[str, Tensor]]], None]:
     if settings.placement == "beside":
         from trainer.engines import vllm_weights
 
-        return vllm_weights.pusher(llm, _backend(settings, device), policy, settings)
+        return vllm_weights.pusher(llm, backend(settings, device), policy, settings)
 
     def push(weights: Iterable[tuple[str, Tensor]]) -> None:
         llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(weights)})
@@ -196,26 +184,3 @@ def _pusher(
             llm.apply_model(repack_tied_head)
 
     return push
-
-
-def _set_environment(settings: Settings, device: torch.device) -> None:
-    """What vLLM reads from the environment as it is imported or starts."""
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-    os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = str(int(settings.placement == "beside"))
-    os.environ[TRAINER] = str(os.getpid())
-    if settings.placement == "beside" and _backend(settings, device) == "ipc":
-        # CUDA's handles of memory are objects that msgpack does not know.
-        os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"
-
-
-@contextmanager
-def _own_threads() -> Iterator[None]:
-    """Torch keeps the threads it had: vLLM on a CPU takes them, and the function to set them."""
-    set_num_threads, count = torch.set_num_threads, torch.get_num_threads()
-    try:
-        yield
-    finally:
-        torch.set_num_threads = set_num_threads
-        torch.set_num_threads(count)

@@ -39,7 +39,7 @@ from vllm.model_executor.model_loader.reload import (
 )
 
 from trainer.config import Engine as Settings
-from trainer.engines.vllm import TRAINER
+from trainer.engines.vllm_setup import TRAINER
 from trainer.policy import Policy
 
 MEMORY_FILE = "memory_file"

@@ -11,8 +11,8 @@ from typing import Literal, TypeVar
 from trainer import checkpoint
 from trainer.checkpoint.source_run import SourceRun, source_run
 from trainer.config import Config, Data, Engine, Eval, Model, Reward, Rollout
-from trainer.engines import Engine as Sampler
 from trainer.engines import make_engine
+from trainer.engines.engine import Engine as Sampler
 from trainer.evaluation.generations import append, open_folder, rows
 from trainer.evaluation.results import Tally, show, write_results
 from trainer.evaluation.sets import HELD_OUT, EvaluationSet, make_set, warn_of_repeats

@@ -10,7 +10,8 @@ from typing import NamedTuple
 from torch import Tensor
 
 from trainer.batch import Rollouts
-from trainer.engines import Engine, make_engine
+from trainer.engines import make_engine
+from trainer.engines.engine import Engine
 from trainer.evaluation.command import engine_config, samples_of, temperature_of
 from trainer.evaluation.sets import EvaluationSet
 from trainer.sampling import sample

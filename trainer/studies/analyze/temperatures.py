@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 import entropy_kernels as ek
-from trainer.engines import Engine, make_engine
+from trainer.engines.engine import Engine
 from trainer.evaluation.command import engine_config, samples_of
 from trainer.evaluation.estimates import estimate
 from trainer.log import provenance, replace_text
@@ -20,6 +20,7 @@ from trainer.report.charts import Mark, Panel, Series, figure
 from trainer.report.progress import progress
 from trainer.studies.analyze.analysis import Analysis, Opened, opened
 from trainer.studies.analyze.responses import responses, right_shares, scored_responses
+from trainer.studies.two_temperature_engines import make_engine
 from trainer.studies.two_temperatures import TwoTemperatures
 
 FILE = "temperatures.json"
@@ -136,11 +137,11 @@ def _points(work: Opened[Temperatures], found: dict[str, Any]) -> Iterator[dict[
     if not waiting:
         return
     first = TwoTemperatures(found["threshold"], *waiting[0])
-    engine = make_engine(engine_config(work.settings), work.policy, two_temperatures=first)
+    engine = make_engine(engine_config(work.settings), work.policy, first)
     engine.update_weights(work.policy.weights())
     with closing(engine), progress("temperatures", len(waiting), columns={}) as bar:
         for done, (low, high) in enumerate(waiting, start=1):
-            engine.two_temperatures = TwoTemperatures(found["threshold"], low, high)
+            engine.two = TwoTemperatures(found["threshold"], low, high)
             yield {"low": low, "high": high, **_accuracy(work, engine)}
             bar.update(done, {})
 
