@@ -25,10 +25,10 @@ from typing import Any
 from entropy_kernels._bench.result_text import result_text
 from entropy_kernels._bench.rounds import status
 from trainer.config import Algorithm, Config, Eval, Model, Optimizer, Rollout
-from trainer.plan import plan
 from trainer.plan.architectures import Architecture
 from trainer.plan.devices import cpu
 from trainer.plan.job import Assumptions, Job
+from trainer.plan.plan import plan
 
 RESULT = Path(__file__).parent / "results" / "plan_check.json"
 WORDS = ["<pad>", "<eos>", *"0123456789+="]

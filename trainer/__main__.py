@@ -204,7 +204,7 @@ def _folder(command: str, does: str, arguments: list[str]) -> Path:
 
 
 def _plan(arguments: list[str]) -> int:
-    from trainer.plan import main as plan
+    from trainer.plan.command import main as plan
 
     return plan(arguments)
 

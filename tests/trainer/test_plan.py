@@ -7,13 +7,13 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from tests.trainer.small import save_folder
-from trainer.plan import plan
 from trainer.plan.architectures import ARCHITECTURES, find_architecture, from_folder
 from trainer.plan.devices import find_device
 from trainer.plan.flops import head_units, step_flops, unit
 from trainer.plan.job import Assumptions, Job
 from trainer.plan.lengths import Lengths
 from trainer.plan.memory import cache_bytes, eager_logits, engine_room, step_memory
+from trainer.plan.plan import plan
 from trainer.plan.timing import collective_seconds, slots
 from trainer.presets import PRESETS
 

@@ -9,8 +9,8 @@ import pytest
 
 from tests.trainer.test_plan import job_of
 from trainer.__main__ import main
-from trainer.plan import plan
 from trainer.plan.memory import eager_logits
+from trainer.plan.plan import plan
 from trainer.presets import PRESETS
 
 ROOT = Path(__file__).parents[2]

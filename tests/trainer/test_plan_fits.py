@@ -5,9 +5,9 @@ from dataclasses import replace
 import pytest
 
 from tests.trainer.test_plan import BIG, RESPONSE, job_of
-from trainer.plan import plan
 from trainer.plan.devices import GPUS, find_device
 from trainer.plan.job import Assumptions
+from trainer.plan.plan import plan
 from trainer.plan.timing import sampling_seconds
 from trainer.plan.totals import evaluation_draws, evaluation_seconds
 from trainer.presets import PRESETS

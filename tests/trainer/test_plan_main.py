@@ -6,9 +6,9 @@ import pytest
 
 from tests.trainer.test_plan import BIG, job_of
 from trainer.__main__ import main
-from trainer.plan import plan
 from trainer.plan.devices import cpu
 from trainer.plan.job import Assumptions
+from trainer.plan.plan import plan
 from trainer.presets import PRESETS
 
 

@@ -9,10 +9,10 @@ from rich.console import Console
 from rich.table import Table
 
 from trainer.launch.needs import needs
-from trainer.plan import Plan
 from trainer.plan.flops import Flops, head_units, unit
 from trainer.plan.job import Assumptions, Job
 from trainer.plan.memory import eager_logits, engine_room
+from trainer.plan.plan import Plan
 from trainer.plan.timing import Seconds, collective_seconds, slots
 from trainer.plan.totals import kept_checkpoints
 
