@@ -14,13 +14,14 @@ import torch
 from torch import Tensor
 
 import entropy_kernels as ek
-from benchmarks.gpu import candidates, head_cases, ours
-from benchmarks.gpu.head_cases import Case
+from benchmarks.gpu import candidates, ours
 from benchmarks.gpu.rows import FATAL, Rows, reason
 from benchmarks.gpu.setting import Setting
 from entropy_kernels import reference
 from entropy_kernels._bench.result_text import result_text
 from entropy_kernels.testing import assert_within_two_bounds
+from tests import kernel_cases
+from tests.kernel_cases import Case
 
 STAGE = "correctness"
 SUMMARY = "summary"
@@ -81,9 +82,9 @@ def _all_cases(setting: Setting) -> Iterator[Case]:
             first = (forward, dlogits) == candidates.pairs(device, quick)[0]
             dtypes = DTYPES if first and not quick else [setting.dtype]
             for dtype in dtypes:
-                cases = head_cases.cases((forward, dlogits), dtype, device, quick)
+                cases = kernel_cases.cases((forward, dlogits), dtype, device, quick)
                 if first:
-                    cases += head_cases.offset_cases((forward, dlogits), dtype, device, quick)
+                    cases += kernel_cases.offset_cases((forward, dlogits), dtype, device, quick)
                 name = f"{candidates.name(forward)} + {candidates.name(dlogits)} {dtype}"
                 yield from (case._replace(name=f"{name}: {case.name}") for case in cases)
     for impl in ours.elementwise_implementations(device):
