@@ -14,6 +14,7 @@ with warnings.catch_warnings():
 
 from . import losses, token_rules
 from .functional import LogprobEntropy, linear_logprob_entropy
+from .head import Head
 from .high_entropy_policy_loss import high_entropy_policy_loss
 from .nn import HighEntropyPolicyLoss
 from .ratio_loss import ratio_loss
@@ -23,6 +24,7 @@ from .streaming_threshold import StreamingThreshold
 __version__ = "0.1.0"
 
 __all__ = [
+    "Head",
     "HighEntropyPolicyLoss",
     "LogprobEntropy",
     "StreamingThreshold",

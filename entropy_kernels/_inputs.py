@@ -87,10 +87,10 @@ def cast_as_linear(
 
 
 def check_statistics(names: Collection[str]) -> None:
-    """Names out of ops.MOMENTS; one bare name is none of them."""
+    """Names out of ops.STATISTICS; one bare name is none of them."""
     several = isinstance(names, Collection) and not isinstance(names, (str, Tensor))
-    if not several or not all(isinstance(name, str) and name in ops.MOMENTS for name in names):
-        known = ", ".join(ops.MOMENTS)
+    if not several or not all(isinstance(name, str) and name in ops.STATISTICS for name in names):
+        known = ", ".join(ops.STATISTICS)
         got = repr(names) if several else shown(names)
         raise ValueError(f"statistics must be a collection of names out of {known}; got {got}")
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from . import _processor
 from ._build_record import digest, why_not_built
 from ._compiler import constant
-from ._rows import Statistics, active_rows, per_row, spread
+from ._rows import ForwardRows, active_rows, per_row, spread
 
 _PACKAGE = Path(__file__).parent
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -191,10 +191,10 @@ def linear_logprob_entropy(
     keep_logits: bool,
     isa: str | None = None,
     moments: Tensor | None = None,
-) -> Statistics:
+) -> ForwardRows:
     """The statistics of every row; zeros where the target is `ignore_index`, at no cost.
 
-    `moments`, contiguous fp32 [4, T], is filled with what _rows.MOMENTS names.
+    `moments`, contiguous fp32 [4, T], is filled with what _rows.STATISTICS names.
     `isa` is one that the extension lists, else `instruction_set`. Sums over the vocabulary are
     divided among torch's threads in fixed parts: the same bits at the same number of threads.
     Logits are kept in the kernels' own order, of ignored rows too.
@@ -224,7 +224,7 @@ def linear_logprob_entropy(
         moments.masked_fill_(~kept_T, 0)
     # An op's outputs are not views of one tensor.
     rows = [row.where(kept_T, 0) if keep_logits else row.clone() for row in found]
-    return Statistics._make([*rows, logits, None])
+    return ForwardRows._make([*rows, logits, None])
 
 
 def kept_logits(tokens: int, vocabulary: int) -> tuple[int, int]:
@@ -243,7 +243,7 @@ def linear_logprob_entropy_backward(
     temperature: Tensor | None,
     softcap: float | None,
     ignore_index: int,
-    found: Statistics,
+    found: ForwardRows,
     needs: tuple[bool, bool, bool],
     isa: str | None = None,
     main_grad: Tensor | None = None,

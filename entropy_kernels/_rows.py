@@ -11,10 +11,10 @@ from torch import Tensor
 
 # What forward adds on request, rows of a fp32 [4, T]: variance of log p, the largest p, and the
 # sums of p^2 and of p^2 log p.
-MOMENTS = ("varentropy", "max_prob", "sum_p2", "sum_p2_logp")
+STATISTICS = ("varentropy", "max_prob", "sum_p2", "sum_p2_logp")
 
 
-class Statistics(NamedTuple):
+class ForwardRows(NamedTuple):
     """What forward knows of each row, all fp32 [T]; and h W^T + b, or empty if not kept.
 
     Kept logits are [T, V], or in an order of their own, known to the backend that keeps them. Where

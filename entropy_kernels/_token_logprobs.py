@@ -22,7 +22,7 @@ from torch.autograd.function import once_differentiable
 
 from . import ops
 from ._inputs import cast_as_linear, per_token_temperature, resolve
-from ._rows import Statistics, active_rows
+from ._rows import ForwardRows, active_rows
 from ._torch.blocks import compute_dtype, product
 
 # Of log p: exp of less is 0, and it times 0 is 0.
@@ -133,7 +133,7 @@ class _TokenLogprobs(torch.autograd.Function):
         _, dweight_VD, _ = ops.gradients(
             incoming,
             (*head, options.ignore_index),
-            Statistics(entropy_T, entropy_T, entropy_T, max_T, log_sum_T, log_sum_T[:0]),
+            ForwardRows(entropy_T, entropy_T, entropy_T, max_T, log_sum_T, log_sum_T[:0]),
             (need_hidden, need_weight, False),
             None,
             None,

@@ -27,7 +27,7 @@ from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 
 from . import _rows, ops
-from ._rows import Statistics, check_values, per_row
+from ._rows import ForwardRows, check_values, per_row
 from ._torch.moments import finish_moments
 from .distributed import all_reduce_max, all_reduce_sum, gather_counts
 
@@ -148,7 +148,7 @@ class _Sharded(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         *head, entropy_T, max_T, log_sum_T, logits = ctx.saved_tensors
-        found = Statistics(entropy_T, entropy_T, entropy_T, max_T, log_sum_T, logits)
+        found = ForwardRows(entropy_T, entropy_T, entropy_T, max_T, log_sum_T, logits)
         need_hidden, need_weight, need_bias, *_ = ctx.needs_input_grad
         options = ctx.options
         dhidden_TD, dweight_VD, dbias_V = ops.gradients(

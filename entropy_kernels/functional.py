@@ -199,7 +199,7 @@ def linear_logprob_entropy(
             *kept,
             bool(statistics),
         )
-    rows = {x: found[-1][ops.MOMENTS.index(x)].reshape(target.shape) for x in statistics}
+    rows = {x: found[-1][ops.STATISTICS.index(x)].reshape(target.shape) for x in statistics}
     return LogprobEntropy(*(x.reshape(target.shape) for x in found[:3]), **rows)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from . import _gpu, _native, _rows
 from ._ops import add_op_namespace_prefix
-from ._rows import MOMENTS, Statistics, check_active_rows, check_values
+from ._rows import STATISTICS, ForwardRows, check_active_rows, check_values
 from ._torch.linear_logprob_entropy import linear_logprob_entropy as torch_forward
 from ._torch.linear_logprob_entropy_backward import (
     linear_logprob_entropy_backward as torch_backward,
@@ -69,13 +69,13 @@ def _linear_logprob_entropy(
     statistics: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """logprob, entropy, logsumexp; for backward max, log_sum, kept logits and their places; and
-    the rows that MOMENTS names, fp32 [4, T], or an empty tensor.
+    the rows that STATISTICS names, fp32 [4, T], or an empty tensor.
 
     hidden [T, D], weight [V, D], target int64 [T], bias [V], temperature fp32 [1] or [T].
     max_active_rows and main_grad, [V, D], are backward's. With a keep_above, fp32 [], logits
     are those of keep_rows rows of at least that entropy, by "triton" alone.
     """
-    shape = (len(MOMENTS), target.shape[0]) if statistics else (0,)
+    shape = (len(STATISTICS), target.shape[0]) if statistics else (0,)
     moments = hidden.new_empty(shape, dtype=torch.float32)
     options: dict[str, Any] = {"moments": moments if statistics else None}
     if keep_above is not None:
@@ -122,14 +122,14 @@ def _(
     if keep_above is not None:
         logits = logits.new_empty(keep_rows, shape[1])
         places = torch.empty_like(target, dtype=torch.int32)
-    moments = (len(MOMENTS), shape[0]) if statistics else (0,)
+    moments = (len(STATISTICS), shape[0]) if statistics else (0,)
     return *rows, logits, places, hidden.new_empty(moments, dtype=torch.float32)
 
 
 def gradients(
     incoming: tuple[Tensor | None, ...],
     head: tuple[Any, ...],
-    found: Statistics,
+    found: ForwardRows,
     needs: tuple[bool, bool, bool],
     max_active_rows: int | None,
     main_grad: Tensor | None,
@@ -181,7 +181,7 @@ def _linear_logprob_entropy_backward(
         for gradient in gradients(
             (grad_logprob, grad_entropy, grad_logsumexp),
             (hidden, weight, target, bias, temperature, softcap, ignore_index),
-            Statistics(entropy, entropy, entropy, max, log_sum, logits, places),
+            ForwardRows(entropy, entropy, entropy, max, log_sum, logits, places),
             (need_hidden, need_weight, need_bias),
             max_active_rows,
             main_grad,

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from entropy_kernels._rows import Statistics
+from entropy_kernels._rows import ForwardRows
 from entropy_kernels._triton import tiles
 from entropy_kernels._triton.keep_largest import keep_largest
 from entropy_kernels._triton.linear_logprob_entropy import linear_logprob_entropy
@@ -102,7 +102,7 @@ def _forward(
 
 def _kept_rows(dtype: torch.dtype, hidden: int, options: tuple[str, ...]) -> None:
     """A forward that keeps the logits of rows above a threshold, and its backward."""
-    launcher: Callable[..., Statistics] = linear_logprob_entropy
+    launcher: Callable[..., ForwardRows] = linear_logprob_entropy
     inputs = _inputs(dtype, hidden, options)
     found = launcher(*inputs, -100, False, keep_above=_empty(), keep_rows=R)
     _backward(dtype, hidden, options, found=found)
@@ -113,9 +113,9 @@ def _backward(
     hidden: int,
     options: tuple[str, ...],
     tile: tiles.Tile | None = None,
-    found: Statistics | None = None,
+    found: ForwardRows | None = None,
 ) -> None:
-    found = found or Statistics(*(_empty(T) for _ in range(5)), _empty(0))
+    found = found or ForwardRows(*(_empty(T) for _ in range(5)), _empty(0))
     # Where options are, entropies are differentiated too; a policy loss needs log-probs alone.
     others = (_empty(T), _empty(T)) if options else (None, None)
     launcher: Callable[..., object] = linear_logprob_entropy_backward

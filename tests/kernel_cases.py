@@ -16,7 +16,7 @@ from benchmarks.gpu import environment
 from benchmarks.gpu.ours import TRITON, Inputs, launch_backward, launch_forward
 from entropy_kernels import reference
 from entropy_kernels._bench.step import peaked_head
-from entropy_kernels._rows import Statistics
+from entropy_kernels._rows import ForwardRows
 from entropy_kernels.testing import assert_within_two_bounds
 
 SHAPES = {
@@ -144,7 +144,7 @@ def _ours(
     return [found.logprob, found.entropy, found.logsumexp, *got]
 
 
-def _forward(tiles: tuple[Any, Any], inputs: Inputs, options: dict[str, Any]) -> Statistics:
+def _forward(tiles: tuple[Any, Any], inputs: Inputs, options: dict[str, Any]) -> ForwardRows:
     # Few variants can keep logits.
     keeps = options.get("keep_logits") or "keep_above" in options
     tile = None if keeps else _fitting(tiles[0], inputs)

@@ -14,7 +14,7 @@ import entropy_kernels as ek
 from entropy_kernels import _native, ops
 from tests.head_cases import DTYPES, ROWS, check_statistics, make, statistics_in
 
-NAMES = ops.MOMENTS
+NAMES = ops.STATISTICS
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SHAPES = {"one": (1, 1, 1), "two words": (3, 1, 2), "prime": (31, 37, 97), "one more": (33, 36, 65)}
 # numpy, which computes in Triton's interpreter, warns of NaN and infinities that are meant.

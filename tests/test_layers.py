@@ -21,6 +21,7 @@ ALLOWED = {
     "loss_terms": {"distributed", "losses"},
     "_loss_options": {"loss_terms", "losses"},
     "token_rules": set(),
+    "head": set(),
     "_rows": set(),
     "_build_record": set(),
     "_processor": set(),

@@ -109,7 +109,7 @@ def values(name, impl, group):
     head = functools.partial(ek.linear_logprob_entropy, impl=impl, vocab_group=group)
     inputs = h, mine(w, shares, group), y, mine(bias, shares, group)
     outputs, gradients = run(head, inputs, grads, **options)
-    found = head(*inputs[:3], bias=inputs[3], statistics=ops.MOMENTS, **options)
+    found = head(*inputs[:3], bias=inputs[3], statistics=ops.STATISTICS, **options)
     same = all(map(torch.equal, outputs, found[:3]))
     return {"outputs": outputs, "gradients": gradients, "moments": found[3:], "same bits": same}
 
@@ -127,7 +127,9 @@ def extremes(group):
     h, w, y = make("peaked", (9, 16, 3 * size), torch.float32)
     h[4, 3] = torch.nan
     w = mine(w, [3] * size, group).clone()
-    head = functools.partial(ek.linear_logprob_entropy, vocab_group=group, statistics=ops.MOMENTS)
+    head = functools.partial(
+        ek.linear_logprob_entropy, vocab_group=group, statistics=ops.STATISTICS
+    )
     found["a bad row"] = head(h, w, y)
     h[4, 3] = 0
     if dist.get_rank(group) == 1:
@@ -147,7 +149,7 @@ def masked_vocabulary(group):
     x, weight = h.clone().requires_grad_(), mine(w, [20] * size, group).clone().requires_grad_()
     b = mine(bias, [20] * size, group)
     found = ek.linear_logprob_entropy(
-        x, weight, y, bias=b, vocab_group=group, statistics=ops.MOMENTS
+        x, weight, y, bias=b, vocab_group=group, statistics=ops.STATISTICS
     )
     kept = torch.arange(9) != 5
     (found.logprob[kept].sum() + found.entropy.sum()).backward()

@@ -16,7 +16,7 @@ import entropy_kernels as ek
 from benchmarks.gpu.contestant import Contestant, Results, step
 from benchmarks.gpu.problem import FRACTION, Problem
 from entropy_kernels import _gpu, _radix, functional, ops
-from entropy_kernels._rows import Statistics
+from entropy_kernels._rows import ForwardRows
 
 TRITON = "entropy_kernels._triton"
 HEAD = "linear_logprob_entropy"
@@ -128,7 +128,7 @@ def has_triton() -> bool:
     return True
 
 
-def launch_forward(inputs: Inputs, tile: Any, options: dict[str, Any]) -> Statistics:
+def launch_forward(inputs: Inputs, tile: Any, options: dict[str, Any]) -> ForwardRows:
     """The forward of one tile of entropy_kernels._triton.tiles; None stands for the table's."""
     launcher = importlib.import_module(f"{TRITON}.{HEAD}").linear_logprob_entropy
     softcap, ignored = options.get("softcap"), options.get("ignore_index", -100)
@@ -142,7 +142,7 @@ def launch_forward(inputs: Inputs, tile: Any, options: dict[str, Any]) -> Statis
 def launch_backward(
     gradients: list[Tensor | None],
     inputs: Inputs,
-    found: Statistics,
+    found: ForwardRows,
     tile: Any,
     options: dict[str, Any],
 ) -> list[Tensor]:

@@ -15,7 +15,7 @@ T tokens, D hidden, V vocabulary.
 import torch
 from torch import Tensor
 
-from .._rows import Statistics, per_row
+from .._rows import ForwardRows, per_row
 from .blocks import (
     LOWEST_EXPONENT,
     Head,
@@ -43,10 +43,10 @@ def linear_logprob_entropy(
     ignore_index: int,
     keep_logits: bool,
     moments: Tensor | None = None,
-) -> Statistics:
+) -> ForwardRows:
     """The statistics of every row; zeros where the target is `ignore_index`.
 
-    `moments`, fp32 [4, T], is filled with what _rows.MOMENTS names.
+    `moments`, fp32 [4, T], is filled with what _rows.STATISTICS names.
 
     On a CPU the ignored rows are dropped before the products. On CUDA their number would have to
     reach the host first, so they are computed, then zeroed.
@@ -59,7 +59,7 @@ def linear_logprob_entropy(
         if moments is not None:
             moments.masked_fill_(~kept_T, 0)
         rows = [torch.where(kept_T, x, 0) for x in found[:5]]
-        return Statistics._make([*rows, found.logits, None])
+        return ForwardRows._make([*rows, found.logits, None])
 
     index_R = kept_T.nonzero().squeeze(1)
     few = None if moments is None else moments.new_empty(4, index_R.numel())
@@ -70,7 +70,7 @@ def linear_logprob_entropy(
         moments.zero_().index_copy_(1, index_R, few)
     zero_T = hidden_TD.new_zeros(target_T.shape, dtype=torch.float32)
     rows = [zero_T.index_copy(0, index_R, x) for x in found[:5]]
-    return Statistics._make([*rows, found.logits, None])
+    return ForwardRows._make([*rows, found.logits, None])
 
 
 def _statistics(
@@ -80,7 +80,7 @@ def _statistics(
     head: Head,
     keep_logits: bool,
     moments: Tensor | None,
-) -> Statistics:
+) -> ForwardRows:
     """The same without ignored rows; a row that has no answer is NaN."""
     count, vocabulary = target_T.shape[0], head.weight_VD.shape[0]
     block_t, block_v = sizes(hidden_TD)
@@ -115,7 +115,7 @@ def _statistics(
     if moments is not None:
         moments.copy_(torch.where(valid_T, finish_moments(sums), torch.nan))
     rows_T = [torch.where(valid_T, x, torch.nan) for x in found]
-    return Statistics._make([*rows_T, logits_TV, None])
+    return ForwardRows._make([*rows_T, logits_TV, None])
 
 
 def _block_sums(

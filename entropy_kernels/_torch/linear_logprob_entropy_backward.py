@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .._rows import Statistics, active_rows, per_row, spread
+from .._rows import ForwardRows, active_rows, per_row, spread
 from .blocks import (
     LOWEST_EXPONENT,
     Head,
@@ -65,7 +65,7 @@ def linear_logprob_entropy_backward(
     temperature: Tensor | None,
     softcap: float | None,
     ignore_index: int,
-    found: Statistics,
+    found: ForwardRows,
     needs: tuple[bool, bool, bool],
     main_grad: Tensor | None = None,
     reduce_hidden: Callable[[Tensor], None] | None = None,

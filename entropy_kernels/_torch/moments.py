@@ -59,7 +59,7 @@ def merge_moments(
 
 
 def finish_moments(sums: Tensor) -> Tensor:
-    """fp32 [4, T], in the order of _rows.MOMENTS, from (s, t, u, s2, t2) [5, T]."""
+    """fp32 [4, T], in the order of _rows.STATISTICS, from (s, t, u, s2, t2) [5, T]."""
     s_T, t_T, u_T, s2_T, t2_T = sums
     z_T = 1 + s_T
     found = [

@@ -16,7 +16,7 @@ import triton
 from torch import Tensor
 
 from ... import device
-from ..._rows import Statistics
+from ..._rows import ForwardRows
 from ..common import products, tiles
 from ..common.tiles import Tile
 from ..head_forward.launch_store import KeptRows
@@ -55,7 +55,7 @@ def linear_logprob_entropy_backward(
     temperature: Tensor | None,
     softcap: float | None,
     ignore_index: int,
-    found: Statistics,
+    found: ForwardRows,
     needs: tuple[bool, bool, bool],
     *,
     max_active_rows: int | None = None,
@@ -135,7 +135,7 @@ def _check(
         raise ValueError(f"main_grad must be {wanted}; got {got}")
 
 
-def _kept(active: ActiveRows, found: Statistics) -> KeptRows | None:
+def _kept(active: ActiveRows, found: ForwardRows) -> KeptRows | None:
     """The active rows whose logits are read; None where the host knows that there are none."""
     if found.places is None and found.logits.numel():
         return KeptRows(active.rows, active.number, active.rows.numel())

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..._rows import Statistics, per_row
+from ..._rows import ForwardRows, per_row
 from ..common.logit_functions import load_inverse_temperature
 from .launch_rows import ActiveRows
 
@@ -144,7 +144,7 @@ def compact(
     hidden_TD: Tensor,
     target_T: Tensor,
     temperature: Tensor | None,
-    found: Statistics,
+    found: ForwardRows,
 ) -> CompactRows:
     """The active rows of everything. 4 C (FIELDS + 2) bytes and a copy of their hidden states."""
     capacity, hidden = active.rows.numel(), hidden_TD.shape[1]

@@ -18,7 +18,7 @@ import triton
 from torch import Tensor
 
 from ... import device
-from ..._rows import Statistics, per_row
+from ..._rows import ForwardRows, per_row
 from ..common import products, tiles
 from ..common.tiles import Tile
 from .cublas_kernel import forward_cublas
@@ -64,13 +64,13 @@ def linear_logprob_entropy(
     keep_rows: int = 0,
     variant: str | None = None,
     tile: Tile | None = None,
-) -> Statistics:
+) -> ForwardRows:
     """The statistics of every row; zeros where the target is `ignore_index`.
 
     Ignored rows are computed, then zeroed: their number never reaches the host. `variant` and
     `tile` overrule the table, for tests and tuning; a variant that cannot run here is an error.
 
-    moments: fp32 [4, T], contiguous, to be filled with what _rows.MOMENTS names.
+    moments: fp32 [4, T], contiguous, to be filled with what _rows.STATISTICS names.
     keep_above, keep_rows: keeps the logits [keep_rows, V] of the first rows that are not ignored
         and whose entropy is at least keep_above, fp32 [], by the variant "cublas".
     """
@@ -79,7 +79,7 @@ def linear_logprob_entropy(
     # Five tensors: an op's outputs are not views of one.
     found = [_empty((count,), hidden_TD) for _ in range(5)]
     if count == 0:
-        return Statistics._make([*found, logits_TV, None])
+        return ForwardRows._make([*found, logits_TV, None])
 
     if tile is None:
         more, rows = moments is not None, keep_above is not None
@@ -117,8 +117,8 @@ def linear_logprob_entropy(
             target_logits(*head[:4], softcap, tile, target_logit_T)
             merge_rows(0, count)
     if keeping is not None:
-        return Statistics._make([*found, keeping.logits, keeping.places])
-    return Statistics._make([*found, logits_TV, None])
+        return ForwardRows._make([*found, keeping.logits, keeping.places])
+    return ForwardRows._make([*found, logits_TV, None])
 
 
 def _empty(shape: tuple[int, ...], like: Tensor) -> Tensor:

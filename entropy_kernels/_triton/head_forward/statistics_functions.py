@@ -59,7 +59,7 @@ def store_moments(partials_ptr, split, n_split, offs_t, end_t, T, w, q, r):
 
 @triton.jit
 def finish_moments(moments_ptr, offs_t, mask_t, T, n, rest, u, w, q, r, log_sum, kept, factor):
-    """Into moments [4, T], in the order of _rows.MOMENTS; zeros, NaN as `merge` has them."""
+    """Into moments [4, T], in the order of _rows.STATISTICS; zeros, NaN as `merge` has them."""
     most = 1.0 / (1.0 + rest)
     apart = w * rest - u * u
     apart = tl.where(apart < 0.0, 0.0, apart)
