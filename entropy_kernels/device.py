@@ -1,20 +1,18 @@
 """What GPU this is, and what Triton can do on it: asked here and nowhere else.
 
 An architecture is a string: "sm_90", "gfx942", or "interpreter" where kernels run on the CPU.
+Triton is imported when it is first asked for: this module loads without it.
 """
 
 import contextlib
 import functools
 
 import torch
-import triton
-from torch import Tensor
 
 INTERPRETER = "interpreter"
-# Where every kernel has passed its correctness run: one is recorded under benchmarks/results/ for
-# each, and "auto" takes a kernel on no other architecture.
+# Where every kernel has passed its correctness run. Each has a record under benchmarks/results/,
+# and "auto" takes the kernels on no other architecture.
 VERIFIED: frozenset[str] = frozenset()
-VERSION = tuple(int(part) for part in triton.__version__.split(".")[:2])
 
 # Shared memory of one block, in KB.
 _SHARED_KB = {"sm_80": 163, "sm_87": 163, "sm_90": 227, "sm_100": 227, "sm_103": 227, "gfx942": 64}
@@ -24,18 +22,18 @@ _PROCESSORS_OF_THE_INTERPRETER = 3
 
 def interpreting() -> bool:
     """Whether kernels run in Triton's interpreter: TRITON_INTERPRET, read as their files load."""
+    import triton
+
     return bool(triton.knobs.runtime.interpret)
 
 
-def architecture(x: Tensor) -> str:
-    """The architecture of the device that `x` lies on."""
-    if interpreting():
-        return INTERPRETER
-    return architecture_of(x.device)
+def architecture(device: torch.device) -> str:
+    """The architecture of `device`, as the table of tiles names it."""
+    return INTERPRETER if interpreting() else _architecture_of(device)
 
 
 @functools.cache
-def architecture_of(device: torch.device) -> str:
+def _architecture_of(device: torch.device) -> str:
     if device.type != "cuda":
         raise ValueError(
             f"Triton kernels need tensors on a GPU, or TRITON_INTERPRET=1; got tensors on {device}"
@@ -48,7 +46,7 @@ def architecture_of(device: torch.device) -> str:
 
 def verified(device: torch.device) -> bool:
     """Whether kernels have passed their correctness run on the architecture of `device`."""
-    return device.type == "cuda" and architecture_of(device) in VERIFIED
+    return device.type == "cuda" and architecture(device) in VERIFIED
 
 
 def on(device: torch.device) -> contextlib.AbstractContextManager[object]:
@@ -56,14 +54,14 @@ def on(device: torch.device) -> contextlib.AbstractContextManager[object]:
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
+def processors(device: torch.device) -> int:
+    """Multiprocessors of `device`: the programs of a persistent kernel."""
+    return _PROCESSORS_OF_THE_INTERPRETER if interpreting() else _processors_of(device)
+
+
 @functools.cache
 def _processors_of(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
-
-
-def processors(x: Tensor) -> int:
-    """Multiprocessors of the device that `x` lies on: the programs of a persistent kernel."""
-    return _PROCESSORS_OF_THE_INTERPRETER if interpreting() else _processors_of(x.device)
 
 
 def shared_memory(arch: str) -> int:
@@ -72,7 +70,7 @@ def shared_memory(arch: str) -> int:
 
 
 def _capability(arch: str) -> int:
-    """90 for "sm_90"; 0 for what is not NVIDIA's."""
+    """90 for "sm_90"; 0 for other makers' GPUs."""
     return int(arch.removeprefix("sm_")) if arch.startswith("sm_") else 0
 
 
@@ -84,6 +82,15 @@ def has_tma(arch: str) -> bool:
     return arch == INTERPRETER or _capability(arch) >= 90
 
 
+@functools.cache
+def triton_version() -> tuple[int, int]:
+    """(3, 6) for Triton 3.6.1."""
+    import triton
+
+    major, minor, *_ = triton.__version__.split(".")
+    return int(major), int(minor)
+
+
 def has_warp_specialization(arch: str) -> bool:
     """Whether loops may set warp_specialize: Triton 3.6 on Hopper; 3.9 fails to compile them."""
-    return _capability(arch) == 90 and VERSION == (3, 6)
+    return _capability(arch) == 90 and triton_version() == (3, 6)

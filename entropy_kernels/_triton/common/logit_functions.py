@@ -65,7 +65,7 @@ def cap(z, softcap, HAS_SOFTCAP: tl.constexpr):
 
 
 @triton.jit
-def load_inverse_temperature(
+def inverse_temperature(
     temperature_ptr, stride_temperature, offs_t, mask_t, HAS_TEMPERATURE: tl.constexpr
 ):
     """1 / temperature of each row, fp32; the stride is 0 where all rows share one."""
@@ -75,3 +75,13 @@ def load_inverse_temperature(
     else:
         inverse = tl.full(offs_t.shape, 1.0, tl.float32)
     return inverse
+
+
+@triton.jit
+def order(unit, n_blocks, n_split, GROUP_T: tl.constexpr):
+    """(row block, split) of a unit of work: GROUP_T row blocks share the columns of a split."""
+    per_group = GROUP_T * n_split
+    first = unit // per_group * GROUP_T
+    size = min(n_blocks - first, GROUP_T)
+    within = unit % per_group
+    return first + within % size, within // size

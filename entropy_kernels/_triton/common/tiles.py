@@ -54,7 +54,7 @@ class Tile(NamedTuple):
 class Key(NamedTuple):
     """hidden and tokens are the largest that the tile is meant for.
 
-    Ops are "forward" and "dlogits"; "forward_statistics", which sums more a row; "forward_keep",
+    Ops are "forward" and "dlogits"; "forward_statistics", which sums more a row; "forward_store",
     which could keep the logits of rows above a threshold, and does where "cublas" comes first; and
     any with "_softcap" behind, where a tanh an element needs registers of its own. Without such a
     row, that of the plainer op holds.
@@ -144,39 +144,41 @@ TILES: dict[Key, tuple[Tile, ...]] = {
         Tile("tma_split", 32, 64, 32, 4, 1, 2, 128),
         Tile("cublas", 32, 64, 1, 4, 1, 1, 128),
     ),
-    Key("forward_keep", "sm_80", "bfloat16", 1024, ANY): (
+    Key("forward_store", "sm_80", "bfloat16", 1024, ANY): (
         Tile("pointer", 128, 128, 64, 8, 3),
         Tile("cublas", 4, 1024, 1, 4, 1),
     ),
-    Key("forward_keep", "sm_80", "bfloat16", ANY, ANY): (
+    Key("forward_store", "sm_80", "bfloat16", ANY, ANY): (
         Tile("cublas", 4, 1024, 1, 4, 1),
         Tile("pointer", 128, 128, 64, 8, 3),
     ),
-    Key("forward_keep", "sm_90", "bfloat16", 1024, ANY): (
+    Key("forward_store", "sm_90", "bfloat16", 1024, ANY): (
         Tile("tma_split", 128, 128, 64, 4, 3),
         Tile("cublas", 4, 1024, 1, 4, 1),
     ),
-    Key("forward_keep", "sm_90", "bfloat16", ANY, ANY): (
+    Key("forward_store", "sm_90", "bfloat16", ANY, ANY): (
         Tile("cublas", 4, 1024, 1, 4, 1),
         Tile("tma", 128, 256, 64, 8, 4),
     ),
-    Key("forward_keep", "sm_100", "bfloat16", 1024, ANY): (
+    Key("forward_store", "sm_100", "bfloat16", 1024, ANY): (
         Tile("tma", 128, 128, 64, 8, 4),
         Tile("cublas", 4, 1024, 1, 4, 1),
     ),
-    Key("forward_keep", "sm_100", "bfloat16", ANY, ANY): (
+    Key("forward_store", "sm_100", "bfloat16", ANY, ANY): (
         Tile("cublas", 4, 1024, 1, 4, 1),
         Tile("tma", 128, 128, 64, 8, 4),
     ),
-    Key("forward_keep", "any", "bfloat16", ANY, ANY): (
+    Key("forward_store", "any", "bfloat16", ANY, ANY): (
         Tile("pointer", 64, 128, 32, 4, 3),
         Tile("cublas", 4, 1024, 1, 4, 1),
     ),
-    Key("forward_keep", "any", "float32", ANY, ANY): (
+    Key("forward_store", "any", "float32", ANY, ANY): (
         Tile("cublas", 4, 1024, 1, 4, 1),
         Tile("pointer", 64, 64, 16, 8, 2),
     ),
-    Key("forward_keep", "interpreter", "any", ANY, ANY): (Tile("cublas", 32, 64, 1, 4, 1, 1, 128),),
+    Key("forward_store", "interpreter", "any", ANY, ANY): (
+        Tile("cublas", 32, 64, 1, 4, 1, 1, 128),
+    ),
     Key("dlogits", "sm_80", "bfloat16", ANY, ANY): (Tile("pointer", 128, 128, 64, 8, 3),),
     Key("dlogits", "sm_86", "bfloat16", ANY, ANY): (Tile("pointer", 128, 128, 32, 8, 3),),
     Key("dlogits", "sm_90", "bfloat16", ANY, ANY): (
@@ -258,13 +260,12 @@ def lookup(
     raise ValueError(f"no tile of {op!r} for {arch}, {name}, D={hidden}, T={tokens}, {variants}")
 
 
-def keeps_rows(device: torch.device, dtype: torch.dtype, hidden: int) -> bool:
-    """Whether a forward keeps the logits of rows above a threshold, where they fit, for backward.
+def stores_rows(on: torch.device, dtype: torch.dtype, hidden: int) -> bool:
+    """Whether a forward stores the logits of rows above a threshold, as many as fit, for backward.
 
-    The kernels that keep nothing are faster where a product is short against the traffic of its
+    The kernels that store nothing are faster where a product is short against the traffic of its
     logits, which "cublas" writes and reads.
     """
-    interpreting = device.interpreting()
-    arch = device.INTERPRETER if interpreting else device.architecture_of(device)
     everywhere = {"pointer", "cublas", *TMA}
-    return lookup("forward_keep", arch, dtype, hidden, ANY, everywhere).variant == "cublas"
+    tile = lookup("forward_store", device.architecture(on), dtype, hidden, ANY, everywhere)
+    return tile.variant == "cublas"

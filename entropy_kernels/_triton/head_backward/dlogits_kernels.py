@@ -1,6 +1,6 @@
 """Kernels of dz, the gradient with respect to the logits h W^T + b, one tile at a time.
 
-Logits are recomputed with fp32 accumulators, or read where forward has kept them. Kernels that
+Logits are recomputed with fp32 accumulators, or read where forward has stored them. Kernels that
 recompute can leave the first rows to the one that reads: HAS_FIRST.
 
 C compact rows, D hidden, V vocabulary.
@@ -9,13 +9,12 @@ C compact rows, D hidden, V vocabulary.
 import triton
 import triton.language as tl
 
-from ..common.logit_functions import add_bias, dot
-from ..head_forward.pointer_kernel import order
+from ..common.logit_functions import add_bias, dot, order
 from .dlogits_functions import store_gradient, target_gradient
 
 
 @triton.jit
-def dlogits_pointer(
+def dlogits_pointer_kernel(
     hidden_ptr,  # [C, D]
     weight_ptr,
     bias_ptr,
@@ -45,7 +44,7 @@ def dlogits_pointer(
     BLOCK_D: tl.constexpr,
     GROUP_C: tl.constexpr,
 ):
-    """One program a tile, from plain pointers: any strides, any GPU."""
+    """One program per tile, from plain pointers: any strides, any GPU."""
     n_rows = tl.minimum(tl.load(number_ptr), capacity)
     blocks_v = tl.cdiv(stop - start, BLOCK_V)
     block, block_v = order(tl.program_id(0), tl.cdiv(capacity, BLOCK_C), blocks_v, GROUP_C)
@@ -116,7 +115,7 @@ def _halves(x):
 
 
 @triton.jit
-def dlogits_tma(
+def dlogits_tma_kernel(
     hidden_desc,  # blocks of [BLOCK_C, BLOCK_D]
     weight_desc,  # blocks of [BLOCK_V, BLOCK_D]
     bias_ptr,
@@ -211,7 +210,7 @@ def dlogits_tma(
 
 
 @triton.jit
-def dlogits_read(
+def dlogits_read_kernel(
     logits_ptr,  # fp32 [rows, V], bias included
     index_ptr,  # [C], the row of each
     fields_ptr,  # [FIELDS, C]
@@ -231,7 +230,7 @@ def dlogits_read(
     BLOCK_C: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    """One program a tile, from the logits that forward kept."""
+    """One program per tile, from the logits that forward stored."""
     n_rows = tl.minimum(tl.load(number_ptr), capacity)
     blocks_v = tl.cdiv(stop - start, BLOCK_V)
     block = tl.program_id(0) // blocks_v

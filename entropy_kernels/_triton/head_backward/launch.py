@@ -1,9 +1,9 @@
 """Gradients of linear_logprob_entropy, from the rows whose incoming gradient is not zero.
 
 Those rows are brought together; then, a chunk of the vocabulary at a time, a kernel writes dz
-(dlogits_epilogue.py has the formula), from which torch's products give the
-weight's rows of that chunk, each written once, and a term of the hidden states' gradient, summed
-in fp32. No atomics: the same bits every time.
+(dlogits_functions.py has the formula). From it torch's products give the weight's rows of that
+chunk, each written once, and a term of the hidden states' gradient, summed in fp32. Nothing is
+atomic: a call gives the same bits every time.
 
 T tokens, C room for active rows, D hidden, V vocabulary, N columns of a chunk, S splits of them.
 """
@@ -17,12 +17,19 @@ from torch import Tensor
 
 from ... import device
 from ..._rows import ForwardRows
+from ...head import Head
 from ..common import products, tiles
 from ..common.tiles import Tile
-from ..head_forward.launch_store import KeptRows
 from .launch_dlogits import Chunk, Dlogits
-from .launch_rows import ActiveRows, active_rows
-from .row_kernels import CompactRows, compact, spread
+from .launch_rows import (
+    ActiveRows,
+    CompactRows,
+    Gradients,
+    StoredRows,
+    active_rows,
+    compact,
+    spread,
+)
 
 # Columns of a chunk; halved, but not below the least, until dz fits its bytes.
 CHUNK_V = 16384
@@ -44,25 +51,17 @@ class _Needs(NamedTuple):
 
 
 @torch.no_grad()
-def linear_logprob_entropy_backward(
-    grad_logprob_T: Tensor | None,
-    grad_entropy_T: Tensor | None,
-    grad_logsumexp_T: Tensor | None,
-    hidden_TD: Tensor,
-    weight_VD: Tensor,
-    target_T: Tensor,
-    bias_V: Tensor | None,
-    temperature: Tensor | None,
-    softcap: float | None,
-    ignore_index: int,
-    found: ForwardRows,
+def backward(
+    gradients: Gradients,
+    head: Head,
+    rows: ForwardRows,
     needs: tuple[bool, bool, bool],
     *,
-    max_active_rows: int | None = None,
     main_grad: Tensor | None = None,
     reduce_hidden: Callable[[Tensor], None] | None = None,
+    max_active_rows: int | None = None,
     tile: Tile | None = None,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+) -> Gradients:
     """Gradients of hidden states, weight and bias; None for what `needs` does not ask for.
 
     max_active_rows: a bound of the number of rows with a gradient, C. Then the host waits for
@@ -74,8 +73,8 @@ def linear_logprob_entropy_backward(
         changed in place before it is rounded: what ranks that hold other rows of the weight add.
     tile: overrules the table, for tests and tuning.
 
-    With the logits of all rows in `found` nothing is recomputed; with those of some rows, the
-    active rows from the first that is not among them (kept_rows.py). dz is rounded to the dtype of
+    Where `rows` has the logits of all rows, nothing is recomputed. Where it has those of some, the
+    active rows are recomputed from the first that is not among them. dz is rounded to the dtype of
     the inputs, as eager's is: fp16 wants a scaled loss here too. Products accumulate in fp32.
 
     Beyond its results a call allocates at most, with E bytes an element of the inputs,
@@ -93,30 +92,30 @@ def linear_logprob_entropy_backward(
             the weight, or given while the weight needs no gradient.
     """
     needs = _Needs(*needs)
-    _check(max_active_rows, main_grad, weight_VD, needs)
-    gradients = (grad_logprob_T, grad_entropy_T, grad_logsumexp_T)
-    with device.on(hidden_TD.device):
-        places_T = found.places
-        active = active_rows(gradients, target_T, ignore_index, max_active_rows, places_T)
+    _check(max_active_rows, main_grad, head.weight, needs)
+    with device.on(head.hidden.device):
+        active = active_rows(
+            gradients, head.target, head.ignore_index, max_active_rows, rows.places
+        )
         if active.rows.numel() == 0:
-            return _zeros(hidden_TD, weight_VD, bias_V, needs, main_grad)
-        rows = compact(active, gradients, hidden_TD, target_T, temperature, found)
-        kept = _kept(active, found)
-        all_kept = kept is not None and kept.known == active.rows.numel()
+            return _zeros(head, needs, main_grad)
+        compacted = compact(active, gradients, head, rows)
+        stored = _stored(active, rows)
+        all_stored = stored is not None and stored.known == active.rows.numel()
         dlogits = Dlogits(
-            rows,
-            weight_VD,
-            None if bias_V is None else bias_V.contiguous(),
-            found.logits,
-            kept,
-            softcap,
-            grad_entropy_T is not None,
-            None if all_kept else tile or _choose(rows.hidden, weight_VD, softcap),
+            compacted,
+            head.weight,
+            None if head.bias is None else head.bias.contiguous(),
+            head.softcap,
+            rows.logits,
+            stored,
+            gradients[1] is not None,
+            None if all_stored else tile or _choose(compacted.hidden, head),
         )
         dhidden_CD, dweight_VD, dbias_V = _gradients(dlogits, needs, main_grad)
         if dhidden_CD is not None and reduce_hidden is not None:
             reduce_hidden(dhidden_CD)
-        dhidden_TD = None if dhidden_CD is None else spread(dhidden_CD, active, hidden_TD)
+        dhidden_TD = None if dhidden_CD is None else spread(dhidden_CD, active, head.hidden)
     return dhidden_TD, dweight_VD, dbias_V
 
 
@@ -135,41 +134,34 @@ def _check(
         raise ValueError(f"main_grad must be {wanted}; got {got}")
 
 
-def _kept(active: ActiveRows, found: ForwardRows) -> KeptRows | None:
+def _stored(active: ActiveRows, rows: ForwardRows) -> StoredRows | None:
     """The active rows whose logits are read; None where the host knows that there are none."""
-    if found.places is None and found.logits.numel():
-        return KeptRows(active.rows, active.number, active.rows.numel())
-    if active.kept is not None and active.exact and active.kept.known == 0:
+    if rows.places is None and rows.logits.numel():
+        return StoredRows(active.rows, active.number, active.rows.numel())
+    if active.stored is not None and active.exact and active.stored.known == 0:
         return None
-    return active.kept
+    return active.stored
 
 
-def _choose(hidden_CD: Tensor, weight_VD: Tensor, softcap: float | None) -> Tile:
+def _choose(hidden_CD: Tensor, head: Head) -> Tile:
     arch = device.architecture(hidden_CD.device)
-    usable = tiles.variants(arch, hidden_CD, weight_VD)
+    usable = tiles.variants(arch, hidden_CD, head.weight)
     count, hidden = hidden_CD.shape
-    name = "dlogits" if softcap is None else "dlogits_softcap"
+    name = "dlogits" if head.softcap is None else "dlogits_softcap"
     return tiles.lookup(name, arch, hidden_CD.dtype, hidden, count, usable)
 
 
-def _zeros(
-    hidden_TD: Tensor,
-    weight_VD: Tensor,
-    bias_V: Tensor | None,
-    needs: _Needs,
-    main_grad: Tensor | None,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Of no active row: no product is launched, and nothing is added to `main_grad`."""
+def _zeros(head: Head, needs: _Needs, main_grad: Tensor | None) -> Gradients:
+    """Without an active row no product is launched, and nothing is added to `main_grad`."""
+    hidden, weight, bias = head.hidden, head.weight, head.bias
     return (
-        hidden_TD.new_zeros(hidden_TD.shape) if needs.hidden else None,
-        weight_VD.new_zeros(weight_VD.shape) if needs.weight and main_grad is None else None,
-        bias_V.new_zeros(bias_V.shape) if needs.bias and bias_V is not None else None,
+        hidden.new_zeros(hidden.shape) if needs.hidden else None,
+        weight.new_zeros(weight.shape) if needs.weight and main_grad is None else None,
+        bias.new_zeros(bias.shape) if needs.bias and bias is not None else None,
     )
 
 
-def _gradients(
-    dlogits: Dlogits, needs: _Needs, main_grad: Tensor | None
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+def _gradients(dlogits: Dlogits, needs: _Needs, main_grad: Tensor | None) -> Gradients:
     """One pass over the vocabulary: fp32 dhidden [C, D], the others as they are returned."""
     rows, weight_VD = dlogits.rows, dlogits.weight_VD
     count, vocabulary = rows.hidden.shape[0], weight_VD.shape[0]

@@ -11,10 +11,9 @@ from torch import Tensor
 from ... import device
 from ..common import products
 from ..common.tiles import Tile
-from ..head_forward import launch_store as kept_rows
-from ..head_forward.launch_store import KeptRows
-from .dlogits_kernels import dlogits_pointer, dlogits_read, dlogits_tma
-from .row_kernels import CompactRows
+from . import launch_rows
+from .dlogits_kernels import dlogits_pointer_kernel, dlogits_read_kernel, dlogits_tma_kernel
+from .launch_rows import CompactRows, StoredRows
 
 # Rows and columns of a tile where the logits are read, not recomputed.
 BLOCK_READ = (16, 256)
@@ -36,18 +35,18 @@ class Chunk(NamedTuple):
 
 
 class Dlogits(NamedTuple):
-    """What every chunk of one backward has in common.
+    """What all chunks of one backward have in common.
 
-    Rows that `kept` tells are read from `logits`; the others are recomputed by `tile`. It is None
-    where there are none, and so is `kept`.
+    The rows of `stored` are read from `logits`, the others are recomputed by `tile`; each is None
+    where it has no rows.
     """
 
     rows: CompactRows
     weight_VD: Tensor
     bias_V: Tensor | None
-    logits: Tensor
-    kept: KeptRows | None
     softcap: float | None
+    logits: Tensor
+    stored: StoredRows | None
     has_entropy: bool
     tile: Tile | None
 
@@ -61,44 +60,33 @@ class Dlogits(NamedTuple):
 
     @property
     def _blocks_read(self) -> int:
-        return 0 if self.kept is None else triton.cdiv(self.rows.hidden.shape[0], BLOCK_READ[0])
+        return 0 if self.stored is None else triton.cdiv(self.rows.hidden.shape[0], BLOCK_READ[0])
 
     def write(self, chunk: Chunk) -> None:
         """dz of the columns of `chunk`."""
-        flags = {
-            "HAS_SOFTCAP": self.softcap is not None,
-            "HAS_ENTROPY": self.has_entropy,
-            "NEEDS_BIAS": chunk.bias_partials is not None,
-        }
-        if self.kept is not None:
-            self._read(chunk, self.kept, flags)
+        if self.stored is not None:
+            self._read(chunk, self.stored)
         if self.tile is None:
             return
-        assert self.kept is None or kept_rows.STEP % self.tile.block_t == 0
+        assert self.stored is None or launch_rows.STEP % self.tile.block_t == 0
         capacity, hidden = self.rows.hidden.shape
-        known = 0 if self.kept is None else self.kept.known
+        known = 0 if self.stored is None else self.stored.known
         products.count((capacity - known) * hidden * (chunk.stop - chunk.start))
         if chunk.bias_partials is not None:
             chunk = chunk._replace(bias_partials=chunk.bias_partials[self._blocks_read :])
-        if self.tile.variant == "pointer":
-            self._from_pointers(chunk, self.tile, flags)
-        else:
-            self._from_descriptors(chunk, self.tile, flags)
+        launch = self._from_pointers if self.tile.variant == "pointer" else self._from_descriptors
+        launch(chunk, self.tile)
 
-    def _recomputed(self, chunk: Chunk) -> tuple[Any, ...]:
-        rows, first = self.rows, None if self.kept is None else self.kept.number
-        return rows.fields, rows.target, first, rows.active.number, chunk.dz, chunk.bias_partials
-
-    def _read(self, chunk: Chunk, kept: KeptRows, flags: dict[str, bool]) -> None:
+    def _read(self, chunk: Chunk, stored: StoredRows) -> None:
         block_c, block_v = BLOCK_READ
         capacity = self.rows.hidden.shape[0]
         blocks_v = triton.cdiv(chunk.stop - chunk.start, block_v)
-        dlogits_read[(triton.cdiv(capacity, block_c) * blocks_v,)](
+        dlogits_read_kernel[(triton.cdiv(capacity, block_c) * blocks_v,)](
             self.logits,
-            kept.place,
+            stored.place,
             self.rows.fields,
             self.rows.target,
-            kept.number,
+            stored.number,
             chunk.dz,
             chunk.bias_partials,
             chunk.dz.stride(0),
@@ -107,20 +95,25 @@ class Dlogits(NamedTuple):
             chunk.start,
             chunk.stop,
             self.softcap or 0.0,
-            **flags,
+            **self._flags(chunk),
             BLOCK_C=block_c,
             BLOCK_V=block_v,
             num_warps=4,
         )
 
-    def _from_pointers(self, chunk: Chunk, tile: Tile, flags: dict[str, bool]) -> None:
+    def _from_pointers(self, chunk: Chunk, tile: Tile) -> None:
         capacity, hidden = self.rows.hidden.shape
         blocks_v = triton.cdiv(chunk.stop - chunk.start, tile.block_v)
-        dlogits_pointer[(triton.cdiv(capacity, tile.block_t) * blocks_v,)](
+        dlogits_pointer_kernel[(triton.cdiv(capacity, tile.block_t) * blocks_v,)](
             self.rows.hidden,
             self.weight_VD,
             self.bias_V,
-            *self._recomputed(chunk),
+            self.rows.fields,
+            self.rows.target,
+            None if self.stored is None else self.stored.number,
+            self.rows.active.number,
+            chunk.dz,
+            chunk.bias_partials,
             *self.weight_VD.stride(),
             chunk.dz.stride(0),
             capacity,
@@ -128,38 +121,50 @@ class Dlogits(NamedTuple):
             chunk.start,
             chunk.stop,
             self.softcap or 0.0,
-            **flags,
-            **self._constants(tile),
             EVEN_D=hidden % tile.block_d == 0,
+            **self._constants(chunk, tile),
         )
 
-    def _from_descriptors(self, chunk: Chunk, tile: Tile, flags: dict[str, bool]) -> None:
+    def _from_descriptors(self, chunk: Chunk, tile: Tile) -> None:
         # Not everywhere that Triton is.
         from triton.tools.tensor_descriptor import TensorDescriptor
 
         capacity, hidden = self.rows.hidden.shape
         blocks_v = triton.cdiv(chunk.stop - chunk.start, tile.block_v)
-        n_tiles = triton.cdiv(capacity, tile.block_t) * blocks_v
-        persistent = tile.variant == "tma"
-        dlogits_tma[(min(n_tiles, device.processors(self.weight_VD.device)) if persistent else n_tiles,)](
+        programs = n_tiles = triton.cdiv(capacity, tile.block_t) * blocks_v
+        if tile.variant == "tma":
+            programs = min(n_tiles, device.processors(self.weight_VD.device))
+        dlogits_tma_kernel[(programs,)](
             TensorDescriptor.from_tensor(self.rows.hidden, [tile.block_t, tile.block_d]),
             TensorDescriptor.from_tensor(self.weight_VD, [tile.block_v, tile.block_d]),
             self.bias_V,
-            *self._recomputed(chunk),
+            self.rows.fields,
+            self.rows.target,
+            None if self.stored is None else self.stored.number,
+            self.rows.active.number,
+            chunk.dz,
+            chunk.bias_partials,
             chunk.dz.stride(0),
             capacity,
             hidden,
             chunk.start,
             chunk.stop,
             self.softcap or 0.0,
-            **flags,
-            **self._constants(tile),
-            FLATTEN=persistent,
+            FLATTEN=tile.variant == "tma",
+            **self._constants(chunk, tile),
         )
 
-    def _constants(self, tile: Tile) -> dict[str, Any]:
+    def _flags(self, chunk: Chunk) -> dict[str, Any]:
         return {
-            "HAS_FIRST": self.kept is not None,
+            "HAS_SOFTCAP": self.softcap is not None,
+            "HAS_ENTROPY": self.has_entropy,
+            "NEEDS_BIAS": chunk.bias_partials is not None,
+        }
+
+    def _constants(self, chunk: Chunk, tile: Tile) -> dict[str, Any]:
+        return {
+            **self._flags(chunk),
+            "HAS_FIRST": self.stored is not None,
             "HAS_BIAS": self.bias_V is not None,
             "UPCAST": device.interpreting(),
             "BLOCK_C": tile.block_t,

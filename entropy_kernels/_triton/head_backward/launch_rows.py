@@ -1,22 +1,51 @@
-"""The rows at which a gradient arrives, numbered on the GPU.
+"""The rows at which a gradient arrives: numbered on the GPU, brought together, brought back.
 
 Programs have consecutive blocks of rows: one launch counts the active rows of each, a second gives
 each the numbers that the programs before it leave. Integers only: the same every time.
 
-T tokens, C capacity: room for that many active rows.
+T tokens, C capacity: room for that many active rows, D hidden.
 """
 
 from typing import Any, NamedTuple
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
-from ..head_forward.launch_store import KeptRows, kept_rows
+from ..._rows import ForwardRows
+from ...head import Head
+from .row_kernels import (
+    FIELDS,
+    count_active_kernel,
+    find_front_kernel,
+    gather_kernel,
+    scatter_kernel,
+    write_active_kernel,
+)
 
 BLOCK = 1024
 MAX_PROGRAMS = 1024
+# Recomputed rows begin at a multiple of this: their tiles, of as many rows or a part of it, are
+# then not also read.
+STEP = 256
+# Rows that a program copies, and columns of them at once.
+COPY_ROWS = 4
+MAX_COPY_D = 512
+
+Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
+
+
+class StoredRows(NamedTuple):
+    """The compact rows whose logits are read: those at the front.
+
+    place: int32 [C], where the logits of each are; beyond the front anything.
+    number: int32 [1], how many they are, on the device.
+    known: how many of them the host knows of: all, where it has waited for their number.
+    """
+
+    place: Tensor
+    number: Tensor
+    known: int
 
 
 class ActiveRows(NamedTuple):
@@ -24,10 +53,10 @@ class ActiveRows(NamedTuple):
 
     rows: int32 [C], their row numbers, ascending; 0 beyond `number`.
     slot: int32 [T], where in `rows` each row is; -1 for rows that are not.
-    number: int32 [1], how many are active. More than `limit`: `rows` has only the first of them.
+    number: int32 [1], how many are active. Where it exceeds `limit`, `rows` has the first of them.
     limit: what the caller allowed, at most T; C = max(1, limit) then. Or the number itself, = C.
-    exact: whether the latter, so that no place in `rows` is left over.
-    kept: those of them whose logits forward has kept, where it has kept some rows'.
+    exact: whether `limit` is the number, so that no place in `rows` is left over.
+    stored: those whose logits forward has stored, where it has stored some rows'.
     """
 
     rows: Tensor
@@ -35,126 +64,43 @@ class ActiveRows(NamedTuple):
     number: Tensor
     limit: int
     exact: bool
-    kept: KeptRows | None = None
+    stored: StoredRows | None = None
 
 
-@triton.jit
-def _active(
-    logprob_ptr,
-    entropy_ptr,
-    logsumexp_ptr,
-    target_ptr,
-    offs,
-    n,
-    ignore_index,
-    HAS_LOGPROB: tl.constexpr,
-    HAS_ENTROPY: tl.constexpr,
-    HAS_LOGSUMEXP: tl.constexpr,
-):
-    """1 where any gradient is not exactly 0, which a NaN is not, and the target not ignored."""
-    inside = offs < n
-    any_grad = offs < 0
-    if HAS_LOGPROB:
-        any_grad |= tl.load(logprob_ptr + offs, mask=inside, other=0.0) != 0.0
-    if HAS_ENTROPY:
-        any_grad |= tl.load(entropy_ptr + offs, mask=inside, other=0.0) != 0.0
-    if HAS_LOGSUMEXP:
-        any_grad |= tl.load(logsumexp_ptr + offs, mask=inside, other=0.0) != 0.0
-    kept = tl.load(target_ptr + offs, mask=inside, other=0) != ignore_index
-    return (inside & any_grad & kept).to(tl.int32)
+class CompactRows(NamedTuple):
+    """What backward needs of the active rows, without gaps; the rest of C holds zeros.
+
+    hidden: [C, D], contiguous.
+    fields: fp32 [FIELDS, C]: the maximum, 1 / temperature and log sum of forward; the gradients
+        of logprob and entropy, and rest = g_logsumexp - g_entropy H, all over the temperature.
+    target: int64 [C]; -1 beyond the active rows.
+    active: the rows' numbers.
+    """
+
+    hidden: Tensor
+    fields: Tensor
+    target: Tensor
+    active: ActiveRows
 
 
-@triton.jit
-def count_active(
-    logprob_ptr,
-    entropy_ptr,
-    logsumexp_ptr,
-    target_ptr,
-    counts_ptr,  # int32, one a program
-    n,
-    blocks_per_program,
-    ignore_index,
-    HAS_LOGPROB: tl.constexpr,
-    HAS_ENTROPY: tl.constexpr,
-    HAS_LOGSUMEXP: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    program = tl.program_id(0).to(tl.int64)
-    count = tl.zeros((BLOCK,), tl.int32)
-    for i in range(blocks_per_program):
-        offs = (program * blocks_per_program + i) * BLOCK + tl.arange(0, BLOCK)
-        count += _active(
-            logprob_ptr,
-            entropy_ptr,
-            logsumexp_ptr,
-            target_ptr,
-            offs,
-            n,
-            ignore_index,
-            HAS_LOGPROB,
-            HAS_ENTROPY,
-            HAS_LOGSUMEXP,
-        )
-    tl.store(counts_ptr + program, tl.sum(count))
-
-
-@triton.jit
-def write_active(
-    logprob_ptr,
-    entropy_ptr,
-    logsumexp_ptr,
-    target_ptr,
-    counts_ptr,
-    index_ptr,  # int32 [C], zeros
-    slot_ptr,  # int32 [T]
-    number_ptr,
-    n,
-    blocks_per_program,
-    ignore_index,
-    capacity,
-    HAS_LOGPROB: tl.constexpr,
-    HAS_ENTROPY: tl.constexpr,
-    HAS_LOGSUMEXP: tl.constexpr,
-    BLOCK: tl.constexpr,
-    MAX_PROGRAMS: tl.constexpr,
-):
-    program = tl.program_id(0).to(tl.int64)
-    others = tl.arange(0, MAX_PROGRAMS)
-    used = tl.sum(tl.load(counts_ptr + others, mask=others < program, other=0))
-    for i in range(blocks_per_program):
-        offs = (program * blocks_per_program + i) * BLOCK + tl.arange(0, BLOCK)
-        active = _active(
-            logprob_ptr,
-            entropy_ptr,
-            logsumexp_ptr,
-            target_ptr,
-            offs,
-            n,
-            ignore_index,
-            HAS_LOGPROB,
-            HAS_ENTROPY,
-            HAS_LOGSUMEXP,
-        )
-        slot = used + tl.cumsum(active, 0) - 1
-        placed = (active != 0) & (slot < capacity)
-        tl.store(index_ptr + slot, offs.to(tl.int32), mask=placed)
-        tl.store(slot_ptr + offs, tl.where(placed, slot, -1), mask=offs < n)
-        used += tl.sum(active)
-    if program == tl.num_programs(0) - 1:
-        tl.store(number_ptr, used)
+def _inputs(gradients: Gradients) -> tuple[list[Tensor | None], dict[str, bool]]:
+    """The gradients as kernels take them, and the constants that say which there are."""
+    names = ("HAS_LOGPROB", "HAS_ENTROPY", "HAS_LOGSUMEXP")
+    there = {name: g is not None for name, g in zip(names, gradients, strict=True)}
+    return [None if g is None else g.float().contiguous() for g in gradients], there
 
 
 def active_rows(
-    gradients: tuple[Tensor | None, Tensor | None, Tensor | None],
+    gradients: Gradients,
     target_T: Tensor,
     ignore_index: int,
     max_active_rows: int | None,
     places_T: Tensor | None = None,
 ) -> ActiveRows:
-    """The rows at which any of the gradients (logprob, entropy, logsumexp), fp32 [T], is not 0.
+    """The valid rows at which any gradient (logprob, entropy, logsumexp), fp32 [T], is not 0.
 
     With `max_active_rows` the host waits for nothing. Without, it reads their number: one
-    synchronisation, and nothing is left over. `places_T`: where forward has kept their logits.
+    synchronisation, and nothing is left over. `places_T`: where forward has stored their logits.
     """
     count = target_T.numel()
     blocks_per_program = triton.cdiv(count, BLOCK * MAX_PROGRAMS)
@@ -164,21 +110,17 @@ def active_rows(
     if count == 0:
         return ActiveRows(slot_T, slot_T, number, 0, True)
     programs = triton.cdiv(count, BLOCK * blocks_per_program)
-    inputs = [None if g is None else g.float().contiguous() for g in gradients]
-    inputs.append(target_T.contiguous())
-    flags = {
-        "HAS_LOGPROB": gradients[0] is not None,
-        "HAS_ENTROPY": gradients[1] is not None,
-        "HAS_LOGSUMEXP": gradients[2] is not None,
-    }
+    inputs, there = _inputs(gradients)
+    target_T = target_T.contiguous()
     counts = torch.empty(programs, **int32)
-    count_active[(programs,)](
+    count_active_kernel[(programs,)](
         *inputs,
+        target_T,
         counts,
         count,
         blocks_per_program,
         ignore_index,
-        **flags,
+        **there,
         BLOCK=BLOCK,
         num_warps=4,
     )
@@ -186,8 +128,9 @@ def active_rows(
     limit = count if max_active_rows is None else min(max_active_rows, count)
     capacity = max(1, limit)
     index_C = torch.zeros(capacity, **int32)
-    write_active[(programs,)](
+    write_active_kernel[(programs,)](
         *inputs,
+        target_T,
         counts,
         index_C,
         slot_T,
@@ -196,14 +139,88 @@ def active_rows(
         blocks_per_program,
         ignore_index,
         capacity,
-        **flags,
+        **there,
         BLOCK=BLOCK,
         MAX_PROGRAMS=MAX_PROGRAMS,
         num_warps=4,
     )
-    kept = None if places_T is None else kept_rows(index_C, number, places_T)
+    stored = None if places_T is None else stored_rows(index_C, number, places_T)
     if exact:
-        limit, *known = torch.cat([number] if kept is None else [number, kept.number]).tolist()
+        limit, *known = torch.cat([number] if stored is None else [number, stored.number]).tolist()
         index_C = index_C[:limit]
-        kept = None if kept is None else kept._replace(known=known[0])
-    return ActiveRows(index_C, slot_T, number, limit, exact, kept)
+        stored = None if stored is None else stored._replace(known=known[0])
+    return ActiveRows(index_C, slot_T, number, limit, exact, stored)
+
+
+def stored_rows(index_C: Tensor, number: Tensor, places_T: Tensor) -> StoredRows:
+    """Which of the `number` rows `index_C` are read from stored logits."""
+    front = StoredRows(torch.empty_like(index_C), torch.empty_like(number), 0)
+    find_front_kernel[(1,)](
+        index_C,
+        number,
+        places_T,
+        front.place,
+        front.number,
+        index_C.numel(),
+        STEP=STEP,
+        BLOCK=BLOCK,
+        num_warps=4,
+    )
+    return front
+
+
+def compact(active: ActiveRows, gradients: Gradients, head: Head, rows: ForwardRows) -> CompactRows:
+    """The active rows of everything. 4 C (FIELDS + 2) bytes and a copy of their hidden states."""
+    capacity, hidden = active.rows.numel(), head.hidden.shape[1]
+    temperature_T = head.temperature_T
+    inputs, there = _inputs(gradients)
+    compacted = CompactRows(
+        head.hidden.new_empty(capacity, hidden),
+        torch.empty(FIELDS, capacity, dtype=torch.float32, device=head.hidden.device),
+        torch.empty(capacity, dtype=torch.int64, device=head.hidden.device),
+        active,
+    )
+    gather_kernel[(triton.cdiv(capacity, COPY_ROWS),)](
+        head.hidden,
+        head.target.contiguous(),
+        temperature_T,
+        *inputs,
+        rows.entropy.contiguous(),
+        rows.max.contiguous(),
+        rows.log_sum.contiguous(),
+        active.rows,
+        active.number,
+        compacted.hidden,
+        compacted.fields,
+        compacted.target,
+        *head.hidden.stride(),
+        0 if temperature_T is None else temperature_T.stride(0),
+        capacity,
+        active.limit,
+        hidden,
+        HAS_TEMPERATURE=temperature_T is not None,
+        **there,
+        BLOCK_C=COPY_ROWS,
+        BLOCK_D=min(MAX_COPY_D, triton.next_power_of_2(hidden)),
+        num_warps=4,
+    )
+    return compacted
+
+
+def spread(rows_CD: Tensor, active: ActiveRows, like_TD: Tensor) -> Tensor:
+    """[T, D] in the dtype of `like_TD`, contiguous: the active rows in their places, else zeros."""
+    out_TD = torch.empty(like_TD.shape, dtype=like_TD.dtype, device=like_TD.device)
+    count, hidden = like_TD.shape
+    scatter_kernel[(triton.cdiv(count, COPY_ROWS),)](
+        rows_CD,
+        active.slot,
+        active.number,
+        out_TD,
+        active.limit,
+        count,
+        hidden,
+        BLOCK_T=COPY_ROWS,
+        BLOCK_D=min(MAX_COPY_D, triton.next_power_of_2(hidden)),
+        num_warps=4,
+    )
+    return out_TD

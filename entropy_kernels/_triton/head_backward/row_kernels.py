@@ -1,43 +1,149 @@
-"""The active rows brought together for backward, and their gradient brought back.
+"""The active rows, numbered and brought together; and their gradient, brought back.
 
 T tokens, C room for active rows, D hidden.
 """
 
-from typing import NamedTuple
-
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from ..._rows import ForwardRows, per_row
-from ..common.logit_functions import load_inverse_temperature
-from .launch_rows import ActiveRows
+from ..common.logit_functions import inverse_temperature
 
+# Numbers per compact row.
 FIELDS = 6
-# Rows that a program takes, and columns of them at once.
-BLOCK_ROWS = 4
-MAX_BLOCK_D = 512
-
-
-class CompactRows(NamedTuple):
-    """What backward needs of the active rows, without gaps; the rest of C holds zeros.
-
-    hidden: [C, D], contiguous.
-    fields: fp32 [FIELDS, C]: the maximum, 1 / temperature and log sum of forward; the gradients
-        of logprob and entropy, and rest = g_logsumexp - g_entropy H, all over the temperature.
-    target: int64 [C]; -1 beyond the active rows.
-    active: the rows' numbers.
-    """
-
-    hidden: Tensor
-    fields: Tensor
-    target: Tensor
-    active: ActiveRows
 
 
 @triton.jit
-def gather(
+def _active(
+    logprob_ptr,
+    entropy_ptr,
+    logsumexp_ptr,
+    target_ptr,
+    offs,
+    n,
+    ignore_index,
+    HAS_LOGPROB: tl.constexpr,
+    HAS_ENTROPY: tl.constexpr,
+    HAS_LOGSUMEXP: tl.constexpr,
+):
+    """1 where any gradient is not exactly 0, which a NaN is not, and the target not ignored."""
+    inside = offs < n
+    any_grad = offs < 0
+    if HAS_LOGPROB:
+        any_grad |= tl.load(logprob_ptr + offs, mask=inside, other=0.0) != 0.0
+    if HAS_ENTROPY:
+        any_grad |= tl.load(entropy_ptr + offs, mask=inside, other=0.0) != 0.0
+    if HAS_LOGSUMEXP:
+        any_grad |= tl.load(logsumexp_ptr + offs, mask=inside, other=0.0) != 0.0
+    valid = tl.load(target_ptr + offs, mask=inside, other=0) != ignore_index
+    return (inside & any_grad & valid).to(tl.int32)
+
+
+@triton.jit
+def count_active_kernel(
+    logprob_ptr,
+    entropy_ptr,
+    logsumexp_ptr,
+    target_ptr,
+    counts_ptr,  # int32, one a program
+    n,
+    blocks_per_program,
+    ignore_index,
+    HAS_LOGPROB: tl.constexpr,
+    HAS_ENTROPY: tl.constexpr,
+    HAS_LOGSUMEXP: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    program = tl.program_id(0).to(tl.int64)
+    count = tl.zeros((BLOCK,), tl.int32)
+    for i in range(blocks_per_program):
+        offs = (program * blocks_per_program + i) * BLOCK + tl.arange(0, BLOCK)
+        count += _active(
+            logprob_ptr,
+            entropy_ptr,
+            logsumexp_ptr,
+            target_ptr,
+            offs,
+            n,
+            ignore_index,
+            HAS_LOGPROB,
+            HAS_ENTROPY,
+            HAS_LOGSUMEXP,
+        )
+    tl.store(counts_ptr + program, tl.sum(count))
+
+
+@triton.jit
+def write_active_kernel(
+    logprob_ptr,
+    entropy_ptr,
+    logsumexp_ptr,
+    target_ptr,
+    counts_ptr,
+    index_ptr,  # int32 [C], zeros
+    slot_ptr,  # int32 [T]
+    number_ptr,
+    n,
+    blocks_per_program,
+    ignore_index,
+    capacity,
+    HAS_LOGPROB: tl.constexpr,
+    HAS_ENTROPY: tl.constexpr,
+    HAS_LOGSUMEXP: tl.constexpr,
+    BLOCK: tl.constexpr,
+    MAX_PROGRAMS: tl.constexpr,
+):
+    program = tl.program_id(0).to(tl.int64)
+    others = tl.arange(0, MAX_PROGRAMS)
+    used = tl.sum(tl.load(counts_ptr + others, mask=others < program, other=0))
+    for i in range(blocks_per_program):
+        offs = (program * blocks_per_program + i) * BLOCK + tl.arange(0, BLOCK)
+        active = _active(
+            logprob_ptr,
+            entropy_ptr,
+            logsumexp_ptr,
+            target_ptr,
+            offs,
+            n,
+            ignore_index,
+            HAS_LOGPROB,
+            HAS_ENTROPY,
+            HAS_LOGSUMEXP,
+        )
+        slot = used + tl.cumsum(active, 0) - 1
+        placed = (active != 0) & (slot < capacity)
+        tl.store(index_ptr + slot, offs.to(tl.int32), mask=placed)
+        tl.store(slot_ptr + offs, tl.where(placed, slot, -1), mask=offs < n)
+        used += tl.sum(active)
+    if program == tl.num_programs(0) - 1:
+        tl.store(number_ptr, used)
+
+
+@triton.jit
+def find_front_kernel(
+    index_ptr,  # [C], row numbers
+    number_ptr,
+    places_ptr,  # [T]
+    place_ptr,  # [C]
+    front_ptr,
+    capacity,
+    STEP: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Of the active rows each one's place, and how many are before the first without one."""
+    n = tl.minimum(tl.load(number_ptr), capacity)
+    front = n
+    for start in tl.range(0, n, BLOCK):
+        offs = start + tl.arange(0, BLOCK)
+        inside = offs < n
+        row = tl.load(index_ptr + offs, mask=inside, other=0)
+        place = tl.load(places_ptr + row, mask=inside, other=-1)
+        tl.store(place_ptr + offs, place, mask=inside)
+        front = tl.minimum(front, tl.min(tl.where(place < 0, offs, n)))
+    tl.store(front_ptr, tl.where(front < n, front // STEP * STEP, n))
+
+
+@triton.jit
+def gather_kernel(
     hidden_ptr,
     target_ptr,
     temperature_ptr,
@@ -74,9 +180,7 @@ def gather(
     mask = offs_c < tl.minimum(number, capacity)
     mask_out = offs_c < capacity
     row = tl.load(index_ptr + offs_c, mask=mask, other=0).to(tl.int64)
-    inverse = load_inverse_temperature(
-        temperature_ptr, stride_temperature, row, mask, HAS_TEMPERATURE
-    )
+    inverse = inverse_temperature(temperature_ptr, stride_temperature, row, mask, HAS_TEMPERATURE)
     g_logprob = tl.zeros([BLOCK_C], tl.float32)
     g_entropy = tl.zeros([BLOCK_C], tl.float32)
     rest = tl.zeros([BLOCK_C], tl.float32)
@@ -112,7 +216,7 @@ def gather(
 
 
 @triton.jit
-def scatter(
+def scatter_kernel(
     rows_ptr,  # fp32 [C, D]
     slot_ptr,
     number_ptr,
@@ -136,68 +240,3 @@ def scatter(
         tl.store(out_ptrs, x.to(out_ptr.dtype.element_ty), mask=(offs_t < T)[:, None] & mask_d)
         in_ptrs += BLOCK_D
         out_ptrs += BLOCK_D
-
-
-def compact(
-    active: ActiveRows,
-    gradients: tuple[Tensor | None, Tensor | None, Tensor | None],
-    hidden_TD: Tensor,
-    target_T: Tensor,
-    temperature: Tensor | None,
-    found: ForwardRows,
-) -> CompactRows:
-    """The active rows of everything. 4 C (FIELDS + 2) bytes and a copy of their hidden states."""
-    capacity, hidden = active.rows.numel(), hidden_TD.shape[1]
-    temperature_T = per_row(temperature, target_T)
-    rows = CompactRows(
-        hidden_TD.new_empty(capacity, hidden),
-        torch.empty(FIELDS, capacity, dtype=torch.float32, device=hidden_TD.device),
-        torch.empty(capacity, dtype=torch.int64, device=hidden_TD.device),
-        active,
-    )
-    gather[(triton.cdiv(capacity, BLOCK_ROWS),)](
-        hidden_TD,
-        target_T.contiguous(),
-        temperature_T,
-        *(None if g is None else g.float().contiguous() for g in gradients),
-        found.entropy.contiguous(),
-        found.max.contiguous(),
-        found.log_sum.contiguous(),
-        active.rows,
-        active.number,
-        rows.hidden,
-        rows.fields,
-        rows.target,
-        *hidden_TD.stride(),
-        0 if temperature_T is None else temperature_T.stride(0),
-        capacity,
-        active.limit,
-        hidden,
-        HAS_TEMPERATURE=temperature_T is not None,
-        HAS_LOGPROB=gradients[0] is not None,
-        HAS_ENTROPY=gradients[1] is not None,
-        HAS_LOGSUMEXP=gradients[2] is not None,
-        BLOCK_C=BLOCK_ROWS,
-        BLOCK_D=min(MAX_BLOCK_D, triton.next_power_of_2(hidden)),
-        num_warps=4,
-    )
-    return rows
-
-
-def spread(rows_CD: Tensor, active: ActiveRows, like_TD: Tensor) -> Tensor:
-    """[T, D] in the dtype of `like_TD`, contiguous: the active rows in their places, else zeros."""
-    out_TD = torch.empty(like_TD.shape, dtype=like_TD.dtype, device=like_TD.device)
-    count, hidden = like_TD.shape
-    scatter[(triton.cdiv(count, BLOCK_ROWS),)](
-        rows_CD,
-        active.slot,
-        active.number,
-        out_TD,
-        active.limit,
-        count,
-        hidden,
-        BLOCK_T=BLOCK_ROWS,
-        BLOCK_D=min(MAX_BLOCK_D, triton.next_power_of_2(hidden)),
-        num_warps=4,
-    )
-    return out_TD

@@ -6,18 +6,17 @@ T tokens of the workspace, V vocabulary, S vocabulary splits.
 import triton
 import triton.language as tl
 
-from ..common.logit_functions import LOG2E, LOWEST, cap
-from ..common.logit_functions import load_inverse_temperature as load_inverse
-from .row_sum_functions import store, update, update_moments
-from .statistics_functions import store_moments
+from ..common.logit_functions import LOG2E, LOWEST, cap, inverse_temperature
+from .row_sum_functions import empty_sums, store_sums, update_statistics, update_sums
+from .statistics_functions import store_statistics
 
 
 @triton.jit
-def forward_cublas(
+def forward_cublas_kernel(
     logits_ptr,  # [rows, V], of tokens first_t and on; with bias, not capped
     target_ptr,  # [T]
     temperature_ptr,
-    partials_ptr,  # [4, S, T]; with moments [7, S, T]
+    partials_ptr,  # [4, S, T]; with statistics [7, S, T]
     target_logit_ptr,  # [T], capped
     stride_temperature,
     first_t,
@@ -28,7 +27,7 @@ def forward_cublas(
     softcap,
     HAS_TEMPERATURE: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
-    MOMENTS: tl.constexpr,
+    STATISTICS: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_V: tl.constexpr,
     TILES: tl.constexpr,
@@ -39,29 +38,23 @@ def forward_cublas(
     offs_t = first_t + block * BLOCK_T + tl.arange(0, BLOCK_T)
     mask_t = offs_t < end_t
     row_ptrs = logits_ptr + (offs_t - first_t).to(tl.int64) * V
-    scale = LOG2E * load_inverse(
+    scale = LOG2E * inverse_temperature(
         temperature_ptr, stride_temperature, offs_t, mask_t, HAS_TEMPERATURE
     )
-    m = tl.full([BLOCK_T], LOWEST, tl.float32)
-    n = tl.zeros([BLOCK_T], tl.float32)
-    s = tl.zeros([BLOCK_T], tl.float32)
-    u = tl.zeros([BLOCK_T], tl.float32)
-    w = tl.zeros([BLOCK_T], tl.float32)
-    q = tl.zeros([BLOCK_T], tl.float32)
-    r = tl.zeros([BLOCK_T], tl.float32)
+    m, n, s, u, w, q, r = empty_sums(BLOCK_T)
 
     for tile in range(TILES):
         offs_v = (split * TILES + tile) * BLOCK_V + tl.arange(0, BLOCK_V)
         mask = mask_t[:, None] & (offs_v < V)[None, :]
         z = tl.load(row_ptrs[:, None] + offs_v[None, :], mask=mask, other=0.0)
         z = tl.where(mask, cap(z, softcap, HAS_SOFTCAP), LOWEST)
-        if MOMENTS:
-            m, n, s, u, w, q, r = update_moments(m, n, s, u, w, q, r, z, scale)
+        if STATISTICS:
+            m, n, s, u, w, q, r = update_statistics(m, n, s, u, w, q, r, z, scale)
         else:
-            m, n, s, u = update(m, n, s, u, z, scale)
-    store(partials_ptr, split, n_split, offs_t, end_t, T, m, n, s, u)
-    if MOMENTS:
-        store_moments(partials_ptr, split, n_split, offs_t, end_t, T, w, q, r)
+            m, n, s, u = update_sums(m, n, s, u, z, scale)
+    store_sums(partials_ptr, split, n_split, offs_t, end_t, T, m, n, s, u)
+    if STATISTICS:
+        store_statistics(partials_ptr, split, n_split, offs_t, end_t, T, w, q, r)
 
     target = tl.load(target_ptr + offs_t, mask=mask_t, other=-1)
     start_v = split * TILES * BLOCK_V

@@ -6,29 +6,18 @@ T tokens, D hidden, V vocabulary, S vocabulary splits.
 import triton
 import triton.language as tl
 
-from ..common.logit_functions import LOG2E, LOWEST, add_bias, cap, dot
-from ..common.logit_functions import load_inverse_temperature as load_inverse
-from .row_sum_functions import store, update, update_moments
-from .statistics_functions import store_moments
+from ..common.logit_functions import LOG2E, LOWEST, add_bias, cap, dot, inverse_temperature, order
+from .row_sum_functions import empty_sums, store_sums, update_statistics, update_sums
+from .statistics_functions import store_statistics
 
 
 @triton.jit
-def order(unit, n_blocks, n_split, GROUP_T: tl.constexpr):
-    """(row block, split) of a unit of work: GROUP_T row blocks share the columns of a split."""
-    per_group = GROUP_T * n_split
-    first = unit // per_group * GROUP_T
-    size = min(n_blocks - first, GROUP_T)
-    within = unit % per_group
-    return first + within % size, within // size
-
-
-@triton.jit
-def forward_pointer(
+def forward_pointer_kernel(
     hidden_ptr,
     weight_ptr,
     bias_ptr,
     temperature_ptr,
-    partials_ptr,  # [4, S, T]; with moments [7, S, T]
+    partials_ptr,  # [4, S, T]; with statistics [7, S, T]
     logits_ptr,  # [T, V]
     stride_ht,
     stride_hd,
@@ -43,8 +32,8 @@ def forward_pointer(
     HAS_BIAS: tl.constexpr,
     HAS_TEMPERATURE: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
-    MOMENTS: tl.constexpr,
-    KEEP_LOGITS: tl.constexpr,
+    STATISTICS: tl.constexpr,
+    STORE_LOGITS: tl.constexpr,
     EVEN_D: tl.constexpr,
     UPCAST: tl.constexpr,
     BLOCK_T: tl.constexpr,
@@ -62,16 +51,10 @@ def forward_pointer(
     rows = tl.minimum(offs_t, T - 1).to(tl.int64)
     hidden_ptrs = hidden_ptr + rows[:, None] * stride_ht + offs_d.to(tl.int64)[None, :] * stride_hd
     weight_offs = offs_d.to(tl.int64)[:, None] * stride_wd
-    scale = LOG2E * load_inverse(
+    scale = LOG2E * inverse_temperature(
         temperature_ptr, stride_temperature, offs_t, offs_t < T, HAS_TEMPERATURE
     )
-    m = tl.full([BLOCK_T], LOWEST, tl.float32)
-    n = tl.zeros([BLOCK_T], tl.float32)
-    s = tl.zeros([BLOCK_T], tl.float32)
-    u = tl.zeros([BLOCK_T], tl.float32)
-    w = tl.zeros([BLOCK_T], tl.float32)
-    q = tl.zeros([BLOCK_T], tl.float32)
-    r = tl.zeros([BLOCK_T], tl.float32)
+    m, n, s, u, w, q, r = empty_sums(BLOCK_T)
 
     for tile in range(TILES):
         offs_v = (split * TILES + tile) * BLOCK_V + tl.arange(0, BLOCK_V)
@@ -92,16 +75,16 @@ def forward_pointer(
             b_ptrs += BLOCK_D * stride_wd
 
         z = add_bias(acc, bias_ptr, offs_v, V, HAS_BIAS)
-        if KEEP_LOGITS:
+        if STORE_LOGITS:
             inside = (offs_t < T)[:, None] & (offs_v < V)[None, :]
             ptrs = logits_ptr + offs_t.to(tl.int64)[:, None] * V + offs_v[None, :]
             tl.store(ptrs, z, mask=inside)
         z = tl.where((offs_v < V)[None, :], cap(z, softcap, HAS_SOFTCAP), LOWEST)
-        if MOMENTS:
-            m, n, s, u, w, q, r = update_moments(m, n, s, u, w, q, r, z, scale)
+        if STATISTICS:
+            m, n, s, u, w, q, r = update_statistics(m, n, s, u, w, q, r, z, scale)
         else:
-            m, n, s, u = update(m, n, s, u, z, scale)
+            m, n, s, u = update_sums(m, n, s, u, z, scale)
 
-    store(partials_ptr, split, n_split, offs_t, T, T, m, n, s, u)
-    if MOMENTS:
-        store_moments(partials_ptr, split, n_split, offs_t, T, T, w, q, r)
+    store_sums(partials_ptr, split, n_split, offs_t, T, T, m, n, s, u)
+    if STATISTICS:
+        store_statistics(partials_ptr, split, n_split, offs_t, T, T, w, q, r)

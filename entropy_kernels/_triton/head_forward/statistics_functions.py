@@ -24,7 +24,7 @@ from ..common.logit_functions import LN2, LOWEST_EXPONENT
 
 
 @triton.jit
-def moved_moments(m, n, s, u, w, q, r, scale, top):
+def moved_statistics(m, n, s, u, w, q, r, scale, top):
     """(w, q, r) of columns whose maximum was m, relative to top >= m; n, s and u are before."""
     distance = (m - top) * scale
     a = tl.exp2(distance)
@@ -35,7 +35,7 @@ def moved_moments(m, n, s, u, w, q, r, scale, top):
 
 
 @triton.jit
-def moments_of_tile(z, top, scale):
+def statistics_of_tile(z, top, scale):
     """(w, q, r) of a tile z [T, V] relative to top [T], at least its maximum."""
     d = (z - top[:, None]) * scale[:, None]
     e = tl.exp2(d)
@@ -47,7 +47,7 @@ def moments_of_tile(z, top, scale):
 
 
 @triton.jit
-def store_moments(partials_ptr, split, n_split, offs_t, end_t, T, w, q, r):
+def store_statistics(partials_ptr, split, n_split, offs_t, end_t, T, w, q, r):
     """Into fields 4 to 6 of partials [7, S, T], rows before end_t."""
     mask = offs_t < end_t
     field = tl.cast(n_split, tl.int64) * T
@@ -58,17 +58,19 @@ def store_moments(partials_ptr, split, n_split, offs_t, end_t, T, w, q, r):
 
 
 @triton.jit
-def finish_moments(moments_ptr, offs_t, mask_t, T, n, rest, u, w, q, r, log_sum, kept, factor):
-    """Into moments [4, T], in the order of _rows.STATISTICS; zeros, NaN as `merge` has them."""
+def finish_statistics(
+    statistics_ptr, offs_t, mask_t, T, n, rest, u, w, q, r, log_sum, valid, factor
+):
+    """Into statistics [4, T], in the order of _rows.STATISTICS; zeros, NaN as `merge` has them."""
     most = 1.0 / (1.0 + rest)
     apart = w * rest - u * u
     apart = tl.where(apart < 0.0, 0.0, apart)
     varentropy = (LN2 * LN2) * (w + apart) * most * most
     squares = (q + n) * most * most
     weighted = LN2 * r * most * most - log_sum * squares
-    ptrs = moments_ptr + offs_t
+    ptrs = statistics_ptr + offs_t
     field = tl.cast(T, tl.int64)
-    tl.store(ptrs, tl.where(kept, varentropy * factor, 0.0), mask=mask_t)
-    tl.store(ptrs + field, tl.where(kept, most * factor, 0.0), mask=mask_t)
-    tl.store(ptrs + 2 * field, tl.where(kept, squares * factor, 0.0), mask=mask_t)
-    tl.store(ptrs + 3 * field, tl.where(kept, weighted * factor, 0.0), mask=mask_t)
+    tl.store(ptrs, tl.where(valid, varentropy * factor, 0.0), mask=mask_t)
+    tl.store(ptrs + field, tl.where(valid, most * factor, 0.0), mask=mask_t)
+    tl.store(ptrs + 2 * field, tl.where(valid, squares * factor, 0.0), mask=mask_t)
+    tl.store(ptrs + 3 * field, tl.where(valid, weighted * factor, 0.0), mask=mask_t)

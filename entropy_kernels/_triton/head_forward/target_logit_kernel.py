@@ -10,19 +10,12 @@ T tokens, D hidden, V vocabulary.
 
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from ... import device
 from ..common.logit_functions import cap, dot
-from ..common.tiles import Tile
-
-# Rows of one product with their targets' weights, at most, by bytes of an element: more of fp32
-# would spill.
-BLOCK = {2: 64, 4: 32}
 
 
 @triton.jit
-def target_logit(
+def target_logit_kernel(
     hidden_ptr,
     weight_ptr,
     bias_ptr,
@@ -64,36 +57,3 @@ def target_logit(
     if HAS_BIAS:
         z += tl.load(bias_ptr + target, mask=mask_t, other=0.0).to(tl.float32)
     tl.store(out_ptr + offs_t, cap(z, softcap, HAS_SOFTCAP), mask=mask_t)
-
-
-def target_logits(
-    hidden_TD: Tensor,
-    weight_VD: Tensor,
-    target_T: Tensor,
-    bias_V: Tensor | None,
-    softcap: float | None,
-    tile: Tile,
-    out_T: Tensor,
-) -> None:
-    """Into `out_T`, in steps of the depth of `tile`."""
-    (count, hidden), vocabulary = hidden_TD.shape, weight_VD.shape[0]
-    block_t = min(BLOCK[hidden_TD.element_size()], tile.block_t)
-    target_logit[(triton.cdiv(count, block_t),)](
-        hidden_TD,
-        weight_VD,
-        bias_V,
-        target_T,
-        out_T,
-        *hidden_TD.stride(),
-        *weight_VD.stride(),
-        count,
-        hidden,
-        vocabulary,
-        softcap or 0.0,
-        HAS_BIAS=bias_V is not None,
-        HAS_SOFTCAP=softcap is not None,
-        UPCAST=device.interpreting(),
-        BLOCK_T=block_t,
-        BLOCK_D=tile.block_d,
-        **tile._replace(num_warps=4).options,
-    )

@@ -6,20 +6,18 @@ T tokens, D hidden, V vocabulary, S vocabulary splits.
 import triton
 import triton.language as tl
 
-from ..common.logit_functions import LOG2E, LOWEST, add_bias, cap, dot
-from ..common.logit_functions import load_inverse_temperature as load_inverse
-from .pointer_kernel import order
-from .row_sum_functions import of_tile, store, update, update_moments
-from .statistics_functions import moments_of_tile, store_moments
+from ..common.logit_functions import LOG2E, LOWEST, add_bias, cap, dot, inverse_temperature, order
+from .row_sum_functions import empty_sums, store_sums, sums_of_tile, update_statistics, update_sums
+from .statistics_functions import statistics_of_tile, store_statistics
 
 
 @triton.jit
-def forward_tma(
+def forward_tma_kernel(
     hidden_desc,  # blocks of [BLOCK_T, BLOCK_D]
     weight_desc,  # blocks of [BLOCK_V, BLOCK_D]
     bias_ptr,
     temperature_ptr,
-    partials_ptr,  # [4, S, T]; with moments [7, S, T]
+    partials_ptr,  # [4, S, T]; with statistics [7, S, T]
     stride_temperature,
     T,
     D,
@@ -29,7 +27,7 @@ def forward_tma(
     HAS_BIAS: tl.constexpr,
     HAS_TEMPERATURE: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
-    MOMENTS: tl.constexpr,
+    STATISTICS: tl.constexpr,
     UPCAST: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_V: tl.constexpr,
@@ -51,13 +49,7 @@ def forward_tma(
     n_units = n_blocks * n_split
     pid = tl.program_id(0)
     n_steps = tl.cdiv(n_units - pid, tl.num_programs(0)) * TILES
-    m = tl.full([BLOCK_T], LOWEST, tl.float32)
-    n = tl.zeros([BLOCK_T], tl.float32)
-    s = tl.zeros([BLOCK_T], tl.float32)
-    u = tl.zeros([BLOCK_T], tl.float32)
-    w = tl.zeros([BLOCK_T], tl.float32)
-    q = tl.zeros([BLOCK_T], tl.float32)
-    r = tl.zeros([BLOCK_T], tl.float32)
+    m, n, s, u, w, q, r = empty_sums(BLOCK_T)
 
     for step in tl.range(0, n_steps, flatten=FLATTEN, warp_specialize=WARP_SPECIALIZE):
         unit = pid + step // TILES * tl.num_programs(0)
@@ -73,7 +65,7 @@ def forward_tma(
 
         offs_t = start_t + tl.arange(0, BLOCK_T)
         offs_v = start_v + tl.arange(0, BLOCK_V)
-        scale = LOG2E * load_inverse(
+        scale = LOG2E * inverse_temperature(
             temperature_ptr, stride_temperature, offs_t, offs_t < T, HAS_TEMPERATURE
         )
         z = cap(add_bias(acc, bias_ptr, offs_v, V, HAS_BIAS), softcap, HAS_SOFTCAP)
@@ -84,21 +76,21 @@ def forward_tma(
             n = tl.where(begins, 0.0, n)
             s = tl.where(begins, 0.0, s)
             u = tl.where(begins, 0.0, u)
-            if MOMENTS:
+            if STATISTICS:
                 w = tl.where(begins, 0.0, w)
                 q = tl.where(begins, 0.0, q)
                 r = tl.where(begins, 0.0, r)
-                m, n, s, u, w, q, r = update_moments(m, n, s, u, w, q, r, z, scale)
-                store_moments(partials_ptr, split, n_split, offs_t, T, T, w, q, r)
+                m, n, s, u, w, q, r = update_statistics(m, n, s, u, w, q, r, z, scale)
+                store_statistics(partials_ptr, split, n_split, offs_t, T, T, w, q, r)
             else:
-                m, n, s, u = update(m, n, s, u, z, scale)
-            store(partials_ptr, split, n_split, offs_t, T, T, m, n, s, u)
+                m, n, s, u = update_sums(m, n, s, u, z, scale)
+            store_sums(partials_ptr, split, n_split, offs_t, T, T, m, n, s, u)
         else:
             # Nothing is carried from tile to tile, as warp specialisation in Triton 3.6 demands:
             # of a loop that carries something it leaves nothing.
             top = tl.maximum(tl.max(z, 1), LOWEST)
-            ties, rest, product = of_tile(z, top, scale)
-            store(partials_ptr, split, n_split, offs_t, T, T, top, ties, rest, product)
-            if MOMENTS:
-                w, q, r = moments_of_tile(z, top, scale)
-                store_moments(partials_ptr, split, n_split, offs_t, T, T, w, q, r)
+            ties, rest, product = sums_of_tile(z, top, scale)
+            store_sums(partials_ptr, split, n_split, offs_t, T, T, top, ties, rest, product)
+            if STATISTICS:
+                w, q, r = statistics_of_tile(z, top, scale)
+                store_statistics(partials_ptr, split, n_split, offs_t, T, T, w, q, r)

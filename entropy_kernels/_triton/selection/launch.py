@@ -1,149 +1,39 @@
-"""The histogram of a digit of the keys of `_radix`, and the digit with the k-th largest, on a GPU.
+"""The threshold of a selection, digit by digit, and the exact selection, on a GPU.
 
-Everything is an integer, so the counts are the same whatever order the programs run in. A pass is
-one launch over the values and one program over the counts; the host waits for neither.
+Everything is an integer, so the results are the same in whatever order the programs run. A digit
+takes one launch over the values and one program over the counts. The selection takes two launches:
+one counts the ties of each program, and one gives each what the programs before it leave of the
+quota. The host waits for nothing.
 """
 
 import struct
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from ... import device
+from ..common import partition
+from .key_functions import DENSE_BITS
+from .largest_kernels import count_ties_kernel, write_largest_kernel
+from .radix_kernels import histogram_kernel, pick_kernel
 
-BLOCK = 2048
-# Programs that a launch has at most: each goes over consecutive blocks.
-MAX_PROGRAMS = 1024
-SIGN = tl.constexpr(-(1 << 31))
-INFINITY = tl.constexpr(0x7F800000)  # the bits of +inf; a NaN's are above, but for its sign
-# A histogram of more bins would not fit the registers and the shared memory of a program.
-DENSE_BITS = tl.constexpr(11)
-
-
-@triton.jit
-def sort_keys(bits):
-    """int32 that order as the fp32 of these bits: NaN on top, -0 equal to +0, never INT32_MIN."""
-    bits = tl.where(bits == SIGN, 0, bits)
-    key = bits ^ ((bits >> 31) & ~SIGN)
-    return tl.where((bits & ~SIGN) > INFINITY, ~SIGN, key)
-
-
-@triton.jit
-def load_keys(bits_ptr, mask_ptr, offs, n, HAS_MASK: tl.constexpr):
-    """The keys at `offs`, and which of them are valid."""
-    valid = offs < n
-    # Loading only what the mask keeps would load one value at a time.
-    key = sort_keys(tl.load(bits_ptr + offs, mask=valid, other=0))
-    if HAS_MASK:
-        valid &= tl.load(mask_ptr + offs, mask=valid, other=0) != 0
-    return key, valid
-
-
-@triton.jit
-def _histogram_kernel(
-    bits_ptr,
-    mask_ptr,
-    prefix_ptr,
-    counts_ptr,
-    n,
-    SHIFT: tl.constexpr,
-    BITS: tl.constexpr,
-    PREFIX_BITS: tl.constexpr,
-    HAS_MASK: tl.constexpr,
-    BLOCKS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    BINS: tl.constexpr = 1 << BITS
-    DENSE: tl.constexpr = BITS <= DENSE_BITS
-    first_block = tl.program_id(0).to(tl.int64) * BLOCKS
-    prefix = tl.load(prefix_ptr).to(tl.int32)
-    if DENSE:
-        bins = tl.arange(0, BINS)
-        counts = tl.zeros((BINS,), tl.int32)
-    for i in range(BLOCKS):
-        offs = (first_block + i) * BLOCK + tl.arange(0, BLOCK)
-        key, counted = load_keys(bits_ptr, mask_ptr, offs, n, HAS_MASK)
-        key ^= SIGN
-        if PREFIX_BITS > 0:
-            head = (key >> (32 - PREFIX_BITS)) & ((1 << PREFIX_BITS) - 1)
-            counted &= head == prefix
-        digit = (key >> SHIFT) & (BINS - 1)
-        if DENSE:
-            # tl.histogram takes as long for few values as for many, and in Triton 3.6 longer than
-            # anything else here; later passes count few.
-            if tl.sum(counted.to(tl.int32)) > BLOCK // 4:
-                counts += tl.histogram(digit, BINS, mask=counted)
-            else:
-                one = tl.full((BLOCK,), 1, tl.int64)
-                tl.atomic_add(counts_ptr + digit, one, mask=counted, sem="relaxed")
-        else:
-            one = tl.full((BLOCK,), 1, tl.int64)
-            tl.atomic_add(counts_ptr + digit, one, mask=counted, sem="relaxed")
-    if DENSE:
-        tl.atomic_add(counts_ptr + bins, counts.to(tl.int64), mask=counts > 0, sem="relaxed")
-
-
-@triton.jit
-def _pick_kernel(
-    counts_ptr,
-    local_ptr,
-    prefix_ptr,
-    remaining_ptr,
-    new_prefix_ptr,
-    new_remaining_ptr,
-    equal_ptr,
-    value_ptr,
-    share_bits,
-    SHIFT: tl.constexpr,
-    BITS: tl.constexpr,
-    FIRST: tl.constexpr,
-):
-    BINS: tl.constexpr = 1 << BITS
-    bins = tl.arange(0, BINS)
-    counts = tl.load(counts_ptr + bins)
-    n = tl.sum(counts)
-    if FIRST:
-        # fp64 as in `_radix.selected_count`; a launch would round a float to fp32.
-        share = share_bits.to(tl.float64, bitcast=True)
-        k = tl.ceil(n.to(tl.float64) * share).to(tl.int64)
-        k = tl.minimum(tl.maximum(k, 1), n)
-    else:
-        k = tl.load(remaining_ptr)
-    from_top = n - tl.cumsum(counts, 0) + counts
-    digit = BINS - 1 - tl.sum((from_top < k).to(tl.int32))
-    above = tl.max(tl.where(from_top < k, from_top, 0))
-    equal = tl.sum(tl.where(bins == digit, tl.load(local_ptr + bins), 0))
-    prefix = (tl.load(prefix_ptr) << BITS) | digit.to(tl.int64)
-    ordered = ((prefix << SHIFT) + SIGN).to(tl.int32)
-    bits = tl.where(n > 0, ordered ^ ((ordered >> 31) & ~SIGN), INFINITY)
-    tl.store(new_prefix_ptr, prefix)
-    tl.store(new_remaining_ptr, k - above)
-    tl.store(equal_ptr, equal)
-    tl.store(value_ptr, bits.to(tl.float32, bitcast=True))
-
-
-def partition(n: int, block: int) -> tuple[int, int]:
-    """How many programs share n values, and the consecutive blocks of each.
-
-    The blocks are a power of two: kernels are compiled for a number of them.
-    """
-    blocks = triton.cdiv(n, block)
-    each = triton.next_power_of_2(max(triton.cdiv(blocks, MAX_PROGRAMS), 1))
-    return triton.cdiv(blocks, each), each
+HISTOGRAM_BLOCK = 2048
+LARGEST_BLOCK = 1024
 
 
 def radix_histogram(
     values: Tensor, mask: Tensor | None, prefix: Tensor, shift: int, bits: int, prefix_bits: int
 ) -> Tensor:
-    """`_radix.radix_histogram`: int64 [1 << bits]. Reads every value once, writes no temporary."""
+    """The counts of a digit, int64 [1 << bits], as `_radix.radix_histogram` has them.
+
+    It reads every value once and writes no temporary.
+    """
     counts = torch.zeros(1 << bits, dtype=torch.int64, device=values.device)
-    programs, blocks = partition(values.numel(), BLOCK)
+    programs, blocks = partition.programs(values.numel(), HISTOGRAM_BLOCK)
     if programs == 0:
         return counts
     with device.on(values.device):
-        _histogram_kernel[(programs,)](
+        histogram_kernel[(programs,)](
             values.view(torch.int32),
             None if mask is None else mask.view(torch.uint8),
             prefix,
@@ -154,7 +44,7 @@ def radix_histogram(
             PREFIX_BITS=prefix_bits,
             HAS_MASK=mask is not None,
             BLOCKS=blocks,
-            BLOCK=BLOCK,
+            BLOCK=HISTOGRAM_BLOCK,
             num_warps=8,
             enable_fp_fusion=True,
         )
@@ -169,14 +59,14 @@ def radix_pick(
     share: float,
     shift: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`_radix.radix_pick` for at most 2048 bins: one program."""
+    """The digit of the k-th largest, as `_radix.radix_pick` has it, of at most 2048 bins."""
     bits = counts.numel().bit_length() - 1
     assert counts.numel() == 1 << bits
     assert bits <= DENSE_BITS.value
     new_prefix, new_remaining, equal = (torch.empty_like(prefix) for _ in range(3))
     value = torch.empty((), dtype=torch.float32, device=counts.device)
     with device.on(counts.device):
-        _pick_kernel[(1,)](
+        pick_kernel[(1,)](
             counts,
             local,
             prefix,
@@ -193,3 +83,47 @@ def radix_pick(
             enable_fp_fusion=True,
         )
     return new_prefix, new_remaining, equal, value
+
+
+def select_largest(values: Tensor, mask: Tensor | None, threshold: Tensor, quota: Tensor) -> Tensor:
+    """The values above the threshold and the first `quota` equal to it: bool [N].
+
+    As `_radix.select_largest`. It reads every value twice and allocates 8 KB beside its result.
+    """
+    selected = torch.empty_like(values, dtype=torch.bool)
+    programs, blocks = partition.programs(values.numel(), LARGEST_BLOCK)
+    if programs == 0:
+        return selected
+    counts = torch.empty(partition.MAX_PROGRAMS, dtype=torch.int64, device=values.device)
+    bits = values.view(torch.int32)
+    valid = None if mask is None else mask.view(torch.uint8)
+    threshold = threshold.view(torch.int32)
+    with device.on(values.device):
+        count_ties_kernel[(programs,)](
+            bits,
+            valid,
+            threshold,
+            counts,
+            values.numel(),
+            HAS_MASK=mask is not None,
+            BLOCKS=blocks,
+            BLOCK=LARGEST_BLOCK,
+            num_warps=4,
+            enable_fp_fusion=True,
+        )
+        write_largest_kernel[(programs,)](
+            bits,
+            valid,
+            threshold,
+            quota,
+            counts,
+            selected.view(torch.uint8),
+            values.numel(),
+            HAS_MASK=mask is not None,
+            BLOCKS=blocks,
+            BLOCK=LARGEST_BLOCK,
+            MAX_PROGRAMS=partition.MAX_PROGRAMS,
+            num_warps=4,
+            enable_fp_fusion=True,
+        )
+    return selected

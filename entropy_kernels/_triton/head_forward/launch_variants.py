@@ -1,0 +1,222 @@
+"""The launches of a forward: partial sums by one of three kernels, the targets' logits, a merge.
+
+T tokens, D hidden, V vocabulary, S vocabulary splits.
+"""
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import triton
+from torch import Tensor
+
+from ... import device
+from ..._rows import ForwardRows
+from ...head import Head
+from ..common import products
+from ..common.tiles import Tile
+from .cublas_kernel import forward_cublas_kernel
+from .merge_kernel import merge_kernel
+from .pointer_kernel import forward_pointer_kernel
+from .target_logit_kernel import target_logit_kernel
+from .tma_kernel import forward_tma_kernel
+
+# fp32 logits of as many rows as fit, at least one block of them.
+WORKSPACE_BYTES = 1 << 29
+WORKSPACE_BLOCK = 128
+# Rows and splits of one program that merges.
+MERGE_BLOCK = (32, 16)
+# Rows of one product with their targets' weights, at most, by bytes of an element. With more fp32
+# rows registers would spill.
+TARGET_BLOCK = {2: 64, 4: 32}
+
+
+class Work(NamedTuple):
+    """What all launches of one forward read and write.
+
+    n_split, tiles_per_split: S, and blocks of columns in each split.
+    target_T, bias_V, temperature_T: the head's, contiguous, and one temperature per row.
+    partials: fp32 [4, S, T], with statistics [7, S, T].
+    target_logit_T: fp32, the capped logit of each row's target.
+    rows, statistics: the results, to be filled.
+    """
+
+    head: Head
+    tile: Tile
+    n_split: int
+    tiles_per_split: int
+    target_T: Tensor
+    bias_V: Tensor | None
+    temperature_T: Tensor | None
+    partials: Tensor
+    target_logit_T: Tensor
+    rows: ForwardRows
+    statistics: Tensor | None
+
+    @property
+    def sizes(self) -> tuple[int, int, int]:
+        """T, D and V."""
+        return *self.head.hidden.shape, self.head.weight.shape[0]
+
+    @property
+    def softcap(self) -> float:
+        return self.head.softcap or 0.0
+
+    @property
+    def temperature_stride(self) -> int:
+        return 0 if self.temperature_T is None else self.temperature_T.stride(0)
+
+    @property
+    def constants(self) -> dict[str, Any]:
+        """What the kernels of the partial sums have in common."""
+        return {
+            "HAS_TEMPERATURE": self.temperature_T is not None,
+            "HAS_SOFTCAP": self.head.softcap is not None,
+            "STATISTICS": self.statistics is not None,
+            "BLOCK_T": self.tile.block_t,
+            "BLOCK_V": self.tile.block_v,
+            "TILES": self.tiles_per_split,
+            **self.tile.options,
+        }
+
+    @property
+    def product_constants(self) -> dict[str, Any]:
+        """And those that multiply as well."""
+        return {
+            "HAS_BIAS": self.bias_V is not None,
+            "UPCAST": device.interpreting(),
+            "BLOCK_D": self.tile.block_d,
+            "GROUP_T": self.tile.group_t,
+            **self.constants,
+        }
+
+
+def from_pointers(work: Work) -> None:
+    head, tile, (count, hidden, vocabulary) = work.head, work.tile, work.sizes
+    forward_pointer_kernel[(triton.cdiv(count, tile.block_t) * work.n_split,)](
+        head.hidden,
+        head.weight,
+        work.bias_V,
+        work.temperature_T,
+        work.partials,
+        work.rows.logits,
+        *head.hidden.stride(),
+        *head.weight.stride(),
+        work.temperature_stride,
+        count,
+        hidden,
+        vocabulary,
+        work.n_split,
+        work.softcap,
+        STORE_LOGITS=work.rows.logits.numel() > 0,
+        EVEN_D=hidden % tile.block_d == 0,
+        **work.product_constants,
+    )
+
+
+def from_descriptors(work: Work) -> None:
+    # Not everywhere that Triton is.
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    head, tile, (count, hidden, vocabulary) = work.head, work.tile, work.sizes
+    units = triton.cdiv(count, tile.block_t) * work.n_split
+    programs = min(units, device.processors(head.hidden.device))
+    forward_tma_kernel[(units if tile.variant == "tma_split" else programs,)](
+        TensorDescriptor.from_tensor(head.hidden, [tile.block_t, tile.block_d]),
+        TensorDescriptor.from_tensor(head.weight, [tile.block_v, tile.block_d]),
+        work.bias_V,
+        work.temperature_T,
+        work.partials,
+        work.temperature_stride,
+        count,
+        hidden,
+        vocabulary,
+        work.n_split,
+        work.softcap,
+        FLATTEN=tile.variant == "tma",
+        WARP_SPECIALIZE=tile.variant == "tma_ws",
+        **work.product_constants,
+    )
+
+
+def chunks_of_logits(work: Work) -> Iterator[tuple[Tensor, int]]:
+    """The logits of each chunk of rows and its first row, once its partials are there.
+
+    They are valid until the next chunk.
+    """
+    head, logits_TV, (count, _, vocabulary) = work.head, work.rows.logits, work.sizes
+    fitting = WORKSPACE_BYTES // (4 * vocabulary) // WORKSPACE_BLOCK * WORKSPACE_BLOCK
+    rows = min(max(fitting, WORKSPACE_BLOCK), count)
+    stored = logits_TV.numel() > 0
+    workspace = logits_TV if stored else work.partials.new_empty(rows, vocabulary)
+    for start in range(0, count, rows):
+        end = min(start + rows, count)
+        z = workspace[start:end] if stored else workspace[: end - start]
+        products.mm(head.hidden[start:end], head.weight.T, out=z)
+        if work.bias_V is not None:
+            z += work.bias_V
+        forward_cublas_kernel[(triton.cdiv(end - start, work.tile.block_t) * work.n_split,)](
+            z,
+            work.target_T,
+            work.temperature_T,
+            work.partials,
+            work.target_logit_T,
+            work.temperature_stride,
+            start,
+            end,
+            count,
+            vocabulary,
+            work.n_split,
+            work.softcap,
+            **work.constants,
+        )
+        yield z, start
+
+
+def target_logits(work: Work) -> None:
+    """The logit of each target, summed in steps of the tile's depth."""
+    head, tile, (count, hidden, vocabulary) = work.head, work.tile, work.sizes
+    block_t = min(TARGET_BLOCK[head.hidden.element_size()], tile.block_t)
+    target_logit_kernel[(triton.cdiv(count, block_t),)](
+        head.hidden,
+        head.weight,
+        work.bias_V,
+        work.target_T,
+        work.target_logit_T,
+        *head.hidden.stride(),
+        *head.weight.stride(),
+        count,
+        hidden,
+        vocabulary,
+        work.softcap,
+        HAS_BIAS=work.bias_V is not None,
+        HAS_SOFTCAP=head.softcap is not None,
+        UPCAST=device.interpreting(),
+        BLOCK_T=block_t,
+        BLOCK_D=tile.block_d,
+        **tile._replace(num_warps=4).options,
+    )
+
+
+def merge(work: Work, start: int, stop: int) -> None:
+    """The results of rows start to stop, once all their partials are there."""
+    (count, _, vocabulary), (block_t, block_s) = work.sizes, MERGE_BLOCK
+    merge_kernel[(triton.cdiv(stop - start, block_t),)](
+        work.partials,
+        work.target_logit_T,
+        work.target_T,
+        work.temperature_T,
+        *work.rows[:5],
+        work.statistics,
+        work.temperature_stride,
+        start,
+        stop,
+        count,
+        vocabulary,
+        work.n_split,
+        work.head.ignore_index,
+        HAS_TEMPERATURE=work.temperature_T is not None,
+        STATISTICS=work.statistics is not None,
+        BLOCK_T=block_t,
+        BLOCK_S=block_s,
+        num_warps=4,
+    )
