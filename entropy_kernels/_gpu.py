@@ -10,6 +10,7 @@ from types import ModuleType
 import torch
 from torch.torch_version import TorchVersion
 
+from . import device as gpu
 from ._compiler import constant
 
 # The first version that compiles every kernel.
@@ -41,10 +42,10 @@ def kernels(name: str) -> ModuleType:
 @constant
 def why_not(device: torch.device) -> str | None:
     """A sentence saying why the kernels cannot run on tensors of `device`; None where they can."""
-    target, why = _load("target")
-    if target is None:
+    tiles, why = _load("common.tiles")
+    if tiles is None:
         return why
-    if device.type == "cuda" or (device.type == "cpu" and target.interpreting()):
+    if device.type == "cuda" or (device.type == "cpu" and gpu.interpreting()):
         return None
     return f"Triton kernels need tensors on a GPU, or TRITON_INTERPRET=1; got {device}"
 
@@ -54,21 +55,21 @@ def verified(device: torch.device) -> bool:
     """Whether "auto" takes the kernels: `device` is a GPU on which they were found to be right."""
     if device.type != "cuda" or why_not(device) is not None:
         return False
-    return kernels("target").verified(device)
+    return gpu.verified(device)
 
 
 def architecture(device: torch.device) -> str:
     """What the kernels' table of tiles calls the GPU `device`. The caller has asked `why_not`."""
-    return kernels("target").architecture_of(device)
+    return gpu.architecture(device)
 
 
 @constant
 def keeps_rows(device: torch.device, dtype: torch.dtype, hidden: int) -> bool:
     """Whether forward keeps rows above a threshold there. The caller has asked `why_not`."""
-    return kernels("tiles").keeps_rows(device, dtype, hidden)
+    return kernels("common.tiles").stores_rows(device, dtype, hidden)
 
 
 def products() -> int:
     """Multiplications in the kernels' products so far: half their flops."""
-    module, _ = _load("products")
+    module, _ = _load("common.products")
     return 0 if module is None else module.counted()

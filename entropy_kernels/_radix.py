@@ -181,7 +181,7 @@ def radix_histogram(
     """
     name = _implementation(impl, values.device)
     if name == "triton":
-        kernels = _gpu.kernels("radix_histogram")
+        kernels = _gpu.kernels("selection.launch")
         return kernels.radix_histogram(values, mask, prefix, shift, bits, prefix_bits)
     counts = torch.zeros(1 << bits, dtype=torch.int64, device=values.device)
     on_cpu = values.device.type == "cpu"
@@ -251,7 +251,7 @@ def radix_pick(
     """
     if _implementation(impl, counts.device) == "triton":
         share = _exact_share(fraction)
-        kernels = _gpu.kernels("radix_histogram")
+        kernels = _gpu.kernels("selection.launch")
         return kernels.radix_pick(counts, local, prefix, remaining, share, shift)
     n = counts.sum()
     k = selected_count(n, fraction) if remaining is None else remaining
@@ -283,7 +283,7 @@ def keep_largest(
     bool [N]. NaN equals NaN and is above every number.
     """
     if _implementation(impl, values.device) == "triton":
-        return _gpu.kernels("keep_largest").keep_largest(values, mask, threshold, quota)
+        return _gpu.kernels("selection.launch").select_largest(values, mask, threshold, quota)
     keep = torch.empty_like(values, dtype=torch.bool)
     size = CPU_SLICE if values.device.type == "cpu" else DEVICE_SLICE
     for start in range(0, values.numel(), size):

@@ -17,31 +17,46 @@ from ._torch.linear_logprob_entropy_backward import (
     linear_logprob_entropy_backward as torch_backward,
 )
 from ._torch.ratio_loss import ratio_loss as torch_ratio_loss
+from .head import Head
 
 
-def _triton(op: str) -> Callable[..., Any]:
-    """The launcher of `op`, whose file is loaded at the first call."""
+def _triton_forward(
+    *arguments: Any, moments: Any = None, keep_above: Any = None, keep_rows: int = 0
+) -> ForwardRows:
+    *head, keep_logits = arguments
+    return _gpu.kernels("head_forward.launch").forward(
+        Head(*head),
+        keep_logits=keep_logits,
+        store_above=keep_above,
+        store_rows=keep_rows,
+        statistics=moments,
+    )
 
-    def launch(*arguments: Any, **options: Any) -> Any:
-        return getattr(_gpu.kernels(op), op)(*arguments, **options)
 
-    return launch
+def _triton_backward(*arguments: Any, **options: Any) -> Any:
+    *arguments, found, needs = arguments
+    backward = _gpu.kernels("head_backward.launch").backward
+    return backward(tuple(arguments[:3]), Head(*arguments[3:]), found, needs, **options)
+
+
+def _triton_ratio_loss(*arguments: Any) -> Any:
+    return _gpu.kernels("ratio_loss.launch").ratio_loss(*arguments)
 
 
 _FORWARD: dict[str, Callable[..., Any]] = {
     "torch": torch_forward,
     "cpu": _native.linear_logprob_entropy,
-    "triton": _triton("linear_logprob_entropy"),
+    "triton": _triton_forward,
 }
 _BACKWARD: dict[str, Callable[..., Any]] = {
     "torch": torch_backward,
     "cpu": _native.linear_logprob_entropy_backward,
-    "triton": _triton("linear_logprob_entropy_backward"),
+    "triton": _triton_backward,
 }
 _RATIO_LOSS = {
     "torch": torch_ratio_loss,
     "cpu": _native.ratio_loss,
-    "triton": _triton("ratio_loss"),
+    "triton": _triton_ratio_loss,
 }
 
 
