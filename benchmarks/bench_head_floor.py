@@ -25,7 +25,7 @@ from benchmarks.bench_linear_logprob_entropy import IDS, SHAPES
 from benchmarks.head_tables import OURS
 from benchmarks.linear_logprob_entropy import FLOOR_VOCABULARY, FRACTION, Problem, head_of
 from benchmarks.runner import Contestant, Results
-from entropy_kernels import ops
+from entropy_kernels import backends
 from entropy_kernels._bench.step import products_by_onednn
 
 ROUNDS = 5
@@ -88,7 +88,7 @@ def _runs(problem: Problem, direction: str) -> dict[str, Callable[[Problem], Res
     runs: dict[str, Callable[[Problem], Results]] = {"mm": bare}
     if problem.hidden.dtype == torch.float32:
         runs["mm-onednn"] = functools.partial(bare, onednn=True)
-    impl = OURS if OURS in ops.implementations() else "torch"
+    impl = OURS if OURS in backends.available() else "torch"
     if direction == "forward":
         runs[impl] = functools.partial(_forward, impl=impl)
     else:

@@ -18,7 +18,7 @@ from benchmarks import linear_logprob_entropy as op
 from benchmarks import runner
 from benchmarks.linear_logprob_entropy import FRACTION, Problem
 from benchmarks.runner import Contestant
-from entropy_kernels import ops
+from entropy_kernels import backends
 from entropy_kernels._bench.step import ours
 
 ROUNDS = 5
@@ -79,7 +79,7 @@ def bench_linear_cost(dtype, quick, record):
 
 def measure(sweeps, dtype, rounds, folder, log=print):
     """The result file's entries."""
-    impl = "cpu" if "cpu" in ops.implementations() else "torch"
+    impl = "cpu" if "cpu" in backends.available() else "torch"
     about = runner.about_this_run(dtype) | {
         "op": "linear_cost",
         "device": "cpu",

@@ -18,7 +18,7 @@ from torch import Tensor
 import entropy_kernels as ek
 from benchmarks import runner
 from benchmarks.runner import Contestant
-from entropy_kernels import ops
+from entropy_kernels import backends
 
 # What a process of its own imports.
 MODULE = "benchmarks.bench_ratio_loss"
@@ -111,7 +111,7 @@ def contestants() -> list[Contestant]:
         Contestant("eager-alone", "eager: the formula alone, no metrics", alone),
         Contestant("compile", "torch.compile of both", _compiled, uncompiled=eager),
     ]
-    for impl in ops.implementations():
+    for impl in backends.available():
         label = f"ours ({impl}): both in one pass"
         found.append(Contestant(impl, label, functools.partial(_ours, impl=impl)))
     return found

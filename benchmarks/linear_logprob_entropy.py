@@ -15,7 +15,7 @@ from torch import Tensor
 
 from benchmarks import peers
 from benchmarks.runner import Contestant
-from entropy_kernels import ops
+from entropy_kernels import backends, ops
 from entropy_kernels._bench import step
 from entropy_kernels._bench.entrants import our_contestant
 from entropy_kernels._bench.step import (
@@ -121,7 +121,7 @@ def contestants(
             needs=("liger_kernel",),
         )
     )
-    for impl in ops.implementations() if impls is None else impls:
+    for impl in backends.available() if impls is None else impls:
         found += _our_contestants(impl)
     label = f"floor: the products of {FRACTION:.0%} by torch.mm alone"
     return [*found, Contestant("floor", label, _floor, setting)]

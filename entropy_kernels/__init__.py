@@ -13,13 +13,14 @@ with warnings.catch_warnings():
     import torch as _torch  # noqa: F401
 
 from . import losses, token_rules
-from .functional import LogprobEntropy, linear_logprob_entropy
+from .entropy_threshold import entropy_threshold
 from .head import Head
 from .high_entropy_policy_loss import high_entropy_policy_loss
+from .linear_logprob_entropy import LogprobEntropy, linear_logprob_entropy
 from .nn import HighEntropyPolicyLoss
 from .ratio_loss import ratio_loss
-from .selection import entropy_threshold, top_entropy_mask
 from .streaming_threshold import StreamingThreshold
+from .top_entropy_mask import top_entropy_mask
 
 __version__ = "0.1.0"
 

@@ -16,9 +16,10 @@ from collections.abc import Callable
 import torch
 
 from . import (
+    Head,
     __version__,
-    _gpu,
     _native,
+    backends,
     linear_logprob_entropy,
     ratio_loss,
     reference,
@@ -58,7 +59,7 @@ def main(arguments: list[str] | None = None) -> int:
     checks: dict[str, Callable[[], str]] = {}
     for device in devices:
         for impl in ("torch", "cpu", "triton"):
-            if _why_not(impl, device) is not None:
+            if backends.why_not(impl, torch.device(device)) is not None:
                 continue
             name = f"linear_logprob_entropy, {impl} on {device}"
             checks[name] = functools.partial(_check_head, impl, device)
@@ -70,17 +71,13 @@ def main(arguments: list[str] | None = None) -> int:
         problem = check()
         failed += bool(problem)
         print(f"  {name}: {problem or 'ok'}")
-    print(f"  compiled CPU kernels: {_why_not('cpu', 'cpu') or 'loaded, ' + _native.build('cpu')}")
+    built = backends.why_not("cpu", torch.device("cpu")) or f"loaded, {_native.build('cpu')}"
+    print(f"  compiled CPU kernels: {built}")
     for line in _instruction_sets():
         print(f"  {line}")
-    print(f"  Triton kernels: {_why_not('triton', devices[-1]) or _triton_state(devices[-1])}")
+    last = torch.device(devices[-1])
+    print(f"  Triton kernels: {backends.why_not('triton', last) or _triton_state(last)}")
     return int(failed > 0)
-
-
-def _why_not(impl: str, device: str) -> str | None:
-    if impl == "cpu":
-        return _native.why_missing("cpu") if device == "cpu" else "they need tensors on the CPU"
-    return _gpu.why_not(torch.device(device)) if impl == "triton" else None
 
 
 def _instruction_sets() -> list[str]:
@@ -103,8 +100,8 @@ def _instruction_sets() -> list[str]:
     return lines
 
 
-def _triton_state(device: str) -> str:
-    if _gpu.verified(torch.device(device)):
+def _triton_state(device: torch.device) -> str:
+    if backends.verified(device):
         return "loaded"
     return 'loaded; no recorded correctness run on this device, so impl="auto" leaves them out'
 
@@ -125,7 +122,7 @@ def _check_head(impl: str, device: str) -> str:
     for dtype in (torch.float32, torch.float64):
         h, w = (x.detach().to(dtype).requires_grad_() for x in (hidden, weight))
         if dtype == torch.float64:
-            outputs = list(reference.linear_logprob_entropy(h, w, target))
+            outputs = list(reference.linear_logprob_entropy(Head(h, w, target)))
         else:
             outputs = list(linear_logprob_entropy(h, w, target, impl=impl)[:3])
         torch.autograd.backward(outputs, list(grads.to(dtype)))

@@ -92,6 +92,29 @@ def check_fraction(fraction: object) -> None:
     check_number("fraction", fraction, "in (0, 1]", lambda x: 0 < x <= 1)
 
 
+def check_threshold(name: str, threshold: float | Tensor | None) -> None:
+    """An entropy in nats: a number, also an infinite one, or a tensor of one value."""
+    if isinstance(threshold, Tensor):
+        check_tensor(name, threshold, "floating-point")
+        if threshold.numel() != 1 or threshold.is_meta:
+            raise ValueError(f"{name} must be one value; got {shown(threshold)}")
+    elif threshold is not None and (not is_number(threshold) or math.isnan(threshold)):
+        raise ValueError(f"{name} must be an entropy in nats; got {shown(threshold)}")
+
+
+def check_masks(target: Tensor, **masks: Tensor | None) -> None:
+    """Bool tensors like the targets, or None."""
+    for name, mask in masks.items():
+        if mask is None:
+            continue
+        check_tensor(name, mask)
+        if mask.shape != target.shape or mask.dtype != torch.bool or mask.device != target.device:
+            raise ValueError(
+                f"{name} must be a bool tensor of target's shape {tuple(target.shape)} on "
+                f"{target.device}; got {mask.dtype} {tuple(mask.shape)} on {mask.device}"
+            )
+
+
 def check_clip(name: str, clip: object) -> None:
     """A distance, a number or a tensor."""
     if isinstance(clip, Tensor):

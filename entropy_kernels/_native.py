@@ -17,7 +17,8 @@ from torch import Tensor
 from . import _processor
 from ._build_record import digest, why_not_built
 from ._compiler import constant
-from ._rows import ForwardRows, active_rows, per_row, spread
+from ._rows import ForwardRows, active_rows, spread
+from .head import Head
 
 _PACKAGE = Path(__file__).parent
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -92,33 +93,26 @@ def caches() -> dict[str, int]:
 
 
 def radix_histogram(
-    values: Tensor,
-    mask: Tensor | None,
-    prefix: int,
-    shift: int,
-    bits: int,
-    prefix_bits: int,
-    counts: Tensor,
-) -> None:
-    """Adds to counts[d] how many valid values carry digit d of their key.
+    values: Tensor, mask: Tensor | None, prefix: int, shift: int, bits: int, prefix_bits: int
+) -> Tensor:
+    """How many valid values carry each digit of their key: int64 [2**bits].
 
     A value's key is an unsigned 32-bit integer that orders like the number: -0 equals +0, and a
     NaN of either sign ranks above +inf. Its digit is the `bits` bits above `shift`. Only keys
     whose top `prefix_bits` bits equal `prefix` are counted (0: all of them).
 
     values is contiguous fp32 on the CPU, mask contiguous bool of the same size (true is valid,
-    None is all), counts contiguous int64 [2**bits] with bits <= 20. Integers: the same at any
-    number of threads. Nothing is differentiable. The caller has checked `cpu()`.
+    None is all), bits <= 20. Integers: the same at any number of threads. Nothing is
+    differentiable. The caller has checked `cpu()`.
     """
     module = _module()
     assert _is_plain(values, torch.float32)
     assert mask is None or (_is_plain(mask, torch.bool) and mask.numel() == values.numel())
     assert 1 <= bits <= 20
-    assert _is_plain(counts, torch.int64)
-    assert counts.numel() == 1 << bits
     assert 0 <= prefix_bits <= 32
     assert 0 <= prefix < 1 << prefix_bits
     assert 0 <= shift <= 32 - bits
+    counts = torch.zeros(1 << bits, dtype=torch.int64)
     module.radix_histogram(
         values_ptr=values.data_ptr(),
         mask_ptr=0 if mask is None or mask.numel() == 0 else mask.data_ptr(),
@@ -129,13 +123,14 @@ def radix_histogram(
         prefix_bits=prefix_bits,
         counts_ptr=counts.data_ptr(),
     )
+    return counts
 
 
 def ratio_loss(
     logprob_BL: Tensor,
     old_logprob_BL: Tensor,
     advantage_BL: Tensor,
-    kept_BL: Tensor,
+    selected_BL: Tensor,
     weight_B: Tensor,
     clip_low: float,
     clip_high: float,
@@ -146,19 +141,21 @@ def ratio_loss(
 
     Sums are fp64 over fixed parts of the tokens: the same bits at any number of threads.
     """
-    inputs = [x.contiguous() for x in (logprob_BL, old_logprob_BL, advantage_BL, kept_BL, weight_B)]
+    inputs = [
+        x.contiguous() for x in (logprob_BL, old_logprob_BL, advantage_BL, selected_BL, weight_B)
+    ]
     assert all(_is_plain(x, torch.bool if x is inputs[3] else torch.float32) for x in inputs)
     assert all(x.shape == logprob_BL.shape for x in inputs[:4])
     assert weight_B.shape == logprob_BL.shape[:1]
     assert 0 < log_ratio_bound <= 80
     loss, grad_BL = torch.empty(()), torch.empty(logprob_BL.shape)
     sums, counts = torch.empty(4), torch.empty(3, dtype=torch.int64)
-    logprob_ptr, old_logprob_ptr, advantage_ptr, kept_ptr, weight_ptr = map(_pointer, inputs)
+    logprob_ptr, old_logprob_ptr, advantage_ptr, selected_ptr, weight_ptr = map(_pointer, inputs)
     _module().ratio_loss(
         logprob_ptr=logprob_ptr,
         old_logprob_ptr=old_logprob_ptr,
         advantage_ptr=advantage_ptr,
-        kept_ptr=kept_ptr,
+        kept_ptr=selected_ptr,
         weight_ptr=weight_ptr,
         sequences=logprob_BL.shape[0],
         length=logprob_BL.shape[1],
@@ -180,163 +177,140 @@ def _is_plain(tensor: Tensor, dtype: torch.dtype) -> bool:
     return tensor.dtype == dtype and tensor.device.type == "cpu" and tensor.is_contiguous()
 
 
-def linear_logprob_entropy(
-    hidden_TD: Tensor,
-    weight_VD: Tensor,
-    target_T: Tensor,
-    bias_V: Tensor | None,
-    temperature: Tensor | None,
-    softcap: float | None,
-    ignore_index: int,
+def forward(
+    head: Head,
+    *,
     keep_logits: bool,
     isa: str | None = None,
-    moments: Tensor | None = None,
+    statistics: Tensor | None = None,
 ) -> ForwardRows:
-    """The statistics of every row; zeros where the target is `ignore_index`, at no cost.
+    """Log-probability, entropy and what backward needs; rows without a target are zero and free.
 
-    `moments`, contiguous fp32 [4, T], is filled with what _rows.STATISTICS names.
-    `isa` is one that the extension lists, else `instruction_set`. Sums over the vocabulary are
-    divided among torch's threads in fixed parts: the same bits at the same number of threads.
-    Logits are kept in the kernels' own order, of ignored rows too.
+    `statistics`, contiguous fp32 [4, T], is filled with what _rows.STATISTICS names. `isa` is one
+    that the extension lists, else `instruction_set`. Sums over the vocabulary are divided among
+    torch's threads in fixed parts: the same bits at the same number of threads. Logits are stored
+    in the kernels' own order, and those of rows without a target too.
     """
-    head, inputs = _head(hidden_TD, weight_VD, target_T, bias_V, temperature, softcap)
-    tokens, vocabulary = target_T.shape[0], weight_VD.shape[0]
-    logits = torch.empty(kept_logits(tokens, vocabulary) if keep_logits else (0,))
-    kept_T = target_T != ignore_index
-    index_R = None if keep_logits or bool(kept_T.all()) else kept_T.nonzero().squeeze(1)
-    found = torch.zeros(5, tokens)
-    if moments is not None:
-        assert _is_plain(moments, torch.float32)
-        assert moments.shape == (4, tokens)
-        moments.zero_()
+    description, inputs = _describe(head)
+    tokens, valid_T = head.target.shape[0], head.valid
+    logits = torch.empty(stored_shape(tokens, head.weight.shape[0]) if keep_logits else (0,))
+    index_R = None if keep_logits or bool(valid_T.all()) else valid_T.nonzero().squeeze(1)
+    rows = torch.zeros(5, tokens)
+    if statistics is not None:
+        assert _is_plain(statistics, torch.float32)
+        assert statistics.shape == (4, tokens)
+        statistics.zero_()
     _count(
         _module().linear_logprob_entropy(
-            _module().Head(**head, logits_ptr=_pointer(logits if keep_logits else None)),
+            _module().Head(**description, logits_ptr=_pointer(logits if keep_logits else None)),
             index_ptr=_pointer(index_R),
             count=tokens if index_R is None else index_R.numel(),
-            statistics_ptr=found.data_ptr(),
-            moments_ptr=_pointer(moments),
-            isa=isa or instruction_set(hidden_TD.dtype),
+            statistics_ptr=rows.data_ptr(),
+            moments_ptr=_pointer(statistics),
+            isa=isa or instruction_set(head.hidden.dtype),
         )
     )
     del inputs
-    if moments is not None:
-        moments.masked_fill_(~kept_T, 0)
+    if statistics is not None:
+        statistics.masked_fill_(~valid_T, 0)
     # An op's outputs are not views of one tensor.
-    rows = [row.where(kept_T, 0) if keep_logits else row.clone() for row in found]
-    return ForwardRows._make([*rows, logits, None])
+    own_rows = [x.where(valid_T, 0) if keep_logits else x.clone() for x in rows]
+    return ForwardRows._make([*own_rows, logits, None])
 
 
-def kept_logits(tokens: int, vocabulary: int) -> tuple[int, int]:
-    """The shape of what forward keeps: all the logits of whole panels of tokens."""
+def stored_shape(tokens: int, vocabulary: int) -> tuple[int, int]:
+    """The shape of the logits that forward stores: all those of whole panels of tokens."""
     return -(-tokens // PANEL) * PANEL, vocabulary
 
 
-def linear_logprob_entropy_backward(
-    grad_logprob_T: Tensor | None,
-    grad_entropy_T: Tensor | None,
-    grad_logsumexp_T: Tensor | None,
-    hidden_TD: Tensor,
-    weight_VD: Tensor,
-    target_T: Tensor,
-    bias_V: Tensor | None,
-    temperature: Tensor | None,
-    softcap: float | None,
-    ignore_index: int,
-    found: ForwardRows,
+def backward(
+    gradients: tuple[Tensor | None, Tensor | None, Tensor | None],
+    head: Head,
+    rows: ForwardRows,
     needs: tuple[bool, bool, bool],
+    *,
     isa: str | None = None,
     main_grad: Tensor | None = None,
     reduce_hidden: Callable[[Tensor], None] | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of hidden states, weight and bias; None for what `needs` does not ask for, and for
-    the weight's where it is added to `main_grad`, contiguous [V, D] of any of the dtypes.
+    """Gradients of hidden, weight and bias, from those of logprob, entropy and log-sum-exp.
 
-    Beyond its outputs it holds, in fp32, R x D for each thread and twice for all, and some MB of
-    blocks.
+    A gradient that `needs` does not ask for is None, and so is the weight's where it is added to
+    `main_grad`, contiguous [V, D] of any of the dtypes. Beyond its outputs it holds R x D fp32 for
+    each thread, the same twice for all, and some MB of blocks.
 
-    `reduce_hidden` is given the hidden states' gradient of the active rows, fp32 [R, D], to be
-    changed in place before it is rounded: what ranks that hold other rows of the weight add.
+    `reduce_hidden` is given the hidden states' gradient of the active rows, fp32 [R, D], and
+    changes it in place before it is rounded: it adds what ranks with other rows of the weight have.
     """
-    head, inputs = _head(hidden_TD, weight_VD, target_T, bias_V, temperature, softcap)
-    incoming = [grad_logprob_T, grad_entropy_T, grad_logsumexp_T]
-    index_R = active_rows(incoming, target_T, ignore_index)
-    incoming = [None if g is None else g[index_R].float() for g in incoming]
-    statistics = torch.stack(found[:5])
+    description, inputs = _describe(head)
+    index_R = active_rows(gradients, head.target, head.ignore_index)
+    grad_logprob_R, grad_entropy_R, grad_logsumexp_R = (
+        None if grad_T is None else grad_T[index_R].float() for grad_T in gradients
+    )
+    row_values = torch.stack(rows[:5])
     need_hidden, need_weight, need_bias = needs
-    dhidden_RD = torch.empty(index_R.numel(), hidden_TD.shape[1]) if need_hidden else None
+    dhidden_RD = torch.empty(index_R.numel(), head.hidden.shape[1]) if need_hidden else None
     add = need_weight and main_grad is not None
-    own = torch.empty(weight_VD.shape, dtype=weight_VD.dtype) if need_weight and not add else None
+    alone = need_weight and not add
+    own = torch.empty(head.weight.shape, dtype=head.weight.dtype) if alone else None
     dweight_VD = main_grad if add else own
     assert dweight_VD is None or (
-        _is_plain(dweight_VD, dweight_VD.dtype) and dweight_VD.shape == weight_VD.shape
+        _is_plain(dweight_VD, dweight_VD.dtype) and dweight_VD.shape == head.weight.shape
     )
-    dbias_V = torch.empty(weight_VD.shape[0]) if need_bias else None
-    logits = found.logits if found.logits.numel() else None
+    dbias_V = torch.empty(head.weight.shape[0]) if need_bias else None
+    logits = rows.logits if rows.logits.numel() else None
     _count(
         _module().linear_logprob_entropy_backward(
-            _module().Head(**head, logits_ptr=_pointer(logits)),
+            _module().Head(**description, logits_ptr=_pointer(logits)),
             index_ptr=index_R.data_ptr(),
             count=index_R.numel(),
-            statistics_ptr=statistics.data_ptr(),
-            grad_logprob_ptr=_pointer(incoming[0]),
-            grad_entropy_ptr=_pointer(incoming[1]),
-            grad_logsumexp_ptr=_pointer(incoming[2]),
+            statistics_ptr=row_values.data_ptr(),
+            grad_logprob_ptr=_pointer(grad_logprob_R),
+            grad_entropy_ptr=_pointer(grad_entropy_R),
+            grad_logsumexp_ptr=_pointer(grad_logsumexp_R),
             dhidden_ptr=_pointer(dhidden_RD),
             dweight_ptr=_pointer(dweight_VD),
-            dweight_dtype=_DTYPES[(weight_VD if dweight_VD is None else dweight_VD).dtype],
+            dweight_dtype=_DTYPES[(head.weight if dweight_VD is None else dweight_VD).dtype],
             add_dweight=add,
             dbias_ptr=_pointer(dbias_V),
-            isa=isa or instruction_set(hidden_TD.dtype),
+            isa=isa or instruction_set(head.hidden.dtype),
         )
     )
     del inputs
     if dhidden_RD is not None and reduce_hidden is not None:
         reduce_hidden(dhidden_RD)
-    dhidden_TD = None if dhidden_RD is None else spread(dhidden_RD, index_R, hidden_TD)
-    if dbias_V is not None and bias_V is not None:
-        dbias_V = dbias_V.to(bias_V.dtype)
+    dhidden_TD = None if dhidden_RD is None else spread(dhidden_RD, index_R, head.hidden)
+    if dbias_V is not None and head.bias is not None:
+        dbias_V = dbias_V.to(head.bias.dtype)
     return dhidden_TD, own, dbias_V
 
 
-def _head(
-    hidden_TD: Tensor,
-    weight_VD: Tensor,
-    target_T: Tensor,
-    bias_V: Tensor | None,
-    temperature: Tensor | None,
-    softcap: float | None,
-) -> tuple[dict[str, Any], list[Tensor | None]]:
+def _describe(head: Head) -> tuple[dict[str, Any], list[Tensor | None]]:
     """The extension's description of a head, and the tensors that must outlive its use."""
+    hidden_TD, weight_VD, temperature_T = head.hidden, head.weight, head.temperature_T
     assert hidden_TD.device.type == weight_VD.device.type == "cpu"
     assert hidden_TD.dtype == weight_VD.dtype
     hidden_TD = hidden_TD if hidden_TD.stride(1) == 1 else hidden_TD.contiguous()
     weight_VD = weight_VD if weight_VD.stride(1) == 1 else weight_VD.contiguous()
-    temperature_T = per_row(temperature, target_T)
-    inputs = [
-        hidden_TD,
-        weight_VD,
-        target_T.contiguous(),
-        None if bias_V is None else bias_V.float().contiguous(),
-        None if temperature_T is None else temperature_T.contiguous(),
-    ]
-    hidden_ptr, weight_ptr, target_ptr, bias_ptr, temperature_ptr = map(_pointer, inputs)
+    inputs = {
+        "hidden_ptr": hidden_TD,
+        "weight_ptr": weight_VD,
+        "target_ptr": head.target.contiguous(),
+        "bias_ptr": None if head.bias is None else head.bias.float().contiguous(),
+        "temperature_ptr": None if temperature_T is None else temperature_T.contiguous(),
+    }
     return {
-        "hidden_ptr": hidden_ptr,
+        **{name: _pointer(tensor) for name, tensor in inputs.items()},
         "hidden_stride": hidden_TD.stride(0),
-        "weight_ptr": weight_ptr,
         "weight_stride": weight_VD.stride(0),
-        "bias_ptr": bias_ptr,
-        "temperature_ptr": temperature_ptr,
-        "softcap": softcap or 0.0,
-        "target_ptr": target_ptr,
-        "tokens": target_T.shape[0],
+        "softcap": head.softcap or 0.0,
+        "tokens": head.target.shape[0],
         "dim": hidden_TD.shape[1],
         "vocabulary": weight_VD.shape[0],
         "dtype": _DTYPES[hidden_TD.dtype],
         "threads": torch.get_num_threads(),
         **caches(),
-    }, inputs
+    }, [*inputs.values()]
 
 
 def _module() -> ModuleType:

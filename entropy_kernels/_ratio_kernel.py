@@ -9,12 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _gpu, _native, ops
-from ._arguments import check_choice
+from . import ops
 from ._loss_options import find_loss
 from .losses import LOG_RATIO_BOUND, clipped_ratio
 
-NAMES = ("auto", "torch", "cpu", "triton")
 # Its options in the op's order, and what they are unless told otherwise.
 _OPTIONS = inspect.signature(clipped_ratio).parameters
 _OWN = {name: _OPTIONS[name].default for name in ("clip_low", "clip_high", "dual_clip")}
@@ -26,26 +24,6 @@ def has_kernel(
     """Whether that loss is the fused kernel's, of which `impl` chooses one."""
     named = isinstance(loss_type, str) and find_loss(loss_type)[0] is clipped_ratio
     return named and not isinstance(clip_low, Tensor) and not isinstance(clip_high, Tensor)
-
-
-def resolve(impl: str, device: torch.device, dtype: torch.dtype) -> str:
-    """The implementation that "auto" stands for."""
-    check_choice("impl", impl, NAMES)
-    no_cpu, fp32 = _native.why_missing("cpu"), dtype == torch.float32
-    on_cpu = fp32 and device.type == "cpu"
-    if impl == "auto":
-        if fp32 and _gpu.verified(device):
-            return "triton"
-        return "cpu" if on_cpu and no_cpu is None else "torch"
-    if impl == "cpu" and no_cpu is not None:
-        raise ValueError(f'impl="cpu" is missing: {no_cpu}')
-    if impl == "cpu" and not on_cpu:
-        raise ValueError(f'impl="cpu" needs fp32 tensors on the CPU; got {dtype} on {device}')
-    if impl == "triton" and (why := _gpu.why_not(device)) is not None:
-        raise ValueError(f'impl="triton" cannot run: {why}')
-    if impl == "triton" and not fp32:
-        raise ValueError(f'impl="triton" needs fp32 tensors; got {dtype}')
-    return impl
 
 
 def plain(impl: str) -> str:

@@ -1,28 +1,31 @@
-"""What every backend of linear_logprob_entropy shares: its results, and the rows worth a backward.
+"""What the backends of the head share: what forward returns, and the rows that need a backward.
 
 T tokens, R active rows, V vocabulary.
 """
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-# What forward adds on request, rows of a fp32 [4, T]: variance of log p, the largest p, and the
-# sums of p^2 and of p^2 log p.
+from ._arguments import shown
+from .head import Head
+
+# The statistics that forward adds on request, the rows of a fp32 [4, T]: variance of log p, the
+# largest p, and the sums of p^2 and of p^2 log p.
 STATISTICS = ("varentropy", "max_prob", "sum_p2", "sum_p2_logp")
 
 
 class ForwardRows(NamedTuple):
-    """What forward knows of each row, all fp32 [T]; and h W^T + b, or empty if not kept.
+    """What forward computes of each row, fp32 [T], and the logits h W^T + b that it stores.
 
-    Kept logits are [T, V], or in an order of their own, known to the backend that keeps them. Where
-    those of some rows are kept, `places`, int32 [T], is the row of the logits that each token's
-    are, -1 where they are not kept.
+    `logits` is empty where none are stored. All rows' are [T, V], or in an order that the backend
+    alone knows. Where some rows' are stored, `places`, int32 [T], gives each token's row of
+    `logits`, and -1 where it has none.
 
-    Backward takes the log-sum-exp as two floats, (max, log_sum): at |z| = 6e3 their rounded sum
-    alone would cost the gradient 25 times its error.
+    Backward takes the log-sum-exp as two floats, (max, log_sum). Their rounded sum alone would
+    give the gradient 25 times its error at |z| = 6e3.
     """
 
     logprob: Tensor
@@ -33,22 +36,38 @@ class ForwardRows(NamedTuple):
     logits: Tensor
     places: Tensor | None = None
 
+    @classmethod
+    def for_backward(
+        cls,
+        entropy: Tensor,
+        max: Tensor,
+        log_sum: Tensor,
+        logits: Tensor,
+        places: Tensor | None = None,
+    ) -> "ForwardRows":
+        """The part that backward reads; entropy stands in the other fields."""
+        return cls(entropy, entropy, entropy, max, log_sum, logits, places)
+
+
+def check_statistics(names: Collection[str]) -> None:
+    """A collection of names out of STATISTICS, so no bare name."""
+    several = isinstance(names, Collection) and not isinstance(names, (str, Tensor))
+    if not several or not all(isinstance(name, str) and name in STATISTICS for name in names):
+        known = ", ".join(STATISTICS)
+        got = repr(names) if several else shown(names)
+        raise ValueError(f"statistics must be a collection of names out of {known}; got {got}")
+
 
 def active_rows(gradients: Iterable[Tensor | None], target_T: Tensor, ignore_index: int) -> Tensor:
-    """Numbers [R] of the rows at which any gradient is not exactly zero; a NaN is not.
+    """Numbers [R] of the rows where any gradient is not exactly zero, as a NaN is not.
 
-    On CUDA their count reaches the host: one synchronisation.
+    On CUDA the host waits for their count: one synchronisation.
     """
     active_T = torch.zeros_like(target_T, dtype=torch.bool)
     for grad_T in gradients:
         if grad_T is not None:
             active_T |= grad_T != 0
     return (active_T & (target_T != ignore_index)).nonzero().squeeze(1)
-
-
-def per_row(temperature: Tensor | None, target_T: Tensor) -> Tensor | None:
-    """The temperature of every row, fp32; None stands for 1."""
-    return None if temperature is None else temperature.float().expand(target_T.shape)
 
 
 def spread(rows_RD: Tensor, index_R: Tensor, like_TD: Tensor) -> Tensor:
@@ -58,30 +77,29 @@ def spread(rows_RD: Tensor, index_R: Tensor, like_TD: Tensor) -> Tensor:
 
 
 def sees_values(device: torch.device) -> bool:
-    """Whether a wrong value is a ValueError: where the host would wait for it, it becomes NaN."""
+    """Whether a wrong value is a ValueError; where the host would have to wait, it becomes NaN."""
     return device.type == "cpu"
 
 
-def check_values(
-    target: Tensor, temperature: Tensor | None, vocabulary: int, ignore_index: int
-) -> None:
-    """The checks that read values: ValueErrors on a CPU; on CUDA such rows become NaN instead."""
-    wrong = ((target < 0) | (target >= vocabulary)) & (target != ignore_index)
+def check_values(head: Head, vocabulary: int) -> None:
+    """The checks that read the values of a flat head's targets and temperatures."""
+    target, temperature = head.target, head.temperature
+    wrong = ((target < 0) | (target >= vocabulary)) & head.valid
     if wrong.any():
         row = int(wrong.nonzero()[0])
         raise ValueError(
-            f"target must lie in [0, {vocabulary}) or be ignore_index={ignore_index}; "
+            f"target must lie in [0, {vocabulary}) or be ignore_index={head.ignore_index}; "
             f"got {int(target[row])} at row {row}"
         )
-    if temperature is not None and not ((temperature > 0) & (temperature < torch.inf)).all():
-        wrong = temperature[~((temperature > 0) & (temperature < torch.inf))]
-        raise ValueError(f"temperature must be finite and > 0; got {float(wrong[0])}")
+    if isinstance(temperature, Tensor):
+        wrong = ~((temperature > 0) & (temperature < torch.inf))
+        if wrong.any():
+            got = float(temperature[wrong][0])
+            raise ValueError(f"temperature must be finite and > 0; got {got}")
 
 
-def check_active_rows(
-    gradients: tuple[Tensor | None, ...], target: Tensor, ignore_index: int, most: int
-) -> None:
-    """On a CPU, and where rows are counted on the host anyway."""
-    count = active_rows(gradients, target, ignore_index).numel()
+def check_active_rows(gradients: Iterable[Tensor | None], head: Head, most: int) -> None:
+    """For backends whose backward counts the rows on the host."""
+    count = active_rows(gradients, head.target, head.ignore_index).numel()
     if count > most:
         raise ValueError(f"max_active_rows is {most}; got gradients at {count} rows")

@@ -14,92 +14,67 @@ T tokens, D hidden, V vocabulary, K tokens asked for, U distinct ones, R active 
 """
 
 import math
-from typing import Any, NamedTuple
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from . import ops
-from ._inputs import cast_as_linear, per_token_temperature, resolve
+from . import backends, ops
 from ._rows import ForwardRows, active_rows
 from ._torch.blocks import compute_dtype, product
+from .head import Head
 
 # Of log p: exp of less is 0, and it times 0 is 0.
 _LEAST_LOGPROB = -1e4
 
 
-class _Options(NamedTuple):
-    """What the op takes beside its tensors."""
-
-    temperature: Tensor | None
-    ignore_index: int
-    impl: str
-
-
 @torch.compiler.disable
 def linear_token_logprobs(
-    hidden: Tensor,
-    weight: Tensor,
-    target: Tensor,
-    ids: Tensor,
-    *,
-    temperature: float,
-    ignore_index: int,
-    impl: str = "auto",
+    head: Head, ids: Tensor, *, impl: str = "auto"
 ) -> tuple[Tensor, Tensor, Tensor]:
     """logprob [T], entropy [T] and the log-probabilities [T, K] of `ids`, all fp32.
 
-    hidden [T, D], weight [V, D], target [T], ids int64 [K], each in [0, V), repeats allowed. Rows
-    with `ignore_index` are zero and get no gradient. Differentiable once, in hidden and weight:
-    gradients of one token are summed in fp64, products in fp32, results are rounded once.
+    The head has hidden [T, D] and neither bias nor softcap; ids is int64 [K], each in [0, V),
+    repeats allowed. Rows without a target are zero and get no gradient. Differentiable once, in
+    hidden and weight: gradients of one token are summed in fp64, products in fp32, and results are
+    rounded once.
 
     Holds a few [T, U] and, for backward, fp32 [T, D], beside what the head does. The caller has
-    checked shapes, dtypes, devices and ids.
+    checked the head and the ids.
     """
-    name = resolve(impl, hidden.device)
-    hidden, weight, _ = cast_as_linear(hidden, weight, None)
-    options = _Options(per_token_temperature(temperature, target), ignore_index, name)
-    return _TokenLogprobs.apply(hidden, weight, target.long(), ids, options)
+    assert head.bias is None
+    assert head.softcap is None
+    name = backends.resolve("linear_logprob_entropy", impl, head.hidden.device)
+    head = head.flat()
+    return _TokenLogprobs.apply(head.hidden, head.weight, head, ids, name)
 
 
 class _TokenLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        hidden_TD: Tensor,
-        weight_VD: Tensor,
-        target_T: Tensor,
-        ids_K: Tensor,
-        options: _Options,
+        ctx: Any, hidden_TD: Tensor, weight_VD: Tensor, head: Head, ids_K: Tensor, impl: str
     ) -> tuple[Tensor, Tensor, Tensor]:
         logprob_T, entropy_T, _, max_T, log_sum_T, *_ = ops.linear_logprob_entropy(
-            hidden_TD,
-            weight_VD,
-            target_T,
-            None,
-            options.temperature,
-            None,
-            options.ignore_index,
-            False,
-            None,
-            None,
-            options.impl,
+            **ops.in_schema(head),
+            keep_logits=False,
+            max_active_rows=None,
+            main_grad=None,
+            impl=impl,
         )
         ids_U, place_K = ids_K.unique(return_inverse=True)
         z_TU = _product(hidden_TD, weight_VD[ids_U].T) - max_T.unsqueeze(1)
-        if options.temperature is not None:
-            z_TU /= options.temperature
+        if head.temperature is not None:
+            z_TU /= head.temperature
         logp_TU = z_TU - log_sum_T.unsqueeze(1)
         # A token of more than half of the mass has the row's maximum as its logit, exactly.
         likely_TU = logp_TU > -math.log(2)
         logp_TU = torch.where(likely_TU, -log_sum_T.unsqueeze(1), logp_TU)
-        logp_TU.masked_fill_((target_T == options.ignore_index).unsqueeze(1), 0.0)
-        ctx.save_for_backward(
-            *(hidden_TD, weight_VD, target_T, ids_U, place_K),
-            *(entropy_T, max_T, log_sum_T, logp_TU),
-        )
-        ctx.options = options
+        logp_TU.masked_fill_(~head.valid.unsqueeze(1), 0.0)
+        tensors, ctx.head_options = head.split()
+        ctx.save_for_backward(ids_U, place_K, entropy_T, max_T, log_sum_T, logp_TU, *tensors)
+        ctx.impl = impl
         ctx.set_materialize_grads(False)
         return logprob_T, entropy_T, logp_TU[:, place_K]
 
@@ -108,11 +83,11 @@ class _TokenLogprobs(torch.autograd.Function):
     def backward(
         ctx: Any, grad_T: Tensor | None, grad_entropy_T: Tensor | None, grad_TK: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        hidden_TD, weight_VD, target_T, ids_U, place_K, *found = ctx.saved_tensors
-        entropy_T, max_T, log_sum_T, logp_TU = found
-        options = ctx.options
+        ids_U, place_K, entropy_T, max_T, log_sum_T, logp_TU, *tensors = ctx.saved_tensors
+        head = Head.joined(tensors, ctx.head_options)
+        hidden_TD, weight_VD = head.hidden, head.weight
         dz_TU, others_T, rest_T = _gradients_of_tokens(
-            (grad_T, grad_entropy_T, grad_TK), target_T, ids_U, place_K, entropy_T, logp_TU, options
+            (grad_T, grad_entropy_T, grad_TK), head, ids_U, place_K, entropy_T, logp_TU
         )
         need_hidden, need_weight, *_ = ctx.needs_input_grad
         incoming = others_T, grad_entropy_T, rest_T
@@ -125,19 +100,16 @@ class _TokenLogprobs(torch.autograd.Function):
 
         def add(rows_RD: Tensor) -> None:
             assert sum_TD is not None
-            index_R = active_rows(incoming, target_T, options.ignore_index)
+            index_R = active_rows(incoming, head.target, head.ignore_index)
             sum_TD.index_add_(0, index_R, rows_RD)
 
         bias_V = weight_VD.new_zeros(weight_VD.shape[0]).index_fill_(0, ids_U, -torch.inf)
-        head = hidden_TD, weight_VD, target_T, bias_V, options.temperature, None
-        _, dweight_VD, _ = ops.gradients(
+        _, dweight_VD, _ = backends.backward(
+            ctx.impl,
             incoming,
-            (*head, options.ignore_index),
-            ForwardRows(entropy_T, entropy_T, entropy_T, max_T, log_sum_T, log_sum_T[:0]),
+            replace(head, bias=bias_V),
+            ForwardRows.for_backward(entropy_T, max_T, log_sum_T, log_sum_T[:0]),
             (need_hidden, need_weight, False),
-            None,
-            None,
-            options.impl,
             reduce_hidden=add,
         )
         if dweight_VD is not None:
@@ -156,24 +128,23 @@ def _product(left: Tensor, right: Tensor) -> Tensor:
 
 def _gradients_of_tokens(
     incoming: tuple[Tensor | None, Tensor | None, Tensor | None],
-    target_T: Tensor,
+    head: Head,
     ids_U: Tensor,
     place_K: Tensor,
     entropy_T: Tensor,
     logp_TU: Tensor,
-    options: _Options,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dz of the tokens U, fp32 [T, U]; and for all others what arrives at the log-probability of
     a target that is not in U, and at the log-sum-exp.
     """
     grad_T, grad_entropy_T, grad_TK = incoming
-    valid_T = target_T != options.ignore_index
+    valid_T = head.valid
     grad_T = torch.zeros_like(entropy_T) if grad_T is None else grad_T
     grad_T = grad_T.double().where(valid_T, 0.0)
     own_TU = logp_TU.new_zeros(logp_TU.shape, dtype=torch.float64)
     if grad_TK is not None:
         own_TU.index_add_(1, place_K, grad_TK.double().where(valid_T.unsqueeze(1), 0.0))
-    is_target_TU = target_T.unsqueeze(1) == ids_U
+    is_target_TU = head.target.unsqueeze(1) == ids_U
     others_T = grad_T.masked_fill(is_target_TU.any(1), 0.0)
     total_T = own_TU.sum(1) + grad_T
     own_TU += is_target_TU * grad_T.unsqueeze(1)
@@ -183,8 +154,8 @@ def _gradients_of_tokens(
     if grad_entropy_T is not None:
         elsewhere_TU += grad_entropy_T.unsqueeze(1) * (logp_TU + entropy_T.unsqueeze(1))
     dz_TU = -(own_TU.float() * logp_TU.expm1() + logp_TU.exp() * elsewhere_TU)
-    if options.temperature is not None:
-        dz_TU /= options.temperature
+    if head.temperature is not None:
+        dz_TU /= head.temperature
     arrives_T = (own_TU != 0).any(1) | (total_T != 0)
     if grad_entropy_T is not None:
         arrives_T |= grad_entropy_T != 0

@@ -1,23 +1,24 @@
 """The head with the rows of its weight divided among the ranks of a process group.
 
-Each rank has the backends find the statistics of its columns of logits: their maximum m_i,
-L_i = log sum exp((z - m_i) / temperature), their entropy H_i and, where the target is among them,
-its log-probability. With m = max_i m_i, shift_i = (m_i - m) / temperature and Z_i = exp(L_i) those
-of all columns follow from sums over the ranks of terms of one sign:
+On each rank a backend computes its columns' maximum m_i, L_i = log sum exp((z - m_i) / temperature)
+and entropy H_i and, where the target is among them, its log-probability. With m = max_i m_i,
+shift_i = (m_i - m) / temperature and Z_i = exp(L_i), those of all columns follow from sums over the
+ranks of terms of one sign:
 
     1 + s = sum_i exp(shift_i) Z_i,   t = sum_i exp(shift_i) Z_i (L_i - H_i + shift_i)
     log-sum-exp = m / temperature + log1p(s),   H = log1p(s) - t / (1 + s)
 
 A rank whose maximum is m adds its share of s by expm1(L_i) and its 1 to a count, so that s keeps
 its digits when the rest of the vocabulary has a mass of 1e-12. What backends return is fp32, these
-sums are fp64. Moments are moved likewise; _torch/moments.py finishes them.
+sums are fp64. Statistics are moved likewise; _torch/statistics.py finishes them.
 
-Backward runs on each rank's rows of the weight with the statistics of all columns.
+Backward runs on each rank's rows of the weight, with the maximum and sums of all columns.
 
 T tokens, R active rows, D hidden, V vocabulary, N ranks.
 """
 
 import functools
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -26,10 +27,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 
-from . import _rows, ops
-from ._rows import ForwardRows, check_values, per_row
-from ._torch.moments import finish_moments
+from . import _rows, backends, ops
+from ._rows import ForwardRows, check_values
+from ._torch.statistics import finish_statistics
 from .distributed import all_reduce_max, all_reduce_sum, gather_counts
+from .head import Head
 
 # What stands for the maximum of no logit at all, or of -inf throughout; finite, as -inf - m is not.
 _LOWEST = -1e30
@@ -41,70 +43,65 @@ class _Shard(NamedTuple):
 
     group: ProcessGroup
     target_T: Tensor  # _IGNORED, or _ELSEWHERE where another rank has it
-    valid_T: Tensor  # whether any rank has it
+    in_range_T: Tensor  # whether a rank has it, or it is ignored
     masked: Tensor  # bool []: every logit is -inf
 
 
-class _Options(NamedTuple):
-    """What the op takes beside its tensors."""
+class _Run(NamedTuple):
+    """How the head runs on this rank."""
 
-    softcap: float | None
+    impl: str
     keep_logits: bool
     max_active_rows: int | None
     main_grad: Tensor | None
-    impl: str
-    statistics: bool
+    with_statistics: bool
 
 
 def linear_logprob_entropy(
-    hidden_TD: Tensor,
-    weight_VD: Tensor,
-    target_T: Tensor,
-    bias_V: Tensor | None,
-    temperature: Tensor | None,
-    softcap: float | None,
-    ignore_index: int,
-    keep_logits: bool,
-    max_active_rows: int | None,
-    main_grad: Tensor | None,
-    impl: str,
-    statistics: bool,
-    group: ProcessGroup,
+    head: Head, group: ProcessGroup, **run: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """logprob, entropy, logsumexp and moments, as the op's, of the vocabulary of all ranks.
+    """logprob, entropy, logsumexp and statistics, as the op's, of the vocabulary of all ranks.
 
-    weight, bias, main_grad: this rank's rows, in the order of ranks, as many as it likes, also 0.
-    All else is the same on every rank of `group`, `hidden` too; targets count from the first rank's
-    first row. Forward all-reduces two int64 a rank, the maximum (4 T bytes) and one tensor of sums
-    (32 T bytes, with statistics 56 T). Backward all-reduces the hidden states' gradient, of the
-    rows that have one (4 R D bytes); all ranks must agree which do, as they do where the loss is
+    head.weight, head.bias, main_grad: this rank's rows, any number of them, in the order of ranks.
+    All else is the same on every rank of `group`, hidden too; targets count from the first rank's
+    first row. `run` is what `_Run` holds.
+
+    Forward all-reduces two int64 per rank, the maximum (4 T bytes) and one tensor of sums (32 T
+    bytes, with statistics 56 T). Backward all-reduces the hidden states' gradient of the active
+    rows (4 R D bytes). All ranks must agree which rows are active, as they do where the loss is
     computed from these outputs.
     """
     if dist.get_rank(group) < 0:
         raise ValueError("vocab_group must be a group that this process belongs to")
+    options, weight_VD, bias_V, target_T = _Run(**run), head.weight, head.bias, head.target
     rows, tokens = weight_VD.shape[0], target_T.shape[0]
     sizes = [target_T.new_full((), size) for size in (rows, tokens)]
     sizes_N2 = gather_counts(torch.stack(sizes), group)
     first, total = sizes_N2[: dist.get_rank(group), 0].sum(), sizes_N2[:, 0].sum()
-    if _rows.sees_values(hidden_TD.device):
+    if _rows.sees_values(target_T.device):
         _check(sizes_N2)
-        check_values(target_T, temperature, int(total), ignore_index)
+        check_values(head, int(total))
     none = weight_VD.new_zeros((), dtype=torch.bool)
     if rows == 0:
         # A backend has at least one row: this one has no part in any sum and gets no gradient.
         weight_VD = torch.cat([weight_VD, weight_VD.new_zeros(1, weight_VD.shape[1])])
         bias_V = weight_VD[:0, 0] if bias_V is None else bias_V
         bias_V = torch.cat([bias_V, bias_V.new_full((1,), -torch.inf)])
-        masked, main_grad = ~none, None
+        masked, options = ~none, options._replace(main_grad=None)
     else:
-        masked = none if bias_V is None or softcap is not None else (bias_V == -torch.inf).all()
+        masked = (
+            none if bias_V is None or head.softcap is not None else (bias_V == -torch.inf).all()
+        )
 
-    ignored_T, own_T = target_T == ignore_index, target_T - first
-    own_T = own_T.where((own_T >= 0) & (own_T < rows), _ELSEWHERE).masked_fill(ignored_T, _IGNORED)
-    valid_T = ignored_T | (target_T >= 0) & (target_T < total)
-    shard = _Shard(group, own_T, valid_T, masked)
-    options = _Options(softcap, keep_logits, max_active_rows, main_grad, impl, statistics)
-    return _Sharded.apply(hidden_TD, weight_VD, bias_V, temperature, shard, options)
+    own_T = target_T - first
+    own_T = own_T.where((own_T >= 0) & (own_T < rows), _ELSEWHERE)
+    own_T = own_T.masked_fill(~head.valid, _IGNORED)
+    in_range_T = ~head.valid | (target_T >= 0) & (target_T < total)
+    shard = _Shard(group, own_T, in_range_T, masked)
+    # Any row of this rank stands for another one's target: its log-prob is not used.
+    target_T = own_T.masked_fill(own_T == _ELSEWHERE, 0)
+    head = replace(head, weight=weight_VD, bias=bias_V, target=target_T, ignore_index=_IGNORED)
+    return _Sharded.apply(head.hidden, head.weight, head.bias, head, shard, options)
 
 
 class _Sharded(torch.autograd.Function):
@@ -114,52 +111,47 @@ class _Sharded(torch.autograd.Function):
         hidden_TD: Tensor,
         weight_VD: Tensor,
         bias_V: Tensor | None,
-        temperature: Tensor | None,
+        head: Head,
         shard: _Shard,
-        options: _Options,
+        run: _Run,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        *found, logits, _, moments = ops.linear_logprob_entropy(
-            hidden_TD,
-            weight_VD,
-            # Any row of this rank's where another one has the target: its log-prob is not used.
-            shard.target_T.masked_fill(shard.target_T == _ELSEWHERE, 0),
-            bias_V,
-            temperature,
-            options.softcap,
-            _IGNORED,
-            options.keep_logits,
-            None,
-            None,
-            options.impl,
-            statistics=options.statistics,
+        *own_rows, logits, _, statistics = ops.linear_logprob_entropy(
+            **ops.in_schema(head),
+            keep_logits=run.keep_logits,
+            max_active_rows=None,
+            main_grad=None,
+            impl=run.impl,
+            with_statistics=run.with_statistics,
         )
-        rows_T, moments = _merge(found, moments, shard, per_row(temperature, shard.target_T))
+        rows_T, statistics = _merge(own_rows, statistics, shard, head.temperature_T)
         logprob_T, entropy_T, logsumexp_T, max_T, log_sum_T = rows_T
-        ctx.save_for_backward(
-            *(hidden_TD, weight_VD, shard.target_T, bias_V, temperature),
-            *(entropy_T, max_T, log_sum_T, logits),
-        )
-        ctx.shard, ctx.options = shard, options
+        tensors, ctx.head_options = head.split()
+        ctx.save_for_backward(entropy_T, max_T, log_sum_T, logits, *tensors)
+        ctx.group, ctx.run = shard.group, run
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(moments)
-        return logprob_T, entropy_T, logsumexp_T, moments
+        ctx.mark_non_differentiable(statistics)
+        return logprob_T, entropy_T, logsumexp_T, statistics
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        *head, entropy_T, max_T, log_sum_T, logits = ctx.saved_tensors
-        found = ForwardRows(entropy_T, entropy_T, entropy_T, max_T, log_sum_T, logits)
+    def backward(
+        ctx: Any,
+        grad_logprob_T: Tensor | None,
+        grad_entropy_T: Tensor | None,
+        grad_logsumexp_T: Tensor | None,
+        _: None,
+    ) -> tuple[Tensor | None, ...]:
+        entropy_T, max_T, log_sum_T, logits, *tensors = ctx.saved_tensors
         need_hidden, need_weight, need_bias, *_ = ctx.needs_input_grad
-        options = ctx.options
-        dhidden_TD, dweight_VD, dbias_V = ops.gradients(
-            grads[:3],
-            (*head, options.softcap, _IGNORED),
-            found,
+        dhidden_TD, dweight_VD, dbias_V = backends.backward(
+            ctx.run.impl,
+            (grad_logprob_T, grad_entropy_T, grad_logsumexp_T),
+            Head.joined(tensors, ctx.head_options),
+            ForwardRows.for_backward(entropy_T, max_T, log_sum_T, logits),
             (need_hidden, need_weight, need_bias),
-            options.max_active_rows,
-            options.main_grad,
-            options.impl,
-            reduce_hidden=functools.partial(_add_over_ranks, group=ctx.shard.group),
+            max_active_rows=ctx.run.max_active_rows,
+            main_grad=ctx.run.main_grad,
+            reduce_hidden=functools.partial(_add_over_ranks, group=ctx.group),
         )
         return dhidden_TD, dweight_VD, dbias_V, None, None, None
 
@@ -180,15 +172,15 @@ def _check(sizes_N2: Tensor) -> None:
 
 
 def _merge(
-    found: list[Tensor], moments: Tensor, shard: _Shard, temperature_T: Tensor | None
+    own_rows: list[Tensor], statistics: Tensor, shard: _Shard, temperature_T: Tensor | None
 ) -> tuple[list[Tensor], Tensor]:
-    """logprob, entropy, logsumexp, max and log sum, and moments [4, T] if there are any.
+    """logprob, entropy, logsumexp, max and log sum, and statistics [4, T] if there are any.
 
     A NaN of any rank poisons the row on all of them, by way of the sums.
     """
-    logprob_T, entropy_T, _, own_max_T, log_sum_T = (x.double() for x in found)
+    logprob_T, entropy_T, _, own_max_T, log_sum_T = (x.double() for x in own_rows)
     lost_T = own_max_T.isnan() | shard.masked
-    max_T = all_reduce_max(found[3].masked_fill(lost_T, _LOWEST), shard.group)
+    max_T = all_reduce_max(own_rows[3].masked_fill(lost_T, _LOWEST), shard.group)
     shift_T = own_max_T - max_T
     if temperature_T is not None:
         shift_T = shift_T / temperature_T
@@ -197,7 +189,7 @@ def _merge(
     mean_T = log_sum_T - entropy_T + shift_T
     top_T = shift_T == 0
     terms = [top_T.double(), log_sum_T.expm1().where(top_T, mass_T), mass_T * mean_T]
-    terms += _moment_terms(moments, mass_T, mean_T, log_sum_T + shift_T)
+    terms += _statistics_terms(statistics, mass_T, mean_T, log_sum_T + shift_T)
     sums = torch.stack(terms).masked_fill(shard.masked, 0)
     # Its distance from the maximum, known to one rank.
     distance_T = (logprob_T + log_sum_T + shift_T).masked_fill(shard.masked, -torch.inf)
@@ -209,23 +201,23 @@ def _merge(
     total_T = s_T.log1p()
     peak_T = max_T.double() if temperature_T is None else max_T.double() / temperature_T
     rows = [distance_T - total_T, total_T - t_T / (1 + s_T), peak_T + total_T, max_T, total_T]
-    valid_T = shard.valid_T & (max_T > _LOWEST) & ~s_T.isnan()
+    has_answer_T = shard.in_range_T & (max_T > _LOWEST) & ~s_T.isnan()
     ignored_T = shard.target_T == _IGNORED
-    rows = [x.float().where(valid_T, torch.nan).masked_fill(ignored_T, 0) for x in rows]
+    rows = [x.float().where(has_answer_T, torch.nan).masked_fill(ignored_T, 0) for x in rows]
     if more:
         u_T, squares_T, t2_T = more
-        moments = finish_moments(torch.stack([s_T, t_T, u_T, squares_T - 1, t2_T]))
-        moments = moments.where(valid_T, torch.nan).masked_fill(ignored_T, 0)
-    return rows, moments
+        statistics = finish_statistics(torch.stack([s_T, t_T, u_T, squares_T - 1, t2_T]))
+        statistics = statistics.where(has_answer_T, torch.nan).masked_fill(ignored_T, 0)
+    return rows, statistics
 
 
-def _moment_terms(
-    moments: Tensor, mass_T: Tensor, mean_T: Tensor, log_mass_T: Tensor
+def _statistics_terms(
+    statistics: Tensor, mass_T: Tensor, mean_T: Tensor, log_mass_T: Tensor
 ) -> list[Tensor]:
-    """This rank's part of u, 1 + s2 and t2, from its moments [4, T]."""
-    if moments.numel() == 0:
+    """This rank's part of u, 1 + s2 and t2, from its statistics [4, T]."""
+    if statistics.numel() == 0:
         return []
-    varentropy_T, _, sum_p2_T, sum_p2_logp_T = moments.double()
+    varentropy_T, _, sum_p2_T, sum_p2_logp_T = statistics.double()
     return [
         mass_T * (varentropy_T + mean_T.square()),
         mass_T.square() * sum_p2_T,

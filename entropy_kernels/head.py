@@ -4,7 +4,8 @@ T tokens, D hidden, V vocabulary.
 """
 
 import math
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from ._arguments import check_number, check_tensor, check_whole
 from ._shapes import Float, Int
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_TENSORS = ("hidden", "weight", "target", "bias", "temperature")
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,6 +86,18 @@ class Head:
             bias=bias,
             temperature=_flat_temperature(self.temperature, self.target.device),
         )
+
+    def split(self) -> tuple[tuple[Tensor | None, ...], dict[str, Any]]:
+        """The flat form's tensors, for autograd to save, and its other fields, for `joined`."""
+        named = {field.name: getattr(self, field.name) for field in fields(self)}
+        tensors = tuple(named.pop(name) for name in _TENSORS)
+        return tensors, named
+
+    @staticmethod
+    def joined(tensors: Sequence[Tensor | None], options: dict[str, Any]) -> "Head":
+        """The head that was `split`."""
+        named: dict[str, Any] = dict(zip(_TENSORS, tensors, strict=True))
+        return Head(**named, **options)
 
     @property
     def valid(self) -> Tensor:

@@ -11,23 +11,19 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from . import _rows, functional
-from ._arguments import check_known, check_tensor
-from ._inputs import (
-    check_head,
-    check_head_options,
-    check_like,
-    check_selection,
-    check_selection_options,
-    check_temperature,
-)
+from . import _rows, backends
+from ._arguments import check_known, check_masks, check_tensor
+from ._inputs import check_selection, check_selection_options
 from ._loss_options import beyond_kept, counts_left
 from ._loss_options import check_options as check_loss_options
+from ._main_grad import check_main_grad
 from ._ratio_kernel import has_kernel
 from ._shapes import Bool, Float, Int
-from .functional import LogprobEntropy, linear_logprob_entropy
+from .head import Head, check_softcap, check_temperature
+from .linear_logprob_entropy import LogprobEntropy, linear_logprob_entropy
+from .linear_logprob_entropy import check_options as check_run_options
 from .ratio_loss import LOSS_OPTIONS, ratio_loss
-from .selection import top_entropy_mask
+from .top_entropy_mask import top_entropy_mask
 
 IGNORED = -100
 # On a CPU, of a weight's row: below so many bytes a product of hidden states costs less than the
@@ -126,10 +122,11 @@ def high_entropy_policy_loss(
     }
     choice = {"threshold": threshold, "which": which, "scope": scope, "group": group}
     check_options({"fraction": fraction} | choice | head | loss_options)
-    check_head(hidden, weight, target, bias, main_grad, sharded=vocab_group is not None)
-    check_temperature(temperature, target)
+    whole = Head(hidden, weight, target, bias, temperature, softcap)
+    whole.check(sharded=vocab_group is not None)
+    check_main_grad(main_grad, whole)
     check_tensor("mask", mask)
-    check_like(target, mask=mask, selected=selected)
+    check_masks(target, mask=mask, selected=selected)
     mean_group = group if counts_left(**loss_options) else None
     other_group = None if group is mean_group else group
     check_selection(selected, threshold, which, scope, other_group, vocab_group)
@@ -198,7 +195,7 @@ _OWN = frozenset(
     if p.kind is p.KEYWORD_ONLY
 )
 _SELECTION = ("fraction", "threshold", "which", "scope", "group")
-_HEAD = ("softcap", "vocab_group", "max_active_rows", "impl")
+_RUN = ("vocab_group", "max_active_rows", "impl")
 
 
 def check_options(options: Mapping[str, object]) -> None:
@@ -209,7 +206,8 @@ def check_options(options: Mapping[str, object]) -> None:
     """
     check_known(options, _OWN | LOSS_OPTIONS)
     check_selection_options(**_among(options, _SELECTION))
-    check_head_options(**_among(options, _HEAD))
+    check_softcap(options.get("softcap"))
+    check_run_options(**_among(options, _RUN))
     for temperature in _among(options, ("temperature",)).values():
         check_temperature(temperature)
     check_loss_options(_among(options, LOSS_OPTIONS))
@@ -243,7 +241,7 @@ def _on_rows(
     if isinstance(temperature, Tensor) and temperature.numel() > 1:
         temperature = temperature.expand(target.shape).reshape(-1)[index_R]
     device = "cuda" if hidden.is_cuda else "cpu"
-    fits = 4 * index_R.shape[0] * weight.shape[0] <= functional.KEPT_LOGITS_BYTES[device]
+    fits = 4 * index_R.shape[0] * weight.shape[0] <= backends.STORED_LOGITS_BYTES[device]
     pays = weight.shape[1] * weight.element_size() >= LEAST_ROW_BYTES[device]
     found = linear_logprob_entropy(
         hidden.reshape(-1, hidden.shape[-1])[index_R],

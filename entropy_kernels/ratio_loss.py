@@ -19,8 +19,9 @@ from ._loss_options import (
     find_loss,
     sees_sequences,
 )
-from ._ratio_kernel import clipped_by_kernel, has_kernel, of_ratios, plain, resolve
+from ._ratio_kernel import clipped_by_kernel, has_kernel, of_ratios, plain
 from ._shapes import Bool, Float
+from .backends import resolve
 from .loss_terms import aggregation_weight, correction_weight, kl_divergence, mismatch, poison
 from .losses import Loss, bounded
 
@@ -183,7 +184,7 @@ def ratio_loss(
     check_counts(group, aggregation=aggregation, **counts)
     dtype = torch.float64 if logprob.dtype == torch.float64 else torch.float32
     by_kernel = has_kernel(loss_type, clip_low, clip_high)
-    impl = resolve(impl, logprob.device, dtype) if by_kernel else plain(impl)
+    impl = resolve("ratio_loss", impl, logprob.device, dtype) if by_kernel else plain(impl)
 
     kept = mask & selected
     seen = mask if "all" in (over, kl_on, entropy_on) else kept

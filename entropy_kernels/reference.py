@@ -1,8 +1,8 @@
-"""The specification: one plain PyTorch function an op, in the precision of its inputs.
+"""The specification: one plain PyTorch function per op, in the precision of its inputs.
 
-Every other path is tested against these functions in fp64. They hold [T, V] logits, loop where a
-loop is clearer, and are differentiated by autograd. Paper: "Beyond the 80/20 Rule",
-arXiv 2506.01939v2.
+Every other path is tested against these functions in fp64. They hold [T, V] logits, take a head
+with hidden [T, D] and target [T], loop where a loop is clearer, and autograd differentiates them.
+Paper: "Beyond the 80/20 Rule", arXiv 2506.01939v2.
 
 T tokens, D hidden, V vocabulary.
 """
@@ -14,18 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .head import Head
+
 LOG_RATIO_BOUND = 20.0
 
 
-def linear_logprob_entropy(
-    hidden_TD: Tensor,
-    weight_VD: Tensor,
-    target_T: Tensor,
-    bias_V: Tensor | None = None,
-    temperature: float | Tensor = 1.0,
-    softcap: float | None = None,
-    ignore_index: int = -100,
-) -> tuple[Tensor, Tensor, Tensor]:
+def linear_logprob_entropy(head: Head) -> tuple[Tensor, Tensor, Tensor]:
     """Log-probability of each target, entropy of each distribution, and log-sum-exp.
 
     z = softcap * tanh((h W^T + b) / softcap) / temperature,   p = softmax(z)
@@ -33,7 +27,7 @@ def linear_logprob_entropy(
 
     Rows whose target is `ignore_index` give zeros and carry no gradient.
     """
-    z_TV = _logits(hidden_TD, weight_VD, bias_V, temperature, softcap)
+    z_TV = _logits(head)
     logsumexp_T = z_TV.logsumexp(1)
     # A row of -inf throughout has no distribution, nor has one with inf.
     logsumexp_T = torch.where(logsumexp_T.isfinite(), logsumexp_T, torch.nan)
@@ -41,26 +35,18 @@ def linear_logprob_entropy(
     # p log p is 0 where p is 0, and its derivative there is taken as 0 too.
     plogp_TV = torch.where(logp_TV == -torch.inf, 0.0, logp_TV.exp() * logp_TV.clamp_min(-1e4))
     entropy_T = -plogp_TV.sum(1)
-    ignored_T = target_T == ignore_index
-    logprob_T = logp_TV.gather(1, target_T.masked_fill(ignored_T, 0).unsqueeze(1)).squeeze(1)
+    valid_T = head.target != head.ignore_index
+    logprob_T = logp_TV.gather(1, head.target.where(valid_T, 0).unsqueeze(1)).squeeze(1)
 
     zero = z_TV.new_zeros(())
     return (
-        torch.where(ignored_T, zero, logprob_T),
-        torch.where(ignored_T, zero, entropy_T),
-        torch.where(ignored_T, zero, logsumexp_T),
+        torch.where(valid_T, logprob_T, zero),
+        torch.where(valid_T, entropy_T, zero),
+        torch.where(valid_T, logsumexp_T, zero),
     )
 
 
-def head_statistics(
-    hidden_TD: Tensor,
-    weight_VD: Tensor,
-    target_T: Tensor,
-    bias_V: Tensor | None = None,
-    temperature: float | Tensor = 1.0,
-    softcap: float | None = None,
-    ignore_index: int = -100,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def head_statistics(head: Head) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Varentropy, largest probability, sum of p^2 and sum of p^2 log p of the same distributions.
 
     varentropy_t = Var_p(log p) = sum_j p_j (log p_j + H_t)^2 = sum_j p_j (log p_j)^2 - H_t^2
@@ -70,36 +56,31 @@ def head_statistics(
     H sum_p2 + sum_p2_logp is the expectation under p of p_j (log p_j + H), the discriminator of
     entropy changes (arXiv 2602.03392). Rows whose target is `ignore_index` give zeros.
     """
-    logp_TV = _logits(hidden_TD, weight_VD, bias_V, temperature, softcap).log_softmax(1)
+    logp_TV = _logits(head).log_softmax(1)
     p_TV = logp_TV.exp()
     # Where p is 0 every term is, whatever its log.
     logp_TV = torch.where(p_TV == 0, 0.0, logp_TV)
     entropy_T = -(p_TV * logp_TV).sum(1, keepdim=True)
-    found = (
+    statistics = (
         (p_TV * (logp_TV + entropy_T).square()).sum(1),
         p_TV.amax(1),
         p_TV.square().sum(1),
         (p_TV.square() * logp_TV).sum(1),
     )
     varentropy_T, max_prob_T, sum_p2_T, sum_p2_logp_T = (
-        torch.where(target_T == ignore_index, 0.0, x) for x in found
+        torch.where(head.target == head.ignore_index, 0.0, x) for x in statistics
     )
     return varentropy_T, max_prob_T, sum_p2_T, sum_p2_logp_T
 
 
-def _logits(
-    hidden_TD: Tensor,
-    weight_VD: Tensor,
-    bias_V: Tensor | None,
-    temperature: float | Tensor,
-    softcap: float | None,
-) -> Tensor:
+def _logits(head: Head) -> Tensor:
     """softcap * tanh((h W^T + b) / softcap) / temperature."""
-    z_TV = hidden_TD @ weight_VD.T
-    if bias_V is not None:
-        z_TV = z_TV + bias_V
-    if softcap is not None:
-        z_TV = softcap * torch.tanh(z_TV / softcap)
+    z_TV = head.hidden @ head.weight.T
+    if head.bias is not None:
+        z_TV = z_TV + head.bias
+    if head.softcap is not None:
+        z_TV = head.softcap * torch.tanh(z_TV / head.softcap)
+    temperature = 1.0 if head.temperature is None else head.temperature
     return z_TV / torch.as_tensor(temperature, device=z_TV.device, dtype=z_TV.dtype).reshape(-1, 1)
 
 
@@ -115,7 +96,7 @@ def ratio_loss(
     dual_clip: float | None = None,
     denominator: str | float = "selected",
 ) -> Tensor:
-    """The clipped policy loss over the selected tokens, one token at a time.
+    """The clipped policy loss over the selected tokens, token by token.
 
     r_t = exp(logprob_t - old_logprob_t)
     loss_t = -min(r_t A_t, clip(r_t, 1 - clip_low, 1 + clip_high) A_t)
@@ -158,9 +139,7 @@ def ratio_loss(
 
 
 def high_entropy_policy_loss(
-    hidden_TD: Tensor,
-    weight_VD: Tensor,
-    target_T: Tensor,
+    head: Head,
     old_logprob_T: Tensor | None,
     advantage_T: Tensor,
     mask_T: Tensor,
@@ -169,10 +148,10 @@ def high_entropy_policy_loss(
 ) -> Tensor:
     """Equation 6 of the paper on one batch: select the top entropies, then the clipped loss.
 
-    The selection itself carries no gradient. A target of -100 is no token.
+    The selection itself carries no gradient. A target of ignore_index is no token.
     """
-    mask_T = mask_T & (target_T != -100)
-    logprob_T, entropy_T, _ = linear_logprob_entropy(hidden_TD, weight_VD, target_T)
+    mask_T = mask_T & (head.target != head.ignore_index)
+    logprob_T, entropy_T, _ = linear_logprob_entropy(head)
     selected_T = top_entropy_mask(entropy_T.detach(), mask_T, fraction)
     old = None if old_logprob_T is None else old_logprob_T[None]
     return ratio_loss(
@@ -203,9 +182,9 @@ def top_entropy_mask(
 ) -> Tensor:
     """The indicator I[H >= tau] of equation 6 (section 5.1), true for the tokens to train on.
 
-    `ties="exact"` keeps k = max(1, ceil(fraction * n)) tokens, the first of those that tie at tau;
-    `ties="threshold"` keeps them all. `which="bottom"` ranks by -H. `scope="sequence"` selects in
-    each row by itself.
+    `ties="exact"` selects k = max(1, ceil(fraction * n)) tokens, the first of those that tie at
+    tau; `ties="threshold"` selects them all. `which="bottom"` ranks by -H. `scope="sequence"`
+    selects in each row by itself.
     """
     if scope == "sequence":
         masks = [None] * len(entropy) if mask is None else mask
@@ -220,6 +199,6 @@ def top_entropy_mask(
         return valid & (score.isnan() | (score >= entropy_threshold(score, mask, fraction)))
     index = valid.flatten().nonzero().squeeze(1)
     order = index[score.flatten()[index].sort(descending=True, stable=True).indices]
-    keep = torch.zeros_like(valid).flatten()
-    keep[order[: max(1, math.ceil(Fraction(repr(fraction)) * len(order)))]] = True
-    return keep.view(entropy.shape)
+    selected = torch.zeros_like(valid).flatten()
+    selected[order[: max(1, math.ceil(Fraction(repr(fraction)) * len(order)))]] = True
+    return selected.view(entropy.shape)

@@ -1,6 +1,6 @@
 """The exact threshold over all micro-batches of a step and all ranks: tau of equation 6.
 
-As `entropy_threshold` (selection.py), of which no call has all tokens at once. Nothing is
+As `entropy_threshold`, for calls of which none has all tokens. Nothing is
 differentiable, and nothing waits for a GPU.
 """
 
@@ -14,16 +14,17 @@ from ._arguments import check_choice, check_fraction, check_group, shown
 from ._radix import (
     SKETCH_BITS,
     Chunk,
+    check_tokens,
     count_at_least,
-    keep_threshold,
+    flat,
     kth_largest,
+    select_threshold,
     sketch_count_at_least,
     sketch_histogram,
     sketch_kth_largest,
 )
 from ._shapes import Bool, Float, Int
 from .distributed import all_reduce_sum, world_size
-from .selection import check_tokens, flat
 
 MODES = ("exact", "sketch")
 COUNTS = ("selected", "all")
@@ -130,7 +131,7 @@ class StreamingThreshold:
         check_tokens(entropy, mask)
         self._takes(entropy.device)
         values, valid = flat(entropy, mask)
-        return keep_threshold(values, valid, self.value()).view(entropy.shape)
+        return select_threshold(values, valid, self.value()).view(entropy.shape)
 
     def kept_count(self) -> Int[Tensor, ""]:
         """How many tokens of all updates and ranks `mask` keeps, ties included; as `value`."""

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from . import _gpu, _native, ops
+from . import backends, ops
 from ._ops import add_op_namespace_prefix
 
 _NAMESPACE = add_op_namespace_prefix("").removesuffix("::")
@@ -22,10 +22,6 @@ _PRODUCTS = {
     *("aten.bmm.default", "aten.bmm.out", "aten.bmm.dtype", "aten.bmm.dtype_out"),
     *("aten.addmm_.default", _LINEAR),
 }
-
-
-def _kernels_products() -> int:
-    return _native.products() + _gpu.products()
 
 
 class Watch(TorchDispatchMode):
@@ -43,7 +39,7 @@ class Watch(TorchDispatchMode):
 
     def __enter__(self) -> "Watch":
         if self._depth == 0:
-            self._before = _kernels_products()
+            self._before = backends.products()
         self._depth += 1
         return super().__enter__()
 
@@ -51,7 +47,7 @@ class Watch(TorchDispatchMode):
         super().__exit__(*exception)
         self._depth -= 1
         if self._depth == 0:
-            self.products += _kernels_products() - self._before
+            self.products += backends.products() - self._before
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         body = ops.BODIES.get(func.__name__.split(".")[0])

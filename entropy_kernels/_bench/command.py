@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from .. import _inputs
+from .. import backends
 from . import machine
 from .entrants import entrants, is_ours
 from .measure import Measured, measure
@@ -123,14 +123,14 @@ def _plan(options: argparse.Namespace, parser: argparse.ArgumentParser) -> Plan:
     with warnings.catch_warnings():
         # It is printed with the rest.
         warnings.simplefilter("ignore")
-        impl = _inputs.resolve("auto", device)
+        impl = backends.resolve("linear_logprob_entropy", "auto", device)
     fraction = FRACTION if options.fraction is None else options.fraction
     return Plan(shape, dtype, fraction, device, options.rounds or ROUNDS, impl, too_large)
 
 
 def _run(plan: Plan, file: Path | None, version: str) -> int:
     device, dtype = plan.device, plan.dtype
-    why_torch = _inputs.why_torch(device) if plan.impl == "torch" else ""
+    why_torch = backends.why_torch(device) if plan.impl == "torch" else ""
     print(header(version, device, dtype, plan.shape, plan.impl, why_torch) + "\n", flush=True)
     everyone = [Measured(x) for x in entrants(plan.impl, device, dtype, plan.fraction)]
     for one in everyone:

@@ -4,7 +4,7 @@ from functools import partial
 
 import torch
 
-from .. import _gpu
+from .. import backends
 from .contestant import Contestant
 from .step import dense, dense_by_onednn, ours, plain_head
 
@@ -23,7 +23,7 @@ def entrants(
     label = "torch.compile of eager"
     found.append(Contestant("compile", label, compiled, setting, uncompiled=eager))
     impls = [impl]
-    if device.type == "cuda" and impl != "triton" and _gpu.why_not(device) is None:
+    if device.type == "cuda" and impl != "triton" and backends.why_not("triton", device) is None:
         # Not yet what "auto" takes there; what is checked first may be timed.
         impls.append("triton")
     ways = [(1.0, False), (fraction, False), (fraction, True)]

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from .. import testing
-from ..functional import linear_logprob_entropy
 from ..high_entropy_policy_loss import high_entropy_policy_loss
-from ..selection import top_entropy_mask
+from ..linear_logprob_entropy import linear_logprob_entropy
+from ..top_entropy_mask import top_entropy_mask
 from .contestant import RefusedError, Results
 
 SEQUENCES = 8

@@ -3,40 +3,22 @@
 T tokens (or R active rows), D hidden, V vocabulary.
 """
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
+from ..head import Head
+
 # (rows, vocabulary) of one block of logits.
 _SIZES = {"cpu": (512, 1024), "cuda": (4096, 8192)}
-# exp of less is subnormal in fp32: nothing to a sum that holds a 1, and ten times slower on a CPU.
+# Below this exponent exp is subnormal in fp32: it adds nothing to a sum that holds a 1, and is ten
+# times slower on a CPU.
 LOWEST_EXPONENT = -87.0
-# In fp32 torch.mm is MKL, at half the speed of oneDNN on AMD's processors; over short sums the
-# faster one.
+# In fp32 torch.mm runs MKL, which has half the speed of oneDNN on AMD's processors. MKL is faster
+# where a sum has fewer terms than this.
 ONEDNN_LEAST = 128
 _HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(
     torch.ops.mkldnn, "_linear_pointwise"
 )
-
-
-class Head(NamedTuple):
-    """What turns rows of hidden states into logits."""
-
-    weight_VD: Tensor
-    bias_V: Tensor | None
-    softcap: float | None
-
-    def logits(self, hidden: Tensor, weight: Tensor, v: slice) -> Tensor:
-        """fp32 logits h W^T + b of the columns `v`, whose `weight` has its compute dtype."""
-        z = product(compute_dtype(hidden), weight.T)
-        if self.bias_V is not None:
-            z += self.bias_V[v]
-        return z
-
-    def cap(self, z: Tensor) -> Tensor:
-        """softcap * tanh(z / softcap), in place."""
-        return z if self.softcap is None else z.div_(self.softcap).tanh_().mul_(self.softcap)
 
 
 def sizes(x: Tensor) -> tuple[int, int]:
@@ -57,7 +39,7 @@ def view(buffer: Tensor, rows: int, columns: int) -> Tensor:
 
 
 def slices(length: int, block: int) -> list[slice]:
-    """`length` cut into pieces of `block`, the last one shorter."""
+    """Pieces of `block` that cover `length`; the last one may be shorter."""
     return [slice(start, min(start + block, length)) for start in range(0, length, block)]
 
 
@@ -73,6 +55,14 @@ def product(left: Tensor, right: Tensor) -> Tensor:
     if left.is_cuda or not _HAS_ONEDNN or left.shape[1] < ONEDNN_LEAST:
         return torch.mm(left, right)
     return torch.ops.mkldnn._linear_pointwise(left, right.T, None, "none", [], "")
+
+
+def logits(hidden: Tensor, weight: Tensor, head: Head, v: slice) -> Tensor:
+    """fp32 logits h W^T + b of the columns `v`, from their `weight` in its compute dtype."""
+    z = product(compute_dtype(hidden), weight.T)
+    if head.bias is not None:
+        z += head.bias[v]
+    return z
 
 
 def target_column(target: Tensor, v: slice) -> tuple[Tensor, Tensor]:

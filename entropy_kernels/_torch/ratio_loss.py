@@ -11,30 +11,30 @@ def ratio_loss(
     logprob_BL: Tensor,
     old_logprob_BL: Tensor,
     advantage_BL: Tensor,
-    kept_BL: Tensor,
+    selected_BL: Tensor,
     weight_B: Tensor,
     clip_low: float,
     clip_high: float,
     dual_clip: float | None,
     log_ratio_bound: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """sum_bt weight_b * loss_bt over the kept tokens, and its gradient with respect to logprob.
+    """sum_bt weight_b * loss_bt over the selected tokens, and its gradient with respect to logprob.
 
     r = exp(logprob - old_logprob), the log bounded by `log_ratio_bound` on both sides
     loss = -min(r A, clip(r, 1 - clip_low, 1 + clip_high) A), for A < 0 at most -dual_clip A
 
     The gradient is -weight r A, and exactly 0 where r is clipped, the bound is passed, A is 0 or
-    the token is not kept. On a bound itself r counts as inside. A NaN of a kept token reaches the
-    loss and the token's gradient, whatever A is.
+    the token is not selected. On a bound itself r counts as inside. A NaN of a selected token
+    reaches the loss and the token's gradient, whatever A is.
 
     Returns:
         loss [], grad [B, L], in logprob's dtype like
-        sums [4]: of r, the largest r, of log r, and of r - 1 - log r, over the kept tokens
+        sums [4]: of r, the largest r, of log r, and of r - 1 - log r, over the selected tokens
         counts int64 [3]: tokens clipped low, those clipped high, and those with a gradient
     """
     zero = logprob_BL.new_zeros(())
-    advantage_BL = torch.where(kept_BL, advantage_BL, zero)
-    free_BL = torch.where(kept_BL, logprob_BL - old_logprob_BL, zero)
+    advantage_BL = torch.where(selected_BL, advantage_BL, zero)
+    free_BL = torch.where(selected_BL, logprob_BL - old_logprob_BL, zero)
     log_ratio_BL = free_BL.clamp(-log_ratio_bound, log_ratio_bound)
     ratio_BL = log_ratio_BL.exp()
     plain_BL = ratio_BL * advantage_BL
@@ -51,9 +51,9 @@ def ratio_loss(
     flat_BL &= ~plain_BL.isnan()
     grad_BL = torch.where(flat_BL, zero, -plain_BL * weight_B.unsqueeze(1))
 
-    kept_ratio_BL = torch.where(kept_BL, ratio_BL, zero)
-    largest = kept_ratio_BL.amax() if kept_BL.numel() else zero
+    selected_ratio_BL = torch.where(selected_BL, ratio_BL, zero)
+    largest = selected_ratio_BL.amax() if selected_BL.numel() else zero
     excess = (log_ratio_BL.expm1() - log_ratio_BL).sum()
-    sums = torch.stack([kept_ratio_BL.sum(), largest, log_ratio_BL.sum(), excess])
+    sums = torch.stack([selected_ratio_BL.sum(), largest, log_ratio_BL.sum(), excess])
     counts = torch.stack([low_BL.sum(), high_BL.sum(), (grad_BL != 0).sum()])
     return (loss_BL.sum(1) * weight_B).sum(), grad_BL, sums, counts

@@ -15,9 +15,11 @@ from torch.utils.hooks import RemovableHandle
 from transformers.utils import ModelOutput
 
 from .._arguments import check_tensor
-from .._inputs import check_impl, check_statistics, check_temperature
+from .._rows import check_statistics
 from .._shapes import Float
-from ..functional import LogprobEntropy, linear_logprob_entropy
+from ..backends import check_impl
+from ..head import check_temperature
+from ..linear_logprob_entropy import LogprobEntropy, linear_logprob_entropy
 from ._head import slot
 from ._lm_head import LMHead, causal_lm, check_call, check_labels, lm_head, takes_use_cache
 from ._patch import Patch

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from .._shapes import Float, Int
 from .._token_logprobs import linear_token_logprobs
-from ..functional import linear_logprob_entropy
+from ..head import Head
+from ..linear_logprob_entropy import linear_logprob_entropy
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -88,14 +89,10 @@ class LinearScaledCrossEntropy:
             )
             outputs = found.logprob, found.entropy
         else:
-            outputs = linear_token_logprobs(
-                _input,
-                weight,
-                target,
-                selected_token_ids,
-                temperature=float(temperature),
-                ignore_index=ignored,
+            head = Head(
+                _input, weight, target, temperature=float(temperature), ignore_index=ignored
             )
+            outputs = linear_token_logprobs(head, selected_token_ids)
         logprob, entropy, *selected = outputs
         outputs = (-logprob, *([entropy] if return_entropy else []), *selected)
         return outputs if len(outputs) > 1 else outputs[0]

@@ -17,9 +17,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .._arguments import check_choice
-from ..functional import linear_logprob_entropy
-from ..selection import top_entropy_mask
+from ..linear_logprob_entropy import linear_logprob_entropy
 from ..streaming_threshold import StreamingThreshold
+from ..top_entropy_mask import top_entropy_mask
 from ._caller import running_model
 from ._head import as_linear, factor_of_states, measure, parts
 from ._patch import Patch, require

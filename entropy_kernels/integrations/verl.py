@@ -31,10 +31,10 @@ import torch
 from torch import Tensor
 
 from .._arguments import check_choice, check_flag, check_fraction
-from .._inputs import check_impl
-from ..functional import linear_logprob_entropy
+from ..backends import check_impl
+from ..linear_logprob_entropy import linear_logprob_entropy
 from ..ratio_loss import ratio_loss
-from ..selection import top_entropy_mask
+from ..top_entropy_mask import top_entropy_mask
 from ._caller import running_model
 from ._head import factor_of_states, measure
 from ._patch import Patch, require

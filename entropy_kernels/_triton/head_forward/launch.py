@@ -16,7 +16,7 @@ import triton
 from torch import Tensor
 
 from ... import device
-from ..._rows import ForwardRows, per_row
+from ..._rows import ForwardRows
 from ...head import Head
 from ..common import products, tiles
 from ..common.tiles import Tile
@@ -71,7 +71,7 @@ def forward(
         per_split,
         target_T=head.target.contiguous(),
         bias_V=None if head.bias is None else head.bias.contiguous(),
-        temperature_T=per_row(head.temperature, head.target),
+        temperature_T=head.temperature_T,
         partials=_empty((4 if statistics is None else 7, n_split, count), head.hidden),
         target_logit_T=_empty((count,), head.hidden),
         rows=rows,

@@ -1,73 +1,32 @@
 """Exact selection of the highest-entropy tokens: the indicator I[H >= tau] of equation 6.
 
 "Beyond the 80/20 Rule" (arXiv 2506.01939), section 5.1, trains on the `fraction` of the tokens
-with the highest entropy. Only valid tokens count (no prompt, padding or tool token): of n,
+with the highest entropy. Only valid tokens count (no prompt, padding or tool token). Of n valid
+tokens
 
     k = max(1, ceil(fraction * n))
 
-are selected, `fraction` being read as a decimal: 0.55 of 100 is 55, though fp64's product is
-above it. With n = 0 the threshold is +inf and nothing is selected. A NaN ranks above every number,
-so a broken entropy is selected and shows in the loss instead of disappearing. -0 equals +0. Rows
-whose target is -100 have entropy 0 and are no tokens: leave them out of the mask.
+are selected, with `fraction` read as a decimal: 0.55 of 100 is 55, though fp64's product is larger.
+With n = 0 the threshold is +inf and nothing is selected. A NaN ranks above every number, so a
+broken entropy is selected and shows in the loss instead of disappearing. -0 equals +0. The head
+gives rows without a target entropy 0: leave them out of the mask.
 
-Nothing here is differentiable, and nothing waits for a GPU. B sequences, L tokens a sequence.
+Nothing here is differentiable, and nothing waits for a GPU. B sequences, L tokens per sequence.
 """
 
 import torch
 from torch import Generator, Tensor
 from torch.distributed import ProcessGroup
 
-from ._arguments import (
-    check_choice,
-    check_fraction,
-    check_generator,
-    check_group,
-    check_tensor,
-    shown,
-)
-from ._radix import (
-    Chunk,
-    keep_largest,
-    keep_largest_of_rows,
-    keep_threshold,
-    kth_largest,
-)
+from ._arguments import check_choice, check_fraction, check_generator, check_group, shown
+from ._radix import check_tokens, flat, kth_largest, select_largest_of_rows, select_threshold
 from ._shapes import Bool, Float
 from .distributed import rank_offset
+from .ops import select_largest
 
 SCOPES = ("batch", "sequence")
 WHICH = ("top", "bottom", "random")
 TIES = ("exact", "threshold")
-
-
-def entropy_threshold(
-    entropy: Float[Tensor, "*shape"],
-    mask: Bool[Tensor, "*shape"] | None = None,
-    fraction: float = 0.2,
-    *,
-    group: ProcessGroup | None = None,
-) -> Float[Tensor, ""]:
-    """The entropy of the k-th highest valid token, k = max(1, ceil(fraction * n)).
-
-    tau of equation 6 (arXiv 2506.01939, section 5.1): an entropy of the batch, the k-th largest
-    exactly, not a value interpolated between two as torch.quantile's, which stops at 2**24
-    elements besides. Three histograms of the bits, linear in n, with bounded memory.
-
-    Args:
-        entropy: fp32 of any shape, nats.
-        mask: bool, the valid tokens; None for all.
-        group: tokens of all its ranks count, and every rank calls, also one without a token; 40 KB
-            of histograms a rank are summed and nothing else moves. None: this process alone.
-
-    Returns a 0-dim fp32 on the device of `entropy`; +inf without a valid token.
-
-    Raises:
-        ValueError: another dtype, a mask of another shape or device, a fraction outside (0, 1].
-    """
-    check_tokens(entropy, mask)
-    check_fraction(fraction)
-    check_group("group", group)
-    return kth_largest([flat(entropy, mask)], fraction, group).value
 
 
 def top_entropy_mask(
@@ -89,11 +48,11 @@ def top_entropy_mask(
         scope: "batch" takes n and k over all tokens of the call (the paper, section 5.1) and of
             all ranks of `group`; "sequence" over each row of [B, L] by itself, by a sort.
         which: "top"; "bottom", the k lowest (a NaN first here too); "random", k uniformly random
-            valid tokens, the control of arXiv 2605.07660, blind to all entropies but NaN, which
-            come first here too.
-        ties: "exact" keeps exactly k, at the threshold those of the lowest (rank, index) first;
-            "threshold" keeps every token that ranks there or above, the paper's indicator.
-        group: as in `entropy_threshold`; "exact" ties move one int64 a rank more.
+            valid tokens, the control of arXiv 2605.07660. It ignores every entropy but NaN, which
+            comes first here too.
+        ties: "exact" selects exactly k, at the threshold those of the lowest (rank, index) first;
+            "threshold" selects every token that ranks there or above, the paper's indicator.
+        group: as in `entropy_threshold`; "exact" ties move one more int64 per rank.
         generator: what "random" draws from, by torch.rand; seed the ranks differently.
 
     Returns a bool tensor of entropy's shape, false wherever `mask` is.
@@ -108,21 +67,15 @@ def top_entropy_mask(
     _check_options(entropy, scope, which, ties, group, generator)
     score = _score(entropy.detach(), which, generator)
     if scope == "sequence":
-        return keep_largest_of_rows(score, mask, fraction, ties)
+        return select_largest_of_rows(score, mask, fraction, ties)
     values, valid = flat(score, mask)
     kth = kth_largest([(values, valid)], fraction, group)
     if ties == "threshold":
-        keep = keep_threshold(values, valid, kth.value)
+        selected = select_threshold(values, valid, kth.value)
     else:
         quota = kth.quota - rank_offset(kth.equal, group)
-        keep = keep_largest(values, valid, kth.value, quota)
-    return keep.view(entropy.shape)
-
-
-def flat(score: Tensor, mask: Tensor | None) -> Chunk:
-    """The tokens in one dimension, contiguous and without gradient."""
-    values = score.detach().reshape(-1).contiguous()
-    return values, None if mask is None else mask.reshape(-1).contiguous()
+        selected = select_largest(values, valid, kth.value, quota)
+    return selected.view(entropy.shape)
 
 
 def _score(entropy: Tensor, which: str, generator: Generator | None) -> Tensor:
@@ -133,14 +86,6 @@ def _score(entropy: Tensor, which: str, generator: Generator | None) -> Tensor:
         )
         return lot.masked_fill(entropy.isnan(), torch.nan)
     return -entropy if which == "bottom" else entropy
-
-
-def check_tokens(entropy: Tensor, mask: Tensor | None) -> None:
-    check_tensor("entropy", entropy)
-    if entropy.dtype != torch.float32:
-        raise ValueError(f"entropy must be torch.float32; got {entropy.dtype}")
-    if mask is not None:
-        check_tensor("mask", mask, "bool", entropy, "entropy")
 
 
 def _check_options(

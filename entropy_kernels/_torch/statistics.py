@@ -1,6 +1,6 @@
 """The sums behind varentropy, largest probability, and the sums of p^2 and p^2 log p.
 
-Beside s and t of linear_logprob_entropy.py, relative to the same maximum m and with the same one
+Beside s and t of head_forward.py, relative to the same maximum m and with the same one
 maximum left out,
 
     u = sum_j d_j^2 exp(d_j),   s2 = sum_j exp(2 d_j),   t2 = sum_j d_j exp(2 d_j)
@@ -29,7 +29,7 @@ from torch import Tensor
 _SMALLEST = 2.0**-63
 
 
-def block_moments(e_TV: Tensor, d_TV: Tensor) -> list[Tensor]:
+def block_sums(e_TV: Tensor, d_TV: Tensor) -> list[Tensor]:
     """(u, s2, t2) of one block from exp(d), the maximum's set to 0, and d; one block allocated."""
     block_TV = e_TV.clamp_min(_SMALLEST).square_()
     s2_T = block_TV.sum(1)
@@ -38,7 +38,7 @@ def block_moments(e_TV: Tensor, d_TV: Tensor) -> list[Tensor]:
     return [x.double() for x in (u_T, s2_T, t2_T)]
 
 
-def merge_moments(
+def merge_sums(
     left: Sequence[Tensor], right: Sequence[Tensor], left_shift_T: Tensor, right_shift_T: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(u, s2, t2) of two sets of columns, (s, t, u, s2, t2) each, moved by their shifts to one max.
@@ -58,14 +58,14 @@ def merge_moments(
     return moved_u, s2_T, moved_t2
 
 
-def finish_moments(sums: Tensor) -> Tensor:
+def finish_statistics(sums: Tensor) -> Tensor:
     """fp32 [4, T], in the order of _rows.STATISTICS, from (s, t, u, s2, t2) [5, T]."""
     s_T, t_T, u_T, s2_T, t2_T = sums
     z_T = 1 + s_T
-    found = [
+    rows_T = [
         (u_T + (u_T * s_T - t_T.square()).clamp_min(0)) / z_T.square(),
         1 / z_T,
         (1 + s2_T) / z_T.square(),
         (t2_T - s_T.log1p() * (1 + s2_T)) / z_T.square(),
     ]
-    return torch.stack(found).float()
+    return torch.stack(rows_T).float()

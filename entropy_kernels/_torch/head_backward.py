@@ -1,4 +1,4 @@
-"""Gradients of linear_logprob_entropy, from the rows whose incoming gradient is not zero.
+"""The head's backward: gradients from the rows whose incoming gradient is not zero.
 
     dz_j = [g_logprob (1[j = target] - p_j) + g_logsumexp p_j - g_entropy p_j (log p_j + H)] / temp
 
@@ -14,12 +14,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .._rows import ForwardRows, active_rows, per_row, spread
+from .._rows import ForwardRows, active_rows, spread
+from ..head import Head
 from .blocks import (
     LOWEST_EXPONENT,
-    Head,
     at,
     compute_dtype,
+    logits,
     product,
     sizes,
     slices,
@@ -29,8 +30,8 @@ from .blocks import (
 )
 
 
-class _Rows(NamedTuple):
-    """The active rows: their numbers, what arrives at them and what forward found, all [R]."""
+class _Active(NamedTuple):
+    """The active rows: their numbers, the gradients that arrive, and forward's results, all [R]."""
 
     number: Tensor
     grad_logprob: Tensor | None
@@ -42,8 +43,8 @@ class _Rows(NamedTuple):
     max: Tensor
     log_sum: Tensor
 
-    def chunk(self, rows: slice) -> "_Rows":
-        return _Rows(*(None if x is None else x[rows] for x in self))  # type: ignore[arg-type]
+    def chunk(self, rows: slice) -> "_Active":
+        return _Active(*(None if x is None else x[rows] for x in self))  # type: ignore[arg-type]
 
 
 class _Needs(NamedTuple):
@@ -54,78 +55,73 @@ class _Needs(NamedTuple):
     bias: bool
 
 
-def linear_logprob_entropy_backward(
-    grad_logprob_T: Tensor | None,
-    grad_entropy_T: Tensor | None,
-    grad_logsumexp_T: Tensor | None,
-    hidden_TD: Tensor,
-    weight_VD: Tensor,
-    target_T: Tensor,
-    bias_V: Tensor | None,
-    temperature: Tensor | None,
-    softcap: float | None,
-    ignore_index: int,
-    found: ForwardRows,
+def backward(
+    gradients: tuple[Tensor | None, Tensor | None, Tensor | None],
+    head: Head,
+    rows: ForwardRows,
     needs: tuple[bool, bool, bool],
+    *,
     main_grad: Tensor | None = None,
     reduce_hidden: Callable[[Tensor], None] | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of hidden states, weight and bias; None for what `needs` does not ask for, and for
-    the weight's where it is added to `main_grad`, [V, D] of any dtype.
+    """Gradients of hidden, weight and bias, from those of logprob, entropy and log-sum-exp.
 
-    On CUDA the number of active rows reaches the host: one synchronisation.
+    A gradient that `needs` does not ask for is None, and so is the weight's where it is added to
+    `main_grad`, [V, D] of any dtype. On CUDA the host waits for the number of active rows.
 
-    `reduce_hidden` is given the hidden states' gradient of the active rows, fp32 [R, D], to be
-    changed in place before it is rounded: what ranks that hold other rows of the weight add.
+    `reduce_hidden` is given the hidden states' gradient of the active rows, fp32 [R, D], and
+    changes it in place before it is rounded: it adds what ranks with other rows of the weight have.
     """
-    incoming = [grad_logprob_T, grad_entropy_T, grad_logsumexp_T]
-    index_R = active_rows(incoming, target_T, ignore_index)
-    rows = _Rows._make(
-        [
-            index_R,
-            *(None if grad is None else grad[index_R].float() for grad in incoming),
-            target_T[index_R],
-            at(per_row(temperature, target_T), index_R),
-            found.entropy[index_R],
-            found.max[index_R],
-            found.log_sum[index_R],
-        ]
+    index_R = active_rows(gradients, head.target, head.ignore_index)
+    grad_logprob_R, grad_entropy_R, grad_logsumexp_R = (
+        None if grad_T is None else grad_T[index_R].float() for grad_T in gradients
     )
-    logits_TV = found.logits if found.logits.numel() else None
-    head = Head(weight_VD, bias_V, softcap)
+    active = _Active(
+        index_R,
+        grad_logprob_R,
+        grad_entropy_R,
+        grad_logsumexp_R,
+        head.target[index_R],
+        at(head.temperature_T, index_R),
+        rows.entropy[index_R],
+        rows.max[index_R],
+        rows.log_sum[index_R],
+    )
+    logits_TV = rows.logits if rows.logits.numel() else None
     dhidden_RD, dweight_VD, dbias_V = _gradients(
-        hidden_TD[index_R], rows, head, logits_TV, _Needs(*needs), main_grad
+        head.hidden[index_R], active, head, logits_TV, _Needs(*needs), main_grad
     )
     if dhidden_RD is not None and reduce_hidden is not None:
         reduce_hidden(dhidden_RD)
-    dhidden_TD = None if dhidden_RD is None else spread(dhidden_RD, index_R, hidden_TD)
+    dhidden_TD = None if dhidden_RD is None else spread(dhidden_RD, index_R, head.hidden)
     return dhidden_TD, dweight_VD, dbias_V
 
 
 def _gradients(
     hidden_RD: Tensor,
-    rows: _Rows,
+    active: _Active,
     head: Head,
     logits_TV: Tensor | None,
     needs: _Needs,
     main_grad: Tensor | None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """One pass over the vocabulary, and a product of [R, V, D] for each thing that is needed."""
-    count, vocabulary = hidden_RD.shape[0], head.weight_VD.shape[0]
+    """One pass over the vocabulary, and a product of [R, V, D] for each gradient that is needed."""
+    count, vocabulary = hidden_RD.shape[0], head.weight.shape[0]
     block_t, block_v = sizes(hidden_RD)
     p_buffer = workspace(count, vocabulary, hidden_RD)
     fp32: dict[str, Any] = {"dtype": torch.float32, "device": hidden_RD.device}
     dhidden_RD = torch.zeros(hidden_RD.shape, **fp32) if needs.hidden else None
     own = needs.weight and main_grad is None
-    dweight_VD = _empty_like(head.weight_VD) if own else None
+    dweight_VD = _empty_like(head.weight) if own else None
     dbias_V = torch.zeros(vocabulary, **fp32) if needs.bias else None
 
     for v in slices(vocabulary, block_v):
-        weight = compute_dtype(head.weight_VD[v])
+        weight = compute_dtype(head.weight[v])
         dweight = None
         for chunk in slices(count, block_t):
-            some, hidden = rows.chunk(chunk), compute_dtype(hidden_RD[chunk])
-            z = head.logits(hidden, weight, v) if logits_TV is None else logits_TV[some.number, v]
+            some, hidden = active.chunk(chunk), compute_dtype(hidden_RD[chunk])
+            stored = None if logits_TV is None else logits_TV[some.number, v]
+            z = logits(hidden, weight, head, v) if stored is None else stored
             dz = _dlogits(z, some, head.softcap, v, p_buffer)
             if dbias_V is not None:
                 dbias_V[v] += dz.sum(0)
@@ -139,13 +135,15 @@ def _gradients(
             dweight_VD[v] = 0 if dweight is None else dweight
         elif main_grad is not None and dweight is not None:
             main_grad[v] += dweight
-    if dbias_V is not None and head.bias_V is not None:
-        dbias_V = dbias_V.to(head.bias_V.dtype)
+    if dbias_V is not None and head.bias is not None:
+        dbias_V = dbias_V.to(head.bias.dtype)
     return dhidden_RD, dweight_VD, dbias_V
 
 
-def _dlogits(z_RV: Tensor, rows: _Rows, softcap: float | None, v: slice, buffer: Tensor) -> Tensor:
-    """dz of one block of logits, which is overwritten, with respect to (h W^T + b).
+def _dlogits(
+    z_RV: Tensor, rows: _Active, softcap: float | None, v: slice, buffer: Tensor
+) -> Tensor:
+    """The gradient of one block of logits h W^T + b; the block is overwritten.
 
     Off the target dz_j = p_j (rest - g_logprob - g_entropy log p_j). At the target
     g_logprob (1 - p) comes from expm1, which keeps its digits when p is near 1.

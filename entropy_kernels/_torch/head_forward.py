@@ -1,0 +1,165 @@
+"""The head's forward: log-probability and entropy of every row, in one walk over the vocabulary.
+
+Each row has a running maximum m and two sums, relative to m and without one maximum itself,
+
+    s = sum_j exp(d_j),   t = sum_j d_j exp(d_j),   d_j = (z_j - m) / temperature
+    log-sum-exp = m / temperature + log1p(s),   H = log1p(s) - t / (1 + s)
+
+Neither term of H is negative, so entropies of 1e-12 keep their digits where log-sum-exp minus
+E[z] would cancel. Logits and sums of a block are fp32, blocks are merged in fp64.
+
+T tokens, D hidden, V vocabulary.
+"""
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from .._rows import ForwardRows
+from ..head import Head
+from .blocks import (
+    LOWEST_EXPONENT,
+    at,
+    compute_dtype,
+    logits,
+    sizes,
+    slices,
+    target_column,
+    view,
+    workspace,
+)
+from .statistics import block_sums, finish_statistics, merge_sums
+
+# The running maximum's start: finite, so that a block of -inf throughout merges without inf - inf.
+LOWEST = -1e30
+
+
+def forward(head: Head, *, keep_logits: bool, statistics: Tensor | None = None) -> ForwardRows:
+    """Log-probability, entropy and what backward needs; zeros in the rows without a target.
+
+    `statistics`, fp32 [4, T], is filled with what _rows.STATISTICS names.
+
+    On a CPU the rows without a target are dropped before the products. On CUDA the host would have
+    to wait for their number, so they are computed, then zeroed.
+    """
+    valid_T = head.valid
+    if head.hidden.device.type != "cpu" or keep_logits or bool(valid_T.all()):
+        rows = _all_rows(head, keep_logits, statistics)
+        if statistics is not None:
+            statistics.masked_fill_(~valid_T, 0)
+        own_rows = [torch.where(valid_T, x, 0) for x in rows[:5]]
+        return ForwardRows._make([*own_rows, rows.logits, None])
+
+    index_R = valid_T.nonzero().squeeze(1)
+    valid_head = replace(
+        head,
+        hidden=head.hidden[index_R],
+        target=head.target[index_R],
+        temperature=at(head.temperature_T, index_R),
+    )
+    some = None if statistics is None else statistics.new_empty(4, index_R.numel())
+    rows = _all_rows(valid_head, False, some)
+    if statistics is not None and some is not None:
+        statistics.zero_().index_copy_(1, index_R, some)
+    zero_T = head.hidden.new_zeros(head.target.shape, dtype=torch.float32)
+    own_rows = [zero_T.index_copy(0, index_R, x) for x in rows[:5]]
+    return ForwardRows._make([*own_rows, rows.logits, None])
+
+
+def _all_rows(head: Head, keep_logits: bool, statistics: Tensor | None) -> ForwardRows:
+    """The same of a head whose rows all have a target; a row that has no answer is NaN."""
+    count, vocabulary = head.target.shape[0], head.weight.shape[0]
+    temperature_T = head.temperature_T
+    block_t, block_v = sizes(head.hidden)
+    max_T = torch.full((count,), LOWEST, dtype=torch.float32, device=head.hidden.device)
+    # s and t; with statistics u, s2 and t2 too.
+    fields = 2 if statistics is None else 5
+    sums = torch.zeros(fields, count, dtype=torch.float64, device=head.hidden.device)
+    target_logit_T = torch.zeros_like(max_T)
+    logits_TV = max_T.new_empty((count, vocabulary) if keep_logits else (0,))
+    e_buffer = workspace(count, vocabulary, head.hidden)
+
+    for v in slices(vocabulary, block_v):
+        weight = compute_dtype(head.weight[v])
+        for rows in slices(count, block_t):
+            z = logits(head.hidden[rows], weight, head, v)
+            if keep_logits:
+                logits_TV[rows, v] = z
+            if head.softcap is not None:
+                z.div_(head.softcap).tanh_().mul_(head.softcap)
+            column, inside = target_column(head.target[rows], v)
+            target_logit_T[rows] = torch.where(
+                inside, z.gather(1, column).squeeze(1), target_logit_T[rows]
+            )
+            scale = at(temperature_T, rows)
+            block = _block_sums(z, scale, e_buffer, statistics is not None)
+            max_T[rows], sums[:, rows] = _merge((max_T[rows], *sums[:, rows]), block, scale)
+
+    rows_T = _finish(max_T, sums[0], sums[1], target_logit_T, temperature_T)
+    # A row of -inf throughout has no distribution.
+    has_answer_T = (max_T > LOWEST) & (head.target >= 0) & (head.target < vocabulary)
+    if temperature_T is not None:
+        has_answer_T &= temperature_T > 0
+    if statistics is not None:
+        statistics.copy_(torch.where(has_answer_T, finish_statistics(sums), torch.nan))
+    rows_T = [torch.where(has_answer_T, x, torch.nan) for x in rows_T]
+    return ForwardRows._make([*rows_T, logits_TV, None])
+
+
+def _block_sums(
+    z_TV: Tensor, temperature_T: Tensor | None, buffer: Tensor, with_statistics: bool
+) -> tuple[Tensor, ...]:
+    """(max, s, t) of one block of logits, which is overwritten. NaN stays NaN throughout.
+
+    The sums of statistics.py follow where statistics are wanted.
+    """
+    max_T, peak_T = z_TV.max(1)
+    max_T = max_T.clamp_min(LOWEST)
+    d_TV = z_TV.sub_(max_T.unsqueeze(1))
+    if temperature_T is not None:
+        d_TV.div_(temperature_T.unsqueeze(1))
+    d_TV.clamp_min_(LOWEST_EXPONENT)
+    e_TV = torch.exp(d_TV, out=view(buffer, *d_TV.shape))
+    # One maximum is the 1 that s leaves out; others that tie with it stay in.
+    e_TV.scatter_(1, peak_T.unsqueeze(1), 0.0)
+    s_T = e_TV.sum(1).double()
+    more = block_sums(e_TV, d_TV) if with_statistics else ()
+    return max_T, s_T, e_TV.mul_(d_TV).sum(1).double(), *more
+
+
+def _merge(
+    left: tuple[Tensor, ...], right: tuple[Tensor, ...], temperature_T: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """max, and the sums [2 or 5, T], of the union of two sets of columns.
+
+    Each moves to the larger maximum by t <- a (t + (1 + s) shift), a = exp(shift).
+    """
+    max_T = torch.maximum(left[0], right[0])
+    moved_t = torch.zeros_like(left[2])
+    moved_sum, shifts = [], []
+    for block_max_T, s_T, t_T, *_ in (left, right):
+        shift_T = block_max_T.double() - max_T
+        if temperature_T is not None:
+            shift_T = shift_T / temperature_T
+        shifts.append(shift_T)
+        scale_T = shift_T.exp()
+        moved_sum.append(scale_T * (1 + s_T))
+        moved_t += scale_T * t_T + moved_sum[-1] * shift_T
+    s_T = torch.where(left[0] >= right[0], left[1] + moved_sum[1], right[1] + moved_sum[0])
+    more = merge_sums(left[1:], right[1:], *shifts) if len(left) > 3 else ()
+    return max_T, torch.stack([s_T, moved_t, *more])
+
+
+def _finish(
+    max_T: Tensor, s_T: Tensor, t_T: Tensor, target_logit_T: Tensor, temperature_T: Tensor | None
+) -> list[Tensor]:
+    """Log-probability, entropy, log-sum-exp, max and log sum, fp32."""
+    max_T = max_T.where(max_T < torch.inf, torch.nan)  # a logit of inf leaves no distribution
+    log_sum_T = s_T.log1p()
+    distance_T, peak_T = target_logit_T.double() - max_T, max_T.double()
+    if temperature_T is not None:
+        distance_T, peak_T = distance_T / temperature_T, peak_T / temperature_T
+    entropy_T = log_sum_T - t_T / (1 + s_T)
+    rows_T = [distance_T - log_sum_T, entropy_T, peak_T + log_sum_T, max_T, log_sum_T]
+    return [x.float() for x in rows_T]

@@ -1,0 +1,290 @@
+"""The backends: where each one runs, which one "auto" stands for, and the way into its kernels.
+
+Triton is imported when it is first asked for: a machine without it has the other backends.
+"""
+
+import functools
+import warnings
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.torch_version import TorchVersion
+
+from . import _native, device
+from ._arguments import check_choice
+from ._compiler import constant
+from ._rows import ForwardRows, check_active_rows
+from ._torch import head_backward, head_forward, selection
+from ._torch import ratio_loss as torch_ratio_loss
+from .head import Head
+
+# The first version that compiles every kernel.
+LEAST_TRITON = "3.6"
+# Forward stores the logits of rows that are trained on up to this size; backward recomputes the
+# others.
+STORED_LOGITS_BYTES = {"cpu": 1 << 28, "cuda": 1 << 30}
+Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
+
+
+class _Op(NamedTuple):
+    """What `impl` of one op may be."""
+
+    impls: tuple[str, ...]
+    dtypes: tuple[torch.dtype, ...] | None = None  # what its kernels take, if not every dtype
+    warns: bool = False  # where "auto" finds the torch path alone
+
+
+OPS = {
+    "linear_logprob_entropy": _Op(("auto", "reference", "torch", "cpu", "triton"), warns=True),
+    "ratio_loss": _Op(("auto", "torch", "cpu", "triton"), dtypes=(torch.float32,)),
+    "selection": _Op(("auto", "torch", "cpu", "triton")),
+}
+
+
+def check_impl(impl: object, op: str = "linear_logprob_entropy") -> None:
+    """A name; whether it can run shows where the tensors are."""
+    check_choice("impl", impl, OPS[op].impls)
+
+
+def resolve(op: str, impl: str, where: torch.device, dtype: torch.dtype | None = None) -> str:
+    """The backend that runs `op` on tensors of that device and dtype.
+
+    "auto" is the fastest one that is known to be right there.
+
+    Raises:
+        ValueError: an unknown name; a backend that cannot run there.
+    """
+    check_impl(impl, op)
+    known = OPS[op]
+    fits = known.dtypes is None or dtype in known.dtypes
+    if impl == "auto":
+        if fits and verified(where):
+            return "triton"
+        if fits and why_not("cpu", where) is None:
+            return "cpu"
+        if known.warns:
+            _warn_of_the_torch_path(where)
+        return "torch"
+    if (why := why_not(impl, where)) is not None:
+        raise ValueError(f'impl="{impl}" cannot run: {why}')
+    if impl in ("cpu", "triton") and not fits:
+        raise ValueError(f'impl="{impl}" needs fp32 tensors; got {dtype}')
+    return impl
+
+
+def available() -> tuple[str, ...]:
+    """The backends of this machine, without Triton's interpreter. Asks for a GPU."""
+    on_gpu = torch.cuda.is_available() and why_not("triton", torch.device("cuda")) is None
+    here = {"torch": True, "cpu": _native.why_missing("cpu") is None, "triton": on_gpu}
+    return tuple(name for name, is_here in here.items() if is_here)
+
+
+def why_not(impl: str, where: torch.device) -> str | None:
+    """A sentence saying why `impl` cannot run on tensors of that device; None where it can."""
+    if impl == "triton":
+        return _why_not_triton(where)
+    if impl == "cpu":
+        on_cpu = where.type == "cpu"
+        return _native.why_missing("cpu") if on_cpu else f"it needs tensors on the CPU; got {where}"
+    return None
+
+
+def why_torch(where: torch.device) -> str:
+    """Why "auto" stands for "torch" there. The caller knows that it does."""
+    if where.type == "cpu":
+        return str(why_not("cpu", where))
+    return why_not("triton", where) or (
+        f"the Triton kernels have no recorded correctness run on {device.architecture(where)}; "
+        'impl="triton" takes them'
+    )
+
+
+@constant
+@functools.cache
+def _warn_of_the_torch_path(where: torch.device) -> None:
+    warnings.warn(
+        f"linear_logprob_entropy takes the torch path, which is slower: {why_torch(where)}",
+        RuntimeWarning,
+        stacklevel=4,
+    )
+
+
+@functools.cache
+def _why_no_triton() -> str | None:
+    """Why Triton's kernels do not load; None where they do."""
+    try:
+        import triton
+
+        if TorchVersion(triton.__version__) < LEAST_TRITON:
+            return (
+                f"Triton must be {LEAST_TRITON} or newer; got {triton.__version__}. It is torch's "
+                "own: torch 2.10 and newer bring one that fits"
+            )
+        from ._triton.common import products  # noqa: F401
+    except ImportError as error:
+        return f"Triton does not load: {type(error).__name__}: {error}"
+    return None
+
+
+@constant
+def _why_not_triton(where: torch.device) -> str | None:
+    if (why := _why_no_triton()) is not None:
+        return why
+    if where.type == "cuda" or (where.type == "cpu" and device.interpreting()):
+        return None
+    return f"Triton kernels need tensors on a GPU, or TRITON_INTERPRET=1; got {where}"
+
+
+@constant
+def verified(where: torch.device) -> bool:
+    """Whether "auto" takes the Triton kernels: a GPU on which they were found to be right."""
+    return where.type == "cuda" and _why_no_triton() is None and device.verified(where)
+
+
+@constant
+def stores_rows(where: torch.device, dtype: torch.dtype, hidden: int) -> bool:
+    """Whether Triton's forward stores rows above a threshold. The caller has asked `why_not`."""
+    from ._triton.common import tiles
+
+    return tiles.stores_rows(where, dtype, hidden)
+
+
+def products() -> int:
+    """Multiplications in the matrix products of all compiled kernels so far: half their flops."""
+    if _why_no_triton() is not None:
+        return _native.products()
+    from ._triton.common import products as of_triton
+
+    return _native.products() + of_triton.counted()
+
+
+def forward(
+    impl: str,
+    head: Head,
+    *,
+    keep_logits: bool,
+    store_above: Tensor | None = None,
+    store_rows: int = 0,
+    statistics: Tensor | None = None,
+) -> ForwardRows:
+    """The head's forward, of a flat head; all inputs are taken in their own dtype."""
+    with torch.autocast(head.hidden.device.type, enabled=False):
+        if impl == "triton":
+            from ._triton.head_forward.launch import forward as triton_forward
+
+            return triton_forward(
+                head,
+                keep_logits=keep_logits,
+                store_above=store_above,
+                store_rows=store_rows,
+                statistics=statistics,
+            )
+        assert store_above is None, "only Triton's forward has whole rows of logits at hand"
+        if impl == "cpu":
+            return _native.forward(head, keep_logits=keep_logits, statistics=statistics)
+        return head_forward.forward(head, keep_logits=keep_logits, statistics=statistics)
+
+
+def backward(
+    impl: str,
+    gradients: Gradients,
+    head: Head,
+    rows: ForwardRows,
+    needs: tuple[bool, bool, bool],
+    *,
+    max_active_rows: int | None = None,
+    main_grad: Tensor | None = None,
+    reduce_hidden: Callable[[Tensor], None] | None = None,
+) -> Gradients:
+    """Gradients of hidden, weight and bias; None for one not needed, or added to main_grad."""
+    with torch.autocast(head.hidden.device.type, enabled=False):
+        if impl == "triton":
+            from ._triton.head_backward.launch import backward as triton_backward
+
+            return triton_backward(
+                gradients,
+                head,
+                rows,
+                needs,
+                max_active_rows=max_active_rows,
+                main_grad=main_grad,
+                reduce_hidden=reduce_hidden,
+            )
+        if max_active_rows is not None:
+            check_active_rows(gradients, head, max_active_rows)
+        run = _native.backward if impl == "cpu" else head_backward.backward
+        return run(gradients, head, rows, needs, main_grad=main_grad, reduce_hidden=reduce_hidden)
+
+
+def ratio_loss(
+    impl: str,
+    logprob_BL: Tensor,
+    old_logprob_BL: Tensor,
+    advantage_BL: Tensor,
+    selected_BL: Tensor,
+    weight_B: Tensor,
+    clip_low: float,
+    clip_high: float,
+    dual_clip: float | None,
+    log_ratio_bound: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The clipped policy loss with its gradient; `_torch.ratio_loss` says what it returns."""
+    tokens = logprob_BL, old_logprob_BL, advantage_BL, selected_BL
+    clips = clip_low, clip_high, dual_clip, log_ratio_bound
+    if impl == "triton":
+        from ._triton.ratio_loss.launch import ratio_loss as triton_ratio_loss
+
+        return triton_ratio_loss(*tokens, weight_B, *clips)
+    run = _native.ratio_loss if impl == "cpu" else torch_ratio_loss.ratio_loss
+    return run(*tokens, weight_B, *clips)
+
+
+def radix_histogram(
+    impl: str,
+    values: Tensor,
+    mask: Tensor | None,
+    prefix: Tensor,
+    shift: int,
+    bits: int,
+    prefix_bits: int,
+) -> Tensor:
+    """How many valid values have each digit; see `ops.radix_histogram`."""
+    digit = shift, bits, prefix_bits
+    name = resolve("selection", impl, values.device)
+    if name == "triton":
+        from ._triton.selection.launch import radix_histogram as triton_histogram
+
+        return triton_histogram(values, mask, prefix, *digit)
+    if name == "cpu":
+        return _native.radix_histogram(values, mask, int(prefix), *digit)
+    return selection.radix_histogram(values, mask, prefix, *digit)
+
+
+def radix_pick(
+    impl: str,
+    counts: Tensor,
+    local: Tensor,
+    prefix: Tensor,
+    remaining: Tensor | None,
+    share: float,
+    shift: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The digit in which the k-th largest falls; see `ops.radix_pick`."""
+    if resolve("selection", impl, counts.device) == "triton":
+        from ._triton.selection.launch import radix_pick as triton_pick
+
+        return triton_pick(counts, local, prefix, remaining, share, shift)
+    return selection.radix_pick(counts, local, prefix, remaining, share, shift)
+
+
+def select_largest(
+    impl: str, values: Tensor, mask: Tensor | None, threshold: Tensor, quota: Tensor
+) -> Tensor:
+    """The valid values above a threshold and the first of those equal; see `ops.select_largest`."""
+    if resolve("selection", impl, values.device) == "triton":
+        from ._triton.selection.launch import select_largest as triton_select
+
+        return triton_select(values, mask, threshold, quota)
+    return selection.select_largest(values, mask, threshold, quota)

@@ -1,0 +1,227 @@
+"""The head as a function: log-probability and entropy per token, without [T, V] logits.
+
+T tokens, D hidden, V vocabulary.
+"""
+
+import operator
+from collections.abc import Collection
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from . import _vocab_parallel, backends, ops, reference
+from ._arguments import check_flag, check_group, check_threshold, check_whole
+from ._main_grad import GradientInto, check_main_grad
+from ._rows import STATISTICS, check_statistics, check_values
+from ._shapes import Float, Int
+from .head import Head
+
+
+class LogprobEntropy(NamedTuple):
+    """The head's outputs per token, fp32, in the shape of the targets; entropy in nats.
+
+    The fields after logsumexp are None unless `statistics` names them, and not differentiable.
+    """
+
+    logprob: Float[Tensor, "*tokens"]
+    entropy: Float[Tensor, "*tokens"]
+    logsumexp: Float[Tensor, "*tokens"]
+    varentropy: Float[Tensor, "*tokens"] | None = None
+    max_prob: Float[Tensor, "*tokens"] | None = None
+    sum_p2: Float[Tensor, "*tokens"] | None = None
+    sum_p2_logp: Float[Tensor, "*tokens"] | None = None
+
+
+def linear_logprob_entropy(
+    hidden: Float[Tensor, "*tokens D"],
+    weight: Float[Tensor, "V D"],
+    target: Int[Tensor, "*tokens"],
+    *,
+    bias: Float[Tensor, " V"] | None = None,
+    temperature: float | Float[Tensor, "..."] = 1.0,
+    softcap: float | None = None,
+    ignore_index: int = -100,
+    vocab_group: ProcessGroup | None = None,
+    keep_logits: bool = False,
+    keep_logits_above: float | Float[Tensor, ""] | None = None,
+    max_active_rows: int | None = None,
+    main_grad: Float[Tensor, "V D"] | None = None,
+    statistics: Collection[str] = (),
+    impl: str = "auto",
+) -> LogprobEntropy:
+    """Log-probability of each target and entropy of its distribution, from hidden states.
+
+    z = softcap * tanh((h W^T + b) / softcap) / temperature,   p = softmax(z)
+    logprob = log p[target],   entropy = -sum_j p_j log p_j   (arXiv 2506.01939, equation 1; nats)
+
+    All three outputs are fp32 and differentiable with respect to hidden, weight and bias.
+    Backward drops the rows whose incoming gradients are exactly zero before any product, so a
+    masked, clipped or zero-advantage token costs nothing. A frozen weight or detached hidden
+    states skip their product.
+
+    Args:
+        hidden: last hidden states, fp32, bf16 or fp16.
+        weight: the head's weight, same dtype. Under autocast both are cast as `linear` casts them.
+        target: token ids; rows with `ignore_index` give zeros and no gradient.
+        temperature: > 0, one value or one per token; it divides the logits of all outputs and is
+            not differentiated.
+        softcap: bound of the logits, as in Gemma 2.
+        vocab_group: the process group among whose ranks V is divided. weight, bias and main_grad
+            are this rank's rows, any number of them, in the order of ranks. All other arguments
+            are the same on every rank, and targets count over the whole vocabulary. Every rank
+            gets the outputs of the whole vocabulary and all of hidden's gradient, but only its own
+            rows' gradients of weight and bias. Every rank runs backward, with the same gradients.
+        keep_logits: stores fp32 logits [T, V] for backward, which then needs three products
+            instead of four. It suits callers that have already dropped the rows they do not train.
+        keep_logits_above: an entropy in nats. Forward stores the fp32 logits of the rows of at
+            least that entropy where it has whole rows at hand. If the fraction f of the rows is
+            trained, 1 + 2f products are needed instead of 1 + 3f. The option changes the cost and
+            never which rows get a gradient. Only impl="triton" stores, where its table of tiles
+            takes chunks of cuBLAS's products; the others recompute everything, and so does a
+            vocab_group. There is room for 1 GiB of such rows (256 MiB on a CPU) and at most
+            max_active_rows of them. Backward recomputes from the first active row that was not
+            stored. A row of NaN entropy is not stored, and a tensor of NaN stores none.
+        max_active_rows: an upper bound, known to the host, of the rows that will get a gradient.
+            With it the Triton backward does not wait for the GPU to count them, and a CUDA graph
+            can hold it. If more rows get one, all gradients are NaN; the "cpu" and "torch"
+            backwards raise a ValueError instead, and the reference takes any number.
+        main_grad: the caller's contiguous buffer [V, D], fp32 or of weight's dtype. Backward adds
+            the weight's gradient to it in fp32, rounds once, and allocates no [V, D] of its own.
+            `weight.grad` fits if `zero_grad(set_to_none=False)` keeps it. So does a fp32 sum over
+            micro-batches, such as Megatron's `weight.main_grad`. Autograd gets no gradient for
+            weight: what weight was computed from gets none, and weight's hooks see None. DDP
+            averages `weight.grad` as ever; the caller averages any other buffer. FSDP's gathered
+            weights keep no gradient to add to. Every backward through the graph adds again, also
+            one for hidden's gradient alone, except the reference's. An interrupted backward has
+            added a part.
+        statistics: names of further outputs of the same pass, fp32 and not differentiable:
+            "varentropy", Var_p(log p) = sum p (log p)^2 - entropy^2 (nats^2); "max_prob";
+            "sum_p2", sum p^2; "sum_p2_logp", sum p^2 log p (nats).
+        impl: "auto", the fastest backend known to be right here; "cpu", the compiled kernels;
+            "triton", the GPU kernels; "torch", blocks of torch.mm on any device; or "reference",
+            the specification, which holds the logits and takes fp64 too.
+
+    Precision: logits and their sums are fp32 whatever the inputs; gradients are accumulated in
+    fp32 and rounded once. Entropy is log s - E[z - max], both terms non-negative; logprob <= 0.
+    All statistics but varentropy are sums of terms of one sign. varentropy is a sum of two
+    non-negative terms and keeps its digits at any small entropy (1e-6, 1e-12). At high entropies
+    its relative error grows by E[(z - max)^2] / varentropy, 20 for normally distributed logits.
+    -inf logits (a masked vocabulary) are legal. NaN or inf in a row makes that row's outputs NaN.
+
+    Never allocates [T, V] unless `keep_logits` asks for it, or `keep_logits_above` for few tokens.
+    Forward does not synchronise with a CUDA device. Backward does once, for the number of active
+    rows, unless `max_active_rows` is given.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit; temperature <= 0; a target outside
+            [0, V); an unknown name in `statistics`; vocab_group with impl="reference"; main_grad
+            with a weight that requires no gradient, or in the memory of hidden, weight or bias;
+            keep_logits together with keep_logits_above; ranks of vocab_group with different numbers
+            of tokens. The checks that would synchronise with a GPU are left out there: a bad target
+            or temperature tensor makes that row's outputs and their gradients NaN, and numbers of
+            tokens are not compared. torch.compile leaves out the check of main_grad's memory.
+    """
+    check_options(
+        vocab_group=vocab_group,
+        keep_logits=keep_logits,
+        max_active_rows=max_active_rows,
+        impl=impl,
+    )
+    head = Head(hidden, weight, target, bias, temperature, softcap, ignore_index)
+    head.check(sharded=vocab_group is not None)
+    check_main_grad(main_grad, head)
+    check_statistics(statistics)
+    name = backends.resolve("linear_logprob_entropy", impl, hidden.device)
+    head = head.flat(fp64=name == "reference")
+    store_above, store_rows = _room(keep_logits_above, keep_logits, max_active_rows, name, head)
+    run: dict[str, Any] = {
+        "keep_logits": keep_logits,
+        "max_active_rows": max_active_rows,
+        "main_grad": main_grad,
+        "impl": name,
+        "with_statistics": bool(statistics),
+    }
+    if name == "reference":
+        if vocab_group is not None:
+            raise ValueError('impl="reference" holds all logits; it has no vocab_group')
+        outputs = _reference(head, main_grad, bool(statistics))
+    elif vocab_group is not None:
+        outputs = _vocab_parallel.linear_logprob_entropy(head, vocab_group, **run)
+    else:
+        outputs = ops.linear_logprob_entropy(
+            **ops.in_schema(head), **run, store_above=store_above, store_rows=store_rows
+        )
+    *per_token, rows = outputs
+    named = {name: rows[STATISTICS.index(name)].reshape(target.shape) for name in statistics}
+    return LogprobEntropy(*(x.reshape(target.shape) for x in per_token[:3]), **named)
+
+
+def check_options(
+    *,
+    vocab_group: object = None,
+    keep_logits: bool = False,
+    max_active_rows: int | None = None,
+    impl: str = "auto",
+) -> None:
+    """Each option beside the head by itself."""
+    check_group("vocab_group", vocab_group)
+    check_flag("keep_logits", keep_logits)
+    if max_active_rows is not None:
+        check_whole("max_active_rows", max_active_rows, 0, "an int >= 0 or None")
+    backends.check_impl(impl)
+
+
+def _room(
+    above: float | Tensor | None,
+    keep_logits: bool,
+    max_active_rows: int | None,
+    impl: str,
+    head: Head,
+) -> tuple[Tensor | None, int]:
+    """The threshold, fp32 [], and how many rows' logits there is room for; or None and 0.
+
+    None where that backend stores no rows, here or at all, or no backward can follow.
+    """
+    if above is None:
+        return None, 0
+    device = head.hidden.device
+    if keep_logits:
+        raise ValueError("keep_logits keeps all rows; keep_logits_above has no meaning with it")
+    if isinstance(above, Tensor) and (above.numel() != 1 or above.device != device):
+        raise ValueError(
+            f"keep_logits_above must be one value on {device}, like hidden; "
+            f"got {tuple(above.shape)} on {above.device}"
+        )
+    check_threshold("keep_logits_above", above)
+    most_bytes = backends.STORED_LOGITS_BYTES["cuda" if head.hidden.is_cuda else "cpu"]
+    rows = min(head.hidden.shape[0], most_bytes // (4 * max(head.weight.shape[0], 1)))
+    rows = rows if max_active_rows is None else min(rows, max_active_rows)
+    if rows == 0 or impl != "triton" or not torch.is_grad_enabled():
+        return None, 0
+    # An index is a constant to torch.compile, the size of a dynamic shape is not.
+    if not backends.stores_rows(device, head.hidden.dtype, operator.index(head.hidden.shape[1])):
+        return None, 0
+    if isinstance(above, Tensor):
+        return above.detach().reshape(()).float(), rows
+    return torch.full((), above, dtype=torch.float32, device=device), rows
+
+
+def _reference(
+    head: Head, main_grad: Tensor | None, with_statistics: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The specification, in fp64 for fp64 inputs and in fp32 for all others; last as in the op."""
+    check_values(head, head.weight.shape[0])
+    dtype = torch.float64 if head.hidden.dtype == torch.float64 else torch.float32
+    weight = head.weight.to(dtype)
+    if main_grad is not None:
+        weight = GradientInto.apply(weight, main_grad)
+    bias = None if head.bias is None else head.bias.to(dtype)
+    head = replace(head, hidden=head.hidden.to(dtype), weight=weight, bias=bias)
+    rows = head.hidden[:0]
+    if with_statistics:
+        with torch.no_grad():
+            rows = torch.stack(reference.head_statistics(head))
+    return *reference.linear_logprob_entropy(head), rows
