@@ -5,7 +5,7 @@ T tokens, D hidden, V vocabulary.
 
 import torch
 
-from entropy_kernels import _gpu, reference
+from entropy_kernels import device, reference
 from entropy_kernels.testing import peaked_head, worst_of_orders
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -85,9 +85,10 @@ def options_of(inputs, bias=False, temperature=False, softcap=None):
 
 def tiles_here():
     """The tiles of the table that run on this device."""
-    tiles = _gpu.kernels("tiles")
+    from entropy_kernels._triton.common import tiles
+
     some = torch.empty(16, 16, device=DEVICE)
-    arch = _gpu.kernels("target").architecture(some)
+    arch = device.architecture(some.device)
     keys = [key for key in tiles.TILES if (key.op, key.architecture) == ("dlogits", arch)]
     usable = tiles.variants(arch, some)
     return [tile for key in keys for tile in tiles.TILES[key] if tile.variant in usable]

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from entropy_kernels._rows import ForwardRows
-from entropy_kernels._triton import tiles
-from entropy_kernels._triton.keep_largest import keep_largest
-from entropy_kernels._triton.linear_logprob_entropy import linear_logprob_entropy
-from entropy_kernels._triton.linear_logprob_entropy_backward import linear_logprob_entropy_backward
-from entropy_kernels._triton.radix_histogram import radix_histogram, radix_pick
-from entropy_kernels._triton.ratio_loss import ratio_loss
+from entropy_kernels._triton.common import tiles
+from entropy_kernels._triton.head_backward.launch import backward
+from entropy_kernels._triton.head_forward.launch import forward
+from entropy_kernels._triton.ratio_loss.launch import ratio_loss
+from entropy_kernels._triton.selection.launch import radix_histogram, radix_pick, select_largest
+from entropy_kernels.head import Head
 
 T, R, V = 8192, 1639, 151936
 # D changes no kernel while it is a multiple of every block, so these stand for all: each takes
@@ -62,7 +62,7 @@ def _head(arch: str) -> Iterator[tuple[str, Callable[[], object]]]:
     # Where no row of the table is for it, it takes a plainer op's.
     yield "forward_statistics float32", partial(statistics, torch.float32, HIDDEN[-1], ())
     for options in ((), *OPTIONS):
-        yield f"kept rows {'+'.join(options)}", partial(_kept_rows, bf16, HIDDEN[-1], options)
+        yield f"stored rows {'+'.join(options)}", partial(_stored_rows, bf16, HIDDEN[-1], options)
 
 
 def usable(arch: str) -> set[str]:
@@ -75,11 +75,10 @@ def describe(tile: tiles.Tile) -> str:
     return f"{tile.variant} {blocks} warps={tile.num_warps} stages={tile.num_stages}"
 
 
-def _inputs(dtype: torch.dtype, hidden: int, options: tuple[str, ...]) -> tuple[Any, ...]:
-    """Positional arguments from hidden to softcap."""
-    matrices = [_empty(x, hidden, dtype=dtype) for x in (T, V)]
-    return (
-        *matrices,
+def _make_head(dtype: torch.dtype, hidden: int, options: tuple[str, ...]) -> Head:
+    return Head(
+        _empty(T, hidden, dtype=dtype),
+        _empty(V, hidden, dtype=dtype),
         _empty(T, dtype=torch.int64),
         _empty(V, dtype=dtype) if "bias" in options else None,
         _empty(T) if "temperature" in options else None,
@@ -95,17 +94,15 @@ def _forward(
     *,
     statistics: bool = False,
 ) -> None:
-    launcher: Callable[..., object] = linear_logprob_entropy
-    moments = _empty(4, T) if statistics else None
-    launcher(*_inputs(dtype, hidden, options), -100, False, tile=tile, moments=moments)
+    head, filled = _make_head(dtype, hidden, options), _empty(4, T) if statistics else None
+    forward(head, keep_logits=False, statistics=filled, tile=tile)
 
 
-def _kept_rows(dtype: torch.dtype, hidden: int, options: tuple[str, ...]) -> None:
-    """A forward that keeps the logits of rows above a threshold, and its backward."""
-    launcher: Callable[..., ForwardRows] = linear_logprob_entropy
-    inputs = _inputs(dtype, hidden, options)
-    found = launcher(*inputs, -100, False, keep_above=_empty(), keep_rows=R)
-    _backward(dtype, hidden, options, found=found)
+def _stored_rows(dtype: torch.dtype, hidden: int, options: tuple[str, ...]) -> None:
+    """A forward that stores the logits of rows above a threshold, and its backward."""
+    head = _make_head(dtype, hidden, options)
+    rows = forward(head, keep_logits=False, store_above=_empty(), store_rows=R)
+    _backward(dtype, hidden, options, rows=rows)
 
 
 def _backward(
@@ -113,18 +110,15 @@ def _backward(
     hidden: int,
     options: tuple[str, ...],
     tile: tiles.Tile | None = None,
-    found: ForwardRows | None = None,
+    rows: ForwardRows | None = None,
 ) -> None:
-    found = found or ForwardRows(*(_empty(T) for _ in range(5)), _empty(0))
+    rows = rows or ForwardRows(*(_empty(T) for _ in range(5)), _empty(0))
     # Where options are, entropies are differentiated too; a policy loss needs log-probs alone.
-    others = (_empty(T), _empty(T)) if options else (None, None)
-    launcher: Callable[..., object] = linear_logprob_entropy_backward
-    launcher(
-        _empty(T),
-        *others,
-        *_inputs(dtype, hidden, options),
-        -100,
-        found,
+    gradients = (_empty(T), _empty(T), _empty(T)) if options else (_empty(T), None, None)
+    backward(
+        gradients,
+        _make_head(dtype, hidden, options),
+        rows,
         (True, True, "bias" in options),
         max_active_rows=R,
         tile=tile,
@@ -139,12 +133,12 @@ def _selection() -> Iterator[tuple[str, Callable[[], object]]]:
         counts = _empty(1 << bits, dtype=torch.int64)
         launch = partial(radix_pick, counts, counts, scalar, before, 0.2, shift)
         yield f"radix_pick shift={shift}", launch
-    yield "keep_largest", partial(keep_largest, values, mask, _empty(), scalar)
+    yield "select_largest", partial(select_largest, values, mask, _empty(), scalar)
 
 
 def _ratio_loss() -> Iterator[tuple[str, Callable[[], object]]]:
     for sequences, dual_clip in ((8, None), (1, 3.0)):
         tokens = [_empty(sequences, T // sequences) for _ in range(3)]
-        kept = _empty(sequences, T // sequences, dtype=torch.bool)
-        arguments: list[Any] = [*tokens, kept, _empty(sequences), 0.2, 0.28, dual_clip, 20.0]
+        selected = _empty(sequences, T // sequences, dtype=torch.bool)
+        arguments: list[Any] = [*tokens, selected, _empty(sequences), 0.2, 0.28, dual_clip, 20.0]
         yield f"ratio_loss sequences={sequences}", partial(ratio_loss, *arguments)

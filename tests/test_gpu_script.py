@@ -19,8 +19,8 @@ from benchmarks.gpu.contestant import Contestant, relative_error
 from benchmarks.gpu.problem import make_problem
 from benchmarks.gpu.rows import Rows, limited
 from benchmarks.gpu.setting import quick_setting
-from entropy_kernels._triton import tiles
-from entropy_kernels._triton.tiles import ANY, Key, Tile
+from entropy_kernels._triton.common import tiles
+from entropy_kernels._triton.common.tiles import ANY, Key, Tile
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
@@ -205,6 +205,6 @@ def test_predictions_scale_with_the_tokens_and_say_nothing_of_other_shapes():
     assert forward == pytest.approx(16.4, rel=0.01)
 
 
-@pytest.mark.parametrize("name", ["kept_rows", "selection", "ratio_loss"])
+@pytest.mark.parametrize("name", ["stored_rows", "selection", "ratio_loss"])
 def test_one_launch_for_tools_that_watch_a_process(name):
     one_launch.main(name, "small", "cpu")

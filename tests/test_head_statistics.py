@@ -288,30 +288,30 @@ def test_instruction_sets_and_threads_agree():
 @pytest.mark.parametrize("rows", ROWS)
 def test_variants_of_triton(variant, split, rows):
     """Of one block a split nothing is carried from block to block."""
-    tiles = pytest.importorskip("entropy_kernels._triton.tiles")
-    from entropy_kernels._triton import target
-    from entropy_kernels._triton.linear_logprob_entropy import linear_logprob_entropy
+    tiles = pytest.importorskip("entropy_kernels._triton.common.tiles")
+    from entropy_kernels import device
+    from entropy_kernels._triton.head_forward.launch import forward
 
     h, w, y = make(rows, (33, 40, 203), torch.float32, DEVICE)
-    if variant not in tiles.variants(target.architecture(h), h, w):
+    if variant not in tiles.variants(device.architecture(h.device), h, w):
         pytest.skip("this variant cannot run on these matrices here")
     moments = torch.full((4, 33), torch.nan, device=DEVICE)
     call = functools.partial(
-        linear_logprob_entropy,
-        *(h, w, y, None, None, None, -100, False),
+        forward,
+        ek.Head(h, w, y, temperature=None),
+        keep_logits=False,
         tile=tiles.Tile(variant, 32, 64, 32, 4, 1, group_t=2, split_v=split),
     )
-    assert all(map(torch.equal, call()[:6], call(moments=moments)[:6]))
+    assert all(map(torch.equal, call()[:6], call(statistics=moments)[:6]))
     check_statistics(moments, h, w, y)
 
 
-def test_specialised_warps_have_no_moments():
+def test_specialised_warps_have_no_statistics():
     pytest.importorskip("triton", minversion="3.6")
-    from entropy_kernels._triton.linear_logprob_entropy import linear_logprob_entropy
+    from entropy_kernels._triton.head_forward.launch import forward
 
     h, w, y = make("peaked", (3, 8, 16), torch.float32, DEVICE)
     moments = torch.empty(4, 3, device=DEVICE)
+    head = ek.Head(h, w, y, temperature=None)
     with pytest.raises(ValueError, match="variant must be one of"):
-        linear_logprob_entropy(
-            h, w, y, None, None, None, -100, False, moments=moments, variant="tma_ws"
-        )
+        forward(head, keep_logits=False, statistics=moments, variant="tma_ws")

@@ -160,7 +160,7 @@ def test_the_card_and_the_sources_are_there(repository):
     assert 'get_kernel("someone/entropy-kernels", version=0' in card
     assert "`high_entropy_policy_loss`" in card
     sources = repository / "torch-ext" / "entropy_kernels"
-    assert (sources / "_triton" / "ratio_loss.py").is_file()
+    assert (sources / "_triton" / "ratio_loss" / "launch.py").is_file()
     assert not (sources / "integrations").exists()
 
 

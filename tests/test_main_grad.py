@@ -201,7 +201,7 @@ def test_hooks_of_the_weight_see_no_gradient(head, device):
 def test_a_backward_allocates_no_gradient_of_the_weight(head, impl, device, block, monkeypatch):
     dtype, most = torch.float32, 0.2
     if impl == "triton":
-        from entropy_kernels._triton import linear_logprob_entropy_backward as backward
+        from entropy_kernels._triton.head_backward import launch as backward
 
         monkeypatch.setattr(backward, "CHUNK_V", block[1])
         monkeypatch.setattr(backward, "STAGING_BYTES", 4 * 16 * block[1])

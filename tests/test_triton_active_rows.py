@@ -6,29 +6,25 @@ T tokens, C room for active rows.
 import pytest
 import torch
 
-from entropy_kernels import _gpu, _rows
+from entropy_kernels import _rows
+from entropy_kernels._triton.head_backward import launch_rows
+from entropy_kernels._triton.head_backward.launch_rows import active_rows
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-WHY_NOT = _gpu.why_not(torch.device(DEVICE))
-if WHY_NOT is not None:
-    pytest.skip(WHY_NOT, allow_module_level=True)
-
-op = _gpu.kernels("active_rows")
 
 IGNORE = -100
 SIZES = {
     "one": 1,
     "prime": 31,
-    "a block": op.BLOCK,
-    "one more": op.BLOCK + 1,
-    "several": 3 * op.BLOCK + 7,
+    "a block": launch_rows.BLOCK,
+    "one more": launch_rows.BLOCK + 1,
+    "several": 3 * launch_rows.BLOCK + 7,
 }
 
 
 def make(count: int, keep: float = 0.3):
     """Three gradients, one of them without an element of its own, and targets."""
-    kept_T = torch.rand(count) < keep
-    logprob_T = torch.randn(count) * kept_T
+    logprob_T = torch.randn(count) * (torch.rand(count) < keep)
     entropy_T = torch.randn(count) * (torch.rand(count) < keep / 4)
     target_T = torch.randint(50, (count,))
     target_T[torch.rand(count) < 0.2] = IGNORE
@@ -52,7 +48,7 @@ def check(found, gradients, target_T, limit=None):
 @pytest.mark.parametrize("keep", [0.0, 0.3, 1.0])
 def test_the_active_rows_in_ascending_order(count, keep):
     *gradients, target_T = make(count, keep)
-    found = op.active_rows(tuple(gradients), target_T, IGNORE, None)
+    found = active_rows(tuple(gradients), target_T, IGNORE, None)
     assert len(found.rows) == found.number.item() == found.limit
     check(found, gradients, target_T)
 
@@ -61,7 +57,7 @@ def test_the_active_rows_in_ascending_order(count, keep):
 def test_a_bound_leaves_places_over_or_tells_that_it_was_too_small(spare):
     *gradients, target_T = make(300)
     number = len(_rows.active_rows(gradients, target_T, IGNORE))
-    found = op.active_rows(tuple(gradients), target_T, IGNORE, number + spare)
+    found = active_rows(tuple(gradients), target_T, IGNORE, number + spare)
     assert len(found.rows) == found.limit == number + spare
     assert (found.number.item() > found.limit) == (spare < 0)
     check(found, gradients, target_T)
@@ -69,28 +65,28 @@ def test_a_bound_leaves_places_over_or_tells_that_it_was_too_small(spare):
 
 def test_a_bound_of_nothing_and_one_beyond_all_rows():
     *gradients, target_T = make(40)
-    nothing = op.active_rows(tuple(gradients), target_T, IGNORE, 0)
+    nothing = active_rows(tuple(gradients), target_T, IGNORE, 0)
     assert nothing.limit == 0 < nothing.number.item()
     check(nothing, gradients, target_T)
-    everything = op.active_rows(tuple(gradients), target_T, IGNORE, 10**9)
+    everything = active_rows(tuple(gradients), target_T, IGNORE, 10**9)
     assert len(everything.rows) == 40
     check(everything, gradients, target_T)
 
 
 @pytest.mark.parametrize("blocks", [1, 2])
 def test_programs_take_consecutive_blocks(blocks, monkeypatch):
-    monkeypatch.setattr(op, "BLOCK", 16)
-    monkeypatch.setattr(op, "MAX_PROGRAMS", 8)
+    monkeypatch.setattr(launch_rows, "BLOCK", 16)
+    monkeypatch.setattr(launch_rows, "MAX_PROGRAMS", 8)
     *gradients, target_T = make(16 * 8 * blocks - 3)
-    check(op.active_rows(tuple(gradients), target_T, IGNORE, None), gradients, target_T)
+    check(active_rows(tuple(gradients), target_T, IGNORE, None), gradients, target_T)
     *gradients, target_T = make(16 * 8 * (blocks - 1) + 1)
-    check(op.active_rows(tuple(gradients), target_T, IGNORE, 100), gradients, target_T)
+    check(active_rows(tuple(gradients), target_T, IGNORE, 100), gradients, target_T)
 
 
 def test_a_nan_is_a_gradient_and_a_negative_zero_is_none():
     logprob_T = torch.tensor([0.0, torch.nan, -0.0, 1e-45, torch.inf], device=DEVICE)
     target_T = torch.zeros(5, dtype=torch.int64, device=DEVICE)
-    found = op.active_rows((logprob_T, None, None), target_T, IGNORE, None)
+    found = active_rows((logprob_T, None, None), target_T, IGNORE, None)
     assert found.rows.tolist() == [1, 3, 4]
 
 
@@ -98,14 +94,14 @@ def test_absent_gradients_strides_and_small_integers():
     *gradients, target_T = make(67)
     strided = torch.stack([gradients[0], gradients[1]], 1)[:, 0]
     targets = torch.stack([target_T, target_T], 1)[:, 1].to(torch.int32)
-    found = op.active_rows((strided, None, gradients[2]), targets, IGNORE, None)
+    found = active_rows((strided, None, gradients[2]), targets, IGNORE, None)
     check(found, [strided, gradients[2]], target_T)
-    none = op.active_rows((None, None, None), target_T, IGNORE, None)
+    none = active_rows((None, None, None), target_T, IGNORE, None)
     assert len(none.rows) == 0
 
 
 @pytest.mark.parametrize("bound", [None, 0, 7])
 def test_no_token(bound):
     empty = torch.empty(0, device=DEVICE)
-    found = op.active_rows((empty, None, None), empty.long(), IGNORE, bound)
+    found = active_rows((empty, None, None), empty.long(), IGNORE, bound)
     assert len(found.rows) == len(found.slot) == found.number.item() == 0

@@ -16,7 +16,7 @@ import pytest
 
 pytest.importorskip("triton")
 
-from entropy_kernels._triton import target as gpu
+from entropy_kernels import device as gpu
 from tests.ahead_of_time import TARGETS, Launch
 
 ROOT = Path(__file__).parents[1]
@@ -124,7 +124,7 @@ def test_registers_move_between_warps_only_where_warps_are_specialised(
 @pytest.mark.parametrize("target", ["sm_90"])
 def test_two_programs_of_the_split_kernel_fit_one_multiprocessor(compiled: Compiled, target: str):
     cases = [x for x in compiled(target) if x.case.startswith("forward tma_split")]
-    split = [x for x in cases if x.kernel == "forward_tma"]
+    split = [x for x in cases if x.kernel == "forward_tma_kernel"]
     assert split
 
     def good(x: Launch) -> bool:

@@ -6,16 +6,13 @@ T tokens, D hidden, V vocabulary.
 import pytest
 import torch
 
-from entropy_kernels import reference
+from entropy_kernels import device, reference
+from entropy_kernels._triton.common import tiles
+from entropy_kernels._triton.common.tiles import Tile
+from entropy_kernels._triton.head_forward import launch, launch_variants
+from entropy_kernels.head import Head
 from entropy_kernels.testing import assert_within_two_bounds, worst_of_orders
 from tests.head_cases import ROWS, make
-
-pytest.importorskip("triton")
-
-from entropy_kernels._triton import linear_logprob_entropy as launcher
-from entropy_kernels._triton import target, tiles
-from entropy_kernels._triton.linear_logprob_entropy import linear_logprob_entropy
-from entropy_kernels._triton.tiles import Tile
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 VARIANTS = ["pointer", "tma", "tma_split", "tma_ws", "cublas"]
@@ -41,11 +38,12 @@ def variant(request) -> str:
 def forward(
     h, w, y, *, bias=None, temperature=None, softcap=None, ignore=-100, keep=False, **chosen
 ):
-    """The launcher with its many arguments named; skips what cannot run here."""
-    usable = tiles.variants(target.architecture(h), h, w)
+    """The launcher; skips what cannot run here."""
+    usable = tiles.variants(device.architecture(h.device), h, w)
     if chosen.get("variant", "pointer") not in usable:
         pytest.skip("this variant cannot run on these matrices here")
-    return linear_logprob_entropy(h, w, y, bias, temperature, softcap, ignore, keep, **chosen)
+    head = Head(h, w, y, bias, temperature, softcap, ignore)
+    return launch.forward(head, keep_logits=keep, **chosen)
 
 
 def check(h, w, y, *, bias=None, temperature=None, softcap=None, ignore=-100, **chosen):
@@ -67,8 +65,8 @@ def check(h, w, y, *, bias=None, temperature=None, softcap=None, ignore=-100, **
     for one, *three in zip(got[:3], truth, eager, plain, strict=True):
         assert one.dtype == torch.float32
         assert_within_two_bounds(one, *three)
-    kept = y != ignore
-    parts = torch.where(kept, got.max / temperature + got.log_sum, 0)
+    valid = y != ignore
+    parts = torch.where(valid, got.max / temperature + got.log_sum, 0)
     torch.testing.assert_close(parts, got.logsumexp)
     assert (got.logprob <= 0).all()
     assert (got.log_sum >= 0).all()
@@ -118,7 +116,7 @@ def test_one_temperature_for_all_rows():
 
 
 @pytest.mark.parametrize("variant", ["pointer", "cublas", None])
-def test_kept_logits_are_the_product_with_bias(variant):
+def test_stored_logits_are_the_product_with_bias(variant):
     h, w, y = head(dtype=torch.bfloat16)
     bias = torch.randn(w.shape[0], device=DEVICE).bfloat16()
     got = forward(h, w, y, bias=bias, softcap=5.0, keep=True, variant=variant or "pointer")
@@ -127,7 +125,7 @@ def test_kept_logits_are_the_product_with_bias(variant):
     assert_within_two_bounds(got.logits, truth, plain, plain)
 
 
-def test_kept_logits_need_a_variant_that_has_them():
+def test_stored_logits_need_a_variant_that_has_them():
     with pytest.raises(ValueError, match="variant must be one of"):
         forward(*head(), keep=True, variant="tma")
 
@@ -249,15 +247,15 @@ def test_same_bits_twice(variant):
 @pytest.mark.parametrize("name", ["pointer", "tma", "cublas"])
 def test_splits_of_any_size(name, split):
     tile = Tile(name, 32, 64, 32, 4, 1, group_t=2, split_v=split)
-    if name not in tiles.variants(target.architecture(head()[0]), *head()[:2]):
+    if name not in tiles.variants(device.architecture(torch.device(DEVICE)), *head()[:2]):
         pytest.skip("this variant cannot run here")
     check(*head(), tile=tile)
 
 
 @pytest.mark.parametrize("keep", [False, True])
 def test_a_small_workspace_takes_rows_in_chunks(monkeypatch, keep):
-    monkeypatch.setattr(launcher, "WORKSPACE_BYTES", 0)
-    monkeypatch.setattr(launcher, "_WORKSPACE_BLOCK", 16)
+    monkeypatch.setattr(launch_variants, "WORKSPACE_BYTES", 0)
+    monkeypatch.setattr(launch_variants, "WORKSPACE_BLOCK", 16)
     check(*head(), variant="cublas", keep=keep)
 
 
@@ -272,8 +270,8 @@ def test_no_tokens():
 @pytest.mark.parametrize("vocabulary", [1, 256, 257, 50257, 151936])
 def test_splits_cover_the_vocabulary_and_none_is_empty(processors, count, vocabulary):
     tile = Tile("tma", 128, 256, 64, 8, 3)
-    assert launcher._splits(tile._replace(variant="tma_ws"), count, vocabulary, processors)[1] == 1
-    n_split, per_split = launcher._splits(tile, count, vocabulary, processors)
+    assert launch.splits(tile._replace(variant="tma_ws"), count, vocabulary, processors)[1] == 1
+    n_split, per_split = launch.splits(tile, count, vocabulary, processors)
     assert 1 <= per_split * tile.block_v <= max(tile.split_v, tile.block_v)
     assert (n_split - 1) * per_split * tile.block_v < vocabulary
     assert vocabulary <= n_split * per_split * tile.block_v
@@ -283,7 +281,7 @@ def test_splits_cover_the_vocabulary_and_none_is_empty(processors, count, vocabu
     "op",
     [
         *("forward", "forward_softcap", "forward_statistics", "forward_statistics_softcap"),
-        *("forward_keep", "dlogits", "dlogits_softcap"),
+        *("forward_store", "dlogits", "dlogits_softcap"),
     ],
 )
 @pytest.mark.parametrize("arch", ["sm_80", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942", "other"])
@@ -316,6 +314,6 @@ def test_the_smallest_shape_that_holds_this_one_is_taken(monkeypatch):
 def test_warp_specialisation_is_for_hopper_and_one_version(monkeypatch):
     matrix = torch.empty(8, 64, device="meta")
     for version, expected in [((3, 6), True), ((3, 9), False)]:
-        monkeypatch.setattr(target, "VERSION", version)
+        monkeypatch.setattr(device, "triton_version", lambda version=version: version)
         assert ("tma_ws" in tiles.variants("sm_90", matrix)) == expected
         assert "tma_ws" not in tiles.variants("sm_100", matrix)

@@ -6,7 +6,11 @@ T tokens, C room for active rows, D hidden, V vocabulary.
 import pytest
 import torch
 
-from entropy_kernels import _gpu
+from entropy_kernels import device
+from entropy_kernels._triton.common import products
+from entropy_kernels._triton.head_backward import launch
+from entropy_kernels._triton.head_forward.launch import forward
+from entropy_kernels.head import Head
 from entropy_kernels.testing import assert_within_two_bounds
 from tests.backward_cases import (
     DEVICE,
@@ -21,14 +25,6 @@ from tests.backward_cases import (
     three_of,
     tiles_here,
 )
-
-WHY_NOT = _gpu.why_not(torch.device(DEVICE))
-if WHY_NOT is not None:
-    pytest.skip(WHY_NOT, allow_module_level=True)
-
-op = _gpu.kernels("linear_logprob_entropy_backward")
-forward = _gpu.kernels("linear_logprob_entropy").linear_logprob_entropy
-target = _gpu.kernels("target")
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SHAPES = {
@@ -46,16 +42,16 @@ interpreted = pytest.mark.skipif(DEVICE != "cpu", reason="counts products as on 
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
-    monkeypatch.setattr(op, "CHUNK_V", 64)
+    monkeypatch.setattr(launch, "CHUNK_V", 64)
 
 
 def run(grads, h, w, y, b=None, temperature=None, softcap=None, keep=False, **kwargs):
     """Forward, then the launcher."""
     needs = kwargs.pop("needs", (True, True, b is not None))
     variant = kwargs["tile"].variant if kwargs.get("tile") else "pointer"
-    head = (h, w, y, b, temperature, softcap, IGNORE)
-    found = forward(*head, keep, variant=variant)
-    return op.linear_logprob_entropy_backward(*grads, *head, found, needs, **kwargs)
+    head = Head(h, w, y, b, temperature, softcap, IGNORE)
+    rows = forward(head, keep_logits=keep, variant=variant)
+    return launch.backward(tuple(grads), head, rows, needs, **kwargs)
 
 
 def check(got, inputs, **options):
@@ -84,11 +80,11 @@ def test_rows_of_every_kind(rows, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
 @pytest.mark.parametrize("names", OPTIONS.values(), ids=OPTIONS)
-@pytest.mark.parametrize("kept", [False, True], ids=["recomputed", "kept"])
-def test_options(names, dtype, kept):
+@pytest.mark.parametrize("stored", [False, True], ids=["recomputed", "stored"])
+def test_options(names, dtype, stored):
     inputs = (gradients_of(39), *make(dtype=dtype))
     options = options_of(inputs[1:], **names)
-    check(run(*inputs, **options, keep=kept), inputs, **options)
+    check(run(*inputs, **options, keep=stored), inputs, **options)
 
 
 @pytest.mark.parametrize("tile", tiles_here(), ids=lambda tile: tile.variant)
@@ -112,9 +108,9 @@ def test_an_output_that_is_not_used_has_no_gradient(used):
 
 
 @infinities
-@pytest.mark.parametrize("kept", [False, True], ids=["recomputed", "kept"])
+@pytest.mark.parametrize("stored", [False, True], ids=["recomputed", "stored"])
 @pytest.mark.parametrize("spare", [0, 1, 40])
-def test_places_left_over_add_nothing(spare, kept):
+def test_places_left_over_add_nothing(spare, stored):
     """Not even where row 0, to which they point, or the weight would make them NaN."""
     grads, h, w, y = gradients_of(39), *make()
     b = torch.zeros(w.shape[0], device=DEVICE)
@@ -123,9 +119,9 @@ def test_places_left_over_add_nothing(spare, kept):
     h[0] = torch.nan
     for g in grads:
         g[0] = 0.0
-    exact = run(grads, h, w, y, b, keep=kept)
+    exact = run(grads, h, w, y, b, keep=stored)
     number = active(grads, y)
-    bounded = run(grads, h, w, y, b, keep=kept, max_active_rows=number + spare)
+    bounded = run(grads, h, w, y, b, keep=stored, max_active_rows=number + spare)
     for got, want in zip(bounded, exact, strict=True):
         assert got.isfinite().all()
         torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-7)
@@ -152,7 +148,7 @@ def test_more_active_rows_than_the_bound_are_never_silent(bound):
 def test_the_weight_gradient_is_added_to_a_given_buffer(dtype, monkeypatch):
     grads, h, w, y = gradients_of(39), *make(dtype=dtype)
     # Staged by 50 rows.
-    monkeypatch.setattr(op, "STAGING_BYTES", 50 * 4 * w.shape[1])
+    monkeypatch.setattr(launch, "STAGING_BYTES", 50 * 4 * w.shape[1])
     before = torch.randn(w.shape, device=DEVICE)
     buffer = before.clone()
     dhidden, dweight, dbias = run(grads, h, w, y, main_grad=buffer)
@@ -168,12 +164,12 @@ def test_the_weight_gradient_is_added_to_a_given_buffer(dtype, monkeypatch):
 @pytest.mark.parametrize("splits", [1, 2])
 @pytest.mark.parametrize("frozen", [None, 0, 1, 2], ids=["none", "hidden", "weight", "bias"])
 def test_products_are_those_of_the_active_rows_and_of_what_is_needed(frozen, splits, monkeypatch):
-    monkeypatch.setattr(target, "processors", lambda x: splits)
+    monkeypatch.setattr(device, "processors", lambda device: splits)
     grads, h, w, y = gradients_of(39), *make((39, 16, 152))
     b = torch.zeros(w.shape[0], device=DEVICE)
     needs = tuple(i != frozen for i in range(3))
     number = active(grads, y)
-    with CountProducts(monkeypatch, op.products) as counted:
+    with CountProducts(monkeypatch, products) as counted:
         got = run(grads, h, w, y, b, needs=needs)
     assert counted.batched == (splits > 1 and needs[0])
     assert counted.products == (needs[0] + needs[1]) * number * w.numel()
@@ -189,7 +185,7 @@ def test_nothing_to_do_launches_no_product(monkeypatch):
     zeros = torch.zeros(39, device=DEVICE)
     ignored = torch.full_like(y, IGNORE)
     for grads, targets in (([zeros] * 3, y), (gradients_of(39), ignored), ([None] * 3, y)):
-        with CountProducts(monkeypatch, op.products) as counted:
+        with CountProducts(monkeypatch, products) as counted:
             got = run(grads, h, w, targets, b)
         assert counted.products == 0
         bounded = run(grads, h, w, targets, b, max_active_rows=3)
@@ -240,13 +236,13 @@ def test_the_same_bits_twice():
 
 
 @infinities
-@pytest.mark.parametrize("kept", [False, True], ids=["recomputed", "kept"])
-def test_a_masked_vocabulary_has_no_gradient(kept):
+@pytest.mark.parametrize("stored", [False, True], ids=["recomputed", "stored"])
+def test_a_masked_vocabulary_has_no_gradient(stored):
     grads, h, w, y = gradients_of(39), *make()
     b = torch.zeros(w.shape[0], device=DEVICE)
     b[50:100] = -torch.inf
     y = torch.where((y >= 50) & (y < 100), 3, y)
-    dhidden, dweight, dbias = run(grads, h, w, y, b, keep=kept)
+    dhidden, dweight, dbias = run(grads, h, w, y, b, keep=stored)
     assert (dweight[50:100] == 0).all()
     assert (dbias[50:100] == 0).all()
     left = b == 0
@@ -277,8 +273,8 @@ def test_a_nan_reaches_what_it_has_a_part_in_and_no_other_row():
 )
 def test_chunks_shrink_until_dz_fits(count, element_size, columns, monkeypatch):
     monkeypatch.undo()
-    assert op._chunk_columns(count, 151936, element_size) == columns
-    assert op._chunk_columns(1, 301, element_size) == 304
+    assert launch._chunk_columns(count, 151936, element_size) == columns
+    assert launch._chunk_columns(1, 301, element_size) == 304
 
 
 def test_bad_options_say_what_came_and_what_was_wanted():

@@ -6,11 +6,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from entropy_kernels import _gpu, _radix, entropy_threshold, reference, top_entropy_mask
+from entropy_kernels import _gpu, _radix, device, entropy_threshold, reference, top_entropy_mask
+from entropy_kernels._triton.common import partition
+from entropy_kernels._triton.selection import launch
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-WHY_NOT = _gpu.why_not(torch.device(DEVICE))
-pytestmark = pytest.mark.skipif(WHY_NOT is not None, reason=WHY_NOT or "")
 needs_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="needs CUDA")
 
 INF = float("inf")
@@ -24,9 +24,9 @@ KINDS = ["distinct", "tied", "equal", "zeros", "negative", "broken"]
 @pytest.fixture
 def small_blocks(monkeypatch):
     """Few values make many blocks and several programs, each with several blocks."""
-    for name in ("radix_histogram", "keep_largest"):
-        monkeypatch.setattr(_gpu.kernels(name), "BLOCK", 128)
-        monkeypatch.setattr(_gpu.kernels(name), "MAX_PROGRAMS", 2)
+    monkeypatch.setattr(launch, "HISTOGRAM_BLOCK", 128)
+    monkeypatch.setattr(launch, "LARGEST_BLOCK", 128)
+    monkeypatch.setattr(partition, "MAX_PROGRAMS", 2)
 
 
 def values_of(kind: str, n: int) -> Tensor:
@@ -91,7 +91,7 @@ def test_sizes(kind, n):
 
 
 def test_blocks_as_shipped():
-    block = _gpu.kernels("radix_histogram").BLOCK
+    block = launch.HISTOGRAM_BLOCK
     for n in (block - 1, 2 * block + 1):
         assert_as_the_sort(values_of("distinct", n), masks_of(n)[1], 0.2)
 
@@ -212,11 +212,10 @@ def test_compiles_into_one_graph():
 
 def test_auto_takes_a_kernel_only_where_it_was_found_right(monkeypatch):
     """Never on a CPU, where the interpreter would run it."""
-    target = _gpu.kernels("target")
     cpu, gpu = torch.device("cpu"), torch.device("cuda", 0)
-    monkeypatch.setattr(target, "architecture_of", lambda device: "sm_90")
+    monkeypatch.setattr(device, "architecture", lambda device: "sm_90")
     for architectures, name in ((frozenset(), "torch"), (frozenset({"sm_90"}), "triton")):
-        monkeypatch.setattr(target, "VERIFIED", architectures)
+        monkeypatch.setattr(device, "VERIFIED", architectures)
         assert _radix._implementation("auto", gpu) == name
         assert _radix._implementation("auto", cpu) in ("torch", "cpu")
     assert _radix._implementation("triton", cpu) == "triton"

@@ -9,12 +9,12 @@ from hypothesis import strategies as st
 
 import entropy_kernels as ek
 from entropy_kernels import _gpu, _ratio_kernel, losses, ops
+from entropy_kernels._triton.common import partition
+from entropy_kernels._triton.ratio_loss import launch
 from entropy_kernels.testing import assert_within_two_bounds
 from tests.loss_cases import worst_of_shuffles
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-WHY_NOT = _gpu.why_not(torch.device(DEVICE))
-pytestmark = pytest.mark.skipif(WHY_NOT is not None, reason=WHY_NOT or "")
 
 INF = float("inf")
 NAN = float("nan")
@@ -27,8 +27,8 @@ SHAPES = [(1, 1), (1, 64), (1, 65), (1, 700), (3, 7), (65, 1), (2, 130)]
 @pytest.fixture
 def small_blocks(monkeypatch):
     """Few tokens make many blocks and several programs, each with several blocks."""
-    monkeypatch.setattr(_gpu.kernels("ratio_loss"), "BLOCK", 64)
-    monkeypatch.setattr(_gpu.kernels("radix_histogram"), "MAX_PROGRAMS", 4)
+    monkeypatch.setattr(launch, "BLOCK", 64)
+    monkeypatch.setattr(partition, "MAX_PROGRAMS", 4)
 
 
 def batch(sequences, length):

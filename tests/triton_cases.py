@@ -19,7 +19,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from entropy_kernels._triton import target
+from entropy_kernels import device
 
 BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 PROCESSORS = {"sm_80": 108, "sm_86": 84, "sm_90": 132, "sm_100": 148, "gfx942": 304}
@@ -56,7 +56,7 @@ class _Driver:
 @contextmanager
 def compiled(arch: str) -> Iterator[list]:
     """The kernels (triton's CompiledKernel) of all launches inside, compiled for `arch`."""
-    assert not target.interpreting()
+    assert not device.interpreting()
     kernels = []
     run = JITFunction.run
 
@@ -67,8 +67,8 @@ def compiled(arch: str) -> Iterator[list]:
     with (
         patch.object(driver, "_active", _Driver(arch)),
         patch.object(JITFunction, "run", compile_only),
-        patch.object(target, "architecture", lambda x: arch),
-        patch.object(target, "processors", lambda x: PROCESSORS.get(arch, 100)),
+        patch.object(device, "architecture", lambda device: arch),
+        patch.object(device, "processors", lambda device: PROCESSORS.get(arch, 100)),
     ):
         yield kernels
 

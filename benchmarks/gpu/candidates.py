@@ -7,7 +7,7 @@ one block of columns: a loop over blocks becomes an empty kernel there.
 import torch
 
 from benchmarks.gpu.environment import architecture
-from entropy_kernels._triton.tiles import Tile
+from entropy_kernels._triton.common.tiles import Tile
 
 HOPPER = (
     Tile("tma", 128, 256, 64, 8, 3),
@@ -63,8 +63,8 @@ def dlogits(device: torch.device) -> tuple[Tile, ...]:
     return tuple(tile for tile in forward(device) if tile.variant in DLOGITS_VARIANTS)
 
 
-def forward_keep(device: torch.device) -> tuple[Tile, ...]:
-    """One a variant: whether it pays to keep logits, which "cublas" does, depends on that."""
+def forward_store(device: torch.device) -> tuple[Tile, ...]:
+    """One a variant: whether it pays to store logits, which "cublas" does, depends on that."""
     return tuple(_one_a_variant(forward(device)))
 
 
@@ -89,7 +89,7 @@ def name(tile: Tile | None) -> str:
 
 
 def _variants(arch: str) -> set[str]:
-    from entropy_kernels._triton import tiles
+    from entropy_kernels._triton.common import tiles
 
     return tiles.variants(arch)
 

@@ -2,7 +2,7 @@
 
 New random numbers each run; uninitialised memory is NaN, so that what is not written shows. When
 all passed, correctness-ARCHITECTURE-GPU.json is written: committed under benchmarks/results/gpu/,
-it is the reason for an entry in entropy_kernels._triton.target.VERIFIED.
+it is the reason for an entry in entropy_kernels.device.VERIFIED.
 """
 
 import re

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from entropy_kernels import device as gpu
 from entropy_kernels._bench.machine import processor
 
 ROOT = Path(__file__).parents[2]
@@ -37,12 +38,11 @@ def about(device: torch.device, quick: bool, commit: str | None) -> dict[str, An
 
 
 def architecture(device: torch.device) -> str:
-    """As entropy_kernels._triton.target names it."""
+    """As entropy_kernels.device names it."""
     try:
-        from entropy_kernels._triton import target
+        return gpu.architecture(device)
     except ImportError:
         return "no triton"
-    return target.architecture(torch.empty(0, device=device))
 
 
 def properties(device: torch.device) -> dict[str, Any]:

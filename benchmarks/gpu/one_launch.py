@@ -8,9 +8,9 @@ import torch
 import entropy_kernels as ek
 from benchmarks.gpu import ours
 
-LAUNCHES = ("forward", "backward", "kept_rows", "selection", "ratio_loss")
-# Room for the logits that are kept: fewer rows than there are.
-KEPT_ROWS = {"small": 100, "full": 1024}
+LAUNCHES = ("forward", "backward", "stored_rows", "selection", "ratio_loss")
+# Room for the logits that are stored: fewer rows than there are.
+STORED_ROWS = {"small": 100, "full": 1024}
 # (tokens, hidden, vocabulary): odd ones for the sanitizer, real ones for the profiler.
 SIZES = {"small": (130, 72, 1037), "full": (8192, 4096, 151936)}
 
@@ -29,8 +29,8 @@ def main(name: str, size: str, device: str = "cuda") -> None:
     w = torch.randn(vocabulary, hidden, device=device, dtype=dtype) / hidden**0.5
     inputs = (h, w, torch.arange(tokens, device=device), None)
     options: dict[str, Any] = {}
-    if name == "kept_rows":
-        options = {"keep_above": torch.zeros((), device=device), "keep_rows": KEPT_ROWS[size]}
+    if name == "stored_rows":
+        options = {"keep_above": torch.zeros((), device=device), "keep_rows": STORED_ROWS[size]}
     found = ours.launch_forward(inputs, None, options)
     if name != "forward":
         gradient = (entropy > 0.8).float()

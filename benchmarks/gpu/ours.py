@@ -19,7 +19,6 @@ from entropy_kernels import _gpu, _radix, functional, ops
 from entropy_kernels._rows import ForwardRows
 
 TRITON = "entropy_kernels._triton"
-HEAD = "linear_logprob_entropy"
 Inputs = tuple[Tensor, Tensor, Tensor, Tensor | None]
 
 
@@ -122,21 +121,24 @@ def torch_logprob(hidden_TD: Tensor, weight_VD: Tensor, target_T: Tensor) -> Ten
 def has_triton() -> bool:
     """Whether the package has Triton kernels of the head, and this machine Triton."""
     try:
-        importlib.import_module(f"{TRITON}.{HEAD}_backward")
+        importlib.import_module(f"{TRITON}.head_backward.launch")
     except ImportError:
         return False
     return True
 
 
 def launch_forward(inputs: Inputs, tile: Any, options: dict[str, Any]) -> ForwardRows:
-    """The forward of one tile of entropy_kernels._triton.tiles; None stands for the table's."""
-    launcher = importlib.import_module(f"{TRITON}.{HEAD}").linear_logprob_entropy
-    softcap, ignored = options.get("softcap"), options.get("ignore_index", -100)
-    temperature = options.get("temperature")
-    keep, moments = options.get("keep_logits", False), options.get("moments")
-    kept = {name: options[name] for name in ("keep_above", "keep_rows") if name in options}
-    head = (*inputs, temperature, softcap, ignored, keep)
-    return launcher(*head, moments=moments, tile=tile, **kept)
+    """The forward by one tile; None stands for the table's."""
+    from entropy_kernels._triton.head_forward.launch import forward
+
+    return forward(
+        _make_head(inputs, options),
+        keep_logits=options.get("keep_logits", False),
+        store_above=options.get("keep_above"),
+        store_rows=options.get("keep_rows", 0),
+        statistics=options.get("moments"),
+        tile=tile,
+    )
 
 
 def launch_backward(
@@ -147,22 +149,21 @@ def launch_backward(
     options: dict[str, Any],
 ) -> list[Tensor]:
     """The backward of one tile; the gradients of hidden, weight and, where there is one, bias."""
-    hidden, weight, target, bias = inputs
-    module = importlib.import_module(f"{TRITON}.{HEAD}_backward")
-    softcap, ignored = options.get("softcap"), options.get("ignore_index", -100)
-    needs = (True, True, bias is not None)
-    got = module.linear_logprob_entropy_backward(
-        *gradients,
-        hidden,
-        weight,
-        target,
-        bias,
-        options.get("temperature"),
-        softcap,
-        ignored,
+    from entropy_kernels._triton.head_backward.launch import backward
+
+    got = backward(
+        tuple(gradients),
+        _make_head(inputs, options),
         found,
-        needs,
+        (True, True, inputs[-1] is not None),
         max_active_rows=options.get("max_active_rows"),
         tile=tile,
     )
     return [x for x in got if x is not None]
+
+
+def _make_head(inputs: Inputs, options: dict[str, Any]) -> ek.Head:
+    """As backends take it."""
+    names = ("temperature", "softcap", "ignore_index")
+    chosen = {name: options[name] for name in names if name in options}
+    return ek.Head(*inputs, **{"temperature": None} | chosen)

@@ -21,7 +21,7 @@ STEP_MS: dict[str, dict[int, tuple[float, ...]]] = {
     "flsce": {8192: (16.7, 29.5, 53.1, 66.1), 32768: (67, 118, 212, 265)},
     "flsce-composed": {8192: (7.8, 13.8, 25.4, 31.7), 32768: (30, 53, 97, 122)},
     "triton-0.2": {8192: (7.7, 13.9, 26.0, 32.0), 32768: (30.3, 54.4, 101.7, 125.4)},
-    # Forward by cuBLAS: 1 unit, its logits read; of the rows kept, a copy and another read.
+    # Forward by cuBLAS: 1 unit, its logits read; of the rows stored, a copy and another read.
     "triton-threshold": {8192: (7.6, 12.3, 21.3, 26.0), 32768: (30.9, 51.4, 91.5, 112.2)},
     "triton-known": {8192: (3.3, 5.6, 9.9, 12.2), 32768: (12.4, 20.6, 36.5, 44.8)},
 }

@@ -1,8 +1,8 @@
 """Stage `sweep`: every candidate tile at every hidden size, checked, then timed in alternation.
 
 A dlogits tile is timed within the backward of a fifth of the rows: what is around it is the same
-for all. "forward_keep" is a forward and that backward with the threshold known: "cublas" keeps the
-logits of the rows above it, as many as the public function would, the others keep none. `tune`
+for all. "forward_store" is a forward and that backward with the threshold known: "cublas" stores
+the logits of the rows above it, as many as the public function would; the others store none. `tune`
 writes the table from these rows.
 """
 
@@ -17,10 +17,10 @@ from benchmarks.gpu.problem import Problem, make_problem
 from benchmarks.gpu.rows import Row, reason
 from benchmarks.gpu.setting import Setting
 from entropy_kernels import functional
-from entropy_kernels._triton.tiles import Tile
+from entropy_kernels._triton.common.tiles import Tile
 
 STAGE = "sweep"
-OPS = ("forward", "forward_keep", "dlogits")
+OPS = ("forward", "forward_store", "dlogits")
 
 
 def run(setting: Setting) -> None:

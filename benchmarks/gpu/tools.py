@@ -29,11 +29,11 @@ SECTIONS = (
 KERNELS = {
     "forward": "regex:forward_.*",
     "backward": "regex:dlogits_.*",
-    "kept_rows": "regex:copy_rows",
+    "stored_rows": "regex:copy_rows",
     "selection": "regex:.*histogram.*",
     "ratio_loss": "regex:.*tokens_kernel",
 }
-KEPT = re.compile(
+REPORTED = re.compile(
     r"^\s+(Duration|Compute \(SM\) Throughput|L2 Cache Throughput|DRAM Throughput|L2 Hit Rate"
     r"|L1/TEX Cache Throughput|Executed Ipc Active|Registers Per Thread|Achieved Occupancy)\s+"
     r"(\S+)\s+([\d.,]+)$",
@@ -74,7 +74,7 @@ def _sanitized(setting: Setting, command: list[str], name: str, launch: str) -> 
 
 def _profiled(setting: Setting, command: list[str], name: str, launch: str) -> Row:
     done = _watch(setting, command, name, launch, "full")
-    found = {key: f"{value} {unit}" for key, unit, value in KEPT.findall(done.stdout)}
+    found = {key: f"{value} {unit}" for key, unit, value in REPORTED.findall(done.stdout)}
     assert found, f"exit status {done.returncode}: {done.stdout[-200:]}"
     return found
 

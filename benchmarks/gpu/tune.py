@@ -1,4 +1,4 @@
-"""Stage `tune`: rewrites the table of entropy_kernels/_triton/tiles.py from the sweep's rows.
+"""Stage `tune`: rewrites the table of entropy_kernels/_triton/common/tiles.py from sweep's rows.
 
 Of each variant the fastest tile stays, the fastest variant first. What the sweep did not measure
 stays as it is.
@@ -10,10 +10,10 @@ from benchmarks.gpu import sweep
 from benchmarks.gpu.environment import ROOT
 from benchmarks.gpu.rows import Row
 from benchmarks.gpu.setting import Setting
-from entropy_kernels._triton import tiles
-from entropy_kernels._triton.tiles import ANY, Key, Tile
+from entropy_kernels._triton.common import tiles
+from entropy_kernels._triton.common.tiles import ANY, Key, Tile
 
-PATH = ROOT / "entropy_kernels" / "_triton" / "tiles.py"
+PATH = ROOT / "entropy_kernels" / "_triton" / "common" / "tiles.py"
 BEGIN = "TILES: dict[Key, tuple[Tile, ...]] = {\n"
 END = "}\n"
 

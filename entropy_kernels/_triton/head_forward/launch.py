@@ -54,7 +54,7 @@ def forward(
     (count, _), vocabulary = head.hidden.shape, head.weight.shape[0]
     logits = _empty((count, vocabulary) if keep_logits else (0,), head.hidden)
     # Five tensors: an op's outputs are not views of one.
-    rows = ForwardRows(*(_empty((count,), head.hidden) for _ in range(5)), logits, None)
+    rows = ForwardRows._make([*(_empty((count,), head.hidden) for _ in range(5)), logits, None])
     if count == 0:
         return rows
 

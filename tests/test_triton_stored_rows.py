@@ -1,4 +1,4 @@
-"""Logits of rows above a threshold, kept by Triton's forward and read by its backward.
+"""Logits of rows above a threshold, stored by Triton's forward and read by its backward.
 
 T tokens, C compact rows, D hidden, V vocabulary.
 """
@@ -10,7 +10,12 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import entropy_kernels as ek
-from entropy_kernels import _gpu, functional
+from entropy_kernels import _gpu, device, functional
+from entropy_kernels._triton.head_backward import launch, launch_rows
+from entropy_kernels._triton.head_backward.launch import backward
+from entropy_kernels._triton.head_forward import launch_store, launch_variants
+from entropy_kernels._triton.head_forward.launch import forward
+from entropy_kernels.head import Head
 from entropy_kernels.testing import Watch, assert_within_two_bounds
 from tests.backward_cases import (
     DEVICE,
@@ -25,16 +30,7 @@ from tests.backward_cases import (
     tiles_here,
 )
 
-WHY_NOT = _gpu.why_not(torch.device(DEVICE))
-if WHY_NOT is not None:
-    pytest.skip(WHY_NOT, allow_module_level=True)
-
-kept_rows = _gpu.kernels("kept_rows")
-forward = _gpu.kernels("linear_logprob_entropy")
-backward = _gpu.kernels("linear_logprob_entropy_backward")
-
 T, D, V = SHAPE = (75, 8, 100)
-INTERPRETED = _gpu.kernels("target").interpreting()
 ROWS = {"all": (0.0, T), "none": (100.0, 9), "some": (0.1, T), "too many": (0.0, 50)}
 # NumPy, which interprets, warns of what infinities and NaN are there for.
 infinities = pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -43,37 +39,38 @@ infinities = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 @pytest.fixture(autouse=True)
 def small_sizes(monkeypatch):
     """Several chunks of rows and of columns, and blocks of rows."""
-    monkeypatch.setattr(backward, "CHUNK_V", 64)
-    monkeypatch.setattr(forward, "WORKSPACE_BYTES", 0)
-    monkeypatch.setattr(forward, "_WORKSPACE_BLOCK", 32)
-    monkeypatch.setattr(kept_rows, "BLOCK", 16)
-    if INTERPRETED:
-        monkeypatch.setattr(kept_rows, "STEP", 32)
+    monkeypatch.setattr(launch, "CHUNK_V", 64)
+    monkeypatch.setattr(launch_variants, "WORKSPACE_BYTES", 0)
+    monkeypatch.setattr(launch_variants, "WORKSPACE_BLOCK", 32)
+    for module in (launch_store, launch_rows):
+        monkeypatch.setattr(module, "BLOCK", 16)
+    if device.interpreting():
+        monkeypatch.setattr(launch_rows, "STEP", 32)
 
 
-def keep(above, rows, h, w, y, b=None, temperature=None, softcap=None):
+def store(above, rows, h, w, y, b=None, temperature=None, softcap=None):
     """Forward."""
     above = torch.as_tensor(above, dtype=torch.float32, device=DEVICE)
-    head = (h, w, y, b, temperature, softcap, IGNORE)
-    return forward.linear_logprob_entropy(*head, False, keep_above=above, keep_rows=rows)
+    head = Head(h, w, y, b, temperature, softcap, IGNORE)
+    return forward(head, keep_logits=False, store_above=above, store_rows=rows)
 
 
 def back(found, grads, h, w, y, b=None, temperature=None, softcap=None, **kwargs):
     needs = kwargs.pop("needs", (True, True, b is not None))
-    head = (h, w, y, b, temperature, softcap, IGNORE)
-    return backward.linear_logprob_entropy_backward(*grads, *head, found, needs, **kwargs)
+    head = Head(h, w, y, b, temperature, softcap, IGNORE)
+    return backward(tuple(grads), head, found, needs, **kwargs)
 
 
 def check(got, inputs, found, bound=None, tile=None, **options):
     """Each row of hidden's gradient is, to the bit, that of the logits forward has: of all rows
-    kept, or of none. Both bounds for the others; but where rows are recomputed by sums of another
-    order than forward's, what the same forward without kept rows errs is allowed too.
+    stored, or of none. Both bounds for the others; but where rows are recomputed by sums of another
+    order than forward's, what the same forward without stored rows errs is allowed too.
     """
     grads, *head = inputs
     head = (*head, *(options.get(name) for name in ("b", "temperature", "softcap")))
-    kept, recomputed = (
+    stored, recomputed = (
         back(
-            forward.linear_logprob_entropy(*head, IGNORE, keep, variant="cublas"),
+            forward(Head(*head, IGNORE), keep_logits=keep, variant="cublas"),
             grads,
             *head,
             max_active_rows=bound,
@@ -85,8 +82,8 @@ def check(got, inputs, found, bound=None, tile=None, **options):
     places = found.places[numbers]
     front = len(numbers)
     if (places < 0).any():
-        front = int((places < 0).nonzero()[0]) // kept_rows.STEP * kept_rows.STEP
-    assert torch.equal(got[0][numbers[:front]], kept[0][numbers[:front]])
+        front = int((places < 0).nonzero()[0]) // launch_rows.STEP * launch_rows.STEP
+    assert torch.equal(got[0][numbers[:front]], stored[0][numbers[:front]])
     assert torch.equal(got[0][numbers[front:]], recomputed[0][numbers[front:]])
     dtype = head[0].dtype
     truth, *others = three_of(*inputs, **options)
@@ -109,15 +106,15 @@ def at_rows(rows) -> list:
 
 @pytest.mark.parametrize(("above", "rows"), ROWS.values(), ids=ROWS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-def test_forward_keeps_the_first_rows_above_the_threshold(above, rows, dtype, monkeypatch):
-    monkeypatch.setattr(kept_rows, "COPY_V", 64)
-    monkeypatch.setattr(kept_rows, "COPY_BLOCK_V", 32)
+def test_forward_stores_the_first_rows_above_the_threshold(above, rows, dtype, monkeypatch):
+    monkeypatch.setattr(launch_store, "COPY_V", 64)
+    monkeypatch.setattr(launch_store, "COPY_BLOCK_V", 32)
     h, w, y = make(SHAPE, dtype)
     b = torch.randn(V, device=DEVICE).to(dtype)
     temperature = torch.rand(T, device=DEVICE) + 0.5
-    head = (h, w, y, b, temperature, 5.0, IGNORE)
-    plain = forward.linear_logprob_entropy(*head, True, variant="cublas")
-    found = keep(above, rows, *head[:6])
+    head = (h, w, y, b, temperature, 5.0)
+    plain = forward(Head(*head, IGNORE), keep_logits=True, variant="cublas")
+    found = store(above, rows, *head)
     for got, want in zip(found[:5], plain[:5], strict=True):
         assert torch.equal(got, want)
     wanted = ((plain.entropy >= above) & (y != IGNORE)).nonzero().squeeze(1)[:rows]
@@ -133,12 +130,12 @@ def test_an_entropy_of_exactly_the_threshold_is_above_it_and_a_nan_is_not():
     h, w, y = make(SHAPE)
     y[:] = 3
     h[7] = torch.nan
-    entropy = keep(0.0, T, h, w, y).entropy
+    entropy = store(0.0, T, h, w, y).entropy
     for above in (entropy[20], entropy[33].item()):
-        found = keep(above, T, h, w, y)
+        found = store(above, T, h, w, y)
         assert (found.places >= 0).tolist() == (entropy >= above).tolist()
     assert found.places[7] == -1
-    assert (keep(torch.nan, T, h, w, y).places == -1).all()
+    assert (store(torch.nan, T, h, w, y).places == -1).all()
 
 
 @pytest.mark.parametrize(
@@ -150,10 +147,10 @@ def test_an_entropy_of_exactly_the_threshold_is_above_it_and_a_nan_is_not():
     ],
     ids=[*ROWS, "some, counted", "too many, counted", "too many, fp16"],
 )
-def test_gradients_at_rows_kept_and_not_kept(above, rows, dtype, bounded):
+def test_gradients_at_rows_stored_and_not_stored(above, rows, dtype, bounded):
     inputs = (gradients_of(T), *make(SHAPE, dtype))
     bound = active(inputs[0], inputs[3]) + 9 if bounded else None
-    found = keep(above, rows, *inputs[1:])
+    found = store(above, rows, *inputs[1:])
     check(back(found, *inputs, max_active_rows=bound), inputs, found, bound)
 
 
@@ -169,12 +166,12 @@ def test_gradients_at_rows_kept_and_not_kept(above, rows, dtype, bounded):
         *zip(cycle([OPTIONS["all"]]), tiles_here(), cycle([False, True])),
     ],
 )
-def test_options_with_the_first_rows_kept(tile, names, bounded):
+def test_options_with_the_first_rows_stored(tile, names, bounded):
     """All logits fit but the last rows': those before are read, the others recomputed."""
     inputs = (gradients_of(T), *make(SHAPE))
     options = options_of(inputs[1:], **names)
     number = active(inputs[0], inputs[3])
-    found = keep(0.0, 60, *inputs[1:], **options)
+    found = store(0.0, 60, *inputs[1:], **options)
     first = active_numbers(inputs[0], inputs[3])
     front = int((found.places[first] >= 0).sum())
     assert 32 < front < number
@@ -188,7 +185,7 @@ def test_rows_that_are_read_are_not_recomputed(bounded):
     """With another weight in backward, what is recomputed is NaN, and what is read is not."""
     h, w, y = make(SHAPE)
     b = torch.zeros(V, device=DEVICE)
-    found = keep(0.1, T, h, w, y, b)
+    found = store(0.1, T, h, w, y, b)
     above = (found.places >= 0).nonzero().squeeze(1)
     below = ((found.places < 0) & (y != IGNORE)).nonzero().squeeze(1)
     bound = T if bounded else None
@@ -214,7 +211,7 @@ def test_more_active_rows_than_the_bound_are_never_silent(bound):
     grads, h, w, y = gradients_of(T), *make(SHAPE)
     b = torch.zeros(V, device=DEVICE)
     bound = active(grads, y) - 1 if isinstance(bound, str) else bound
-    found = keep(0.0, max(bound, 1), h, w, y, b)
+    found = store(0.0, max(bound, 1), h, w, y, b)
     for gradient in back(found, grads, h, w, y, b, max_active_rows=bound):
         assert gradient.isnan().all()
 
@@ -237,16 +234,15 @@ def test_a_bound_makes_the_host_wait_for_nothing(spare, monkeypatch):
         raise AssertionError("the host waits for a tensor's numbers")
 
     def step():
-        head = (h, w, y, None, None, None, IGNORE)
-        kept = {"keep_above": above, "keep_rows": bound}
-        found = forward.linear_logprob_entropy(*head, False, **kept)
+        head = Head(h, w, y, None, None, None, IGNORE)
+        found = forward(head, keep_logits=False, store_above=above, store_rows=bound)
         return found, back(found, grads, h, w, y, max_active_rows=bound)
 
     with monkeypatch.context() as patch, NoWaiting():
         patch.setattr(torch.Tensor, "tolist", fail)
         found, got = step()
         with pytest.raises(AssertionError):
-            back(keep(above, 9, h, w, y), grads, h, w, y)
+            back(store(above, 9, h, w, y), grads, h, w, y)
     check(got, (grads, h, w, y), found, bound)
 
 
@@ -258,9 +254,9 @@ def test_the_front_ends_at_the_first_row_without_logits(count, gap):
     if gap is not None:
         places_T[2 * gap] = places_T[2 * gap + 20] = -1
     number = torch.tensor([count], dtype=torch.int32, device=DEVICE)
-    found = kept_rows.kept_rows(index_C, number, places_T)
+    found = launch_rows.stored_rows(index_C, number, places_T)
     broken = gap is not None and gap < count
-    assert found.number.item() == (gap // kept_rows.STEP * kept_rows.STEP if broken else count)
+    assert found.number.item() == (gap // launch_rows.STEP * launch_rows.STEP if broken else count)
     assert found.place[:count].tolist() == places_T[index_C[:count].long()].tolist()
 
 
@@ -278,20 +274,20 @@ def test_nothing_to_do(tokens):
 def test_the_same_bits_twice():
     inputs = (gradients_of(T), *make(SHAPE, torch.bfloat16))
     options = options_of(inputs[1:], **OPTIONS["all"])
-    first, second = (back(keep(0.0, 60, *inputs[1:], **options), *inputs, **options) for _ in "ab")
+    first, second = (back(store(0.0, 60, *inputs[1:], **options), *inputs, **options) for _ in "ab")
     for one, other in zip(first, second, strict=True):
         assert torch.equal(one, other)
 
 
-def test_only_chunks_of_products_keep_rows():
+def test_only_chunks_of_products_store_rows():
     h, w, y = make(SHAPE)
     above = torch.zeros((), device=DEVICE)
-    head = (h, w, y, None, None, None, IGNORE, False)
+    head = Head(h, w, y, None, None, None, IGNORE)
+    options = {"keep_logits": False, "store_above": above, "store_rows": 9}
     with pytest.raises(ValueError, match="variant must be one of"):
-        forward.linear_logprob_entropy(*head, keep_above=above, keep_rows=9, variant="pointer")
-    tile = tiles_here()[0]
-    with pytest.raises(ValueError, match="keep_above needs the variant \"cublas\"; got 'pointer'"):
-        forward.linear_logprob_entropy(*head, keep_above=above, keep_rows=9, tile=tile)
+        forward(head, **options, variant="pointer")
+    with pytest.raises(ValueError, match="store_above needs the variant \"cublas\"; got 'pointer'"):
+        forward(head, **options, tile=tiles_here()[0])
 
 
 def policy_loss(h, w, y, **options):
@@ -318,7 +314,7 @@ def test_a_known_threshold_costs_two_products_of_the_rows_above_it(room, monkeyp
     with Watch() as watch:
         got, found = policy_loss(*inputs, threshold=threshold)
     assert found["tokens/selected"] == kept == found["head/active_rows"]
-    read = kept if room == 1 else fitting // kept_rows.STEP * kept_rows.STEP
+    read = kept if room == 1 else fitting // launch_rows.STEP * launch_rows.STEP
     assert watch.products == (T + 3 * kept - read) * V * D
     bounded, _ = policy_loss(*inputs, threshold=threshold, max_active_rows=kept)
     for result in (got, bounded):
@@ -326,7 +322,7 @@ def test_a_known_threshold_costs_two_products_of_the_rows_above_it(room, monkeyp
             torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-5)
 
 
-def test_without_a_backward_nothing_is_kept(monkeypatch):
+def test_without_a_backward_nothing_is_stored(monkeypatch):
     h, w, y = make(SHAPE)
     asked = []
     monkeypatch.setattr(_gpu, "keeps_rows", lambda *shape: asked.append(shape) or False)
