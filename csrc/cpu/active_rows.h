@@ -1,33 +1,34 @@
-// The rows that carry gradient, as backward reads them: gathered once, packed for each product.
+// The rows that carry gradient, gathered once and packed for each product of backward.
 #pragma once
 
-#include "linear_logprob_entropy.h"
+#include "running_sums.h"
 
 namespace EK_ISA {
 
-using entropy_kernels::Incoming;
+using entropy_kernels::BackwardCall;
 
 constexpr std::int64_t kRowChunk = 512;              // active rows whose dz is held at once
-constexpr std::int64_t kRowStride = kRowChunk + 16;  // no power of two: few sets of a cache
+constexpr std::int64_t kRowStride = kRowChunk + 16;  // a power of two would map to few cache sets
 
-// What a panel of 64 active rows needs, gradients divided by the temperature; zero beyond the last.
+// What backward needs of a panel of 64 active rows, zero beyond the last row. Gradients are divided
+// by the temperature.
 struct ActivePanel {
   float max[kPanel], log_sum[kPanel], temperature[kPanel];
   float logprob[kPanel], entropy[kPanel], rest[kPanel];  // rest = g_logsumexp - g_entropy H
   std::int64_t target[kPanel], token[kPanel];
 
-  ActivePanel(const Head& head, const Rows& rows, const Statistics& found, const Incoming& in,
-              std::int64_t first) {
+  ActivePanel(const BackwardCall& call, std::int64_t first) {
+    const auto& [head, rows, saved, in, out] = call;
     for (int i = 0; i < kPanel; ++i) {
       const bool real = first + i < rows.count;
       const std::int64_t t = real ? rows[first + i] : 0;
       const auto grad = [&](const float* g) { return real && g != nullptr ? g[first + i] : 0.0f; };
       temperature[i] = real && head.temperature != nullptr ? head.temperature[t] : 1.0f;
-      max[i] = real ? found.max[t] : 0.0f;
-      log_sum[i] = real ? found.log_sum[t] : 0.0f;
+      max[i] = real ? saved.max[t] : 0.0f;
+      log_sum[i] = real ? saved.log_sum[t] : 0.0f;
       logprob[i] = grad(in.logprob) / temperature[i];
       entropy[i] = grad(in.entropy) / temperature[i];
-      const float h = real ? found.entropy[t] : 0.0f;
+      const float h = real ? saved.entropy[t] : 0.0f;
       rest[i] = grad(in.logsumexp) / temperature[i] - (entropy[i] == 0 ? 0 : entropy[i] * h);
       target[i] = real ? head.target[t] : -1;
       token[i] = t;
@@ -35,7 +36,7 @@ struct ActivePanel {
   }
 };
 
-// The active rows, gathered once and packed for both of their products.
+// The active rows, packed for both of their products.
 template <class E>
 struct Gathered {
   std::int64_t units, panels, row_chunks;
@@ -43,11 +44,13 @@ struct Gathered {
   std::vector<typename E::Unit> along_rows;  // for each chunk of rows, panels of D, for dW
   std::vector<ActivePanel> active;
 
-  Gathered(const Head& head, const Rows& rows, const Statistics& found, const Incoming& in,
-           bool for_weight) {
-    units = round_up(head.dim, E::kWidth) / E::kWidth;
-    panels = round_up(rows.count, kPanel) / kPanel;
-    row_chunks = round_up(rows.count, kRowChunk) / kRowChunk;
+  explicit Gathered(const BackwardCall& call) {
+    const Head& head = call.head;
+    const Rows& rows = call.rows;
+    const bool for_weight = call.out.weight != nullptr;
+    units = units_of<E>(head.dim);
+    panels = ceil_div(rows.count, kPanel);
+    row_chunks = ceil_div(rows.count, kRowChunk);
     const std::int64_t wide = round_up(head.dim, kPanel);
     along_dim.resize(panels * kPanel * units);
     if (for_weight) along_rows.resize(row_chunks * (kRowChunk / E::kWidth) * wide);
@@ -62,7 +65,7 @@ struct Gathered {
         const std::int64_t here = std::min<std::int64_t>(kPanel, count - p);
         for (std::int64_t i = 0; i < here; ++i) lanes[i] = buffer.data() + (p + i) * units;
         pack_rows<E>(lanes, here, units, along_dim.data() + (first + p) * units);
-        active.emplace_back(head, rows, found, in, first + p);
+        active.emplace_back(call, first + p);
       }
       if (for_weight)
         pack_columns<E>(buffer.data(), units, count, head.dim,

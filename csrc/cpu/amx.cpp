@@ -21,7 +21,7 @@ bool processor_has_amx() {
 
 #ifdef __linux__
 
-// XCR0: which registers the operating system saves.
+// Reads XCR0: which registers the operating system saves.
 static bool saves_tiles() {
   constexpr unsigned osxsave = 1u << 27, tiles = 3u << 17;
   unsigned a, b, c, d;
@@ -31,17 +31,19 @@ static bool saves_tiles() {
 }
 
 const char* request_amx() {
-  constexpr int request_permission = 0x1023, tile_data = 18;  // of arch_prctl, and which registers
-  if (!saves_tiles()) return "the operating system does not save its registers";
+  // The code of arch_prctl that asks for a permission, and the number of the tile registers' state.
+  constexpr int request_permission = 0x1023, tile_data = 18;
+  if (!saves_tiles()) return "the operating system does not save the tile registers";
   if (syscall(SYS_arch_prctl, request_permission, tile_data) == 0) return "";
-  // A signal's frame, 11 KB with tiles, must fit every alternate stack of the process.
-  if (errno == ENOSPC) return "an alternate signal stack of the process is too small for it";
+  // Every alternate signal stack of the process must hold a signal's frame, 11 KB with tiles.
+  if (errno == ENOSPC)
+    return "an alternate signal stack of the process is too small for the tile registers";
   return "the operating system refuses it (arch_prctl ARCH_REQ_XCOMP_PERM)";
 }
 
 #else
 
-const char* request_amx() { return "it is asked for on Linux alone"; }
+const char* request_amx() { return "tiles are used on Linux only"; }
 
 #endif
 

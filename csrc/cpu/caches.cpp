@@ -22,7 +22,7 @@ std::string line_of(const std::string& path) {
   return line;
 }
 
-// Bytes of the data cache of `level`, 0 if there is none. Sizes read "48K" or "2M".
+// Bytes of the data cache of `level`, 0 if there is none. The files say "48K" or "2M".
 std::int64_t cache(int level) {
   for (int i = 0; i < 8; ++i) {
     const std::string folder = "/sys/devices/system/cpu/cpu0/cache/index" + std::to_string(i) + "/";

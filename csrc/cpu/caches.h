@@ -1,16 +1,16 @@
-// The sizes of this machine's caches, which the sizes of blocks are chosen from.
+// The sizes of this machine's caches; the kernels choose the sizes of their blocks by them.
 #pragma once
 
 #include <cstdint>
 
 namespace entropy_kernels {
 
-// In bytes: what one core has for itself, and the largest one, which cores share.
+// Bytes of a core's second-level cache, and of the last level, which cores share.
 struct Caches {
   std::int64_t l2, last;
 };
 
-// What the operating system reports of the first core; 512 KB and 8 MB where it reports nothing.
+// The sizes that the operating system reports for the first core, else 512 KB and 8 MB.
 Caches machine_caches();
 
 }  // namespace entropy_kernels

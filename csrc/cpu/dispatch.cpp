@@ -1,3 +1,4 @@
+// Which of the compiled instruction sets this machine can run.
 #include <cstdlib>
 #include <cstring>
 #include <initializer_list>
@@ -14,31 +15,19 @@
 #include <sys/sysctl.h>
 #endif
 
-// The namespaces that kernels_per_isa.cpp is compiled into.
-namespace amx {
-extern const entropy_kernels::Kernels kernels;
-}
-namespace amx_model {
-extern const entropy_kernels::Kernels kernels;
-}
-namespace avx512_bf16 {
-extern const entropy_kernels::Kernels kernels;
-}
-namespace avx512 {
-extern const entropy_kernels::Kernels kernels;
-}
-namespace avx2 {
-extern const entropy_kernels::Kernels kernels;
-}
-namespace neon_bf16 {
-extern const entropy_kernels::Kernels kernels;
-}
-namespace neon {
-extern const entropy_kernels::Kernels kernels;
-}
-namespace portable {
-extern const entropy_kernels::Kernels kernels;
-}
+// kernels_per_isa.cpp is compiled into these namespaces.
+#define DECLARE_KERNELS(isa)                     \
+  namespace isa {                                \
+  extern const entropy_kernels::Kernels kernels; \
+  }
+DECLARE_KERNELS(amx)
+DECLARE_KERNELS(amx_model)
+DECLARE_KERNELS(avx512_bf16)
+DECLARE_KERNELS(avx512)
+DECLARE_KERNELS(avx2)
+DECLARE_KERNELS(neon_bf16)
+DECLARE_KERNELS(neon)
+DECLARE_KERNELS(portable)
 
 namespace entropy_kernels {
 
@@ -55,7 +44,7 @@ bool has_avx512() {
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 }
 
-// Then tiles are not so much as tried.
+// Whether EK_CPU_ISA names a set without tiles; then the system is not asked for them.
 bool environment_names_another() {
   const char* named = std::getenv("EK_CPU_ISA");
   if (named == nullptr) return false;
@@ -65,7 +54,7 @@ bool environment_names_another() {
   return false;
 }
 
-// F16C too, which clang's builtin has no name for.
+// AVX2, FMA and F16C. Clang's builtin has no name for F16C.
 bool has_avx2() {
   constexpr unsigned f16c = 1u << 29;
   unsigned a, b, c, d;
@@ -75,22 +64,22 @@ bool has_avx2() {
 #endif
 
 #ifdef EK_AARCH64
-// BFDOT and BFCVT. Every processor of this architecture has the rest of NEON.
+// Whether it has BFDOT and BFCVT. Every processor of this architecture has the rest of NEON.
 bool has_neon_bf16() {
 #if defined(__linux__)
-  constexpr unsigned long kBf16 = 1ul << 14;  // HWCAP2_BF16, which older headers lack
+  constexpr unsigned long kBf16 = 1ul << 14;  // HWCAP2_BF16, which is not in older headers
   return (getauxval(AT_HWCAP2) & kBf16) != 0;
 #elif defined(__APPLE__)
-  int found = 0;
-  std::size_t size = sizeof found;
-  return sysctlbyname("hw.optional.arm.FEAT_BF16", &found, &size, nullptr, 0) == 0 && found != 0;
+  int has = 0;
+  std::size_t size = sizeof has;
+  return sysctlbyname("hw.optional.arm.FEAT_BF16", &has, &size, nullptr, 0) == 0 && has != 0;
 #else
   return false;
 #endif
 }
 #endif
 
-// See why_no_amx.
+// why_no_amx, computed.
 const char* ask_for_amx() {
 #if !defined(EK_X86)
   return nullptr;

@@ -1,3 +1,4 @@
+// What the kernels are called with, and which kernels this machine can run.
 #pragma once
 
 #include <cstdint>
@@ -8,9 +9,9 @@ namespace entropy_kernels {
 
 enum class Dtype : int { f32 = 0, bf16 = 1, f16 = 2 };
 
-// What turns hidden states into logits: z = softcap * tanh((h W^T + b) / softcap), and all that is
-// given of each token. T tokens, D hidden, V vocabulary; rows of hidden and weight are contiguous,
-// their strides are in elements.
+// A language model's head, z = softcap * tanh((h W^T + b) / softcap), and the tokens it is given.
+// T tokens, D hidden, V vocabulary. Rows of hidden and weight are contiguous; their strides are in
+// elements.
 struct Head {
   const void* hidden;  // [T, D]
   std::int64_t hidden_stride;
@@ -24,8 +25,8 @@ struct Head {
   Dtype dtype;
   int threads;
   Caches caches;
-  float* logits;  // h W^T + b of all T tokens, in the tiles of rows.h: written by forward, read by
-                  // backward; or nullptr
+  float* logits;  // h W^T + b of all T tokens in the order of stored_tile, or nullptr; forward
+                  // writes them, backward reads them
 };
 
 // The tokens to work on.
@@ -36,49 +37,69 @@ struct Rows {
   std::int64_t operator[](std::int64_t i) const { return index == nullptr ? i : index[i]; }
 };
 
-// What forward finds of each token, all [T].
-struct Statistics {
-  float *logprob, *entropy, *logsumexp, *max, *log_sum;
+// What forward computes per token.
+struct ForwardRows {
+  float *logprob, *entropy, *logsumexp, *max, *log_sum;  // [T] each
   // [4, T]: varentropy, the largest p, sum of p^2, sum of p^2 log p; or nullptr
-  float* moments;
+  float* statistics;
+
+  // `rows` [5, T] holds the five one after the other.
+  ForwardRows(float* rows, std::int64_t tokens, float* statistics)
+      : logprob(rows), entropy(rows + tokens), logsumexp(rows + 2 * tokens), max(rows + 3 * tokens),
+        log_sum(rows + 4 * tokens), statistics(statistics) {}
 };
 
-// What arrives at the R rows of backward, each [R] or nullptr.
+// The gradients that arrive at the R rows of backward, [R] each; nullptr for zeros.
 struct Incoming {
   const float *logprob, *entropy, *logsumexp;
 };
 
-// What backward is asked for; nullptr for what is not wanted.
+// The gradients that backward writes; nullptr for what is not wanted.
 struct Gradients {
   float* hidden;       // [R, D]
   void* weight;        // [V, D], contiguous
   Dtype weight_dtype;  // of `weight`
-  bool add_weight;     // to what `weight` holds; false: it holds nothing yet
+  bool add_weight;     // true adds to what `weight` holds, false overwrites it
   float* bias;         // [V]
 };
 
-// Asked between blocks by the calling thread; true ends the work, outputs are then undefined.
-using Stop = bool (*)();
-
-// The kernels of one instruction set. Each returns the multiplications it has done, or -1 if it was
-// stopped.
-struct Kernels {
-  const char* name;
-  double (*seconds)(Dtype);  // what a small product of inputs of that dtype takes
-  bool (*agrees)();          // whether products of bf16 are those of fp32, but for rounding
-  std::int64_t (*forward)(const Head&, const Rows&, const Statistics&, Stop);
-  std::int64_t (*backward)(const Head&, const Rows&, const Statistics&, const Incoming&,
-                           const Gradients&, Stop);
+struct ForwardCall {
+  Head head;
+  Rows rows;
+  ForwardRows out;
 };
 
-// What this machine can run, best first: the `i`-th (nullptr beyond the last), and the one called
-// `name` (nullptr if it cannot). The one that models AMX is found by its name alone.
+struct BackwardCall {
+  Head head;
+  Rows rows;
+  ForwardRows saved;  // as forward left it; `statistics` is not read
+  Incoming in;
+  Gradients out;
+};
+
+// The calling thread asks it between blocks; true ends the work and leaves the outputs undefined.
+using Stop = bool (*)();
+
+// The kernels of one instruction set. forward and backward return how many multiplications they
+// have done, or -1 if they were stopped.
+struct Kernels {
+  const char* name;
+  double (*seconds)(Dtype);  // the time of a small product of inputs of that dtype
+  bool (*agrees)();          // whether products of bf16 are those of fp32, except for rounding
+  std::int64_t (*forward)(const ForwardCall&, Stop);
+  std::int64_t (*backward)(const BackwardCall&, Stop);
+};
+
+// The `i`-th of the sets that this machine can run, best first; nullptr beyond the last.
 const Kernels* usable_kernels(int i);
+// The set that models AMX in plain C++; nullptr if this machine cannot run it. usable_kernels does
+// not list it.
 const Kernels* model_kernels();
+// The set called `name`, the model included; nullptr if this machine cannot run it.
 const Kernels* find_kernels(const char* name);
 
-// Why products do not run on the tiles of AMX; empty where they can, nullptr where the processor
-// has none.
+// Why products do not run on the tiles of AMX: empty if they can, nullptr if the processor has
+// none.
 const char* why_no_amx();
 
 }  // namespace entropy_kernels

@@ -1,12 +1,11 @@
-// Compiled once for each instruction set: EK_ISA is its namespace, EK_LANES its floats a vector.
-#ifdef EK_TILES
-#include "tiles.h"
-#else
+// The kernels of one instruction set; compiled once per set, see isa.h.
+#include "linear_logprob_entropy.h"
 #include "linear_logprob_entropy_backward.h"
-#endif
 
 #ifdef EK_TILES
-// Whose kernels take the dtypes that have no tiles.
+#include "tiles.h"
+
+// The kernels of the dtypes that have no tiles.
 namespace EK_OTHERS {
 extern const entropy_kernels::Kernels kernels;
 }
@@ -14,7 +13,7 @@ extern const entropy_kernels::Kernels kernels;
 
 namespace EK_ISA {
 
-// What products of bf16 run on.
+// The units that products of bf16 run on.
 #if defined(EK_TILES)
 using Brain = Tiles;
 #elif defined(EK_BF16)
@@ -24,33 +23,30 @@ using Brain = F32;
 #endif
 
 template <class E>
-static std::int64_t forward_of(const Head& head, const Rows& rows, const Statistics& out,
-                               Stop stop) {
-  return out.moments != nullptr ? forward<E, Moments>(head, rows, out, stop)
-                                : forward<E, NoMoments>(head, rows, out, stop);
+static std::int64_t forward_of(const ForwardCall& call, Stop stop) {
+  return call.out.statistics != nullptr ? forward<E, Statistics>(call, stop)
+                                        : forward<E, NoStatistics>(call, stop);
 }
 
-static std::int64_t forward_any(const Head& head, const Rows& rows, const Statistics& out,
-                                Stop stop) {
-  if (head.dtype == Dtype::bf16) return forward_of<Brain>(head, rows, out, stop);
+static std::int64_t forward_any(const ForwardCall& call, Stop stop) {
+  if (call.head.dtype == Dtype::bf16) return forward_of<Brain>(call, stop);
 #ifdef EK_TILES
-  return EK_OTHERS::kernels.forward(head, rows, out, stop);
+  return EK_OTHERS::kernels.forward(call, stop);
 #else
-  return forward_of<F32>(head, rows, out, stop);
+  return forward_of<F32>(call, stop);
 #endif
 }
 
-static std::int64_t backward_any(const Head& head, const Rows& rows, const Statistics& found,
-                                 const Incoming& in, const Gradients& out, Stop stop) {
-  if (head.dtype == Dtype::bf16) return backward<Brain>(head, rows, found, in, out, stop);
+static std::int64_t backward_any(const BackwardCall& call, Stop stop) {
+  if (call.head.dtype == Dtype::bf16) return backward<Brain>(call, stop);
 #ifdef EK_TILES
-  return EK_OTHERS::kernels.backward(head, rows, found, in, out, stop);
+  return EK_OTHERS::kernels.backward(call, stop);
 #else
-  return backward<F32>(head, rows, found, in, out, stop);
+  return backward<F32>(call, stop);
 #endif
 }
 
-// A product of zeros that fits the L1 cache, of the same size for each E.
+// The time of a product of zeros that fits the L1 cache; it has the same size for each E.
 template <class E>
 static double seconds_of() {
   constexpr int kDim = 64, kUnits = kDim / E::kWidth;
@@ -69,13 +65,13 @@ static double seconds(Dtype dtype) {
 
 // The same numbers as units of E.
 template <class E>
-static std::vector<typename E::Unit> units_of(const std::vector<std::uint16_t>& bits) {
+static std::vector<typename E::Unit> as_units(const std::vector<std::uint16_t>& bits) {
   std::vector<typename E::Unit> units(bits.size() / E::kWidth);
   read_row<E>(bits.data(), 0, std::int64_t(bits.size()), Dtype::bf16, units.data());
   return units;
 }
 
-// c += a b twice, of an odd number of rows and a chain and a part of it along k.
+// c = a b, then c += a b, with an odd number of rows and more than a chain along k.
 template <class E>
 static std::vector<float> sample_product() {
   constexpr int kHeight = 49, kDepth = 2 * (kChain + 21);
@@ -86,7 +82,7 @@ static std::vector<float> sample_product() {
       random = random * 1664525u + 1013904223u;
       x = to_bf16(float(std::int32_t(random)) * 0x1p-31f);
     }
-  const auto a = units_of<E>(left), columns = units_of<E>(right);
+  const auto a = as_units<E>(left), columns = as_units<E>(right);
   constexpr std::int64_t kUnits = kDepth / E::kWidth;
   std::vector<typename E::Unit> b(columns.size());
   const typename E::Unit* lanes[kPanel];
@@ -99,7 +95,7 @@ static std::vector<float> sample_product() {
   return c;
 }
 
-// Sums of 298 products of up to 1: 1e-5 apart by rounding, 5 by an operand that lies elsewhere.
+// Sums of 298 products of up to 1 are 1e-5 apart by rounding, and 5 by a misplaced operand.
 static bool agrees() {
   const std::vector<float> got = sample_product<Brain>(), want = sample_product<F32>();
   for (std::size_t i = 0; i < got.size(); ++i)

@@ -1,5 +1,6 @@
-// Products of small blocks with the columns in the vector lanes: c[r][lane] += sum_k a(r, k)
-// b[k][lane]. A unit is one fp32, or two bf16 that are neighbours along k.
+// Products of small blocks with the columns in the vector lanes:
+//   c[r][lane] += sum_k a(r, k) b[k][lane]
+// A unit is one fp32, or two bf16 that are neighbours along k.
 #pragma once
 
 #include <algorithm>
@@ -11,19 +12,25 @@ namespace EK_ISA {
 
 constexpr int kPanel = 64;  // columns of a packed panel
 constexpr int kRows = 6;    // rows held in registers
-// Of the sets with 32 registers, 24 hold sums; of those with 16, 12.
+// Vectors per row: sums take 24 of 32 registers, or 12 of 16.
 #if defined(__AVX512F__) || defined(EK_NEON)
 constexpr int kVectors = 4;
 #else
 constexpr int kVectors = 2;
 #endif
-// Units summed before they are added to c: short chains round less, and that many rows of a panel,
-// 32 KB, stay in the L1 cache.
+// Units that are summed before they are added to c. Short chains round less, and so many rows of a
+// panel, 32 KB, stay in the L1 cache.
 constexpr int kChain = 128;
+
+static inline std::int64_t ceil_div(std::int64_t x, std::int64_t by) { return (x + by - 1) / by; }
+
+static inline std::int64_t round_up(std::int64_t x, std::int64_t to) {
+  return ceil_div(x, to) * to;
+}
 
 struct F32 {
   using Unit = float;
-  static constexpr int kWidth = 1;  // values a unit
+  static constexpr int kWidth = 1;  // values per unit
   using Operand = Vec;
   static inline Operand operand(const Unit* p) { return load(p); }
   static inline Operand broadcast(const Unit* p) { return splat(*p); }
@@ -41,7 +48,18 @@ struct BF16 {
 };
 #endif
 
-// a(r, k) = a[r * row_stride + k * unit_stride]; one of the strides is 1.
+// Sets a thread up before products of E, and cleans up after them. Only tiles.h has something to
+// do.
+template <class E>
+struct Ready {};
+
+// The units that hold `values` values along k.
+template <class E>
+static inline std::int64_t units_of(std::int64_t values) {
+  return ceil_div(values, E::kWidth);
+}
+
+// The left operand: a(r, k) = data[r * row_stride + k * unit_stride], where one stride is 1.
 template <class E>
 struct Left {
   const typename E::Unit* data;
@@ -123,10 +141,6 @@ static void product(std::int64_t rows, Left<E> a, const typename E::Unit* b, std
     strided_product<E, true>(rows, a, b, units, c, c_stride, add);
   else
     strided_product<E, false>(rows, a, b, units, c, c_stride, add);
-}
-
-static inline std::int64_t round_up(std::int64_t x, std::int64_t to) {
-  return (x + to - 1) / to * to;
 }
 
 }  // namespace EK_ISA

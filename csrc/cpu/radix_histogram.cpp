@@ -14,17 +14,17 @@ namespace entropy_kernels {
 namespace {
 
 constexpr std::int64_t kBlock = 1024;
-// Consecutive values go to different copies: values of one digit in a row would otherwise wait for
-// each other's store. Wide digits, whose copies would leave the cache, share one.
+// Consecutive values count in different copies, since values of the same digit would wait for each
+// other's store. Wide digits, whose copies would not fit the cache, have one copy.
 constexpr int kCopies = 4;
 constexpr int kMaxBitsToCopy = 12;
-// Values that do not count go here, past the bins: no branch, and for the same reason not one slot.
+// Dummy bins for values that do not count, which saves a branch. One bin would wait for its stores.
 constexpr std::uint32_t kDummies = 16;
 [[maybe_unused]] constexpr std::int64_t kMinPerThread = 1 << 16;
 // A thread counts in 32 bits, which keeps its copies in L1; no slab can overflow them.
 constexpr std::int64_t kSlab = std::int64_t{1} << 32;
 
-// Bins from one copy to the next; 0 where they share one.
+// Bins from one copy to the next; 0 if there is one copy.
 inline std::int64_t copy_stride(int bits) {
   return bits <= kMaxBitsToCopy ? (std::int64_t{1} << bits) + kDummies : 0;
 }
@@ -34,12 +34,12 @@ inline std::uint32_t ordered_key(float value) {
   std::memcpy(&u, &value, sizeof u);
   const std::uint32_t sign = static_cast<std::uint32_t>(static_cast<std::int32_t>(u) >> 31);
   std::uint32_t key = u ^ (sign | 0x80000000u);
-  // Integers, not value + 0.0f: the result stays the same where denormals are flushed.
+  // In integers, since value + 0.0f would depend on whether denormals are flushed.
   key += key == 0x7FFFFFFFu;
   return (u & 0x7FFFFFFFu) > 0x7F800000u ? 0xFFFFFFFFu : key;
 }
 
-// bins[i]: the digit of value i, or a dummy bin where it does not count. Returns how many count.
+// Sets bins[i] to the digit of value i, or to a dummy bin. Returns how many values count.
 template <bool kHasMask>
 TARGET_CLONES std::uint32_t find_bins(const float* values, const std::uint8_t* mask, int n,
                                       RadixDigit digit, std::uint32_t* bins) {
@@ -48,16 +48,16 @@ TARGET_CLONES std::uint32_t find_bins(const float* values, const std::uint8_t* m
   const std::uint32_t prefix_mask = rest == 32 ? 0u : ~0u << rest;
   const std::uint32_t prefix = rest == 32 ? 0u : digit.prefix << rest;
   const int shift = digit.shift;
-  std::uint32_t found = 0;
+  std::uint32_t count = 0;
   for (int i = 0; i < n; ++i) {
     const std::uint32_t key = ordered_key(values[i]);
     std::uint32_t counted = ((key ^ prefix) & prefix_mask) == 0u;
     if (kHasMask) counted &= mask[i] != 0;
     const std::uint32_t dummy = num_bins + static_cast<std::uint32_t>(i) % kDummies;
     bins[i] = counted ? (key >> shift) & (num_bins - 1u) : dummy;
-    found += counted;
+    count += counted;
   }
-  return found;
+  return count;
 }
 
 template <bool kHasMask>

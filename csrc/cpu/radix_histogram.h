@@ -1,11 +1,12 @@
+// A step of an exact selection: counts the values by one digit of their order.
 #pragma once
 
 #include <cstdint>
 
 namespace entropy_kernels {
 
-// One digit of a 32-bit key: `bits` bits above `shift`, counted over the keys whose top
-// `prefix_bits` bits equal `prefix`.
+// A digit of a 32-bit key: the `bits` bits above `shift`. Only keys whose top `prefix_bits` bits
+// equal `prefix` are counted.
 struct RadixDigit {
   std::uint32_t prefix;
   int prefix_bits;
@@ -13,9 +14,10 @@ struct RadixDigit {
   int bits;
 };
 
-// counts[d] += how many valid values carry digit d. values: n fp32; mask: n bytes, non-zero is
-// valid, or nullptr for all; counts: 1 << bits, added to. Keys order like the numbers: -0 equals
-// +0, and a NaN of either sign ranks above +inf.
+// Adds to counts[d] the number of valid values whose key has digit d. `values` holds n fp32. `mask`
+// holds n bytes, non-zero for valid values; nullptr means that all are valid. `counts` holds 1 <<
+// bits numbers. Keys order like the values: -0 equals +0, and a NaN of either sign ranks above
+// +inf.
 void radix_histogram(const float* values, const std::uint8_t* mask, std::int64_t n,
                      RadixDigit digit, std::int64_t* counts);
 

@@ -11,9 +11,9 @@ namespace entropy_kernels {
 namespace {
 
 constexpr std::int64_t kBlock = 512;
-// Tokens that are summed by one thread, whatever the number of threads.
+// The tokens that one thread sums, whatever the number of threads.
 constexpr std::int64_t kPart = 1 << 15;
-// Sums that go side by side, to be added as vectors.
+// Sums that run side by side, so that the compiler makes vectors of them.
 constexpr int kLanes = 16;
 
 struct Sums {
@@ -22,7 +22,7 @@ struct Sums {
   std::int64_t low = 0, high = 0, active = 0;
 };
 
-// Of the tokens of a block; past its end, zeros up to a whole number of lanes.
+// The terms of a block's tokens, followed by zeros up to a whole number of lanes.
 struct Terms {
   float loss[kBlock], ratio[kBlock], log_ratio[kBlock], excess[kBlock];
 };
@@ -58,7 +58,7 @@ inline Exp exponential(float x) {
   return {power * (1.0f + (r + p)), n == 0.0f ? p : far};
 }
 
-// x where all bits of `mask` are set, 0 where none is. The compiler makes no vectors of choices by
+// x if all bits of `mask` are set, 0 if none is. The compiler makes no vectors of a choice by
 // bytes.
 inline float masked(float x, std::uint32_t mask) {
   std::uint32_t bits;
@@ -68,20 +68,20 @@ inline float masked(float x, std::uint32_t mask) {
   return x;
 }
 
-// Tokens [begin, begin + n), without a branch. A NaN reaches the loss and the gradient.
+// Computes tokens [begin, begin + n) without a branch. A NaN reaches the loss and the gradient.
 TARGET_CLONES
 Counts find_terms(const RatioTokens& tokens, const RatioBounds& bounds, std::int64_t begin, int n,
                   float weight, float* __restrict grad, Terms& __restrict terms) {
   const float* __restrict logprob = tokens.logprob + begin;
   const float* __restrict old_logprob = tokens.old_logprob + begin;
   const float* __restrict advantages = tokens.advantage + begin;
-  const std::uint8_t* __restrict kept = tokens.kept + begin;
+  const std::uint8_t* __restrict selected = tokens.selected + begin;
   const RatioBounds b = bounds;
   Counts counts{};
   for (int i = 0; i < n; ++i) {
-    const std::uint32_t keep = 0u - (kept[i] != 0);
-    const float advantage = masked(advantages[i], keep);
-    const float log_ratio = masked(logprob[i] - old_logprob[i], keep);
+    const std::uint32_t mask = 0u - (selected[i] != 0);
+    const float advantage = masked(advantages[i], mask);
+    const float log_ratio = masked(logprob[i] - old_logprob[i], mask);
     const float below = log_ratio > b.log_ratio ? b.log_ratio : log_ratio;
     const float bounded = below < -b.log_ratio ? -b.log_ratio : below;
     const Exp exp = exponential(bounded);
@@ -98,7 +98,7 @@ Counts find_terms(const RatioTokens& tokens, const RatioBounds& bounds, std::int
     const float gradient = flat ? 0.0f : -plain * weight;
     grad[i] = gradient;
     terms.loss[i] = ((advantage < 0.0f) & (most < loss)) ? most : loss;
-    terms.ratio[i] = masked(ratio, keep);
+    terms.ratio[i] = masked(ratio, mask);
     terms.log_ratio[i] = bounded;
     terms.excess[i] = exp.excess;
     counts.low += low;
@@ -133,7 +133,7 @@ void add_terms(const Terms& terms, int n, float weight, Sums& sums) {
   sums.loss += weighted * weight;
 }
 
-// Tokens [begin, end), in blocks that lie within one sequence.
+// Sums tokens [begin, end), in blocks that lie within one sequence.
 Sums sum_part(const RatioTokens& tokens, const RatioBounds& bounds, std::int64_t begin,
               std::int64_t end, float* grad) {
   Sums sums;
@@ -159,13 +159,13 @@ void ratio_loss(const RatioTokens& tokens, const RatioBounds& bounds, int thread
                 const RatioResults& out) {
   const std::int64_t n = tokens.sequences * tokens.length;
   const std::int64_t parts = (n + kPart - 1) / kPart;
-  std::vector<Sums> found(parts);
+  std::vector<Sums> sums(parts);
   threads = static_cast<int>(std::clamp<std::int64_t>(parts / 2, 1, threads));
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (std::int64_t part = 0; part < parts; ++part)
-    found[part] = sum_part(tokens, bounds, part * kPart, std::min(n, (part + 1) * kPart), out.grad);
+    sums[part] = sum_part(tokens, bounds, part * kPart, std::min(n, (part + 1) * kPart), out.grad);
   Sums all;
-  for (const Sums& part : found) {
+  for (const Sums& part : sums) {
     all.loss += part.loss;
     all.ratio += part.ratio;
     all.log_ratio += part.log_ratio;

@@ -1,7 +1,8 @@
-// Reading and packing rows of hidden states and weights, in any of the dtypes, as units of E.
+// Rows of hidden states and weights of any dtype, read and packed as units of E; a tile of logits.
 #pragma once
 
 #include "head.h"
+#include "isa.h"
 #include "product.h"
 
 namespace EK_ISA {
@@ -12,7 +13,7 @@ using entropy_kernels::Rows;
 
 static inline std::int64_t bytes_of(Dtype dtype) { return dtype == Dtype::f32 ? 4 : 2; }
 
-// `dim` values of one row as units, the last one filled up with zero.
+// Reads `dim` values of one row as units; zero fills the last unit up.
 template <class E>
 static void read_row(const void* base, std::int64_t offset, std::int64_t dim, Dtype dtype,
                      typename E::Unit* out) {
@@ -33,7 +34,7 @@ static void read_row(const void* base, std::int64_t offset, std::int64_t dim, Dt
   }
 }
 
-// Rows as panels of 64 with the rows in the lanes: out[panel][unit of D][lane]. Products of them
+// Packs at most 64 rows as a panel with the rows in the lanes: out[unit of D][lane]. Its products
 // with rows of the weight are logits.
 template <class E>
 static void pack_rows(const typename E::Unit* const* rows, std::int64_t count, std::int64_t units,
@@ -43,14 +44,15 @@ static void pack_rows(const typename E::Unit* const* rows, std::int64_t count, s
       out[k * kPanel + lane] = lane < count ? rows[lane][k] : typename E::Unit{};
 }
 
-// Rows as panels with 64 values of D in the lanes and the rows along k: out[panel][unit of
-// rows][lane]; with two values a unit, those of two rows. `rows` are units along D.
+// Packs rows as panels with 64 values of D in the lanes and the rows along k:
+// out[panel][unit of rows][lane]. A unit of two values holds those of two rows. `rows` are units
+// along D.
 template <class E>
 static void pack_columns(const typename E::Unit* rows, std::int64_t row_units, std::int64_t count,
                          std::int64_t dim, typename E::Unit* out) {
-  const std::int64_t panels = round_up(dim, kPanel) / kPanel;
-  const std::int64_t units = round_up(count, E::kWidth) / E::kWidth;
-  // Row after row, as they lie in memory.
+  const std::int64_t panels = ceil_div(dim, kPanel);
+  const std::int64_t units = units_of<E>(count);
+  // In the rows' order in memory.
   for (std::int64_t k = 0; k < units; ++k) {
     for (std::int64_t panel = 0; panel < panels; ++panel) {
       const std::int64_t first = panel * kPanel,
@@ -63,23 +65,23 @@ static void pack_columns(const typename E::Unit* rows, std::int64_t row_units, s
         const auto* low = reinterpret_cast<const std::uint16_t*>(rows + 2 * k * row_units) + first;
         const auto* high =
             reinterpret_cast<const std::uint16_t*>(rows + (2 * k + both) * row_units) + first;
-        const std::uint32_t keep = both ? 0xffff0000u : 0;
+        const std::uint32_t high_bits = both ? 0xffff0000u : 0;
         for (std::int64_t i = 0; i < width; ++i)
-          to[i] = low[i] | ((std::uint32_t{high[i]} << 16) & keep);
+          to[i] = low[i] | ((std::uint32_t{high[i]} << 16) & high_bits);
       }
       for (std::int64_t i = width; i < kPanel; ++i) to[i] = typename E::Unit{};
     }
   }
 }
 
-// Rows [first, first + count) of the weight as units along D: in place where they can be read so
-// and `copy` does not ask for better, else copied into `scratch`. Products wait for memory row by
-// row; a copy reads it in its order.
+// Rows [first, first + count) of the weight as units along D. They stay in place if they are units
+// already and `copy` is false; else they are copied into `scratch`. A copy reads memory in its
+// order, where products read it row by row and wait.
 template <class E>
 static Left<E> weight_rows(const Head& head, std::int64_t first, std::int64_t count,
                            typename E::Unit* scratch, bool copy) {
   using Unit = typename E::Unit;
-  const std::int64_t units = round_up(head.dim, E::kWidth) / E::kWidth;
+  const std::int64_t units = units_of<E>(head.dim);
   const bool native = (E::kWidth == 2) == (head.dtype == Dtype::bf16) && head.dtype != Dtype::f16;
   if (!copy && native && head.dim % E::kWidth == 0 && head.weight_stride % E::kWidth == 0) {
     const char* base = static_cast<const char*>(head.weight);
@@ -92,21 +94,23 @@ static Left<E> weight_rows(const Head& head, std::int64_t first, std::int64_t co
   return {scratch, units, 1};
 }
 
-constexpr int kTileRows = 96;  // rows of the weight a tile of logits
+constexpr int kTileRows = 96;  // rows of the weight in a tile of logits
 
-// Logits that are kept lie as they are computed: for each 96 rows of the weight, the last ones
-// fewer, the tiles [rows][64] of all panels of tokens. `first` is a tile's first row.
-static inline float* kept_tile(const Head& head, std::int64_t first, std::int64_t panel) {
-  const std::int64_t panels = round_up(head.tokens, kPanel) / kPanel;
+// The stored logits of the weight's rows from `first` on, for one panel of tokens. They lie as they
+// are computed: per 96 rows of the weight (the last time fewer), the tiles [rows][64] of all
+// panels.
+static inline float* stored_tile(const Head& head, std::int64_t first, std::int64_t panel) {
+  const std::int64_t panels = ceil_div(head.tokens, kPanel);
   const std::int64_t height = std::min<std::int64_t>(kTileRows, head.vocabulary - first);
   return head.logits + (first * panels + panel * height) * kPanel;
 }
 
-// h W^T + b of `rows` rows of the weight and one panel of hidden states: tile[row][lane].
+// tile[row][lane] = h W^T + b, for `rows` rows of the weight from `first` on and one panel of
+// hidden states.
 template <class E>
 static void logits_tile(const Head& head, Left<E> weight, std::int64_t first, std::int64_t rows,
                         const typename E::Unit* panel, float* tile) {
-  const std::int64_t units = round_up(head.dim, E::kWidth) / E::kWidth;
+  const std::int64_t units = units_of<E>(head.dim);
   product<E>(rows, weight, panel, units, tile, kPanel, false);
   if (head.bias == nullptr) return;
   for (std::int64_t r = 0; r < rows; ++r)

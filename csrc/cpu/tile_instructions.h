@@ -1,10 +1,13 @@
 // Intel's AMX: the instructions that products of bf16 on tiles need, and a model of them.
 //
-// A class of them has eight tile registers, 16 rows of 64 bytes each, and static functions that are
-// one instruction each: configure (ldtilecfg), release (tilerelease), and for the registers that
-// their template arguments number, zero, load, store and dot (tdpbf16ps).
+// Each class has eight tile registers, 16 rows of 64 bytes each, and one static function per
+// instruction: configure (ldtilecfg), release (tilerelease), zero, load, store and dot (tdpbf16ps).
+// Template arguments number the registers.
 #pragma once
 
+#include "isa.h"
+
+#ifdef __x86_64__
 #include <xmmintrin.h>
 
 #include <cmath>
@@ -16,9 +19,9 @@
 namespace EK_ISA {
 
 constexpr int kTiles = 8, kTileBytes = 64;
-constexpr int kSide = 16;  // rows of a tile, and units of 4 bytes in a row of it
+constexpr int kSide = 16;  // rows of a tile, and units of 4 bytes per row
 
-// What ldtilecfg reads.
+// The operand of ldtilecfg.
 struct alignas(64) TileConfiguration {
   std::uint8_t palette = 1, start_row = 0, reserved[14] = {};
   std::uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
@@ -26,8 +29,8 @@ struct alignas(64) TileConfiguration {
 };
 static_assert(sizeof(TileConfiguration) == 64, "ldtilecfg reads 64 bytes");
 
-// Inline assembly: GCC's intrinsics want literals as register numbers, and do not say that memory
-// is read.
+// Inline assembly, since GCC's intrinsics take only literals as register numbers and do not say
+// that memory is read.
 struct TileInstructions {
   static void configure(const TileConfiguration& c) { asm volatile("ldtilecfg %0" ::"m"(c)); }
   static void release() { asm volatile("tilerelease"); }
@@ -36,7 +39,7 @@ struct TileInstructions {
     asm volatile("tilezero %%tmm%c0" ::"i"(T));
   }
   template <int T>
-  static void load(const void* from, std::int64_t stride) {  // of rows, in bytes
+  static void load(const void* from, std::int64_t stride) {  // bytes from row to row
     asm volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(from), "r"(stride), "i"(T) : "memory");
   }
   template <int T>
@@ -50,8 +53,8 @@ struct TileInstructions {
   }
 };
 
-// The same as plain C++, after the operations in Intel's Software Developer's Manual, volume 2.
-// What the processor answers with an exception ends the process.
+// The same in plain C++, after the operations in Intel's Software Developer's Manual, volume 2. It
+// ends the process where the processor raises an exception.
 class TileModel {
  public:
   static void configure(const TileConfiguration& c) {
@@ -99,7 +102,7 @@ class TileModel {
     check(C != A && C != B && A != B, "one register twice");
     check(bytes(A) % 4 == 0 && bytes(B) % 4 == 0, "half a pair");
     check(rows(C) == rows(A) && bytes(C) == bytes(B) && bytes(A) == 4 * rows(B), "shapes of a dot");
-    // Subnormal operands and results are zero whatever the thread's mode; rounding is to even.
+    // Whatever the thread's mode, subnormal operands and results are zero and rounding is to even.
     const unsigned mode = _mm_getcsr();
     _mm_setcsr(0x9fc0);
     for (int row = 0; row < rows(C); ++row) dot_row(row, C, A, B);
@@ -134,8 +137,8 @@ class TileModel {
   static int rows(int t) { return state().configuration.rows[t]; }
   static int bytes(int t) { return state().configuration.row_bytes[t]; }
 
-  // Apart, so that no arithmetic leaves the mode that is set around it. Even and odd values of the
-  // pairs have sums of their own.
+  // Not inlined, so that no arithmetic moves out of the mode that dot sets. Even and odd values of
+  // the pairs are summed apart.
   __attribute__((noinline)) static void dot_row(int row, int c, int a, int b) {
     float even[kSide] = {}, odd[kSide] = {}, sum[kSide];
     for (int k = 0; k < bytes(a) / 4; ++k) {
@@ -164,3 +167,5 @@ class TileModel {
 };
 
 }  // namespace EK_ISA
+
+#endif

@@ -1,24 +1,31 @@
-// Products of bf16 on tile registers, which EK_TILES names: TileInstructions or TileModel.
+// Products of bf16 on tile registers. EK_TILES is the class of their instructions: TileInstructions
+// or TileModel. x86-64 alone has them.
 //
-// The operands lie as for vdpbf16ps: of a packed panel, 16 units x 16 lanes are a tile; so are 16
-// rows x 16 units of the left one, where its units are neighbours. Two tiles of each make four of
-// c, 32 x 32, and with them all eight registers. What is not a multiple of 16 is copied and filled
-// up with zeros; nothing is read beyond an operand.
+// The operands lie as for vdpbf16ps. 16 units x 16 lanes of a packed panel are a tile, and so are
+// 16 rows x 16 units of a left operand whose units are neighbours. Two tiles of each make four of
+// c, 32 x 32, which takes all eight registers. Sizes that are no multiple of 16 are copied and
+// filled up with zeros; nothing is read beyond an operand.
 #pragma once
 
-#include "linear_logprob_entropy_backward.h"
+#include "logit_gradients.h"
 #include "tile_instructions.h"
+
+#ifdef __x86_64__
+
+#ifndef EK_TILES
+#define EK_TILES TileModel
+#endif
 
 namespace EK_ISA {
 
-// bf16 whose products run on tiles: they read subnormals as zero, as vdpbf16ps does.
+// bf16 whose products run on tiles. They read subnormals as zero, as vdpbf16ps does.
 struct Tiles {
   using Unit = std::uint32_t;
   static constexpr int kWidth = 2;
 };
 
-// The registers are the thread's, and signal handlers that Interrupt lets run may use them: between
-// two questions of it they are configured anew.
+// The registers are the thread's. Signal handlers, which run while Interrupt asks, may use them, so
+// they are configured anew after each question.
 template <>
 struct Ready<Tiles> {
   Ready() { EK_TILES::configure(TileConfiguration{}); }
@@ -29,7 +36,8 @@ struct Ready<Tiles> {
 
 constexpr int kSquare = 2 * kSide;  // rows and columns of c at once
 
-// c[32][32] = a b over `units`. The last ones, which fill no tile, are in `tail`, a panel of 16.
+// c[32][32] = a b over `units`. `tail`, a panel of 16 units, holds the last ones if they fill no
+// tile.
 static inline void tile_square(Left<Tiles> a, const std::uint32_t* b, const std::uint32_t* tail,
                                int units, float* c, std::int64_t c_stride) {
   using T = EK_TILES;
@@ -52,7 +60,7 @@ static inline void tile_square(Left<Tiles> a, const std::uint32_t* b, const std:
   T::store<3>(c + kSide * c_stride + kSide, c_bytes);
 }
 
-// The rows of `a` as 32 rows of whole tiles: in place where they are that, else copied.
+// The rows of `a` as 32 rows of whole tiles; copied into `scratch` unless they are that already.
 static inline Left<Tiles> whole_tiles(Left<Tiles> a, std::int64_t rows, int units,
                                       std::uint32_t* scratch) {
   if (rows == kSquare && units % kSide == 0) return a;
@@ -91,27 +99,27 @@ void product<Tiles>(std::int64_t rows, Left<Tiles> a, const std::uint32_t* b, st
         tile_square(part, right + column, tail + column, length, square, kSquare);
         for (std::int64_t i = 0; i < height; ++i)
           for (int j = 0; j < kSquare; j += kLanes) {
-            const Vec found = load(square + i * kSquare + j);
+            const Vec computed = load(square + i * kSquare + j);
             float* p = to + i * c_stride + j;
-            store(p, sum ? load(p) + found : found);
+            store(p, sum ? load(p) + computed : computed);
           }
       }
     }
   }
 }
 
-// dz of one block. Both layouts have neighbouring units: along the active rows [V][R] for dW, along
-// the weight's rows [R][V] for dH.
+// dz of one block of the weight's rows. Units are neighbours in both layouts: [V][R] along the
+// active rows for dW, [R][V] along the weight's rows for dH.
 template <>
 struct Block<Tiles> {
-  std::int64_t stride;  // no power of two
+  std::int64_t stride;  // in units, and no power of two
   std::vector<std::uint32_t> along_active, along_vocabulary;
 
   explicit Block(std::int64_t rows)
       : stride(rows / 2 + 16), along_active(rows * kRowStride / 2),
         along_vocabulary(kRowChunk * stride) {}
 
-  // As of the other dtypes.
+  // Stores a tile as the general Block does.
   void put(const float* tile, std::int64_t first, std::int64_t rows, std::int64_t column) {
     std::uint32_t pairs[kTileRows / 2][kPanel];
     auto* active = reinterpret_cast<std::uint16_t*>(along_active.data());
@@ -135,3 +143,5 @@ struct Block<Tiles> {
 };
 
 }  // namespace EK_ISA
+
+#endif

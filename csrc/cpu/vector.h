@@ -1,8 +1,10 @@
-// Vectors of the instruction set this file is compiled for: EK_LANES floats each.
+// Vectors of EK_LANES floats, and conversions between fp32, bf16 and fp16.
 #pragma once
 
 #include <cstdint>
 #include <cstring>
+
+#include "isa.h"
 
 #if defined(__AVX512F__) || defined(__F16C__)
 #include <immintrin.h>
@@ -26,12 +28,11 @@ static inline Vec load(const float* p) {
 
 static inline void store(float* p, Vec v) { std::memcpy(p, &v, sizeof v); }
 
-// x - 0 is x, also for -0; x + 0 is not, and would cost an addition and a shuffle at every
-// broadcast.
+// x - 0 is x for -0 too. x + 0 is not, and would cost an addition and a shuffle per broadcast.
 static inline Vec splat(float x) { return x - Vec{}; }
 
-// The larger of each pair; a NaN in `b` stays, one in `a` does not: so does vmaxps, but neither
-// NEON's FMAX, which keeps both, nor its FMAXNM, which keeps none.
+// The larger of each pair. A NaN in `b` stays and one in `a` does not, as in vmaxps. NEON's FMAX
+// keeps both, its FMAXNM keeps none.
 static inline Vec larger(Vec a, Vec b) {
 #ifdef __AVX512F__
   return (Vec)_mm512_max_ps((__m512)a, (__m512)b);
@@ -40,7 +41,7 @@ static inline Vec larger(Vec a, Vec b) {
 #endif
 }
 
-// 2^n for an integral n in [-126, 0], times x.
+// x times 2^n, n an integer in [-126, 0].
 static inline Vec scale_by_power(Vec x, Vec n) {
 #ifdef __AVX512F__
   return (Vec)_mm512_scalef_ps((__m512)x, (__m512)n);
@@ -86,7 +87,7 @@ static inline float from_bf16(std::uint16_t x) {
   return f;
 }
 
-// Round to nearest even; a NaN stays one.
+// Rounds to nearest even; a NaN stays one.
 static inline std::uint16_t to_bf16(float f) {
   std::uint32_t bits;
   std::memcpy(&bits, &f, 4);
@@ -101,7 +102,7 @@ static inline float from_f16(std::uint16_t x) {
   return half;
 }
 
-// Round to nearest even; a NaN stays one.
+// Rounds to nearest even; a NaN stays one.
 static inline std::uint16_t to_f16(float f) {
   const __fp16 half = f;
   std::uint16_t bits;
@@ -116,7 +117,7 @@ static inline float from_f16(std::uint16_t x) {
   if ((x & 0x7c00) == 0x7c00) {  // inf, NaN
     bits |= 0x7f800000u;
     std::memcpy(&f, &bits, 4);
-  } else {  // 2^112 makes up for the difference of the exponents' biases, subnormals included
+  } else {  // 2^112 is the difference of the exponents' biases; this holds for subnormals too
     std::memcpy(&f, &bits, 4);
     f *= 5.192296858534828e33f;
   }
@@ -127,7 +128,7 @@ static inline float from_f16(std::uint16_t x) {
   return f;
 }
 
-// Round to nearest even, subnormals included; overflow is inf.
+// Rounds to nearest even, subnormals included; overflow is inf.
 static inline std::uint16_t to_f16(float f) {
   std::uint32_t bits;
   std::memcpy(&bits, &f, 4);
@@ -135,7 +136,7 @@ static inline std::uint16_t to_f16(float f) {
   bits &= 0x7fffffffu;
   if (bits > 0x7f800000u) return std::uint16_t(sign | 0x7e00);
   if (bits >= 0x47800000u) return std::uint16_t(sign | 0x7c00);
-  if (bits < 0x38800000u) {  // below 2^-14: a float's addition rounds at 2^-24
+  if (bits < 0x38800000u) {  // below 2^-14, adding 0.5 rounds at 2^-24
     float magnitude, half = 0.5f;
     std::memcpy(&magnitude, &bits, 4);
     magnitude += half;
@@ -147,7 +148,7 @@ static inline std::uint16_t to_f16(float f) {
 }
 #endif
 
-// `count` fp16 values as fp32: by the processor's conversion where it has one for whole vectors.
+// Converts `count` values from fp16 to fp32, whole vectors by the processor's instruction if any.
 static inline void widen_f16(const char* from, std::int64_t count, float* to) {
   std::int64_t i = 0;
 #if defined(__AVX512F__) || defined(__F16C__)
@@ -169,7 +170,7 @@ static inline void widen_f16(const char* from, std::int64_t count, float* to) {
 }
 
 #ifdef EK_BF16
-// Pairs of bf16 that are neighbours along k, one in each lane, the first in the low half.
+// Pairs of bf16 that are neighbours along k, a pair per lane, the first in the low half.
 typedef UnitVec Pairs;
 
 static inline Pairs load_pairs(const std::uint32_t* p) {
@@ -188,7 +189,7 @@ static inline Vec add_products(Vec acc, OnePair a, Pairs b) {
   return (Vec)_mm512_dpbf16_ps((__m512)acc, (__m512bh)b, (__m512bh)a);
 }
 
-// Round to nearest even; a NaN stays one.
+// Rounds to nearest even; a NaN stays one.
 static inline HalfVec to_bf16(Vec x) { return (HalfVec)_mm512_cvtneps_pbh((__m512)x); }
 
 static inline Pairs pair_up(HalfVec first, HalfVec second) {
@@ -199,18 +200,18 @@ static inline Pairs pair_up(HalfVec first, HalfVec second) {
 #else
 typedef bfloat16x4_t OnePair;
 
-// In the lowest lane, which BFDOT takes: a load, where all lanes would be a load and a shuffle.
+// The pair in the lowest lane, which BFDOT reads. Filling all lanes would cost a shuffle.
 static inline OnePair splat_pair(const std::uint32_t* p) {
   return vreinterpret_bf16_u32(uint32x2_t{*p, 0});
 }
 
-// acc + a0 b0 + a1 b1. Two roundings to odd, each twice as far off as one to nearest; subnormals
-// count as zero. BFMMLA does twice as much, of 2 x 4 values that would have to be packed so.
+// acc + a0 b0 + a1 b1. Two roundings to odd, each with twice the error of one to nearest;
+// subnormals count as zero. BFMMLA does twice the work, but needs operands packed as 2 x 4 values.
 static inline Vec add_products(Vec acc, OnePair a, Pairs b) {
   return (Vec)vbfdotq_lane_f32((float32x4_t)acc, vreinterpretq_bf16_u32((uint32x4_t)b), a, 0);
 }
 
-// Round to nearest even; a NaN stays one.
+// Rounds to nearest even; a NaN stays one.
 static inline HalfVec to_bf16(Vec x) {
   return (HalfVec)vget_low_bf16(vcvtq_low_bf16_f32((float32x4_t)x));
 }

@@ -27,7 +27,7 @@ Options logprob_alone() {
   return options;
 }
 
-// Odd D (half a pair), tails of every tile, several chunks of rows, long sums.
+// Odd D (half a pair), partial tiles of every kind, several chunks of rows, long sums.
 const Case kCases[] = {
     {1, 1, 1, {}},
     {5, 65, 385, {}},
@@ -46,11 +46,11 @@ std::string label(const Kernels& kernels, const Problem& p) {
 
 bool is_nan(float x) { return x != x; }
 
-// Statistics and moments of one token.
+// Calls check(value, i) for all that forward writes of one token.
 template <class Check>
-void each_statistic(const Outcome& out, std::int64_t tokens, std::int64_t token, Check check) {
-  for (int i = 0; i < 5; ++i) check(out.statistics[i * tokens + token], i);
-  for (int i = 0; i < 4; ++i) check(out.moments[i * tokens + token], 5 + i);
+void each_output(const Outcome& out, std::int64_t tokens, std::int64_t token, Check check) {
+  for (int i = 0; i < 5; ++i) check(out.rows[i * tokens + token], i);
+  for (int i = 0; i < 4; ++i) check(out.statistics[i * tokens + token], 5 + i);
 }
 
 void require_untouched(const Problem& p, const Outcome& got, const std::string& what,
@@ -59,12 +59,12 @@ void require_untouched(const Problem& p, const Outcome& got, const std::string& 
   for (const std::int64_t token : p.index) touched[token] = true;
   for (std::int64_t t = 0; t < p.tokens; ++t)
     if (!touched[t])
-      each_statistic(got, p.tokens, t, [&](float x, int) {
-        report.require(x == kUntouched, what + ": a row that is not asked for is left alone");
+      each_output(got, p.tokens, t, [&](float x, int) {
+        report.require(x == kUntouched, what + ": rows that are not asked for stay untouched");
       });
 }
 
-// Token 66, and no other, has a gradient of NaN.
+// Requires that token 66, and no other, has a gradient of NaN.
 void require_one_token(const Problem& p, const Outcome& got, const Outcome& clean,
                        const std::string& what, Report& report) {
   for (std::int64_t k = 0; k < p.tokens * p.dim; ++k) {
@@ -128,20 +128,20 @@ void test_same_bits(Report& report) {
           const Outcome got = run(*kernels, problem, threads, false);
           report.require(got == run(*kernels, problem, threads, false),
                          what + ": the same bits twice");
-          for (std::size_t k = 0; k < got.statistics.size(); ++k)
-            report.close(got.statistics[k], one.statistics[k], 1e-5 * std::fabs(one.statistics[k]),
-                         what + ": threads", long(k));
+          for (std::size_t k = 0; k < got.rows.size(); ++k)
+            report.close(got.rows[k], one.rows[k], 1e-5 * std::fabs(one.rows[k]),
+                         what + ": another number of threads", long(k));
         }
-        const Outcome kept = run(*kernels, problem, 2, true);
+        const Outcome stored = run(*kernels, problem, 2, true);
         const Outcome again = run(*kernels, problem, 2, false);
-        report.require(kept.same_gradients(again), what + ": kept logits give the same bits");
-        report.require(kept.backward_products < again.backward_products,
-                       what + ": kept logits are read");
+        report.require(stored.same_gradients(again), what + ": stored logits give the same bits");
+        report.require(stored.backward_products < again.backward_products,
+                       what + ": stored logits are read");
       }
     }
 }
 
-// A NaN in a hidden state is in all that is told of its token, and in no other token.
+// A NaN in a hidden state reaches every output of its token, and no other token.
 void test_poisoned_token(Report& report) {
   for (const Dtype dtype : kDtypes)
     for (const float poison : {kNan, kInfinity, -kInfinity}) {
@@ -152,12 +152,12 @@ void test_poisoned_token(Report& report) {
         Problem sick = problem;
         sick.hidden[66 * sick.dim + 4] = poison;
         const Outcome got = run(*kernels, sick, 2, false);
-        each_statistic(got, 70, 66, [&](float x, int k) {
+        each_output(got, 70, 66, [&](float x, int k) {
           report.require(is_nan(x) || k == 3, what + " has NaN statistics");
         });
         for (std::int64_t t = 0; t < 70; ++t)
           for (int k = 0; k < 5 && t != 66; ++k)
-            report.require(got.statistics[k * 70 + t] == clean.statistics[k * 70 + t],
+            report.require(got.rows[k * 70 + t] == clean.rows[k * 70 + t],
                            what + " leaves others alone");
         require_one_token(sick, got, clean, what, report);
         for (const float x : got.dweight) report.require(is_nan(x), what + " is in all of dweight");
@@ -166,7 +166,8 @@ void test_poisoned_token(Report& report) {
     }
 }
 
-// A NaN in one row of the weight or the bias is in every token's statistics; -inf is a column less.
+// A NaN in one row of the weight or the bias reaches every token. -inf in the bias removes a
+// column.
 void test_poisoned_column(Report& report) {
   for (const Dtype dtype : kDtypes) {
     Options options;
@@ -179,7 +180,7 @@ void test_poisoned_column(Report& report) {
         (in_weight ? sick.weight[197 * sick.dim + 8] : sick.bias[5]) = kNan;
         const Outcome got = run(*kernels, sick, 2, false);
         for (std::int64_t t = 0; t < 70; ++t)
-          each_statistic(got, 70, t, [&](float x, int) {
+          each_output(got, 70, t, [&](float x, int) {
             report.require(is_nan(x), what + " is in every token");
           });
         for (const float x : got.dhidden) report.require(is_nan(x), what + " is in all of dhidden");
@@ -191,13 +192,13 @@ void test_poisoned_column(Report& report) {
       compare(masked, Logits(masked), precision_of(kernels->name, dtype),
               run(*kernels, masked, 2, false), what + " of -inf", report);
       masked.bias.assign(200, -kInfinity);
-      for (const float x : run(*kernels, masked, 2, false).statistics)
+      for (const float x : run(*kernels, masked, 2, false).rows)
         report.require(is_nan(x), what + "s throughout leave no distribution");
     }
   }
 }
 
-// A NaN that arrives as a gradient is in its token's, and in all of the weight's.
+// A NaN that arrives as a gradient reaches its token's gradient, and all of the weight's.
 void test_poisoned_gradient(Report& report) {
   for (const Dtype dtype : kDtypes) {
     const Problem problem(70, 9, 200, dtype, {});

@@ -1,5 +1,5 @@
 // Tests of csrc/cpu without Python and torch, for every instruction set that the machine can run.
-// Prints a line a test; ends with 1 where one failed. Arguments: sets that must be usable.
+// Arguments name sets that must be usable. Prints a line per test; the status is 1 if one fails.
 #include <cstdio>
 
 #include "head.h"

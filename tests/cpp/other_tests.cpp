@@ -15,7 +15,7 @@ float of_bits(std::uint32_t bits) {
   return x;
 }
 
-// Orders like the numbers: -0 is +0, a NaN the largest.
+// A key that orders like the numbers: -0 equals +0, and a NaN is the largest.
 std::uint32_t key_of(float x) {
   if (x != x) return 0xffffffffu;
   std::uint32_t bits;
@@ -26,7 +26,7 @@ std::uint32_t key_of(float x) {
 
 struct Tokens {
   std::vector<float> logprob, old_logprob, advantage, weight;
-  std::vector<std::uint8_t> kept;
+  std::vector<std::uint8_t> selected;
   std::int64_t sequences, length;
 
   Tokens(std::int64_t sequences, std::int64_t length) : sequences(sequences), length(length) {
@@ -37,34 +37,35 @@ struct Tokens {
       const double step = spread * random.normal();
       logprob.push_back(float(old_logprob[i] + step));
       advantage.push_back(i % 11 == 0 ? 0 : float(random.normal()));
-      kept.push_back(random.uniform() < 0.8);
+      selected.push_back(random.uniform() < 0.8);
     }
     for (std::int64_t s = 0; s < sequences; ++s) weight.push_back(float(random.uniform() / length));
   }
 };
 
-struct Found {
+struct RatioOutcome {
   std::vector<float> values;  // loss, sums, gradients
   std::int64_t counts[3];
 };
 
-Found run(const Tokens& t, const entropy_kernels::RatioBounds& bounds, int threads) {
-  Found out{std::vector<float>(5 + t.logprob.size()), {}};
+RatioOutcome run(const Tokens& t, const entropy_kernels::RatioBounds& bounds, int threads) {
+  RatioOutcome out{std::vector<float>(5 + t.logprob.size()), {}};
   float* values = out.values.data();
   entropy_kernels::ratio_loss({t.logprob.data(), t.old_logprob.data(), t.advantage.data(),
-                               t.kept.data(), t.weight.data(), t.sequences, t.length},
+                               t.selected.data(), t.weight.data(), t.sequences, t.length},
                               bounds, threads, {values, values + 5, values + 1, out.counts});
   return out;
 }
 
 // The formula, token by token, in fp64 from the fp32 log ratio.
 void compare(const Tokens& t, const entropy_kernels::RatioBounds& b, Report& report) {
-  const Found got = run(t, b, 2);
+  const RatioOutcome got = run(t, b, 2);
   double loss = 0, size = 0, sums[4] = {}, sizes[4] = {};
   std::int64_t counts[3] = {};
   for (std::int64_t i = 0; i < t.sequences * t.length; ++i) {
-    if (t.kept[i] == 0) {
-      report.require(got.values[5 + i] == 0, "ratio_loss: no gradient where nothing is kept");
+    if (t.selected[i] == 0) {
+      report.require(got.values[5 + i] == 0,
+                     "ratio_loss: no gradient for tokens that are not selected");
       continue;
     }
     const double log_ratio = t.logprob[i] - t.old_logprob[i], a = t.advantage[i];
@@ -128,15 +129,17 @@ void test_ratio_loss(Report& report) {
   for (const Tokens& tokens : {Tokens(1, 1), Tokens(7, 1021), Tokens(3, 40000)}) {
     compare(tokens, bounds, report);
     compare(tokens, no_dual, report);
-    const Found one = run(tokens, bounds, 1), three = run(tokens, bounds, 3);
-    report.require(one.values == three.values, "ratio_loss: the same bits by any threads");
+    const RatioOutcome one = run(tokens, bounds, 1), three = run(tokens, bounds, 3);
+    report.require(one.values == three.values,
+                   "ratio_loss: the same bits at any number of threads");
   }
   Tokens sick(7, 1021);
   sick.logprob[3000] = std::numeric_limits<float>::quiet_NaN();
-  sick.kept[3000] = 1;
-  const Found got = run(sick, bounds, 2);
+  sick.selected[3000] = 1;
+  const RatioOutcome got = run(sick, bounds, 2);
   for (const int i : {0, 1, 2, 3, 4, 5 + 3000})
-    report.require(got.values[i] != got.values[i], "ratio_loss: a NaN is in all it is part of");
+    report.require(got.values[i] != got.values[i],
+                   "ratio_loss: a NaN reaches every sum of its token");
   for (std::size_t i = 5; i < got.values.size(); ++i)
     report.require(i == 5 + 3000 || got.values[i] == got.values[i],
                    "ratio_loss: a NaN is in no other token's gradient");

@@ -7,7 +7,7 @@ namespace {
 
 bool never() { return false; }
 
-// `bits` significant bits, the last of them worth at least `smallest`.
+// Rounds to `bits` significant bits, of which the last is worth at least `smallest`.
 double nearest(double x, int bits, double smallest) {
   int exponent;
   std::frexp(x, &exponent);
@@ -43,9 +43,9 @@ float decode(std::uint16_t bits, Dtype dtype) {
   return float((bits & 0x8000) != 0 ? -x : x);
 }
 
-// Rows of D values, `stride` apart.
-std::vector<char> stored(const std::vector<float>& values, std::int64_t dim, std::int64_t stride,
-                         Dtype dtype) {
+// Encodes rows of D values, `stride` apart.
+std::vector<char> encoded(const std::vector<float>& values, std::int64_t dim, std::int64_t stride,
+                          Dtype dtype) {
   const std::int64_t rows = std::int64_t(values.size()) / dim, size = dtype == Dtype::f32 ? 4 : 2;
   std::vector<char> out(rows * stride * size);
   for (std::int64_t r = 0; r < rows; ++r)
@@ -104,7 +104,7 @@ Problem::Problem(std::int64_t tokens, std::int64_t dim, std::int64_t vocabulary,
 }
 
 bool Outcome::operator==(const Outcome& other) const {
-  return same_bits(statistics, other.statistics) && same_bits(moments, other.moments) &&
+  return same_bits(rows, other.rows) && same_bits(statistics, other.statistics) &&
          same_gradients(other);
 }
 
@@ -113,11 +113,11 @@ bool Outcome::same_gradients(const Outcome& other) const {
          same_bits(dbias, other.dbias);
 }
 
-Outcome run(const Kernels& kernels, const Problem& p, int threads, bool keep_logits) {
+Outcome run(const Kernels& kernels, const Problem& p, int threads, bool store_logits) {
   const std::int64_t hidden_stride = p.dim + 3, weight_stride = p.dim % 2 == 0 ? p.dim : p.dim + 2;
-  const auto hidden = stored(p.hidden, p.dim, hidden_stride, p.dtype);
-  const auto weight = stored(p.weight, p.dim, weight_stride, p.dtype);
-  std::vector<float> logits(keep_logits ? (p.tokens + 63) / 64 * 64 * p.vocabulary : 0);
+  const auto hidden = encoded(p.hidden, p.dim, hidden_stride, p.dtype);
+  const auto weight = encoded(p.weight, p.dim, weight_stride, p.dtype);
+  std::vector<float> logits(store_logits ? (p.tokens + 63) / 64 * 64 * p.vocabulary : 0);
   const entropy_kernels::Head head{hidden.data(),
                                    hidden_stride,
                                    weight.data(),
@@ -132,31 +132,28 @@ Outcome run(const Kernels& kernels, const Problem& p, int threads, bool keep_log
                                    p.dtype,
                                    threads,
                                    entropy_kernels::machine_caches(),
-                                   keep_logits ? logits.data() : nullptr};
+                                   store_logits ? logits.data() : nullptr};
   const std::int64_t count = std::int64_t(p.index.size());
   const entropy_kernels::Rows rows{p.all_rows ? nullptr : p.index.data(), count};
   Outcome out;
-  out.statistics.assign(5 * p.tokens, kUntouched);
-  out.moments.assign(4 * p.tokens, kUntouched);
-  float* found = out.statistics.data();
-  const entropy_kernels::Statistics statistics{found,
-                                               found + p.tokens,
-                                               found + 2 * p.tokens,
-                                               found + 3 * p.tokens,
-                                               found + 4 * p.tokens,
-                                               out.moments.data()};
-  // Logits are kept of all tokens, in their order.
+  out.rows.assign(5 * p.tokens, kUntouched);
+  out.statistics.assign(4 * p.tokens, kUntouched);
+  const entropy_kernels::ForwardRows computed(out.rows.data(), p.tokens, out.statistics.data());
+  // With stored logits forward works on all tokens.
   const entropy_kernels::Rows all{nullptr, p.tokens};
-  out.forward_products = kernels.forward(head, keep_logits ? all : rows, statistics, never);
+  out.forward_products = kernels.forward({head, store_logits ? all : rows, computed}, never);
   out.dhidden.assign(count * p.dim, kUntouched);
   out.dbias.assign(p.vocabulary, kUntouched);
   std::vector<float> wide(p.vocabulary * p.dim, kUntouched);
   std::vector<std::uint16_t> half(wide.size(), 0x4d4d);
   void* dweight = p.dtype == Dtype::f32 ? static_cast<void*>(wide.data()) : half.data();
-  out.backward_products =
-      kernels.backward(head, rows, statistics,
-                       {given(p.grad_logprob), given(p.grad_entropy), given(p.grad_logsumexp)},
-                       {out.dhidden.data(), dweight, p.dtype, false, out.dbias.data()}, never);
+  const entropy_kernels::BackwardCall call{
+      head,
+      rows,
+      computed,
+      {given(p.grad_logprob), given(p.grad_entropy), given(p.grad_logsumexp)},
+      {out.dhidden.data(), dweight, p.dtype, false, out.dbias.data()}};
+  out.backward_products = kernels.backward(call, never);
   for (std::size_t i = 0; p.dtype != Dtype::f32 && i < half.size(); ++i)
     wide[i] = decode(half[i], p.dtype);
   out.dweight = wide;

@@ -1,4 +1,4 @@
-// Heads to test the kernels on, and what the kernels make of them. T tokens, R of them worked on, D
+// Heads to test the kernels on, and what the kernels compute. T tokens, R of them worked on, D
 // hidden, V vocabulary.
 #pragma once
 
@@ -16,7 +16,7 @@ struct Options {
   bool bias = false, temperature = false;
   float softcap = 0;
   bool some_rows = false;                 // three in four of the tokens
-  bool entropy = true, logsumexp = true;  // gradients beside logprob's
+  bool entropy = true, logsumexp = true;  // gradients that arrive beside logprob's
 };
 
 struct Problem {
@@ -29,27 +29,27 @@ struct Problem {
   bool all_rows;
   std::vector<float> grad_logprob, grad_entropy, grad_logsumexp;  // [R]
 
-  // Rows from uniform ones to ones with nearly all mass on one column.
+  // The rows range from uniform ones to ones with nearly all mass on one column.
   Problem(std::int64_t tokens, std::int64_t dim, std::int64_t vocabulary, Dtype dtype,
           const Options& options);
 };
 
-// What forward and backward write, as floats. Statistics are those of the rows in `index`;
-// elsewhere they keep kUntouched.
+// What forward and backward write, as floats. What forward writes is kUntouched for tokens that are
+// not in `index`.
 struct Outcome {
-  std::vector<float> statistics, moments;      // [5, T], [4, T]
+  std::vector<float> rows, statistics;         // [5, T], [4, T]
   std::vector<float> dhidden, dweight, dbias;  // [R, D], [V, D], [V]
   std::int64_t forward_products, backward_products;
 
-  bool operator==(const Outcome& other) const;  // of bits
+  bool operator==(const Outcome& other) const;  // compares bits
   bool same_gradients(const Outcome& other) const;
 };
 
 constexpr float kUntouched = 12345.0f;
 
-Outcome run(const Kernels& kernels, const Problem& problem, int threads, bool keep_logits);
+Outcome run(const Kernels& kernels, const Problem& problem, int threads, bool store_logits);
 
-// A number generator whose numbers are those of every platform.
+// A generator with the same numbers on every platform.
 struct Random {
   std::mt19937 engine{1};
   double uniform() { return (engine() + 0.5) / 4294967296.0; }

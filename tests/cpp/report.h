@@ -1,4 +1,4 @@
-// Checks, counted; a failed one is printed. Errors are measured in their bounds.
+// Counts checks and prints the failed ones. Errors are measured in units of their bounds.
 #pragma once
 
 #include <cmath>
@@ -7,7 +7,7 @@
 
 struct Report {
   long checks = 0, failures = 0;
-  double worst = 0;  // of all errors, each divided by its bound
+  double worst = 0;  // the largest error, as a fraction of its bound
   bool silent = false;
 
   void require(bool holds, const std::string& what) {
@@ -17,7 +17,7 @@ struct Report {
     ++failures;
   }
 
-  // One value of many: `what` is its name, `i` its place.
+  // Checks one value of many; `what` is the name of all, `i` the place of this one.
   void close(double got, double want, double bound, const std::string& what, long i) {
     const double error = std::fabs(got - want);
     if (error <= bound) {

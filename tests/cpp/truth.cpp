@@ -5,9 +5,9 @@
 namespace {
 
 constexpr double kUnit = 0x1p-24;     // half a unit in the last place of 1
-constexpr double kVanishing = 1e-35;  // beyond it numbers may be flushed or clamped
+constexpr double kVanishing = 1e-35;  // smaller numbers may be flushed or clamped
 
-// Additions that a term of a sum of n may pass through, a few to spare.
+// How many additions a term of a sum of n may pass through, with a few to spare.
 double additions(std::int64_t n) { return double(std::min<std::int64_t>(n, 256) + n / 128 + 8); }
 
 double shortened(double x) {
@@ -17,13 +17,13 @@ double shortened(double x) {
   return std::nearbyint(x / step) * step;
 }
 
-// One token: what its logits are, and how far they may be off.
+// The logits of one token, and how far a kernel's may be off.
 struct Row {
   std::vector<double> z, off, slope, slope_off;
   double temperature;
   std::int64_t target, top, columns;
 
-  // Relative to the largest logit, which s, t, ... leave out.
+  // The sums of running_sums.h and statistics.h, relative to the largest logit and without it.
   double s = 0, t = 0, u = 0, s2 = 0, t2 = 0;
   double s_off = 0, t_off = 0, u_off = 0, s2_off = 0, t2_off = 0;
 
@@ -57,7 +57,7 @@ struct Row {
     for (std::int64_t j = 0; j < columns; ++j) {
       if (j == top || std::isinf(z[j])) continue;
       const double d = distance(j), e = std::exp(d), moved = distance_off(j);
-      const double here = moved + 136 * kUnit;  // exp, and sums of at most 128 in fp32
+      const double here = moved + 136 * kUnit;  // exp, and fp32 sums of at most 128 terms
       s += e, t += e * d, u += e * d * d, s2 += e * e, t2 += e * e * d;
       s_off += e * here;
       t_off += e * (std::fabs(d) * here + moved);
@@ -86,11 +86,11 @@ struct Row {
   }
 };
 
-void compare_statistics(const Row& row, const Problem& p, const Outcome& got, std::int64_t token,
-                        const std::string& what, Report& report) {
+void compare_outputs(const Row& row, const Problem& p, const Outcome& got, std::int64_t token,
+                     const std::string& what, Report& report) {
   const double z = row.whole(), max = row.z[row.top] / row.temperature;
   const auto check = [&](int i, double want, double off, const char* name) {
-    report.close(got.statistics[i * p.tokens + token], want, off + 2 * kUnit * std::fabs(want),
+    report.close(got.rows[i * p.tokens + token], want, off + 2 * kUnit * std::fabs(want),
                  what + name, token);
   };
   check(0, row.logp(row.target), row.logp_off(row.target), " logprob");
@@ -100,29 +100,30 @@ void compare_statistics(const Row& row, const Problem& p, const Outcome& got, st
   check(3, row.z[row.top], row.off[row.top], " max");
   check(4, row.log_sum(), row.log_sum_off(), " log_sum");
 
-  const auto moment = [&](int i, double want, double off, const char* name) {
-    report.close(got.moments[i * p.tokens + token], want,
+  const auto statistic = [&](int i, double want, double off, const char* name) {
+    report.close(got.statistics[i * p.tokens + token], want,
                  off + 4 * kUnit * std::fabs(want) + kVanishing, what + name, token);
   };
   const double mean = row.t / z, mean_off = row.t_off / z + std::fabs(mean) * row.s_off / z;
   const double squares = 1 + row.s2, log_sum = row.log_sum();
   const double weighted = row.t2 - log_sum * squares;
-  moment(0, row.u / z - mean * mean,
-         (row.u_off + row.u * row.s_off / z) / z + 2 * std::fabs(mean) * mean_off, " varentropy");
-  moment(1, 1 / z, row.s_off / (z * z), " largest p");
-  moment(2, squares / (z * z), (row.s2_off + 2 * squares * row.s_off / z) / (z * z), " sum p^2");
-  moment(3, weighted / (z * z),
-         (row.t2_off + log_sum * row.s2_off + squares * row.s_off / z +
-          2 * std::fabs(weighted) * row.s_off / z) /
-             (z * z),
-         " sum p^2 log p");
+  statistic(0, row.u / z - mean * mean,
+            (row.u_off + row.u * row.s_off / z) / z + 2 * std::fabs(mean) * mean_off,
+            " varentropy");
+  statistic(1, 1 / z, row.s_off / (z * z), " largest p");
+  statistic(2, squares / (z * z), (row.s2_off + 2 * squares * row.s_off / z) / (z * z), " sum p^2");
+  statistic(3, weighted / (z * z),
+            (row.t2_off + log_sum * row.s2_off + squares * row.s_off / z +
+             2 * std::fabs(weighted) * row.s_off / z) /
+                (z * z),
+            " sum p^2 log p");
 }
 
 struct Derivative {
   double value, off;
 };
 
-// dz of column j, and how far off it may be.
+// dz of column j, and how far a kernel's may be off.
 Derivative differentiate(const Row& row, const Problem& p, std::int64_t r, std::int64_t j,
                          Precision precision, Fault fault) {
   if (std::isinf(row.z[j]) || j >= row.columns) return {0, kVanishing};
@@ -146,7 +147,7 @@ Derivative differentiate(const Row& row, const Problem& p, std::int64_t r, std::
   return {value, error + precision.dz * std::fabs(value) + kVanishing};
 }
 
-// A sum of products dz x, and how far off it may be.
+// A sum of products dz x, and how far a kernel's may be off.
 struct Sum {
   double value = 0, off = 0, magnitude = 0;
 
@@ -177,7 +178,7 @@ void compare_gradients(const Problem& p, const std::vector<Derivative>& dz, Prec
   for (std::int64_t j = 0; j < p.vocabulary; ++j) {
     Sum bias;
     for (std::int64_t r = 0; r < rows; ++r) bias.add(dz[r * p.vocabulary + j], 1);
-    // Of dz before it is rounded for the products.
+    // The kernels sum dz before they round it for the products.
     report.close(got.dbias[j], bias.value, bias.bound(rows, {kUnit, 0}), what + " dbias", j);
     for (std::int64_t d = 0; d < p.dim; ++d) {
       Sum sum;
@@ -220,7 +221,7 @@ void compare(const Problem& p, const Logits& logits, Precision precision, const 
   std::vector<Derivative> dz;
   for (std::int64_t r = 0; r < std::int64_t(p.index.size()); ++r) {
     const Row row(p, logits, precision, r, fault);
-    compare_statistics(row, p, got, p.index[r], what, report);
+    compare_outputs(row, p, got, p.index[r], what, report);
     for (std::int64_t j = 0; j < p.vocabulary; ++j)
       dz.push_back(differentiate(row, p, r, j, precision, fault));
   }

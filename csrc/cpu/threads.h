@@ -1,4 +1,4 @@
-// What both directions share: how work is divided, and stopping it.
+// Threads: how work is divided among them, and how it is stopped.
 #pragma once
 
 #ifdef _OPENMP
@@ -9,6 +9,7 @@
 #include <chrono>
 
 #include "head.h"
+#include "isa.h"
 
 namespace EK_ISA {
 
@@ -29,7 +30,7 @@ static inline int usable_threads(int wanted) {
 #endif
 }
 
-// The calling thread asks `stop` now and then; the others see its answer.
+// The calling thread asks `stop` every 200 ms; the other threads see its answer.
 class Interrupt {
  public:
   explicit Interrupt(entropy_kernels::Stop stop) : stop_(stop) {}
@@ -51,12 +52,8 @@ class Interrupt {
   std::chrono::steady_clock::time_point last_ = std::chrono::steady_clock::now();
 };
 
-// What a thread sets up before products of E, and puts away after them: nothing but in tiles.h.
-template <class E>
-struct Ready {};
-
-// Part `i` of `parts` of [0, n): contiguous, and the same at every call, so that sums over a part
-// are the same bits for a number of threads.
+// Part `i` of `parts` of [0, n). It is contiguous and the same at every call, so sums over it have
+// the same bits at the same number of threads.
 struct Part {
   std::int64_t begin, end;
   Part(std::int64_t n, std::int64_t parts, std::int64_t i)
