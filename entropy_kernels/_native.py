@@ -155,7 +155,7 @@ def ratio_loss(
         logprob_ptr=logprob_ptr,
         old_logprob_ptr=old_logprob_ptr,
         advantage_ptr=advantage_ptr,
-        kept_ptr=selected_ptr,
+        selected_ptr=selected_ptr,
         weight_ptr=weight_ptr,
         sequences=logprob_BL.shape[0],
         length=logprob_BL.shape[1],
@@ -205,8 +205,8 @@ def forward(
             _module().Head(**description, logits_ptr=_pointer(logits if keep_logits else None)),
             index_ptr=_pointer(index_R),
             count=tokens if index_R is None else index_R.numel(),
-            statistics_ptr=rows.data_ptr(),
-            moments_ptr=_pointer(statistics),
+            rows_ptr=rows.data_ptr(),
+            statistics_ptr=_pointer(statistics),
             isa=isa or instruction_set(head.hidden.dtype),
         )
     )
@@ -264,7 +264,7 @@ def backward(
             _module().Head(**description, logits_ptr=_pointer(logits)),
             index_ptr=index_R.data_ptr(),
             count=index_R.numel(),
-            statistics_ptr=row_values.data_ptr(),
+            rows_ptr=row_values.data_ptr(),
             grad_logprob_ptr=_pointer(grad_logprob_R),
             grad_entropy_ptr=_pointer(grad_entropy_R),
             grad_logsumexp_ptr=_pointer(grad_logsumexp_R),
