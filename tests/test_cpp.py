@@ -1,5 +1,5 @@
-"""csrc/cpu without Python and torch: the program of tests/cpp for this machine's instruction sets,
-for aarch64 in an emulator, and what the compiler made of the products' loops."""
+"""csrc/cpu without Python and torch: the program of tests/cpp on this machine and on an emulated
+aarch64, the compiled loops of the products, and headers that are parsed alone."""
 
 import os
 import re
@@ -40,9 +40,12 @@ def skip(why: str) -> None:
     pytest.skip(why)
 
 
+COMPILERS = "c++", "g++", "clang++"
+
+
 @pytest.fixture(scope="module")
 def native(tmp_path_factory) -> Path:
-    for names in (["cmake"], ["ninja"], ["c++", "g++", "clang++"]):
+    for names in (["cmake"], ["ninja"], COMPILERS):
         if not any(map(find, names)):
             pytest.skip(f"PATH has no {' or '.join(names)}")
     return build(tmp_path_factory.mktemp("native"))
@@ -63,6 +66,21 @@ def find(name: str) -> str | None:
 def sets(printed: str) -> list[str]:
     """The instruction sets that the program says it has tested."""
     return re.findall(r"instruction sets: (.*)", printed)[0].split()
+
+
+@pytest.mark.parametrize("processor", ["native", "aarch64"])
+def test_every_header_is_parsed_alone(processor):
+    names = COMPILERS if processor == "native" else ("aarch64-linux-gnu-g++",)
+    compiler = next(filter(find, names), None)
+    if compiler is None:
+        skip(f"PATH has no {' or '.join(names)}")
+    command = compiler, "-std=c++17", "-fsyntax-only", "-x", "c++"
+    run(*command, *sorted((ROOT / "csrc").rglob("*.h")), env=environment())
+
+
+def test_the_readme_names_every_source():
+    named = re.findall(r"^- `(.+?)`", (ROOT / "csrc" / "README.md").read_text(), re.M)
+    assert sorted(named) == sorted(path.name for path in (ROOT / "csrc" / "cpu").iterdir())
 
 
 def test_program(native):
