@@ -3,8 +3,8 @@ EK_REQUIRE_NATIVE ?= 1
 WORKERS ?= auto
 VENV := .venv
 BIN := $(VENV)/bin
-# Whose torch: empty, the ordinary index's, on Linux a build for CUDA of 2.7 GB; else a folder of
-# TORCH_WHEELS, such as cpu (190 MB). The environment keeps the answer.
+# Where torch comes from: a folder of TORCH_WHEELS such as cpu (190 MB), or the ordinary index if empty
+# (2.7 GB on Linux, for CUDA). The environment remembers it.
 TORCH ?= $(shell cat $(VENV)/.torch 2> /dev/null)
 TORCH_WHEELS ?= https://download.pytorch.org/whl
 VERL := .venv-verl
@@ -22,7 +22,7 @@ train: $(VENV)/.trainer
 	@echo "Training ..."
 	@$(BIN)/python -m trainer train $(ARGS)
 
-# What is built rather than computed: kernels for every GPU, wheels, csrc/ without Python.
+# Tests of builds: kernels for every GPU, wheels, csrc/ without Python.
 BUILDS := tests/test_triton_compile.py tests/test_wheel.py tests/test_cpp.py
 
 test: lint
@@ -34,24 +34,24 @@ test-builds: $(VENV)/.dev
 	@echo "Running the tests of what is built ..."
 	@EK_REQUIRE_NATIVE=$(EK_REQUIRE_NATIVE) $(BIN)/python -m pytest $(BUILDS) $(ARGS)
 
-# The kernels of aarch64, cross-compiled and run in an emulator, also under sanitizers; what that
-# needs must be there.
+# The kernels of aarch64, cross-compiled and run in an emulator, also under sanitizers. It fails if
+# the cross-compiler or the emulator is missing.
 test-aarch64: $(VENV)/.dev
 	@echo "Running the tests of csrc/ for aarch64 in an emulator ..."
 	@EK_REQUIRE_AARCH64=1 $(BIN)/python -m pytest tests/test_cpp.py -k aarch64 $(ARGS)
 
-# Beside the environment of all other tests, on top of which it lies.
+# In an environment of its own, on top of $(VENV).
 test-verl: $(VERL)/.installed
 	@echo "Running the tests of the adapter to verl ..."
 	@$(VERL)/bin/python -m pytest tests/integrations/test_verl*.py $(ARGS)
 
-# Likewise. One thread: two that share a core wait for each other. No torch.compile, which vLLM
-# has for a kernel that is not worth the compiler's time here.
+# In an environment of its own. One thread, since two that share a core wait for each other. Without
+# torch.compile, whose time vLLM's one compiled kernel is not worth here.
 test-vllm: $(VLLM)/.installed
 	@echo "Running the tests of the vLLM engine ..."
 	@OMP_NUM_THREADS=1 TORCHDYNAMO_DISABLE=1 $(VLLM)/bin/python -m pytest tests/trainer/test_vllm*.py $(ARGS)
 
-# The package's tests outside of the checkout, on a wheel built from an sdist.
+# The package's tests outside of the checkout, with a wheel that is built from an sdist.
 test-wheel: $(VENV)/.dev
 	@echo "Running the package's tests against an installed wheel ..."
 	@EK_REQUIRE_NATIVE=$(EK_REQUIRE_NATIVE) $(BIN)/python -m tests.installed \
@@ -68,7 +68,7 @@ bench: $(VENV)/.dev
 	@echo "Running the benchmarks ..."
 	@$(BIN)/python -m pytest benchmarks/ --benchmark-only $(ARGS)
 
-# The kernels compiled ahead of time by other versions of Triton than the environment's.
+# Compiles the kernels ahead of time with other versions of Triton than the environment's.
 TRITONS ?= 3.6.0 3.8.0 3.9.0
 compile: $(VENV)/.dev
 	@set -e; for version in $(TRITONS); do \
@@ -78,13 +78,13 @@ compile: $(VENV)/.dev
 		PYTHONPATH=build/triton-$$version $(BIN)/python -m pytest tests/test_triton_compile.py $(ARGS); \
 	done
 
-# What a user's first command installs, by the ordinary index; nothing is installed.
+# Resolves, without installing, what a user's first command takes from the ordinary index.
 resolve: $(VENV)/.dev
 	@echo "Resolving what an installation takes from the ordinary index ..."
 	@$(BIN)/python -m tests.resolution
 
-# The program of tests/cpp; then the package and its tests, copied beside a module of their own.
-# Left out: other paths, and tests of time.
+# Runs the program of tests/cpp under sanitizers. Then runs a copy of the package and its tests of
+# csrc/ with a module built under sanitizers, without the tests of other backends and of time.
 SANITIZED := $(CURDIR)/build/sanitize
 SANITIZED_TESTS := native native_ratio_loss native_linear_logprob_entropy linear_logprob_entropy \
 	linear_logprob_entropy_cost linear_logprob_entropy_calls head_statistics \
@@ -93,7 +93,7 @@ SANITIZED_TESTS := native native_ratio_loss native_linear_logprob_entropy linear
 SANITIZED_NAMES := not triton and not ctrl_c and not hundred_million and not time_is_linear
 RUNTIMES = $(shell $(CXX) -print-file-name=libasan.so) $(shell $(CXX) -print-file-name=libubsan.so)
 
-# MAKEFLAGS is empty for ninja, which takes no part in make's jobs.
+# MAKEFLAGS is empty for ninja, which would not take part in make's jobs.
 sanitize: $(VENV)/.dev
 	@$(foreach file,$(RUNTIMES),test -f $(file) || \
 		{ echo "$(CXX) has no $(file); CXX=g++ on Linux is wanted" >&2; exit 1; };)
@@ -137,7 +137,7 @@ $(VENV)/.created:
 	@echo '$(TORCH)' > $(VENV)/.torch
 	@touch $@
 
-# Another TORCH than the environment was made with makes it anew.
+# A TORCH that differs from the environment's makes it anew.
 ifneq ($(strip $(TORCH)),$(shell cat $(VENV)/.torch 2> /dev/null))
 $(VENV)/.created: FORCE
 endif
@@ -158,7 +158,7 @@ $(VENV)/.trainer: $(VENV)/.created $(INPUTS)
 $(VENV)/.dev: $(VENV)/.created $(INPUTS)
 	$(call install,trainer$(comma)gym$(comma)integrations$(comma)dev)
 
-# An environment on top of $(VENV): $(1), with the packages of $(2).
+# Makes the environment $(1) on top of $(VENV), with the packages of $(2).
 define on_top
 	@echo "Installing $(notdir $(2)) into $(1) ..."
 	@rm -rf $(1)

@@ -1,10 +1,11 @@
-"""Builds the compiled extensions of csrc/ with CMake; metadata is in pyproject.toml.
+"""Builds the compiled extension of csrc/ with CMake; metadata is in pyproject.toml.
 
-A machine without a C++ compiler gets the package without them, and with the reason in a file: pip
-shows nothing of what a build prints. A compiler that fails on our sources fails the installation.
+On a machine without a C++ compiler the package is installed without the extension. A file in the
+package says why, since pip hides what a build prints. If a compiler fails on the sources, the
+installation fails.
 
-What is built lies in a folder of its own, so nothing of an earlier build gets into a later one, and
-sources that cannot be written to can be installed.
+The build lies in a temporary folder. Nothing of an earlier build gets into a later one, and the
+sources may be read-only.
 """
 
 import atexit
@@ -29,7 +30,7 @@ COMPILERS = ("c++", "g++", "clang++", "cl")
 
 
 def load(path: Path) -> ModuleType:
-    """A module of the package without the package, which needs torch."""
+    """Loads a module of the package without importing the package, which needs torch."""
     spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None
     assert spec.loader is not None
@@ -42,14 +43,14 @@ record = load(PACKAGE / "_build_record.py")
 
 
 class CMakeExtension(Extension):
-    """An extension whose sources CMakeLists.txt lists; its CMake target is its last name."""
+    """An extension that CMakeLists.txt builds, as the target of the same last name."""
 
     def __init__(self, name: str) -> None:
         super().__init__(name, sources=[])
 
 
 class CMakeBuild(build_ext):
-    """Configures and builds one CMake target an extension."""
+    """Configures and builds one CMake target per extension."""
 
     def build_extension(self, ext: CMakeExtension) -> None:
         output = Path(self.get_ext_fullpath(ext.name)).resolve().parent
@@ -58,10 +59,10 @@ class CMakeBuild(build_ext):
             print(f"{ext.name} is not built: {why}", file=sys.stderr)
             output.mkdir(parents=True, exist_ok=True)
             (output / record.NOT_BUILT).write_text(
-                f"the machine that installed the package had {why}; install it again with that, "
-                "and with pip's --force-reinstall --no-cache-dir\n"
+                f"the machine that installed the package had {why}; install that, then the package "
+                "again with pip's --force-reinstall --no-cache-dir\n"
             )
-            # setuptools copies an editable install's extensions unless they are optional and absent
+            # An editable install copies each extension, unless it is optional and absent.
             ext.optional = True
             return
         build = Path(self.build_temp).resolve()
@@ -73,14 +74,14 @@ class CMakeBuild(build_ext):
             "EK_SOURCES": record.digest(ROOT),
         }
         arguments = [f"-D{name}={value}" for name, value in definitions.items()]
-        # --fresh: an isolated build's cmake and ninja are gone by the next one
+        # --fresh, since the cmake and ninja of an isolated build are gone by the next one
         configure = ["cmake", "--fresh", "-G", "Ninja", "-S", str(ROOT), "-B", str(build)]
         subprocess.run(configure + arguments, check=True)
         target = ext.name.rpartition(".")[2]
         subprocess.run(["cmake", "--build", str(build), "--target", target], check=True)
 
     def copy_extensions_to_source(self) -> None:
-        """What this build made of each extension, and nothing that an earlier one made."""
+        """Copies what this build made, and removes what an earlier one made."""
         super().copy_extensions_to_source()
         built = Path(self.build_lib) / PACKAGE.name
         extensions = [Path(self.get_ext_filename(ext.name)).name for ext in self.extensions]
@@ -92,7 +93,7 @@ class CMakeBuild(build_ext):
 
 
 def why_not_buildable() -> str | None:
-    """A sentence naming what a build of C++ extensions lacks on this machine, or None."""
+    """What a build of C++ extensions lacks on this machine; None if nothing."""
     named = os.environ.get("CXX", "")
     wanted = shlex.split(named)[:1] or COMPILERS
     if not any(shutil.which(compiler) for compiler in wanted):
@@ -104,8 +105,8 @@ def why_not_buildable() -> str | None:
     return None
 
 
-def outside_of_the_sources() -> dict[str, dict[str, str]]:
-    """Options of setuptools' commands: where they write."""
+def build_folders() -> dict[str, dict[str, str]]:
+    """Options of setuptools' commands that make them write outside of the sources."""
     folder = tempfile.mkdtemp(prefix="entropy-kernels-")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     metadata = str(ROOT) if os.access(ROOT, os.W_OK) else folder
@@ -113,7 +114,7 @@ def outside_of_the_sources() -> dict[str, dict[str, str]]:
 
 
 setup(
-    options=outside_of_the_sources(),
+    options=build_folders(),
     ext_modules=[CMakeExtension("entropy_kernels._cpu")],
     cmdclass={"build_ext": CMakeBuild},
 )

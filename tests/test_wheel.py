@@ -104,8 +104,8 @@ def test_without_a_compiler_the_wheel_says_so_where_a_user_sees_it(bare, bare_py
     assert in_wheel(bare) == MODULES | {"trainer.py", "entropy_kernels/_not_built.txt"}
     why = (
         "entropy_kernels._cpu is not built: the machine that installed the package had no C++ "
-        "compiler (PATH has none of c++, g++, clang++, cl); install it again with that, and with "
-        "pip's --force-reinstall --no-cache-dir"
+        "compiler (PATH has none of c++, g++, clang++, cl); install that, then the package again "
+        "with pip's --force-reinstall --no-cache-dir"
     )
     printed = run(bare_python, "-W", "error", "-m", "entropy_kernels", cwd=tmp_path)
     assert f"compiled CPU kernels: {why}\n" in printed
