@@ -24,6 +24,7 @@ from typing import Any
 from entropy_kernels._bench.machine import processor
 from entropy_kernels._bench.result_text import result_text
 from trainer.log import read_rows
+from trainer.report.charts import Mark, Panel, Series
 
 RESULT = Path(__file__).parent / "results" / "engine_runs.json"
 # One thread a process, of which there are two; and no compiler for vLLM's kernels.
@@ -186,42 +187,36 @@ def table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def panels(result: dict[str, Any]) -> list[dict[str, Any]]:
-    """What `benchmarks.plot.plot_runs` draws: accuracies, rewards and mismatches of the runs."""
-    accuracy, reward, mismatch = {}, {}, {}
-    for number, run in enumerate(result["runs"]):
-        name = f"r{number}" + (" fsdp2" if "FSDP2" in run["label"] else "")
+def panels(result: dict[str, Any]) -> list[Panel]:
+    """Accuracies, rewards and mismatches of the runs, over steps."""
+    accuracy, reward, mismatch = [], [], []
+    for color, run in enumerate(result["runs"]):
+        label, style = run["label"], "dashed" if "FSDP2" in run["label"] else ""
         found = run["evaluations"]
         evaluated = zip(
             *(found[key] for key in ("step", "eval/accuracy", "eval/standard_error")), strict=True
         )
-        points = [(step, value - error, value, value + error) for step, value, error in evaluated]
-        accuracy[name] = (run["label"], points, True)
-        reward[name] = (run["label"], _smooth(run["series"]["reward/mean"], 10), False)
-        mismatch[name] = (run["label"], _smooth(run["series"]["mismatch/kl"], 10), False)
+        marks = [
+            Mark(step, value, value - error, value + error) for step, value, error in evaluated
+        ]
+        accuracy.append(Series(label, marks, color, style, dots=True))
+        for series, name in ((reward, "reward/mean"), (mismatch, "mismatch/kl")):
+            series.append(Series(label, _smooth(run["series"][name], 10), color, style))
+    at_one = "at temperature 1, with standard error"
+    in_nats = "KL in nats, mean of 10 steps"
     return [
-        {
-            "title": "Accuracy on held-out problems",
-            "unit": "at temperature 1, with standard error",
-            "log": False,
-            "lines": accuracy,
-        },
-        {"title": "Reward", "unit": "mean of 10 steps", "log": False, "lines": reward},
-        {
-            "title": "Mismatch of sampler and trainer",
-            "unit": "KL in nats, mean of 10 steps",
-            "log": True,
-            "lines": mismatch,
-        },
+        Panel("Accuracy on held-out problems", "RL step", accuracy, unit=at_one),
+        Panel("Reward", "RL step", reward, unit="mean of 10 steps"),
+        Panel("Mismatch of sampler and trainer", "RL step", mismatch, log_y=True, unit=in_nats),
     ]
 
 
-def _smooth(values: list[float | None], window: int) -> list[tuple[int, float, float, float]]:
+def _smooth(values: list[float | None], window: int) -> list[Mark]:
     """Means of the last `window` steps, from the first step that has so many."""
     points = []
     for step in range(window, len(values) + 1):
         if known := _known(values[step - window : step]):
-            points.append((step, *[sum(known) / len(known)] * 3))
+            points.append(Mark(step, *[sum(known) / len(known)] * 3))
     return points
 
 

@@ -1,4 +1,4 @@
-"""Tables and plot data of linear_logprob_entropy, and of it against its bare products."""
+"""Tables and the figure of linear_logprob_entropy, and of it against its bare products."""
 
 from typing import Any
 
@@ -18,8 +18,10 @@ from benchmarks.tables import (
     spread,
     table,
 )
+from trainer.report.charts import Mark, Panel, Series
 
 OURS = "cpu"
+NAMES = {"cpu": "ours, compiled", "torch": "ours, PyTorch", "floor": "torch.mm alone"}
 # What computes the bare products, and what a table calls it.
 LIBRARIES = {"mm": "torch.mm", "mm-onednn": "torch.mm by oneDNN"}
 
@@ -188,9 +190,9 @@ def threads_of(n: int) -> str:
     return "one thread" if n == 1 else f"{n} threads"
 
 
-def series(run: Run) -> dict[str, Any]:
-    """What the plot shows of one run: CPU time, the steadier clock, against eager by fraction."""
-    lines: dict[str, list[tuple[float, float, float, float]]] = {}
+def panel(run: Run) -> Panel:
+    """The CPU time of one run, the steadier clock, against eager by fraction of tokens."""
+    lines: dict[str, list[Mark]] = {}
     eager = run["contestants"][0]
     for entry in run["contestants"]:
         if "wall_s" not in entry:
@@ -198,11 +200,23 @@ def series(run: Run) -> dict[str, Any]:
         low, middle, high = (quantile(ratios(entry, eager, "cpu_s"), q) for q in (0.2, 0.5, 0.8))
         impl, _, rest = entry["name"].partition("-")
         if rest.replace(".", "").isdigit():
-            lines.setdefault(impl, []).append((float(rest), low, middle, high))
+            lines.setdefault(impl, []).append(Mark(float(rest), middle, low, high))
         elif entry["name"] == "floor":
             # Measured where 1 + 3 x 0.2 products are; all products cost the same.
             for fraction in (0.0, 1.0):
                 at = middle / entry["units"] * (1 + 3 * fraction)
-                lines.setdefault("floor", []).append((fraction, at, at, at))
-    title = f"{processor_of(run).make}, {DTYPES[run['dtype']]}"
-    return {"title": title, "shape": run["shape"], "lines": lines}
+                lines.setdefault("floor", []).append(Mark(fraction, at, at, at))
+    shape, one = run["shape"], [Mark(fraction, 1.0, 1.0, 1.0) for fraction in (0.0, 1.0)]
+    shown = [
+        Series(NAMES[name], sorted(lines[name]), color, style)
+        for name, color, style in (("cpu", 0, ""), ("torch", 1, ""), ("floor", 6, "dashed"))
+        if name in lines
+    ]
+    return Panel(
+        f"{processor_of(run).make}, {DTYPES[run['dtype']]}, {shape['tokens']} x {shape['hidden']} "
+        f"x {shape['vocabulary']}",
+        "fraction of tokens trained on",
+        [*shown, Series("eager", one, 6)],
+        zero=True,
+        unit="CPU time of a step, eager = 1",
+    )

@@ -1,7 +1,6 @@
-"""Tables and plot data of the threshold, the ratio loss, trainers' steps, and growth of cost."""
+"""Tables and figures of the threshold, the ratio loss, trainers' steps, and growth of cost."""
 
 import math
-from typing import Any
 
 from benchmarks.tables import (
     DTYPES,
@@ -16,6 +15,7 @@ from benchmarks.tables import (
     seconds_table,
     table,
 )
+from trainer.report.charts import Mark, Panel, Series
 
 SWEEPS = {"tokens": "tokens", "vocabulary": "vocabulary", "fraction": "fraction of tokens"}
 
@@ -158,18 +158,20 @@ def cost_points(run: Run, sweep: str, clock: str = "wall_s") -> Points:
     ]
 
 
-def cost_panels(runs: list[Run]) -> list[dict[str, Any]]:
-    """What the plot of growth shows of one make: a panel a sweep, a line a dtype."""
+def cost_panels(runs: list[Run]) -> list[Panel]:
+    """How cost grows on one make: a panel per sweep, a line per dtype."""
     panels = []
     make = processor_of(runs[0]).make
     for sweep, label in SWEEPS.items():
-        lines = {}
-        for run in runs:
+        lines = []
+        for color, run in enumerate(runs):
             points = cost_points(run, sweep)
             name = DTYPES[run["dtype"]]
             label_of_line = name if sweep == "fraction" else f"{name}, slope {exponent(points):.2f}"
-            lines[name] = (label_of_line, points)
-        panels.append({"title": f"{make}, {label}", "log": sweep != "fraction", "lines": lines})
+            marks = [Mark(x, y, low, high) for x, low, y, high in sorted(points)]
+            lines.append(Series(label_of_line, marks, color, dots=True))
+        log = sweep != "fraction"
+        panels.append(Panel(make, label, lines, log, log, zero=not log, unit="seconds of a step"))
     return panels
 
 

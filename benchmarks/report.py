@@ -16,11 +16,12 @@ from pathlib import Path
 from benchmarks import head_tables as head
 from benchmarks import other_tables as other
 from benchmarks.engine_runs import panels as run_panels
-from benchmarks.plot import plot, plot_cost, plot_runs
 from benchmarks.predicted_tables import predicted
 from benchmarks.tables import Run, by_make, by_shape, make_heading, processor_of
+from trainer.report.charts import figure
 
 ROOT = Path(__file__).parent.parent
+RESULTS = "benchmarks/results"
 BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
 IN_SHORT = "Wall time of a step, by p50 over the rounds, but for memory and errors:"
 FIGURE = "![CPU time of a step against eager, by fraction of tokens](docs/benchmarks.svg)"
@@ -65,18 +66,18 @@ def render(root: Path) -> dict[Path, str]:
     texts = {
         readme: between_markers(readme.read_text(), _summary(runs)),
         root / "benchmarks" / "results" / "README.md": _full_page(runs),
-        root / "docs" / "benchmarks.svg": plot([head.series(run) for run in shapes[0]]),
+        root / "docs" / "benchmarks.svg": figure([head.panel(run) for run in shapes[0]], RESULTS),
     }
     if "linear_cost" in runs:
         makes = [
             of_make["linear_cost"] for of_make in by_make({"linear_cost": runs["linear_cost"]})
         ]
         panels = [panel for of_make in makes for panel in other.cost_panels(of_make)]
-        texts[root / "docs" / "linear_cost.svg"] = plot_cost(panels)
+        texts[root / "docs" / "linear_cost.svg"] = figure(panels, RESULTS, len(other.SWEEPS))
     runs_of_engines = root / "benchmarks" / "results" / "engine_runs.json"
     if runs_of_engines.exists():
         panels = run_panels(json.loads(runs_of_engines.read_text()))
-        texts[root / "docs" / "engine_runs.svg"] = plot_runs(panels)
+        texts[root / "docs" / "engine_runs.svg"] = figure(panels, RESULTS)
     return texts
 
 

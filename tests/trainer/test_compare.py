@@ -416,11 +416,13 @@ def test_a_figure_draws_every_point_and_keeps_labels_apart():
     alone = Series("alone", [Mark(2, 0.2, -math.inf, math.inf)], joined=False)
     text = figure([Panel("title", "x", [*series, alone])], "data.json")
     assert text.count("<circle") == 1
-    assert text.count('fill-opacity=".15"') == 4
+    assert text.count('class="band') == 4
     assert "inf" not in text
     assert "line &lt;3&gt;" in text
     ys = sorted(
-        float(line.split('y="')[1].split('"')[0]) for line in text.splitlines() if "style=" in line
+        float(line.split('y="')[1].split('"')[0])
+        for line in text.splitlines()
+        if 'class="name' in line
     )
     assert all(b - a > 13.9 for a, b in pairwise(ys))
     with pytest.raises(ValueError, match="no point is finite"):

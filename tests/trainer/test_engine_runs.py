@@ -6,8 +6,9 @@ from xml.etree import ElementTree
 
 import pytest
 
-from benchmarks import engine_runs, plot
+from benchmarks import engine_runs
 from benchmarks.engine_runs import WAYS, collect, panels, parted, summary, table
+from trainer.report.charts import figure
 
 STEPS = 20
 
@@ -155,7 +156,7 @@ def test_table_and_plot_show_every_run(four):
     lines = table(result).splitlines()
     assert len(lines) == 2 + len(WAYS)
     assert lines[3].startswith("| vLLM | 50.0 ± 3.0% | 50.0 ± 3.0% | 0.775 | 10.0 | 1.0e-13 |")
-    drawn = ElementTree.fromstring(plot.plot_runs(panels(result)))
+    drawn = ElementTree.fromstring(figure(panels(result), "engine_runs.json"))
     texts = [element.text for element in drawn.iter() if element.tag.endswith("text")]
     for way in WAYS:
         assert texts.count(way.label) == 3

@@ -97,9 +97,9 @@ def draw(found: dict[str, Any], source: str) -> str:
     xs = [int(step.group(1)) for step in steps if step] if all(steps) else list(range(count))
     places = range(count)
 
-    def line(label: str, values: Sequence[float], color: int, thin: bool = False) -> Series:
+    def line(label: str, values: Sequence[float], color: int, style: str = "") -> Series:
         marks = [Mark(x, *[y] * 3) for x, y in zip(xs, values, strict=True)]
-        return Series(label, marks, color, thin)
+        return Series(label, marks, color, style)
 
     last = count - 1
     overlaps = [
@@ -109,7 +109,7 @@ def draw(found: dict[str, Any], source: str) -> str:
     size = 100 / len(found["bins"])
     change = [Mark((i + 0.5) * size, *[bin_["change"]] * 3) for i, bin_ in enumerate(found["bins"])]
     percentiles = [
-        line(f"p{p}", [own[str(p)] for own in found["percentiles"]], i, p not in (80,))
+        line(f"p{p}", [own[str(p)] for own in found["percentiles"]], i, "thin" * (p != 80))
         for i, p in enumerate((50, 80, 85, 90, 95, 100))
     ]
     return figure(

@@ -209,8 +209,8 @@ def _curve(results: Results, study: Study, part: str, name: str, title: str) -> 
                 marks.append(Mark(step, found.mean, *ends))
             else:
                 marks.append(mark(step, found))
-        thin = arm not in EMPHASIZED
-        series.append(Series(NAMES.get(arm, arm), marks, _color(arm, study), thin))
+        style = "" if arm in EMPHASIZED else "thin"
+        series.append(Series(NAMES.get(arm, arm), marks, _color(arm, study), style))
     return Panel(title, "RL step", series)
 
 
