@@ -23,7 +23,7 @@ from trainer.report.charts import Mark, Panel, Series, figure, ticks
 from trainer.studies.compare import Comparison, compare, runs
 from trainer.studies.compare.arms import ARMS, STUDIES, arm_config
 from trainer.studies.compare.collect import collect
-from trainer.studies.compare.differences import differences, holm, interval, t_cdf, t_quantile
+from trainer.studies.compare.differences import differences, holm, interval
 from trainer.studies.compare.driver import drive, is_finished
 from trainer.studies.compare.report import arm_table, curves, difference_table, final, write_files
 
@@ -234,15 +234,6 @@ def wait_for(condition):
 
 
 # What results say.
-
-
-@pytest.mark.parametrize(
-    ("freedom", "quantile"),
-    [(1, 12.706205), (2, 4.302653), (3, 3.182446), (4, 2.776445), (9, 2.262157), (30, 2.042272)],
-)
-def test_students_t_is_that_of_the_tables(freedom, quantile):
-    assert t_quantile(0.975, freedom) == pytest.approx(quantile, abs=1e-6)
-    assert t_cdf(-quantile, freedom) == pytest.approx(0.025, abs=1e-6)
 
 
 def test_intervals_and_holm_by_hand():

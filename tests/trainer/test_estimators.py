@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 
 from trainer.evaluation.estimates import (
     Estimate,
-    _student,
     _wilson,
     average,
     estimate,
@@ -19,6 +18,7 @@ from trainer.evaluation.estimates import (
     pass_at_k,
     powers_up_to,
     standard_error,
+    t_quantile,
     wilson,
 )
 
@@ -66,10 +66,11 @@ def test_one_response_a_problem_has_the_interval_of_wilson():
 
 
 @pytest.mark.parametrize(
-    ("degrees", "quantile"), [(2, 4.303), (4, 2.776), (29, 2.045), (39, 2.023), (10**6, 1.960)]
+    ("degrees", "quantile"),
+    [(1, 12.706205), (2, 4.302653), (4, 2.776445), (30, 2.042272), (10**6, 1.959966)],
 )
-def test_student_is_that_of_the_tables(degrees, quantile):
-    assert _student(degrees) == pytest.approx(quantile, rel=8e-3 if degrees < 4 else 4e-4)
+def test_students_t_is_that_of_the_tables(degrees, quantile):
+    assert t_quantile(degrees) == pytest.approx(quantile, abs=1e-6)
 
 
 def test_wilson_by_hand():
@@ -130,7 +131,7 @@ def test_samples_narrow_it_only_where_problems_are_alike():
     apart = [1.0, 0.0] * 15
     assert estimate(alike, 16).high < estimate(alike, 1).high
     # As many trials as problems; Student's t in the place of 1.96 alone sets them apart.
-    same = _wilson(0.5, 30, _student(30))
+    same = _wilson(0.5, 30, t_quantile(30))
     assert estimate(apart, 16) == pytest.approx(same, abs=1e-12)
     assert estimate(apart, 16).high > estimate(apart, 1).high
 

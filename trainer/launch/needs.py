@@ -8,7 +8,10 @@ from importlib.util import find_spec
 from trainer.config import Config, is_flash
 
 # Of every command; the extra [trainer] has them.
-BASE = ("torch", "tyro", "rich", "numpy", "jinja2", "safetensors", "transformers", "accelerate")
+BASE = (
+    *("torch", "tyro", "rich", "numpy", "scipy", "jinja2", "safetensors"),
+    *("transformers", "accelerate"),
+)
 EXTRA = 'pip install -e ".[trainer]"'
 OLDEST_VLLM = (0, 32)
 INSTALL_VLLM = 'pip install "vllm>=0.32"'

@@ -9,7 +9,9 @@ from itertools import product
 from statistics import fmean, stdev
 from typing import NamedTuple
 
-LEVEL = 0.95
+from scipy.special import stdtr
+
+from trainer.evaluation.estimates import CONFIDENCE, t_quantile
 
 
 class Interval(NamedTuple):
@@ -37,7 +39,7 @@ class Difference(NamedTuple):
     @property
     def distinguishable(self) -> bool:
         """Whether the adjusted p is below 0.05."""
-        return self.p_holm < 1 - LEVEL
+        return self.p_holm < 1 - CONFIDENCE
 
 
 def interval(values: Sequence[float], least: float = 0.0) -> Interval:
@@ -54,7 +56,7 @@ def interval(values: Sequence[float], least: float = 0.0) -> Interval:
     if count < 2:
         return Interval(mean, -math.inf, math.inf, count)
     spread = max(stdev(values), least)
-    half = t_quantile((1 + LEVEL) / 2, count - 1) * spread / math.sqrt(count)
+    half = t_quantile(count - 1) * spread / math.sqrt(count)
     return Interval(mean, mean - half, mean + half, count)
 
 
@@ -98,38 +100,12 @@ def holm(ps: Sequence[float]) -> list[float]:
     return adjusted
 
 
-def t_quantile(p: float, freedom: int) -> float:
-    """The `p`-quantile, p > 1/2, of Student's t with `freedom` degrees, by bisection."""
-    low, high = 0.0, 1.0
-    while t_cdf(high, freedom) < p:
-        high *= 2
-    for _ in range(200):
-        middle = (low + high) / 2
-        low, high = (middle, high) if t_cdf(middle, freedom) < p else (low, middle)
-    return (low + high) / 2
-
-
-def t_cdf(t: float, freedom: int) -> float:
-    """P(T <= t) of Student's t; the finite sums for whole degrees (Abramowitz, Stegun 26.7.3-4)."""
-    theta = math.atan2(abs(t), math.sqrt(freedom))
-    sine, cosine = math.sin(theta), math.cos(theta)
-    odd = freedom % 2
-    term = total = cosine if odd else 1.0
-    for k in range(3 if odd else 2, freedom - 1, 2):
-        term *= (k - 1) / k * cosine**2
-        total += term
-    inside = sine * total if freedom > 1 else 0.0
-    if odd:
-        inside = 2 / math.pi * (theta + inside)
-    return (1 + math.copysign(inside, t)) / 2
-
-
 def _t_test(apart: Sequence[float], least: float) -> float:
     """Two-sided p of a mean of zero, the standard deviation counting as `least` or more."""
     spread = max(stdev(apart), least) / math.sqrt(len(apart))
     if spread == 0:
         return 0.0 if apart[0] else 1.0
-    return 2 * (1 - t_cdf(abs(fmean(apart)) / spread, len(apart) - 1))
+    return 2 * float(stdtr(len(apart) - 1, -abs(fmean(apart)) / spread))
 
 
 def _sign_flips(apart: Sequence[float]) -> float:
