@@ -11,13 +11,13 @@ import torch
 
 import entropy_kernels as ek
 from benchmarks.peers import heads
-from trainer.batch import Rollouts
+from trainer.batch import Batch, Rollouts
 from trainer.config import Algorithm, Config, Optimizer, Rollout
 from trainer.model.modes import checkpoint_activations
 from trainer.policy import Policy, check_policy
 from trainer.ranks import Ranks
 from trainer.tasks.problem import Problem
-from trainer.update import Batch, at_least, score, update
+from trainer.update import at_least, score, update
 
 if TYPE_CHECKING:
     from benchmarks.bench_train_step import Shape
@@ -72,11 +72,10 @@ def make_rollouts(shape: "Shape") -> Rollouts:
         problems=[problem] * B,
         responses=[""] * B,
         group_B=torch.zeros(B, dtype=torch.long),
-        prompt_BP=tokens[:, :P],
-        prompt_mask_BP=torch.ones(B, P, dtype=torch.bool),
-        response_BL=tokens[:, P:],
-        mask_BL=torch.ones(B, L, dtype=torch.bool),
-        sampler_logprob_BL=torch.zeros(B, L),
+        tokens_N=tokens.flatten(),
+        prompt_length_B=torch.full((B,), P),
+        response_length_B=torch.full((B,), L),
+        sampler_logprob_T=torch.zeros(B * L),
         truncated_B=torch.ones(B, dtype=torch.bool),
         reward_B=torch.zeros(B),
         timed_out_B=torch.zeros(B, dtype=torch.bool),
@@ -97,12 +96,12 @@ class Step:
             optimizer=Optimizer(tokens_per_micro_batch=tokens, grad_clip=GRAD_CLIP),
         )
         self.optimizer = _optimizer(self.policy.model)
-        old_BL, entropy_BL, threshold, _ = score(self.policy, rollouts, self.settings, self.ranks)
-        generator = torch.Generator().manual_seed(1)
-        old_BL = (old_BL + 0.02 * torch.randn(old_BL.shape, generator=generator)).clamp_max(0)
+        old_T, entropy_T, threshold, _ = score(self.policy, rollouts, self.settings, self.ranks)
+        noise_T = 0.02 * torch.randn(old_T.shape, generator=torch.Generator().manual_seed(1))
         advantage_B = torch.linspace(-1, 1.5, shape.sequences)
-        selected_BL = rollouts.mask_BL & at_least(entropy_BL, threshold)
-        self.batch = Batch(rollouts, advantage_B, old_BL, selected_BL, threshold)
+        selected_T = at_least(entropy_T, threshold)
+        old_T = (old_T + noise_T).clamp_max(0)
+        self.batch = Batch(rollouts, advantage_B, old_T, selected_T, threshold)
 
     def run(self) -> dict[str, Any]:
         """The optimizer step; what it found, and how much memory the state takes."""
@@ -142,24 +141,25 @@ def _eager_update(
     """Loss, norm of the gradient, and the seconds of the head; the mask multiplies."""
     policy.train()
     rollouts, algorithm = batch.rollouts, settings.algorithm
-    tokens = torch.cat([rollouts.prompt_BP, rollouts.response_BL[:, :-1]], 1)
+    prompt = int(rollouts.prompt_length_B[0])  # as long as every other
+    tokens = rollouts.tokens_N.view(len(rollouts), -1)[:, :-1]
     hidden = policy.lm_head.hidden_states(input_ids=tokens, use_cache=False)
     began = time.perf_counter()
-    leaf = hidden[:, rollouts.prompt_BP.shape[1] - 1 :].flatten(0, 1).detach().requires_grad_()
+    leaf = hidden[:, prompt - 1 :].flatten(0, 1).detach().requires_grad_()
     head = heads()[0].head
     weight = policy.lm_head(leaf)["weight"]
-    logprob_T, entropy_T = head(leaf, weight, rollouts.response_BL.flatten())
+    logprob_T, entropy_T = head(leaf, weight, rollouts.response_T)
     assert entropy_T is not None
     selected_T = ek.top_entropy_mask(entropy_T.detach(), fraction=algorithm.fraction)
-    ratio_T = (logprob_T - batch.old_logprob_BL.flatten()).exp()
+    ratio_T = (logprob_T - batch.old_logprob_T).exp()
     clipped_T = ratio_T.clamp(1 - algorithm.clip_low, 1 + algorithm.clip_high)
-    advantage_T = batch.advantage_B.repeat_interleave(rollouts.response_BL.shape[1])
+    advantage_T = batch.advantage_B.repeat_interleave(rollouts.response_length_B)
     objective_T = torch.minimum(ratio_T * advantage_T, clipped_T * advantage_T)
     loss = -(objective_T * selected_T).sum() / selected_T.sum()
     loss.backward()
     seconds = time.perf_counter() - began
     gradient = torch.zeros_like(hidden)
-    gradient[:, rollouts.prompt_BP.shape[1] - 1 :] = leaf.grad.view(*rollouts.response_BL.shape, -1)
+    gradient[:, prompt - 1 :] = leaf.grad.view(len(rollouts), -1, hidden.shape[-1])
     del logprob_T, entropy_T
     hidden.backward(gradient)
     norm = torch.nn.utils.clip_grad_norm_(policy.model.parameters(), settings.optimizer.grad_clip)

@@ -1,29 +1,37 @@
-"""What crosses a file: the rollouts of a step.
+"""What crosses a file of the loop: the rollouts of a step, a batch, the rows of a micro-batch.
 
-B sequences, P prompt width, L response width.
+The tokens of all sequences lie one after the other, without padding. B sequences, N tokens of
+prompts and responses, T response tokens; R rows of W tokens are what the backbone reads.
 """
 
+import heapq
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from trainer.ranks import Ranks
 from trainer.tasks.problem import Problem
 
+# "row": all sequences in one row without padding, for attention by sequence lengths. "rows": rows
+# no longer than the longest sequence, so attention reads no more than it would with one sequence
+# per row. "padded": one sequence per row, for models that do not keep packed sequences apart.
+Layout = Literal["row", "rows", "padded"]
 
-@dataclass
+
+@dataclass(frozen=True)
 class Rollouts:
-    """Sampled responses: prompts padded on the left to P, responses on the right to L."""
+    """Sampled responses and their verdicts. The last letter of a tensor's name is its axis."""
 
     problems: list[Problem]  # B
     responses: list[str]  # B, without end-of-sequence
-    group_B: Tensor  # int64: the prompt a row answers
-    prompt_BP: Tensor  # int64 token ids
-    prompt_mask_BP: Tensor  # bool
-    response_BL: Tensor  # int64 token ids, end-of-sequence included
-    mask_BL: Tensor  # bool: response tokens, end-of-sequence included
-    sampler_logprob_BL: Tensor  # fp32: as the engine sampled them
+    group_B: Tensor  # int64: the number of the prompt that a sequence answers
+    tokens_N: Tensor  # int64: each prompt, then its response with its end-of-sequence
+    prompt_length_B: Tensor  # int64
+    response_length_B: Tensor  # int64
+    sampler_logprob_T: Tensor  # fp32: as the engine sampled the tokens
     truncated_B: Tensor  # bool: stopped by the length limit
     reward_B: Tensor  # fp32: the verdict, without terms
     timed_out_B: Tensor  # bool: the verifier took too long
@@ -32,45 +40,188 @@ class Rollouts:
     def __len__(self) -> int:
         return len(self.problems)
 
+    @property
+    def length_B(self) -> Tensor:
+        """The tokens of each prompt and response together."""
+        return self.prompt_length_B + self.response_length_B
+
+    @property
+    def response_T(self) -> Tensor:
+        """The token ids of the responses."""
+        begin_B = self.length_B.cumsum(0) - self.response_length_B
+        return self.tokens_N[_runs(begin_B, self.response_length_B)]
+
+    def split(self, x_T: Tensor) -> tuple[Tensor, ...]:
+        """A field of the response tokens as one tensor per sequence."""
+        return x_T.split(self.response_length_B.tolist())
+
+    def places(self, index: Tensor) -> Tensor:
+        """The places in T of the response tokens of the sequences at `index`."""
+        return _places(self.response_length_B, index)
+
     def rows(self, index: Tensor) -> "Rollouts":
-        """The rollouts at `index`, an int64 tensor of row numbers, in its order."""
-        picked: dict[str, Any] = {}
-        for field in fields(self):
-            value = getattr(self, field.name)
-            picked[field.name] = (
-                value[index] if isinstance(value, Tensor) else [value[i] for i in index.tolist()]
-            )
+        """The sequences at `index`, an int64 tensor, in its order."""
+        at = {"B": index, "N": _places(self.length_B, index), "T": self.places(index)}
+        picked: dict[str, Any] = {
+            name: x[at[name[-1]]] if isinstance(x, Tensor) else [x[b] for b in index.tolist()]
+            for name, x in vars(self).items()
+        }
         return Rollouts(**picked)
 
     def to(self, device: torch.device) -> "Rollouts":
         """The same on `device`."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        moved: dict[str, Any] = {k: x.to(device) for k, x in values.items() if torch.is_tensor(x)}
+        moved: dict[str, Any] = {
+            name: x.to(device) for name, x in vars(self).items() if isinstance(x, Tensor)
+        }
         return replace(self, **moved)
 
     @staticmethod
-    def concatenate(parts: "list[Rollouts]", pad_id: int) -> "Rollouts":
-        """One batch of all `parts`, widened to the widest prompt and response."""
-        prompt = max(part.prompt_BP.shape[1] for part in parts)
-        response = max(part.response_BL.shape[1] for part in parts)
+    def concatenate(parts: "Sequence[Rollouts]") -> "Rollouts":
+        """The sequences of all `parts`."""
+        joined: dict[str, Any] = {}
+        for name in (field.name for field in fields(Rollouts)):
+            values = [getattr(part, name) for part in parts]
+            tensors = isinstance(values[0], Tensor)
+            joined[name] = torch.cat(values) if tensors else [x for value in values for x in value]
+        return Rollouts(**joined)
 
-        def left(x: Tensor, fill: int) -> Tensor:
-            return torch.nn.functional.pad(x, (prompt - x.shape[1], 0), value=fill)
 
-        def right(x: Tensor, fill: int) -> Tensor:
-            return torch.nn.functional.pad(x, (0, response - x.shape[1]), value=fill)
+@dataclass(frozen=True)
+class Batch:
+    """Rollouts with all that the loss needs."""
 
-        return Rollouts(
-            problems=[problem for part in parts for problem in part.problems],
-            responses=[text for part in parts for text in part.responses],
-            group_B=torch.cat([part.group_B for part in parts]),
-            prompt_BP=torch.cat([left(part.prompt_BP, pad_id) for part in parts]),
-            prompt_mask_BP=torch.cat([left(part.prompt_mask_BP, False) for part in parts]),
-            response_BL=torch.cat([right(part.response_BL, pad_id) for part in parts]),
-            mask_BL=torch.cat([right(part.mask_BL, False) for part in parts]),
-            sampler_logprob_BL=torch.cat([right(part.sampler_logprob_BL, 0) for part in parts]),
-            truncated_B=torch.cat([part.truncated_B for part in parts]),
-            reward_B=torch.cat([part.reward_B for part in parts]),
-            timed_out_B=torch.cat([part.timed_out_B for part in parts]),
-            crashed_B=torch.cat([part.crashed_B for part in parts]),
+    rollouts: Rollouts
+    advantage_B: Tensor
+    old_logprob_T: Tensor
+    selected_T: Tensor  # by the old policy's entropies
+    threshold: Tensor  # of the old policy's entropies over the whole step
+
+    def rows(self, index: Tensor) -> "Batch":
+        """The batch of the sequences at `index`."""
+        at = self.rollouts.places(index)
+        return Batch(
+            self.rollouts.rows(index),
+            self.advantage_B[index],
+            self.old_logprob_T[at],
+            self.selected_T[at],
+            self.threshold,
         )
+
+
+@dataclass(frozen=True)
+class Packed:
+    """The rows that the backbone reads, and where the states of the response tokens are."""
+
+    tokens_RW: Tensor  # int64; padding is 0
+    positions_RW: Tensor  # int64, from 0 in each sequence; padding is 0
+    mask_RW: Tensor | None  # bool: not padding; None where rows hold several sequences
+    index_T: Tensor  # place in R*W of the state that predicts each response token
+
+
+def pack(rollouts: Rollouts, layout: Layout) -> Packed:
+    """The sequences in rows, each without its last token, which predicts nothing.
+
+    Positions restart at 0 with each sequence; by them attention keeps the sequences of a row apart.
+    """
+    # The state before a response would be another sequence's; `prompt_ids` refuses such prompts.
+    assert (rollouts.prompt_length_B > 0).all(), "a prompt without a token"
+    is_read_N = torch.ones_like(rollouts.tokens_N, dtype=torch.bool)
+    is_read_N[rollouts.length_B.cumsum(0) - 1] = False
+    read_B = rollouts.length_B - 1
+    packed = arrange(rollouts.tokens_N[is_read_N], read_B, layout)
+    number_T = _runs(read_B.cumsum(0) - rollouts.response_length_B, rollouts.response_length_B)
+    return replace(packed, index_T=packed.index_T[number_T])
+
+
+def arrange(tokens_N: Tensor, length_B: Tensor, layout: Layout) -> Packed:
+    """Sequences of `length_B` tokens, given one after the other, in rows; index_T of every token.
+
+    No sequence gives one token of padding: a rank without work has to run its backbone too.
+    """
+    device = tokens_N.device
+    length_B = length_B.to(device)
+    begins, (rows, width) = _fit(length_B.tolist(), layout)
+    begin_B = torch.tensor(begins, dtype=torch.long, device=device)
+    place_N = _runs(begin_B, length_B)
+    tokens = torch.zeros(rows * width, dtype=torch.long, device=device)
+    positions, mask = torch.zeros_like(tokens), torch.zeros_like(tokens, dtype=torch.bool)
+    tokens[place_N] = tokens_N
+    positions[place_N] = _runs(torch.zeros_like(begin_B), length_B)
+    mask[place_N] = True
+    return Packed(
+        tokens.view(rows, width),
+        positions.view(rows, width),
+        mask.view(rows, width) if layout == "padded" else None,
+        place_N,
+    )
+
+
+def micro_batches(rollouts: Rollouts, tokens: int, ranks: Ranks) -> Iterator[Tensor]:
+    """The numbers of this rank's sequences in each micro-batch of at most `tokens` tokens."""
+    for parts in partition((rollouts.length_B - 1).tolist(), ranks.size, tokens):
+        yield torch.tensor(parts[ranks.rank], dtype=torch.long, device=rollouts.tokens_N.device)
+
+
+def partition(lengths: Sequence[int], ranks: int, budget: int) -> list[list[list[int]]]:
+    """The numbers of the sequences of each rank in each micro-batch: [micro-batch][rank].
+
+    Every rank has the same number of micro-batches, some perhaps empty. Each holds at most `budget`
+    tokens, or one longer sequence. Their number is the least that fits when the longest sequence
+    left always goes where the fewest tokens are; the parts of one micro-batch are about as long.
+    The result depends on the arguments alone.
+    """
+    longest_first = sorted(range(len(lengths)), key=lambda b: (-lengths[b], b))
+    most = max(budget, *lengths, 1)
+    count = max(1, -(-sum(lengths) // (ranks * most)))
+    while True:
+        parts = _spread(longest_first, lengths, ranks * count)
+        if sum(lengths[b] for b in parts[0]) <= most:
+            break
+        count += 1
+    return [parts[start : start + ranks] for start in range(0, len(parts), ranks)]
+
+
+def _spread(order: Sequence[int], lengths: Sequence[int], count: int) -> list[list[int]]:
+    """`count` parts, those of the most tokens first, each in the order of the numbers."""
+    parts: list[list[int]] = [[] for _ in range(count)]
+    heap = [(0, part) for part in range(count)]
+    for b in order:
+        tokens, part = heapq.heappop(heap)
+        parts[part].append(b)
+        heapq.heappush(heap, (tokens + lengths[b], part))
+    full = sorted(heap, key=lambda entry: (-entry[0], entry[1]))
+    return [sorted(parts[part]) for _, part in full]
+
+
+def _places(length_B: Tensor, index: Tensor) -> Tensor:
+    """The places of the tokens of the sequences at `index` among the tokens of all."""
+    begin_B = length_B.cumsum(0) - length_B
+    return _runs(begin_B[index], length_B[index])
+
+
+def _runs(begin_B: Tensor, count_B: Tensor) -> Tensor:
+    """begin, begin + 1, ... of each sequence, `count_B` numbers each, one after the other."""
+    before_B = count_B.cumsum(0) - count_B
+    number = torch.arange(int(count_B.sum()), device=begin_B.device)
+    return number + (begin_B - before_B).repeat_interleave(count_B)
+
+
+def _fit(lengths: Sequence[int], layout: Layout) -> tuple[list[int], tuple[int, int]]:
+    """Where each sequence begins in R*W, and (R, W)."""
+    if layout == "row":
+        ends = torch.tensor([0, *lengths]).cumsum(0).tolist()
+        return ends[:-1], (1, max(ends[-1], 1))
+    width = max(lengths, default=1)
+    if layout == "padded":
+        return [row * width for row in range(len(lengths))], (max(len(lengths), 1), width)
+    # First fit, longest first.
+    filled: list[int] = []
+    begins = [0] * len(lengths)
+    for b in sorted(range(len(lengths)), key=lambda b: (-lengths[b], b)):
+        fits = (r for r, used in enumerate(filled) if used + lengths[b] <= width)
+        row = next(fits, len(filled))
+        if row == len(filled):
+            filled.append(0)
+        begins[b] = row * width + filled[row]
+        filled[row] += lengths[b]
+    return begins, (max(len(filled), 1), width)

@@ -1,7 +1,7 @@
 """Metrics of a step: parts joined into the whole, seconds, and how far the engine that sampled and
 the policy that trains are apart.
 
-B sequences, L response width.
+T response tokens.
 """
 
 import time
@@ -102,7 +102,7 @@ def correction(settings: Config) -> dict[str, Any]:
 
 
 def mismatch_metrics(
-    old_logprob_BL: Tensor, sampler_logprob_BL: Tensor, mask_BL: Tensor, settings: Config
+    old_logprob_T: Tensor, sampler_logprob_T: Tensor, settings: Config
 ) -> dict[str, float]:
     """Over the response tokens, with r = pi_old / pi_sampler of each.
 
@@ -110,7 +110,7 @@ def mismatch_metrics(
     negative (k3, http://joschu.net/blog/kl-approx.html); mismatch/difference that of |log r|, and
     mismatch/corrected the share whose r the correction changes.
     """
-    log_ratio = (old_logprob_BL - sampler_logprob_BL)[mask_BL].double()
+    log_ratio = (old_logprob_T - sampler_logprob_T).double()
     ratio, options = log_ratio.exp(), correction(settings)
     metrics = {
         "mismatch/kl": float((log_ratio.expm1() - log_ratio).mean()),

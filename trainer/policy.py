@@ -1,6 +1,6 @@
 """The policy: a transformers causal LM whose head we run ourselves.
 
-T response tokens, D hidden, V vocabulary; R rows and W their width as in packing.py.
+T response tokens, D hidden, V vocabulary; R rows and W their width as in batch.py.
 """
 
 from collections.abc import Callable, Iterator
@@ -12,13 +12,13 @@ from torch import Tensor, nn
 import entropy_kernels as ek
 from entropy_kernels.integrations.hf import LMHead, lm_head
 from trainer import config
+from trainer.batch import Layout, Packed, arrange
 from trainer.fsdp import release, whole
 from trainer.model.folder import Files, read_folder
 from trainer.model.modes import checkpoint_activations, without_noise
 from trainer.model.probes import check_states, choose_layout, some_tokens
 from trainer.model.rope import fix_rope, longest_sequence
 from trainer.model.tokens import end_ids
-from trainer.packing import Layout, Packed, arrange
 from trainer.tiny.model import build_tiny
 
 Result = TypeVar("Result")

@@ -1,6 +1,6 @@
 """What a step shows of its tokens: percentiles of entropy, and whole responses of every kind.
 
-B sequences, L response width.
+T response tokens.
 """
 
 from collections.abc import Sequence
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from trainer.batch import Rollouts
+from trainer.batch import Batch, Rollouts
 from trainer.config import Reward
 from trainer.log import Sample
 from trainer.model.tokens import pieces
@@ -16,12 +16,11 @@ from trainer.report.skips import KINDS
 from trainer.rewards.terms import is_answered
 from trainer.run import Run
 from trainer.tasks.problem import Task
-from trainer.update import Batch
 
 
-def entropy_metrics(entropy: Tensor) -> dict[str, float]:
+def entropy_metrics(entropy_T: Tensor) -> dict[str, float]:
     """Percentiles over the step's response tokens, nats, and the share below 0.01."""
-    ordered = entropy.flatten().sort().values
+    ordered = entropy_T.sort().values
     at = {f"entropy/p{p}": int(p / 100 * (len(ordered) - 1)) for p in (50, 80, 95)}
     return {name: float(ordered[index]) for name, index in at.items()} | {
         "entropy/mean": float(ordered.mean()),
@@ -30,7 +29,7 @@ def entropy_metrics(entropy: Tensor) -> dict[str, float]:
 
 
 def kinds_of(rollouts: Rollouts, task: Task, reward: Reward) -> list[str]:
-    """Of each response, one of KINDS."""
+    """The kind of each response, one of KINDS."""
     return [
         "unverified"
         if failed
@@ -58,11 +57,11 @@ def kind_metrics(kinds: Sequence[str]) -> dict[str, float]:
 
 
 def write_samples(
-    run: Run, everything: Rollouts, batch: Batch | None = None, entropy_BL: Tensor | None = None
+    run: Run, everything: Rollouts, batch: Batch | None = None, entropy_T: Tensor | None = None
 ) -> None:
     """Rows of samples.jsonl, where some are due: of all that the step sampled, each kind in turn.
 
-    `entropy_BL` belongs to `batch`, what is trained on; other responses have no entropies.
+    `entropy_T` belongs to `batch`, what is trained on; other responses have no entropies.
     """
     settings, step = run.settings, run.progress.step
     due = step % settings.samples_every == 0 or step in (1, settings.steps)
@@ -75,7 +74,7 @@ def write_samples(
     run.log.samples(
         step,
         [
-            _sample(run, everything, b, kinds[b], batch, entropy_BL)
+            _sample(run, _one(everything, b), kinds[b], batch, entropy_T)
             for b in choose(rows, kinds, groups, settings.samples)
         ],
     )
@@ -98,33 +97,31 @@ def choose(
 
 
 def _sample(
-    run: Run,
-    everything: Rollouts,
-    b: int,
-    kind: str,
-    batch: Batch | None,
-    entropy_BL: Tensor | None,
+    run: Run, one: Rollouts, kind: str, batch: Batch | None, entropy_T: Tensor | None
 ) -> Sample:
-    tokens = everything.response_BL[b][everything.mask_BL[b]]
+    """The row of `one` sequence."""
     entropy, kept = [], []
-    at = None if batch is None else _place(batch.rollouts, int(everything.group_B[b]), tokens)
-    if batch is not None and entropy_BL is not None and at is not None:
-        mask = batch.rollouts.mask_BL[at]
-        entropy, kept = entropy_BL[at][mask].tolist(), batch.selected_BL[at][mask].tolist()
+    at = None if batch is None else _places(batch.rollouts, one)
+    if batch is not None and entropy_T is not None and at is not None:
+        entropy, kept = entropy_T[at].tolist(), batch.selected_T[at].tolist()
     return Sample(
-        prompt=everything.problems[b].prompt,
-        response=everything.responses[b],
-        reward=float(everything.reward_B[b]),
-        tokens=pieces(run.policy.tokenizer, tokens.tolist()),
+        prompt=one.problems[0].prompt,
+        response=one.responses[0],
+        reward=float(one.reward_B),
+        tokens=pieces(run.policy.tokenizer, one.response_T.tolist()),
         entropy=entropy,
         kept=kept,
         kind=kind,
     )
 
 
-def _place(rollouts: Rollouts, group: int, tokens: Tensor) -> int | None:
-    """A row of `group` with these tokens; equal rows have equal entropies."""
-    for row in (rollouts.group_B == group).nonzero().flatten().tolist():
-        if torch.equal(rollouts.response_BL[row][rollouts.mask_BL[row]], tokens):
-            return row
+def _one(rollouts: Rollouts, b: int) -> Rollouts:
+    return rollouts.rows(torch.tensor([b], device=rollouts.group_B.device))
+
+
+def _places(rollouts: Rollouts, one: Rollouts) -> Tensor | None:
+    """The tokens of `one` in T of `rollouts`, if it is there; equal rows have equal entropies."""
+    for row in (rollouts.group_B == one.group_B).nonzero():
+        if torch.equal(rollouts.rows(row).response_T, one.response_T):
+            return rollouts.places(row)
     return None

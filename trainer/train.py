@@ -1,6 +1,6 @@
 """GRPO and DAPO on high-entropy tokens: the whole loop.
 
-Names follow "Beyond the 80/20 Rule" (arXiv 2506.01939). B sequences, L response width.
+Names follow "Beyond the 80/20 Rule" (arXiv 2506.01939). B sequences, T response tokens.
 """
 
 import time
@@ -14,8 +14,8 @@ from torch import Tensor
 import entropy_kernels as ek
 from trainer import checkpoint
 from trainer.advantages import group_advantages
+from trainer.batch import Batch
 from trainer.config import Config
-from trainer.dynamic_sampling import sample_useful
 from trainer.evaluation.in_training import evaluate
 from trainer.finite import naming_step
 from trainer.launch.lock import owned
@@ -29,7 +29,8 @@ from trainer.report.skips import took_step
 from trainer.rewards.terms import shaped_reward
 from trainer.run import Run, check_start, start
 from trainer.samples import entropy_metrics, write_samples
-from trainer.update import Batch, at_least, check_statistics, score, update
+from trainer.sampling import sample_useful
+from trainer.update import at_least, check_statistics, score, update
 
 
 def train(
@@ -117,30 +118,26 @@ def _step(run: Run) -> dict[str, float]:
     run.engine.sleep()
 
     # Old-policy log-probs and entropies in one pass; tau and the mask over the whole step.
-    old_logprob_BL, entropy_BL, threshold, head_seconds = score(
-        policy, rollouts, settings, run.ranks
-    )
+    old_logprob_T, entropy_T, threshold, head_seconds = score(policy, rollouts, settings, run.ranks)
     if algorithm.which == "top":
-        selected_BL = rollouts.mask_BL & at_least(entropy_BL, threshold)
+        selected_T = at_least(entropy_T, threshold)
     else:
         torch.manual_seed(run.seed(-1))  # the same on every rank; rounds of sampling have others
-        selected_BL = ek.top_entropy_mask(
-            entropy_BL, rollouts.mask_BL, algorithm.fraction, which=algorithm.which
+        selected_T = ek.top_entropy_mask(
+            entropy_T, fraction=algorithm.fraction, which=algorithm.which
         )
     scored = clock(policy.device)
     metrics["time/score"] = scored - sampled
 
     # An optimizer step on each mini-batch of whole groups.
-    batch = Batch(rollouts, advantage_B, old_logprob_BL, selected_BL, threshold)
-    updated, seconds = _update(run, batch, entropy_BL)
+    batch = Batch(rollouts, advantage_B, old_logprob_T, selected_T, threshold)
+    updated, seconds = _update(run, batch, entropy_T)
     run.engine.update_weights(policy.weights())
     ended = clock(policy.device)
 
-    write_samples(run, everything, batch, entropy_BL)
-    metrics |= updated | entropy_metrics(entropy_BL[rollouts.mask_BL])
-    metrics |= mismatch_metrics(
-        old_logprob_BL, rollouts.sampler_logprob_BL, rollouts.mask_BL, settings
-    )
+    write_samples(run, everything, batch, entropy_T)
+    metrics |= updated | entropy_metrics(entropy_T)
+    metrics |= mismatch_metrics(old_logprob_T, rollouts.sampler_logprob_T, settings)
     return metrics | {
         "updates": float(run.progress.updates - updates),
         "entropy/threshold": float(threshold),
@@ -151,9 +148,9 @@ def _step(run: Run) -> dict[str, float]:
     }
 
 
-def _update(run: Run, batch: Batch, entropy_BL: Tensor) -> tuple[dict[str, float], float]:
+def _update(run: Run, batch: Batch, entropy_T: Tensor) -> tuple[dict[str, float], float]:
     """Metrics of the step's updates, and the seconds of the head; none of poisoned statistics."""
-    if poisoned := check_statistics(run.policy, batch, entropy_BL, run.ranks, run.guard):
+    if poisoned := check_statistics(run.policy, batch, entropy_T, run.ranks, run.guard):
         return poisoned, 0.0
     meter, head_seconds, rate = Meter(), 0.0, 0.0
     for index in _mini_batches(batch.rollouts.group_B, run.settings.optimizer.mini_batches):

@@ -1,24 +1,20 @@
 """Old-policy statistics of a step's responses, and one optimizer step on them, over all ranks.
 
-B sequences, L response width; T response tokens of a micro-batch, D hidden.
+B sequences, T response tokens, D hidden.
 """
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 import entropy_kernels as ek
 from trainer import config
-from trainer.batch import Rollouts
+from trainer.batch import Batch, Rollouts, micro_batches, pack
 from trainer.finite import Guard, check_finite, first_nonfinite, nonfinite_statistic
 from trainer.fsdp import release, whole
 from trainer.metrics import Meter, Stopwatch, correction
-from trainer.packing import lengths, pack
-from trainer.partition import partition
 from trainer.policy import Policy
 from trainer.ranks import Ranks
 
@@ -31,51 +27,33 @@ OF_THE_STEP = (
 )
 
 
-@dataclass
-class Batch:
-    """Rollouts with all that the loss needs."""
+class Scores(NamedTuple):
+    """What the current policy says of the response tokens of all ranks."""
 
-    rollouts: Rollouts
-    advantage_B: Tensor
-    old_logprob_BL: Tensor
-    selected_BL: Tensor  # by the old policy's entropies
-    threshold: Tensor  # of the old policy's entropies over the whole step
-
-    def rows(self, index: Tensor) -> "Batch":
-        """The batch of some of its sequences."""
-        return Batch(
-            self.rollouts.rows(index),
-            self.advantage_B[index],
-            self.old_logprob_BL[index],
-            self.selected_BL[index],
-            self.threshold,
-        )
-
-
-def micro_batches(rollouts: Rollouts, tokens: int, ranks: Ranks) -> Iterator[Tensor]:
-    """Row numbers of this rank's sequences in each micro-batch of at most `tokens` tokens."""
-    for parts in partition(lengths(rollouts), ranks.size, tokens):
-        yield torch.tensor(parts[ranks.rank], dtype=torch.long, device=rollouts.mask_BL.device)
+    logprob_T: Tensor
+    """Log-probs of the tokens, nats."""
+    entropy_T: Tensor
+    """Entropies at the temperature of sampling, nats."""
+    threshold: Tensor
+    """The entropy that `algorithm.fraction` of the tokens reach."""
+    head_seconds: float
+    """What this rank spent in the head."""
 
 
 @torch.no_grad()
-def score(
-    policy: Policy, rollouts: Rollouts, settings: config.Config, ranks: Ranks
-) -> tuple[Tensor, Tensor, Tensor, float]:
-    """Log-probs [B, L] and entropies [B, L] under the current weights, in one pass; the threshold
-    of all of them; and the seconds spent in the head. The first three are those of all ranks."""
+def score(policy: Policy, rollouts: Rollouts, settings: config.Config, ranks: Ranks) -> Scores:
+    """Log-probs and entropies under the current weights, in one pass, and their threshold."""
     policy.train(False)
     threshold = ek.StreamingThreshold(
         settings.algorithm.fraction, group=ranks.group, device=policy.device
     )
-    score_2BL = torch.zeros((2, *rollouts.mask_BL.shape), device=policy.device)
+    score_2T = torch.zeros((2, len(rollouts.sampler_logprob_T)), device=policy.device)
     watch = Stopwatch(policy.device)
     for index in micro_batches(rollouts, settings.optimizer.tokens_per_micro_batch, ranks):
         part = rollouts.rows(index)
-        target_T = part.response_BL[part.mask_BL]
 
         def head(
-            hidden_TD: Tensor, head: dict[str, Any], target_T: Tensor = target_T
+            hidden_TD: Tensor, head: dict[str, Any], target_T: Tensor = part.response_T
         ) -> ek.LogprobEntropy:
             watch.start()
             found = ek.linear_logprob_entropy(hidden_TD, target=target_T, **head)
@@ -83,12 +61,11 @@ def score(
             return found
 
         found = policy(pack(part, policy.layout), settings.rollout.temperature, head)
-        b_T, l_T = part.mask_BL.nonzero(as_tuple=True)
-        score_2BL[:, index[b_T], l_T] = torch.stack([found.logprob, found.entropy])
+        score_2T[:, rollouts.places(index)] = torch.stack([found.logprob, found.entropy])
         threshold.update(found.entropy)
     release(policy)
-    logprob_BL, entropy_BL = ranks.sum(score_2BL)
-    return logprob_BL, entropy_BL, threshold.value(), watch.seconds
+    logprob_T, entropy_T = ranks.sum(score_2T)
+    return Scores(logprob_T, entropy_T, threshold.value(), watch.seconds)
 
 
 def at_least(entropy: Tensor, threshold: Tensor) -> Tensor:
@@ -97,7 +74,7 @@ def at_least(entropy: Tensor, threshold: Tensor) -> Tensor:
 
 
 def check_statistics(
-    policy: Policy, batch: Batch, entropy_BL: Tensor, ranks: Ranks, guard: Guard
+    policy: Policy, batch: Batch, entropy_T: Tensor, ranks: Ranks, guard: Guard
 ) -> dict[str, float]:
     """{"skipped/nonfinite_NAME": 1} for the first statistic of a step that is not finite, if any.
 
@@ -106,13 +83,12 @@ def check_statistics(
     """
     name = nonfinite_statistic(
         {
-            "logprob": batch.old_logprob_BL,
-            "entropy": entropy_BL,
-            "sampler_logprob": batch.rollouts.sampler_logprob_BL,
+            "logprob": batch.old_logprob_T,
+            "entropy": entropy_T,
+            "sampler_logprob": batch.rollouts.sampler_logprob_T,
             "reward": batch.rollouts.reward_B,
             "advantage": batch.advantage_B,
-        },
-        batch.rollouts.mask_BL,
+        }
     )
     if name is None:
         return {}
@@ -184,17 +160,17 @@ def _nothing_to_learn(batch: Batch, settings: config.Algorithm) -> str | None:
         return "skipped/no_advantage"
     # The current entropies select tokens later.
     old = settings.entropy_source == "old" or settings.fraction == 1
-    return "skipped/no_tokens" if old and not batch.selected_BL.any() else None
+    return "skipped/no_tokens" if old and not batch.selected_T.any() else None
 
 
 def _no_update(batch: Batch, reason: str) -> dict[str, float]:
     """Metrics of an update that is not made for `reason`; those that its forward would have given
     are missing."""
-    everything, kept = batch.rollouts.mask_BL.sum(), batch.selected_BL.sum()
+    everything, kept = len(batch.selected_T), int(batch.selected_T.sum())
     return {
         "loss": 0.0,
         "grad_norm": 0.0,
-        "entropy/selected_fraction": float(kept / everything.clamp_min(1)),
+        "entropy/selected_fraction": kept / max(everything, 1),
         "head/rows": float(everything),
         "skipped/nonfinite_gradient": 0.0,
         reason: 1.0,
@@ -231,15 +207,15 @@ def _loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The sum of the batch's loss: equation 6 of the paper without its normalisation."""
     algorithm, corrected = settings.algorithm, correction(settings)
-    mask_BL = part.rollouts.mask_BL
-    sequence_T, _ = mask_BL.nonzero(as_tuple=True)
-    target_T, selected_T = part.rollouts.response_BL[mask_BL], part.selected_BL[mask_BL]
-    mask_T = torch.ones_like(selected_T)
+    rollouts, selected_T = part.rollouts, part.selected_T
+    target_T, mask_T = rollouts.response_T, torch.ones_like(selected_T)
+    count_B = rollouts.response_length_B
+    sequence_T = torch.arange(len(rollouts), device=count_B.device).repeat_interleave(count_B)
 
     def options(selected_T: Tensor) -> dict[str, Any]:
         counted_T = selected_T if algorithm.denominator == "selected" else mask_T
         return {
-            "old_logprob": part.old_logprob_BL[mask_BL],
+            "old_logprob": part.old_logprob_T,
             "advantage": part.advantage_B[sequence_T],
             "mask": mask_T,
             "selected": selected_T,
@@ -250,7 +226,7 @@ def _loss(
             "token_weight": _share(counted_T, sequence_T)
             if algorithm.loss_type == "grpo"
             else None,
-            "sampler_logprob": part.rollouts.sampler_logprob_BL[mask_BL] if corrected else None,
+            "sampler_logprob": rollouts.sampler_logprob_T if corrected else None,
             **corrected,
         }
 

@@ -1,7 +1,7 @@
 """Models, a tokenizer and a task so small that an RL step takes milliseconds."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,9 +10,11 @@ import pytest
 import torch
 import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
+from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 import trainer.run
+from trainer.batch import Rollouts
 from trainer.config import Algorithm, Config, Eval, Model, Optimizer, Reward, Rollout
 from trainer.policy import Policy, check_policy
 from trainer.rewards.verifier import Verifier
@@ -166,6 +168,35 @@ def settings(root: Path, model: str = "tiny", **changes: Any) -> Config:
         ),
         **changes,
     )
+
+
+def make_rollouts(
+    prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]], **fields: Any
+) -> Rollouts:
+    """Sequences of these token ids; `fields` in place of empty texts and verdicts of 0."""
+    nothing = torch.zeros(len(prompts), dtype=torch.bool)
+    pairs = zip(prompts, answers, strict=True)
+    plain: dict[str, Any] = {
+        "problems": [Problem("", None)] * len(prompts),
+        "responses": [""] * len(prompts),
+        "group_B": torch.arange(len(prompts)),
+        "tokens_N": torch.tensor([token for pair in pairs for part in pair for token in part]),
+        "prompt_length_B": torch.tensor(list(map(len, prompts))),
+        "response_length_B": torch.tensor(list(map(len, answers))),
+        "sampler_logprob_T": torch.zeros(sum(map(len, answers))),
+        "truncated_B": nothing,
+        "reward_B": nothing.float(),
+        "timed_out_B": nothing,
+        "crashed_B": nothing,
+    }
+    return Rollouts(**plain | fields)
+
+
+def sequences(rollouts: Rollouts) -> list[tuple[Tensor, Tensor]]:
+    """The prompt and the response of each sequence, in token ids."""
+    parts = torch.stack([rollouts.prompt_length_B, rollouts.response_length_B], 1).flatten()
+    tokens = rollouts.tokens_N.split(parts.tolist())
+    return list(zip(tokens[::2], tokens[1::2], strict=True))
 
 
 def use_task(task: Any) -> None:

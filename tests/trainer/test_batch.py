@@ -1,15 +1,16 @@
-"""Packed rows: every token once, and the states and gradients of each sequence alone."""
+"""Rollouts by rows, packed and dealt to ranks: each token once, each sequence as if alone."""
+
+from dataclasses import replace
 
 import hypothesis
 import pytest
 import torch
 from hypothesis import strategies
 
-from tests.trainer.small import FAMILIES, build_policy
+from tests.trainer.small import FAMILIES, build_policy, make_rollouts, sequences
 from tests.trainer.update_cases import configure, distance, gradients, off_policy, roll
-from trainer.batch import Rollouts
+from trainer.batch import Rollouts, arrange, pack, partition
 from trainer.model import probes
-from trainer.packing import arrange, lengths, pack
 from trainer.policy import check_policy
 
 LAYOUTS = ("row", "rows", "padded")
@@ -22,54 +23,58 @@ MODELS = [
 
 
 def rollouts(shape):
-    """Prompts and responses of the lengths of `shape`; tokens are 1, 2, ... from prompt to end."""
-    prompts, responses = [p for p, _ in shape], [r for _, r in shape]
-    width, limit = max(prompts), max(responses)
-    prompt_B, length_B = torch.tensor(prompts)[:, None], torch.tensor(responses)[:, None]
-    prompt_mask_BP = torch.arange(width) >= width - prompt_B
-    mask_BL = torch.arange(limit) < length_B
-    number_B = 100 * torch.arange(len(shape))[:, None]
-    return Rollouts(
-        problems=[None] * len(shape),
-        responses=[""] * len(shape),
-        group_B=torch.arange(len(shape)),
-        prompt_BP=(number_B + torch.arange(1, width + 1) - width + prompt_B) * prompt_mask_BP,
-        prompt_mask_BP=prompt_mask_BP,
-        response_BL=(number_B + prompt_B + torch.arange(1, limit + 1)) * mask_BL,
-        mask_BL=mask_BL,
-        sampler_logprob_BL=torch.zeros(mask_BL.shape),
-        truncated_B=torch.zeros(len(shape), dtype=torch.bool),
-        reward_B=torch.zeros(len(shape)),
-        timed_out_B=torch.zeros(len(shape), dtype=torch.bool),
-        crashed_B=torch.zeros(len(shape), dtype=torch.bool),
-    )
+    """Prompts and responses of the lengths of `shape`. A token is 100 times its sequence plus its
+    place there, from 1."""
+    prompts = [range(100 * b + 1, 100 * b + p + 1) for b, (p, _) in enumerate(shape)]
+    responses = [range(100 * b + p + 1, 100 * b + p + r + 1) for b, (p, r) in enumerate(shape)]
+    return make_rollouts(prompts, responses)
+
+
+SHAPES = strategies.lists(
+    strategies.tuples(strategies.integers(1, 9), strategies.integers(1, 9)), min_size=1, max_size=12
+)
+
+
+@hypothesis.given(shape=SHAPES, data=strategies.data())
+@hypothesis.settings(deadline=None, derandomize=True)
+def test_rows_take_their_tokens_with_them(shape, data):
+    """In any order and number; `concatenate` puts sequences one after the other."""
+    whole = rollouts(shape)
+    whole = replace(whole, sampler_logprob_T=-whole.response_T.float())
+    index = data.draw(strategies.lists(strategies.integers(0, len(shape) - 1), max_size=12))
+    some = whole.rows(torch.tensor(index, dtype=torch.long))
+    want = sequences(whole)
+    for b, (prompt, response) in zip(index, sequences(some), strict=True):
+        assert (prompt.tolist(), response.tolist()) == tuple(x.tolist() for x in want[b])
+    assert some.group_B.tolist() == index
+    assert torch.equal(some.sampler_logprob_T, -some.response_T.float())
+    assert torch.equal(whole.response_T[whole.places(some.group_B)], some.response_T)
+    assert [len(x) for x in some.split(some.response_T)] == some.response_length_B.tolist()
+    parts = [whole.rows(torch.tensor([b])) for b in range(len(shape))]
+    for name, value in vars(Rollouts.concatenate(parts)).items():
+        own = getattr(whole, name)
+        assert torch.equal(value, own) if torch.is_tensor(own) else value == own
 
 
 @hypothesis.given(
-    shape=strategies.lists(
-        strategies.tuples(strategies.integers(1, 9), strategies.integers(1, 9)),
-        min_size=1,
-        max_size=12,
-    ),
+    shape=SHAPES,
     layout=strategies.sampled_from(LAYOUTS),
 )
 @hypothesis.settings(deadline=None, derandomize=True)
 def test_every_token_once_with_its_position(shape, layout):
-    """A token is 100 times its sequence and its place there, from 1, so all can be read off."""
     whole = rollouts(shape)
     packed = pack(whole, layout)
     tokens, position = packed.tokens_RW, packed.positions_RW
     real = tokens > 0
     read = [100 * b + i + 1 for b, (p, r) in enumerate(shape) for i in range(p + r - 1)]
     assert sorted(tokens[real].tolist()) == read
-    assert lengths(whole) == [p + r - 1 for p, r in shape]
     assert torch.equal(position[real], tokens[real] % 100 - 1)
     # Whole sequences, without a gap.
     inside = real[:, 1:] & (position[:, 1:] > 0)
     assert torch.equal(tokens[:, 1:][inside], tokens[:, :-1][inside] + 1)
     # The state before each response token predicts it.
-    assert torch.equal(tokens.flatten()[packed.index_T] + 1, whole.response_BL[whole.mask_BL])
-    longest = max(lengths(whole))
+    assert torch.equal(tokens.flatten()[packed.index_T] + 1, whole.response_T)
+    longest = int(whole.length_B.max()) - 1
     if layout == "row":
         assert real.all()
         assert len(tokens) == 1
@@ -86,8 +91,7 @@ def test_every_token_once_with_its_position(shape, layout):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_prompt_without_a_token_is_never_packed(layout):
-    whole = rollouts([(2, 3), (1, 2)])
-    whole.prompt_mask_BP[1] = False
+    whole = rollouts([(2, 3), (0, 2)])
     with pytest.raises(AssertionError, match="a prompt without a token"):
         pack(whole, layout)
 
@@ -182,3 +186,51 @@ def test_packing_reads_fewer_tokens():
     sizes = [pack(rollouts(shape), layout).tokens_RW.numel() for layout in LAYOUTS]
     assert sizes[0] == sum(p + r - 1 for p, r in shape)
     assert sizes[0] <= sizes[1] <= 1.2 * sizes[0] < sizes[2]
+
+
+@hypothesis.given(
+    lengths=strategies.lists(strategies.integers(1, 50), max_size=40),
+    ranks=strategies.integers(1, 5),
+    budget=strategies.integers(1, 200),
+)
+@hypothesis.settings(deadline=None, derandomize=True)
+def test_every_sequence_once_within_the_budget(lengths, ranks, budget):
+    parts = partition(lengths, ranks, budget)
+    assert {len(part) for part in parts} == {ranks}
+    every = [rows for part in parts for rows in part]
+    assert sorted(row for rows in every for row in rows) == list(range(len(lengths)))
+    assert all(rows == sorted(rows) for rows in every)
+    tokens = [sum(lengths[row] for row in rows) for rows in every]
+    assert max(tokens) <= max(budget, *lengths, 1)
+    assert tokens == sorted(tokens, reverse=True)
+    # The last sequence of the fullest part went where there were the fewest tokens.
+    assert max(tokens) - min(tokens) <= max(lengths, default=0)
+    # No fewer hold them, but for what does not divide: the fullest could not take two parts more.
+    least = -(-sum(lengths) // (ranks * max(budget, *lengths, 1)))
+    assert max(1, least) <= len(parts) <= 2 * least + 1
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_what_fits_is_one_micro_batch(ranks):
+    lengths = [5, 3, 8, 2, 2, 6, 9, 4]
+    assert len(partition(lengths, ranks, 48 // ranks)) == 1
+    assert len(partition(lengths, ranks, 24 // ranks)) == 2
+    assert partition(lengths, 1, 39) == [[list(range(8))]]
+
+
+def test_equal_sequences_are_dealt_evenly():
+    parts = partition([7] * 24, 2, 21)
+    assert [[len(rows) for rows in part] for part in parts] == [[3, 3]] * 4
+
+
+def test_ranks_without_a_sequence():
+    assert partition([4], 3, 10) == [[[0], [], []]]
+    assert partition([], 2, 10) == [[[], []]]
+
+
+def test_sequences_beyond_the_budget_come_alone():
+    assert sorted(rows for part in partition([30, 30, 30], 1, 10) for rows in part) == [
+        [0],
+        [1],
+        [2],
+    ]

@@ -142,19 +142,18 @@ def test_a_statistic_that_is_not_finite_skips_its_step(model, tmp_path, monkeypa
     """In step 2 of 3; the other steps train, and nothing of it is in the end."""
     check = loop.check_statistics
 
-    def poison(policy, batch, entropy_BL, *arguments):
+    def poison(policy, batch, entropy_T, *arguments):
         step = len(seen)
         seen.append(policy.model.lm_head.weight.detach().clone())
         if step == 1:
             rollouts = batch.rollouts
-            place = tuple(rollouts.mask_BL.nonzero()[-1])
-            entropy_BL = entropy_BL.clone()
-            named = (batch.old_logprob_BL, entropy_BL, rollouts.sampler_logprob_BL)
+            entropy_T = entropy_T.clone()
+            named = (batch.old_logprob_T, entropy_T, rollouts.sampler_logprob_T)
             tensor = dict(
                 zip(STATISTICS, (*named, rollouts.reward_B, batch.advantage_B), strict=True)
             )[name]
-            tensor[place if tensor.ndim == 2 else place[0]] = value
-        return check(policy, batch, entropy_BL, *arguments)
+            tensor[-1] = value
+        return check(policy, batch, entropy_T, *arguments)
 
     seen = []
     monkeypatch.setattr(loop, "check_statistics", poison)
@@ -173,7 +172,7 @@ def test_an_update_without_a_selected_token_changes_nothing(source):
     policy, optimizer, batch = moved_policy()
     batch = dataclasses.replace(
         batch,
-        selected_BL=torch.zeros_like(batch.selected_BL),
+        selected_T=torch.zeros_like(batch.selected_T),
         threshold=torch.tensor(1e9),
     )
     before = state(policy, optimizer)
@@ -288,7 +287,7 @@ def _two_ranks():
         optimizer = torch.optim.AdamW(policy.model.parameters(), lr=1e-3)
         update(policy, optimizer, batch, configure(), ranks)
         nothing = dataclasses.replace(
-            batch, selected_BL=batch.selected_BL & False, threshold=torch.tensor(1e9)
+            batch, selected_T=batch.selected_T & False, threshold=torch.tensor(1e9)
         )
         said = []
         for source in ("old", "current"):

@@ -16,11 +16,12 @@ from tests.trainer.small import (
     build_tokenizer,
     even_verifier,
     save_folder,
+    sequences,
 )
 from trainer import policy as module
+from trainer.batch import pack
 from trainer.config import Model
 from trainer.engines.transformers import TransformersEngine
-from trainer.packing import pack
 from trainer.policy import Policy, load_policy, read_policy
 from trainer.sampling import sample
 
@@ -51,23 +52,19 @@ def test_log_probs_are_those_of_the_unpadded_sequence(family, attention):
         temperature=1.0,
         seed=2,
     )
-    assert len(rollouts.mask_BL.sum(1).unique()) >= 3
+    assert len(rollouts.response_length_B.unique()) >= 3
     with torch.no_grad():
-        target = rollouts.response_BL
-        target_T = target[rollouts.mask_BL]
-        got = torch.zeros(target.shape)
-        got[rollouts.mask_BL] = policy(
+        target_T = rollouts.response_T
+        got_T = policy(
             pack(rollouts, policy.layout),
             0.7,
             lambda hidden, head: ek.linear_logprob_entropy(hidden, target=target_T, **head).logprob,
         )
-        for b in range(len(rollouts)):
-            prompt = rollouts.prompt_BP[b][rollouts.prompt_mask_BP[b]]
-            response = target[b][rollouts.mask_BL[b]]
+        for got, (prompt, response) in zip(rollouts.split(got_T), sequences(rollouts), strict=True):
             logits = policy.model(torch.cat([prompt, response])[None]).logits[0, len(prompt) - 1 :]
             logp = (logits[:-1].double() / 0.7).log_softmax(1)
             want = logp.gather(1, response[:, None]).squeeze(1)
-            error = (got[b][: len(response)] - want).abs().max()
+            error = (got - want).abs().max()
             assert error <= 1e-5 * logits.abs().max()
 
 

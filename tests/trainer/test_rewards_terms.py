@@ -5,11 +5,10 @@ import json
 import pytest
 import torch
 
-from tests.trainer.small import Even, settings
+from tests.trainer.small import Even, make_rollouts, settings
 from trainer.batch import Rollouts
 from trainer.config import Algorithm, Reward, Rollout
 from trainer.rewards.terms import has_format, shaped_reward
-from trainer.tasks.problem import Problem
 from trainer.train import train
 
 
@@ -31,23 +30,9 @@ def test_form(form, response, right):
 
 
 def rollouts(lengths, responses, rewards) -> Rollouts:
-    count, width = len(lengths), max(lengths)
-    mask = torch.arange(width)[None] < torch.tensor(lengths)[:, None]
-    nothing = torch.zeros(count, dtype=torch.bool)
-    return Rollouts(
-        problems=[Problem("", None)] * count,
-        responses=responses,
-        group_B=torch.zeros(count, dtype=torch.int64),
-        prompt_BP=torch.zeros(count, 1, dtype=torch.int64),
-        prompt_mask_BP=torch.ones(count, 1, dtype=torch.bool),
-        response_BL=torch.zeros(count, width, dtype=torch.int64),
-        mask_BL=mask,
-        sampler_logprob_BL=torch.zeros(count, width),
-        truncated_B=nothing,
-        reward_B=torch.tensor(rewards),
-        timed_out_B=nothing,
-        crashed_B=nothing,
-    )
+    tokens = [[0] * length for length in lengths]
+    fields = {"responses": responses, "reward_B": torch.tensor(rewards)}
+    return make_rollouts([[0]] * len(lengths), tokens, **fields)
 
 
 def test_terms_add_to_the_verdict(tmp_path):

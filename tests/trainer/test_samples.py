@@ -6,12 +6,12 @@ import trainer.run
 import trainer.train
 from tests.trainer.small import Even, save_folder, settings
 from trainer.config import Data, Reward
-from trainer.dynamic_sampling import sample_useful
 from trainer.log import read_rows
 from trainer.report.skips import KINDS
 from trainer.rewards.terms import is_answered
 from trainer.rewards.verifier import Verdicts, Verifier
 from trainer.samples import choose
+from trainer.sampling import sample_useful
 from trainer.tasks.ladder import Ladder
 from trainer.tasks.long_ladder import LongLadder
 from trainer.train import train

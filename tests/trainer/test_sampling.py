@@ -14,9 +14,10 @@ from tests.trainer.small import (
     build_policy,
     build_tokenizer,
     even_verifier,
+    sequences,
 )
+from trainer.batch import pack
 from trainer.engines.transformers import TransformersEngine
-from trainer.packing import pack
 from trainer.policy import Policy
 from trainer.sampling import sample
 from trainer.tasks.problem import Problem
@@ -58,8 +59,10 @@ def test_greedy_is_generate(family, attention):
         max_new_tokens=WIDTH,
         pad_token_id=policy.tokenizer.pad_token_id,
     )[:, encoded["input_ids"].shape[1] :]
-    assert torch.equal(rollouts.response_BL, want)
-    lengths = rollouts.mask_BL.sum(1)
+    for (_, response), row in zip(sequences(rollouts), want, strict=True):
+        assert torch.equal(response, row[: len(response)])
+        assert set(row[len(response) :].tolist()) <= {policy.tokenizer.pad_token_id}
+    lengths = rollouts.response_length_B
     assert len(lengths.unique()) >= 3
     assert lengths.max() > lengths.median()
 
@@ -67,10 +70,13 @@ def test_greedy_is_generate(family, attention):
 def test_seed_fixes_the_tokens():
     policy = build_policy()
     first, again, other = (draw(policy, group_size=4, seed=seed) for seed in (0, 0, 1))
-    assert torch.equal(first.response_BL, again.response_BL)
+    assert torch.equal(first.tokens_N, again.tokens_N)
     assert first.responses == again.responses
-    width = min(first.response_BL.shape[1], other.response_BL.shape[1])
-    assert not torch.equal(first.response_BL[:, :width], other.response_BL[:, :width])
+    different = [
+        len(one) == len(two) and not torch.equal(one, two)
+        for (_, one), (_, two) in zip(sequences(first), sequences(other), strict=True)
+    ]
+    assert any(different)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
@@ -82,7 +88,7 @@ def test_pairs_of_tokens_have_the_probabilities_of_the_softmax(temperature):
         policy, PROMPTS[2:3], group_size=count, max_new_tokens=2, temperature=temperature
     )
     size, eos = len(WORDS), WORDS.index(EOS)
-    prompt = rollouts.prompt_BP[:1].repeat(size, 1)
+    prompt = sequences(rollouts)[0][0].repeat(size, 1)
     with torch.no_grad():
         tokens = torch.cat([prompt, torch.arange(size)[:, None]], 1)
         p = (policy.model(tokens).logits[:, -2:].double() / temperature).softmax(2)
@@ -90,7 +96,10 @@ def test_pairs_of_tokens_have_the_probabilities_of_the_softmax(temperature):
     joint[eos] = 0.0
     joint[eos, WORDS.index(PAD)] = p[0, 0, eos]
 
-    cell = rollouts.response_BL[:, 0] * size + rollouts.response_BL[:, 1]
+    drawn = torch.nn.utils.rnn.pad_sequence(
+        rollouts.split(rollouts.response_T), batch_first=True, padding_value=WORDS.index(PAD)
+    )
+    cell = drawn[:, 0] * size + drawn[:, 1]
     seen = cell.bincount(minlength=size * size).double()
     expected = joint.flatten() * count
     large = expected >= 5
@@ -103,16 +112,15 @@ def test_pairs_of_tokens_have_the_probabilities_of_the_softmax(temperature):
     assert abs(chi_square - freedom) < 4 * (2 * freedom) ** 0.5
 
 
-def test_masks_end_with_the_end_of_sequence_once():
+def test_responses_end_with_the_end_of_sequence_once():
     policy = set_eos(build_policy(spread=0.1), [1, 5, 8])
     rollouts = draw(policy, group_size=4)
-    for b, response in enumerate(rollouts.response_BL.tolist()):
+    for b, (_, tokens) in enumerate(sequences(rollouts)):
+        response = tokens.tolist()
         ends = [i for i, token in enumerate(response) if token in (1, 5, 8)]
-        length = ends[0] + 1 if ends else WIDTH
-        assert rollouts.mask_BL[b].tolist() == [i < length for i in range(len(response))]
+        assert len(response) == (ends[0] + 1 if ends else WIDTH)
         assert bool(rollouts.truncated_B[b]) == (not ends)
-        assert set(response[length:]) <= {policy.tokenizer.pad_token_id}
-        words = [WORDS[token] for token in response[: length - bool(ends)]]
+        words = [WORDS[token] for token in response[: len(response) - bool(ends)]]
         special = (PAD, EOS, "<unk>")
         assert rollouts.responses[b] == " ".join(word for word in words if word not in special)
         assert rollouts.reward_B[b] == Even().reward(PROMPTS[b // 4], rollouts.responses[b])
@@ -122,15 +130,13 @@ def test_masks_end_with_the_end_of_sequence_once():
 
 @pytest.mark.parametrize("batch_size", [1, 3, 8, 100])
 def test_groups_are_whole_and_numbered_by_prompt(batch_size):
-    """Smaller batches than a group hold one group; prompts keep their tokens and padding."""
+    """Smaller batches than a group hold one group; prompts keep their tokens."""
     policy = build_policy()
     rollouts = draw(policy, group_size=3, batch_size=batch_size)
     assert rollouts.group_B.tolist() == [g for g in range(8) for _ in range(3)]
     assert rollouts.problems == [p for p in PROMPTS for _ in range(3)]
-    for b, problem in enumerate(rollouts.problems):
-        tokens = rollouts.prompt_BP[b][rollouts.prompt_mask_BP[b]]
-        assert tokens.tolist() == policy.tokenizer.encode(problem.prompt)
-        assert rollouts.prompt_mask_BP[b].int().diff().min() >= 0
+    for problem, (prompt, _) in zip(rollouts.problems, sequences(rollouts), strict=True):
+        assert prompt.tolist() == policy.tokenizer.encode(problem.prompt)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
@@ -139,27 +145,25 @@ def test_tokens_do_not_depend_on_the_batch(temperature):
     whole = draw(policy, temperature=temperature, group_size=4)
     for size in (1, 7):
         parts = draw(policy, temperature=temperature, group_size=4, batch_size=size)
-        assert torch.equal(whole.response_BL, parts.response_BL)
+        assert torch.equal(whole.tokens_N, parts.tokens_N)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
 def test_logprobs_are_those_of_the_distribution_sampled_from(temperature):
     policy = set_eos(build_policy(), [1, 4, 7])
     rollouts = draw(policy, group_size=4, temperature=temperature)
-    mask = rollouts.mask_BL
 
     def score(hidden, head):
-        target = rollouts.response_BL[mask]
+        target = rollouts.response_T
         scored = ek.linear_logprob_entropy(hidden, target=target, **head).logprob
         return scored, (hidden @ head["weight"].T).abs().max() / temperature
 
     with torch.no_grad():
         scored, largest = policy(pack(rollouts, policy.layout), temperature, score)
-    error = (scored - rollouts.sampler_logprob_BL[mask]).abs().max()
+    error = (scored - rollouts.sampler_logprob_T).abs().max()
     # Two passes through the backbone, with a cache and without.
     assert error < 32 * torch.finfo(torch.float32).eps * largest
-    assert (rollouts.sampler_logprob_BL[~mask] == 0).all()
-    assert (~mask).any()
+    assert len(rollouts.response_length_B.unique()) > 1
 
 
 def test_padding_may_be_the_end_of_sequence():
@@ -167,12 +171,9 @@ def test_padding_may_be_the_end_of_sequence():
     policy.tokenizer = build_tokenizer(pad_token=EOS)
     set_eos(policy, None)
     rollouts = draw(policy, group_size=8)
-    length = rollouts.mask_BL.sum(1)
-    last = rollouts.response_BL.gather(1, length[:, None] - 1).squeeze(1)
+    last = rollouts.tokens_N[rollouts.length_B.cumsum(0) - 1]
     assert torch.equal(last == WORDS.index(EOS), ~rollouts.truncated_B)
-    assert (rollouts.response_BL == WORDS.index(EOS))[rollouts.mask_BL].sum() == (
-        ~rollouts.truncated_B
-    ).sum()
+    assert (rollouts.response_T == WORDS.index(EOS)).sum() == (~rollouts.truncated_B).sum()
     assert 0 < rollouts.truncated_B.sum() < len(rollouts)
 
 

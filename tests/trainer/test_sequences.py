@@ -10,14 +10,14 @@ import transformers
 from tests.trainer.small import WORDS, Even, build_model, build_tokenizer, even_verifier, settings
 from tests.trainer.update_cases import ALONE
 from trainer.advantages import group_advantages
+from trainer.batch import Batch, pack
 from trainer.config import Algorithm, Optimizer
 from trainer.engines.transformers import TransformersEngine
 from trainer.model.modes import checkpoint_activations
 from trainer.model.rope import fixed_configuration
-from trainer.packing import pack
 from trainer.policy import Policy, check_policy
 from trainer.sampling import sample
-from trainer.update import Batch, score, update
+from trainer.update import score, update
 
 COMMON = {
     "vocab_size": len(WORDS),
@@ -147,12 +147,12 @@ def test_scores_depend_on_no_other_sequence_and_are_the_samplers(name, own, layo
     else:
         assert policy.layout == layout
         rollouts = roll(policy)
-        assert rollouts.mask_BL.sum(1).max() > 12
+        assert rollouts.response_length_B.max() > 12
     together, alone = scores(policy, rollouts, 10**6), scores(policy, rollouts, 1)
     assert (together - alone).abs().max() < 2e-5
     assert torch.equal(together, scores(policy, rollouts, 10**6))
     if layout is not None:
-        difference = (together[0] - rollouts.sampler_logprob_BL)[rollouts.mask_BL]
+        difference = together[0] - rollouts.sampler_logprob_T
         assert difference.abs().max() < 5e-5
 
 
@@ -178,9 +178,9 @@ def test_the_ratio_is_1_where_nothing_is_learned(name, own, checkpointing):
         algorithm=Algorithm(fraction=1.0),
         optimizer=Optimizer(learning_rate=0.0, tokens_per_micro_batch=10**6),
     )
-    logprob, _, threshold, _ = score(policy, rollouts, config, ALONE)
+    logprob, entropy, threshold, _ = score(policy, rollouts, config, ALONE)
     advantage = group_advantages(torch.linspace(-1, 1, 24).square(), rollouts.group_B)
-    batch = Batch(rollouts, advantage, logprob, rollouts.mask_BL, threshold)
+    batch = Batch(rollouts, advantage, logprob, entropy >= 0, threshold)
     before = copy.deepcopy(policy.model.state_dict())
     optimizer = torch.optim.AdamW(policy.model.parameters(), lr=0.0)
     metrics, _ = update(policy, optimizer, batch, config, ALONE)

@@ -173,4 +173,4 @@ def test_a_run_begins_its_prompts_as_the_tokenizer_does():
     options = {"group_size": 1, "max_new_tokens": 5, "temperature": 1.0, "seed": 0}
     rollouts = sample(engine, policy, Verifier(Even(), Reward()), problems, **options)
     assert engine.prompts == [[15, 4], [15, 4]]
-    assert rollouts.prompt_BP.tolist() == [[15, 4], [15, 4]]
+    assert rollouts.tokens_N.tolist() == [15, 4, 5, 1] * 2

@@ -6,10 +6,11 @@ import math
 
 import pytest
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 import entropy_kernels as ek
 from entropy_kernels import reference
-from tests.trainer.small import build_policy, save_folder
+from tests.trainer.small import build_policy, save_folder, sequences
 from tests.trainer.update_cases import (
     ALONE,
     CONFIG,
@@ -40,21 +41,22 @@ def dense(policy, batch, algorithm):
     """Loss and gradients of the specification: fp64, each sequence alone and unpadded, through the
     model's own logits, one autograd graph for all."""
     model = copy.deepcopy(policy.model).double()
-    rollouts = batch.rollouts
-    logprobs = []
-    for b in range(len(rollouts)):
-        prompt = rollouts.prompt_BP[b][rollouts.prompt_mask_BP[b]]
-        response = rollouts.response_BL[b][rollouts.mask_BL[b]]
+    rollouts, logprobs = batch.rollouts, []
+    for prompt, response in sequences(rollouts):
         logits = model(torch.cat([prompt, response])[None]).logits[0, len(prompt) - 1 : -1]
         logp = (logits / TEMPERATURE).log_softmax(1).gather(1, response[:, None]).squeeze(1)
-        missing = rollouts.mask_BL.shape[1] - len(response)
-        logprobs.append(torch.nn.functional.pad(logp, (0, missing)))
+        logprobs.append(logp)
+
+    def padded(x_T):
+        return pad_sequence(rollouts.split(x_T), batch_first=True)
+
+    selected_BL, mask_BL = padded(batch.selected_T), padded(torch.ones_like(batch.selected_T))
     loss = reference.ratio_loss(
-        torch.stack(logprobs),
-        batch.old_logprob_BL.double(),
-        batch.advantage_B.double()[:, None].expand(rollouts.mask_BL.shape),
-        rollouts.mask_BL,
-        batch.selected_BL,
+        padded(torch.cat(logprobs)),
+        padded(batch.old_logprob_T.double()),
+        batch.advantage_B.double()[:, None].expand(mask_BL.shape),
+        mask_BL,
+        selected_BL,
         loss_type=algorithm.loss_type,
         clip_low=algorithm.clip_low,
         clip_high=algorithm.clip_high,
@@ -95,8 +97,8 @@ def test_micro_batches_change_nothing(algorithm):
     """One row at a time, five, or all at once; a micro-batch may have no selected token."""
     policy = build_policy(spread=0.2)
     batch = off_policy(policy)
-    batch.selected_BL[3] = False
-    width = batch.rollouts.prompt_BP.shape[1] + batch.rollouts.response_BL.shape[1]
+    batch.selected_T[batch.rollouts.places(torch.tensor([3]))] = False
+    width = int(batch.rollouts.length_B.max())
     whole, metrics = gradients(policy, batch, configure(algorithm))
     for rows in (1, 5):
         parts, other = gradients(policy, batch, configure(algorithm, tokens=rows * width))
@@ -135,23 +137,23 @@ def test_the_objective_counts_its_tokens():
     """Rows of the head, rows with a gradient, clipped shares and fractions, by hand."""
     policy = build_policy(spread=0.2)
     batch = off_policy(policy)
-    new_BL, _, _, _ = score(policy, batch.rollouts, CONFIG, ALONE)
+    new_T = score(policy, batch.rollouts, CONFIG, ALONE).logprob_T
     _, metrics = gradients(policy, batch, configure(tokens=50))
-    kept = batch.selected_BL
-    ratio = (new_BL - batch.old_logprob_BL).exp()
-    advantage = batch.advantage_B[:, None].expand(kept.shape)
+    kept = batch.selected_T
+    ratio = (new_T - batch.old_logprob_T).exp()
+    advantage = batch.advantage_B.repeat_interleave(batch.rollouts.response_length_B)
     low = kept & (advantage < 0) & (ratio < 0.8)
     high = kept & (advantage > 0) & (ratio > 1.28)
     active = kept & (advantage != 0) & ~low & ~high
     assert low.any()
     assert high.any()
-    assert metrics["head/rows"] == batch.rollouts.mask_BL.sum()
+    assert metrics["head/rows"] == len(kept)
     assert metrics["head/active_rows"] == active.sum()
     assert metrics["clip/low"] == pytest.approx(float(low.sum() / kept.sum()))
     assert metrics["clip/high"] == pytest.approx(float(high.sum() / kept.sum()))
     assert metrics["ratio/mean"] == pytest.approx(float(ratio[kept].mean()), rel=1e-5)
     assert metrics["ratio/max"] == pytest.approx(float(ratio[kept].max()), rel=1e-5)
-    fraction = kept.sum() / batch.rollouts.mask_BL.sum()
+    fraction = kept.sum() / len(kept)
     assert metrics["entropy/selected_fraction"] == pytest.approx(float(fraction))
     assert all(math.isfinite(value) for value in metrics.values())
 
@@ -184,22 +186,16 @@ def test_fraction_1_trains_on_all_tokens(source):
 def test_scores_are_those_of_the_dense_model_and_set_the_threshold():
     policy = build_policy()
     rollouts = roll(policy)
-    logprob_BL, entropy_BL, threshold, _ = score(policy, rollouts, configure(tokens=40), ALONE)
-    entropies = []
-    for b in range(len(rollouts)):
-        prompt = rollouts.prompt_BP[b][rollouts.prompt_mask_BP[b]]
-        response = rollouts.response_BL[b][rollouts.mask_BL[b]]
+    logprob_T, entropy_T, threshold, _ = score(policy, rollouts, configure(tokens=40), ALONE)
+    logprobs, entropies = [], []
+    for prompt, response in sequences(rollouts):
         with torch.no_grad():
             z = policy.model(torch.cat([prompt, response])[None]).logits[0, len(prompt) - 1 : -1]
         logp = (z.double() / TEMPERATURE).log_softmax(1)
-        entropy = -(logp.exp() * logp).sum(1)
-        entropies.append(entropy)
-        n = len(response)
-        want = logp.gather(1, response[:, None]).squeeze(1)
-        torch.testing.assert_close(logprob_BL[b, :n].double(), want, rtol=1e-5, atol=1e-5)
-        torch.testing.assert_close(entropy_BL[b, :n].double(), entropy, rtol=1e-5, atol=1e-5)
-        assert not logprob_BL[b, n:].any()
-        assert not entropy_BL[b, n:].any()
+        entropies.append(-(logp.exp() * logp).sum(1))
+        logprobs.append(logp.gather(1, response[:, None]).squeeze(1))
+    for got_T, want_T in ((logprob_T, torch.cat(logprobs)), (entropy_T, torch.cat(entropies))):
+        torch.testing.assert_close(got_T.double(), want_T, rtol=1e-5, atol=1e-5)
     want = reference.entropy_threshold(torch.cat(entropies), None, CONFIG.algorithm.fraction)
     assert float(threshold) == pytest.approx(float(want), rel=1e-5)
 
@@ -292,8 +288,8 @@ def test_multiplies_the_gradient_with_the_correction_of_the_sampler(
     policy = build_policy()
     batch = off_policy(policy)
     plain, _ = gradients(policy, batch, configure(Algorithm(entropy_source=source)))
-    sampler_logprob_BL = batch.old_logprob_BL - math.log(ratio)
-    rollouts = dataclasses.replace(batch.rollouts, sampler_logprob_BL=sampler_logprob_BL)
+    sampler_logprob_T = batch.old_logprob_T - math.log(ratio)
+    rollouts = dataclasses.replace(batch.rollouts, sampler_logprob_T=sampler_logprob_T)
     config = configure(Algorithm(entropy_source=source, correction=correction), tokens=64)
     got, _ = gradients(policy, dataclasses.replace(batch, rollouts=rollouts), config)
     if factor == 0:

@@ -105,19 +105,15 @@ def test_log_probs_are_those_that_the_trainer_scores(pair, tmp_path):
     problems = [Even().problem("train", index) for index in range(4)]
     options = {"group_size": 4, "max_new_tokens": 16, "temperature": 0.7, "seed": 1}
     rollouts = sample(engine, policy, even_verifier(), problems, **options)
-    logprob_BL, *_ = score(policy, rollouts, configure(tmp_path), ALONE)
-    mask_BL = rollouts.mask_BL
-    torch.testing.assert_close(
-        rollouts.sampler_logprob_BL[mask_BL], logprob_BL[mask_BL], atol=1e-5, rtol=0
-    )
+    logprob_T = score(policy, rollouts, configure(tmp_path), ALONE).logprob_T
+    torch.testing.assert_close(rollouts.sampler_logprob_T, logprob_T, atol=1e-5, rtol=0)
     ended = ~rollouts.truncated_B
     assert 0 < ended.sum() < len(rollouts), "of 16 responses some end and some do not"
-    for b, length in enumerate(mask_BL.sum(1).tolist()):
-        tokens = rollouts.response_BL[b, :length]
+    for b, tokens in enumerate(rollouts.split(rollouts.response_T)):
         is_eos = torch.isin(tokens, torch.tensor(EOS))
         assert not is_eos[:-1].any()
         assert is_eos[-1] == ended[b]
-        assert length == 16 or ended[b]
+        assert len(tokens) == 16 or ended[b]
 
 
 def test_a_response_depends_on_its_seed_and_on_no_other_request(pair):

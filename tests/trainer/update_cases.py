@@ -9,12 +9,13 @@ import torch
 
 from tests.trainer.small import Even, even_verifier, settings
 from trainer.advantages import group_advantages
+from trainer.batch import Batch
 from trainer.config import Optimizer, Rollout
 from trainer.engines.transformers import TransformersEngine
 from trainer.fsdp import whole
 from trainer.ranks import Ranks
 from trainer.sampling import sample
-from trainer.update import Batch, at_least, score, update
+from trainer.update import at_least, score, update
 
 ALONE = Ranks(torch.device("cpu"))
 TEMPERATURE = 0.8
@@ -53,25 +54,24 @@ def roll(policy):
 def on_policy(policy, config=CONFIG):
     """The batch of a step's first mini-batch."""
     rollouts = roll(policy)
-    old_logprob_BL, entropy_BL, threshold, _ = score(policy, rollouts, config, ALONE)
+    old_logprob_T, entropy_T, threshold, _ = score(policy, rollouts, config, ALONE)
     advantage_B = group_advantages(torch.linspace(-1, 1, 12).square(), rollouts.group_B)
-    selected_BL = rollouts.mask_BL & at_least(entropy_BL, threshold)
-    return Batch(rollouts, advantage_B, old_logprob_BL, selected_BL, threshold), entropy_BL
+    selected_T = at_least(entropy_T, threshold)
+    return Batch(rollouts, advantage_B, old_logprob_T, selected_T, threshold), entropy_T
 
 
 def off_policy(policy):
     """The same with the ratios of a policy that has moved: some tokens are clipped on each side,
     and a threshold between two entropies, so that rounding selects the same tokens."""
-    batch, entropy_BL = on_policy(policy)
-    mask_BL = batch.rollouts.mask_BL
-    noise = 0.3 * torch.randn(mask_BL.shape, generator=torch.Generator().manual_seed(1))
-    ordered = entropy_BL[mask_BL].sort().values
+    batch, entropy_T = on_policy(policy)
+    noise_T = 0.3 * torch.randn(entropy_T.shape, generator=torch.Generator().manual_seed(1))
+    ordered = entropy_T.sort().values
     middle = int(0.6 * len(ordered))
     threshold = (ordered[middle] + ordered[middle + 1]) / 2
     return dataclasses.replace(
         batch,
-        old_logprob_BL=(batch.old_logprob_BL + noise) * mask_BL,
-        selected_BL=(entropy_BL >= threshold) & mask_BL,
+        old_logprob_T=batch.old_logprob_T + noise_T,
+        selected_T=entropy_T >= threshold,
         threshold=threshold,
     )
 

@@ -58,8 +58,7 @@ def append(folder: Path, name: str, first: int, rollouts: Rollouts) -> list[dict
 
     Returns these lines.
     """
-    length_B = rollouts.mask_BL.sum(1)
-    logprob_B = rollouts.sampler_logprob_BL.double().sum(1)
+    logprobs = rollouts.split(rollouts.sampler_logprob_T.double())
     lines: dict[int, dict[str, Any]] = {}
     for b, group in enumerate(rollouts.group_B.tolist()):
         problem = rollouts.problems[b]
@@ -67,9 +66,9 @@ def append(folder: Path, name: str, first: int, rollouts: Rollouts) -> list[dict
         response = {
             "text": rollouts.responses[b],
             "reward": float(rollouts.reward_B[b]),
-            "length": int(length_B[b]),
+            "length": int(rollouts.response_length_B[b]),
             "truncated": bool(rollouts.truncated_B[b]),
-            "logprob": float(logprob_B[b]),
+            "logprob": float(logprobs[b].sum()),
             "timed_out": bool(rollouts.timed_out_B[b]),
             "crashed": bool(rollouts.crashed_B[b]),
         }

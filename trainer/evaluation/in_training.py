@@ -93,7 +93,7 @@ def _answers(run: Run, one: EvaluationSet, samples: int, temperature: float) -> 
             ranks=run.ranks,
         )
         found.rewards.extend(rollouts.reward_B.tolist())
-        found.lengths.extend(rollouts.mask_BL.sum(1).tolist())
+        found.lengths.extend(rollouts.response_length_B.tolist())
         found.truncated.extend(rollouts.truncated_B.tolist())
         failed: Sequence[int] = (int(rollouts.timed_out_B.sum()), int(rollouts.crashed_B.sum()))
         found = found._replace(

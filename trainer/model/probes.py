@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from trainer.batch import Layout, Packed, arrange
 from trainer.config import is_flash
 from trainer.model.modes import random_state
-from trainer.packing import Layout, Packed, arrange
 
 _SEVEN = 7  # tokens of the sequence that is compared
 _NOISY = ("drop", "jitter", "noise")

@@ -50,7 +50,7 @@ def shaped_reward(rollouts: Rollouts, settings: Config) -> tuple[Tensor, dict[st
         metrics["reward/format"] = float(form_B.mean())
     if settings.algorithm.overlong_cache:
         overlong_B = overlong_punishment(
-            rollouts.mask_BL.sum(1), settings.rollout.max_new_tokens, settings.algorithm
+            rollouts.response_length_B, settings.rollout.max_new_tokens, settings.algorithm
         )
         shaped_B = shaped_B + overlong_B
         metrics["reward/overlong"] = float(overlong_B.mean())

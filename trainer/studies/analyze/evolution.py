@@ -1,6 +1,6 @@
 """What training does to the entropies of the same tokens: section 4 of "Beyond the 80/20 Rule".
 
-C checkpoints, T response tokens of all responses, B sequences of a portion, L response width.
+C checkpoints, T response tokens of all responses.
 """
 
 import json
@@ -148,9 +148,8 @@ def _scored(
             )
         parts = []
         for rollouts in portions:
-            logprob_BL, entropy_BL, _, _ = score(other, rollouts, config, work.ranks)
-            mask_BL = rollouts.mask_BL
-            parts.append(torch.stack([logprob_BL[mask_BL], entropy_BL[mask_BL]]).cpu())
+            scores = score(other, rollouts, config, work.ranks)
+            parts.append(torch.stack([scores.logprob_T, scores.entropy_T]).cpu())
         found.append(torch.cat(parts, 1))
     logprob_CT, entropy_CT = torch.stack(found, 1)
     return logprob_CT, entropy_CT

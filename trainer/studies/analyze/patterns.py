@@ -59,8 +59,7 @@ def analyze_patterns(settings: Patterns) -> Path:
         total = sum(len(one.problems) for one in work.sets.values())
         with progress("problems", total, columns=_COLUMNS) as bar:
             for scored in scored_responses(work):
-                mask_BL = scored.rollouts.mask_BL
-                statistics.update(scored.rollouts.response_BL[mask_BL], scored.entropy_BL[mask_BL])
+                statistics.update(scored.rollouts.response_T, scored.entropy_T)
                 samples += _samples(scored, work.policy, settings.coloured - len(samples))
                 shares += right_shares(scored.asked, scored.rollouts, samples_of(work.settings))
                 p80 = statistics.percentile(80)
@@ -138,10 +137,10 @@ def _samples(scored: Scored, policy: Policy, wanted: int) -> list[Sample]:
     """The first response of each problem, up to `wanted`; kept is marked later."""
     rollouts, found = scored.rollouts, []
     first = [int((rollouts.group_B == group).nonzero()[0]) for group in rollouts.group_B.unique()]
+    responses, entropies = map(rollouts.split, (rollouts.response_T, scored.entropy_T))
     for b in first[: max(wanted, 0)]:
-        mask = rollouts.mask_BL[b]
-        entropy = scored.entropy_BL[b][mask].tolist()
-        tokens = pieces(policy.tokenizer, rollouts.response_BL[b][mask].tolist())
+        entropy = entropies[b].tolist()
+        tokens = pieces(policy.tokenizer, responses[b].tolist())
         found.append(
             Sample(
                 rollouts.problems[b].prompt,

@@ -1,6 +1,6 @@
 """Responses of a model with the entropy of every token, a portion at a time.
 
-B sequences of a portion, L response width.
+T response tokens of a portion.
 """
 
 from collections.abc import Iterator
@@ -24,10 +24,10 @@ class Scored(NamedTuple):
 
     asked: EvaluationSet
     rollouts: Rollouts
-    logprob_BL: Tensor
-    """Of the sampled tokens under the policy, 0 where there is none."""
-    entropy_BL: Tensor
-    """Of the whole vocabulary at the temperature of sampling, nats; 0 where there is no token."""
+    logprob_T: Tensor
+    """Log-probs of the sampled tokens under the policy, nats."""
+    entropy_T: Tensor
+    """Entropies of the whole vocabulary at the temperature of sampling, nats."""
 
 
 def responses(opened: Opened, engine: Engine) -> Iterator[tuple[EvaluationSet, Rollouts]]:
@@ -65,5 +65,5 @@ def scored_responses(opened: Opened) -> Iterator[Scored]:
     engine.update_weights(policy.weights())
     with closing(engine):
         for one, rollouts in responses(opened, engine):
-            logprob_BL, entropy_BL, _, _ = score(policy, rollouts, config, opened.ranks)
-            yield Scored(one, rollouts, logprob_BL, entropy_BL)
+            found = score(policy, rollouts, config, opened.ranks)
+            yield Scored(one, rollouts, found.logprob_T, found.entropy_T)

@@ -126,7 +126,7 @@ def _found(work: Opened[Temperatures]) -> dict[str, Any] | None:
 def _threshold(work: Opened[Temperatures]) -> float:
     threshold = ek.StreamingThreshold(work.settings.fraction)
     for scored in scored_responses(work):
-        threshold.update(scored.entropy_BL[scored.rollouts.mask_BL])
+        threshold.update(scored.entropy_T)
     return float(threshold.value())
 
 
@@ -150,7 +150,7 @@ def _accuracy(work: Opened[Temperatures], engine: Engine) -> dict[str, Any]:
     shares, lengths, truncated = [], [], []
     for one, rollouts in responses(work, engine):
         shares += right_shares(one, rollouts, samples_of(work.settings))
-        lengths += rollouts.mask_BL.sum(1).tolist()
+        lengths += rollouts.response_length_B.tolist()
         truncated += rollouts.truncated_B.tolist()
     return {
         "accuracy": estimate(shares, samples_of(work.settings))._asdict(),
