@@ -6,7 +6,8 @@ T tokens, D hidden, V vocabulary.
 import torch
 
 from entropy_kernels import device, reference
-from entropy_kernels.testing import peaked_head, worst_of_orders
+from entropy_kernels.testing import worst_of_orders
+from tests import head_cases
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 IGNORE = -100
@@ -20,18 +21,11 @@ OPTIONS = {
 
 def make(shape=(39, 16, 150), dtype=torch.float32, rows="peaked"):
     """Hidden states, weight and targets whose logits are of one kind; a few targets ignored."""
-    T, D, V = shape
-    h, w, y = peaked_head(T, D, V)
-    if rows == "tied":
-        w = w[: max(V // 2, 1)].repeat(3, 1)[:V]
-    elif rows == "very negative":
-        h[:, 0], w[:, 0] = 20.0, -20.0
-    elif rows == "large":
-        h = h / h.norm(dim=1, keepdim=True).clamp_min(1e-6) * 200
-    if V == 1:
+    h, w, y = head_cases.make(rows, shape, dtype, DEVICE)
+    if shape[2] == 1:
         h = torch.ones_like(h)
     y[5::7] = IGNORE
-    return h.to(DEVICE, dtype), w.to(DEVICE, dtype), y.to(DEVICE)
+    return h, w, y
 
 
 def gradients_of(count: int, keep: float = 0.5):

@@ -5,7 +5,6 @@ T tokens, D hidden, V vocabulary.
 
 import functools
 
-import pytest
 import torch
 
 from entropy_kernels import reference
@@ -15,14 +14,17 @@ from entropy_kernels.testing import assert_within_two_bounds, peaked_head, worst
 BLOCK_T, BLOCK_V = blocks._SIZES["cpu"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 ROWS = ["peaked", "uniform", "tied", "very negative", "large"]
-# numpy, which computes in Triton's interpreter, warns of NaN and infinities that are meant.
-nan_is_meant = pytest.mark.filterwarnings("ignore:.*encountered:RuntimeWarning")
 
 
 def make(rows: str, shape: tuple[int, int, int], dtype: torch.dtype, device: str = "cpu"):
     """Hidden states, weight and targets whose logits are of one kind."""
-    T, D, V = shape
-    h, w, y = peaked_head(T, D, V)
+    h, w, y = bend(rows, *peaked_head(*shape))
+    return h.to(device, dtype), w.to(device, dtype), y.to(device)
+
+
+def bend(rows: str, h, w, y):
+    """A head whose logits are peaked, changed so that they are of kind `rows`."""
+    V = len(w)
     if rows == "uniform":
         h = torch.zeros_like(h)
     elif rows == "tied":
@@ -31,7 +33,7 @@ def make(rows: str, shape: tuple[int, int, int], dtype: torch.dtype, device: str
         h[:, 0], w[:, 0] = 20.0, -20.0
     elif rows == "large":
         h = h / h.norm(dim=1, keepdim=True).clamp_min(1e-6) * 200
-    return h.to(device, dtype), w.to(device, dtype), y.to(device)
+    return h, w, y
 
 
 def run(function, inputs, grads, **options):
@@ -82,7 +84,7 @@ def statistics_in(dtype, h, w, y, *, bias=None, temperature=1.0, softcap=None, i
     )
 
 
-def check_statistics(got, h, w, y, **options):
+def check_statistics(got, h, w, y, factor=2.0, **options):
     """Both bounds for each statistic of `got`."""
     truths = statistics_in(torch.float64, h, w, y, **options)
     eager = statistics_in(h.dtype, h, w, y, **options) if h.dtype != torch.float32 else None
@@ -90,4 +92,4 @@ def check_statistics(got, h, w, y, **options):
     worst = worst_of_orders(formula, truths, orders=8)
     for one, *three in zip(got, truths, eager or worst, worst, strict=True):
         assert one.dtype == torch.float32
-        assert_within_two_bounds(one, *three)
+        assert_within_two_bounds(one, *three, factor=factor)

@@ -9,7 +9,7 @@ import torch
 import entropy_kernels as ek
 from entropy_kernels.loss_terms import kl_divergence
 from entropy_kernels.testing import peaked_head
-from tests.head_cases import nan_is_meant
+from tests.marks import nan_is_meant
 
 T, D, V = 41, 40, 211
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}

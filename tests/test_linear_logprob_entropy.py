@@ -9,7 +9,8 @@ import torch
 import entropy_kernels as ek
 from entropy_kernels import reference
 from entropy_kernels.testing import assert_within_two_bounds, worst_of_orders
-from tests.head_cases import BLOCK_V, DTYPES, ROWS, make, nan_is_meant, run, three_of
+from tests.head_cases import BLOCK_V, DTYPES, ROWS, make, run, three_of
+from tests.marks import nan_is_meant
 
 # Blocks of rows, of the vocabulary, and what is beyond them.
 SHAPES = {

@@ -8,7 +8,8 @@ import torch
 
 import entropy_kernels as ek
 from entropy_kernels.testing import Watch
-from tests.head_cases import make, nan_is_meant
+from tests.head_cases import make
+from tests.marks import nan_is_meant
 
 
 @pytest.mark.parametrize("fraction", [1.0, 0.5, 0.2, 0.1])

@@ -14,7 +14,8 @@ from torch.nn.parallel import DistributedDataParallel
 import entropy_kernels as ek
 from entropy_kernels import _native
 from entropy_kernels.testing import Watch, peaked_head
-from tests.head_cases import DTYPES, make, nan_is_meant
+from tests.head_cases import DTYPES, make
+from tests.marks import nan_is_meant
 
 SHAPE = T, D, V = 33, 16, 1031
 

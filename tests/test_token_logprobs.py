@@ -10,7 +10,7 @@ import torch
 
 from entropy_kernels._token_logprobs import linear_token_logprobs
 from entropy_kernels.testing import Watch, assert_within_two_bounds, peaked_head
-from tests.head_cases import nan_is_meant
+from tests.marks import nan_is_meant
 
 pytestmark = nan_is_meant
 

@@ -64,29 +64,6 @@ def check(got, inputs, **options):
             assert_within_two_bounds(result, *others, operands=dtype)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-def test_shapes(shape, dtype):
-    inputs = (gradients_of(shape[0], keep=0.8), *make(shape, dtype))
-    check(run(*inputs), inputs)
-
-
-@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
-@pytest.mark.parametrize("rows", ["tied", "very negative", "large"])
-def test_rows_of_every_kind(rows, dtype):
-    inputs = (gradients_of(39), *make(dtype=dtype, rows=rows))
-    check(run(*inputs), inputs)
-
-
-@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
-@pytest.mark.parametrize("names", OPTIONS.values(), ids=OPTIONS)
-@pytest.mark.parametrize("stored", [False, True], ids=["recomputed", "stored"])
-def test_options(names, dtype, stored):
-    inputs = (gradients_of(39), *make(dtype=dtype))
-    options = options_of(inputs[1:], **names)
-    check(run(*inputs, **options, keep=stored), inputs, **options)
-
-
 @pytest.mark.parametrize("tile", tiles_here(), ids=lambda tile: tile.variant)
 @pytest.mark.parametrize("names", [{}, OPTIONS["all"]], ids=["plain", "all options"])
 def test_every_tile(tile, names):
@@ -226,13 +203,6 @@ def test_strides():
     got, want = (run([one, one, one], x, w, y) for x in (expanded, expanded.contiguous()))
     for a, b in zip(got[:2], want[:2], strict=True):
         assert torch.equal(a, b)
-
-
-def test_the_same_bits_twice():
-    inputs = (gradients_of(39), *make(dtype=torch.bfloat16))
-    options = options_of(inputs[1:], **OPTIONS["all"])
-    for first, second in zip(run(*inputs, **options), run(*inputs, **options), strict=True):
-        assert torch.equal(first, second)
 
 
 @infinities

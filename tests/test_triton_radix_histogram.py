@@ -1,14 +1,18 @@
 """The threshold and the exact selection by Triton's kernels, bit for bit as the other paths."""
 
+from functools import partial
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
 
+from benchmarks.gpu.ours import selected_by
 from entropy_kernels import _gpu, _radix, device, entropy_threshold, reference, top_entropy_mask
 from entropy_kernels._triton.common import partition
 from entropy_kernels._triton.selection import launch
+from tests import token_kernel_cases as cases
+from tests.token_kernel_cases import KINDS, assert_same_bits
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 needs_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="needs CUDA")
@@ -17,8 +21,10 @@ INF = float("inf")
 NAN = float("nan")
 TIED = st.sampled_from([-INF, -1.5, -1e-45, -0.0, 0.0, 1e-45, 0.25, 1.0, 3.0, INF, NAN])
 VALUES = TIED | st.floats(width=32)
+select = partial(selected_by, "triton")
+assert_as_the_sort = partial(cases.assert_as_the_sort, "triton")
+values_of, masks_of = (partial(f, device=DEVICE) for f in (cases.values_of, cases.masks_of))
 DIGITS = [(21, 11, 0), (10, 11, 11), (0, 10, 22), (13, 19, 0)]
-KINDS = ["distinct", "tied", "equal", "zeros", "negative", "broken"]
 
 
 @pytest.fixture
@@ -27,46 +33,6 @@ def small_blocks(monkeypatch):
     monkeypatch.setattr(launch, "HISTOGRAM_BLOCK", 128)
     monkeypatch.setattr(launch, "LARGEST_BLOCK", 128)
     monkeypatch.setattr(partition, "MAX_PROGRAMS", 2)
-
-
-def values_of(kind: str, n: int) -> Tensor:
-    generator = torch.Generator().manual_seed(n)
-    values = torch.empty(n).exponential_(generator=generator)
-    if kind == "tied":
-        values = (3 * values).floor()
-    elif kind == "equal":
-        values.fill_(0.6931)
-    elif kind == "zeros":
-        values = torch.where(values < 0.5, 0.0, -0.0)
-    elif kind == "negative":
-        values = values.log()
-    elif kind == "broken":
-        values = torch.where(values < 0.1, -NAN, torch.where(values > 2, INF, values))
-    return values.to(DEVICE)
-
-
-def masks_of(n: int) -> list[Tensor | None]:
-    some = torch.rand(n, generator=torch.Generator().manual_seed(1)) < 0.7
-    return [None, some.to(DEVICE), torch.zeros(n, dtype=torch.bool, device=DEVICE)]
-
-
-def assert_same_bits(got: Tensor, want: Tensor) -> None:
-    assert got.dtype == want.dtype
-    assert got.shape == want.shape
-    torch.testing.assert_close(got, want, rtol=0, atol=0, equal_nan=True)
-
-
-def select(values: Tensor, mask: Tensor | None, fraction: float) -> tuple[Tensor, Tensor]:
-    """The threshold and the mask of exactly k, by Triton's kernels."""
-    kth = _radix.kth_largest([(values, mask)], fraction, None, "triton")
-    return kth.value, _radix.keep_largest(values, mask, kth.value, kth.quota, "triton")
-
-
-def assert_as_the_sort(values: Tensor, mask: Tensor | None, fraction: float) -> None:
-    threshold, keep = select(values, mask, fraction)
-    values, mask = values.cpu(), None if mask is None else mask.cpu()
-    assert_same_bits(threshold.cpu(), reference.entropy_threshold(values, mask, fraction))
-    assert torch.equal(keep.cpu(), reference.top_entropy_mask(values, mask, fraction))
 
 
 @settings(deadline=None, max_examples=10)
@@ -79,15 +45,6 @@ def test_equals_the_sort(tokens, fraction):
     mask = torch.tensor([valid for _, valid in tokens], dtype=torch.bool, device=DEVICE)
     for valid in (None, mask):
         assert_as_the_sort(values, valid, fraction)
-
-
-@pytest.mark.usefixtures("small_blocks")
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("n", [0, 1, 128, 600])
-def test_sizes(kind, n):
-    """Up to five blocks: three for the first program, for the other two, the last cut short."""
-    for mask in masks_of(n):
-        assert_as_the_sort(values_of(kind, n), mask, 0.2)
 
 
 def test_blocks_as_shipped():

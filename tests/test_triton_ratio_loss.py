@@ -11,8 +11,7 @@ import entropy_kernels as ek
 from entropy_kernels import _gpu, _ratio_kernel, losses, ops
 from entropy_kernels._triton.common import partition
 from entropy_kernels._triton.ratio_loss import launch
-from entropy_kernels.testing import assert_within_two_bounds
-from tests.loss_cases import worst_of_shuffles
+from tests.token_kernel_cases import loss_and_gradient, ratio_batch
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -21,7 +20,6 @@ NAN = float("nan")
 BOUND = losses.LOG_RATIO_BOUND
 EPS = torch.finfo(torch.float32).eps
 ratio_loss = functools.partial(ek.ratio_loss, impl="triton")
-SHAPES = [(1, 1), (1, 64), (1, 65), (1, 700), (3, 7), (65, 1), (2, 130)]
 
 
 @pytest.fixture
@@ -29,51 +27,6 @@ def small_blocks(monkeypatch):
     """Few tokens make many blocks and several programs, each with several blocks."""
     monkeypatch.setattr(launch, "BLOCK", 64)
     monkeypatch.setattr(partition, "MAX_PROGRAMS", 4)
-
-
-def batch(sequences, length):
-    """Ratios on both sides of every clip, both signs and zero advantages, a mask and a subset."""
-    logprob = -torch.rand(sequences, length) * 3 - 5
-    old = logprob + torch.randn(sequences, length) * 10 ** (2 * torch.rand(sequences, length) - 2)
-    advantage = torch.randn(sequences, length) * (torch.rand(sequences, length) < 0.9)
-    mask = torch.rand(sequences, length) < 0.8
-    selected = torch.rand(sequences, length) < 0.7
-    return [x.to(DEVICE) for x in (logprob, old, advantage, mask, selected)]
-
-
-def gradient(op, logprob, *rest, **options):
-    """Loss, its gradient and the metrics."""
-    x = logprob.detach().clone().requires_grad_()
-    loss, metrics = op(x, *rest, **options)
-    (grad,) = torch.autograd.grad(loss, x)
-    return loss.detach(), grad, metrics
-
-
-@pytest.mark.usefixtures("small_blocks")
-@pytest.mark.parametrize("dual_clip", [None, 2.0])
-@pytest.mark.parametrize("loss_type", ["dapo", "grpo"])
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_within_two_bounds(shape, loss_type, dual_clip):
-    *values, mask, selected = batch(*shape)
-    options = {"selected": selected, "loss_type": loss_type, "dual_clip": dual_clip}
-    got = gradient(ratio_loss, *values, mask, **options)
-    in_torch = functools.partial(ek.ratio_loss, impl="torch")
-    plain = gradient(in_torch, *values, mask, **options)
-    truth = gradient(in_torch, *(x.double() for x in values), mask, **options)
-    others = *values[1:], mask, selected
-
-    def loss(x, old, advantage, mask, selected):
-        return in_torch(x, old, advantage, mask, **(options | {"selected": selected}))[0]
-
-    worst = worst_of_shuffles(loss, values[0], others, truth[:2])
-    for g, t, p in zip(got[:2], truth[:2], worst, strict=True):
-        assert_within_two_bounds(g, t, p, p)
-    for name in ("ratio/mean", "ratio/max", "kl/k1", "kl/k3"):
-        g, t, p = (metrics[name] for _, _, metrics in (got, truth, plain))
-        assert_within_two_bounds(g, t, p, p)
-    for name in ("clip/low", "clip/high", "head/active_rows", "tokens/all", "tokens/selected"):
-        assert torch.equal(got[2][name], plain[2][name])
-    assert torch.equal(got[1] == 0, plain[1] == 0)
 
 
 # Away from the clips, where exp may round to either side of them; and on them.
@@ -117,22 +70,22 @@ def test_every_log_ratio_is_exact_to_rounding():
 
 
 def test_what_is_not_selected_may_be_anything():
-    logprob, old, advantage, mask, selected = batch(2, 50)
-    want = gradient(ratio_loss, logprob, old, advantage, mask, selected=selected)[:2]
+    logprob, old, advantage, mask, selected = ratio_batch((2, 50), DEVICE)
+    want = loss_and_gradient(ratio_loss, logprob, old, advantage, mask, selected=selected)[:2]
     for value in (NAN, INF, -INF):
         dirty = [x.masked_fill(~(mask & selected), value) for x in (logprob, old, advantage)]
-        got = gradient(ratio_loss, *dirty, mask, selected=selected)[:2]
+        got = loss_and_gradient(ratio_loss, *dirty, mask, selected=selected)[:2]
         assert all(torch.equal(g, w) for g, w in zip(got, want, strict=True))
 
 
 def test_a_selected_nan_is_seen():
     """What is data is seen earlier on a CPU, see tests/test_ratio_loss.py."""
     for i in range(1 if DEVICE == "cpu" else 3):
-        *values, mask, _ = batch(2, 50)
+        *values, mask, _ = ratio_batch((2, 50), DEVICE)
         mask[0, 3] = True
         values[2][0, 3] = 1.0
         values[i][0, 3] = NAN
-        loss, grad, metrics = gradient(ratio_loss, *values, mask)
+        loss, grad, metrics = loss_and_gradient(ratio_loss, *values, mask)
         assert loss.isnan()
         assert grad.isnan().nonzero().tolist() == [[0, 3]]
         names = ("ratio/mean", "ratio/max", "kl/k1", "kl/k3")
@@ -141,7 +94,7 @@ def test_a_selected_nan_is_seen():
 
 @pytest.mark.parametrize("shape", [(0, 4), (3, 0), (2, 5)], ids=str)
 def test_no_token_gives_zeros(shape):
-    logprob, old, advantage, mask, _ = batch(*shape)
+    logprob, old, advantage, mask, _ = ratio_batch(shape, DEVICE)
     kept = torch.zeros_like(mask)
     weight = torch.ones(shape[0], device=DEVICE)
     arguments = (logprob, old, advantage, kept, weight, 0.2, 0.28, None, BOUND)
@@ -154,15 +107,15 @@ def test_no_token_gives_zeros(shape):
 @pytest.mark.usefixtures("small_blocks")
 def test_strided_inputs_and_repetition():
     """The same bits, twice and of inputs that are not contiguous."""
-    logprob, *rest, selected = batch(3, 101)
-    want = gradient(ratio_loss, logprob, *rest, selected=selected, loss_type="grpo")
+    logprob, *rest, selected = ratio_batch((3, 101), DEVICE)
+    want = loss_and_gradient(ratio_loss, logprob, *rest, selected=selected, loss_type="grpo")
     for layout in (
         torch.clone,
         lambda x: x.T.contiguous().T,
         lambda x: torch.stack([x] * 2, 2)[..., 0],
     ):
         strided = [layout(x) for x in (logprob, *rest)]
-        got = gradient(ratio_loss, *strided, selected=layout(selected), loss_type="grpo")
+        got = loss_and_gradient(ratio_loss, *strided, selected=layout(selected), loss_type="grpo")
         assert all(torch.equal(g, w) for g, w in zip(got[:2], want[:2], strict=True))
         assert all(torch.equal(got[2][name], want[2][name]) for name in want[2])
 
@@ -174,16 +127,16 @@ def op_arguments(logprob, old, advantage, mask, _):
 
 @pytest.mark.usefixtures("unchecked_shapes")
 def test_opcheck():
-    logprob, *rest = batch(3, 11)
+    logprob, *rest = ratio_batch((3, 11), DEVICE)
     op = torch.ops.entropy_kernels.ratio_loss.default
     torch.library.opcheck(op, (*op_arguments(logprob.requires_grad_(), *rest), "triton"))
 
 
 @pytest.mark.usefixtures("unchecked_shapes")
 def test_compiles_into_one_graph():
-    arguments = batch(3, 11)[:4]
+    arguments = ratio_batch((3, 11), DEVICE)[:4]
     compiled = torch.compile(ratio_loss, fullgraph=True, backend="aot_eager")
-    got, want = (gradient(op, *arguments)[:2] for op in (compiled, ratio_loss))
+    got, want = (loss_and_gradient(op, *arguments)[:2] for op in (compiled, ratio_loss))
     for g, w in zip(got, want, strict=True):
         torch.testing.assert_close(g, w, rtol=1e-6, atol=1e-7)
 
@@ -200,7 +153,7 @@ def test_auto_takes_the_kernel_only_where_it_was_found_right(monkeypatch):
 
 @pytest.mark.usefixtures("unchecked_shapes")
 def test_what_the_kernel_cannot_do_is_refused(monkeypatch):
-    *values, mask, _ = batch(2, 5)
+    *values, mask, _ = ratio_batch((2, 5), DEVICE)
     with pytest.raises(ValueError, match=r'impl="triton" needs fp32 tensors; got torch.float64'):
         ratio_loss(*(x.double() for x in values), mask)
     with pytest.raises(ValueError, match=r'impl="triton" cannot run: .* got meta'):

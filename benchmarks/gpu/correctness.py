@@ -6,21 +6,16 @@ it is the reason for an entry in entropy_kernels.device.VERIFIED.
 """
 
 import re
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
 
-import entropy_kernels as ek
 from benchmarks.gpu import candidates, ours
 from benchmarks.gpu.rows import FATAL, Rows, reason
 from benchmarks.gpu.setting import Setting
-from entropy_kernels import reference
 from entropy_kernels._bench.result_text import result_text
-from entropy_kernels.testing import assert_within_two_bounds
-from tests import kernel_cases
+from tests import kernel_cases, token_kernel_cases
 from tests.kernel_cases import Case
 
 STAGE = "correctness"
@@ -82,58 +77,14 @@ def _all_cases(setting: Setting) -> Iterator[Case]:
             first = (forward, dlogits) == candidates.pairs(device, quick)[0]
             dtypes = DTYPES if first and not quick else [setting.dtype]
             for dtype in dtypes:
-                cases = kernel_cases.cases((forward, dlogits), dtype, device, quick)
+                cases = kernel_cases.head_cases((forward, dlogits), dtype, device, quick)
                 if first:
                     cases += kernel_cases.offset_cases((forward, dlogits), dtype, device, quick)
                 name = f"{candidates.name(forward)} + {candidates.name(dlogits)} {dtype}"
                 yield from (case._replace(name=f"{name}: {case.name}") for case in cases)
     for impl in ours.elementwise_implementations(device):
-        for kind in ("dapo", "grpo"):
-            run = partial(_ratio_loss, impl, kind, device)
-            yield Case(f"ratio_loss {impl} {kind}", run)
-        for count in (1, 1000, 4099) if quick else (1, 1000, 100_003, 3_000_017):
-            run = partial(_selection, impl, count, device)
-            yield Case(f"top_entropy_mask {impl} N={count}", run)
-
-
-def _ratio_loss(impl: str, loss_type: str, device: torch.device) -> None:
-    """Ratios inside and outside of the clips, both signs and zero advantages, ragged masks."""
-    shape = (4, 131)
-    logprob = -torch.rand(shape) * 3 - 4
-    old, advantage = logprob + torch.randn(shape) * 0.6, torch.randn(shape)
-    advantage[2] = 0.0
-    mask = torch.arange(shape[1]) < torch.tensor([131, 70, 40, 0])[:, None]
-    selected = torch.rand(shape) < 0.6
-
-    def gradient(dtype: torch.dtype, loss_of: Callable[..., Any], where: torch.device) -> Any:
-        x = logprob.to(where, dtype).requires_grad_()
-        others = [y.to(where, dtype) for y in (old, advantage)]
-        loss = loss_of(x, *others, mask.to(where), selected.to(where), loss_type)
-        return [y.detach().cpu() for y in (loss, *torch.autograd.grad(loss, x))]
-
-    def by_impl(x: Tensor, old: Tensor, advantage: Tensor, *others: Any) -> Tensor:
-        mask, selected, loss_type = others
-        options = {"selected": selected, "loss_type": loss_type, "impl": impl}
-        return ek.ratio_loss(x, old, advantage, mask, **options)[0]
-
-    cpu = torch.device("cpu")
-    got = gradient(torch.float32, by_impl, device)
-    truth, plain = (gradient(t, reference.ratio_loss, cpu) for t in (torch.float64, torch.float32))
-    for triple in zip(got, truth, plain, strict=True):
-        assert_within_two_bounds(*triple, triple[-1])
-
-
-def _selection(impl: str, count: int, device: torch.device) -> None:
-    """Heavy ties and invalid tokens, against a stable sort: the first of equal ones are kept."""
-    for levels in (3, 1 << 20):
-        entropy = torch.rand(count).mul(levels).floor() / levels
-        mask = torch.rand(count) < 0.8
-        got = ours.top_entropy_mask(entropy.to(device), mask.to(device), impl).cpu()
-        order = entropy.masked_fill(~mask, -1.0).sort(descending=True, stable=True).indices
-        valid = int(mask.sum())
-        kept = order[: -(-valid // 5)]
-        want = torch.zeros(count, dtype=torch.bool).index_fill_(0, kept, True)
-        assert torch.equal(got, want), f"{int((got != want).sum())} tokens differ"
+        yield from token_kernel_cases.ratio_loss_cases(impl, device, quick)
+        yield from token_kernel_cases.selection_cases(impl, device, quick)
 
 
 def _record(setting: Setting, rows: dict[str, Any], failed: list[str]) -> None:

@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[2]
 PACKAGES = ("torch", "triton", "liger-kernel", "cut-cross-entropy", "verl", "nvidia-cutlass-dsl")
 # What a result depends on. tiles.py is left out: the tuner writes it in the middle of a run, and
 # every tile is checked before it is timed.
-SOURCES = ("entropy_kernels/**/*.py", "benchmarks/gpu/*.py")
+SOURCES = ("entropy_kernels/**/*.py", "benchmarks/gpu/*.py", "tests/*cases.py")
 NOT_SOURCES = ("tiles.py", "predictions.py", "table.py")
 QUERY = "driver_version,clocks.sm,clocks.mem,clocks.max.sm,temperature.gpu,power.draw,power.limit"
 

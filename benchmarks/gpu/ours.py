@@ -75,8 +75,15 @@ def elementwise_implementations(device: torch.device) -> list[str]:
 
 def top_entropy_mask(entropy_N: Tensor, mask_N: Tensor | None, impl: str) -> Tensor:
     """As the public function, by one implementation."""
-    found = _radix.kth_largest([(entropy_N, mask_N)], FRACTION, None, impl)
-    return _radix.keep_largest(entropy_N, mask_N, found.value, found.quota, impl)
+    return selected_by(impl, entropy_N, mask_N, FRACTION)[1]
+
+
+def selected_by(
+    impl: str, entropy_N: Tensor, mask_N: Tensor | None, fraction: float
+) -> tuple[Tensor, Tensor]:
+    """The threshold and the mask of exactly k tokens, by one implementation."""
+    found = _radix.kth_largest([(entropy_N, mask_N)], fraction, None, impl)
+    return found.value, _radix.keep_largest(entropy_N, mask_N, found.value, found.quota, impl)
 
 
 def entropy_threshold(entropy_N: Tensor, mask_N: Tensor | None, impl: str) -> Tensor:

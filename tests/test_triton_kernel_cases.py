@@ -1,0 +1,64 @@
+"""The cases that a GPU has to pass, on it or at small sizes in Triton's interpreter."""
+
+import pytest
+import torch
+
+from entropy_kernels import _gpu
+from tests.marks import nan_is_meant
+
+pytest.importorskip("triton")
+
+from benchmarks.gpu import candidates
+from tests.kernel_cases import head_cases, offset_cases
+from tests.token_kernel_cases import ratio_loss_cases, selection_cases
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+PAIRS = candidates.pairs(DEVICE, quick=False)
+pytestmark = nan_is_meant
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch):
+    """Few tokens and words make several blocks of each kernel."""
+    for name, constants in {
+        "linear_logprob_entropy": {"WORKSPACE_BYTES": 0, "_WORKSPACE_BLOCK": 32},
+        "linear_logprob_entropy_backward": {"CHUNK_V": 64},
+        "kept_rows": {"BLOCK": 16},
+        "ratio_loss": {"BLOCK": 64},
+        "radix_histogram": {"BLOCK": 128, "MAX_PROGRAMS": 4},
+        "keep_largest": {"BLOCK": 128, "MAX_PROGRAMS": 2},
+    }.items():
+        for constant, value in constants.items():
+            monkeypatch.setattr(_gpu.kernels(name), constant, value)
+
+
+def every_head_case():
+    """The tiles in fp32, but for cuBLAS, whose other order of sums shows there; and in 16 bits."""
+    for pair in PAIRS:
+        if pair[0] is None:
+            dtype = torch.float16
+        else:
+            dtype = torch.bfloat16 if pair[0].variant == "cublas" else torch.float32
+        name = f"{candidates.name(pair[0])} + {candidates.name(pair[1])}, {dtype}"
+        for case in head_cases(pair, dtype, DEVICE, small=True):
+            yield pytest.param(case.run, id=f"{name}: {case.name}")
+
+
+@pytest.mark.parametrize("run", list(every_head_case()))
+def test_head(run):
+    run()
+
+
+@pytest.mark.parametrize(
+    "run",
+    [
+        pytest.param(case.run, id=case.name)
+        for case in (
+            *offset_cases(PAIRS[0], torch.float32, DEVICE, small=True),
+            *ratio_loss_cases("triton", DEVICE, small=True),
+            *selection_cases("triton", DEVICE, small=True),
+        )
+    ],
+)
+def test_offsets_ratio_loss_and_selection(run):
+    run()
