@@ -31,33 +31,24 @@ class Problem(NamedTuple):
 
 @pytest.mark.timeout(0)
 @pytest.mark.parametrize("size", SIZES, ids="N{}".format)
-def bench_entropy_threshold(size, quick, record):
-    if quick and size != next(iter(SIZES)):
-        pytest.skip("--quick has one size")
-    size, rounds = QUICK if quick else (size, SIZES[size])
-    record(functools.partial(measure, size, rounds))
+def bench_entropy_threshold(size, start, record):
+    record(functools.partial(measure, *start(SIZES, size, QUICK)))
 
 
 def measure(size, rounds, folder, log=print):
     """The result file's entries."""
-    about = runner.about_this_run(torch.float32) | {
-        "op": "entropy_threshold",
-        "device": "cpu",
-        "shape": {"entropies": size},
-        "rounds": rounds,
-    }
-    log(f"threshold of {size} entropies")
-    problem = make_problem(size)
-    entries = runner.run_suite(
-        contestants(), problem, truth, rounds=rounds, dtype=torch.float32, log=log
+    return runner.measure(
+        "entropy_threshold",
+        {"entropies": size},
+        contestants(),
+        make_problem(size),
+        truth,
+        rounds=rounds,
+        folder=folder,
+        log=log,
+        watched=None if size in SIZES else 1,
+        module=MODULE,
     )
-    timed = [entry for entry in entries if "wall_s" in entry]
-    names = [entry["name"] for entry in timed][: None if size in SIZES else 1]
-    peaks = runner.peak_bytes(MODULE, names, problem)
-    for entry in timed:
-        entry["peak_bytes"] = peaks.get(entry["name"])
-    log(f"wrote {runner.write(folder, about, entries)}")
-    return entries
 
 
 def make_problem(size: int) -> Problem:

@@ -28,7 +28,6 @@ from benchmarks.runner import Contestant, Results
 from entropy_kernels import backends
 from entropy_kernels._bench.step import products_by_onednn
 
-ROUNDS = 5
 QUICK = (64, 32, 512), 2
 # Rows of hidden states in a block of a bare product, at most.
 BLOCK = {"forward": 512, "backward": 1024}
@@ -38,10 +37,8 @@ DIRECTIONS = tuple(BLOCK)
 @pytest.mark.timeout(0)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bfloat16", "float32"])
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: IDS(*shape))
-def bench_head_floor(shape, dtype, quick, record):
-    if quick and shape != next(iter(SHAPES)):
-        pytest.skip("--quick has one shape")
-    shape, rounds = QUICK if quick else (shape, ROUNDS)
+def bench_head_floor(shape, dtype, start, record):
+    shape, rounds = start(SHAPES, shape, QUICK)
     record(functools.partial(measure, shape, dtype, rounds))
 
 
@@ -49,18 +46,17 @@ def measure(shape, dtype, rounds, folder, log=print):
     """The result file's entries."""
     tokens, hidden, vocabulary = shape
     problem = op.make_problem(tokens, hidden, vocabulary, dtype, (FRACTION,))
-    about = runner.about_this_run(dtype) | {
-        "op": "head_floor",
-        "device": "cpu",
-        "shape": {"tokens": tokens, "hidden": hidden, "vocabulary": vocabulary},
-        "rounds": rounds,
-    }
-    log(f"the head against its products, {tokens} x {hidden} x {vocabulary}, {about['dtype']}")
-    entries = runner.run_suite(
-        contestants(problem), problem, truth, rounds=rounds, dtype=dtype, log=log
+    return runner.measure(
+        "head_floor",
+        {"tokens": tokens, "hidden": hidden, "vocabulary": vocabulary},
+        contestants(problem),
+        problem,
+        truth,
+        rounds=rounds,
+        folder=folder,
+        dtype=dtype,
+        log=log,
     )
-    log(f"wrote {runner.write(folder, about, entries)}")
-    return entries
 
 
 def contestants(problem: Problem) -> list[Contestant]:

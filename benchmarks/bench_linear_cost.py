@@ -80,16 +80,6 @@ def bench_linear_cost(dtype, quick, record):
 def measure(sweeps, dtype, rounds, folder, log=print):
     """The result file's entries."""
     impl = "cpu" if "cpu" in backends.available() else "torch"
-    about = runner.about_this_run(dtype) | {
-        "op": "linear_cost",
-        "device": "cpu",
-        "shape": {"hidden": sweeps.hidden},
-        "sweeps": sweeps._asdict(),
-        "fraction": FRACTION,
-        "impl": impl,
-        "rounds": rounds,
-    }
-    log(f"cost against tokens, vocabulary and fraction, {about['dtype']}")
     points = make_points(sweeps, dtype)
     contestants = [
         Contestant(
@@ -101,15 +91,27 @@ def measure(sweeps, dtype, rounds, folder, log=print):
         )
         for name, point in points.items()
     ]
-    entries = runner.run_suite(contestants, points, _truth, rounds=rounds, dtype=dtype, log=log)
-    for entry in entries:
-        point = points[entry["name"]]
-        entry |= {"sweep": point.sweep, "value": point.value}
-        problem = point.problem
-        if "flops" in entry:
-            entry["units"] = entry["flops"] / (2 * problem.hidden.numel() * len(problem.weight))
-    log(f"wrote {runner.write(folder, about, entries)}")
-    return entries
+
+    def more(entry):
+        sweep, value, _, problem = points[entry["name"]]
+        products = 2 * problem.hidden.numel() * len(problem.weight)
+        return {"sweep": sweep, "value": value, "units": entry["flops"] / products}
+
+    return runner.measure(
+        "linear_cost",
+        {"hidden": sweeps.hidden},
+        contestants,
+        points,
+        _truth,
+        rounds=rounds,
+        folder=folder,
+        dtype=dtype,
+        log=log,
+        more=more,
+        sweeps=sweeps._asdict(),
+        fraction=FRACTION,
+        impl=impl,
+    )
 
 
 def make_points(sweeps: Sweeps, dtype: torch.dtype) -> dict[str, Point]:

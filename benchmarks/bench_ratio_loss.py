@@ -44,33 +44,24 @@ class Problem(NamedTuple):
 @pytest.mark.timeout(0)
 @pytest.mark.filterwarnings("default")
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: "B{}-L{}".format(*shape))
-def bench_ratio_loss(shape, quick, record):
-    if quick and shape != next(iter(SHAPES)):
-        pytest.skip("--quick has one shape")
-    shape, rounds = QUICK if quick else (shape, SHAPES[shape])
-    record(functools.partial(measure, shape, rounds))
+def bench_ratio_loss(shape, start, record):
+    record(functools.partial(measure, *start(SHAPES, shape, QUICK)))
 
 
 def measure(shape, rounds, folder, log=print):
     """The result file's entries."""
-    about = runner.about_this_run(torch.float32) | {
-        "op": "ratio_loss",
-        "device": "cpu",
-        "shape": {"sequences": shape[0], "length": shape[1]},
-        "rounds": rounds,
-    }
-    log(f"ratio loss of {shape[0]} x {shape[1]} tokens")
-    problem = make_problem(*shape)
-    entries = runner.run_suite(
-        contestants(), problem, truth, rounds=rounds, dtype=torch.float32, log=log
+    return runner.measure(
+        "ratio_loss",
+        {"sequences": shape[0], "length": shape[1]},
+        contestants(),
+        make_problem(*shape),
+        truth,
+        rounds=rounds,
+        folder=folder,
+        log=log,
+        watched=None if shape in SHAPES else 1,
+        module=MODULE,
     )
-    timed = [entry for entry in entries if "wall_s" in entry]
-    names = [entry["name"] for entry in timed][: None if shape in SHAPES else 1]
-    peaks = runner.peak_bytes(MODULE, names, problem)
-    for entry in timed:
-        entry["peak_bytes"] = peaks.get(entry["name"])
-    log(f"wrote {runner.write(folder, about, entries)}")
-    return entries
 
 
 def make_problem(sequences: int, length: int) -> Problem:

@@ -21,28 +21,18 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
 
-from benchmarks import runner
+from benchmarks import runner, train_step
 from benchmarks.environment import CORES
+from benchmarks.train_step import Shape
 from entropy_kernels._bench.rounds import status
 
 MODULE = "benchmarks.bench_train_step"
 LARGEST_ERROR = 1e-4
-
-
-class Shape(NamedTuple):
-    """Of the model and the batch; the rest is as in Qwen3-0.6B."""
-
-    sequences: int
-    prompt: int
-    response: int
-    layers: int
-    hidden: int
-    vocabulary: int
 
 
 SHAPES = {Shape(2, 64, 960, 7, 1024, 151936): 3, Shape(2, 64, 960, 28, 1024, 151936): 1}
@@ -59,11 +49,8 @@ CONTESTANTS: dict[str, tuple[str, dict[str, Any]]] = {
 
 @pytest.mark.timeout(0)
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: f"layers{shape.layers}")
-def bench_train_step(shape, quick, record):
-    if quick and shape != next(iter(SHAPES)):
-        pytest.skip("--quick has one shape")
-    shape, rounds = QUICK if quick else (shape, SHAPES[shape])
-    record(functools.partial(measure, shape, rounds))
+def bench_train_step(shape, start, record):
+    record(functools.partial(measure, *start(SHAPES, shape, QUICK)))
 
 
 def measure(shape: Shape, rounds: int, folder: Path, log=print) -> list[dict[str, Any]]:
@@ -129,8 +116,6 @@ def _in_a_process(shape: Shape, name: str) -> dict[str, Any]:
 
 def main(name: str, *sizes: str) -> None:
     """Prints one step of one contestant as JSON."""
-    from benchmarks import train_step
-
     train_step.Step(QUICK[0], name, CONTESTANTS[name][1]).run()  # loads libraries
     base = status("VmRSS")
     step = train_step.Step(Shape(*map(int, sizes)), name, CONTESTANTS[name][1])

@@ -46,34 +46,25 @@ class Problem(NamedTuple):
 @pytest.mark.timeout(0)
 @pytest.mark.filterwarnings("default")
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: "B{}-P{}-L{}-D{}-V{}".format(*shape))
-def bench_trl_step(shape, quick, record):
-    if quick and shape != next(iter(SHAPES)):
-        pytest.skip("--quick has one shape")
-    shape, rounds = QUICK if quick else (shape, SHAPES[shape])
-    record(functools.partial(measure, shape, rounds))
+def bench_trl_step(shape, start, record):
+    record(functools.partial(measure, *start(SHAPES, shape, QUICK)))
 
 
 def measure(shape, rounds, folder, log=print):
     """The result file's entries."""
     names = "sequences", "prompt", "completion", "hidden", "vocabulary"
-    about = runner.about_this_run(torch.float32) | {
-        "op": "trl_step",
-        "device": "cpu",
-        "shape": dict(zip(names, shape, strict=True)),
-        "rounds": rounds,
-    }
-    log("GRPOTrainer's step, " + ", ".join(f"{n} {x}" for n, x in about["shape"].items()))
-    problem = make_problem(*shape)
-    entries = runner.run_suite(
-        contestants(), problem, truth, rounds=rounds, dtype=torch.float32, log=log
+    return runner.measure(
+        "trl_step",
+        dict(zip(names, shape, strict=True)),
+        contestants(),
+        make_problem(*shape),
+        truth,
+        rounds=rounds,
+        folder=folder,
+        log=log,
+        watched=None if shape in SHAPES else 0,
+        module=MODULE,
     )
-    timed = [entry for entry in entries if "wall_s" in entry]
-    names = [entry["name"] for entry in timed] if shape in SHAPES else []
-    peaks = runner.peak_bytes(MODULE, names, problem) if names else {}
-    for entry in timed:
-        entry["peak_bytes"] = peaks.get(entry["name"])
-    log(f"wrote {runner.write(folder, about, entries)}")
-    return entries
 
 
 def make_problem(sequences: int, prompt: int, length: int, hidden: int, vocabulary: int) -> Problem:

@@ -29,8 +29,20 @@ def quick(request) -> bool:
 
 
 @pytest.fixture
+def start(quick):
+    """start(shapes, shape, few) gives the shape and its rounds. --quick has `few` for the first."""
+
+    def choose(shapes, shape, few):
+        if quick and shape != next(iter(shapes)):
+            pytest.skip("--quick has one shape")
+        return few if quick else (shape, shapes[shape])
+
+    return choose
+
+
+@pytest.fixture
 def record(quick, benchmark, capsys, tmp_path):
-    """Runs a suite, measure(folder=...), once, for its entries; what it prints is seen."""
+    """record(measure) runs a suite once, measure(folder=...), and shows what it prints."""
 
     def run(measure):
         folder = tmp_path if quick else runner.RESULTS

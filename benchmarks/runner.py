@@ -84,6 +84,41 @@ def run_suite(
     return list(entries.values())
 
 
+def measure(
+    op: str,
+    shape: dict[str, int],
+    contestants: Sequence[Contestant],
+    problem: Any,
+    truth: Callable[..., Results],
+    *,
+    rounds: int,
+    folder: Path,
+    dtype: torch.dtype = torch.float32,
+    log: Callable[[str], None] = print,
+    watched: int | None = 0,
+    module: str = "",
+    more: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
+    **facts: Any,
+) -> list[dict[str, Any]]:
+    """Run a suite and write its result file into `folder`; the file's entries.
+
+    watched: how many contestants have their memory measured, None for all; `module` has them.
+    more: what an entry that was timed has besides. facts: what the file says besides.
+    """
+    about = about_this_run(dtype) | {"op": op, "device": "cpu", "shape": shape, **facts}
+    log(f"{op}, {about['dtype']}, " + ", ".join(f"{name} {size}" for name, size in shape.items()))
+    entries = run_suite(contestants, problem, truth, rounds=rounds, dtype=dtype, log=log)
+    timed = [entry for entry in entries if "wall_s" in entry]
+    names = [entry["name"] for entry in timed][:watched]
+    peaks = peak_bytes(module, names, problem) if names else {}
+    for entry in timed:
+        entry |= more(entry) if more else {}
+        if module:
+            entry["peak_bytes"] = peaks.get(entry["name"])
+    log(f"wrote {write(folder, about | {'rounds': rounds}, entries)}")
+    return entries
+
+
 def _distinct(settings: Any) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = []
     for setting in settings:

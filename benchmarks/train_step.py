@@ -5,7 +5,7 @@ B sequences, P prompt width, L response width, T = B * L, D hidden, V vocabulary
 
 import time
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -19,9 +19,6 @@ from trainer.ranks import Ranks
 from trainer.tasks.problem import Problem
 from trainer.update import at_least, score, update
 
-if TYPE_CHECKING:
-    from benchmarks.bench_train_step import Shape
-
 PAD, EOS = 0, 1
 LEARNING_RATE = 1e-6
 GRAD_CLIP = 1.0
@@ -29,7 +26,18 @@ GRAD_CLIP = 1.0
 SPREAD = 6.0
 
 
-def make_policy(shape: "Shape") -> Policy:
+class Shape(NamedTuple):
+    """Of the model and the batch; the rest is as in Qwen3-0.6B."""
+
+    sequences: int
+    prompt: int
+    response: int
+    layers: int
+    hidden: int
+    vocabulary: int
+
+
+def make_policy(shape: Shape) -> Policy:
     """Qwen3-0.6B but for layers, width and vocabulary, with random weights and checkpointing."""
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
@@ -62,7 +70,7 @@ def make_policy(shape: "Shape") -> Policy:
     return policy
 
 
-def make_rollouts(shape: "Shape") -> Rollouts:
+def make_rollouts(shape: Shape) -> Rollouts:
     """Random tokens; responses of full length."""
     generator = torch.Generator().manual_seed(0)
     B, P, L = shape.sequences, shape.prompt, shape.response
@@ -86,7 +94,7 @@ def make_rollouts(shape: "Shape") -> Rollouts:
 class Step:
     """A policy with AdamW's moments in place and a batch, before the step."""
 
-    def __init__(self, shape: "Shape", name: str, changes: dict[str, Any]):
+    def __init__(self, shape: Shape, name: str, changes: dict[str, Any]):
         self.eager, self.ranks = name == "eager", Ranks(torch.device("cpu"))
         self.policy, rollouts = make_policy(shape), make_rollouts(shape)
         tokens = shape.sequences * (shape.prompt + shape.response)
