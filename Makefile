@@ -16,7 +16,7 @@ INPUTS := pyproject.toml constraints.txt setup.py CMakeLists.txt $(wildcard csrc
 export OMP_WAIT_POLICY ?= PASSIVE
 
 .PHONY: train test test-builds test-aarch64 test-verl test-vllm test-wheel lint bench sanitize
-.PHONY: compile resolve clean FORCE
+.PHONY: compile docs resolve clean FORCE
 
 train: $(VENV)/.trainer
 	@echo "Training ..."
@@ -63,6 +63,11 @@ lint: $(VENV)/.dev
 	@$(BIN)/ruff format --check .
 	@$(BIN)/clang-format --dry-run --Werror $(wildcard csrc/*/*.* tests/*.cpp tests/cpp/*.*)
 	@$(BIN)/mypy
+
+# The site, into build/site; a broken link or an unknown name in a docstring fails it.
+docs: $(VENV)/.dev
+	@echo "Building the docs ..."
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict $(ARGS)
 
 bench: $(VENV)/.dev
 	@echo "Running the benchmarks ..."
@@ -156,7 +161,7 @@ $(VENV)/.trainer: $(VENV)/.created $(INPUTS)
 	$(call install,trainer)
 
 $(VENV)/.dev: $(VENV)/.created $(INPUTS)
-	$(call install,trainer$(comma)gym$(comma)integrations$(comma)dev)
+	$(call install,trainer$(comma)gym$(comma)integrations$(comma)dev$(comma)docs)
 
 # Makes the environment $(1) on top of $(VENV), with the packages of $(2).
 define on_top

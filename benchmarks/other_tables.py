@@ -83,8 +83,8 @@ def train_step_tables(runs: list[Run]) -> str:
     """Everything about the trainer's step."""
     title = (
         "**The trainer's step: forward, loss, backward, clipping, AdamW; checkpointed layers.** "
-        "Beyond: of the peak, what is more than all weights, gradients and moments. With logits "
-        "the peak is in the head's backward, before the layers have gradients."
+        "MB beyond is the peak minus all weights, gradients and moments. With logits the peak is in "
+        "the head's backward, before the layers have gradients."
     )
     parts = [title]
     for run in sorted(runs, key=lambda run: run["shape"]["layers"]):

@@ -10,14 +10,15 @@ LABELS = {
     "flsce": "Liger's FLSCE kernel, all tokens",
     "flsce-composed": "Liger's FLSCE without gradient, a selection, FLSCE on it",
     "triton-0.2": "ours (triton), 20% of the tokens",
-    "triton-threshold": "ours (triton), 20%, threshold known beforehand, logits kept up to 1 GiB",
+    "triton-threshold": "ours (triton), 20%, threshold known beforehand, logits stored up to 1 GiB",
     "triton-known": "ours (triton), 20%, known beforehand",
 }
 TOKENS = 8192
 HEADING = (
-    "**On a GPU these are predictions: none has run the kernels yet.** Milliseconds of forward and "
-    f"backward on an {predictions.GPU}, {TOKENS:,} tokens, vocabulary {predictions.VOCABULARY:,}, "
-    "bf16, from a cost model (`benchmarks/gpu/predictions.py`), by hidden size:"
+    "**These numbers for a GPU are predictions: no GPU has run the kernels yet.** The cost model "
+    f"`benchmarks/gpu/predictions.py` is for an {predictions.GPU}, {TOKENS:,} tokens, vocabulary "
+    f"{predictions.VOCABULARY:,} and bf16. The columns are milliseconds of forward and backward by "
+    "hidden size."
 )
 
 

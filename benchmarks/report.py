@@ -1,6 +1,6 @@
 """Turns benchmarks/results/*.json into the tables and the plots that people read.
 
-python -m benchmarks.report          rewrites README.md between its markers, the full tables of
+python -m benchmarks.report          rewrites README.md and docs/benchmarks.md between their markers,
                                      benchmarks/results/README.md and the plots in docs/
 python -m benchmarks.report --check  fails where they are not what the result files say
 
@@ -23,14 +23,11 @@ from trainer.report.charts import figure
 ROOT = Path(__file__).parent.parent
 RESULTS = "benchmarks/results"
 BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
-IN_SHORT = "Wall time of a step, by p50 over the rounds, but for memory and errors:"
-FIGURE = "![CPU time of a step against eager, by fraction of tokens](docs/benchmarks.svg)"
-COST_FIGURE = (
-    "![Time of a step against tokens, vocabulary and fraction of tokens](docs/linear_cost.svg)"
-)
+FIGURE = "![CPU time of a step against eager, by fraction of tokens](benchmarks.svg)"
+COST_FIGURE = "![Time of a step against tokens, vocabulary and fraction of tokens](linear_cost.svg)"
 POINTER = (
-    "Every contestant, shape and benchmark, with seconds and errors: "
-    "[benchmarks/results](benchmarks/results/README.md)."
+    "[benchmarks/results](../benchmarks/results/README.md) has every contestant, shape and "
+    "benchmark, with seconds and errors."
 )
 FULL_PAGE = (
     "# All results\n\n"
@@ -62,9 +59,8 @@ def render(root: Path) -> dict[Path, str]:
     """The text of every file that this script writes."""
     runs = read(root / "benchmarks" / "results")
     shapes = by_shape(runs["linear_logprob_entropy"])
-    readme = root / "README.md"
-    texts = {
-        readme: between_markers(readme.read_text(), _summary(runs)),
+    blocks = {root / "README.md": _in_short(runs), root / "docs" / "benchmarks.md": _summary(runs)}
+    texts = {path: between_markers(path, block) for path, block in blocks.items()} | {
         root / "benchmarks" / "results" / "README.md": _full_page(runs),
         root / "docs" / "benchmarks.svg": figure([head.panel(run) for run in shapes[0]], RESULTS),
     }
@@ -92,17 +88,25 @@ def read(folder: Path) -> dict[str, list[Run]]:
     return found
 
 
-def between_markers(text: str, block: str) -> str:
-    """`text` with `block` between its markers."""
+def between_markers(path: Path, block: str) -> str:
+    """The file's text with `block` between its markers."""
+    text = path.read_text()
     if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-        raise SystemExit(f"README.md needs one line {BEGIN} and, after it, one line {END}")
+        raise SystemExit(f"{path.name} needs one line {BEGIN} and, after it, one line {END}")
     before, after = text.split(BEGIN)[0], text.split(END)[1]
     return f"{before}{BEGIN}\n{block}\n{END}{after}"
 
 
+def _in_short(runs: dict[str, list[Run]]) -> str:
+    """What README.md has: the head against eager, on the make that was measured last."""
+    (of_make, *_) = by_make({"linear_logprob_entropy": runs["linear_logprob_entropy"]})
+    table = head.in_short(of_make["linear_logprob_entropy"], [])
+    return f"{make_heading(of_make)}\n\n{table}"
+
+
 def _summary(runs: dict[str, list[Run]]) -> str:
-    """What the README has: the numbers in short, one shape's contestants, the plots."""
-    parts = [IN_SHORT]
+    """What docs/benchmarks.md has: the numbers in short, one shape's contestants, the plots."""
+    parts = []
     for of_make in by_make(runs):
         parts += [make_heading(of_make), *_summary_of_make(of_make)]
     figures = {"linear_logprob_entropy": FIGURE, "linear_cost": COST_FIGURE}

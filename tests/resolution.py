@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).parents[1]
-ALL = ("trainer", "gym", "integrations", "dev")
+ALL = ("trainer", "gym", "integrations", "dev", "docs")
 LINUX = "x86_64-manylinux_2_28"
 SHOWN = ("torch", "triton", "transformers", "numpy")
 

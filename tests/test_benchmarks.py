@@ -85,6 +85,13 @@ def test_contestants_alternate_and_each_round_starts_with_another():
     }
 
 
+def write_pages(root, text):
+    """The pages that the report fills."""
+    (root / "docs").mkdir()
+    for page in ("README.md", "docs/benchmarks.md"):
+        (root / page).write_text(text)
+
+
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory):
     """A tree in which all suites wrote result files: tiny, without compilers and processes."""
@@ -108,7 +115,7 @@ def tree(tmp_path_factory):
         threshold.measure(20_000, 2, results, log=_quiet)
         ratio.measure((8, 64), 2, results, log=_quiet)
         trl_step.measure(*trl_step.QUICK, results, log=_quiet)
-    (root / "README.md").write_text(f"before\n{report.BEGIN}\nstale\n{report.END}\nafter\n")
+    write_pages(root, f"before\n{report.BEGIN}\nstale\n{report.END}\nafter\n")
     return root
 
 
@@ -211,7 +218,11 @@ def test_report_renders_every_result_file(tree):
     _refuse_one(next(tree.glob("benchmarks/results/linear_logprob*bfloat16*")))
     readme = tree / "README.md"
     texts = {path.name: text for path, text in report.render(tree).items() if path != readme}
-    text = report.render(tree)[readme]
+    short = report.render(tree)[readme]
+    assert short.startswith("before\n")
+    assert "40 x 16 x 96, bf16" in short
+    assert "exponent" not in short
+    text = texts["benchmarks.md"]
     assert text.startswith("before\n")
     assert text.endswith("after\n")
     assert "stale" not in text
@@ -265,10 +276,10 @@ def test_every_make_that_has_result_files_has_its_tables(tree, tmp_path):
             del run[key]
         run["date"] = "2001-01-01"
         (results / f"{run['op']}-cpu-{path.name[-60:]}-older.json").write_text(json.dumps(run))
-    (tmp_path / "README.md").write_text(f"{report.BEGIN}\n{report.END}")
+    write_pages(tmp_path, f"{report.BEGIN}\n{report.END}")
     texts = {path.relative_to(tmp_path): text for path, text in report.render(tmp_path).items()}
     here = machine.processor().make
-    for text in (texts[Path("README.md")], texts[Path("benchmarks/results/README.md")]):
+    for text in (texts[Path("docs/benchmarks.md")], texts[Path("benchmarks/results/README.md")]):
         first, second = text.index(f"**On {here}**"), text.index("**On AMD Zen 2**")
         assert first < second
         assert machine.libraries() in text[first:second]
@@ -287,7 +298,10 @@ def test_eager_by_onednn_stands_beside_eager_in_fp32_alone(tree):
     for run in _runs(tree, "linear_logprob_entropy"):
         names = [entry["name"] for entry in run["contestants"]]
         assert ("eager-onednn" in names) is (run["dtype"] == "float32")
-    assert "plain PyTorch, oneDNN's products | 3.00 |" in report.render(tree)[tree / "README.md"]
+    assert (
+        "plain PyTorch, oneDNN's products | 3.00 |"
+        in report.render(tree)[tree / "docs" / "benchmarks.md"]
+    )
 
 
 def test_report_has_no_section_without_a_result_file(tree, tmp_path):
@@ -295,9 +309,9 @@ def test_report_has_no_section_without_a_result_file(tree, tmp_path):
     results.mkdir(parents=True)
     for path in tree.glob("benchmarks/results/linear_logprob*.json"):
         (results / path.name).write_text(path.read_text())
-    (tmp_path / "README.md").write_text(f"{report.BEGIN}\n{report.END}")
+    write_pages(tmp_path, f"{report.BEGIN}\n{report.END}")
     texts = report.render(tmp_path)
-    assert {path.name for path in texts} == {"README.md", "benchmarks.svg"}
+    assert {path.name for path in texts} == {"README.md", "benchmarks.md", "benchmarks.svg"}
     assert not any("exponent" in text or "entropies |" in text for text in texts.values())
 
 

@@ -11,9 +11,17 @@ import entropy_kernels as ek
 from entropy_kernels.integrations.hf import lm_head
 from tests.integrations.small_models import assert_same_gradients, batch, build
 
-README = (Path(__file__).parents[1] / "README.md").read_text()
-SECTION = README.partition("## In your own trainer")[2].partition("\n## ")[0]
-WHOLE, PARTS = re.findall(r"```python\n(.*?)```", SECTION, re.S)[:2]
+ROOT = Path(__file__).parents[1]
+
+
+def snippet(page, heading):
+    """The first Python block of a section."""
+    section = (ROOT / page).read_text().partition(f"\n## {heading}\n")[2].partition("\n## ")[0]
+    return re.findall(r"```python\n(.*?)```", section, re.S)[0]
+
+
+WHOLE = snippet("README.md", "Use")
+PARTS = snippet("docs/usage.md", "The head alone")
 MODELS = ("qwen3", "qwen3-tied", "gemma2", "hyperclovax", "llama4", "LoRA", "LoRA on the head")
 
 
@@ -97,12 +105,10 @@ def test_the_training_loop(name):
 
 def test_the_loop_that_keeps_the_head_s_gradient():
     """That of docs/method.md, as it is printed: two steps of two micro-batches, tied and not."""
-    text = (Path(__file__).parents[1] / "docs" / "method.md").read_text()
-    section = text.partition("## Gradients in memory that is there")[2].partition("\n## ")[0]
-    (snippet,) = re.findall(r"```python\n(.*?)```", section, re.S)
+    loop = snippet("docs/method.md", "Gradients in existing memory")
     for name in ("qwen3", "qwen3-tied"):
         found = []
-        for code in (snippet, snippet.replace("main_grad=weight.grad", "main_grad=None")):
+        for code in (loop, loop.replace("main_grad=weight.grad", "main_grad=None")):
             model = make(name)
             given = variables(model)
             optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
