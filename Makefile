@@ -64,7 +64,7 @@ lint: $(VENV)/.dev
 	@$(BIN)/clang-format --dry-run --Werror $(wildcard csrc/*/*.* tests/*.cpp tests/cpp/*.*)
 	@$(BIN)/mypy
 
-# The site, into build/site; a broken link or an unknown name in a docstring fails it.
+# Builds the site into build/site. A broken link or an unknown name fails it.
 docs: $(VENV)/.dev
 	@echo "Building the docs ..."
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict $(ARGS)
