@@ -147,6 +147,23 @@ def test_the_layers_have_no_cycle():
         left = {name: allowed for name, allowed in left.items() if name not in ready}
 
 
+def test_every_layer_is_a_module_and_every_arrow_is_used():
+    """What the table allows and nothing does would hide the next import that should not be."""
+    used: dict[str, set[str]] = {}
+    for path in python_files(PACKAGE):
+        parts = [name.split(".") for name in imports(path)]
+        named = {x[1] for x in parts if x[0] == "entropy_kernels" and len(x) > 1}
+        used.setdefault(layer(path), set()).update(named)
+    assert not set(ALLOWED) - set(used), "of the table, and no module"
+    unused = {
+        own: sorted(allowed - used[own])
+        for own, allowed in ALLOWED.items()
+        if allowed is not ANYTHING and allowed - used[own]
+    }
+    assert not unused, f"allowed and unused: {unused}"
+    assert not EVERYWHERE - set(used), "of EVERYWHERE, and no module"
+
+
 def test_csrc_includes_no_torch_header():
     for path in sorted((ROOT / "csrc").rglob("*.*")):
         for header in ("torch", "ATen", "c10"):
