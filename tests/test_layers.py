@@ -45,13 +45,13 @@ ALLOWED = {
         *("functional", "ratio_loss", "selection"),
     },
     "nn": {"high_entropy_policy_loss"},
-    "testing": {"_gpu", "_native", "ops", "reference"},
+    "testing": {"_gpu", "_native", "ops"},
     "_bench": {
         *("_gpu", "_inputs", "_native", "functional", "high_entropy_policy_loss"),
         *("selection", "testing"),
     },
     "integrations": {
-        *("_inputs", "_token_logprobs", "distributed", "functional", "losses", "nn"),
+        *("_inputs", "_token_logprobs", "functional"),
         *("ratio_loss", "selection", "streaming_threshold"),
     },
     "__main__": ANYTHING,
