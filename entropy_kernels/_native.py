@@ -93,26 +93,33 @@ def caches() -> dict[str, int]:
 
 
 def radix_histogram(
-    values: Tensor, mask: Tensor | None, prefix: int, shift: int, bits: int, prefix_bits: int
-) -> Tensor:
-    """How many valid values carry each digit of their key: int64 [2**bits].
+    values: Tensor,
+    mask: Tensor | None,
+    prefix: int,
+    shift: int,
+    bits: int,
+    prefix_bits: int,
+    counts: Tensor,
+) -> None:
+    """Adds to counts[d] how many valid values carry digit d of their key.
 
     A value's key is an unsigned 32-bit integer that orders like the number: -0 equals +0, and a
     NaN of either sign ranks above +inf. Its digit is the `bits` bits above `shift`. Only keys
     whose top `prefix_bits` bits equal `prefix` are counted (0: all of them).
 
     values is contiguous fp32 on the CPU, mask contiguous bool of the same size (true is valid,
-    None is all), bits <= 20. Integers: the same at any number of threads. Nothing is
-    differentiable. The caller has checked `cpu()`.
+    None is all), counts contiguous int64 [2**bits] with bits <= 20. Integers: the same at any
+    number of threads. Nothing is differentiable. The caller has checked `cpu()`.
     """
     module = _module()
     assert _is_plain(values, torch.float32)
     assert mask is None or (_is_plain(mask, torch.bool) and mask.numel() == values.numel())
     assert 1 <= bits <= 20
+    assert _is_plain(counts, torch.int64)
+    assert counts.numel() == 1 << bits
     assert 0 <= prefix_bits <= 32
     assert 0 <= prefix < 1 << prefix_bits
     assert 0 <= shift <= 32 - bits
-    counts = torch.zeros(1 << bits, dtype=torch.int64)
     module.radix_histogram(
         values_ptr=values.data_ptr(),
         mask_ptr=0 if mask is None or mask.numel() == 0 else mask.data_ptr(),
@@ -123,7 +130,6 @@ def radix_histogram(
         prefix_bits=prefix_bits,
         counts_ptr=counts.data_ptr(),
     )
-    return counts
 
 
 def ratio_loss(

@@ -258,7 +258,9 @@ def radix_histogram(
 
         return triton_histogram(values, mask, prefix, *digit)
     if name == "cpu":
-        return _native.radix_histogram(values, mask, int(prefix), *digit)
+        counts = torch.zeros(1 << bits, dtype=torch.int64)
+        _native.radix_histogram(values, mask, int(prefix), *digit, counts)
+        return counts
     return selection.radix_histogram(values, mask, prefix, *digit)
 
 

@@ -178,7 +178,8 @@ def _setup_context(ctx, inputs, output) -> None:
 
 def _backward(ctx, grad_logprob, grad_entropy, grad_logsumexp, *_):
     entropy, row_max, log_sum, logits, places, *tensors = ctx.saved_tensors
-    needs = dict(zip(_ARGUMENTS, ctx.needs_input_grad, strict=True))
+    # It ends before the arguments that have their default, of which none gets a gradient.
+    needs = dict(zip(_ARGUMENTS, ctx.needs_input_grad, strict=False))
     gradients = linear_logprob_entropy_backward(
         grad_logprob,
         grad_entropy,

@@ -5,6 +5,7 @@ T tokens, D hidden, V vocabulary.
 
 import torch
 
+import entropy_kernels as ek
 from entropy_kernels import device, reference
 from entropy_kernels.testing import worst_of_orders
 from tests import head_cases
@@ -46,15 +47,9 @@ def active_numbers(grads, y):
 def in_dtype(dtype, grads, h, w, y, b=None, temperature=None, softcap=None, **_):
     """The reference's gradients, by autograd."""
     leaves = [None if x is None else x.detach().to(dtype).requires_grad_() for x in (h, w, b)]
-    outputs = reference.linear_logprob_entropy(
-        leaves[0],
-        leaves[1],
-        y,
-        leaves[2],
-        1.0 if temperature is None else temperature.to(dtype),
-        softcap,
-        IGNORE,
-    )
+    temperature = 1.0 if temperature is None else temperature.to(dtype)
+    head = ek.Head(leaves[0], leaves[1], y, leaves[2], temperature, softcap, IGNORE)
+    outputs = reference.linear_logprob_entropy(head)
     torch.autograd.backward(
         list(outputs), [g.to(o.dtype) for g, o in zip(grads, outputs, strict=True)]
     )

@@ -51,9 +51,9 @@ if "EK_TEST_IMPLS" in os.environ:
     BACKENDS = [pair for pair in BACKENDS if pair[0] in os.environ["EK_TEST_IMPLS"].split(",")]
 
 # The hook above checks them as they are imported.
-from entropy_kernels import _gpu, _native  # noqa: E402
+from entropy_kernels import backends  # noqa: E402
 
-WHY_NO_TRITON = _gpu.why_not(torch.device(DEVICES[-1]))
+WHY_NO_TRITON = backends.why_not("triton", torch.device(DEVICES[-1]))
 if WHY_NO_TRITON is None and os.environ.get("TRITON_INTERPRET") == "1":
     from entropy_kernels.testing import mend_interpreter
 
@@ -80,9 +80,7 @@ def _deterministic():
 def backend(request) -> tuple[str, str]:
     """An implementation of linear_logprob_entropy and a device it runs on."""
     impl, device = request.param
-    why = {"cpu": _native.why_missing("cpu"), "triton": _gpu.why_not(torch.device(device))}.get(
-        impl
-    )
+    why = backends.why_not(impl, torch.device(device))
     if why is not None:
         pytest.skip(why)
     return request.param

@@ -7,6 +7,7 @@ import functools
 
 import torch
 
+import entropy_kernels as ek
 from entropy_kernels import reference
 from entropy_kernels._torch import blocks
 from entropy_kernels.testing import assert_within_two_bounds, peaked_head, worst_of_orders
@@ -50,7 +51,7 @@ def in_dtype(dtype):
     def function(h, w, y, bias=None, **options):
         bias = None if bias is None else bias.to(dtype)
         return reference.linear_logprob_entropy(
-            h.to(dtype), w.to(dtype), y, bias, *_reference_options(**options)
+            ek.Head(h.to(dtype), w.to(dtype), y, bias, **options)
         )
 
     return function
@@ -73,15 +74,9 @@ def three_of(inputs, grads, orders=4, **options):
     return [(found[:3], found[3:]) for found in (truth, eager, plain)]
 
 
-def _reference_options(temperature=1.0, softcap=None, ignore_index=-100):
-    return temperature, softcap, ignore_index
-
-
-def statistics_in(dtype, h, w, y, *, bias=None, temperature=1.0, softcap=None, ignore_index=-100):
+def statistics_in(dtype, h, w, y, *, bias=None, **options):
     b = None if bias is None else bias.to(dtype)
-    return reference.head_statistics(
-        h.to(dtype), w.to(dtype), y, b, temperature, softcap, ignore_index
-    )
+    return reference.head_statistics(ek.Head(h.to(dtype), w.to(dtype), y, b, **options))
 
 
 def check_statistics(got, h, w, y, factor=2.0, **options):

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+import entropy_kernels as ek
 from benchmarks.gpu import environment
 from benchmarks.gpu.ours import TRITON, Inputs, launch_backward, launch_forward
 from entropy_kernels import reference
@@ -311,7 +312,9 @@ def _blocked_reference(inputs: Inputs, gradients: list[Tensor]) -> list[Tensor]:
     blocks = w.split(1 << 13)
     z = torch.cat([h.double() @ block.double().T for block in blocks], 1).requires_grad_()
     eye = torch.eye(z.shape[1], dtype=z.dtype, device=z.device) if z.shape[1] < 4096 else None
-    outputs = _statistics(z, y) if eye is None else reference.linear_logprob_entropy(z, eye, y)
+    outputs = (
+        _statistics(z, y) if eye is None else reference.linear_logprob_entropy(ek.Head(z, eye, y))
+    )
     torch.autograd.backward(outputs, [g.double() for g in gradients])
     dz = z.grad
     assert dz is not None

@@ -16,6 +16,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import entropy_kernels as ek
 from entropy_kernels import __main__ as main
 from entropy_kernels import _native
 from entropy_kernels.testing import assert_within_two_bounds, worst_of_orders
@@ -88,15 +89,15 @@ def test_threads_move_the_last_bits_only(isa):
     """Of statistics and the hidden states' gradient, which threads add up; not of the weight's."""
     h, w, y = odd_head(150, 48, 3001)
     grads = [torch.randn(150), torch.randn(150), None]
-    head = (h, w, y, None, None, None, -100)
+    head = ek.Head(h, w, y, temperature=None)
     before = torch.get_num_threads()
     found, gradients = {}, {}
     try:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
-            found[threads] = _native.linear_logprob_entropy(*head, False, isa=isa)
-            gradients[threads] = _native.linear_logprob_entropy_backward(
-                *grads, *head, found[1], (True, True, False), isa=isa
+            found[threads] = _native.forward(head, keep_logits=False, isa=isa)
+            gradients[threads] = _native.backward(
+                grads, head, found[1], (True, True, False), isa=isa
             )
     finally:
         torch.set_num_threads(before)
@@ -139,10 +140,10 @@ def test_a_signal_handler_may_use_the_tiles(isa, direction):
     def compute():
         start = time.monotonic()
         if direction == "forward":
-            got = _native.linear_logprob_entropy(*head, False, isa=isa)[:3]
+            got = _native.forward(head, keep_logits=False, isa=isa)[:3]
         else:
             needs = True, True, False
-            got = _native.linear_logprob_entropy_backward(*grads, *head, found, needs, isa=isa)[:2]
+            got = _native.backward(grads, head, found, needs, isa=isa)[:2]
         return time.monotonic() - start, got
 
     handler = signal.signal(signal.SIGALRM, lambda *_: calls.append(run(isa, *small, few)))
@@ -151,8 +152,8 @@ def test_a_signal_handler_may_use_the_tiles(isa, direction):
         elapsed, vocabulary = 0.0, 2000
         while elapsed < 0.6:
             vocabulary *= 2
-            head = (*odd_head(200, 64, vocabulary), None, None, None, -100)
-            found = _native.linear_logprob_entropy(*head, False, isa=isa)
+            head = ek.Head(*odd_head(200, 64, vocabulary), temperature=None)
+            found = _native.forward(head, keep_logits=False, isa=isa)
             elapsed, want = compute()
         signal.setitimer(signal.ITIMER_REAL, 0.05)
         _, got = compute()

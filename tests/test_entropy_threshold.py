@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from entropy_kernels import _native, _radix, entropy_threshold, reference
+from entropy_kernels import _native, entropy_threshold, ops, reference
+from entropy_kernels._torch import selection
 
 INF = float("inf")
 NAN = float("nan")
@@ -65,7 +66,7 @@ def test_sizes(n, fraction):
 
 @pytest.mark.usefixtures("backend")
 def test_more_than_a_slice():
-    entropy = torch.empty(_radix.CPU_SLICE + 1).exponential_()
+    entropy = torch.empty(selection.CPU_SLICE + 1).exponential_()
     for valid in (None, torch.rand(entropy.shape) < 0.7):
         assert_same(entropy_threshold(entropy, valid), reference.entropy_threshold(entropy, valid))
 
@@ -88,7 +89,7 @@ def test_more_than_a_slice():
     ],
 )
 def test_count_of_a_decimal_fraction(fraction, n, k):
-    assert _radix.selected_count(torch.tensor(n), fraction) == k
+    assert selection.selected_count(torch.tensor(n), fraction) == k
     if 0 < n <= 1000:
         assert entropy_threshold(torch.arange(n, dtype=torch.float32), None, fraction) == n - k
 
@@ -121,8 +122,7 @@ def test_nan_of_either_sign_ranks_above_infinity():
 def test_zeros_of_both_signs_are_equal():
     prefix = torch.tensor(0)
     counts = [
-        _radix.radix_histogram(torch.full((5,), zero), None, prefix, 13, 19, 0)
-        for zero in (0.0, -0.0)
+        ops.radix_histogram(torch.full((5,), zero), None, prefix, 13, 19, 0) for zero in (0.0, -0.0)
     ]
     assert torch.equal(*counts)
     assert entropy_threshold(torch.tensor([-0.0, 0.0, -1e-45])) == 0.0
@@ -156,25 +156,25 @@ def test_backends_count_the_same(masked):
     for shift, bits, prefix_bits in [(21, 11, 0), (10, 11, 11), (0, 10, 22), (13, 19, 0)]:
         prefix = torch.tensor(key >> (32 - prefix_bits))
         arguments = (values, mask, prefix, shift, bits, prefix_bits)
-        native = _radix.radix_histogram(*arguments)
+        native = ops.radix_histogram(*arguments)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(_native, "cpu", lambda: None)
-            assert torch.equal(native, _radix.radix_histogram(*arguments))
+            assert torch.equal(native, ops.radix_histogram(*arguments))
 
 
 def test_counting_by_weight_is_counting_by_compaction():
     digit = torch.randint(0, 1024, (5000,), dtype=torch.int32)
     for counted in (None, torch.rand(5000) < 0.3):
         counts = torch.ones(2, 1024, dtype=torch.int64)
-        _radix._count_by_weight(digit, counted, counts[0])
-        _radix._count_by_compaction(digit, counted, counts[1])
+        selection._count_by_weight(digit, counted, counts[0])
+        selection._count_by_compaction(digit, counted, counts[1])
         assert torch.equal(counts[0], counts[1])
 
 
 @pytest.mark.parametrize("mask", [None, torch.arange(100) % 3 > 0], ids=["all", "masked"])
 def test_opcheck(mask):
     prefix = torch.tensor(0b10000000000)
-    torch.library.opcheck(_radix.radix_histogram, (torch.randn(100), mask, prefix, 10, 11, 11))
+    torch.library.opcheck(ops.radix_histogram, (torch.randn(100), mask, prefix, 10, 11, 11))
 
 
 @pytest.mark.usefixtures("unchecked_shapes")

@@ -263,7 +263,7 @@ def test_compiles_into_one_graph(head, unchecked_shapes):
 
 @pytest.mark.skipif(_native.cpu() is None, reason=_native.why_missing("cpu") or "built")
 def test_instruction_sets_and_threads_agree():
-    """Every set against fp64, with and without moments, by one thread and by three."""
+    """Every set against fp64, with and without statistics, by one thread and by three."""
     h, w, y = make("peaked", (70, 33, 5003), torch.bfloat16)
     temperature = torch.rand(70) + 0.5
     before = torch.get_num_threads()
@@ -271,14 +271,11 @@ def test_instruction_sets_and_threads_agree():
         for isa in _native.cpu().instruction_sets(models=True):
             for threads in (1, 3):
                 torch.set_num_threads(threads)
-                moments = torch.full((4, 70), torch.nan)
-                call = functools.partial(
-                    _native.linear_logprob_entropy,
-                    *(h, w, y, None, temperature, 12.0, -100, False),
-                    isa=isa,
-                )
-                assert all(map(torch.equal, call()[:6], call(moments=moments)[:6]))
-                check_statistics(moments, h, w, y, temperature=temperature, softcap=12.0)
+                statistics = torch.full((4, 70), torch.nan)
+                head = ek.Head(h, w, y, temperature=temperature, softcap=12.0)
+                call = functools.partial(_native.forward, head, keep_logits=False, isa=isa)
+                assert all(map(torch.equal, call()[:6], call(statistics=statistics)[:6]))
+                check_statistics(statistics, h, w, y, temperature=temperature, softcap=12.0)
     finally:
         torch.set_num_threads(before)
 
@@ -295,15 +292,15 @@ def test_variants_of_triton(variant, split, rows):
     h, w, y = make(rows, (33, 40, 203), torch.float32, DEVICE)
     if variant not in tiles.variants(device.architecture(h.device), h, w):
         pytest.skip("this variant cannot run on these matrices here")
-    moments = torch.full((4, 33), torch.nan, device=DEVICE)
+    statistics = torch.full((4, 33), torch.nan, device=DEVICE)
     call = functools.partial(
         forward,
         ek.Head(h, w, y, temperature=None),
         keep_logits=False,
         tile=tiles.Tile(variant, 32, 64, 32, 4, 1, group_t=2, split_v=split),
     )
-    assert all(map(torch.equal, call()[:6], call(statistics=moments)[:6]))
-    check_statistics(moments, h, w, y)
+    assert all(map(torch.equal, call()[:6], call(statistics=statistics)[:6]))
+    check_statistics(statistics, h, w, y)
 
 
 def test_specialised_warps_have_no_statistics():
@@ -311,7 +308,7 @@ def test_specialised_warps_have_no_statistics():
     from entropy_kernels._triton.head_forward.launch import forward
 
     h, w, y = make("peaked", (3, 8, 16), torch.float32, DEVICE)
-    moments = torch.empty(4, 3, device=DEVICE)
+    statistics = torch.empty(4, 3, device=DEVICE)
     head = ek.Head(h, w, y, temperature=None)
     with pytest.raises(ValueError, match="variant must be one of"):
-        forward(head, keep_logits=False, statistics=moments, variant="tma_ws")
+        forward(head, keep_logits=False, statistics=statistics, variant="tma_ws")

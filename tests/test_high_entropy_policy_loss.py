@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import entropy_kernels as ek
-from entropy_kernels import functional, reference
+from entropy_kernels import backends, reference
 from entropy_kernels.testing import (
     Watch,
     assert_within_two_bounds,
@@ -46,7 +46,7 @@ def test_equals_the_reference(batch):
         return gradients(
             lambda h, w: (
                 reference.high_entropy_policy_loss(
-                    h.reshape(-1, D), w, y.reshape(-1), *flat, mask.reshape(-1)
+                    ek.Head(h.reshape(-1, D), w, y.reshape(-1)), *flat, mask.reshape(-1)
                 ),
                 {},
             ),
@@ -107,7 +107,7 @@ def test_logits_not_kept_are_recomputed(batch, reason, monkeypatch):
     selected = torch.rand(B, L) < 0.3
     kept = gradients(lambda h, w: ek.high_entropy_policy_loss(h, w, *rest, selected=selected), h, w)
     if reason == "too large":
-        monkeypatch.setattr(functional, "KEPT_LOGITS_BYTES", {"cpu": 0, "cuda": 0})
+        monkeypatch.setattr(backends, "STORED_LOGITS_BYTES", {"cpu": 0, "cuda": 0})
     else:
         least = w.shape[1] * w.element_size() + 1
         monkeypatch.setattr(loss, "LEAST_ROW_BYTES", {"cpu": least, "cuda": least})

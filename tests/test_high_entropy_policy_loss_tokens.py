@@ -1,5 +1,7 @@
 """high_entropy_policy_loss: what is a token at all, and that no way to select forgets a NaN."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -82,11 +84,11 @@ def test_a_target_that_is_none_is_no_token_whatever_the_mask_says(batch, impl, d
 def test_the_reference_counts_no_target_of_none(batch):
     h, w, y, old, _, mask = batch
     real = torch.rand(B, L) < 0.5
-    flat = [h.reshape(-1, D).double(), w.double(), y.reshape(-1), old.reshape(-1).double()]
-    advantage = torch.randn(B * L, dtype=torch.float64)
-    want = reference.high_entropy_policy_loss(*flat, advantage, (mask & real).reshape(-1))
-    flat[2] = y.masked_fill(~real, -100).reshape(-1)
-    got = reference.high_entropy_policy_loss(*flat, advantage, mask.reshape(-1))
+    head = ek.Head(h.reshape(-1, D).double(), w.double(), y.reshape(-1))
+    rest = old.reshape(-1).double(), torch.randn(B * L, dtype=torch.float64)
+    want = reference.high_entropy_policy_loss(head, *rest, (mask & real).reshape(-1))
+    head = replace(head, target=y.masked_fill(~real, -100).reshape(-1))
+    got = reference.high_entropy_policy_loss(head, *rest, mask.reshape(-1))
     assert torch.equal(got, want)
 
 

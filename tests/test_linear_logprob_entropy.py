@@ -133,7 +133,7 @@ def test_each_output_alone(head, used):
 
     def formula(dtype):
         x = h.detach().to(dtype).requires_grad_()
-        outputs = reference.linear_logprob_entropy(x, w.to(dtype), y)
+        outputs = reference.linear_logprob_entropy(ek.Head(x, w.to(dtype), y))
         outputs[ek.LogprobEntropy._fields.index(used)].square().sum().backward()
         return [x.grad]
 

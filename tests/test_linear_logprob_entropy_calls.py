@@ -8,6 +8,7 @@ import torch
 
 import entropy_kernels as ek
 from entropy_kernels import _rows
+from entropy_kernels._torch.head_forward import forward
 from tests.head_cases import make
 
 
@@ -143,7 +144,7 @@ def test_values_that_cannot_be_checked_without_synchronising_become_nan():
     y[2] = 67
     temperature = torch.ones(9)
     temperature[5] = 0.0
-    found = _torch_forward(h, w, y, None, temperature, None, -100, keep_logits=False)
+    found = forward(ek.Head(h, w, y, temperature=temperature), keep_logits=False)
     assert found.logprob.isnan().nonzero().flatten().tolist() == [2, 5]
     assert found.entropy.isnan().nonzero().flatten().tolist() == [2, 5]
 
@@ -169,9 +170,3 @@ def test_what_becomes_nan_unchecked_is_nan_in_the_gradients(
     getattr(found, output).sum().backward()
     assert h.grad.isnan().any(1).nonzero().flatten().tolist() == [2]
     assert w.grad.isnan().any()
-
-
-def _torch_forward(*args, **kwargs):
-    from entropy_kernels._torch.linear_logprob_entropy import linear_logprob_entropy
-
-    return linear_logprob_entropy(*args, **kwargs)

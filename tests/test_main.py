@@ -1,6 +1,5 @@
 """python -m entropy_kernels: it reports what works, and does not report what does not."""
 
-import functools
 import os
 import re
 import runpy
@@ -11,7 +10,7 @@ import pytest
 
 import entropy_kernels as ek
 from entropy_kernels import __main__ as main
-from entropy_kernels import _gpu, _native, reference
+from entropy_kernels import _native, backends, reference
 from entropy_kernels.testing import peaked_head
 from tests.processes import forkserver
 
@@ -98,7 +97,7 @@ def test_a_wrong_result_fails(capsys, monkeypatch):
 def test_a_triton_that_is_too_old_is_named(monkeypatch, capsys):
     triton = pytest.importorskip("triton")
     monkeypatch.setattr(triton, "__version__", "3.5.1")
-    monkeypatch.setattr(_gpu, "_load", functools.cache(_gpu._load.__wrapped__))
+    monkeypatch.setattr(backends, "_why_no_triton", backends._why_no_triton.__wrapped__)
     assert main.main([]) == 0
     why = (
         "Triton must be 3.6 or newer; got 3.5.1. It is torch's own: torch 2.10 and newer bring one"

@@ -348,18 +348,16 @@ def test_every_instruction_set_adds_after_its_last_chunk_of_rows(dtype, buffer):
     grads = [torch.randn(600), torch.randn(600), None]
     before = torch.randn(99, 33).to(buffer)
     for isa in _native.cpu().instruction_sets():
-        head = (h, w, y, None, None, None, -100)
-        found = _native.linear_logprob_entropy(*head, False, isa=isa)
+        head = ek.Head(h, w, y, temperature=None)
+        found = _native.forward(head, keep_logits=False, isa=isa)
         added = torch.zeros(99, 33)
         for main_grad in (added, total := before.clone()):
             needs = (False, True, False)
-            _, dweight, _ = _native.linear_logprob_entropy_backward(
-                *grads, *head, found, needs, isa=isa, main_grad=main_grad
+            _, dweight, _ = _native.backward(
+                grads, head, found, needs, isa=isa, main_grad=main_grad
             )
             assert dweight is None
-        _, dweight, _ = _native.linear_logprob_entropy_backward(
-            *grads, *head, found, needs, isa=isa
-        )
+        _, dweight, _ = _native.backward(grads, head, found, needs, isa=isa)
         assert torch.equal(added.to(dtype), dweight)
         assert torch.equal(total, (before.float() + added).to(buffer))
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import entropy_kernels as ek
-from entropy_kernels import _inputs, _native, reference
+from entropy_kernels import _native, backends, reference
 from entropy_kernels.testing import assert_within_two_bounds, peaked_head, worst_of_orders
 
 WHY = _native.why_missing("cpu")
@@ -27,10 +27,10 @@ CPUINFO = Path("/proc/cpuinfo")
 def run(isa, h, w, y, grads, **options):
     """Outputs and gradients of one instruction set."""
     bias, temperature = options.get("bias"), options.get("temperature")
-    head = (h, w, y, bias, temperature, options.get("softcap"), -100)
-    found = _native.linear_logprob_entropy(*head, options.get("keep_logits", False), isa=isa)
+    head = ek.Head(h, w, y, bias, temperature, options.get("softcap"))
+    found = _native.forward(head, keep_logits=options.get("keep_logits", False), isa=isa)
     needs = (True, True, bias is not None)
-    gradients = _native.linear_logprob_entropy_backward(*grads, *head, found, needs, isa=isa)
+    gradients = _native.backward(grads, head, found, needs, isa=isa)
     return [*found[:3], *gradients]
 
 
@@ -38,7 +38,7 @@ def truth(dtype, h, w, y, grads, bias=None, temperature=None, softcap=None):
     leaves = [None if x is None else x.detach().to(dtype).requires_grad_() for x in (h, w, bias)]
     temperature = 1.0 if temperature is None else temperature.to(dtype)
     outputs = reference.linear_logprob_entropy(
-        leaves[0], leaves[1], y, leaves[2], temperature, softcap
+        ek.Head(leaves[0], leaves[1], y, leaves[2], temperature, softcap)
     )
     torch.autograd.backward(list(outputs), [g.to(dtype) for g in grads])
     return [*(o.detach() for o in outputs), *(None if x is None else x.grad for x in leaves)]
@@ -183,19 +183,18 @@ def test_the_thread_count_moves_the_last_bits_only():
     or fp32 (gradient of the hidden states). A row of the weight's gradient has one writer."""
     h, w, y = peaked_head(150, 48, 5003)
     grads = [torch.randn(150), torch.randn(150), None]
-    head = (h, w, y, None, None, None, -100)
+    head = ek.Head(h, w, y, temperature=None)
     before = torch.get_num_threads()
     found, gradients = {}, {}
     try:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
-            found[threads], again = (_native.linear_logprob_entropy(*head, False) for _ in "ab")
+            found[threads], again = (_native.forward(head, keep_logits=False) for _ in "ab")
             same = zip(found[threads][:6], again[:6], strict=True)
             assert all(torch.equal(a, b) for a, b in same)
             needs = (True, True, False)
             gradients[threads], again = (
-                _native.linear_logprob_entropy_backward(*grads, *head, found[1], needs)
-                for _ in "ab"
+                _native.backward(grads, head, found[1], needs) for _ in "ab"
             )
             assert all(torch.equal(gradients[threads][i], again[i]) for i in (0, 1))
     finally:
@@ -289,9 +288,9 @@ def test_an_unknown_instruction_set_is_refused():
 def test_impl_cpu_needs_the_extension(monkeypatch, unchecked_shapes):
     h, w, y = peaked_head(3, 8, 11)
     monkeypatch.setattr(_native, "why_missing", lambda name: f"{name} is not built")
-    with pytest.raises(ValueError, match='impl="cpu" is missing: cpu is not built'):
+    with pytest.raises(ValueError, match='impl="cpu" cannot run: cpu is not built'):
         ek.linear_logprob_entropy(h, w, y, impl="cpu")
-    _inputs._warn_of_the_torch_path.cache_clear()  # another test of this process may have warned
+    backends._warn_of_the_torch_path.cache_clear()  # another test of this process may have warned
     with pytest.warns(RuntimeWarning, match="takes the torch path, which is slower"):
         ek.linear_logprob_entropy(h, w, y)
     ek.linear_logprob_entropy(h, w, y)

@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.distributed import ProcessGroup
 
-from entropy_kernels import _native, _radix, entropy_threshold, reference, top_entropy_mask
+from entropy_kernels import _native, entropy_threshold, ops, reference, top_entropy_mask
+from entropy_kernels._torch import selection
 
 INF = float("inf")
 NAN = float("nan")
@@ -63,7 +64,7 @@ def test_shapes(shape, fraction):
 
 @pytest.mark.usefixtures("backend")
 def test_more_than_a_slice():
-    tied = torch.randint(0, 9, (5, _radix.CPU_SLICE // 4 + 1)).float()
+    tied = torch.randint(0, 9, (5, selection.CPU_SLICE // 4 + 1)).float()
     for which in ("top", "bottom"):
         assert_as_reference(tied, torch.rand(tied.shape) < 0.7, 0.2, which=which)
 
@@ -79,7 +80,7 @@ def test_ties_go_to_the_lowest_index():
 
 
 def test_ties_across_slices_are_counted_on():
-    entropy = torch.zeros(3 * _radix.CPU_SLICE)
+    entropy = torch.zeros(3 * selection.CPU_SLICE)
     entropy[-1] = 1.0
     keep = top_entropy_mask(entropy, None, 0.5)
     k = entropy.numel() // 2
@@ -151,7 +152,7 @@ def test_layout_gradient_and_repetition():
 @pytest.mark.parametrize("mask", [None, torch.arange(100) % 3 > 0], ids=["all", "masked"])
 def test_opcheck(mask):
     values, threshold, quota = torch.randn(100), torch.tensor(0.5), torch.tensor(3)
-    torch.library.opcheck(_radix.keep_largest, (values, mask, threshold, quota))
+    torch.library.opcheck(ops.select_largest, (values, mask, threshold, quota))
 
 
 @pytest.mark.usefixtures("unchecked_shapes")

@@ -6,6 +6,7 @@ T tokens, D hidden, V vocabulary.
 import pytest
 import torch
 
+import entropy_kernels as ek
 from entropy_kernels import device, reference
 from entropy_kernels._triton.common import tiles
 from entropy_kernels._triton.common.tiles import Tile
@@ -56,7 +57,7 @@ def check(h, w, y, *, bias=None, temperature=None, softcap=None, ignore=-100, **
     def expected(dtype):
         b = None if bias is None else bias.to(dtype)
         return reference.linear_logprob_entropy(
-            h.to(dtype), w.to(dtype), y, b, temperature, softcap, ignore
+            ek.Head(h.to(dtype), w.to(dtype), y, b, temperature, softcap, ignore)
         )
 
     truth = expected(torch.float64)

@@ -8,7 +8,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmarks.gpu.ours import selected_by
-from entropy_kernels import _gpu, _radix, device, entropy_threshold, reference, top_entropy_mask
+from entropy_kernels import (
+    _radix,
+    backends,
+    device,
+    entropy_threshold,
+    ops,
+    reference,
+    top_entropy_mask,
+)
+from entropy_kernels._torch import selection
 from entropy_kernels._triton.common import partition
 from entropy_kernels._triton.selection import launch
 from tests import token_kernel_cases as cases
@@ -59,13 +68,13 @@ def test_blocks_as_shipped():
 def test_counts_are_those_of_the_torch_path(kind, shift, bits, prefix_bits):
     """With the prefix of most values and of few: a block is counted at once, or value by value."""
     values = values_of(kind, 300)
-    keys = (_radix.sort_keys(values) ^ _radix.SIGN).to(torch.int64) & 0xFFFFFFFF
+    keys = (selection.sort_keys(values) ^ selection.SIGN).to(torch.int64) & 0xFFFFFFFF
     heads = torch.cat([keys.mode().values[None], keys[:1], keys.max()[None] + 1])
     for prefix in heads >> (32 - prefix_bits):
         for mask in masks_of(300)[:2]:
             arguments = (values, mask, prefix, shift, bits, prefix_bits)
-            got = _radix.radix_histogram(*arguments, "triton")
-            assert_same_bits(got, _radix.radix_histogram(*arguments, "torch"))
+            got = ops.radix_histogram(*arguments, "triton")
+            assert_same_bits(got, ops.radix_histogram(*arguments, "torch"))
 
 
 @pytest.mark.parametrize("bits", [10, 11])
@@ -81,8 +90,8 @@ def test_picks_are_those_of_the_torch_path(bits):
         for remaining in (None, n, n // 2, (n > 0).long()):
             for fraction in (0.2, 0.55, 1.0, 1e-9) if remaining is None else (0.2,):
                 arguments = (counts, local, prefix, remaining, fraction, 32 - 4 - bits)
-                got = _radix.radix_pick(*arguments, "triton")
-                for x, y in zip(got, _radix.radix_pick(*arguments, "torch"), strict=True):
+                got = ops.radix_pick(*arguments, "triton")
+                for x, y in zip(got, ops.radix_pick(*arguments, "torch"), strict=True):
                     assert_same_bits(x, y)
 
 
@@ -104,8 +113,8 @@ def test_any_threshold_and_quota(kind, threshold):
     for quota in (-5, 0, 1, 70, 10**10):
         for mask in masks_of(400)[:2]:
             arguments = (values, mask, threshold, torch.tensor(quota, device=DEVICE))
-            got = _radix.keep_largest(*arguments, "triton")
-            assert torch.equal(got, _radix.keep_largest(*arguments, "torch"))
+            got = ops.select_largest(*arguments, "triton")
+            assert torch.equal(got, ops.select_largest(*arguments, "torch"))
 
 
 @pytest.mark.usefixtures("small_blocks")
@@ -120,18 +129,18 @@ def test_ranks_select_together(kind, shares):
     for shift, bits in _radix.PASSES:
         digit = (shift, bits, prefix_bits, "triton")
         local = [
-            _radix.radix_histogram(*rank, state[0], *digit)
+            ops.radix_histogram(*rank, state[0], *digit)
             for rank, state in zip(ranks, found, strict=True)
         ]
         total = torch.stack(local).sum(0)
         found = [
-            _radix.radix_pick(total, counts, state[0], state[1], 0.2, shift, "triton")
+            ops.radix_pick(total, counts, state[0], state[1], 0.2, shift, "triton")
             for counts, state in zip(local, found, strict=True)
         ]
         prefix_bits += bits
     keep, before = [], 0
     for rank, (_, quota, equal, threshold) in zip(ranks, found, strict=True):
-        keep.append(_radix.keep_largest(*rank, threshold, quota - before, "triton"))
+        keep.append(ops.select_largest(*rank, threshold, quota - before, "triton"))
         before = before + equal
     want = reference.top_entropy_mask(values.cpu(), mask.cpu(), 0.2)
     assert torch.equal(torch.cat(keep).cpu(), want)
@@ -153,10 +162,10 @@ def test_opcheck(mask):
     counts = torch.randint(0, 9, (2048,), device=DEVICE)
     threshold, quota = torch.tensor(0.5, device=DEVICE), torch.tensor(3, device=DEVICE)
     check = torch.library.opcheck
-    check(_radix.radix_histogram, (values, mask, prefix, 10, 11, 11, "triton"))
-    check(_radix.radix_pick, (counts, counts, torch.zeros_like(prefix), None, 0.2, 21, "triton"))
-    check(_radix.radix_pick, (counts, counts, prefix, quota, 0.2, 10, "triton"))
-    check(_radix.keep_largest, (values, mask, threshold, quota, "triton"))
+    check(ops.radix_histogram, (values, mask, prefix, 10, 11, 11, "triton"))
+    check(ops.radix_pick, (counts, counts, torch.zeros_like(prefix), None, 0.2, 21, "triton"))
+    check(ops.radix_pick, (counts, counts, prefix, quota, 0.2, 10, "triton"))
+    check(ops.select_largest, (values, mask, threshold, quota, "triton"))
 
 
 @pytest.mark.usefixtures("unchecked_shapes")
@@ -173,21 +182,21 @@ def test_auto_takes_a_kernel_only_where_it_was_found_right(monkeypatch):
     monkeypatch.setattr(device, "architecture", lambda device: "sm_90")
     for architectures, name in ((frozenset(), "torch"), (frozenset({"sm_90"}), "triton")):
         monkeypatch.setattr(device, "VERIFIED", architectures)
-        assert _radix._implementation("auto", gpu) == name
-        assert _radix._implementation("auto", cpu) in ("torch", "cpu")
-    assert _radix._implementation("triton", cpu) == "triton"
+        assert backends.resolve("selection", "auto", gpu) == name
+        assert backends.resolve("selection", "auto", cpu) in ("torch", "cpu")
+    assert backends.resolve("selection", "triton", cpu) == "triton"
 
 
 def test_without_triton_the_torch_path_is_taken(monkeypatch):
-    monkeypatch.setattr(_gpu, "_load", lambda name: (None, "Triton does not load: gone"))
-    assert _radix._implementation("auto", torch.device("cuda", 0)) == "torch"
-    assert _gpu.why_not(torch.device("cuda", 0)) == "Triton does not load: gone"
+    monkeypatch.setattr(backends, "_why_no_triton", lambda: "Triton does not load: gone")
+    assert backends.resolve("selection", "auto", torch.device("cuda", 0)) == "torch"
+    assert backends.why_not("triton", torch.device("cuda", 0)) == "Triton does not load: gone"
 
 
 @needs_gpu
 def test_in_a_cuda_graph(monkeypatch):
     """Captured once, it selects of whatever values lie there at a replay; nothing waits."""
-    monkeypatch.setattr(_gpu, "verified", lambda device: True)
+    monkeypatch.setattr(backends, "verified", lambda device: True)
     n = 300_007
     entropy, mask = values_of("distinct", n), masks_of(n)[1]
     top_entropy_mask(entropy, mask)

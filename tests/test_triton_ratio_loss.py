@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import entropy_kernels as ek
-from entropy_kernels import _gpu, _ratio_kernel, losses, ops
+from entropy_kernels import backends, losses, ops
 from entropy_kernels._triton.common import partition
 from entropy_kernels._triton.ratio_loss import launch
 from tests.token_kernel_cases import loss_and_gradient, ratio_batch
@@ -143,9 +143,9 @@ def test_compiles_into_one_graph():
 
 def test_auto_takes_the_kernel_only_where_it_was_found_right(monkeypatch):
     cpu, gpu = torch.device("cpu"), torch.device("cuda", 0)
-    resolve = _ratio_kernel.resolve
+    resolve = functools.partial(backends.resolve, "ratio_loss")
     for found, name in ((False, "torch"), (True, "triton")):
-        monkeypatch.setattr(_gpu, "verified", lambda device, f=found: f and device == gpu)
+        monkeypatch.setattr(backends, "verified", lambda device, f=found: f and device == gpu)
         assert resolve("auto", gpu, torch.float32) == name
         assert resolve("auto", gpu, torch.float64) == "torch"
         assert resolve("auto", cpu, torch.float32) != "triton"
@@ -158,6 +158,6 @@ def test_what_the_kernel_cannot_do_is_refused(monkeypatch):
         ratio_loss(*(x.double() for x in values), mask)
     with pytest.raises(ValueError, match=r'impl="triton" cannot run: .* got meta'):
         ratio_loss(*(x.to("meta") for x in (*values, mask)))
-    monkeypatch.setattr(_gpu, "_load", lambda name: (None, "Triton does not load: gone"))
+    monkeypatch.setattr(backends, "_why_no_triton", lambda: "Triton does not load: gone")
     with pytest.raises(ValueError, match=r'impl="triton" cannot run: Triton does not load: gone'):
         ratio_loss(*values, mask)

@@ -10,7 +10,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import entropy_kernels as ek
-from entropy_kernels import _gpu, device, functional
+from entropy_kernels import backends, device
 from entropy_kernels._triton.head_backward import launch, launch_rows
 from entropy_kernels._triton.head_backward.launch import backward
 from entropy_kernels._triton.head_forward import launch_store, launch_variants
@@ -310,7 +310,7 @@ def test_a_known_threshold_costs_two_products_of_the_rows_above_it(room, monkeyp
     threshold, kept = metrics["entropy/threshold"], int(metrics["tokens/selected"])
     fitting = int(room * kept)
     bytes_of = dict.fromkeys(("cpu", "cuda"), 4 * V * fitting)
-    monkeypatch.setattr(functional, "KEPT_LOGITS_BYTES", bytes_of)
+    monkeypatch.setattr(backends, "STORED_LOGITS_BYTES", bytes_of)
     with Watch() as watch:
         got, found = policy_loss(*inputs, threshold=threshold)
     assert found["tokens/selected"] == kept == found["head/active_rows"]
@@ -325,7 +325,7 @@ def test_a_known_threshold_costs_two_products_of_the_rows_above_it(room, monkeyp
 def test_without_a_backward_nothing_is_stored(monkeypatch):
     h, w, y = make(SHAPE)
     asked = []
-    monkeypatch.setattr(_gpu, "keeps_rows", lambda *shape: asked.append(shape) or False)
+    monkeypatch.setattr(backends, "stores_rows", lambda *shape: asked.append(shape) or False)
     options = {"keep_logits_above": 0.1, "impl": "triton"}
     with torch.no_grad():
         ek.linear_logprob_entropy(h, w, y, **options)

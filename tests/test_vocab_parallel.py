@@ -68,7 +68,7 @@ def test_shards_find_what_one_rank_finds(ranks, impl, name):
         operands = dtype if rounds else torch.float32
         assert_within_two_bounds(got, *wanted, operands=operands)
     h, w, y, bias = inputs
-    check_statistics(found[0]["moments"], h, w, y, bias=bias, **options)
+    check_statistics(found[0]["statistics"], h, w, y, bias=bias, **options)
 
 
 @pytest.mark.parametrize("best", BEST, ids=["one rank", "two ranks"])

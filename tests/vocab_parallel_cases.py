@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 import entropy_kernels as ek
-from entropy_kernels import _gpu, _native, ops, testing
+from entropy_kernels import _native, backends, ops, testing
 from entropy_kernels.testing import Watch, peaked_head
 from tests.head_cases import make, run
 
@@ -25,7 +25,7 @@ SHARES = {
 MISSING = {
     "cpu": _native.why_missing("cpu"),
     # Elsewhere than on a GPU only its interpreter computes.
-    "triton": _gpu.why_not(torch.device("cpu")),
+    "triton": backends.why_not("triton", torch.device("cpu")),
 }
 ALL = ("bias", "temperature", "softcap", "ignore_index")
 # Rows, dtype, options and shares.
@@ -111,7 +111,7 @@ def values(name, impl, group):
     outputs, gradients = run(head, inputs, grads, **options)
     found = head(*inputs[:3], bias=inputs[3], statistics=ops.STATISTICS, **options)
     same = all(map(torch.equal, outputs, found[:3]))
-    return {"outputs": outputs, "gradients": gradients, "moments": found[3:], "same bits": same}
+    return {"outputs": outputs, "gradients": gradients, "statistics": found[3:], "same bits": same}
 
 
 def extremes(group):

@@ -15,7 +15,7 @@ from torch import Tensor
 import entropy_kernels as ek
 from benchmarks.gpu.contestant import Contestant, Results, step
 from benchmarks.gpu.problem import FRACTION, Problem
-from entropy_kernels import _gpu, _radix, functional, ops
+from entropy_kernels import _radix, backends, ops
 from entropy_kernels._rows import ForwardRows
 
 TRITON = "entropy_kernels._triton"
@@ -57,20 +57,20 @@ def contestants(
 
 def _kept(device: torch.device, tokens: int, vocabulary: int) -> float:
     """The share of all tokens whose logits fit, of those trained on."""
-    room = functional.KEPT_LOGITS_BYTES[device.type] // (4 * vocabulary)
+    room = backends.STORED_LOGITS_BYTES[device.type] // (4 * vocabulary)
     return min(FRACTION, room / tokens)
 
 
 def implementations(device: torch.device) -> list[str]:
     """Of the public functions, on this device."""
-    here = [x for x in ops.implementations() if x != "cpu" or device.type == "cpu"]
+    here = [x for x in backends.available() if x != "cpu" or device.type == "cpu"]
     # In the interpreter too, where the package does not count it.
     return list(dict.fromkeys([*here, *elementwise_implementations(device)]))
 
 
 def elementwise_implementations(device: torch.device) -> list[str]:
     """Of the selection and the ratio loss; "auto" takes Triton on recorded architectures only."""
-    return ["torch", *(["triton"] if _gpu.why_not(device) is None else [])]
+    return ["torch", *(["triton"] if backends.why_not("triton", device) is None else [])]
 
 
 def top_entropy_mask(entropy_N: Tensor, mask_N: Tensor | None, impl: str) -> Tensor:
@@ -83,7 +83,7 @@ def selected_by(
 ) -> tuple[Tensor, Tensor]:
     """The threshold and the mask of exactly k tokens, by one implementation."""
     found = _radix.kth_largest([(entropy_N, mask_N)], fraction, None, impl)
-    return found.value, _radix.keep_largest(entropy_N, mask_N, found.value, found.quota, impl)
+    return found.value, ops.select_largest(entropy_N, mask_N, found.value, found.quota, impl)
 
 
 def entropy_threshold(entropy_N: Tensor, mask_N: Tensor | None, impl: str) -> Tensor:
@@ -98,7 +98,7 @@ def _loss(problem: Problem, *, impl: str, way: str) -> Results:
         "recomputed": {"threshold": problem.threshold},
         "known": {"selected": problem.selected},
     }
-    with mock.patch.object(_gpu, "keeps_rows", return_value=way == "threshold"):
+    with mock.patch.object(backends, "stores_rows", return_value=way == "threshold"):
         loss, _ = ek.high_entropy_policy_loss(
             problem.hidden,
             problem.weight,

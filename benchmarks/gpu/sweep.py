@@ -16,7 +16,7 @@ from benchmarks.gpu.contestant import FP32, ROUNDED_ONCE, WrongResultError, rela
 from benchmarks.gpu.problem import Problem, make_problem
 from benchmarks.gpu.rows import Row, reason
 from benchmarks.gpu.setting import Setting
-from entropy_kernels import functional
+from entropy_kernels import backends
 from entropy_kernels._triton.common.tiles import Tile
 
 STAGE = "sweep"
@@ -77,7 +77,7 @@ def _call(op: str, tile: Tile, problem: Problem) -> Callable[[], Any]:
         found = ours.launch_forward(inputs, None, {})
         return lambda: ours.launch_backward(gradients, inputs, found, tile, options)
     if tile.variant == "cublas":
-        most = functional.KEPT_LOGITS_BYTES[problem.hidden.device.type]
+        most = backends.STORED_LOGITS_BYTES[problem.hidden.device.type]
         rows = min(options["max_active_rows"], most // (4 * problem.weight.shape[0]))
         options |= {"keep_above": problem.threshold, "keep_rows": rows}
 

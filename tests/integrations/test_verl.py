@@ -11,6 +11,7 @@ from types import ModuleType
 import pytest
 import torch
 
+import entropy_kernels as ek
 from entropy_kernels import reference
 from entropy_kernels.integrations import verl as adapter
 from entropy_kernels.integrations.verl import patch_verl
@@ -70,9 +71,8 @@ def truth_of(h, w, y, *rest, temperature=TEMPERATURE, dtype=torch.float64):
     def forward(h, w, y, temperature):
         if isinstance(temperature, torch.Tensor):
             temperature = temperature.reshape(-1).to(dtype)
-        found = reference.linear_logprob_entropy(
-            h.reshape(-1, h.shape[-1]), w, y.reshape(-1), temperature=temperature
-        )
+        head = ek.Head(h.reshape(-1, h.shape[-1]), w, y.reshape(-1), temperature=temperature)
+        found = reference.linear_logprob_entropy(head)
         return tuple(x.reshape(y.shape) for x in found[:2])
 
     return run(forward, h.to(dtype), w.to(dtype), y, *rest, temperature=temperature)
