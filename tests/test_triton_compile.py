@@ -4,6 +4,7 @@ engines and the shared memory are used as meant.
 The interpreter shows values; this shows resources. Failures name case, kernel, target and figure.
 """
 
+import ast
 import json
 import os
 import subprocess
@@ -21,6 +22,7 @@ from tests.ahead_of_time import TARGETS, Launch
 
 ROOT = Path(__file__).parents[1]
 RECORDS = ROOT / "benchmarks" / "results" / "gpu"
+TRITON = ROOT / "entropy_kernels" / "_triton"
 # Together they take about two minutes on two cores the first time; the first test waits for them.
 WORKERS = 2
 pytestmark = pytest.mark.timeout(1800)
@@ -143,3 +145,21 @@ def test_every_verified_architecture_has_its_record():
             assert record["architecture"] == architecture
             assert record["passed"]
             assert record["failed"] == []
+
+
+@pytest.mark.parametrize(
+    "path", sorted(TRITON.rglob("*.py")), ids=lambda path: str(path.relative_to(TRITON))
+)
+def test_names_tell_launchers_kernels_and_device_functions_apart(path: Path):
+    functions = [x for x in ast.parse(path.read_text()).body if isinstance(x, ast.FunctionDef)]
+    jitted = [x.name for x in functions if "triton.jit" in map(ast.unparse, x.decorator_list)]
+    kernels = {name for name in jitted if name.endswith("_kernel")}
+    private = {name for name in jitted if name.startswith("_")}
+    if path.stem.endswith(("kernel", "kernels")):
+        assert kernels
+        assert set(jitted) == {x.name for x in functions} == kernels | private
+    elif path.stem.endswith("_functions"):
+        assert set(jitted) == {x.name for x in functions}
+        assert not kernels
+    else:
+        assert not jitted

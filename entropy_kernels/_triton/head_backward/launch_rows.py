@@ -16,11 +16,10 @@ from ..._rows import ForwardRows
 from ...head import Head
 from .row_kernels import (
     FIELDS,
-    count_active_kernel,
+    active_rows_kernel,
     find_front_kernel,
     gather_kernel,
     scatter_kernel,
-    write_active_kernel,
 )
 
 BLOCK = 1024
@@ -113,37 +112,28 @@ def active_rows(
     inputs, there = _inputs(gradients)
     target_T = target_T.contiguous()
     counts = torch.empty(programs, **int32)
-    count_active_kernel[(programs,)](
-        *inputs,
-        target_T,
-        counts,
-        count,
-        blocks_per_program,
-        ignore_index,
-        **there,
-        BLOCK=BLOCK,
-        num_warps=4,
-    )
     exact = max_active_rows is None
     limit = count if max_active_rows is None else min(max_active_rows, count)
     capacity = max(1, limit)
     index_C = torch.zeros(capacity, **int32)
-    write_active_kernel[(programs,)](
-        *inputs,
-        target_T,
-        counts,
-        index_C,
-        slot_T,
-        number,
-        count,
-        blocks_per_program,
-        ignore_index,
-        capacity,
-        **there,
-        BLOCK=BLOCK,
-        MAX_PROGRAMS=MAX_PROGRAMS,
-        num_warps=4,
-    )
+    for counted in (False, True):
+        active_rows_kernel[(programs,)](
+            *inputs,
+            target_T,
+            counts,
+            index_C,
+            slot_T,
+            number,
+            count,
+            blocks_per_program,
+            ignore_index,
+            capacity,
+            **there,
+            COUNTED=counted,
+            BLOCK=BLOCK,
+            MAX_PROGRAMS=MAX_PROGRAMS,
+            num_warps=4,
+        )
     stored = None if places_T is None else stored_rows(index_C, number, places_T)
     if exact:
         limit, *known = torch.cat([number] if stored is None else [number, stored.number]).tolist()

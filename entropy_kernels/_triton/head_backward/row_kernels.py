@@ -13,72 +13,12 @@ FIELDS = 6
 
 
 @triton.jit
-def _active(
-    logprob_ptr,
+def active_rows_kernel(
+    logprob_ptr,  # [T], as the two others: gradients
     entropy_ptr,
     logsumexp_ptr,
-    target_ptr,
-    offs,
-    n,
-    ignore_index,
-    HAS_LOGPROB: tl.constexpr,
-    HAS_ENTROPY: tl.constexpr,
-    HAS_LOGSUMEXP: tl.constexpr,
-):
-    """1 where any gradient is not exactly 0, which a NaN is not, and the target not ignored."""
-    inside = offs < n
-    any_grad = offs < 0
-    if HAS_LOGPROB:
-        any_grad |= tl.load(logprob_ptr + offs, mask=inside, other=0.0) != 0.0
-    if HAS_ENTROPY:
-        any_grad |= tl.load(entropy_ptr + offs, mask=inside, other=0.0) != 0.0
-    if HAS_LOGSUMEXP:
-        any_grad |= tl.load(logsumexp_ptr + offs, mask=inside, other=0.0) != 0.0
-    valid = tl.load(target_ptr + offs, mask=inside, other=0) != ignore_index
-    return (inside & any_grad & valid).to(tl.int32)
-
-
-@triton.jit
-def count_active_kernel(
-    logprob_ptr,
-    entropy_ptr,
-    logsumexp_ptr,
-    target_ptr,
-    counts_ptr,  # int32, one a program
-    n,
-    blocks_per_program,
-    ignore_index,
-    HAS_LOGPROB: tl.constexpr,
-    HAS_ENTROPY: tl.constexpr,
-    HAS_LOGSUMEXP: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    program = tl.program_id(0).to(tl.int64)
-    count = tl.zeros((BLOCK,), tl.int32)
-    for i in range(blocks_per_program):
-        offs = (program * blocks_per_program + i) * BLOCK + tl.arange(0, BLOCK)
-        count += _active(
-            logprob_ptr,
-            entropy_ptr,
-            logsumexp_ptr,
-            target_ptr,
-            offs,
-            n,
-            ignore_index,
-            HAS_LOGPROB,
-            HAS_ENTROPY,
-            HAS_LOGSUMEXP,
-        )
-    tl.store(counts_ptr + program, tl.sum(count))
-
-
-@triton.jit
-def write_active_kernel(
-    logprob_ptr,
-    entropy_ptr,
-    logsumexp_ptr,
-    target_ptr,
-    counts_ptr,
+    target_ptr,  # [T]
+    counts_ptr,  # int32, one per program
     index_ptr,  # int32 [C], zeros
     slot_ptr,  # int32 [T]
     number_ptr,
@@ -89,32 +29,39 @@ def write_active_kernel(
     HAS_LOGPROB: tl.constexpr,
     HAS_ENTROPY: tl.constexpr,
     HAS_LOGSUMEXP: tl.constexpr,
+    COUNTED: tl.constexpr,
     BLOCK: tl.constexpr,
     MAX_PROGRAMS: tl.constexpr,
 ):
+    """Counts the active rows of each program; numbers them where all are COUNTED.
+
+    Active is a valid row where any gradient is not exactly 0, as a NaN is not.
+    """
     program = tl.program_id(0).to(tl.int64)
     others = tl.arange(0, MAX_PROGRAMS)
-    used = tl.sum(tl.load(counts_ptr + others, mask=others < program, other=0))
+    before = (others < program) & COUNTED
+    used = tl.sum(tl.load(counts_ptr + others, mask=before, other=0))
     for i in range(blocks_per_program):
         offs = (program * blocks_per_program + i) * BLOCK + tl.arange(0, BLOCK)
-        active = _active(
-            logprob_ptr,
-            entropy_ptr,
-            logsumexp_ptr,
-            target_ptr,
-            offs,
-            n,
-            ignore_index,
-            HAS_LOGPROB,
-            HAS_ENTROPY,
-            HAS_LOGSUMEXP,
-        )
-        slot = used + tl.cumsum(active, 0) - 1
-        placed = (active != 0) & (slot < capacity)
-        tl.store(index_ptr + slot, offs.to(tl.int32), mask=placed)
-        tl.store(slot_ptr + offs, tl.where(placed, slot, -1), mask=offs < n)
+        inside = offs < n
+        any_grad = offs < 0
+        if HAS_LOGPROB:
+            any_grad |= tl.load(logprob_ptr + offs, mask=inside, other=0.0) != 0.0
+        if HAS_ENTROPY:
+            any_grad |= tl.load(entropy_ptr + offs, mask=inside, other=0.0) != 0.0
+        if HAS_LOGSUMEXP:
+            any_grad |= tl.load(logsumexp_ptr + offs, mask=inside, other=0.0) != 0.0
+        valid = tl.load(target_ptr + offs, mask=inside, other=0) != ignore_index
+        active = (inside & any_grad & valid).to(tl.int32)
+        if COUNTED:
+            slot = used + tl.cumsum(active, 0) - 1
+            placed = (active != 0) & (slot < capacity)
+            tl.store(index_ptr + slot, offs.to(tl.int32), mask=placed)
+            tl.store(slot_ptr + offs, tl.where(placed, slot, -1), mask=inside)
         used += tl.sum(active)
-    if program == tl.num_programs(0) - 1:
+    if not COUNTED:
+        tl.store(counts_ptr + program, used)
+    elif program == tl.num_programs(0) - 1:
         tl.store(number_ptr, used)
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from ... import device
 from ..common import partition
 from .key_functions import DENSE_BITS
-from .largest_kernels import count_ties_kernel, write_largest_kernel
+from .largest_kernel import largest_kernel
 from .radix_kernels import histogram_kernel, pick_kernel
 
 HISTOGRAM_BLOCK = 2048
@@ -99,31 +99,21 @@ def select_largest(values: Tensor, mask: Tensor | None, threshold: Tensor, quota
     valid = None if mask is None else mask.view(torch.uint8)
     threshold = threshold.view(torch.int32)
     with device.on(values.device):
-        count_ties_kernel[(programs,)](
-            bits,
-            valid,
-            threshold,
-            counts,
-            values.numel(),
-            HAS_MASK=mask is not None,
-            BLOCKS=blocks,
-            BLOCK=LARGEST_BLOCK,
-            num_warps=4,
-            enable_fp_fusion=True,
-        )
-        write_largest_kernel[(programs,)](
-            bits,
-            valid,
-            threshold,
-            quota,
-            counts,
-            selected.view(torch.uint8),
-            values.numel(),
-            HAS_MASK=mask is not None,
-            BLOCKS=blocks,
-            BLOCK=LARGEST_BLOCK,
-            MAX_PROGRAMS=partition.MAX_PROGRAMS,
-            num_warps=4,
-            enable_fp_fusion=True,
-        )
+        for counted in (False, True):
+            largest_kernel[(programs,)](
+                bits,
+                valid,
+                threshold,
+                quota,
+                counts,
+                selected.view(torch.uint8),
+                values.numel(),
+                HAS_MASK=mask is not None,
+                COUNTED=counted,
+                BLOCKS=blocks,
+                BLOCK=LARGEST_BLOCK,
+                MAX_PROGRAMS=partition.MAX_PROGRAMS,
+                num_warps=4,
+                enable_fp_fusion=True,
+            )
     return selected
