@@ -1,13 +1,13 @@
 #include "radix_histogram.h"
 
 #include <algorithm>
-#include <cstring>
 #include <vector>
 
 #ifdef _OPENMP
 #include <omp.h>
 #endif
 
+#include "bits.h"
 #include "target_clones.h"
 
 namespace entropy_kernels {
@@ -30,8 +30,7 @@ inline std::int64_t copy_stride(int bits) {
 }
 
 inline std::uint32_t ordered_key(float value) {
-  std::uint32_t u;
-  std::memcpy(&u, &value, sizeof u);
+  const auto u = bits_as<std::uint32_t>(value);
   const std::uint32_t sign = static_cast<std::uint32_t>(static_cast<std::int32_t>(u) >> 31);
   std::uint32_t key = u ^ (sign | 0x80000000u);
   // In integers, since value + 0.0f would depend on whether denormals are flushed.

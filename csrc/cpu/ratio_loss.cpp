@@ -1,10 +1,10 @@
 #include "ratio_loss.h"
 
 #include <algorithm>
-#include <cstring>
 #include <limits>
 #include <vector>
 
+#include "bits.h"
 #include "target_clones.h"
 
 namespace entropy_kernels {
@@ -49,11 +49,7 @@ inline Exp exponential(float x) {
   p = p * r + 1.66666672e-1f;
   p = p * r + 0.5f;
   p = p * r * r;
-  std::uint32_t bits;
-  std::memcpy(&bits, &shifted, sizeof bits);
-  bits = (bits + 127u) << 23;
-  float power;
-  std::memcpy(&power, &bits, sizeof power);
+  const float power = bits_as<float>((bits_as<std::uint32_t>(shifted) + 127u) << 23);
   const float far = power * (r + p) + (power - 1.0f) - x;
   return {power * (1.0f + (r + p)), n == 0.0f ? p : far};
 }
@@ -61,11 +57,7 @@ inline Exp exponential(float x) {
 // x if all bits of `mask` are set, 0 if none is. The compiler makes no vectors of a choice by
 // bytes.
 inline float masked(float x, std::uint32_t mask) {
-  std::uint32_t bits;
-  std::memcpy(&bits, &x, sizeof bits);
-  bits &= mask;
-  std::memcpy(&x, &bits, sizeof x);
-  return x;
+  return bits_as<float>(bits_as<std::uint32_t>(x) & mask);
 }
 
 // Computes tokens [begin, begin + n) without a branch. A NaN reaches the loss and the gradient.

@@ -26,11 +26,7 @@ static void read_row(const void* base, std::int64_t offset, std::int64_t dim, Dt
   } else if (dtype == Dtype::f16) {
     widen_f16(row, dim, out);
   } else {
-    for (std::int64_t i = 0; i < dim; ++i) {
-      std::uint16_t bits;
-      std::memcpy(&bits, row + 2 * i, 2);
-      out[i] = from_bf16(bits);
-    }
+    for (std::int64_t i = 0; i < dim; ++i) out[i] = from_bf16(read_as<std::uint16_t>(row + 2 * i));
   }
 }
 

@@ -5,6 +5,7 @@
 // Template arguments number the registers.
 #pragma once
 
+#include "bits.h"
 #include "isa.h"
 
 #ifdef __x86_64__
@@ -157,11 +158,9 @@ class TileModel {
 
   static void unpack(const unsigned char* pairs, int count, float* even, float* odd) {
     for (int n = 0; n < count; ++n) {
-      std::uint32_t pair;
-      std::memcpy(&pair, pairs + 4 * n, 4);
-      const std::uint32_t low = pair << 16, high = pair & 0xffff0000u;
-      std::memcpy(even + n, &low, 4);
-      std::memcpy(odd + n, &high, 4);
+      const auto pair = read_as<std::uint32_t>(pairs + 4 * n);
+      even[n] = bits_as<float>(pair << 16);
+      odd[n] = bits_as<float>(pair & 0xffff0000u);
     }
   }
 };

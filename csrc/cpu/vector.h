@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <cstring>
 
+#include "bits.h"
 #include "isa.h"
 
 #if defined(__AVX512F__) || defined(__F16C__)
@@ -20,11 +21,7 @@ typedef std::int32_t IntVec __attribute__((vector_size(EK_LANES * 4)));
 typedef std::uint32_t UnitVec __attribute__((vector_size(EK_LANES * 4)));
 typedef std::uint16_t HalfVec __attribute__((vector_size(EK_LANES * 2)));
 
-static inline Vec load(const float* p) {
-  Vec v;
-  std::memcpy(&v, p, sizeof v);
-  return v;
-}
+static inline Vec load(const float* p) { return read_as<Vec>(p); }
 
 static inline void store(float* p, Vec v) { std::memcpy(p, &v, sizeof v); }
 
@@ -47,12 +44,7 @@ static inline Vec scale_by_power(Vec x, Vec n) {
   return (Vec)_mm512_scalef_ps((__m512)x, (__m512)n);
 #else
   const Vec shifted = n + splat(12582912.0f + 127.0f);  // its low bits are n + 127
-  IntVec bits;
-  std::memcpy(&bits, &shifted, sizeof bits);
-  bits <<= 23;
-  Vec power;
-  std::memcpy(&power, &bits, sizeof power);
-  return x * power;
+  return x * bits_as<Vec>(bits_as<IntVec>(shifted) << 23);
 #endif
 }
 
@@ -80,68 +72,40 @@ static inline Vec exp_nonpositive(Vec x) {
   return scale_by_power(p, n);
 }
 
-static inline float from_bf16(std::uint16_t x) {
-  const std::uint32_t bits = std::uint32_t{x} << 16;
-  float f;
-  std::memcpy(&f, &bits, 4);
-  return f;
-}
+static inline float from_bf16(std::uint16_t x) { return bits_as<float>(std::uint32_t{x} << 16); }
 
 // Rounds to nearest even; a NaN stays one.
 static inline std::uint16_t to_bf16(float f) {
-  std::uint32_t bits;
-  std::memcpy(&bits, &f, 4);
+  const auto bits = bits_as<std::uint32_t>(f);
   if ((bits & 0x7fffffffu) > 0x7f800000u) return std::uint16_t((bits >> 16) | 0x40);
   return std::uint16_t((bits + 0x7fffu + ((bits >> 16) & 1)) >> 16);
 }
 
 #ifdef __ARM_FP16_FORMAT_IEEE
-static inline float from_f16(std::uint16_t x) {
-  __fp16 half;
-  std::memcpy(&half, &x, 2);
-  return half;
-}
+static inline float from_f16(std::uint16_t x) { return bits_as<__fp16>(x); }
 
 // Rounds to nearest even; a NaN stays one.
-static inline std::uint16_t to_f16(float f) {
-  const __fp16 half = f;
-  std::uint16_t bits;
-  std::memcpy(&bits, &half, 2);
-  return bits;
-}
+static inline std::uint16_t to_f16(float f) { return bits_as<std::uint16_t>(__fp16(f)); }
 #else
 static inline float from_f16(std::uint16_t x) {
   const std::uint32_t sign = std::uint32_t(x & 0x8000) << 16;
-  std::uint32_t bits = std::uint32_t(x & 0x7fff) << 13;
-  float f;
-  if ((x & 0x7c00) == 0x7c00) {  // inf, NaN
-    bits |= 0x7f800000u;
-    std::memcpy(&f, &bits, 4);
-  } else {  // 2^112 is the difference of the exponents' biases; this holds for subnormals too
-    std::memcpy(&f, &bits, 4);
-    f *= 5.192296858534828e33f;
-  }
-  std::uint32_t out;
-  std::memcpy(&out, &f, 4);
-  out |= sign;
-  std::memcpy(&f, &out, 4);
-  return f;
+  const std::uint32_t bits = std::uint32_t(x & 0x7fff) << 13;
+  if ((x & 0x7c00) == 0x7c00) return bits_as<float>(sign | bits | 0x7f800000u);  // inf, NaN
+  // 2^112 is the difference of the exponents' biases; this holds for subnormals too
+  const float magnitude = bits_as<float>(bits) * 5.192296858534828e33f;
+  return bits_as<float>(sign | bits_as<std::uint32_t>(magnitude));
 }
 
 // Rounds to nearest even, subnormals included; overflow is inf.
 static inline std::uint16_t to_f16(float f) {
-  std::uint32_t bits;
-  std::memcpy(&bits, &f, 4);
+  auto bits = bits_as<std::uint32_t>(f);
   const std::uint16_t sign = std::uint16_t((bits >> 16) & 0x8000);
   bits &= 0x7fffffffu;
   if (bits > 0x7f800000u) return std::uint16_t(sign | 0x7e00);
   if (bits >= 0x47800000u) return std::uint16_t(sign | 0x7c00);
   if (bits < 0x38800000u) {  // below 2^-14, adding 0.5 rounds at 2^-24
-    float magnitude, half = 0.5f;
-    std::memcpy(&magnitude, &bits, 4);
-    magnitude += half;
-    std::memcpy(&bits, &magnitude, 4);
-    return std::uint16_t(sign | (bits - 0x3f000000u));
+    const float magnitude = bits_as<float>(bits) + 0.5f;
+    return std::uint16_t(sign | (bits_as<std::uint32_t>(magnitude) - 0x3f000000u));
   }
   bits += 0xc8000000u + 0xfffu + ((bits >> 13) & 1);
   return std::uint16_t(sign | (bits >> 13));
@@ -153,8 +117,7 @@ static inline void widen_f16(const char* from, std::int64_t count, float* to) {
   std::int64_t i = 0;
 #if defined(__AVX512F__) || defined(__F16C__)
   for (; i + kLanes <= count; i += kLanes) {
-    HalfVec half;
-    std::memcpy(&half, from + 2 * i, sizeof half);
+    const auto half = read_as<HalfVec>(from + 2 * i);
 #ifdef __AVX512F__
     store(to + i, (Vec)_mm512_cvtph_ps((__m256i)half));
 #else
@@ -162,22 +125,14 @@ static inline void widen_f16(const char* from, std::int64_t count, float* to) {
 #endif
   }
 #endif
-  for (; i < count; ++i) {
-    std::uint16_t bits;
-    std::memcpy(&bits, from + 2 * i, 2);
-    to[i] = from_f16(bits);
-  }
+  for (; i < count; ++i) to[i] = from_f16(read_as<std::uint16_t>(from + 2 * i));
 }
 
 #ifdef EK_BF16
 // Pairs of bf16 that are neighbours along k, a pair per lane, the first in the low half.
 typedef UnitVec Pairs;
 
-static inline Pairs load_pairs(const std::uint32_t* p) {
-  Pairs v;
-  std::memcpy(&v, p, sizeof v);
-  return v;
-}
+static inline Pairs load_pairs(const std::uint32_t* p) { return read_as<Pairs>(p); }
 
 #ifdef __AVX512BF16__
 typedef Pairs OnePair;

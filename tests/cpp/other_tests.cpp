@@ -1,7 +1,7 @@
 #include <algorithm>
-#include <cstring>
 #include <limits>
 
+#include "bits.h"
 #include "problem.h"
 #include "radix_histogram.h"
 #include "ratio_loss.h"
@@ -9,18 +9,10 @@
 
 namespace {
 
-float of_bits(std::uint32_t bits) {
-  float x;
-  std::memcpy(&x, &bits, 4);
-  return x;
-}
-
 // A key that orders like the numbers: -0 equals +0, and a NaN is the largest.
 std::uint32_t key_of(float x) {
   if (x != x) return 0xffffffffu;
-  std::uint32_t bits;
-  if (x == 0) x = 0;
-  std::memcpy(&bits, &x, 4);
+  const auto bits = bits_as<std::uint32_t>(x == 0 ? 0.0f : x);
   return bits >> 31 != 0 ? ~bits : bits | 0x80000000u;
 }
 
@@ -99,9 +91,9 @@ void test_radix_histogram(Report& report) {
   Random random;
   std::vector<float> values = {0.0f, -0.0f, 1e-45f, -1e-45f, 1, -1, 3.4e38f, -3.4e38f};
   for (const std::uint32_t bits : {0x7f800000u, 0xff800000u, 0x7fc00000u, 0xffc00000u, 0x7f800001u})
-    values.push_back(of_bits(bits));
+    values.push_back(bits_as<float>(bits));
   std::vector<std::uint8_t> mask;
-  while (values.size() < 200003) values.push_back(of_bits(random.engine()));
+  while (values.size() < 200003) values.push_back(bits_as<float>(std::uint32_t(random.engine())));
   for (std::size_t i = 0; i < values.size(); ++i) mask.push_back(random.uniform() < 0.6);
   const entropy_kernels::RadixDigit digits[] = {{0, 0, 21, 11},
                                                 {key_of(1) >> 21, 11, 10, 11},

@@ -3,6 +3,8 @@
 #include <cmath>
 #include <cstring>
 
+#include "bits.h"
+
 namespace {
 
 bool never() { return false; }
@@ -16,11 +18,8 @@ double nearest(double x, int bits, double smallest) {
 }
 
 std::uint16_t encode(float x, Dtype dtype) {
-  if (dtype == Dtype::bf16) {
-    std::uint32_t bits;
-    std::memcpy(&bits, &x, 4);
-    return std::uint16_t(bits >> 16);  // nothing is lost of a value of the dtype; a NaN is quiet
-  }
+  // Values of the dtype lose nothing, and NaNs are quiet.
+  if (dtype == Dtype::bf16) return std::uint16_t(bits_as<std::uint32_t>(x) >> 16);
   const std::uint16_t sign = std::signbit(x) ? 0x8000 : 0;
   if (x != x) return 0x7e00;
   if (std::isinf(x)) return std::uint16_t(sign | 0x7c00);
@@ -31,12 +30,7 @@ std::uint16_t encode(float x, Dtype dtype) {
 }
 
 float decode(std::uint16_t bits, Dtype dtype) {
-  if (dtype == Dtype::bf16) {
-    const std::uint32_t wide = std::uint32_t{bits} << 16;
-    float x;
-    std::memcpy(&x, &wide, 4);
-    return x;
-  }
+  if (dtype == Dtype::bf16) return bits_as<float>(std::uint32_t{bits} << 16);
   const int exponent = (bits >> 10) & 31, part = bits & 1023;
   double x = exponent == 0 ? std::ldexp(part, -24) : std::ldexp(1024 + part, exponent - 25);
   if (exponent == 31) x = part != 0 ? NAN : INFINITY;
