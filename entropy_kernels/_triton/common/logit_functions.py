@@ -1,4 +1,4 @@
-"""What forward and backward kernels share: products of tiles, and their epilogue to logits.
+"""Device functions of the head's kernels: products of tiles, and their way to logits.
 
 T tokens, D hidden, V vocabulary.
 """
@@ -8,16 +8,16 @@ import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
-# Below any logit, and finite: differences of it are finite too, in log2 units as well.
+# Below any logit, yet finite: its differences are finite too, also in units of log2.
 LOWEST = tl.constexpr(-1e30)
-# exp2 of less is subnormal: nothing to a sum that holds a 1. At least this, exponent times exp2
-# of it is finite, whatever the logit.
+# exp2 of less is subnormal, and nothing to a sum that holds a 1. With exponents clamped to this,
+# exponent times exp2 is finite, whatever the logit.
 LOWEST_EXPONENT = tl.constexpr(-125.0)
 
 
 @triton.jit
 def dot(a, b, acc, UPCAST: tl.constexpr):
-    """acc + a @ b in fp32, without TF32. The interpreter multiplies only what is upcast."""
+    """acc + a @ b in fp32, without TF32. The interpreter needs operands upcast to fp32."""
     if UPCAST:
         a = a.to(tl.float32)
         b = b.to(tl.float32)
@@ -26,7 +26,7 @@ def dot(a, b, acc, UPCAST: tl.constexpr):
 
 @triton.jit
 def tanh(x):
-    """tanh to 2e-7 of its value: near 0 an odd polynomial, for 1 - exp(-2x) would cancel there."""
+    """tanh to 2e-7 of its value. Near 0, where 1 - exp(-2x) would cancel, an odd polynomial."""
     y = tl.abs(x)
     e = tl.exp2(y * (-2.0 * LOG2E))
     far = (1.0 - e) / (1.0 + e)
@@ -41,9 +41,9 @@ def tanh(x):
 
 @triton.jit
 def log1p(x):
-    """log(1 + x) for x >= 0, without the loss of digits near 0."""
+    """log(1 + x) for x >= 0, with all digits near 0."""
     y = 1.0 + x
-    # y - 1 is exact; the ratio repairs what rounding took from y.
+    # y - 1 is exact. The ratio repairs what rounding took from y.
     ratio = tl.where(y == 1.0, 1.0, x / tl.where(y == 1.0, 1.0, y - 1.0))
     return tl.where(y == 1.0, x, tl.log(y) * ratio)
 
@@ -68,7 +68,7 @@ def cap(z, softcap, HAS_SOFTCAP: tl.constexpr):
 def inverse_temperature(
     temperature_ptr, stride_temperature, offs_t, mask_t, HAS_TEMPERATURE: tl.constexpr
 ):
-    """1 / temperature of each row, fp32; the stride is 0 where all rows share one."""
+    """1 / temperature of each row, fp32. The stride is 0 where all rows share one temperature."""
     if HAS_TEMPERATURE:
         offs = offs_t.to(tl.int64) * stride_temperature
         inverse = 1.0 / tl.load(temperature_ptr + offs, mask=mask_t, other=1.0)
@@ -79,7 +79,7 @@ def inverse_temperature(
 
 @triton.jit
 def order(unit, n_blocks, n_split, GROUP_T: tl.constexpr):
-    """(row block, split) of a unit of work: GROUP_T row blocks share the columns of a split."""
+    """(row block, split) of a unit of work. GROUP_T row blocks share the columns of a split."""
     per_group = GROUP_T * n_split
     first = unit // per_group * GROUP_T
     size = min(n_blocks - first, GROUP_T)

@@ -1,10 +1,8 @@
-"""Matrix products: those of the kernels counted, and those of backward by torch.
+"""Matrix products by torch, and a count of the products in the kernels.
 
-They accumulate in fp32 whatever the inputs.
-
-Only mm and bmm with `out_dtype`: addmm takes an fp32 addend of 16-bit products from torch 2.12 on.
-The user's settings of TF32 hold for fp32 inputs. A CPU, where the kernels are interpreted, has no
-fp32 products of 16-bit matrices: it upcasts them.
+Products accumulate in fp32 whatever the inputs. The user's settings of TF32 hold for fp32 inputs.
+Only mm and bmm are used: addmm takes an fp32 addend of 16-bit products from torch 2.12 on. A CPU,
+where kernels are interpreted, has no fp32 products of 16-bit matrices: these are upcast there.
 """
 
 import torch
@@ -14,18 +12,18 @@ _counted = 0
 
 
 def count(more: int) -> None:
-    """Adds the multiplications of a kernel's products, which torch does not see."""
+    """Adds multiplications in a kernel's products, which torch does not see."""
     global _counted
     _counted += more
 
 
 def counted() -> int:
-    """Multiplications in the kernels' products since they were loaded: half their flops."""
+    """Multiplications in the kernels' products since this file was loaded: half their flops."""
     return _counted
 
 
 def mm(left: Tensor, right: Tensor, out: Tensor) -> None:
-    """out = left @ right, rounded once to the dtype of `out`: fp32, or that of the inputs."""
+    """out = left @ right, rounded once to the dtype of `out`: fp32 or the inputs'."""
     if left.device.type == "cpu" and left.dtype != torch.float32:
         out.copy_(torch.mm(left.float(), right.float()))
     elif out.dtype == left.dtype:
@@ -35,7 +33,7 @@ def mm(left: Tensor, right: Tensor, out: Tensor) -> None:
 
 
 def bmm(left: Tensor, right: Tensor, out: Tensor) -> None:
-    """The same of every pair of a batch, into fp32."""
+    """out = left @ right for every pair of a batch, in fp32."""
     if left.dtype == torch.float32:
         torch.bmm(left, right, out=out)
     elif left.device.type == "cpu":

@@ -1,10 +1,10 @@
 """Tiles of the kernels, by op, architecture, dtype and shape: a literal table, no autotuning.
 
-TILES is rewritten by benchmarks/gpu/tune.py, which records in `source` the GPU and the date of
-the measurement. "predicted" marks what was chosen without a GPU: ahead-of-time compilation shows
-no spills, and the cost model prefers it.
+benchmarks/gpu/tune.py rewrites TILES and records the GPU and the date of the measurement in
+`source`. "predicted" marks tiles that were chosen without a GPU: ahead-of-time compilation shows
+no spills, and the cost model prefers them.
 
-T tokens (or R active rows), D hidden, V vocabulary.
+T tokens or active rows, D hidden, V vocabulary.
 """
 
 import itertools
@@ -20,15 +20,15 @@ from ... import device
 class Tile(NamedTuple):
     """How one kernel is launched.
 
-    variant: which kernel. "pointer"; "tma", persistent with tensor descriptors; "tma_split", the
-        same with one program a vocabulary split; "tma_ws", persistent and warp-specialised; and
-        of "forward" "cublas", chunks of torch.mm with fp32 output. It alone has whole rows of
-        logits at hand.
+    variant: which kernel runs. "pointer" reads plain pointers. "tma" is persistent and reads tensor
+        descriptors; "tma_split" does so with one program per vocabulary split, "tma_ws" with
+        specialised warps. "cublas", in "forward" alone, reads chunks of torch.mm in fp32, so that
+        it has whole rows of logits at hand.
     block_t, block_v, block_d: rows, vocabulary and depth of one step.
-    group_t: blocks of rows that take the same columns before the next columns come, so that all
-        of them read a block of the weight from L2.
-    split_v: columns whose statistics one program merges before it writes them, at most.
-    source: the GPU and the date of the measurement that chose it.
+    group_t: blocks of rows that take the same columns before the next columns come. All of them
+        then read a block of the weight from L2.
+    split_v: columns whose sums one program merges before it writes them, at most.
+    source: the GPU and the date of the measurement that chose the tile.
     """
 
     variant: str
@@ -52,12 +52,12 @@ class Tile(NamedTuple):
 
 
 class Key(NamedTuple):
-    """hidden and tokens are the largest that the tile is meant for.
+    """What a tile is for; hidden and tokens are the largest sizes.
 
-    Ops are "forward" and "dlogits"; "forward_statistics", which sums more a row; "forward_store",
-    which could keep the logits of rows above a threshold, and does where "cublas" comes first; and
-    any with "_softcap" behind, where a tanh an element needs registers of its own. Without such a
-    row, that of the plainer op holds.
+    op: "forward" or "dlogits". "forward_statistics" sums more per row. "forward_store" stores the
+        logits of rows above a threshold where "cublas" comes first. Each may end in "_softcap":
+        a tanh per element needs registers of its own. Without an entry of its own, an op takes
+        that of the plainer one.
     """
 
     op: str
@@ -70,9 +70,9 @@ class Key(NamedTuple):
 ANY = 1 << 62
 TMA = ("tma", "tma_split", "tma_ws")
 
-# Of each key the tiles in order of preference: the first one that can run is taken. In fp32 that is
-# not "cublas": backward recomputes logits in the pointer kernel's order of summation, and of a row
-# that is nearly certain their difference from forward's has few digits.
+# The tiles of each key in order of preference: the first one that can run is taken. In fp32
+# "cublas" does not come first: backward recomputes logits in the pointer kernel's order of
+# summation. In a row that is nearly certain, their difference from forward's has few digits.
 TILES: dict[Key, tuple[Tile, ...]] = {
     Key("forward", "sm_80", "bfloat16", ANY, ANY): (
         Tile("pointer", 128, 128, 64, 8, 3),
@@ -207,7 +207,7 @@ TILES: dict[Key, tuple[Tile, ...]] = {
     ),
 }
 
-# Architectures without rows of their own, and whose they take.
+# Architectures without tiles of their own, and those whose tiles they take.
 _LIKE = {
     "sm_87": "sm_80",
     "sm_89": "sm_86",
@@ -218,7 +218,7 @@ _LIKE = {
 
 
 def variants(arch: str, *matrices: Tensor) -> set[str]:
-    """The variants that can run on these matrices: descriptors want rows of aligned, dense 16 B."""
+    """The variants that can run on these matrices. Descriptors need dense rows of aligned 16 B."""
     names = {"pointer", "cublas"}
     if device.has_tma(arch) and all(map(_fits_descriptor, matrices)):
         names |= {"tma", "tma_split"}
@@ -236,9 +236,9 @@ def _fits_descriptor(matrix: Tensor) -> bool:
 def lookup(
     op: str, arch: str, dtype: torch.dtype, hidden: int, tokens: int, variants: Collection[str]
 ) -> Tile:
-    """The preferred tile of `variants`, of the smallest shape in the table that holds this one.
+    """The preferred tile among `variants`, by the smallest shape in the table that holds this one.
 
-    op may end in "_statistics", "_softcap" or both. fp16 takes the rows of bf16. An unknown
+    op may end in "_statistics", "_softcap" or both. fp16 takes the tiles of bf16. An unknown
     architecture takes tiles that fit everywhere.
     """
     name = "float32" if dtype == torch.float32 else "bfloat16"

@@ -1,7 +1,7 @@
 """From a tile of logits to a tile of dz, the gradient with respect to the logits h W^T + b.
 
-In fp32, rounded once to the dtype of the inputs. The gradient of the bias is summed before that
-rounding, in fp32, by blocks of rows.
+dz is computed in fp32 and rounded once to the dtype of the inputs. The gradient of the bias is
+summed before that rounding, in fp32, by blocks of rows.
 
 C compact rows, V vocabulary.
 """
@@ -11,7 +11,7 @@ import triton.language as tl
 
 from ..common.logit_functions import LOG2E, tanh
 
-# Of log p: exp of less is 0, and it times 0 is 0, whatever the logit.
+# The least log p: exp of less is 0, and a finite log p times 0 is 0, whatever the logit.
 LEAST_LOGPROB = tl.constexpr(-1e4)
 
 
@@ -37,7 +37,7 @@ def _slope(x):
 
 @triton.jit
 def _logprob(z, peak, inverse, log_sum):
-    """log p of capped logits. A NaN stays one: neither clamp lets go of it."""
+    """log p of capped logits. A NaN passes both clamps."""
     logp = (z - peak) * inverse - log_sum
     return tl.where(logp > 0.0, 0.0, tl.where(logp < LEAST_LOGPROB, LEAST_LOGPROB, logp))
 
@@ -57,12 +57,12 @@ def target_gradient(
     HAS_BIAS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
 ):
-    """Each row's target, and dz there if the tile has it: with rest = g_logsumexp - g_entropy H
+    """Each row's target, and dz there if the tile has it. With rest = g_logsumexp - g_entropy H,
 
         dz = p (rest - g_entropy log p) - g_logprob expm1(log p)
 
-    which keeps its digits when p is near 1. The target's logit is the tile's: forward's maximum
-    came from the same sum, and only then is their difference exact.
+    which has all its digits when p is near 1. The target's logit is taken from the tile: only then
+    is its difference from forward's maximum, which came from the same sum, exact.
     """
     mask_c = offs_c < n_rows
     target = tl.load(target_ptr + offs_c, mask=mask_c, other=-1)
@@ -107,7 +107,7 @@ def store_gradient(
     HAS_ENTROPY: tl.constexpr,
     NEEDS_BIAS: tl.constexpr,
 ):
-    """Turns logits into dz = p (rest - g_logprob - g_entropy log p), but for the target's."""
+    """Stores dz = p (rest - g_logprob - g_entropy log p), and dz_target at each row's target."""
     mask_c = offs_c < n_rows
     mask_v = offs_v < stop
     fields_ptr += offs_c

@@ -1,7 +1,7 @@
 """Kernels of dz, the gradient with respect to the logits h W^T + b, one tile at a time.
 
-Logits are recomputed with fp32 accumulators, or read where forward has stored them. Kernels that
-recompute can leave the first rows to the one that reads: HAS_FIRST.
+Logits are recomputed with fp32 accumulators, or read where forward has stored them. With HAS_FIRST
+the kernels that recompute leave the first rows to the kernel that reads.
 
 C compact rows, D hidden, V vocabulary.
 """
@@ -55,7 +55,7 @@ def dlogits_pointer_kernel(
     offs_c = block * BLOCK_C + tl.arange(0, BLOCK_C)
     offs_v = start + block_v * BLOCK_V + tl.arange(0, BLOCK_V)
     offs_d = tl.arange(0, BLOCK_D)
-    # Past the end the last row and column repeat: loads need no mask, and none of it is stored.
+    # Rows and columns past the end repeat the last one, so that loads need no mask. None is stored.
     rows = tl.minimum(offs_c, capacity - 1).to(tl.int64)
     columns = tl.minimum(offs_v, stop - 1).to(tl.int64)
     a_ptrs = hidden_ptr + rows[:, None] * D + offs_d[None, :]
@@ -145,8 +145,7 @@ def dlogits_tma_kernel(
 ):
     """Each program takes every num_programs-th tile of the rows that are there.
 
-    The epilogue goes over a quarter of the columns at a time: of all it would need too many
-    registers.
+    The epilogue takes a quarter of the columns at a time: all at once need too many registers.
     """
     n_rows = tl.minimum(tl.load(number_ptr), capacity)
     blocks_c = tl.cdiv(n_rows, BLOCK_C)

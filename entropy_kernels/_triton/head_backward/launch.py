@@ -1,6 +1,6 @@
-"""Gradients of linear_logprob_entropy, from the rows whose incoming gradient is not zero.
+"""Gradients of the head, from the rows whose incoming gradient is not zero.
 
-Those rows are brought together; then, a chunk of the vocabulary at a time, a kernel writes dz
+Those rows are brought together. Then, for each chunk of the vocabulary, a kernel writes dz
 (dlogits_functions.py has the formula). From it torch's products give the weight's rows of that
 chunk, each written once, and a term of the hidden states' gradient, summed in fp32. Nothing is
 atomic: a call gives the same bits every time.
@@ -31,14 +31,14 @@ from .launch_rows import (
     spread,
 )
 
-# Columns of a chunk; halved, but not below the least, until dz fits its bytes.
+# Columns of a chunk. They are halved, but not below the least, until dz fits its bytes.
 CHUNK_V = 16384
 LEAST_CHUNK_V = 1024
 DZ_BYTES = 1 << 28
-# Tile of cuBLAS, for which a product of fewer tiles than processors is split along its depth.
+# Tile of cuBLAS: a product of fewer tiles than processors is split along its depth.
 PRODUCT_TILE = (128, 256)
 MAX_SPLITS = 8
-# fp32 rows of the weight's gradient on their way into a given buffer.
+# fp32 rows of the weight's gradient on their way into main_grad.
 STAGING_BYTES = 1 << 26
 
 
@@ -64,26 +64,26 @@ def backward(
 ) -> Gradients:
     """Gradients of hidden states, weight and bias; None for what `needs` does not ask for.
 
-    max_active_rows: a bound of the number of rows with a gradient, C. Then the host waits for
-        nothing, and a CUDA graph can hold the call; more active rows make every gradient NaN.
-        None: the host reads their number, one synchronisation, and C is exact.
-    main_grad: [V, D] of any dtype, to which the weight's gradient is added in fp32, rounded once;
+    main_grad: [V, D] of any dtype. The weight's gradient is added to it in fp32 and rounded once;
         None is returned for it.
-    reduce_hidden: is given the hidden states' gradient of the active rows, fp32 [C, D], to be
-        changed in place before it is rounded: what ranks that hold other rows of the weight add.
+    reduce_hidden: changes the hidden states' gradient of the active rows, fp32 [C, D], in place
+        before it is rounded. It adds the gradients of ranks that hold other rows of the weight.
+    max_active_rows: C, a bound of the number of rows with a gradient. With it the host waits for
+        nothing, and a CUDA graph can hold the call. More active rows make every gradient NaN.
+        Without it the host reads their number, one synchronisation, and C is exact.
     tile: overrules the table, for tests and tuning.
 
     Where `rows` has the logits of all rows, nothing is recomputed. Where it has those of some, the
     active rows are recomputed from the first that is not among them. dz is rounded to the dtype of
     the inputs, as eager's is: fp16 wants a scaled loss here too. Products accumulate in fp32.
 
-    Beyond its results a call allocates at most, with E bytes an element of the inputs,
+    Beyond its results a call allocates at most, with E bytes per element of the inputs,
 
         C D (E + 4)       the active rows of the hidden states, and their gradient in fp32
         + N C E           dz; N = CHUNK_V, halved until this is <= DZ_BYTES or N = LEAST_CHUNK_V
         + C D 4           a term of that gradient, where a second chunk follows
-        + S C D 4         the splits of a term, where fewer tiles than processors: <= 17 MB on 132
-        + 36 C + 12 T     their numbers, and those of the rows
+        + S C D 4         the splits of a term, if tiles are fewer than processors: <= 17 MB on 132
+        + 36 C + 12 T     the numbers of the rows, and numbers per active row
         + N C / 3         the bias's gradient, where needed
         + STAGING_BYTES   where there is a `main_grad`
 
@@ -166,7 +166,7 @@ def _gradients(dlogits: Dlogits, needs: _Needs, main_grad: Tensor | None) -> Gra
     rows, weight_VD = dlogits.rows, dlogits.weight_VD
     count, vocabulary = rows.hidden.shape[0], weight_VD.shape[0]
     chunk_v = _chunk_columns(count, vocabulary, rows.hidden.element_size())
-    # Places beyond the last active row are never written, nor the partials of blocks without one.
+    # Nothing writes places beyond the last active row, or partials of blocks without one.
     buffer = rows.hidden.new_empty if rows.active.exact else rows.hidden.new_zeros
     dz_CN = buffer(count, chunk_v)
     partials = rows.fields.new_zeros(dlogits.n_partials, chunk_v) if needs.bias else None
@@ -201,7 +201,7 @@ def _chunk_columns(count: int, vocabulary: int, element_size: int) -> int:
 
 
 def _add_weight_gradient(dz_CN: Tensor, hidden_CD: Tensor, out_ND: Tensor) -> None:
-    """out += dz^T hidden, by way of a buffer of bounded size."""
+    """out += dz^T hidden, through a buffer of bounded size."""
     columns, hidden = out_ND.shape
     step = min(columns, max(1, STAGING_BYTES // (4 * hidden)))
     staging = torch.empty(step, hidden, dtype=torch.float32, device=out_ND.device)
@@ -215,8 +215,8 @@ def _add_weight_gradient(dz_CN: Tensor, hidden_CD: Tensor, out_ND: Tensor) -> No
 class _HiddenGradient:
     """The sum over chunks of dz W, fp32 [C, D].
 
-    Of few rows and columns a product has too few tiles for all processors; its depth is split
-    then, and the terms are added in their order.
+    A product of few rows and columns has too few tiles for all processors. Its depth is then split,
+    and the terms are added in their order.
     """
 
     def __init__(self, rows: CompactRows) -> None:

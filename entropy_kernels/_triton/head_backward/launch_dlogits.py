@@ -1,4 +1,4 @@
-"""dz of compact rows and a chunk of columns: which kernel computes it, and its launch.
+"""The launches that write dz for compact rows and a chunk of columns.
 
 C compact rows, D hidden, V vocabulary, N columns of a chunk.
 """
@@ -22,10 +22,10 @@ BLOCK_READ = (16, 256)
 class Chunk(NamedTuple):
     """Columns [start, stop) of the vocabulary, and where their gradient goes.
 
-    dz: [C, at least N], rows of dense columns. Rows beyond the number of active ones keep what
-        they hold: zeros.
-    bias_partials: fp32 [n_partials, the same columns], zeros at first, or None where the bias needs
-        none.
+    dz: [C, at least N], rows of dense columns. Rows beyond the active ones hold zeros and are not
+        written.
+    bias_partials: fp32 [n_partials, the same columns], zeros at first; None where the bias needs no
+        gradient.
     """
 
     start: int
@@ -52,7 +52,7 @@ class Dlogits(NamedTuple):
 
     @property
     def n_partials(self) -> int:
-        """Blocks of rows, each of which sums the gradient of the bias: first of those read."""
+        """Blocks of rows that each sum the bias's gradient, first the blocks that are read."""
         blocks = self._blocks_read
         if self.tile is not None:
             blocks += triton.cdiv(self.rows.hidden.shape[0], self.tile.block_t)

@@ -1,9 +1,9 @@
 """The rows at which a gradient arrives: numbered on the GPU, brought together, brought back.
 
-Programs have consecutive blocks of rows: one launch counts the active rows of each, a second gives
-each the numbers that the programs before it leave. Integers only: the same every time.
+Each program has consecutive blocks of rows. One launch counts the active rows of each program, a
+second numbers them from where the programs before it end. Integers give the same every time.
 
-T tokens, C capacity: room for that many active rows, D hidden.
+T tokens, C room for active rows, D hidden.
 """
 
 from typing import Any, NamedTuple
@@ -24,8 +24,7 @@ from .row_kernels import (
 
 BLOCK = 1024
 MAX_PROGRAMS = 1024
-# Recomputed rows begin at a multiple of this: their tiles, of as many rows or a part of it, are
-# then not also read.
+# Recomputed rows begin at a multiple of this, as do their tiles: no tile is read and recomputed.
 STEP = 256
 # Rows that a program copies, and columns of them at once.
 COPY_ROWS = 4
@@ -37,9 +36,9 @@ Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 class StoredRows(NamedTuple):
     """The compact rows whose logits are read: those at the front.
 
-    place: int32 [C], where the logits of each are; beyond the front anything.
-    number: int32 [1], how many they are, on the device.
-    known: how many of them the host knows of: all, where it has waited for their number.
+    place: int32 [C], the row of logits of each; undefined beyond the front.
+    number: int32 [1], how many they are.
+    known: how many of them the host knows of: all, if it has waited for their number.
     """
 
     place: Tensor
@@ -51,11 +50,11 @@ class ActiveRows(NamedTuple):
     """Where the active rows are; `number` is on their device, the host knows only the bounds.
 
     rows: int32 [C], their row numbers, ascending; 0 beyond `number`.
-    slot: int32 [T], where in `rows` each row is; -1 for rows that are not.
+    slot: int32 [T], the place of each row in `rows`; -1 for rows without one.
     number: int32 [1], how many are active. Where it exceeds `limit`, `rows` has the first of them.
-    limit: what the caller allowed, at most T; C = max(1, limit) then. Or the number itself, = C.
-    exact: whether `limit` is the number, so that no place in `rows` is left over.
-    stored: those whose logits forward has stored, where it has stored some rows'.
+    limit: what the caller allowed, at most T, with C = max(1, limit); or the number itself, C.
+    exact: whether `limit` is the number itself, so that no place in `rows` is left over.
+    stored: those whose logits are read, if forward has stored the logits of some rows.
     """
 
     rows: Tensor
@@ -67,13 +66,13 @@ class ActiveRows(NamedTuple):
 
 
 class CompactRows(NamedTuple):
-    """What backward needs of the active rows, without gaps; the rest of C holds zeros.
+    """What backward needs of the active rows, without gaps; places left over hold zeros.
 
     hidden: [C, D], contiguous.
     fields: fp32 [FIELDS, C]: the maximum, 1 / temperature and log sum of forward; the gradients
         of logprob and entropy, and rest = g_logsumexp - g_entropy H, all over the temperature.
     target: int64 [C]; -1 beyond the active rows.
-    active: the rows' numbers.
+    active: where these rows come from.
     """
 
     hidden: Tensor
@@ -98,8 +97,8 @@ def active_rows(
 ) -> ActiveRows:
     """The valid rows at which any gradient (logprob, entropy, logsumexp), fp32 [T], is not 0.
 
-    With `max_active_rows` the host waits for nothing. Without, it reads their number: one
-    synchronisation, and nothing is left over. `places_T`: where forward has stored their logits.
+    With `max_active_rows` the host waits for nothing. Without it, it reads their number: one
+    synchronisation, and no place is left over. `places_T`: where forward has stored their logits.
     """
     count = target_T.numel()
     blocks_per_program = triton.cdiv(count, BLOCK * MAX_PROGRAMS)
@@ -160,7 +159,7 @@ def stored_rows(index_C: Tensor, number: Tensor, places_T: Tensor) -> StoredRows
 
 
 def compact(active: ActiveRows, gradients: Gradients, head: Head, rows: ForwardRows) -> CompactRows:
-    """The active rows of everything. 4 C (FIELDS + 2) bytes and a copy of their hidden states."""
+    """The active rows of all inputs: 4 C (FIELDS + 2) bytes and a copy of their hidden states."""
     capacity, hidden = active.rows.numel(), head.hidden.shape[1]
     temperature_T = head.temperature_T
     inputs, there = _inputs(gradients)

@@ -76,7 +76,7 @@ def find_front_kernel(
     STEP: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Of the active rows each one's place, and how many are before the first without one."""
+    """The place of each active row, and how many come before the first without one."""
     n = tl.minimum(tl.load(number_ptr), capacity)
     front = n
     for start in tl.range(0, n, BLOCK):
@@ -118,7 +118,7 @@ def gather_kernel(
     BLOCK_C: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Copies rows of hidden states, and reduces all else to a few numbers a row.
+    """Copies rows of hidden states, and reduces all else to FIELDS numbers per row.
 
     More rows than `limit` make every gradient NaN.
     """
@@ -174,7 +174,7 @@ def scatter_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Each row of T from its place in C; zeros for rows without one, NaN if C had not room."""
+    """Each row of T from its place in C; zeros for rows without one, NaN if C had no room."""
     offs_t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     slot = tl.load(slot_ptr + offs_t, mask=offs_t < T, other=-1).to(tl.int64)
     start = tl.where(tl.load(number_ptr) > limit, float("nan"), 0.0)

@@ -1,6 +1,6 @@
-"""Statistics of the rows of logits that a matrix product left in a workspace.
+"""Partial sums of rows of logits that a matrix product left in a workspace.
 
-T tokens of the workspace, V vocabulary, S vocabulary splits.
+T tokens, V vocabulary, S vocabulary splits.
 """
 
 import triton
@@ -32,7 +32,7 @@ def forward_cublas_kernel(
     BLOCK_V: tl.constexpr,
     TILES: tl.constexpr,
 ):
-    """One program a block of rows and a split of TILES blocks of columns."""
+    """One program per block of rows and split of TILES blocks of columns."""
     block = tl.program_id(0) // n_split
     split = tl.program_id(0) % n_split
     offs_t = first_t + block * BLOCK_T + tl.arange(0, BLOCK_T)

@@ -121,9 +121,9 @@ def _choose(
 
 
 def splits(tile: Tile, count: int, vocabulary: int, processors: int) -> tuple[int, int]:
-    """How many splits, and blocks of columns in each: what keeps all processors busy longest.
+    """How many splits keep all processors busy longest, and blocks of columns in each split.
 
-    Among equally good ones the fewest splits win: they are read again. Specialised warps cannot
+    The least of equally good numbers wins, because splits are read again. Specialised warps cannot
     carry sums from one block of columns to the next.
     """
     blocks_t, blocks_v = triton.cdiv(count, tile.block_t), triton.cdiv(vocabulary, tile.block_v)

@@ -1,10 +1,9 @@
 """The logits of rows of high entropy, copied for backward while forward has them at hand.
 
-A chunk of rows at a time, those whose entropy reaches a threshold get the next places of a buffer,
-in ascending order and until it is full. Backward reads the active rows at the front up to the first
-that has no place, and recomputes the others. So a row without a place, because the buffer was full
-or its entropy too low, costs a product, never its gradient. The counts stay on the device, and are
-the same every time.
+In each chunk of rows, those whose entropy reaches a threshold get the next places of a buffer, in
+ascending order, until it is full. Backward reads active rows up to the first that has no place, and
+recomputes the others. A row without a place costs a product, never its gradient. The counts stay on
+the device, and are the same every time.
 
 T tokens, V vocabulary.
 """
@@ -18,7 +17,7 @@ from torch import Tensor
 from .store_kernels import copy_rows_kernel, place_rows_kernel
 
 BLOCK = 1024
-# Columns that a program copies, and at once.
+# Columns that a program copies, and how many of them at once.
 COPY_V = 16384
 COPY_BLOCK_V = 4096
 
@@ -41,7 +40,7 @@ class LogitStore(NamedTuple):
     def room(
         cls, above: Tensor | None, rows: int, count: int, vocabulary: int
     ) -> "LogitStore | None":
-        """For that many of `count` rows; None without a threshold."""
+        """Room for `rows` of `count` rows; None without a threshold."""
         if above is None:
             return None
         on: dict[str, Any] = {"device": above.device}
@@ -52,7 +51,7 @@ class LogitStore(NamedTuple):
     def take(
         self, logits_TV: Tensor, start: int, entropy_T: Tensor, target_T: Tensor, ignore_index: int
     ) -> None:
-        """From the rows start and on, whose logits are [rows, V]; the others are [T]."""
+        """Stores rows of a chunk, [rows, V], that begins at row `start`; the others are [T]."""
         (count, vocabulary), stop = logits_TV.shape, start + logits_TV.shape[0]
         places = self.places[start:stop]
         place_rows_kernel[(1,)](

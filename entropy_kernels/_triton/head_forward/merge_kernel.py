@@ -35,7 +35,7 @@ def merge_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_S: tl.constexpr,
 ):
-    """Natural units; zeros where the target is ignored, NaN where a row has no answer."""
+    """Results in nats: zeros where the target is ignored, NaN where a row has no answer."""
     offs_t = first_t + tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     mask_t = offs_t < end_t
     temperature = tl.full([BLOCK_T], 1.0, tl.float32)
@@ -74,18 +74,18 @@ def merge_kernel(
         m = top
 
     rest = s + (n - 1.0)
-    # Of a row of -inf throughout, which has no maximum either.
+    # A row of -inf throughout has no maximum, and a negative rest.
     rest = tl.where(rest < 0.0, 0.0, rest)
     log_sum = log1p(rest)
     entropy = log_sum - LN2 * u / (1.0 + rest)
     logprob = (tl.load(target_logit_ptr + offs_t, mask=mask_t, other=0.0) - m) / temperature
-    # The target's logit was summed in another order: it may exceed the maximum by a rounding.
+    # The target's logit was summed in another order, and may exceed the maximum by a rounding.
     logprob = tl.where(logprob > 0.0, 0.0, logprob) - log_sum
     logsumexp = m / temperature + log_sum
 
     target = tl.load(target_ptr + offs_t, mask=mask_t, other=0)
     defined = (m > LOWEST) & (temperature > 0.0) & (target >= 0) & (target < V) & (rest == rest)
-    # 0 for ignored rows, 1 for others, NaN for those without an answer.
+    # NaN for rows without an answer.
     factor = tl.where(defined, 1.0, float("nan"))
     valid = target != ignore_index
     tl.store(logprob_ptr + offs_t, tl.where(valid, logprob * factor, 0.0), mask=mask_t)

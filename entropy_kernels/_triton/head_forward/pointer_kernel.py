@@ -1,4 +1,4 @@
-"""Statistics of the rows of h W^T + b from plain pointers: any strides, any sizes, any GPU.
+"""Partial sums of the rows of h W^T + b, from plain pointers: any strides, any sizes, any GPU.
 
 T tokens, D hidden, V vocabulary, S vocabulary splits.
 """
@@ -42,12 +42,12 @@ def forward_pointer_kernel(
     TILES: tl.constexpr,
     GROUP_T: tl.constexpr,
 ):
-    """One program a block of rows and a split of TILES blocks of columns."""
+    """One program per block of rows and split of TILES blocks of columns."""
     block, split = order(tl.program_id(0), tl.cdiv(T, BLOCK_T), n_split, GROUP_T)
     offs_t = block * BLOCK_T + tl.arange(0, BLOCK_T)
     offs_d = tl.arange(0, BLOCK_D)
-    # Rows and columns past the end repeat the last one: loads need no mask, and nothing of them
-    # is stored or summed.
+    # Rows and columns past the end repeat the last one, so that loads need no mask. They are
+    # neither stored nor summed.
     rows = tl.minimum(offs_t, T - 1).to(tl.int64)
     hidden_ptrs = hidden_ptr + rows[:, None] * stride_ht + offs_d.to(tl.int64)[None, :] * stride_hd
     weight_offs = offs_d.to(tl.int64)[:, None] * stride_wd

@@ -5,12 +5,12 @@ Four numbers per row, relative to the largest logit m so far, in fp32 and units 
     n = how many columns hold m,  s = sum 2^d over the others,  u = sum d 2^d,
     d_j = (z_j - m) log2(e) / temperature
 
-When m grows, all that came before moves by `shift` = d of the old maximum: s <- 2^shift (s + n),
-u <- 2^shift (u + (s + n) shift), n <- 0. The maximum's own 1 never enters s, so the entropy
+When m grows, all sums move by `shift`, which is d of the old maximum: s <- 2^shift (s + n),
+u <- 2^shift (u + (s + n) shift), n <- 0. The maximum's own 1 never enters s. So the entropy
 
     H = log1p(s + n - 1) - ln(2) u / (s + n)
 
-keeps its digits when it is 1e-9: neither term is negative. Statistics, on request, need three more
+has all its digits even at 1e-9: neither term is negative. Statistics, on request, need three more
 numbers (statistics_functions.py).
 
 T tokens, V vocabulary, S vocabulary splits.
@@ -45,13 +45,13 @@ def moved_sums(m, n, s, u, scale, top):
 def sums_of_tile(z, top, scale):
     """(n, s, u) of a tile z [T, V] relative to top [T], at least its maximum.
 
-    Columns to leave out hold LOWEST. A NaN or an infinity makes s NaN: no maximum sees a NaN.
+    Columns that are left out hold LOWEST. A NaN or an infinity makes s NaN: no maximum sees a NaN.
     """
     d = (z - top[:, None]) * scale[:, None]
     e = tl.exp2(d)
     total = tl.sum(e, 1)
     s = tl.sum(tl.where(d == 0.0, 0.0, e), 1)
-    # d of a logit of -inf would make 0 * -inf; e is NaN where d was.
+    # Unclamped, a logit of -inf would give 0 * -inf. e is NaN where d is.
     u = tl.sum(e * tl.maximum(d, LOWEST_EXPONENT), 1)
     return tl.floor(total - s + 0.5), s, u
 

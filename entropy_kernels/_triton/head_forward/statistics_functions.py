@@ -1,11 +1,11 @@
 """Sums behind varentropy, largest probability, and the sums of p^2 and p^2 log p: tile by tile.
 
-Beside n, s and u of row_statistics.py, relative to the same largest logit, in fp32 and units of
-log2,
+Three more numbers per row join n, s and u of row_sum_functions.py, in the same units and relative
+to the same largest logit:
 
     w = sum d^2 2^d,   q = sum 2^(2 d) over all but the maximum's ties,   r = sum d 2^(2 d)
 
-and with Z = s + n, L = log1p(Z - 1), R = Z - 1
+With Z = s + n, L = log1p(Z - 1), R = Z - 1,
 
     varentropy  = ln(2)^2 (w + (w R - u^2)) / Z^2
     max_prob    = 1 / Z
@@ -25,7 +25,7 @@ from ..common.logit_functions import LN2, LOWEST_EXPONENT
 
 @triton.jit
 def moved_statistics(m, n, s, u, w, q, r, scale, top):
-    """(w, q, r) of columns whose maximum was m, relative to top >= m; n, s and u are before."""
+    """(w, q, r) of columns whose maximum was m, relative to top >= m; n, s and u are not moved."""
     distance = (m - top) * scale
     a = tl.exp2(distance)
     shift = tl.maximum(distance, LOWEST_EXPONENT)
@@ -39,7 +39,7 @@ def statistics_of_tile(z, top, scale):
     """(w, q, r) of a tile z [T, V] relative to top [T], at least its maximum."""
     d = (z - top[:, None]) * scale[:, None]
     e = tl.exp2(d)
-    # Its square times d of a logit of -inf would make 0 * -inf.
+    # Unclamped, a logit of -inf would give 0 * -inf.
     near = tl.maximum(d, LOWEST_EXPONENT)
     w = tl.sum(e * (near * near), 1)
     square = tl.where(d == 0.0, 0.0, e * e)
@@ -61,7 +61,7 @@ def store_statistics(partials_ptr, split, n_split, offs_t, end_t, T, w, q, r):
 def finish_statistics(
     statistics_ptr, offs_t, mask_t, T, n, rest, u, w, q, r, log_sum, valid, factor
 ):
-    """Into statistics [4, T], in the order of _rows.STATISTICS; zeros, NaN as `merge` has them."""
+    """Into statistics [4, T], in the order of STATISTICS; zeros and NaN as in `merge_kernel`."""
     most = 1.0 / (1.0 + rest)
     apart = w * rest - u * u
     apart = tl.where(apart < 0.0, 0.0, apart)

@@ -1,4 +1,4 @@
-"""Copies of the logits of rows of high entropy, for backward.
+"""The places of rows of high entropy, and copies of their logits for backward.
 
 V vocabulary.
 """
@@ -19,7 +19,7 @@ def place_rows_kernel(
     ignore_index,
     BLOCK: tl.constexpr,
 ):
-    """One program for all rows of a chunk. A NaN is not above anything."""
+    """One program for all rows of a chunk. A NaN is above no threshold."""
     above = tl.load(above_ptr)
     used = tl.load(used_ptr)
     for start in range(0, n, BLOCK):
@@ -44,7 +44,7 @@ def copy_rows_kernel(
     COLUMNS: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    """One program a row and COLUMNS of it; those of rows without a place end at once."""
+    """One program per row and COLUMNS of it; it ends at once where the row has no place."""
     splits = tl.cdiv(V, COLUMNS)
     row = (tl.program_id(0) // splits).to(tl.int64)
     place = tl.load(places_ptr + row).to(tl.int64)

@@ -1,9 +1,9 @@
-"""The logit of each row's target, to the bit what the tiles of all logits hold.
+"""The logit of each row's target, bit for bit as in the tiles of all logits.
 
-A block of rows is multiplied with the gathered weights of its own targets, in steps of the same
-depth as the tiles', and the diagonal is kept: BLOCK_T / V of the head's product. Inside the tiles
-it would be three more instructions an element; as a plain dot product the sum would have another
-order, and of a target that is the maximum the log-probability all its digits.
+A block of rows is multiplied with the gathered weights of its own targets, in steps of the tiles'
+depth. The diagonal is the result; the cost is BLOCK_T / V of the head's product. Inside the tiles
+it would cost three more instructions per element. A plain dot product would sum in another order:
+where the target is the maximum, its log-probability would lose all digits.
 
 T tokens, D hidden, V vocabulary.
 """
@@ -35,7 +35,7 @@ def target_logit_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Capped, fp32. A target outside the vocabulary, as an ignored one is, takes the nearest."""
+    """Capped, fp32. A target outside the vocabulary, as ignored ones are, takes the nearest."""
     block_t = tl.arange(0, BLOCK_T)
     offs_t = tl.program_id(0) * BLOCK_T + block_t
     offs_d = tl.arange(0, BLOCK_D)

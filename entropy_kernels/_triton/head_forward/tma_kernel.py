@@ -1,4 +1,4 @@
-"""Statistics of the rows of h W^T + b, tiles of both matrices brought by tensor descriptors.
+"""Partial sums of the rows of h W^T + b, from tiles that tensor descriptors bring.
 
 T tokens, D hidden, V vocabulary, S vocabulary splits.
 """
@@ -37,13 +37,13 @@ def forward_tma_kernel(
     FLATTEN: tl.constexpr,
     WARP_SPECIALIZE: tl.constexpr,
 ):
-    """Each program takes every num_programs-th unit: a block of rows, a split of TILES columns.
+    """Each program takes every num_programs-th unit: a block of rows, a split of TILES blocks.
 
-    A unit's statistics are carried from tile to tile and stored after each of them: with a branch
-    that stores only the last, the compiler neither specialises warps nor avoids spills.
+    A unit's sums are carried from tile to tile and stored after each of them. With a branch that
+    stores only the last, the compiler neither specialises warps nor avoids spills.
     """
     if FLATTEN:
-        # Else the loop gets a second body, for sums of no products.
+        # Otherwise the loop gets a second body, for sums of no products.
         tl.assume(D > 0)
     n_blocks = tl.cdiv(T, BLOCK_T)
     n_units = n_blocks * n_split
@@ -87,7 +87,7 @@ def forward_tma_kernel(
             store_sums(partials_ptr, split, n_split, offs_t, T, T, m, n, s, u)
         else:
             # Nothing is carried from tile to tile, as warp specialisation in Triton 3.6 demands:
-            # of a loop that carries something it leaves nothing.
+            # a loop that carries something becomes empty there.
             top = tl.maximum(tl.max(z, 1), LOWEST)
             ties, rest, product = sums_of_tile(z, top, scale)
             store_sums(partials_ptr, split, n_split, offs_t, T, T, top, ties, rest, product)

@@ -63,7 +63,7 @@ def tokens_kernel(
         offs = (program * BLOCKS + i) * BLOCK + tl.arange(0, BLOCK)
         inside = offs < n
         selected = tl.load(selected_ptr + offs, mask=inside, other=0) != 0
-        # Loading only what is selected would load one value at a time.
+        # A masked load of what is selected would load one value at a time.
         logprob = tl.where(selected, tl.load(logprob_ptr + offs, mask=inside, other=0.0), 0.0)
         old_logprob = tl.where(
             selected, tl.load(old_logprob_ptr + offs, mask=inside, other=0.0), 0.0

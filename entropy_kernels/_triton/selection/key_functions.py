@@ -5,7 +5,7 @@ import triton.language as tl
 
 SIGN = tl.constexpr(-(1 << 31))
 INFINITY = tl.constexpr(0x7F800000)  # the bits of +inf; a NaN's are above, but for its sign
-# A histogram of more bins would not fit the registers and the shared memory of a program.
+# A histogram of more bins would not fit a program's registers and shared memory.
 DENSE_BITS = tl.constexpr(11)
 
 
