@@ -1,4 +1,4 @@
-"""What the tests of the compacted backward start from: heads, incoming gradients, and autograd.
+"""Heads, incoming gradients and autograd for the tests of the compacted backward.
 
 T tokens, D hidden, V vocabulary.
 """
@@ -30,7 +30,7 @@ def make(shape=(39, 16, 150), dtype=torch.float32, rows="peaked"):
 
 
 def gradients_of(count: int, keep: float = 0.5):
-    """What arrives at logprob, entropy and logsumexp, each at rows of its own."""
+    """Gradients of logprob, entropy and logsumexp, each at rows of its own."""
     return [(torch.randn(count) * (torch.rand(count) < keep)).to(DEVICE) for _ in range(3)]
 
 

@@ -19,20 +19,19 @@ from entropy_kernels._triton.selection.launch import radix_histogram, radix_pick
 from entropy_kernels.head import Head
 
 T, R, V = 8192, 1639, 151936
-# D changes no kernel while it is a multiple of every block, so these stand for all: each takes
-# another row of the table.
+# D changes no kernel while it is a multiple of every block, so these stand for all. Each takes
+# another entry of the table.
 HIDDEN = (2048, 4096)
 # Options are compiled with the tile that launchers choose for them. Only softcap has tiles of its
-# own, so one case has all of the others and one has all. Left out, for the time it takes, are the
-# other combinations; and matrices whose rows are not dense, which are loaded number by number,
-# whatever the registers.
+# own, so one case has all the other options and one has all. To save time, other combinations are
+# left out. So are matrices whose rows are not dense: they are loaded number by number.
 OPTIONS = (("bias", "temperature"), ("bias", "temperature", "softcap"))
 
 Cases = dict[str, Callable[[], object]]
 
 
 def cases(arch: str) -> Cases:
-    """By name, what to call on an architecture."""
+    """The calls for an architecture, by name."""
     return dict([*_head(arch), *_selection(), *_ratio_loss()])
 
 
@@ -59,7 +58,7 @@ def _head(arch: str) -> Iterator[tuple[str, Callable[[], object]]]:
             for options in OPTIONS:
                 yield f"{op} D={hidden} {'+'.join(options)}", partial(launch, bf16, hidden, options)
         yield f"{op} float16", partial(launch, fp16, HIDDEN[-1], ())
-    # Where no row of the table is for it, it takes a plainer op's.
+    # Without an entry of its own in the table, it takes a plainer op's.
     yield "forward_statistics float32", partial(statistics, torch.float32, HIDDEN[-1], ())
     for options in ((), *OPTIONS):
         yield f"stored rows {'+'.join(options)}", partial(_stored_rows, bf16, HIDDEN[-1], options)
@@ -113,7 +112,7 @@ def _backward(
     rows: ForwardRows | None = None,
 ) -> None:
     rows = rows or ForwardRows(*(_empty(T) for _ in range(5)), _empty(0))
-    # Where options are, entropies are differentiated too; a policy loss needs log-probs alone.
+    # With options, entropies are differentiated too; a policy loss needs log-probs alone.
     gradients = (_empty(T), _empty(T), _empty(T)) if options else (_empty(T), None, None)
     backward(
         gradients,

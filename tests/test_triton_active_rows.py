@@ -23,7 +23,7 @@ SIZES = {
 
 
 def make(count: int, keep: float = 0.3):
-    """Three gradients, one of them without an element of its own, and targets."""
+    """Three gradients, one of them expanded from a scalar, and targets."""
     logprob_T = torch.randn(count) * (torch.rand(count) < keep)
     entropy_T = torch.randn(count) * (torch.rand(count) < keep / 4)
     target_T = torch.randint(50, (count,))

@@ -32,9 +32,9 @@ Compiled = Callable[[str], list[Launch]]
 
 @pytest.fixture(scope="module")
 def compiled(request):
-    """The launches of a target, compiled in a process of its own; all wanted ones start at once.
+    """The launches of a target, compiled in a process of its own; all wanted targets start at once.
 
-    What Triton keeps, by all that a kernel is compiled from, stays for the next run.
+    Triton's cache stays for the next run.
     """
     mine = [item for item in request.session.items if item.path == request.path]
     names = {item.callspec.params.get("target") for item in mine if hasattr(item, "callspec")}
@@ -84,7 +84,7 @@ def test_shared_memory_fits(compiled: Compiled, target: str):
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_addresses_are_known_to_be_aligned(compiled: Compiled, target: str):
-    # Without it loads are 2 or 4 bytes wide.
+    # Without known alignment, loads are 2 or 4 bytes wide.
     _assert_all(target, compiled(target), lambda x: all(x.divisible))
 
 

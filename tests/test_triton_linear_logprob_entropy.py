@@ -1,4 +1,4 @@
-"""The forward kernels of Triton: each variant against fp64, in the interpreter where no GPU is.
+"""The forward kernels of Triton: each variant against fp64; without a GPU in the interpreter.
 
 T tokens, D hidden, V vocabulary.
 """
@@ -27,7 +27,7 @@ SHAPES = {
     "one split and one word": (5, 8, 129),
 }
 
-# NumPy, which computes in the interpreter, warns of what a GPU does silently.
+# NumPy computes in the interpreter, and warns where a GPU is silent.
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered:RuntimeWarning")
 
 
@@ -48,7 +48,7 @@ def forward(
 
 
 def check(h, w, y, *, bias=None, temperature=None, softcap=None, ignore=-100, **chosen):
-    """Both bounds for logprob, entropy and logsumexp; and the parts of the last add up to it."""
+    """Both bounds for logprob, entropy and logsumexp; the parts of logsumexp add up to it."""
     got = forward(
         h, w, y, bias=bias, temperature=temperature, softcap=softcap, ignore=ignore, **chosen
     )
@@ -99,7 +99,7 @@ def test_stored_logits_need_a_variant_that_has_them():
 
 
 def test_ties_of_the_maximum_are_counted_across_tiles_and_splits(variant):
-    """Every logit is 1: log V nats, from V ties in three splits of which each has some."""
+    """Every logit is 1: the entropy is log V nats, from V ties in three splits."""
     T, D, V = SHAPE
     ones = torch.ones(T, D, device=DEVICE)
     w = torch.zeros(V, D, device=DEVICE)

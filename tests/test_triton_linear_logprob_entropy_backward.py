@@ -35,7 +35,7 @@ SHAPES = {
     "one more": (33, 65, 129),
     "several chunks": (67, 24, 201),
 }
-# NumPy, which interprets, warns of what infinities and NaN are there for.
+# NumPy computes in the interpreter, and warns of the infinities and NaN that these tests need.
 infinities = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 interpreted = pytest.mark.skipif(DEVICE != "cpu", reason="counts products as on a CPU")
 
@@ -55,7 +55,7 @@ def run(grads, h, w, y, b=None, temperature=None, softcap=None, keep=False, **kw
 
 
 def check(got, inputs, **options):
-    """Both bounds for every gradient; dz is rounded to 16 bits, as eager's, where inputs are."""
+    """Both bounds for every gradient; 16-bit inputs round dz to 16 bits, as in eager."""
     dtype = inputs[1].dtype
     for result, *others in zip(got, *three_of(*inputs, **options), strict=True):
         assert (result is None) == (others[0] is None)
@@ -88,7 +88,7 @@ def test_an_output_that_is_not_used_has_no_gradient(used):
 @pytest.mark.parametrize("stored", [False, True], ids=["recomputed", "stored"])
 @pytest.mark.parametrize("spare", [0, 1, 40])
 def test_places_left_over_add_nothing(spare, stored):
-    """Not even where row 0, to which they point, or the weight would make them NaN."""
+    """Places left over point to row 0: neither its NaN nor the weight's infinities reach them."""
     grads, h, w, y = gradients_of(39), *make()
     b = torch.zeros(w.shape[0], device=DEVICE)
     b[7:9] = -torch.inf
@@ -124,7 +124,7 @@ def test_more_active_rows_than_the_bound_are_never_silent(bound):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_the_weight_gradient_is_added_to_a_given_buffer(dtype, monkeypatch):
     grads, h, w, y = gradients_of(39), *make(dtype=dtype)
-    # Staged by 50 rows.
+    # In stages of 50 rows.
     monkeypatch.setattr(launch, "STAGING_BYTES", 50 * 4 * w.shape[1])
     before = torch.randn(w.shape, device=DEVICE)
     buffer = before.clone()

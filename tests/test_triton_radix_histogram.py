@@ -38,7 +38,7 @@ DIGITS = [(21, 11, 0), (10, 11, 11), (0, 10, 22), (13, 19, 0)]
 
 @pytest.fixture
 def small_blocks(monkeypatch):
-    """Few values make many blocks and several programs, each with several blocks."""
+    """Few values make several programs with several blocks each."""
     monkeypatch.setattr(launch, "HISTOGRAM_BLOCK", 128)
     monkeypatch.setattr(launch, "LARGEST_BLOCK", 128)
     monkeypatch.setattr(partition, "MAX_PROGRAMS", 2)
@@ -79,7 +79,7 @@ def test_counts_are_those_of_the_torch_path(kind, shift, bits, prefix_bits):
 
 @pytest.mark.parametrize("bits", [10, 11])
 def test_picks_are_those_of_the_torch_path(bits):
-    """Also of counts beyond 32 bits, of one bin, and of none; of any rank from 1 on, and of 0."""
+    """Also for counts beyond 32 bits, one bin and none; for ranks 0, 1 and above."""
     bins = 1 << bits
     many = torch.randint(0, 2**40, (bins,), device=DEVICE)
     sparse = torch.where(torch.arange(bins, device=DEVICE) % 97 == 3, many, 0)
@@ -195,7 +195,7 @@ def test_without_triton_the_torch_path_is_taken(monkeypatch):
 
 @needs_gpu
 def test_in_a_cuda_graph(monkeypatch):
-    """Captured once, it selects of whatever values lie there at a replay; nothing waits."""
+    """A graph captured once selects among the values of each replay; nothing waits."""
     monkeypatch.setattr(backends, "verified", lambda device: True)
     n = 300_007
     entropy, mask = values_of("distinct", n), masks_of(n)[1]

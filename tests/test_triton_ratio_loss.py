@@ -24,7 +24,7 @@ ratio_loss = functools.partial(ek.ratio_loss, impl="triton")
 
 @pytest.fixture
 def small_blocks(monkeypatch):
-    """Few tokens make many blocks and several programs, each with several blocks."""
+    """Few tokens make several programs with several blocks each."""
     monkeypatch.setattr(launch, "BLOCK", 64)
     monkeypatch.setattr(partition, "MAX_PROGRAMS", 4)
 
@@ -79,7 +79,7 @@ def test_what_is_not_selected_may_be_anything():
 
 
 def test_a_selected_nan_is_seen():
-    """What is data is seen earlier on a CPU, see tests/test_ratio_loss.py."""
+    """On a CPU wrong data raise earlier: see tests/test_ratio_loss.py."""
     for i in range(1 if DEVICE == "cpu" else 3):
         *values, mask, _ = ratio_batch((2, 50), DEVICE)
         mask[0, 3] = True

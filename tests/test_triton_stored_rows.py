@@ -32,7 +32,7 @@ from tests.backward_cases import (
 
 T, D, V = SHAPE = (75, 8, 100)
 ROWS = {"all": (0.0, T), "none": (100.0, 9), "some": (0.1, T), "too many": (0.0, 50)}
-# NumPy, which interprets, warns of what infinities and NaN are there for.
+# NumPy computes in the interpreter, and warns of the infinities and NaN that these tests need.
 infinities = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
 
@@ -62,9 +62,10 @@ def back(found, grads, h, w, y, b=None, temperature=None, softcap=None, **kwargs
 
 
 def check(got, inputs, found, bound=None, tile=None, **options):
-    """Each row of hidden's gradient is, to the bit, that of the logits forward has: of all rows
-    stored, or of none. Both bounds for the others; but where rows are recomputed by sums of another
-    order than forward's, what the same forward without stored rows errs is allowed too.
+    """Each row of hidden's gradient has the bits that it has with all rows stored, or with none.
+
+    The other gradients are within both bounds. Where rows are recomputed by sums of another order
+    than forward's, the error of the same forward without stored rows is allowed too.
     """
     grads, *head = inputs
     head = (*head, *(options.get(name) for name in ("b", "temperature", "softcap")))
@@ -167,7 +168,7 @@ def test_gradients_at_rows_stored_and_not_stored(above, rows, dtype, bounded):
     ],
 )
 def test_options_with_the_first_rows_stored(tile, names, bounded):
-    """All logits fit but the last rows': those before are read, the others recomputed."""
+    """All logits but the last rows' fit: backward reads those, and recomputes the last rows."""
     inputs = (gradients_of(T), *make(SHAPE))
     options = options_of(inputs[1:], **names)
     number = active(inputs[0], inputs[3])
@@ -217,7 +218,7 @@ def test_more_active_rows_than_the_bound_are_never_silent(bound):
 
 
 class NoWaiting(TorchDispatchMode):
-    """Fails where the host reads a number of a tensor."""
+    """Fails where the host reads a tensor's number."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         assert func.__name__.split(".")[0] not in ("_local_scalar_dense", "nonzero", "is_nonzero")
@@ -304,7 +305,7 @@ def policy_loss(h, w, y, **options):
 
 @pytest.mark.parametrize("room", [1.0, 0.5, 0.0], ids=["all fit", "half fit", "none fits"])
 def test_a_known_threshold_costs_two_products_of_the_rows_above_it(room, monkeypatch):
-    """Units of T V D: 1 + 2f; what does not fit costs one more."""
+    """1 + 2f in units of T V D; each row that does not fit costs one more product."""
     inputs = make(SHAPE)
     want, metrics = policy_loss(*inputs, fraction=0.8)
     threshold, kept = metrics["entropy/threshold"], int(metrics["tokens/selected"])
