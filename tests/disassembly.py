@@ -1,4 +1,4 @@
-"""The innermost loops of an object file, as objdump prints them."""
+"""Reads the innermost loops of an object file from objdump's listing."""
 
 import re
 from collections.abc import Iterator
@@ -9,7 +9,7 @@ from tests.installed import run
 
 FUNCTION = re.compile(r"[0-9a-f]+ <(.*)>:$")
 INSTRUCTION = re.compile(r"\s*([0-9a-f]+):\s+(\S+)\s*(.*)")
-# Of x86 and of aarch64.
+# The branches of x86 and of aarch64.
 BRANCH = re.compile(r"j\w+|call\w*|ret\w*|b|b\.\w+|bl|blr|br|cbn?z|tbn?z")
 TARGET = re.compile(r"(?:.*, )?([0-9a-f]+) <")
 
@@ -24,7 +24,7 @@ class Instruction(NamedTuple):
 
 
 def innermost_loops(objdump: str, path: Path) -> Iterator[tuple[str, list[Instruction]]]:
-    """(function, the instructions from a branch's target to the branch), no other branch within."""
+    """Yields a function's name and the instructions of a loop, from branch target to branch."""
     listing = run(objdump, "-d", "-C", "--no-show-raw-insn", path)
     function, seen = "", []
     for line in listing.splitlines():

@@ -18,7 +18,7 @@ CROSS = {
     "aarch64-linux-gnu-g++": "Debian and Ubuntu have it in g++-aarch64-linux-gnu",
     "qemu-aarch64": "Debian and Ubuntu have it in qemu-user",
 }
-# Products of a loop over the units of a panel: 6 rows times the vectors of kVectors.
+# Multiplications in a loop over the units of a panel: 6 rows times kVectors.
 PRODUCTS = {"avx2": 12, "avx512": 24, "avx512_bf16": 24, "neon": 24, "neon_bf16": 24}
 PRODUCT = re.compile(r"vfmadd\d+ps|vdpbf16ps|fmla|bfdot")
 VECTOR = re.compile(r"%[xyz]mm\d|\b[vqsd]\d+\b")
@@ -26,7 +26,7 @@ LOAD = re.compile(r"vmov[ua]ps|vmovdq[ua]\d*|ldp|ldu?r|ld1r|vbroadcastss|vpbroad
 
 
 def build(folder: Path, *options: str) -> Path:
-    """The folder, with the program built in it."""
+    """Builds the program in `folder`, and returns that."""
     configure = ["cmake", "-G", "Ninja", "-S", ROOT, "-B", folder, "-DCMAKE_BUILD_TYPE=Release"]
     run(*configure, "-DEK_CPP_TESTS=ON", *options, env=environment())
     run("cmake", "--build", folder, env=environment())
@@ -34,7 +34,7 @@ def build(folder: Path, *options: str) -> Path:
 
 
 def skip(why: str) -> None:
-    """Skips, unless the environment says that nothing may be missing."""
+    """Skips the test, or fails it where the environment says that nothing may be missing."""
     if os.environ.get("EK_REQUIRE_AARCH64") == "1":
         pytest.fail(why)
     pytest.skip(why)
@@ -106,19 +106,19 @@ def test_aarch64_program(aarch64, processor, usable):
 
 def test_aarch64_program_under_sanitizers(tmp_path):
     if os.environ.get("EK_REQUIRE_AARCH64") != "1":
-        pytest.skip("it takes minutes: make test-aarch64 runs it")
+        pytest.skip("it takes minutes; make test-aarch64 runs it")
     options = "-DEK_SANITIZE=ON", "-DCMAKE_BUILD_TYPE=RelWithDebInfo"
     folder = build(tmp_path, f"--toolchain={TOOLCHAIN}", *options)
-    # Leaks are looked for by a means that the emulator does not have.
+    # The emulator lacks what a search for leaks needs.
     without_leaks = {**environment(), "ASAN_OPTIONS": "detect_leaks=0"}
     print(run(*EMULATOR, "max", folder / "cpu_tests", "neon_bf16", env=without_leaks))
 
 
 def check_loops(folder: Path, isa: str, objdump: str) -> None:
-    """The loops over a panel's units load, broadcast from memory and multiply, nothing else.
+    """Requires that the loops over a panel's units load, broadcast from memory and multiply only.
 
-    A sum that is kept in memory for want of registers, or an addition and a shuffle for a
-    broadcast, costs a third of the speed and changes no value.
+    A sum in memory for want of registers costs a third of the speed and changes no value. So does a
+    broadcast by an addition and a shuffle.
     """
     path = folder / "CMakeFiles" / f"kernels_{isa}.dir" / "csrc" / "cpu" / "kernels_per_isa.cpp.o"
     loops = [
@@ -134,7 +134,7 @@ def check_loops(folder: Path, isa: str, objdump: str) -> None:
 
 
 def is_strange(one: Instruction) -> bool:
-    """Whether it works on vectors and is none of a product's loop."""
+    """Whether an instruction works on vectors and does not belong into a product's loop."""
     # A branch names an address, which may read like a register.
     harmless = PRODUCT.fullmatch(one.name) or BRANCH.fullmatch(one.name)
     if harmless or not VECTOR.search(one.operands):
@@ -151,7 +151,7 @@ def test_loops_of_the_products(native, isa):
         pytest.skip(f"{isa} is not compiled for this machine")
     (compiler,) = native.glob("CMakeFiles/*/CMakeCXXCompiler.cmake")
     if 'CMAKE_CXX_COMPILER_ID "GNU"' not in compiler.read_text():
-        pytest.skip("what is looked for is what GCC makes of the loops")
+        pytest.skip("the test knows the loops that GCC makes")
     check_loops(native, isa, "objdump")
 
 

@@ -1,10 +1,10 @@
-// The tile model alone, and the check of products on instructions that are wrong; see
-// test_tile_model.py, which compiles and drives it. Operands come on standard input.
+// Runs the tile model alone, and Kernels::agrees on faulty instructions. test_tile_model.py
+// compiles and drives it. Operands come on standard input.
 #include "tile_instructions.h"
 
 namespace EK_ISA {
 
-// The model with a fault that is chosen as the process starts.
+// The model with a fault that main chooses.
 struct Faulty : TileModel {
   enum Fault { none, swapped_columns, repeated_rows, kept_sums };
   static inline Fault fault = none;
@@ -42,7 +42,7 @@ using EK_ISA::Faulty;
 using EK_ISA::TileConfiguration;
 using EK_ISA::TileModel;
 
-// Registers 0, 4 and 6 as c [rows][columns], a [rows][pairs] and b [pairs][columns].
+// Configures registers 0, 4 and 6 as c [rows][columns], a [rows][pairs] and b [pairs][columns].
 TileConfiguration shape(int rows, int pairs, int columns) {
   TileConfiguration c;
   c.rows[0] = c.rows[4] = std::uint8_t(rows), c.rows[6] = std::uint8_t(pairs);
@@ -66,7 +66,7 @@ int dot(int rows, int pairs, int columns) {
   return 0;
 }
 
-// Each ends the process.
+// Misuses the model in the way of that name, which ends the process.
 int misuse(const std::string& name) {
   std::uint32_t memory[256] = {};
   TileConfiguration c;

@@ -9,9 +9,8 @@ namespace entropy_kernels {
 
 enum class Dtype : int { f32 = 0, bf16 = 1, f16 = 2 };
 
-// A language model's head, z = softcap * tanh((h W^T + b) / softcap), and the tokens it is given.
-// T tokens, D hidden, V vocabulary. Rows of hidden and weight are contiguous; their strides are in
-// elements.
+// A language model's head, z = softcap * tanh((h W^T + b) / softcap), and its tokens. T tokens, D
+// hidden, V vocabulary. Rows of hidden and weight are contiguous; strides are in elements.
 struct Head {
   const void* hidden;  // [T, D]
   std::int64_t hidden_stride;
@@ -25,8 +24,9 @@ struct Head {
   Dtype dtype;
   int threads;
   Caches caches;
-  float* logits;  // h W^T + b of all T tokens in the order of stored_tile, or nullptr; forward
-                  // writes them, backward reads them
+  // h W^T + b of all T tokens in the order of stored_tile, or nullptr. Forward writes it, backward
+  // reads it.
+  float* logits;
 };
 
 // The tokens to work on.
@@ -77,7 +77,7 @@ struct BackwardCall {
   Gradients out;
 };
 
-// The calling thread asks it between blocks; true ends the work and leaves the outputs undefined.
+// The calling thread asks this between blocks. true ends the work; outputs are then undefined.
 using Stop = bool (*)();
 
 // The kernels of one instruction set. forward and backward return how many multiplications they
@@ -98,8 +98,7 @@ const Kernels* model_kernels();
 // The set called `name`, the model included; nullptr if this machine cannot run it.
 const Kernels* find_kernels(const char* name);
 
-// Why products do not run on the tiles of AMX: empty if they can, nullptr if the processor has
-// none.
+// Why products do not run on AMX's tiles: empty if they can, nullptr if the processor has none.
 const char* why_no_amx();
 
 }  // namespace entropy_kernels

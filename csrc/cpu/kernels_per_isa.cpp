@@ -63,7 +63,7 @@ static double seconds(Dtype dtype) {
   return dtype == Dtype::bf16 ? seconds_of<Brain>() : seconds_of<F32>();
 }
 
-// The same numbers as units of E.
+// Numbers given as bf16, in units of E.
 template <class E>
 static std::vector<typename E::Unit> as_units(const std::vector<std::uint16_t>& bits) {
   std::vector<typename E::Unit> units(bits.size() / E::kWidth);

@@ -48,8 +48,7 @@ struct BF16 {
 };
 #endif
 
-// Sets a thread up before products of E, and cleans up after them. Only tiles.h has something to
-// do.
+// Sets a thread up for products of E, and cleans up after them; tiles.h alone has to.
 template <class E>
 struct Ready {};
 

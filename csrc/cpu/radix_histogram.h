@@ -14,10 +14,9 @@ struct RadixDigit {
   int bits;
 };
 
-// Adds to counts[d] the number of valid values whose key has digit d. `values` holds n fp32. `mask`
-// holds n bytes, non-zero for valid values; nullptr means that all are valid. `counts` holds 1 <<
-// bits numbers. Keys order like the values: -0 equals +0, and a NaN of either sign ranks above
-// +inf.
+// Adds to counts[d], d < 2^bits, how many of the n values are valid and have digit d. `mask` is
+// non-zero for valid values, or nullptr if all are valid. Keys order like the values: -0 equals +0,
+// and a NaN of either sign ranks above +inf.
 void radix_histogram(const float* values, const std::uint8_t* mask, std::int64_t n,
                      RadixDigit digit, std::int64_t* counts);
 

@@ -54,8 +54,7 @@ inline Exp exponential(float x) {
   return {power * (1.0f + (r + p)), n == 0.0f ? p : far};
 }
 
-// x if all bits of `mask` are set, 0 if none is. The compiler makes no vectors of a choice by
-// bytes.
+// x if all bits of `mask` are set, 0 if none is. The compiler does not vectorize a choice by bytes.
 inline float masked(float x, std::uint32_t mask) {
   return bits_as<float>(bits_as<std::uint32_t>(x) & mask);
 }

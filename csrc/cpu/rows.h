@@ -92,17 +92,15 @@ static Left<E> weight_rows(const Head& head, std::int64_t first, std::int64_t co
 
 constexpr int kTileRows = 96;  // rows of the weight in a tile of logits
 
-// The stored logits of the weight's rows from `first` on, for one panel of tokens. They lie as they
-// are computed: per 96 rows of the weight (the last time fewer), the tiles [rows][64] of all
-// panels.
+// The stored logits of the weight's rows from `first` on, for one panel of tokens. They lie in the
+// order they are computed in: per 96 rows of the weight, the tiles [rows][64] of all panels.
 static inline float* stored_tile(const Head& head, std::int64_t first, std::int64_t panel) {
   const std::int64_t panels = ceil_div(head.tokens, kPanel);
   const std::int64_t height = std::min<std::int64_t>(kTileRows, head.vocabulary - first);
   return head.logits + (first * panels + panel * height) * kPanel;
 }
 
-// tile[row][lane] = h W^T + b, for `rows` rows of the weight from `first` on and one panel of
-// hidden states.
+// tile[row][lane] = h W^T + b, for rows of the weight from `first` on and a panel of hidden states.
 template <class E>
 static void logits_tile(const Head& head, Left<E> weight, std::int64_t first, std::int64_t rows,
                         const typename E::Unit* panel, float* tile) {

@@ -1,4 +1,4 @@
-// The sums over the vocabulary behind log-probability and entropy, and tiles of logits added to
+// The sums over the vocabulary behind log-probability and entropy; tiles of logits are added to
 // them.
 //
 // Relative to the running maximum m of a token, and without one logit that equals it,
@@ -22,8 +22,8 @@ constexpr float kLowest = -1e30f;          // the maximum's start; finite, so -i
 constexpr float kLowestExponent = -87.0f;  // exp of less is subnormal
 
 // The sums of a panel of 64 tokens over the part of the vocabulary that has been walked. s leaves
-// the maximum out, and keeps logits that tie with it. `present` is 0 before the first logit,
-// then 1. S is Statistics or NoStatistics.
+// one maximum out and holds those that tie with it. `present` is 0 before the first logit, then 1.
+// S is Statistics or NoStatistics.
 template <class S>
 struct Running {
   float max[kPanel], present[kPanel], target[kPanel], temperature[kPanel];
@@ -72,9 +72,8 @@ static void cap_tile(float softcap, std::int64_t rows, float* tile) {
   for (std::int64_t i = 0; i < rows * kPanel; ++i) tile[i] = softcap * std::tanh(tile[i] / softcap);
 }
 
-// Moves the sums to the maxima that are new in a tile. Such a logit becomes -inf, which leaves it
-// out of the sums. A comparison waits for that of the row before, so the panel's vectors go side by
-// side.
+// Moves the sums to the new maxima of a tile, and makes those logits -inf, which leaves them out.
+// A comparison waits for that of the row before, so the panel's vectors go side by side.
 template <class S>
 static void take_maxima(float* tile, std::int64_t rows, Running<S>& running) {
   float highest[kPanel];
@@ -127,7 +126,7 @@ static void reduce_tile(float* tile, std::int64_t rows, Running<S>& running) {
   }
 }
 
-// Keeps the targets' logits that are in the tile of the weight's rows [first, first + height).
+// Takes the targets' logits from the tile of the weight's rows [first, first + height).
 template <class S>
 static void take_targets(const std::int64_t* target, const std::int64_t* token, std::int64_t count,
                          std::int64_t first, std::int64_t height, const float* tile,

@@ -17,8 +17,8 @@
 
 namespace EK_ISA {
 
-// Its square is the smallest normal number. A sum that holds 1 does not change by it; smaller
-// numbers are subnormal, hence slow.
+// Its square is the smallest normal number: too small to change a sum that holds 1, and not slow
+// as subnormals are.
 constexpr float kSmallest = 0x1p-63f;
 
 // Stands in for Statistics where they are not wanted.

@@ -36,8 +36,7 @@ struct Ready<Tiles> {
 
 constexpr int kSquare = 2 * kSide;  // rows and columns of c at once
 
-// c[32][32] = a b over `units`. `tail`, a panel of 16 units, holds the last ones if they fill no
-// tile.
+// c[32][32] = a b over `units`. If the last ones fill no tile, `tail`, a panel of 16, holds them.
 static inline void tile_square(Left<Tiles> a, const std::uint32_t* b, const std::uint32_t* tail,
                                int units, float* c, std::int64_t c_stride) {
   using T = EK_TILES;
