@@ -117,17 +117,6 @@ def positions(mask: Tensor) -> Tensor:
     return (mask.long().cumsum(1) - 1).clamp_min(0)
 
 
-def load_policy(settings: config.Model, seed: int, device: torch.device) -> Policy:
-    """The policy of `settings`, on `device`, checked and ready to train; as `read_policy`.
-
-    Raises:
-        ValueError: as `read_policy` and `check_policy`.
-    """
-    policy = read_policy(settings, seed).to(device)
-    check_policy(policy)
-    return policy
-
-
 def read_policy(
     settings: config.Model, seed: int, *, empty: bool = False, longest: int = 0
 ) -> Policy:

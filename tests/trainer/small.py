@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerFast
 import trainer.run
 from trainer.batch import Rollouts
 from trainer.config import Algorithm, Config, Eval, Model, Optimizer, Reward, Rollout
-from trainer.policy import Policy, check_policy
+from trainer.policy import Policy, check_policy, read_policy
 from trainer.rewards.verifier import Verifier
 from trainer.tasks.problem import Problem
 from trainer.train import train
@@ -121,6 +121,13 @@ def save_folder(folder: Path, family: str = "llama", **options: Any) -> str:
     build_model(family, **options).save_pretrained(folder)
     build_tokenizer(chat_template=CHAT_TEMPLATE).save_pretrained(folder)
     return str(folder)
+
+
+def load_policy(settings: Model) -> Policy:
+    """The policy of `settings`, checked and ready to train."""
+    policy = read_policy(settings, 0)
+    check_policy(policy)
+    return policy
 
 
 class Even:

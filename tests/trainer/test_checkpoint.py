@@ -15,11 +15,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from tests.trainer.small import build_policy, save_folder
+from tests.trainer.small import build_policy, load_policy, save_folder
 from trainer import checkpoint
 from trainer.checkpoint import Progress, sharded
 from trainer.config import Model
-from trainer.policy import load_policy, read_policy
+from trainer.policy import read_policy
 from trainer.ranks import Ranks
 
 CPU = torch.device("cpu")
@@ -62,7 +62,7 @@ def saved(tmp_path):
 @pytest.mark.parametrize("family", ["qwen3", "phi"])  # tied; a head of its own, with a bias
 def test_a_loaded_run_takes_the_same_next_step(tmp_path, dtype, family):
     settings = Model(path=save_folder(tmp_path / "model", family), dtype=dtype)
-    policy = load_policy(settings, 0, CPU)
+    policy = load_policy(settings)
     optimizer = adam(policy)
     step_once(policy, optimizer)
     path = save(tmp_path, policy, optimizer, Progress(2, 64, 5))

@@ -15,6 +15,7 @@ from tests.trainer.small import (
     build_policy,
     build_tokenizer,
     even_verifier,
+    load_policy,
     save_folder,
     sequences,
 )
@@ -22,7 +23,7 @@ from trainer import policy as module
 from trainer.batch import pack
 from trainer.config import Model
 from trainer.engines.transformers import TransformersEngine
-from trainer.policy import Policy, load_policy, read_policy
+from trainer.policy import Policy, read_policy
 from trainer.sampling import sample
 
 PROMPTS = [Even().problem("train", index) for index in range(6)]
@@ -72,7 +73,7 @@ def test_log_probs_are_those_of_the_unpadded_sequence(family, attention):
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_families_load_from_a_folder(family, dtype, tmp_path):
     path = save_folder(tmp_path, family)
-    policy = load_policy(Model(path=path, dtype=dtype), 0, CPU)
+    policy = load_policy(Model(path=path, dtype=dtype))
     assert policy.model.dtype == getattr(torch, dtype)
     want = build_model(family).to(policy.model.dtype).state_dict()
     got = policy.model.state_dict()
@@ -139,7 +140,7 @@ def test_another_head_than_was_measured_is_refused(dtype, factor, spread):
 def test_dropout_is_off_in_training(tmp_path):
     """GPT-2's configuration drops a tenth of everything by default."""
     path = save_folder(tmp_path, "gpt2")
-    model = load_policy(Model(path=path), 0, CPU).model.train()
+    model = load_policy(Model(path=path)).model.train()
     tokens = torch.arange(8)[None]
     first, second = model(tokens).logits, model(tokens).logits
     assert torch.equal(first, second)
@@ -149,7 +150,7 @@ def test_dropout_is_off_in_training(tmp_path):
 def test_a_tokenizer_without_padding_pads_with_the_end_of_sequence(tmp_path):
     path = save_folder(tmp_path)
     build_tokenizer(pad_token=None).save_pretrained(tmp_path)
-    policy = load_policy(Model(path=path), 0, CPU)
+    policy = load_policy(Model(path=path))
     assert policy.tokenizer.pad_token_id == WORDS.index(EOS)
     encoded = policy.tokenizer(["1 2 3", "4"], padding=True)
     assert encoded["attention_mask"] == [[1, 1, 1], [0, 0, 1]]
@@ -158,11 +159,11 @@ def test_a_tokenizer_without_padding_pads_with_the_end_of_sequence(tmp_path):
 def test_what_cannot_be_loaded_is_named(tmp_path):
     missing = str(tmp_path / "nothing")
     with pytest.raises(ValueError, match="nothing"):
-        load_policy(Model(path=missing), 0, CPU)
+        load_policy(Model(path=missing))
     path = save_folder(tmp_path)
     build_tokenizer(eos_token=None).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="has no end-of-sequence token"):
-        load_policy(Model(path=path), 0, CPU)
+        load_policy(Model(path=path))
 
 
 def test_the_end_of_sequence_is_all_that_generation_tokenizer_and_model_name():

@@ -10,7 +10,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 import entropy_kernels as ek
 from entropy_kernels import reference
-from tests.trainer.small import build_policy, save_folder, sequences
+from tests.trainer.small import build_policy, load_policy, save_folder, sequences
 from tests.trainer.update_cases import (
     ALONE,
     CONFIG,
@@ -25,7 +25,6 @@ from tests.trainer.update_cases import (
     step,
 )
 from trainer.config import Algorithm, Model
-from trainer.policy import load_policy
 from trainer.update import Meter, score, update
 
 OBJECTIVES = [
@@ -162,7 +161,7 @@ def test_the_objective_counts_its_tokens():
 @pytest.mark.parametrize("family", ["qwen3", "gpt2"])
 def test_the_first_mini_batch_has_ratio_1(family, source, tmp_path):
     """Loaded from a folder: GPT-2's own configuration has dropout, which would be noise here."""
-    policy = load_policy(Model(path=save_folder(tmp_path, family)), 0, torch.device("cpu"))
+    policy = load_policy(Model(path=save_folder(tmp_path, family)))
     batch, _ = on_policy(policy)
     _, metrics = gradients(policy, batch, configure(Algorithm(entropy_source=source), tokens=50))
     assert metrics["ratio/mean"] == pytest.approx(1, abs=1e-6)
@@ -218,9 +217,8 @@ def test_a_frozen_head_stays():
 
 def test_gradient_checkpointing_recomputes_and_changes_nothing(tmp_path):
     path = save_folder(tmp_path)
-    cpu = torch.device("cpu")
-    plain = load_policy(Model(path=path), 0, cpu)
-    saving = load_policy(Model(path=path, gradient_checkpointing=True), 0, cpu)
+    plain = load_policy(Model(path=path))
+    saving = load_policy(Model(path=path, gradient_checkpointing=True))
     batch = off_policy(plain)
     want, _ = gradients(plain, batch, configure())
     passes = []

@@ -201,6 +201,12 @@ def steps_of(folder: Path) -> dict[int, Path]:
     return {step_of(path): path for path in paths}
 
 
+def run_of(path: Path) -> Path | None:
+    """The run's folder that `path` is, or that has the checkpoint at `path`; None for others."""
+    folder = path.parent.parent if path.parent.name == "checkpoints" else path
+    return folder if (folder / "run.json").exists() else None
+
+
 def path_of(folder: Path, step: int) -> Path:
     """Where the run in `folder` has its checkpoint of `step`."""
     return folder / "checkpoints" / f"step-{step:06d}"

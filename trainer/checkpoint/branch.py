@@ -33,14 +33,14 @@ def find_origin(text: str) -> Origin:
     Raises:
         ValueError: it is no run.
     """
-    path = Path(text)
-    if (path / checkpoint.manifest.NAME).exists():
-        return Origin(path.parent.parent, checkpoint.step_of(path))
     start, _, end = text.rpartition("@")
-    origin = Origin(Path(start), int(end)) if start and end.isdigit() else Origin(path, None)
-    if not (origin.run / "run.json").exists():
-        raise ValueError(f"{origin.run / 'run.json'} is missing: no run to branch from")
-    return origin
+    named = bool(start) and end.isdigit()
+    path = Path(start if named else text)
+    if (run := checkpoint.run_of(path)) is None:
+        raise ValueError(f"{path / 'run.json'} is missing: no run to branch from")
+    if named:
+        return Origin(run, int(end))
+    return Origin(run, None if run == path else checkpoint.step_of(path))
 
 
 def branch(text: str, settings: Config, ranks: Ranks) -> None:

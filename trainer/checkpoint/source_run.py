@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+from trainer.checkpoint import run_of
 from trainer.config import Data, Engine, Eval, Model, Reward, Rollout
 from trainer.log import other_version, read_run
 
@@ -36,9 +37,8 @@ def source_run(model: str) -> SourceRun | None:
 
     Raises ValueError where run.json is damaged, or of another version of the trainer.
     """
-    path = Path(model)
-    folder = path.parent.parent if path.parent.name == "checkpoints" else path
-    if not (folder / "run.json").exists():
+    folder = run_of(Path(model))
+    if folder is None:
         return None
     written = read_run(folder)
     config, inputs = written["config"], written["starts"][-1].get("inputs") or {}

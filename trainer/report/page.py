@@ -63,7 +63,7 @@ def write_report(run_folder: Path, running: bool | None = None) -> Path:
     columns = columns_of(rows)
     try:
         config = run["config"]
-        page = _template().render(
+        page = template(Path(__file__).with_name("page.html.jinja")).render(
             name=config["name"],
             state=standing(run_folder, rows, config["steps"], running).sentence(),
             notices=notices(rows, skips),
@@ -84,13 +84,13 @@ def write_report(run_folder: Path, running: bool | None = None) -> Path:
     return path
 
 
-def _template() -> jinja2.Template:
-    loader = jinja2.FileSystemLoader(Path(__file__).parent)
+def template(path: Path) -> jinja2.Template:
+    """The template at `path`, which escapes what it is given."""
     environment = jinja2.Environment(
-        loader=loader,
+        loader=jinja2.FileSystemLoader(path.parent),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    return environment.get_template("page.html.jinja")
+    return environment.get_template(path.name)

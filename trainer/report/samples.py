@@ -94,7 +94,7 @@ def _spread(rows: Sequence[Row], right: float) -> list[Row]:
 
 def _sample(sample: Row, top: float, kind: str) -> dict[str, Any]:
     texts = sample["tokens"][:TOKENS_A_SAMPLE]
-    tokens = [{"text": _visible("".join(texts)), "class": "", "title": ""}]
+    tokens = [{"text": visible("".join(texts)), "class": "", "title": ""}]
     trained = "not trained on"
     if sample.get("entropy"):
         trained = f"{sum(map(bool, sample['kept']))} kept"
@@ -102,7 +102,7 @@ def _sample(sample: Row, top: float, kind: str) -> dict[str, Any]:
         tokens = [_token(*mark, top) for mark in marks]
     reward, length = sample["reward"], len(sample["tokens"])
     return {
-        "prompt": _visible(sample["prompt"][:PROMPT], ends="\n"),
+        "prompt": visible(sample["prompt"][:PROMPT], ends="\n"),
         "cut": len(sample["prompt"]) > PROMPT,
         "reward": "not finite" if reward is None else f"{reward:g}",
         "kind": kind,
@@ -116,13 +116,13 @@ def _token(text: str, entropy: float | None, kept: bool, top: float) -> dict[str
     level = 0 if entropy is None else round(min(entropy / top, 1) * HEAT_LEVELS)
     number = "entropy not finite" if entropy is None else f"{entropy:.3f} nats"
     return {
-        "text": _visible(text),
+        "text": visible(text),
         "class": f"h{level}{' k' if kept else ''}",
         "title": number + (", kept" if kept else ""),
     }
 
 
-def _visible(text: str, ends: str = "↵\n") -> str:
+def visible(text: str, ends: str = "↵\n") -> str:
     """`text` with line ends as `ends`, other control characters as their pictures (U+2400 on)."""
     shown = (c if c >= " " or c in "\n\t" else chr(0x2400 + ord(c)) for c in text)
     return "".join(shown).replace("\n", ends)

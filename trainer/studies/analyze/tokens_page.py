@@ -5,10 +5,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import jinja2
-
 from trainer.config import Reward
 from trainer.log import Sample
+from trainer.report.page import template
+from trainer.report.samples import visible
 
 LEVELS = 10
 TOKENS_A_RESPONSE = 20_000
@@ -26,18 +26,10 @@ def write_tokens_page(
     """
     if not samples:
         raise ValueError("a page of coloured tokens needs one response or more; got none")
-    loader = jinja2.FileSystemLoader(Path(__file__).parent)
-    environment = jinja2.Environment(
-        loader=loader,
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     found = sorted(h for s in samples for h in s.entropy if h is not None and math.isfinite(h))
     # One scale for all: the 98th percentile, lest one odd token bleach the rest.
     top = max(found[int(0.98 * (len(found) - 1))], 0.1) if found else 1.0
-    text = environment.get_template("tokens_page.html.jinja").render(
+    text = template(Path(__file__).with_name("tokens_page.html.jinja")).render(
         title=title,
         threshold=f"{threshold:.4g}",
         greatest=f"{max(found[-1], threshold) if found else 1.0:.4g}",
@@ -52,7 +44,7 @@ def write_tokens_page(
 def _response(sample: Sample, top: float, reward: Reward) -> dict[str, Any]:
     pairs = list(zip(sample.tokens, sample.entropy, strict=True))
     return {
-        "prompt": _visible(sample.prompt),
+        "prompt": visible(sample.prompt),
         "reward": f"{sample.reward:g}",
         "right": reward.is_right(sample.reward),
         "tokens": [_token(text, h, top) for text, h in pairs[:TOKENS_A_RESPONSE]],
@@ -62,13 +54,7 @@ def _response(sample: Sample, top: float, reward: Reward) -> dict[str, Any]:
 
 def _token(text: str, entropy: float | None, top: float) -> dict[str, str]:
     if entropy is None or not math.isfinite(entropy):
-        return {"text": _visible(text), "level": "none", "entropy": "", "shown": "not finite"}
+        return {"text": visible(text), "level": "none", "entropy": "", "shown": "not finite"}
     level = str(round(min(max(entropy, 0.0) / top, 1.0) * LEVELS))
     shown = f"{entropy:.3f} nats"
-    return {"text": _visible(text), "level": level, "entropy": f"{entropy:.4g}", "shown": shown}
-
-
-def _visible(text: str) -> str:
-    """`text` with an arrow at line ends, other control characters as pictures (U+2400 on)."""
-    shown = (c if c >= " " or c in "\n\t" else chr(0x2400 + ord(c)) for c in text)
-    return "".join(shown).replace("\n", "↵\n")
+    return {"text": visible(text), "level": level, "entropy": f"{entropy:.4g}", "shown": shown}
