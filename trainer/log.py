@@ -44,7 +44,7 @@ class Sample:
     response: str
     """What it answered."""
     reward: float
-    """Of the response."""
+    """The verdict on the response."""
     tokens: Sequence[str]
     """Each token of the response as decoded text."""
     entropy: Sequence[float]
@@ -164,7 +164,7 @@ def read_run(folder: Path) -> dict[str, Any]:
 
 
 def _no_run(folder: Path) -> ValueError:
-    """To raise where `folder` has no run.json; it says what `folder` is."""
+    """The error for a `folder` without run.json; it says what `folder` is."""
     wanted = "wanted the folder of a run, such as runs/tiny"
     if not folder.exists():
         return ValueError(f"{folder} does not exist: {wanted}")
@@ -180,7 +180,7 @@ def _no_run(folder: Path) -> ValueError:
 
 
 def other_version(path: Path, error: Exception) -> ValueError:
-    """To raise where `error` says that `path`, a file or a run's folder, is not as it should be."""
+    """The error for a `path`, a file or a run's folder, that `error` has found damaged."""
     return ValueError(
         f"{path} is damaged, or of another version of the trainer: {type(error).__name__}, {error}."
         " Put a copy of it there, or take another folder"

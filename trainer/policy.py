@@ -36,7 +36,7 @@ class Policy(nn.Module):
     layout: Layout
     """How micro-batches are packed; `choose_layout` finds it."""
     compute_dtype: torch.dtype | None
-    """Of its arithmetic, where it is not that of the weights."""
+    """The dtype of its arithmetic, if it is not the weights'."""
     rope: list[str]
     """Kinds of positions that are scaled for `longest`."""
     files: Files
@@ -47,7 +47,7 @@ class Policy(nn.Module):
     """How many tokens a prompt and its response may have together; None: any number."""
 
     def __init__(self, model: Any, tokenizer: Any, longest: int = 0) -> None:
-        """With positions scaled for `longest` tokens; 0: for the model's positions."""
+        """Positions are scaled for `longest` tokens; 0: for the model's own number."""
         super().__init__()
         self.model, self.tokenizer, self.lm_head = model, tokenizer, lm_head(model)
         self.layout, self.compute_dtype, self.chat, self.files = "padded", None, False, {}

@@ -57,7 +57,7 @@ class Run:
         self.guard = Guard(self.settings.optimizer.max_nonfinite)
 
     def seed(self, part: int = 0) -> int:
-        """Of the random numbers of this step: a function of the run's seed, so a run resumes."""
+        """The seed of a part of this step: a function of the run's seed, so a run resumes."""
         text = f"{self.settings.seed}/{self.progress.step}/{part}"
         return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")
 

@@ -28,7 +28,7 @@ class Origin:
 
 
 def find_origin(text: str) -> Origin:
-    """Of "RUN", "RUN@STEP", or the path of a checkpoint.
+    """The origin that `text` names: "RUN", "RUN@STEP", or the path of a checkpoint.
 
     Raises:
         ValueError: it is no run.

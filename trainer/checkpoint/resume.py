@@ -31,7 +31,7 @@ class Earlier:
     config: dict[str, Any]
     starts: list[dict[str, Any]]
     origin: dict[str, Any] | None = None
-    """Of a branch: where it comes from; its first `origin["starts"]` starts are the other run's."""
+    """Where a branch comes from; its first `origin["starts"]` starts are the other run's."""
 
     @property
     def just_branched(self) -> bool:
@@ -153,7 +153,7 @@ def inputs_of(settings: Config, task: Task) -> Inputs:
 def start_record(
     step: int, changes: Sequence[Change], inputs: Inputs, left_out: Mapping[str, int]
 ) -> dict[str, Any]:
-    """Of a start, for run.json: where it goes on, on what, and what has changed."""
+    """The record of a start in run.json: where it goes on, on what, and what has changed."""
     return {
         "step": step,
         "directory": os.getcwd(),
@@ -168,7 +168,7 @@ def _digest(*parts: bytes) -> str:
 
 
 def _folder_digest(folder: Path) -> str:
-    """Of the names and sizes of the files in `folder`, and of what is in the small ones."""
+    """A digest of the names and sizes of the files in `folder`, and of the small ones' contents."""
     if not folder.is_dir():
         return ""
     files = sorted(path for path in folder.iterdir() if path.is_file())
@@ -177,7 +177,7 @@ def _folder_digest(folder: Path) -> str:
 
 
 def _module_digest(name: str) -> str:
-    """Of the file of the module `name`, which is not imported."""
+    """A digest of the file of the module `name`, which is not imported."""
     where: Sequence[str] | None = None
     parts = name.split(".")
     for i in range(len(parts)):

@@ -24,7 +24,7 @@ class SourceRun:
     eval: Eval
     engine: Engine
     digest: str = ""
-    """Of its data's contents at the last start."""
+    """The digest of its data's contents at the last start."""
 
     @property
     def sampled_in(self) -> Literal["float32", "bfloat16"]:
@@ -59,7 +59,7 @@ def source_run(model: str) -> SourceRun | None:
 
 
 def _part(config: dict[str, Any], kind: type[Part]) -> Part:
-    """Of `kind`; what an earlier version did not have is as by default."""
+    """The settings of `kind`; defaults stand for those that an earlier version lacked."""
     found = config.get(kind.__name__.lower(), {})
     values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in found.items()}
     return kind(**values)

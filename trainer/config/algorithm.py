@@ -13,37 +13,38 @@ class Algorithm:
     loss_type: Literal["dapo", "grpo"] = "dapo"
     """"dapo": one mean over the tokens of the step; "grpo": a mean of the sequences' means."""
     fraction: float = 0.2
-    """Share of the response tokens that is trained on (1.0: all)."""
+    """The share of the response tokens that is trained on (1.0: all)."""
     which: Literal["top", "bottom", "random"] = "top"
-    """Which tokens: the paper's, its ablation, and the control."""
+    """Tokens of the highest entropy (the paper), of the lowest (its ablation), or random ones."""
     entropy_source: Literal["current", "old"] = "old"
     """"current": entropies of the policy being trained (the paper); the head runs on all tokens.
     "old": entropies of the sampling policy; the head runs on the kept tokens only."""
     denominator: Literal["selected", "all"] = "selected"
-    """Paper v2 and its code divide by the selected tokens, v1 and TRL by all."""
+    """The count that the loss is divided by: selected tokens (paper v2) or all (v1 and TRL)."""
     clip_low: float = 0.2
-    """Lower clip range of the ratio."""
+    """The ratio is clipped below 1 - clip_low."""
     clip_high: float = 0.28
-    """Upper clip range of the ratio (clip-higher)."""
+    """The ratio is clipped above 1 + clip_high; DAPO's clip-higher."""
     dual_clip: float | None = None
-    """Bound of the ratio for negative advantages (10 in the paper's scripts)."""
+    """The ratio's upper bound for negative advantages; 10 in the paper's scripts."""
     correction: Literal["auto", "none", "tis", "mis"] = "auto"
-    """Of the engine's mismatch, by pi_old / pi_sampler of each token: "tis" truncates it to
-    [correction_floor, correction_cap], "mis" drops tokens outside; "auto": "tis" in bf16."""
+    """How the loss corrects for the engine's mismatch, r = pi_old / pi_sampler per token. "tis"
+    truncates r to [correction_floor, correction_cap], "mis" drops tokens outside of it. "auto" is
+    "tis" in bf16 and "none" in fp32."""
     correction_cap: float = 2.0
-    """Upper bound of the corrected ratio."""
+    """The upper bound of the corrected ratio."""
     correction_floor: float = 0.0
-    """Lower bound."""
+    """The lower bound of the corrected ratio."""
     advantage: Literal["grpo", "dr_grpo"] = "grpo"
     """"grpo" divides by the group's standard deviation, "dr_grpo" does not."""
     max_rounds: int = 1
-    """Dynamic sampling: rounds of fresh prompts until `rollout.prompts` groups are useful."""
+    """Dynamic sampling: at most so many rounds, until `rollout.prompts` groups are useful."""
     min_groups: int = 4
-    """Useful groups below which a step makes no update (it is counted)."""
+    """With fewer useful groups than this a step makes no update and is counted as skipped."""
     overlong_cache: int = 0
-    """Soft punishment over the last `overlong_cache` tokens before the limit; 0: none."""
+    """Responses are punished over the last `overlong_cache` tokens before the limit; 0: never."""
     overlong_factor: float = 1.0
-    """Size of the punishment at the limit."""
+    """The punishment at the limit."""
 
     def __post_init__(self) -> None:
         at_least(self, 1, "max_rounds", "min_groups")

@@ -72,7 +72,7 @@ KEPT = frozenset(
 )
 """What differs only where it is allowed by name."""
 
-# Of what is kept: what a run has used before its first step, and never again.
+# Settings that a run uses before its first step and never again.
 _USED = {
     "model.path": "the run goes on with its own weights",
     "warm_start": "its warm start was before",

@@ -26,10 +26,9 @@ class Data:
     """Appended to every question of a prompt set or reasoning-gym task."""
     test_fraction: float = 0.05
     """Prompt sets without a test split: the share held out, by hash of the prompt."""
-
     max_prompt_tokens: int = 0
-    """Prompt sets: longer prompts are left out, and counted at the start; 0: none is, and one that
-    the model has no positions for ends the start."""
+    """Prompt sets: longer prompts are left out, and counted at the start. With 0 none is left out,
+    and a prompt that does not fit into the model's positions is refused at the start."""
 
     def __post_init__(self) -> None:
         at_least(self, 0, "max_prompt_tokens")
@@ -50,17 +49,17 @@ class Reward:
     and returns a number or a truth value, finite in fp32; of any sign and scale, such as 0 and 2,
     -1 and 1, or partial credit. A group teaches where its verdicts differ."""
     right: float = 1.0
-    """Verdicts of at least this are right answers; accuracies count these."""
+    """The least verdict on a right answer; accuracies count right answers."""
     failed: float | None = None
-    """The verdict where such a process takes too long, crashes or runs out of memory: no better
-    than on a wrong answer, such as -1 for a function of -1 and 1. None: 0, or a number below
-    `right` where 0 would be right."""
+    """The verdict when such a process takes too long, crashes or runs out of memory. It must not be
+    better than that on a wrong answer, such as -1 for a function of -1 and 1. By default 0, or a
+    number below `right` if 0 would be right."""
     seconds: float = 10.0
-    """Limit of one answer in such a process; over it the verdict is `failed`, and counted."""
+    """Seconds per answer in such a process; after them the verdict is `failed`, and counted."""
     gigabytes: float = 4.0
-    """What such a process may allocate beyond its imports; held on Linux."""
+    """Gigabytes that such a process may allocate after its imports; enforced on Linux."""
     workers: int = 4
-    """Such processes at most, on each rank."""
+    """The largest number of such processes on each rank."""
     format: str = "boxed"
     """What a response of the right form has: "boxed", a closed \\boxed{...}; "answer",
     <answer>...</answer>; or a regular expression, searched for (in the trainer's process, without

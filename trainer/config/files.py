@@ -33,11 +33,11 @@ class File:
 
     path: Path
     values: dict[str, Any]
-    """By the dotted names of the settings, each of its setting's type."""
+    """Values by the dotted names of the settings, each of its setting's type."""
     preset: str = ""
     """The preset that it names."""
     whole: bool = False
-    """It is a run's, with all settings that there were."""
+    """Whether it is a run's file, with all settings."""
 
 
 def leaves(kind: type = Config, prefix: str = "") -> dict[str, Any]:

@@ -7,8 +7,8 @@ from trainer.config.checks import at_least
 
 
 def is_flash(attention: str) -> bool:
-    """Whether `attention`, transformers' name of one, is a kind of flash attention, which takes the
-    lengths of the sequences in a row."""
+    """Whether transformers' `attention` is a flash attention, which takes the lengths of the
+    sequences in a row."""
     return attention.startswith("flash_attention") or ("/" in attention and "flash" in attention)
 
 
@@ -19,11 +19,11 @@ class Model:
     path: str = "tiny"
     """A transformers folder or hub name; "tiny" builds the 0.3 M-parameter Qwen3 for the ladder."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """The type of the weights and of AdamW's moments. In bfloat16 a step of less than 1/512 of a
-    weight rounds to nothing; float16 is left out, its second moments underflow."""
+    """The dtype of the weights and of AdamW's moments. In bfloat16 a step of less than 1/512 of a
+    weight is lost to rounding. float16 is not offered: its second moments underflow."""
     compute_dtype: Literal["float32", "bfloat16"] | None = None
-    """Of the arithmetic; None: that of the weights. "bfloat16" beside float32 weights is mixed
-    precision: weights and moments stay exact, and gradients are added up in float32."""
+    """The dtype of the arithmetic; by default the weights'. "bfloat16" with float32 weights is mixed
+    precision: weights and moments stay exact, and gradients are summed in float32."""
     attention: str = "eager"
     """transformers' attn_implementation: eager, sdpa, flash_attention_2 (3, 4), or a kernel of the
     hub, such as kernels-community/flash-attn2."""
@@ -33,22 +33,22 @@ class Model:
 
 @dataclass(frozen=True)
 class WarmStart:
-    """Supervised steps before RL; kept and reused by later runs with the same settings."""
+    """Supervised steps before RL. Later runs with the same settings reuse the result."""
 
     steps: int = 0
-    """0 trains from the model as it is."""
+    """The number of steps; 0: RL starts from the model as it is."""
     traces: int = 30_000
-    """How many demonstrations the task makes."""
+    """The number of demonstrations that the task generates."""
     batch_size: int = 64
-    """Demonstrations a step."""
+    """Demonstrations per step."""
     learning_rate: float = 3e-3
     """Peak of the cosine schedule."""
     warmup_steps: int = 50
     """Linear warm-up."""
     weight_decay: float = 0.1
-    """AdamW's."""
+    """AdamW's weight decay."""
     cache: str = "runs/warm-starts"
-    """Folder of finished warm starts, by hash of all that shapes them."""
+    """The folder of finished warm starts, named by a hash of all settings that shape them."""
 
 
 @dataclass(frozen=True)
@@ -60,19 +60,19 @@ class Optimizer:
     warmup_steps: int = 5
     """Optimizer steps of linear warm-up."""
     betas: tuple[float, float] = (0.9, 0.95)
-    """AdamW's."""
+    """AdamW's betas."""
     weight_decay: float = 0.0
-    """AdamW's."""
+    """AdamW's weight decay."""
     grad_clip: float = 1.0
     """Largest norm of the gradient."""
     mini_batches: int = 2
-    """Optimizer steps a sampling step."""
+    """Optimizer steps per sampling step."""
     max_nonfinite: int = 10
-    """Updates in a row that may be skipped for a statistic, loss or gradient that is not finite;
-    the next one ends the run."""
+    """The number of successive updates that may be skipped because a statistic, the loss or the
+    gradient is not finite. The next such update ends the run."""
     tokens_per_micro_batch: int = 16_384
-    """Tokens, prompt included and without padding, of one forward and backward of a rank; a longer
-    sequence is one by itself."""
+    """The most tokens in one forward and backward of a rank, with prompts and without padding. A
+    longer sequence is a micro-batch by itself."""
 
     def __post_init__(self) -> None:
         at_least(self, 1, "mini_batches", "tokens_per_micro_batch")

@@ -16,20 +16,20 @@ class Eval:
     """Evaluation during training."""
 
     every: int = 20
-    """RL steps between evaluations; the first is before training, the last after it."""
+    """RL steps between evaluations; there is one before training too, and one after it."""
     problems: int = 512
-    """The first so many held-out problems of the task, which may have fewer, and of each set in
-    `data` that is generated."""
+    """The number of held-out problems of the task, which may have fewer, and of problems of each
+    generated set in `data`."""
     data: tuple[str, ...] = ()
     """Sets evaluated beside them, whole: aime24, aime25, amc23, math500, minerva, olympiadbench,
     from the hub or as NAME=PATH from a local copy; file:PATH, hub:NAME[:CONFIGURATION], gym:NAME,
     ladder or ladder:long. Prompts are rendered as those of `data` are."""
     samples: int = 1
-    """Sampled responses to each problem; a greedy one is added."""
+    """Sampled responses per problem; a greedy one is added."""
     temperature: float = 1.0
-    """Of the sampled responses."""
+    """The temperature of the sampled responses."""
     max_new_tokens: int = 0
-    """Length limit of a response; 0: that of `rollout`."""
+    """The longest response in tokens; 0: as in `rollout`."""
 
     def __post_init__(self) -> None:
         at_least(self, 1, "every", "problems", "samples")
@@ -45,9 +45,9 @@ class Tracking:
     """Where the metrics of a run go beside its metrics.jsonl."""
 
     trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
-    """Libraries that are installed; each has its own environment variables."""
+    """Installed libraries that get the metrics; their own environment variables configure them."""
     project: str = "entropy-kernels"
-    """Of wandb and trackio."""
+    """The project's name in wandb and trackio."""
 
 
 @dataclass(frozen=True)
@@ -55,28 +55,28 @@ class Config:
     """One run."""
 
     name: str = "tiny"
-    """Folder of the run under `root`; with slashes, folders in folders."""
+    """The run's folder under `root`; slashes make folders in folders."""
     root: str = "runs"
-    """Where runs live."""
+    """The folder of all runs."""
     seed: int = 0
-    """Of everything random."""
+    """The seed of everything random."""
     steps: int = 120
     """RL steps."""
     threads: int = 0
-    """CPU threads of torch; 0 leaves torch's choice."""
+    """CPU threads of torch; 0: torch's choice."""
     device: str = "auto"
     """"auto": CUDA where there is one."""
     checkpoint_every: int = 10
     """RL steps between checkpoints."""
     keep_checkpoints: int = 2
-    """Older ones are deleted, but for those of `keep_every`."""
+    """The number of last checkpoints that are kept, beside those of `keep_every`."""
     keep_every: int = 0
-    """Checkpoints at multiples of so many steps, the first among them, are never deleted, for
-    `evaluate`, `analyze` and branches; 0: none. A multiple of `checkpoint_every`."""
+    """Checkpoints at multiples of this many steps, 0 included, are never deleted, for `evaluate`,
+    `analyze` and branches. A multiple of `checkpoint_every`; 0: no such checkpoints."""
     samples_every: int = 10
     """RL steps between writes of samples.jsonl."""
     samples: int = 8
-    """Responses a write."""
+    """Responses per write."""
     eval: Eval = field(default_factory=Eval)
     model: Model = field(default_factory=Model)
     data: Data = field(default_factory=Data)

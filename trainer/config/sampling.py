@@ -11,26 +11,26 @@ class Engine:
     """Who samples the responses."""
 
     kind: Literal["transformers", "vllm"] = "transformers"
-    """"transformers" samples with the model that is trained, token by token; "vllm" with vLLM, and
-    the fields below are its."""
+    """"transformers" samples token by token with the model that is trained; "vllm" uses vLLM, to
+    which all other options of the engine belong."""
     placement: Literal["inside", "beside"] = "inside"
-    """"inside" the trainer's process, or "beside" it in one of its own."""
+    """Whether vLLM runs inside the trainer's process or beside it, in a process of its own."""
     devices: tuple[int, ...] = ()
-    """GPUs of engines beside, tensor_parallel for each rank of a machine in turn; none: each shares
-    its trainer's and sleeps while that trains."""
+    """The GPUs of engines beside the trainer: tensor_parallel for each rank of a machine, in order.
+    By default an engine shares its trainer's GPU and sleeps while that trains."""
     tensor_parallel: int = 1
-    """GPUs an engine is spread over."""
+    """The number of GPUs that share one engine's weights."""
     memory_utilization: float = 0.5
-    """Share of a GPU's memory for vLLM's weights and cache."""
+    """The share of a GPU's memory for vLLM's weights and cache."""
     kv_cache_bytes: int = 0
-    """Of the key-value cache; 0: what `memory_utilization` leaves, on a CPU 256 MiB."""
+    """Bytes of the key-value cache; 0: what `memory_utilization` leaves, or 256 MiB on a CPU."""
     enforce_eager: bool = False
-    """Without CUDA graphs and compilation; on a CPU always."""
+    """Do without CUDA graphs and compilation, as always on a CPU."""
     max_model_len: int = 0
-    """Longest prompt and response together, with transformers too; 0: the model's positions.
-    Positions that longrope or dynamic NTK scale are scaled for this length in all sequences."""
+    """The longest prompt and response together, for transformers too; 0: the model's positions.
+    longrope and dynamic NTK scale positions for this length, in all sequences."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Of vLLM's weights; "auto": the policy's."""
+    """The dtype of vLLM's weights; "auto": the policy's."""
 
     def __post_init__(self) -> None:
         at_least(self, 1, "tensor_parallel")
@@ -51,15 +51,15 @@ class Rollout:
     """How responses are sampled."""
 
     prompts: int = 32
-    """Prompts a sampling round."""
+    """Prompts per sampling round."""
     group_size: int = 8
-    """Responses a prompt, G; an advantage compares them, so 2 at least."""
+    """Responses per prompt, G; at least 2, since an advantage compares them."""
     max_new_tokens: int = 48
-    """Length limit of a response, end-of-sequence included."""
+    """The longest response in tokens, end-of-sequence included."""
     temperature: float = 1.0
-    """Of sampling, and of the log-probs and entropies in the loss."""
+    """The temperature of sampling, and of the log-probs and entropies in the loss."""
     batch_size: int = 256
-    """Sequences an engine samples at once."""
+    """The number of sequences that an engine samples at once."""
 
     def __post_init__(self) -> None:
         at_least(self, 1, "prompts", "max_new_tokens", "batch_size")

@@ -96,7 +96,7 @@ class VllmEngine:
             self._asleep = True
 
     def update_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
-        """As `Engine.update_weights`; what is cached of the old ones is forgotten."""
+        """As `Engine.update_weights`; the cache of the old weights is dropped."""
         if self._asleep:
             self._llm.wake_up(tags=["weights"])
         self._push(weights)
@@ -133,7 +133,7 @@ def _write_configuration(policy: Policy, folder: str) -> None:
 
 
 def _options(config: Config, device: torch.device, sleeps: bool) -> dict[str, Any]:
-    """Of vLLM's LLM."""
+    """Options of vLLM's LLM."""
     settings, on_cpu = config.engine, device.type == "cpu"
     dtype = config.model.compute_dtype or config.model.dtype
     cache = settings.kv_cache_bytes or (CPU_CACHE_BYTES if on_cpu else None)

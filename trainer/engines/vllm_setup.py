@@ -13,7 +13,7 @@ TRAINER = "ENTROPY_KERNELS_TRAINER"
 
 
 def backend(settings: Settings, device: torch.device) -> str:
-    """Of vLLM's weight transfer."""
+    """The name of vLLM's weight transfer."""
     if device.type == "cpu":
         return "memory_file"
     return "nccl" if settings.devices else "ipc"

@@ -47,7 +47,7 @@ CHUNK_BYTES = 2**28
 
 
 def options(backend: str) -> dict[str, Any]:
-    """Of vLLM's LLM."""
+    """Options of vLLM's LLM that choose the transfer."""
     return {
         "weight_transfer_config": WeightTransferConfig(backend=backend),
         # Each worker imports it before it makes its end of the transfer: this module registers one.
@@ -206,7 +206,7 @@ class MemoryFileEngine(WeightTransferEngine[MemoryFileInitInfo, MemoryFileUpdate
         initialize_layerwise_reload(self.model)
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
-        """As the base class, which then waits for an accelerator."""
+        """Like the base class, without its wait for an accelerator."""
         self.receive_weights(self.parse_update_info(update_info))
 
     def receive_weights(self, update_info: MemoryFileUpdateInfo) -> None:

@@ -83,7 +83,7 @@ def evaluate_model(settings: Evaluation) -> Path:
 
 
 def resolved(settings: Settings, ranks: Ranks) -> Settings:
-    """With a run's own settings where the model is one or a checkpoint of one, else the defaults.
+    """`settings` without gaps: filled from the model's run, if it has one, else by the defaults.
 
     Raises ValueError for data that cannot be there, a run without a checkpoint, and a model that is
     no run's without data.
@@ -216,7 +216,7 @@ def _from(reward: Reward, right: float) -> Reward:
 
 
 def with_limit(settings: Settings, policy: Policy, sets: Sets) -> Settings:
-    """With a length limit: the paper's, or what the longest prompt leaves of the positions."""
+    """`settings` with a length limit: the paper's, or the room that the longest prompt leaves."""
     if settings.max_new_tokens:
         return settings
     posed = [problem for one in sets.values() for problem in one.problems]

@@ -61,7 +61,7 @@ def majority(answers: Sequence[str], rewards: Sequence[float]) -> float:
 
 
 def standard_error(values: Sequence[float]) -> float:
-    """Of the mean of independent `values`; 0 where they are all equal, or one."""
+    """The standard error of the mean of independent `values`; 0 if they are equal or one."""
     return math.sqrt(_squares(values) / max(len(values) - 1, 1) / len(values))
 
 

@@ -11,17 +11,17 @@ from trainer.sampling import sample
 
 
 class _Answers(NamedTuple):
-    """On one set, `samples` responses to each problem, the problems in their order."""
+    """`samples` responses to each problem of one set, in the order of the problems."""
 
     samples: int
     rewards: list[float]
     lengths: list[float]
     truncated: list[bool]
     failures: tuple[int, int]
-    """Of the verifier: over its time limit, and crashed."""
+    """How often the verifier timed out, and how often it crashed."""
 
     def shares(self, one: EvaluationSet) -> list[float]:
-        """Of the right responses to each problem."""
+        """The share of right responses to each problem."""
         right = [float(one.reward.is_right(reward)) for reward in self.rewards]
         return [fmean(right[i : i + self.samples]) for i in range(0, len(right), self.samples)]
 

@@ -27,18 +27,18 @@ HELD_OUT = "held-out"
 
 @dataclass(frozen=True)
 class EvaluationSet:
-    """Problems, and who judges what is answered to them."""
+    """Problems and the judge of their answers."""
 
     name: str
-    """In results; `HELD_OUT` for the problems that a run keeps from its training."""
+    """Its name in results; `HELD_OUT` for the problems that a run keeps from its training."""
     task: Task
     problems: Sequence[Problem]
     reward: Reward
-    """Its verifier's settings, and from which verdict on an answer is right."""
+    """The verifier's settings, and the least verdict on a right answer."""
     verifier: Verifier
 
     def seed(self, base: int = 0) -> int:
-        """Of the random numbers of its responses: the same in every run and evaluation."""
+        """The seed of its responses: the same in every run and evaluation."""
         return stable_hash(f"{base}/{self.name}")
 
 
@@ -92,7 +92,7 @@ def sets_of_run(
 
 
 def metric_names(names: Sequence[str]) -> dict[str, str]:
-    """For each set what its metrics start with: letters, digits and "_" of its last part.
+    """The prefix of each set's metrics: letters, digits and "_" of the last part of its name.
 
     "file:data/hard.jsonl" is "hard" there, or "file_data_hard" where another set ends alike.
     Raises ValueError where two cannot be told apart.

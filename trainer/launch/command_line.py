@@ -1,4 +1,4 @@
-"""From arguments to a configuration: `[PRESET] [--config FILE] [--X.Y ...]`.
+"""Arguments turned into a configuration: `[PRESET] [--config FILE] [--X.Y ...]`.
 
 An option goes before the file, the file before the preset, whatever their order.
 """
@@ -109,7 +109,7 @@ def split(arguments: Sequence[str]) -> tuple[str, str, list[str]]:
 
 
 def _value(options: Sequence[str], name: str) -> str:
-    """Of the option `name`; "" where it is not there."""
+    """The value of the option `name`; "" if it is not given."""
     for i, option in enumerate(options):
         if option == name and i + 1 < len(options):
             return options[i + 1]

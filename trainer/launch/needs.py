@@ -7,7 +7,7 @@ from importlib.util import find_spec
 
 from trainer.config import Config, is_flash
 
-# Of every command; the extra [trainer] has them.
+# What every command needs; the extra [trainer] has it.
 BASE = (
     *("torch", "tyro", "rich", "numpy", "scipy", "jinja2", "safetensors"),
     *("transformers", "accelerate"),
@@ -128,7 +128,7 @@ def _version(name: str) -> tuple[int, ...] | None:
 
 
 def _data(config: Config) -> list[Need]:
-    """Of the task and of the sets of evaluations."""
+    """What the task and the sets of evaluations need."""
     found = _task(config.data.task, f"data.task {config.data.task}")
     for name in config.eval.data:
         makes = name.startswith(("gym:", "ladder", "file:", "hub:"))

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from trainer.run import Run
 
 LARGEST_ERROR = 0.05
-"""Of an accuracy: above it a line warns of too few held-out problems."""
+"""The standard error of an accuracy above which a line warns of too few problems."""
 
 
 def say_start(settings: Config, folder: Path, found: Path | None, ranks: Ranks) -> None:
@@ -63,7 +63,7 @@ def say_parts(
     asked, count = settings.eval.problems, min(settings.eval.problems, task.num_test)
     if count < asked:
         print(f"warning: eval.problems is {asked:,}; held out: {count:,}", file=sys.stderr)
-    # Of a share of one half, the largest there is.
+    # The error of a share of one half, which is the largest.
     if (error := 0.5 / math.sqrt(max(count, 1))) > LARGEST_ERROR:
         print(
             f"warning: an accuracy on {count} held-out problem{'s' * (count > 1)} has a standard "

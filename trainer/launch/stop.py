@@ -21,7 +21,7 @@ _NOTICE = b"SIGTERM: the step under way is finished and saved; a second one ends
 
 
 class Stopped(KeyboardInterrupt):
-    """By `signal`; `where` says how far it has come. No Exception: nothing takes it for a fault."""
+    """The end by `signal`; `where` says how far it came. No Exception, as it is no fault."""
 
     def __init__(self, number: int, where: str = ""):
         super().__init__(where)
@@ -30,7 +30,7 @@ class Stopped(KeyboardInterrupt):
 
 
 class _State:
-    """Of this process, as its signals are."""
+    """What this process knows of its signals."""
 
     deferred = False
     """Whether a step is under way, which SIGTERM lets end."""

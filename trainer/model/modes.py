@@ -22,7 +22,7 @@ M_MMAP_THRESHOLD, MMAP_THRESHOLD = -3, 4 << 20
 
 
 def without_noise(model: Any) -> None:
-    """From now on `model.train()` lets layers recompute their activations, and no more than that.
+    """Let `model.train()` do no more from now on than make layers recompute their activations.
 
     A layer does where its flag of training is on; its own forward runs with the flag off again.
     """
@@ -84,6 +84,6 @@ def _recompute(layer: Any, forward: Callable, *args: Any) -> Any:
 
 
 def random_state(device: torch.device) -> list[torch.Tensor]:
-    """Of torch's generators, of the CPU and of `device`."""
+    """The states of torch's generators, on the CPU and on `device`."""
     states = [torch.get_rng_state()]
     return states + [torch.cuda.get_rng_state(device)] if device.type == "cuda" else states

@@ -76,7 +76,7 @@ _ALSO_NAMED = {"llama-8b": "llama-3.1-8b"}
 
 
 def find_architecture(*names: str) -> Architecture:
-    """That of the first of `names` which is a transformers folder or holds a name of the table.
+    """The architecture of the first of `names` that is a folder or contains a known name.
 
     Raises ValueError where none does, and for a folder whose model is of another kind.
     """

@@ -22,28 +22,28 @@ class Request:
     there too."""
 
     architecture: str = ""
-    """A transformers folder or a known name such as "qwen3-14b"; else that of model.path."""
+    """A transformers folder or a known name such as "qwen3-14b"; by default model.path's."""
     gpus: int = 1
-    """How many train: torchrun's ranks. Engines share them, unless engine.devices names others."""
+    """GPUs that train: torchrun's ranks. Engines share them, unless engine.devices names others."""
     gpu: str = "h100"
-    """Which, in any spelling: a100-40gb, a100-80gb, h100, h200, b200, l40s, 4090, mi300x; "cpu" is
-    this machine, without rates. Any other needs the first three of the numbers below."""
+    """The GPU's name in any spelling: a100-40gb, a100-80gb, h100, h200, b200, l40s, 4090, mi300x;
+    "cpu" is this machine, without rates. Other GPUs need memory, tflops and bandwidth below."""
     gpu_memory: float | None = None
-    """Of a GPU, in 1e9 bytes; else what nvidia-smi shows."""
+    """Memory of a GPU in 1e9 bytes; by default what nvidia-smi shows."""
     gpu_tflops: float | None = None
-    """Dense bf16 peak of a GPU; else the data sheet's."""
+    """Dense bf16 peak of a GPU in 1e12 flops per second; by default the data sheet's."""
     gpu_bandwidth: float | None = None
-    """Of a GPU's memory, in 1e12 bytes a second; else the data sheet's."""
+    """Bandwidth of a GPU's memory in 1e12 bytes per second; by default the data sheet's."""
     gpu_network: float | None = None
-    """Between machines, in 1e9 bytes a second and GPU; else the data sheet's."""
+    """Network between machines in 1e9 bytes per second and GPU; by default the data sheet's."""
     gpus_per_node: int = 8
     """GPUs that train on a machine: torchrun's --nproc-per-node."""
     machine_gpus: int = 8
-    """All GPUs of a machine, those of engine.devices included."""
+    """GPUs of a machine, those of engine.devices included."""
     mean_length: float | None = None
-    """Mean tokens of a response; else of the limit the share assume.response_share."""
+    """Mean tokens of a response; by default the share assume.response_share of the limit."""
     lengths: str = ""
-    """A run's folder, whose last ten steps say the mean length and the share that is truncated."""
+    """A run's folder, whose last ten steps give the mean length and the truncated share."""
     assume: Assumptions = field(default_factory=Assumptions)
     json: bool = False
     """Print JSON."""
@@ -89,7 +89,7 @@ def _lengths(request: Request) -> Lengths | None:
 
 
 def lengths_of_run(folder: Path, limit: int) -> Lengths:
-    """Of the last ten steps of the run in `folder`, for responses of up to `limit` tokens.
+    """Lengths in the last ten steps of the run in `folder`, for responses up to `limit` tokens.
 
     Raises ValueError where its metrics.jsonl is missing or has none.
     """

@@ -16,13 +16,13 @@ class Device:
     """Bytes: the total that nvidia-smi or rocm-smi shows. A data sheet's "141 GB" is a name: an
     H200 shows 143,771 MiB. CUDA gives a process up to 1% less."""
     flops: float
-    """Per second, of dense bf16 matrix products."""
+    """Flops per second of dense bf16 matrix products."""
     bandwidth: float
-    """Of its memory, bytes a second."""
+    """Bytes per second of its memory."""
     link: float
-    """Between GPUs of a machine, bytes a second and direction."""
+    """Bytes per second and direction between the GPUs of a machine."""
     network: float
-    """Between machines, bytes a second and GPU."""
+    """Bytes per second and GPU between machines."""
     source: str
     is_gpu: bool = True
 

@@ -14,7 +14,7 @@ FLASH_BACKWARD = 2.5
 
 
 class Flops(NamedTuple):
-    """Of a whole step on all GPUs."""
+    """Flops of a whole step on all GPUs."""
 
     prefill: float
     decode: float
@@ -23,7 +23,7 @@ class Flops(NamedTuple):
     forward: float
     backward: float
     recompute: float
-    """Of activations that were not kept."""
+    """Forward of activations that were not stored, computed again."""
     update_head: float
 
     @property
@@ -40,7 +40,7 @@ class Flops(NamedTuple):
 
 
 def head_units(job: Job) -> float:
-    """Of the head in an update, in units of all response tokens: see docs/method.md."""
+    """Units of the head in an update, each over all response tokens: see docs/method.md."""
     fraction = job.config.algorithm.fraction
     if job.mask_known:
         return (3 if job.kept_logits else 4) * fraction
@@ -53,7 +53,7 @@ def unit(job: Job) -> float:
 
 
 def sampling_flops(job: Job, prompts: int, sequences: int) -> tuple[float, float]:
-    """Of reading `prompts`, each once for its group, and of decoding `sequences` responses."""
+    """Flops of reading `prompts`, each once per group, and of decoding `sequences` responses."""
     model, prompt, response = job.architecture, job.assumptions.prompt, job.response
     per_token = 2.0 * model.layers * model.layer_matrices
     pair = 4.0 * model.layers * model.heads * model.head_dim  # scores and their sum of values
@@ -84,7 +84,7 @@ def step_flops(job: Job) -> Flops:
 
 
 def _forward(job: Job) -> tuple[float, float]:
-    """Of the backbone over all trained sequences: matrix products with weights, and attention."""
+    """Forward flops of the backbone on all trained sequences: products with weights, attention."""
     model = job.architecture
     tokens = job.sequences * (job.assumptions.prompt + job.response)
     # eager computes all pairs of positions; the others only those that are not masked.
@@ -95,7 +95,7 @@ def _forward(job: Job) -> tuple[float, float]:
 
 
 def _last_product(job: Job) -> float:
-    """Of the backbone's forward: the MLPs' second products."""
+    """Forward flops of the last product of each layer, the MLP's second."""
     model = job.architecture
     tokens = job.sequences * (job.assumptions.prompt + job.response)
     return 2.0 * model.layers * model.hidden * model.intermediate * tokens

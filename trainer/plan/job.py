@@ -63,13 +63,13 @@ class Job:
     architecture: Architecture
     device: Device
     gpus: int = 1
-    """That train: torchrun's ranks."""
+    """GPUs that train: torchrun's ranks."""
     gpus_per_node: int = 8
-    """Those of a machine, torchrun's --nproc-per-node."""
+    """GPUs of a machine that train: torchrun's --nproc-per-node."""
     machine_gpus: int = 8
     """All GPUs of a machine, with those of engines."""
     given_lengths: Lengths | None = None
-    """Of responses; None: as `assumptions` say."""
+    """Lengths of responses; None: those that `assumptions` give."""
     assumptions: Assumptions = field(default_factory=Assumptions)
 
     def __post_init__(self) -> None:
@@ -110,7 +110,7 @@ class Job:
 
     @property
     def engine_bytes(self) -> int:
-        """Of a weight, and of a value in the cache, of the engine."""
+        """Bytes of a weight of the engine, and of a value in its cache."""
         dtype = self.config.engine.dtype
         return BYTES[dtype] if self.vllm and dtype != "auto" else self.compute_bytes
 
@@ -130,17 +130,17 @@ class Job:
 
     @property
     def all_gpus(self) -> int:
-        """That train and that sample."""
+        """GPUs that train and GPUs that sample."""
         return self.gpus * (1 + (self.tensor_parallel if self.apart else 0))
 
     @property
     def sequences_per_engine(self) -> int:
-        """In a round of sampling."""
+        """Sequences of one engine in a round of sampling."""
         return math.ceil(self.sequences / self.gpus)
 
     @cached_property
     def lengths(self) -> Lengths:
-        """Of responses."""
+        """Lengths of responses."""
         limit = self.config.rollout.max_new_tokens
         return self.given_lengths or Lengths(self.assumptions.response_share * limit, limit)
 
@@ -162,12 +162,12 @@ class Job:
 
     @property
     def rounds(self) -> int:
-        """Of sampling, in a step."""
+        """Rounds of sampling per step."""
         return min(math.ceil(1 / self.assumptions.useful), self.config.algorithm.max_rounds)
 
     @property
     def sequences(self) -> int:
-        """That a step trains on. A round of sampling has as many."""
+        """Sequences that a step trains on; a round of sampling has as many."""
         return self.config.rollout.prompts * self.config.rollout.group_size
 
     @property
@@ -183,7 +183,7 @@ class Job:
 
     @property
     def micro_batches(self) -> int:
-        """Of an update, on one GPU."""
+        """Micro-batches of an update on one GPU."""
         tokens = self.sequences_per_update / self.gpus * (self.assumptions.prompt + self.response)
         return math.ceil(tokens / self.config.optimizer.tokens_per_micro_batch)
 

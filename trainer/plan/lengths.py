@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-# Of the second moment, by the midpoints of so many equal shares.
+# The second moment is the mean square over the midpoints of this many equal shares.
 _SHARES = 1000
 _SATURATED, _STEEPEST = 500.0, 1e6
 
@@ -78,7 +78,7 @@ def steps_of(lengths: Sequence[float], slots: int) -> float:
 
 
 def _rate(mean: float) -> float:
-    """That of the exponential on (0, 1) with `mean`: 1 / rate - 1 / (e^rate - 1) = mean."""
+    """The rate of the exponential on (0, 1) with `mean`: 1 / rate - 1 / (e^rate - 1) = mean."""
     low, high = -_STEEPEST, _STEEPEST
     for _ in range(100):
         rate = (low + high) / 2

@@ -10,8 +10,8 @@ from trainer.plan.job import Job
 Memory = dict[str, dict[str, float]]
 """Phase -> part -> bytes."""
 
-# Of entropy_kernels on a GPU: forward's workspace, and dz, whose columns are halved down to the
-# least until it is no more than its bytes.
+# What entropy_kernels allocates on a GPU: forward's workspace, and dz, of DZ_COLUMNS columns that
+# are halved, down to DZ_LEAST, until dz has no more than DZ_BYTES.
 FORWARD_WORKSPACE = 1 << 29
 DZ_COLUMNS, DZ_BYTES, DZ_LEAST = 16_384, 1 << 28, 1024
 
@@ -93,7 +93,7 @@ def _almost_all(job: Job, share: float) -> dict[str, float]:
 
 
 def _head_gradient(job: Job) -> dict[str, float]:
-    """Of one micro-batch; where layers and head compute on the optimizer's weights, in place."""
+    """The head's gradient of one micro-batch, in the compute type."""
     return {"gradient of the head": float(job.compute_bytes * job.architecture.head)}
 
 

@@ -47,12 +47,12 @@ class Plan:
 
     @property
     def totals(self) -> Totals:
-        """Of the whole run."""
+        """What the whole run comes to."""
         return totals(self.job, self.memory, self.seconds)
 
     @property
     def largest_part(self) -> tuple[str, float]:
-        """Of the peak's phase."""
+        """The largest part of the peak's phase, and its bytes."""
         parts = self.memory[self.peak[0]]
         name = max(parts, key=lambda part: parts[part])
         return name, parts[name]

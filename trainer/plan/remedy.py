@@ -64,7 +64,7 @@ def _bfloat16(job: Job) -> Iterator[Job]:
 
 
 def _less_for_the_engine(job: Job) -> Iterator[Job]:
-    """Of a GPU for vLLM; nothing where the cache has a size of its own."""
+    """Smaller shares of a GPU for vLLM; none if the cache has a size of its own."""
     if job.vllm and job.device.is_gpu:
         for tenths in range(9, 1, -1):
             if tenths / 10 < job.config.engine.memory_utilization:

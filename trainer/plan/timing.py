@@ -9,14 +9,14 @@ from trainer.plan.memory import Memory, cache_bytes
 
 
 class Seconds(NamedTuple):
-    """Of one step. Phases follow one another."""
+    """Seconds of one step, whose phases follow one another."""
 
     prefill: float
     decode: float
     score: float
     update: float
     push: float
-    """Of weights to the engines."""
+    """Push of the weights to the engines."""
 
     @property
     def step(self) -> float:
@@ -39,7 +39,7 @@ def step_seconds(job: Job, flops: Flops, memory: Memory) -> Seconds:
 
 
 def collective_seconds(job: Job) -> tuple[float, float]:
-    """Of gathering all weights in the compute type, and of reducing all gradients in fp32.
+    """Seconds to gather all weights in the compute type, and to reduce all gradients in fp32.
 
     A ring over N GPUs moves (N - 1) / N of the bytes over each link. Between nodes all GPUs of a
     node send at once, and each byte enters a node once.

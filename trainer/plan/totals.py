@@ -7,7 +7,7 @@ from trainer.plan.job import Job
 from trainer.plan.memory import Memory
 from trainer.plan.timing import Seconds, sampling_seconds
 
-# Of the sets that trainer/tasks/benchmarks.py knows.
+# The sizes of the sets that trainer/tasks/benchmarks.py knows.
 PROBLEMS = {
     "aime24": 30,
     "aime25": 30,
@@ -19,26 +19,26 @@ PROBLEMS = {
 
 
 class Totals(NamedTuple):
-    """Of a run, from its first step to its last."""
+    """The totals of a run, from its first step to its last."""
 
     steps: int
     updates: int
     evaluations: int
-    """With that before training."""
+    """How many there are, the one before training included."""
     evaluation_seconds: float | None
-    """Of one; None where a step has no seconds."""
+    """Seconds of one evaluation; None where a step has no seconds."""
     hours: float | None
-    """Of wall time, evaluations included."""
+    """Hours of wall time, evaluations included."""
     gpu_hours: float | None
-    """Engines' own GPUs included."""
+    """GPU-hours, engines' own GPUs included."""
     sampled_tokens: float
-    """Of responses, evaluations left out."""
+    """Tokens of responses, without evaluations."""
     trained_tokens: float
-    """Of responses, each counted once; those of useless groups are sampled and not trained on."""
+    """Tokens of responses that are trained on, each counted once; useless groups are left out."""
     checkpoint_bytes: float
-    """Of one checkpoint: weights and AdamW's moments."""
+    """Bytes of one checkpoint: weights and AdamW's moments."""
     disk_bytes: float
-    """Of all that are there at a time: those kept, and one that is being written."""
+    """Bytes of the checkpoints that are kept and of one that is being written."""
 
 
 def totals(job: Job, memory: Memory, seconds: Seconds | None) -> Totals:
@@ -67,8 +67,8 @@ def totals(job: Job, memory: Memory, seconds: Seconds | None) -> Totals:
 
 
 def evaluation_seconds(job: Job, memory: Memory) -> float:
-    """Of one evaluation: each of its draws waits for its longest response. With a limit of its own
-    lengths are the same shares of it."""
+    """Seconds of one evaluation, each of whose draws waits for its longest response. If it has a
+    length limit of its own, lengths scale with the limit."""
     lengths = job.lengths
     limit = job.config.eval.max_new_tokens or lengths.limit
     scaled = replace(lengths, mean=lengths.mean / lengths.limit * limit, limit=limit)
@@ -80,8 +80,8 @@ def evaluation_seconds(job: Job, memory: Memory) -> float:
 
 
 def evaluation_draws(job: Job) -> list[tuple[int, int]]:
-    """Problems and responses to each, of each draw of an evaluation: of the held-out problems and
-    of every set of eval.data the sampled and the greedy ones. A set of unknown size counts as many
+    """(problems, responses per problem) of each draw of an evaluation. The held-out problems and
+    every set of eval.data have a sampled and a greedy draw. A set of unknown size counts as many
     problems as are held out."""
     asked = job.config.eval
     names = (name.partition("=")[0] for name in asked.data)
@@ -90,8 +90,8 @@ def evaluation_draws(job: Job) -> list[tuple[int, int]]:
 
 
 def kept_checkpoints(job: Job) -> set[int]:
-    """Steps of the checkpoints that are there once the run has ended: the last, and those of
-    keep_every. That before training has no moments."""
+    """Steps of the checkpoints that remain after the run: the last ones, and those of keep_every.
+    The one before training, at step 0, has no moments."""
     config = job.config
     written = [*range(0, config.steps, config.checkpoint_every), config.steps]
     every = config.keep_every

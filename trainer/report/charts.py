@@ -152,8 +152,8 @@ def _ticks_of(panel: Panel, marks: Sequence[Mark]) -> list[float]:
 
 
 class Axes:
-    """From data to the picture. The vertical axis reaches from the first to the last of `y_ticks`,
-    in logarithms where these are 1, 2 and 5 times powers of ten, a `_LogTicks`."""
+    """The map from data to the picture. The vertical axis reaches from the first to the last of
+    `y_ticks`, in logarithms if they are `_LogTicks`."""
 
     def __init__(
         self,

@@ -14,7 +14,7 @@ SETS_A_FIGURE = 5
 
 Row = Mapping[str, Any]
 Columns = Mapping[str, Sequence[Point]]
-"""Of each metric: (step, value) of every row that has it, None where it was not finite."""
+"""Each metric's (step, value) in every row that has it; None where it was not finite."""
 
 
 def sections(rows: Sequence[Row], columns: Columns) -> list[dict[str, Any]]:

@@ -53,7 +53,7 @@ def facts(run: Mapping[str, Any], rows: Sequence[Row], skips: Skips) -> list[tup
         ("Steps", f"{rows[-1]['step']:,} of {config['steps']:,}, seed {config['seed']}"),
         (
             "Updates",
-            f"{optimizer['mini_batches']} a step, learning rate {optimizer['learning_rate']:g}",
+            f"{optimizer['mini_batches']} per step, learning rate {optimizer['learning_rate']:g}",
         ),
         ("Skipped steps", _skipped(skips)),
         ("Time", f"{passed(seconds)}{starts}, from {began:%Y-%m-%d %H:%M} UTC"),
@@ -102,7 +102,7 @@ def _last(rows: Sequence[Row]) -> Row:
 
 
 def _composition(rows: Sequence[Row]) -> str:
-    """Of all responses that were sampled, and all groups."""
+    """The kinds of all responses that were sampled, and of all groups."""
     total = _total(rows, "response/count")
     parts = []
     if total:

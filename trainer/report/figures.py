@@ -32,9 +32,9 @@ class Figure:
     zero: bool = True
     smooth: bool = False
     events: bool = False
-    """Of what need not happen: a curve whose every value is 0 is left out."""
+    """Whether it shows events that need not happen: curves that are 0 throughout are left out."""
     group: str = ""
-    """In place of `curves`: one for each metric whose name begins with it."""
+    """A prefix of metrics, each of which is a curve, in the place of `curves`."""
 
 
 REWARDS = (
@@ -90,7 +90,7 @@ RESPONSES = (
     Figure(
         "Groups",
         "A group is useful if its verdicts differ; the others teach nothing.",
-        "groups a step",
+        "groups per step",
         (
             Curve("groups/useful", "useful", "c1"),
             Curve("groups/all_right", "all right", "c3"),
@@ -120,7 +120,7 @@ RESPONSES = (
 UPDATES = (
     Figure(
         "Loss",
-        "Of the policy, before each update; it need not fall.",
+        "The policy's loss before each update; it need not fall.",
         "loss",
         (Curve("loss", "loss", "c1"),),
         zero=False,
@@ -135,14 +135,14 @@ UPDATES = (
     ),
     Figure(
         "Sampler and trainer: KL",
-        "Estimate of KL(sampler || old policy) a token; rounding alone keeps it small.",
+        "Estimate of KL(sampler || old policy) per token; rounding alone keeps it small.",
         "nats",
         (Curve("mismatch/kl", "KL", "c1"),),
         smooth=True,
     ),
     Figure(
         "Sampler and trainer: largest ratio",
-        "Of the probabilities of one token; 1 where both agree.",
+        "The largest ratio of one token's probabilities; 1 where both agree.",
         "ratio",
         (Curve("mismatch/max_ratio", "largest", "c1"),),
         zero=False,
@@ -190,7 +190,7 @@ COST = (
     Figure(
         "Rows of the head",
         "All rows given to the head, and those that carry gradient in backward.",
-        "rows a step",
+        "rows per step",
         (Curve("head/rows", "all", "c2"), Curve("head/active_rows", "in backward", "c1")),
     ),
     Figure(

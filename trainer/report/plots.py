@@ -18,11 +18,11 @@ MAX_POINTS = 150
 MAX_SHADES = 2
 """Shades that can be told apart where they lie over one another."""
 TAIL = 10
-"""One in so many of a range's values lies below its shade, and as many above."""
+"""One in this many of a range's values lies below its shade, and as many above."""
 LABEL = 15
 """The longest label, in characters."""
 ROBUST = 50
-"""From so many values on, the axis need not reach the last hundredth on either side."""
+"""With more values than this the axis may leave out one in a hundred at either end."""
 
 Point = tuple[float, float | None]
 
@@ -114,7 +114,7 @@ def plot(lines: Sequence[Line], unit: str, zero: bool = True, title: str = "") -
 
 
 def shaded(line: Line) -> bool:
-    """Whether `plot` shades where its single steps lie: of many, without intervals of their own."""
+    """Whether `plot` shades where single steps lie: a line of many, without its own intervals."""
     return len(line.points) > MAX_POINTS and not line.band
 
 
@@ -165,7 +165,7 @@ def _joined(marks: Sequence[Mark], band: bool) -> Mark:
 
 
 def _rolling(marks: Sequence[Mark], window: int) -> list[Mark]:
-    """With the mean over `window` marks centred on each, fewer at the ends."""
+    """`marks`, each at the mean over the `window` marks around it, fewer at the ends."""
     half = window // 2
     smooth = []
     for i, mark in enumerate(marks):
@@ -176,7 +176,7 @@ def _rolling(marks: Sequence[Mark], window: int) -> list[Mark]:
 
 
 def _description(lines: Sequence[Line], unit: str, steps: Sequence[float]) -> str:
-    """For those who do not see the picture."""
+    """What the picture shows, in words."""
     told = []
     for line in lines:
         known = [y for _, y in line.points if y is not None]

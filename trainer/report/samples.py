@@ -1,4 +1,4 @@
-"""The responses on a run's page: of its first and its last sampled step, as many kinds as fit."""
+"""The responses on a run's page: its first and its last sampled step, as many kinds as fit."""
 
 from collections.abc import Mapping, Sequence
 from itertools import groupby, zip_longest
@@ -46,7 +46,7 @@ def ends(path: Path) -> list[dict[str, Any]]:
 
 
 def _rows(path: Path, lines: Sequence[bytes]) -> list[dict[str, Any]]:
-    """Of the last lines, of which the very last is empty or torn."""
+    """The rows of the last `lines`, of which the very last is empty or torn."""
     found = [
         parse_row(path, line, f"{len(lines) - number} lines before its end", number < len(lines))
         for number, line in enumerate(lines, start=1)
@@ -80,7 +80,7 @@ def samples(rows: Sequence[Row], right: float) -> dict[str, Any]:
 
 
 def _kind(row: Row, right: float) -> str:
-    """Of a run that did not write it: by the verdict."""
+    """The kind of a response; by its verdict if the run did not write it."""
     verdict = row["reward"]
     return row.get("kind") or ("right" if verdict is not None and verdict >= right else "wrong")
 

@@ -9,11 +9,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 KINDS = ("right", "wrong", "truncated", "unparsed", "unverified")
-"""Of responses, each of which is of one. Unverified: the verifier timed out or crashed. Others are
-right by their verdict, or else stopped by the length limit, or else unparsed, without an answer in
-the form that the verifier reads, or else wrong."""
+"""The kinds of responses; each response is of one. Unverified: the verifier timed out or crashed.
+Right: by the verdict. Truncated: stopped by the length limit. Unparsed: without an answer in the
+form that the verifier reads. Wrong: all others."""
 LOUD = 5
-"""Skipped steps in a row that are told aloud; then twice as many, and so on."""
+"""After so many skipped steps in a row a warning is printed; the next after twice as many."""
 
 Row = Mapping[str, Any]
 

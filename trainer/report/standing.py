@@ -21,7 +21,7 @@ Row = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Standing:
-    """Of a run at a moment."""
+    """The standing of a run at a moment."""
 
     word: Literal["starting", "running", "stopped", "ended"]
     step: int

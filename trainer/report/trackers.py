@@ -17,9 +17,9 @@ class Start:
 
     project: str
     folder: Path
-    """Of the run; its name is the run's."""
+    """The run's folder, whose name is the run's."""
     id: str
-    """Of the tracked run: the same whenever the run resumes, another when it starts afresh."""
+    """The tracked run's id: the same whenever the run resumes, another when it starts afresh."""
     step: int
     """The last step that stays; -1 for a fresh start."""
     config: dict[str, Any]
@@ -116,9 +116,9 @@ KINDS: dict[str, Callable[[Start], Tracker]] = {
 
 
 class Trackers:
-    """Those that a run asks for.
+    """The trackers that a run asks for.
 
-    What one raises while the run goes on is counted, told once a tracker, and stops nothing.
+    An error of a tracker during the run is counted, told once per tracker, and stops nothing.
     """
 
     def __init__(self, settings: Config, folder: Path, step: int):

@@ -96,7 +96,7 @@ def _print_lines(folder: Path) -> None:
 
 
 def _print_rows(rows: Sequence[Row], printed: int, steps: int) -> None:
-    """Those after `printed`, with the warnings that belong to them."""
+    """Print the rows after `printed`, with the warnings that belong to them."""
     skips = Skips()
     for row in rows:
         warning = skips.add(row)
@@ -157,7 +157,7 @@ def _sum(row: Row, keys: Sequence[str]) -> float | None:
 
 
 def _left(rows: Sequence[Row], now: Standing) -> str:
-    """By the mean time of the last steps, evaluations included."""
+    """The time left, by the mean of the last steps, evaluations included."""
     last = [row for row in rows if row.get("time/step")][-WIDTH:]
     if not last or now.word != "running":
         return ""

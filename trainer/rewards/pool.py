@@ -31,14 +31,14 @@ class Outcome:
     reward: float = 0.0
     failure: Literal["", "timeout", "crash"] = ""
     message: str = ""
-    """Of a crash: the exception with its traceback, or how the process ended."""
+    """What a crash left: the exception with its traceback, or how the process ended."""
 
 
 @dataclass(eq=False)
 class _Worker:
     process: subprocess.Popen
     connection: Connection
-    deadline: float  # of time.monotonic: of its start, then of an answer
+    deadline: float  # by time.monotonic: for its start, then for an answer
     ready: bool = False
     job: int | None = None  # number of the request that it works on
 
@@ -114,7 +114,7 @@ class Pool:
                 [sys.executable, "-m", "trainer.rewards.worker", *arguments],
                 stdin=subprocess.DEVNULL,
                 pass_fds=[theirs.fileno()],
-                # Of a session of its own: Ctrl-C is for the trainer, which then ends it.
+                # A session of its own: Ctrl-C reaches the trainer alone, which then ends it.
                 start_new_session=True,
                 env=os.environ | {"PYTHONPATH": _search_path(), "OMP_NUM_THREADS": "1"},
             )

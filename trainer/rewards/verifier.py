@@ -10,20 +10,20 @@ from trainer.rewards.worker import as_verdict
 from trainer.tasks.problem import Problem, Task
 
 ALL_FAIL = 16
-"""Of at least so many answers one call in which all crash is the function's fault, not theirs."""
+"""If all answers of a call with at least this many crash, the function is at fault."""
 
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Verdicts:
-    """On a list of responses, in their order."""
+    """The verdicts on a list of responses, in their order."""
 
     rewards: list[float]
     timed_out: list[bool]
-    """Over `reward.seconds`; the reward is `reward.failed`."""
+    """Whether the verifier took over `reward.seconds`; the reward is then `reward.failed`."""
     crashed: list[bool]
-    """It raised, ended its process or ran out of memory; the reward is `reward.failed`."""
+    """Whether it raised, ended its process or ran out of memory; reward as above."""
 
 
 class Verifier:

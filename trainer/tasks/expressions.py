@@ -79,7 +79,7 @@ def _is_constant(value: Any) -> bool:
 
 
 def _same_constants(left: Any, right: Any, gold: Number | None, answer: Number | None) -> bool:
-    """By 60 digits, or as a decimal and what it stands for; nothing that has no finite value."""
+    """Whether 60 digits agree, or a decimal and what it rounds; false without a finite value."""
     left, right = left.doit(), right.doit()
     if left.is_Rational and right.is_Rational:
         return left == right

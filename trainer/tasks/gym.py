@@ -109,5 +109,5 @@ def gym_verifier(prompt: str, response: str, answer: dict[str, Any]) -> float:
 
 @cache
 def _scorer(name: str) -> Gym:
-    """Of any seed and settings: scores depend on the entry alone."""
+    """The task that scores. Seed and settings are any: scores depend on the entry alone."""
     return Gym(name, 0, Data(), None)

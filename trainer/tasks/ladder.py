@@ -159,7 +159,7 @@ class Ladder:
         return draw_puzzle(rng, split)
 
     def puzzle(self, answer: Mapping[str, Any]) -> Any:
-        """That of a problem's answer."""
+        """The puzzle of a problem's answer."""
         return Puzzle(**answer)
 
     def demonstrate(self, puzzle: Any, rng: random.Random) -> str:

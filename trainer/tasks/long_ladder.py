@@ -104,7 +104,7 @@ class LongLadder(Ladder):
         return draw_long_puzzle(rng, split)
 
     def puzzle(self, answer: Mapping[str, Any]) -> LongPuzzle:
-        """That of a problem's answer, whose pairs are lists once it has been JSON."""
+        """The puzzle of a problem's answer, whose pairs are lists once it has been JSON."""
         operations = tuple((symbol, operand) for symbol, operand in answer["operations"])
         return LongPuzzle(answer["start"], answer["goal"], operations)
 

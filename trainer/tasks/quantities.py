@@ -60,7 +60,7 @@ class Number:
 
     value: Fraction
     place: Fraction | None = None
-    """Of a decimal: one unit of its last digit."""
+    """One unit of a decimal's last digit; None for other numbers."""
     measured: bool = False
     """Whether it is in scientific notation with at least two digits."""
 

@@ -29,7 +29,7 @@ class QuestionSet:
             _problem(source, rows, number, row, data, tokenizer) for number, row in enumerate(rows)
         ]
         self.questions = [lookup(row, data.prompt_field) for row in rows]
-        """As the rows have them, to be found among the prompts of training."""
+        """The questions as the rows have them, to be found among the prompts of training."""
         self.num_test = len(self._problems)
         if not self._problems:
             raise ValueError(f"{source} is empty")
@@ -48,6 +48,6 @@ class QuestionSet:
 def _problem(
     source: str, rows: Any, number: int, row: Mapping[str, Any], data: Data, tokenizer: Any
 ) -> Problem:
-    """Of one row."""
+    """The problem of one row."""
     prompt, answer = read_row(source, rows, number, row, data.prompt_field, data.answer_field)
     return pose(tokenizer, prompt, answer, data)

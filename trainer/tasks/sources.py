@@ -85,7 +85,7 @@ def distinct_prompts(
 
 
 def digest(dataset: Any, rows: Mapping[int, int], answer_field: str) -> str:
-    """Of the prompts, by their hashes, and the answers of `rows` as `distinct_prompts` has them."""
+    """A digest of the prompts' hashes and the answers of `rows`, from `distinct_prompts`."""
     column = (
         answer_field if answer_field in dataset.column_names else answer_field.partition(".")[0]
     )

@@ -19,9 +19,9 @@ class Analysis(Evaluation):
     """An evaluation whose entropies are looked at."""
 
     temperature: float | None = 1.0
-    """Of sampling and of the entropies."""
+    """The temperature of sampling and of the entropies."""
     fraction: float = 0.2
-    """Share of the tokens that is called high-entropy."""
+    """The share of the tokens that is called high-entropy."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -39,14 +39,14 @@ class Opened(Generic[Settings]):
     """An analysis that has begun."""
 
     settings: Settings
-    """With all that was left to defaults."""
+    """The settings, with defaults resolved."""
     policy: Policy
     sets: Sets
     ranks: Ranks
 
     @property
     def folder(self) -> Path:
-        """Of its results; it is there."""
+        """The folder of its results, which exists."""
         return Path(self.settings.out)
 
 

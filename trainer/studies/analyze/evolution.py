@@ -37,7 +37,7 @@ class Evolution(Analysis):
     """Models or checkpoints in the order of training, the base first; empty: those that the run
     `model` has kept. The responses are those of `model`."""
     bins: int = 20
-    """Of the base's entropies: of 5% each."""
+    """The number of bins of the base's entropies, each with as many tokens."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -156,7 +156,7 @@ def _scored(
 
 
 def _percentiles(entropy_T: Tensor) -> dict[str, float]:
-    """By linear interpolation, as numpy's; `torch.quantile` takes 16 million values at most."""
+    """Percentiles by numpy: `torch.quantile` takes 16 million values at most."""
     found = np.percentile(entropy_T.cpu().numpy(), PERCENTILES)
     return {str(p): float(value) for p, value in zip(PERCENTILES, found, strict=True)}
 

@@ -29,7 +29,7 @@ def rank_bins(entropy_T: Tensor, bins: int) -> Tensor:
 
 
 def change_by_bin(base_T: Tensor, other_T: Tensor, bins: int) -> list[dict[str, float]]:
-    """Of each bin of the base's entropies: its upper edge, mean change and mean absolute change."""
+    """Upper edge, mean change and mean absolute change of each bin of the base's entropies."""
     bin_T, change_T = rank_bins(base_T, bins), (other_T - base_T).double()
     found = []
     for number in range(bins):

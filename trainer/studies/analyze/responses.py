@@ -27,7 +27,7 @@ class Scored(NamedTuple):
     logprob_T: Tensor
     """Log-probs of the sampled tokens under the policy, nats."""
     entropy_T: Tensor
-    """Entropies of the whole vocabulary at the temperature of sampling, nats."""
+    """Entropies over the vocabulary at the sampling temperature, in nats."""
 
 
 def responses(opened: Opened, engine: Engine) -> Iterator[tuple[EvaluationSet, Rollouts]]:
@@ -54,7 +54,7 @@ def responses(opened: Opened, engine: Engine) -> Iterator[tuple[EvaluationSet, R
 
 
 def right_shares(one: EvaluationSet, rollouts: Rollouts, samples: int) -> list[float]:
-    """Of the `samples` responses to each problem, the share that is right."""
+    """The share of right responses among the `samples` to each problem."""
     return one.reward.is_right(rollouts.reward_B).double().view(-1, samples).mean(1).tolist()
 
 

@@ -65,7 +65,7 @@ class EntropyStatistics:
         return int(self.histogram.sum())
 
     def mean(self) -> float:
-        """Of all entropies, nats."""
+        """The mean of all entropies, in nats."""
         return float(self.sum_V.sum()) / max(self.count, 1)
 
     def share_below(self, entropy: float) -> float:

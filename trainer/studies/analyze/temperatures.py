@@ -31,11 +31,11 @@ class Temperatures(Analysis):
     """Which temperatures; the others of the paper's figure are the default."""
 
     low: tuple[float, ...] = (0.0, 0.3, 0.6, 1.0, 1.5, 2.0)
-    """Of tokens up to the threshold, with 1 for those above it."""
+    """Temperatures of tokens up to the threshold, with 1 for those above it."""
     high: tuple[float, ...] = (0.0, 0.3, 0.6, 1.0, 1.5, 2.0, 3.0)
-    """Of tokens above the threshold, with 1 for the others."""
+    """Temperatures of tokens above the threshold, with 1 for the others."""
     threshold: float = 0.0
-    """Nats; 0: that of the top `fraction` of the entropies at temperature 1, measured first."""
+    """The threshold in nats; 0: measured first, that of the top `fraction` at temperature 1."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -131,7 +131,7 @@ def _threshold(work: Opened[Temperatures]) -> float:
 
 
 def _points(work: Opened[Temperatures], found: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """Those that `found` lacks."""
+    """The points that `found` lacks."""
     have = {(point["low"], point["high"]) for point in found["points"]}
     waiting = [pair for pair in work.settings.pairs() if pair not in have]
     if not waiting:

@@ -35,7 +35,7 @@ class Comparison:
     hours: float = 0.0
     """Budget of wall time; 0: none. The next call goes on with what is left."""
     label: str = ""
-    """Of the task in the names of folders; by default from the data's name."""
+    """The task's name in folders; by default made of the data's name."""
     out: str = ""
     """File of the results; by default ROOT/LABEL/comparison.json."""
     config: Annotated[Config, tyro.conf.arg(name="")] = field(default_factory=Config)

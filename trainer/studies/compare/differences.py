@@ -30,11 +30,11 @@ class Difference(NamedTuple):
     other: str
     interval: Interval
     p: float
-    """Of the paired t-test."""
+    """The p-value of the paired t-test."""
     p_holm: float
-    """The same, adjusted for all the differences that were asked for."""
+    """The same, adjusted by Holm for all differences that are asked for."""
     p_flips: float
-    """Of all flips of the differences' signs; with n seeds at least 2 / 2^n."""
+    """The p-value over all flips of the differences' signs; with n seeds at least 2 / 2^n."""
 
     @property
     def distinguishable(self) -> bool:
@@ -65,7 +65,7 @@ def differences(
     pairs: Sequence[tuple[str, str]],
     resolution: float = 0.0,
 ) -> list[Difference]:
-    """Of each pair (arm, other) of `pairs`; `values` has each arm's value by seed.
+    """The difference of each of `pairs`, (arm, other); `values` has each arm's value by seed.
 
     A value is known to multiples of `resolution`, 1/n for an accuracy on n problems: the standard
     deviation over seeds is taken as at least that of two roundings, `resolution` / sqrt(6). Seeds

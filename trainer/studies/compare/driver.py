@@ -31,7 +31,7 @@ class Outcome:
 
     finished: list[str] = field(default_factory=list)
     failed: dict[str, str] = field(default_factory=dict)
-    """With the last lines of their logs."""
+    """The last lines of their logs."""
     left: list[str] = field(default_factory=list)
     """Not started or not finished, for want of time."""
 

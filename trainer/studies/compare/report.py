@@ -73,7 +73,7 @@ def arm_table(results: Results, study: Study) -> str:
 
 
 def found_differences(results: Results, study: Study) -> list[Difference]:
-    """Of the final accuracy of each arm from the baselines', where they share two seeds or more."""
+    """Differences of final accuracy between each arm and the baselines, over two seeds or more."""
     arms = _arms(results, study)
     values = {arm: final(results, arm) for arm in arms}
     pairs = [
@@ -232,7 +232,7 @@ def _runs(results: Results, arm: str) -> list[Mapping[str, Any]]:
 
 
 def _arms(results: Results, study: Study) -> list[str]:
-    """Of the study, those that have runs."""
+    """The arms of the study that have runs."""
     return [arm for arm in STUDIES[study] if _runs(results, arm)]
 
 
