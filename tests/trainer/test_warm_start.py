@@ -64,7 +64,7 @@ def test_loss_is_that_of_the_response_tokens(family):
         model = build_model(family, vocab_size=len(tokenizer))
     pairs = Ladder(0).demonstrations(5, seed=0)
     examples = [_example(tokenizer, *pair) for pair in pairs]
-    loss, count = _loss(lm_head(model), examples, tokenizer.pad_token_id)
+    loss, count = _loss(lm_head(model), examples)
     terms = []
     for prompt, response in pairs:
         ids = tokenizer(prompt + response, return_tensors="pt").input_ids

@@ -1,6 +1,6 @@
 """The warm start: supervised training on a task's demonstrations, kept for later runs.
 
-B demonstrations of a batch, L their padded length, T their response tokens, D hidden.
+N tokens of a batch that the backbone reads, T its response tokens, D hidden; R rows of W tokens.
 """
 
 import hashlib
@@ -16,10 +16,10 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 import entropy_kernels as ek
 from entropy_kernels.integrations.hf import LMHead, lm_head
+from trainer.batch import arrange
 from trainer.config import WarmStart
 from trainer.errors import naming
 from trainer.finite import first_nonfinite
@@ -125,7 +125,7 @@ def warm_start(
     began, tokens_done = time.monotonic(), 0
     for step in range(1, settings.steps + 1):
         batch = [examples[i] for i in islice(order, settings.batch_size)]
-        loss, tokens = _loss(head, batch, tokenizer.pad_token_id)
+        loss, tokens = _loss(head, batch)
         optimizer.zero_grad()
         loss.backward()
         _clip(model, step)
@@ -178,24 +178,22 @@ def _rate(step: int, settings: WarmStart) -> float:
     return FINAL_RATE + (1 - FINAL_RATE) * (1 + math.cos(math.pi * done)) / 2
 
 
-def _loss(head: LMHead, batch: list[Example], pad_id: int) -> tuple[Tensor, int]:
+def _loss(head: LMHead, batch: list[Example]) -> tuple[Tensor, int]:
     """Mean of -log p over the response tokens of `batch`, and how many they are."""
-    lengths_B = torch.tensor([len(example.tokens) for example in batch])
-    starts_B = torch.tensor([example.start for example in batch])
-    tokens_BL = pad_sequence([e.tokens for e in batch], batch_first=True, padding_value=pad_id)
-    position_L = torch.arange(tokens_BL.shape[1])
-    exists_BL = position_L < lengths_B[:, None]
-    # A token is predicted at the position before it.
-    predicts_BL = exists_BL[:, 1:] & (position_L[1:] >= starts_B[:, None])
-    tokens_BL, exists_BL, predicts_BL = (
-        x.to(head.model.device) for x in (tokens_BL, exists_BL, predicts_BL)
+    # The last token predicts nothing, and a token is predicted by the one before it.
+    read = [example.tokens[:-1] for example in batch]
+    predicts = [torch.arange(len(e.tokens) - 1) >= e.start - 1 for e in batch]
+    target_T = torch.cat([example.tokens[example.start :] for example in batch])
+    tokens_N, predicts_N, target_T = (
+        x.to(head.model.device) for x in (torch.cat(read), torch.cat(predicts), target_T)
     )
-    hidden_BLD = head.hidden_states(
-        input_ids=tokens_BL[:, :-1], attention_mask=exists_BL[:, :-1].long(), use_cache=False
+    packed = arrange(tokens_N, torch.tensor(list(map(len, read))), "padded")
+    assert packed.mask_RW is not None
+    hidden_RWD = head.hidden_states(
+        input_ids=packed.tokens_RW, attention_mask=packed.mask_RW.long(), use_cache=False
     )
-    logprob_T = ek.linear_logprob_entropy(
-        target=tokens_BL[:, 1:][predicts_BL], **head(hidden_BLD[predicts_BL])
-    ).logprob
+    hidden_TD = hidden_RWD.flatten(0, 1)[packed.index_T[predicts_N]]
+    logprob_T = ek.linear_logprob_entropy(target=target_T, **head(hidden_TD)).logprob
     return -logprob_T.mean(), len(logprob_T)
 
 
