@@ -32,7 +32,7 @@ Prose = tuple[int, str, re.Pattern[str] | None]
 ABBREVIATION = re.compile(r"\b(e\.g|i\.e|vs|etc|Dr|eq|Eq|cf|resp|al|Fig|No)\.$")
 WORD = re.compile(r"\S*\w\S*")
 # In a docstring neither a number nor a symbol of a formula is a word.
-PLAIN_WORD = re.compile(r"(?<![\w.])[A-Za-z][\w'-]+")
+PLAIN_WORD = re.compile(r"(?<![\w.])[A-Za-z][A-Za-z'-]+(?!\w)")
 END = re.compile(r"[.!?][)\"'*]*\s+")
 HEADLESS = re.compile(r"(?:^|: )(?:Of (?!course)|None: (?:that|those) of )")
 UNITS = r"""token|sequence|row|rank|step|response|group|second|seed|problem|prompt|parameter|place|
