@@ -67,7 +67,7 @@ lint: $(VENV)/.dev
 # Builds the site into build/site. A broken link or an unknown name fails it.
 docs: $(VENV)/.dev
 	@echo "Building the docs ..."
-	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict $(ARGS)
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict $(ARGS)
 
 bench: $(VENV)/.dev
 	@echo "Running the benchmarks ..."
