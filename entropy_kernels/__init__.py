@@ -18,6 +18,7 @@ from .head import Head
 from .high_entropy_policy_loss import high_entropy_policy_loss
 from .linear_logprob_entropy import LogprobEntropy, linear_logprob_entropy
 from .nn import HighEntropyPolicyLoss
+from .options import KL, Aggregation, Backend, Correction, EntropyBonus, Parallel, Selection
 from .ratio_loss import ratio_loss
 from .streaming_threshold import StreamingThreshold
 from .top_entropy_mask import top_entropy_mask
@@ -25,9 +26,16 @@ from .top_entropy_mask import top_entropy_mask
 __version__ = "0.1.0"
 
 __all__ = [
+    "KL",
+    "Aggregation",
+    "Backend",
+    "Correction",
+    "EntropyBonus",
     "Head",
     "HighEntropyPolicyLoss",
     "LogprobEntropy",
+    "Parallel",
+    "Selection",
     "StreamingThreshold",
     "entropy_threshold",
     "high_entropy_policy_loss",

@@ -1,30 +1,14 @@
-"""Which loss is meant, and what a caller of it can get wrong, said before anything is computed."""
+"""Which loss is meant, and which of its options make sense together, said before it is computed."""
 
 import functools
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from ._arguments import (
-    LARGEST,
-    check_advantage,
-    check_choice,
-    check_clip,
-    check_count,
-    check_finite,
-    check_group,
-    check_logprobs,
-    check_number,
-    check_tensor,
-    check_values,
-    is_number,
-    shown,
-    warn_once,
-)
-from .loss_terms import AGGREGATIONS, CORRECTIONS, KL_TYPES
+from ._arguments import check_clip, check_count, check_number, is_number, shown, warn_once
 from .losses import (
     LOSSES,
     SEQUENCE_OVER,
@@ -37,23 +21,11 @@ from .losses import (
     sapo,
     vespo,
 )
+from .options import KL, Aggregation, Correction, EntropyBonus, Parallel
 
-ON = ("selected", "all")
-OVER = ("all", "selected")
-_CHOICES = {
-    "sequence_over": (None, *OVER),
-    "aggregation": (None, *AGGREGATIONS),
-    "correction": (None, *CORRECTIONS),
-    "kl_type": KL_TYPES,
-    "kl_on": ON,
-    "entropy_on": ON,
-}
-# Options that may be a number or a tensor.
-_NUMBERS = ("clip_low", "clip_high", "kl_coef", "denominator", "num_sequences")
-# Options that are a tensor, or may be one.
-_TENSORS = ("token_weight", "sampler_logprob", "reference_logprob", "entropy", *_NUMBERS)
 # Losses whose clips are distances of a ratio from 1.
 _OF_RATIOS = (clipped_ratio, gspo, gspo_token, luspo)
+_OURS = {function for function, _ in LOSSES.values()}
 
 
 def find_loss(loss_type: str | Callable[..., Tensor]) -> tuple[Loss, str, str | None]:
@@ -77,146 +49,144 @@ def _base(loss: Loss) -> Loss:
     return loss.func if isinstance(loss, functools.partial) else loss
 
 
-def sees_sequences(loss_type: str | Callable[..., Tensor]) -> bool:
-    """Whether a loss needs to know the ranks that share its sequences: ours that sum over them.
+@dataclass(frozen=True, eq=False)
+class LossOptions:
+    """The options of a loss, checked each by itself and together, but for shapes of tensors."""
 
-    What a function of the caller's does is unknown: it has to take `sequence_group`.
-    """
-    loss, _, over = find_loss(loss_type)
-    if _base(loss) in {function for function, _ in LOSSES.values()}:
-        return over is not None
-    if "sequence_group" not in inspect.signature(loss).parameters:
-        raise ValueError(
-            "with sequence_group, a loss_type of your own must take it as a keyword, to sum over "
-            f"sequences as a whole; got {loss_type!r}"
+    loss_type: str | Callable[..., Tensor]
+    clip_low: float | Tensor | None
+    clip_high: float | Tensor | None
+    dual_clip: float | None
+    denominator: str | float | Tensor
+    aggregation: Aggregation
+    kl: KL
+    correction: Correction
+    entropy_bonus: EntropyBonus
+    parallel: Parallel
+
+    def __post_init__(self) -> None:
+        check_kinds(
+            aggregation=(self.aggregation, Aggregation),
+            kl=(self.kl, KL),
+            correction=(self.correction, Correction),
+            entropy_bonus=(self.entropy_bonus, EntropyBonus),
+            parallel=(self.parallel, Parallel),
         )
-    return True
+        find_loss(self.loss_type)
+        _check_denominator(self.denominator)
+        _check_clips(self)
+
+    @property
+    def aggregation_type(self) -> str:
+        """The one that was asked for, or the loss's own."""
+        return self.aggregation.type or find_loss(self.loss_type)[1]
+
+    @property
+    def sequence_over(self) -> str | None:
+        """As `Aggregation.sequence_over`, or the loss's own; None for a loss of single tokens."""
+        return self.aggregation.sequence_over or find_loss(self.loss_type)[2]
+
+    @property
+    def has_kernel(self) -> bool:
+        """Whether it is the fused kernel's loss: the clipped ratio with clips that are numbers."""
+        named = isinstance(self.loss_type, str) and find_loss(self.loss_type)[0] is clipped_ratio
+        return named and not any(isinstance(x, Tensor) for x in (self.clip_low, self.clip_high))
+
+    @property
+    def counts_left(self) -> bool:
+        """Whether the loss has tokens or sequences to count."""
+        if self.aggregation_type == "token-mean":
+            return isinstance(self.denominator, str)
+        return self.aggregation.num_sequences is None
+
+    @property
+    def of_sequences(self) -> str | None:
+        """The option, if any, that needs tokens as [B, L]."""
+        if find_loss(self.loss_type)[2] is not None:
+            return f"loss_type={self.loss_type!r}"
+        if self.aggregation_type != "token-mean":
+            return f"aggregation {self.aggregation_type!r} of loss_type={self.loss_type!r}"
+        kind = self.correction.type
+        return f"Correction.type={kind!r}" if kind and kind.startswith("sequence") else None
+
+    @property
+    def own_function(self) -> bool:
+        """Whether the loss is a function of the caller's: unknown is whether it sums sequences."""
+        return _base(find_loss(self.loss_type)[0]) not in _OURS
+
+    def function(self, clip_low: float | Tensor | None, clip_high: float | Tensor | None) -> Loss:
+        """The loss with these clips and, where it sums sequences, the ranks that share them."""
+        given: dict[str, Any] = {}
+        if clip_low is not None:
+            given["clip_low"] = clip_low
+        if clip_high is not None:
+            given["clip_high"] = clip_high
+        if self.dual_clip is not None:
+            given["dual_clip"] = self.dual_clip
+        if self.parallel.sequence_group is not None and self._sees_sequences():
+            given["sequence_group"] = self.parallel.sequence_group
+        loss = find_loss(self.loss_type)[0]
+        return functools.partial(loss, **given) if given else loss
+
+    def _sees_sequences(self) -> bool:
+        """Whether the loss takes a sequence_group; a function of the caller's has to."""
+        loss, _, over = find_loss(self.loss_type)
+        if not self.own_function:
+            return over is not None
+        if "sequence_group" not in inspect.signature(loss).parameters:
+            raise ValueError(
+                "with sequence_group, a loss_type of your own must take it as a keyword, to sum "
+                f"over sequences as a whole; got {self.loss_type!r}"
+            )
+        return True
+
+    def reads_beyond_selected(self, on_policy: bool) -> str | None:
+        """The option, if any, that reads log-probs or entropies of tokens that are not selected."""
+        if self.sequence_over == "all":
+            return f'loss_type={self.loss_type!r} with sequence_over="all"'
+        kind = self.correction.type
+        if on_policy and kind is not None and kind.startswith("sequence"):
+            return f"Correction.type={kind!r} without old_logprob"
+        if self.kl.on == "all":
+            return 'KL.on="all"'
+        return 'EntropyBonus.on="all"' if self.entropy_bonus.on == "all" else None
+
+    def check_call(self, has_entropy: bool) -> None:
+        """What a call needs, and a loss whose options are fixed beforehand does not."""
+        _check_sequences(self)
+        _check_aggregation(self)
+        _check_correction(self)
+        if self.parallel.group is not None and not self.counts_left:
+            given = self.denominator, self.aggregation.num_sequences
+            raise ValueError(
+                "group is for counts that are left to the loss; one that is given has to be the "
+                "mean count per rank already (distributed.mean_count), without group; got "
+                f"denominator={given[0]}, num_sequences={given[1]}"
+            )
+        coef = self.kl.coef
+        if (isinstance(coef, Tensor) or coef != 0) and self.kl.reference_logprob is None:
+            raise ValueError(f"KL.coef={coef} needs reference_logprob")
+        if self.entropy_bonus.coef != 0 and not has_entropy:
+            raise ValueError(f"EntropyBonus.coef={self.entropy_bonus.coef} needs entropy")
 
 
-def check_options(options: Mapping[str, Any]) -> None:
-    """Each option of ratio_loss that is given, by itself."""
-    for name, value in options.items():
-        if name in _CHOICES:
-            check_choice(name, value, _CHOICES[name])
-        elif name == "loss_type":
-            find_loss(value)
-        elif name in ("kl_coef", "entropy_coef"):
-            number_only = name == "entropy_coef" or not isinstance(value, Tensor)
-            (check_finite if number_only else check_tensor)(name, value)
-        elif name == "denominator" and isinstance(value, str):
-            if value not in ("selected", "all"):
-                raise ValueError(f'{name} must be "selected", "all" or a count; got {value!r}')
-        elif name == "denominator":
-            check_count(name, value, '"selected", "all" or ')
-        elif value is None:
-            continue
-        elif name in ("clip_low", "clip_high"):
-            check_clip(name, value)
-        elif name == "dual_clip":
-            check_number(name, value, "> 1 or None", lambda x: x > 1)
-        elif name == "num_sequences":
-            check_count(name, value)
-        elif name in ("correction_cap", "correction_floor"):
-            check_number(name, value, ">= 0 or None", lambda x: x >= 0)
-        elif name == "sequence_group":
-            check_group(name, value)
-    if "loss_type" in options:
-        clips = {name: options.get(name) for name in ("clip_low", "clip_high", "dual_clip")}
-        _check_clips(options["loss_type"], clips)
+def check_kinds(**given: tuple[object, type]) -> None:
+    """Each option is of its class."""
+    for name, (value, kind) in given.items():
+        if not isinstance(value, kind):
+            article = "an" if kind.__name__[0] in "AE" else "a"
+            raise ValueError(f"{name} must be {article} {kind.__name__}; got {shown(value)}")
 
 
-def check_arguments(
-    logprob: Tensor,
-    old_logprob: Tensor | None,
-    advantage: Tensor,
-    masks: dict[str, Tensor],
-    options: Mapping[str, Any],
-) -> None:
-    """What ratio_loss is given, each by itself and then together; `options` are all its own."""
-    check_options(options)
-    check_tensor("logprob", logprob, "floating-point")
-    for name, x in masks.items():
-        check_tensor(name, x, "bool", logprob, "logprob")
-    for name in ("old_logprob", *_TENSORS):
-        _check_like(name, old_logprob if name == "old_logprob" else options[name], logprob)
-    check_advantage(advantage, logprob)
-    _check_loss(logprob, options)
-    _check_aggregation(logprob, options)
-    _check_correction(logprob, options)
-    _check_terms(options)
+def _check_denominator(denominator: object) -> None:
+    if not isinstance(denominator, str):
+        check_count("denominator", denominator, '"selected", "all" or ')
+    elif denominator not in ("selected", "all"):
+        raise ValueError(f'denominator must be "selected", "all" or a count; got {denominator!r}')
 
 
-def _check_like(name: str, x: Any, logprob: Tensor) -> None:
-    """None; one a token; one number, or a tensor of it, where the option allows it."""
-    if x is None or (name in _NUMBERS and not isinstance(x, Tensor)):
-        return
-    if name == "denominator" and isinstance(x, str):
-        return
-    count = name in ("denominator", "num_sequences")
-    weight = name == "token_weight" and isinstance(x, Tensor) and x.dtype == torch.bool
-    check_tensor(name, x, "any" if weight or count else "floating-point")
-    if count and x.device.type == "cpu":
-        return
-    if x.device != logprob.device:
-        raise ValueError(f"{name} must be on {logprob.device}, like logprob; got {x.device}")
-    if not count and not (name in _NUMBERS and x.ndim == 0):
-        check_tensor(name, x, "any", logprob, "logprob")
-
-
-def check_contents(
-    seen: Tensor,
-    logprob: Tensor,
-    old_logprob: Tensor | None,
-    advantage: Tensor,
-    options: Mapping[str, Any],
-) -> None:
-    """What can be seen on a CPU: of tensors, what their values at the tokens `seen` cannot be.
-
-    A NaN can, of data: it makes the loss NaN, on every device.
-    """
-    check_logprobs("logprob", logprob, seen, inf=True)
-    check_logprobs("old_logprob", old_logprob, seen)
-    check_logprobs("sampler_logprob", options["sampler_logprob"], seen)
-    check_logprobs("reference_logprob", options["reference_logprob"], seen)
-    check_values("advantage", advantage, "finite", -LARGEST, LARGEST, seen)
-    weight = options["token_weight"]
-    if weight is not None and weight.dtype != torch.bool:
-        check_values("token_weight", weight, ">= 0 and finite", 0, LARGEST, seen)
-    for name in ("clip_low", "clip_high"):
-        check_values(name, options[name], ">= 0", 0, torch.inf)
-    check_values("kl_coef", options["kl_coef"], "finite", -LARGEST, LARGEST, seen)
-
-
-def beyond_kept(
-    on_policy: bool,
-    loss_type: str | Callable[..., Tensor] = "dapo",
-    sequence_over: str | None = None,
-    kl_on: str = "selected",
-    entropy_on: str = "selected",
-    correction: str | None = None,
-    **_: Any,
-) -> str | None:
-    """The option, if any, that reads log-probs or entropies of tokens that are not kept."""
-    if (sequence_over or find_loss(loss_type)[2]) == "all":
-        return f'loss_type={loss_type!r} with sequence_over="all"'
-    if on_policy and correction is not None and correction.startswith("sequence"):
-        return f"correction={correction!r} without old_logprob"
-    if kl_on == "all":
-        return 'kl_on="all"'
-    return 'entropy_on="all"' if entropy_on == "all" else None
-
-
-def _check_loss(logprob: Tensor, options: Mapping[str, Any]) -> None:
-    loss_type, over = options["loss_type"], options["sequence_over"]
-    is_over_sequences = find_loss(loss_type)[2] is not None
-    if over is not None and isinstance(loss_type, str) and not is_over_sequences:
-        raise ValueError(f"sequence_over has no meaning with loss_type={loss_type!r}; got {over!r}")
-    if is_over_sequences and logprob.ndim != 2:
-        raise ValueError(f"loss_type={loss_type!r} needs [B, L] inputs; got {tuple(logprob.shape)}")
-
-
-def _clips(loss_type: object) -> tuple[str, ...]:
-    """Which of ratio_loss's own options the loss of that name takes."""
+def _clips_of(loss_type: object) -> tuple[str, ...]:
+    """Which clips the loss of that name takes."""
     function = LOSSES[loss_type][0] if isinstance(loss_type, str) else None
     if function in (None, sapo, vespo, reinforce):
         return ()
@@ -224,43 +194,53 @@ def _clips(loss_type: object) -> tuple[str, ...]:
     return (*names, "dual_clip") if function is clipped_ratio else names
 
 
-def _check_clips(loss_type: object, clips: Mapping[str, Any]) -> None:
+def _check_clips(options: LossOptions) -> None:
     """Distances from a ratio of 1: beyond 1 the lower bound is negative, or a bound was given.
 
     gmpo's clips are of a log-ratio, dppo's of a probability, and cispo's lower one may be any.
     """
+    loss_type, clip_low, clip_high = options.loss_type, options.clip_low, options.clip_high
+    for name, clip in {"clip_low": clip_low, "clip_high": clip_high}.items():
+        if clip is not None:
+            check_clip(name, clip)
+    if options.dual_clip is not None:
+        check_number("dual_clip", options.dual_clip, "> 1 or None", lambda x: x > 1)
+    clips = {"clip_low": clip_low, "clip_high": clip_high, "dual_clip": options.dual_clip}
     for name, value in clips.items():
-        if value is not None and name not in _clips(loss_type):
+        if value is not None and name not in _clips_of(loss_type):
             raise ValueError(
                 f"{name} has no meaning with loss_type={loss_type!r}; a function's own options are "
                 f"set by functools.partial; got {name}={value}"
             )
-    clip_low, clip_high = clips["clip_low"], clips["clip_high"]
     if not isinstance(loss_type, str) or LOSSES[loss_type][0] not in _OF_RATIOS:
         return
-    if is_number(clip_low) and clip_low > 1:
+    if is_number(clip_low) and clip_low > 1:  # type: ignore[operator]
         raise ValueError(
             f"clip_low must lie in [0, 1], a distance below the ratio 1, with "
             f"loss_type={loss_type!r}; got clip_low={clip_low}"
         )
-    if is_number(clip_high) and 1 < clip_high < 2:
+    if is_number(clip_high) and 1 < clip_high < 2:  # type: ignore[operator]
+        low = f", and {clip_low:g} is clip_low={1 - clip_low:g}" if is_number(clip_low) else ""  # type: ignore[operator]
         warn_once(
             "clip_high",
-            f"clip_high={clip_high} is a distance: ratios are clipped at {1 + clip_high:g}; the "
-            f"bound {clip_high:g} is clip_high={clip_high - 1:g}"
-            + (f", and {clip_low:g} is clip_low={1 - clip_low:g}" if is_number(clip_low) else ""),
+            f"clip_high={clip_high} is a distance: ratios are clipped at {1 + clip_high:g}; the "  # type: ignore[operator]
+            f"bound {clip_high:g} is clip_high={clip_high - 1:g}{low}",  # type: ignore[operator]
         )
 
 
-def _check_aggregation(logprob: Tensor, options: Mapping[str, Any]) -> None:
-    loss_type, denominator = options["loss_type"], options["denominator"]
-    aggregation = options["aggregation"] or find_loss(loss_type)[1]
-    is_word = isinstance(denominator, str)
-    what = f"with loss_type={loss_type!r} and aggregation={aggregation!r}"
-    if aggregation == "token-mean" and options["num_sequences"] is not None:
+def _check_sequences(options: LossOptions) -> None:
+    loss_type, over = options.loss_type, options.aggregation.sequence_over
+    of_tokens = isinstance(loss_type, str) and find_loss(loss_type)[2] is None
+    if over is not None and of_tokens:
+        raise ValueError(f"sequence_over has no meaning with loss_type={loss_type!r}; got {over!r}")
+
+
+def _check_aggregation(options: LossOptions) -> None:
+    loss_type, denominator = options.loss_type, options.denominator
+    aggregation, is_word = options.aggregation_type, isinstance(denominator, str)
+    what = f"with loss_type={loss_type!r} and aggregation {aggregation!r}"
+    if aggregation == "token-mean" and options.aggregation.num_sequences is not None:
         raise ValueError(f"num_sequences has a meaning with the seq-mean aggregations only, {what}")
-    if aggregation != "token-mean" and logprob.ndim != 2:
-        raise ValueError(f"{what}, [B, L] inputs are needed; got {tuple(logprob.shape)}")
     if aggregation == "seq-mean-token-mean" and not is_word:
         raise ValueError(
             f'{what}, denominator must be "selected" or "all", each sequence has its own count '
@@ -280,56 +260,14 @@ def _check_aggregation(logprob: Tensor, options: Mapping[str, Any]) -> None:
         )
 
 
-def counts_left(
-    loss_type: str | Callable[..., Tensor] = "dapo",
-    aggregation: str | None = None,
-    denominator: str | float | Tensor = "selected",
-    num_sequences: float | Tensor | None = None,
-    **_: Any,
-) -> bool:
-    """Whether options of `ratio_loss` leave it tokens or sequences to count."""
-    if (aggregation or find_loss(loss_type)[1]) == "token-mean":
-        return isinstance(denominator, str)
-    return num_sequences is None
-
-
-def check_counts(group: object, **options: Any) -> None:
-    """Something is left to count over `group`."""
-    check_group("group", group)
-    if group is not None and not counts_left(**options):
-        given = {name: options[name] for name in ("denominator", "num_sequences")}
-        raise ValueError(
-            "group is for counts that are left to the loss; one that is given has to be the mean "
-            f"count per rank already (distributed.mean_count), without group; got {given}"
-        )
-
-
-def _check_terms(options: Mapping[str, Any]) -> None:
-    kl_coef, entropy_coef = options["kl_coef"], options["entropy_coef"]
-    has_kl = isinstance(kl_coef, Tensor) or kl_coef != 0
-    if has_kl and options["reference_logprob"] is None:
-        raise ValueError(f"kl_coef={kl_coef} needs reference_logprob")
-    if entropy_coef != 0 and options["entropy"] is None:
-        raise ValueError(f"entropy_coef={entropy_coef} needs entropy")
-
-
-def _check_correction(logprob: Tensor, options: Mapping[str, Any]) -> None:
-    loss_type, correction = options["loss_type"], options["correction"]
-    cap, floor = options["correction_cap"], options["correction_floor"]
-    if correction is None:
+def _check_correction(options: LossOptions) -> None:
+    kind = options.correction.type
+    if kind is None:
         return
-    if options["sampler_logprob"] is None:
-        raise ValueError(f"correction={correction!r} needs sampler_logprob")
-    if loss_type == "vespo":
+    if options.correction.sampler_logprob is None:
+        raise ValueError(f"Correction.type={kind!r} needs sampler_logprob")
+    if options.loss_type == "vespo":
         raise ValueError(
             'loss_type="vespo" has a weight of its own for the whole mismatch: give '
-            f"sampler_logprob as old_logprob; got correction={correction!r}"
-        )
-    if not 0 <= (0 if floor is None else floor) <= (torch.inf if cap is None else cap):
-        raise ValueError(
-            f"0 <= correction_floor <= correction_cap is wanted; got {floor} and {cap}"
-        )
-    if correction.startswith("sequence") and logprob.ndim != 2:
-        raise ValueError(
-            f"correction={correction!r} needs [B, L] inputs; got {tuple(logprob.shape)}"
+            f"sampler_logprob as old_logprob; got Correction.type={kind!r}"
         )

@@ -1,29 +1,20 @@
-"""The clipped ratio loss by its kernel: when that fits, which one, and what comes of it.
+"""The clipped ratio loss by its kernel: which one runs, and what comes of it.
 
 B sequences, L their length.
 """
 
 import inspect
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import ops
-from ._loss_options import find_loss
+from ._loss_tokens import Tokens
 from .losses import LOG_RATIO_BOUND, clipped_ratio
 
-# Its options in the op's order, and what they are unless told otherwise.
-_OPTIONS = inspect.signature(clipped_ratio).parameters
-_OWN = {name: _OPTIONS[name].default for name in ("clip_low", "clip_high", "dual_clip")}
-
-
-def has_kernel(
-    loss_type: object = "dapo", clip_low: object = None, clip_high: object = None
-) -> bool:
-    """Whether that loss is the fused kernel's, of which `impl` chooses one."""
-    named = isinstance(loss_type, str) and find_loss(loss_type)[0] is clipped_ratio
-    return named and not isinstance(clip_low, Tensor) and not isinstance(clip_high, Tensor)
+# The clips of `clipped_ratio`, unless told otherwise.
+_DEFAULTS = inspect.signature(clipped_ratio).parameters
+CLIP_LOW, CLIP_HIGH = _DEFAULTS["clip_low"].default, _DEFAULTS["clip_high"].default
 
 
 def plain(impl: str) -> str:
@@ -37,28 +28,33 @@ def plain(impl: str) -> str:
 
 
 def clipped_by_kernel(
-    new: Tensor,
-    old: Tensor,
-    advantage: Tensor,
+    tokens: Tokens,
     factor: Tensor | None,
-    kept: Tensor,
     scale_B: Tensor,
-    clip: dict[str, Any],
+    dual_clip: float | None,
     impl: str,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The clipped ratio loss; it is linear in a factor >= 0 of the advantage."""
+    """The clipped ratio loss of the selected tokens, linear in a factor >= 0 of the advantage.
+
+    tokens.old_logprob is given, and the clips are numbers or None.
+    """
+    selected, advantage = tokens.selected, tokens.advantage
     if factor is not None:
-        counts = kept & ((factor != 0) | advantage.isnan())
+        counts = selected & ((factor != 0) | advantage.isnan())
         advantage = torch.where(counts, advantage * factor, 0.0)
-    shape = (1, new.numel()) if scale_B.numel() == 1 else tuple(new.shape)
+    logprob, old_logprob = tokens.logprob, tokens.old_logprob
+    assert old_logprob is not None
+    shape = (1, logprob.numel()) if scale_B.numel() == 1 else tuple(logprob.shape)
     loss, _, sums, counts = ops.ratio_loss(
-        *(x.reshape(shape) for x in (new, old, advantage, kept)),
+        *(x.reshape(shape) for x in (logprob, old_logprob, advantage, selected)),
         scale_B,
-        *(own if clip[name] is None else clip[name] for name, own in _OWN.items()),
+        CLIP_LOW if tokens.clip_low is None else tokens.clip_low,
+        CLIP_HIGH if tokens.clip_high is None else tokens.clip_high,
+        dual_clip,
         LOG_RATIO_BOUND,
         impl,
     )
-    among = kept.sum().clamp_min(1)
+    among = selected.sum().clamp_min(1)
     low, high, _ = (counts / among).unbind()
     clipped = {"clip/low": low, "clip/high": high, "head/active_rows": counts[2]}
     return loss, of_ratios(sums, among) | clipped

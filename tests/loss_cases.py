@@ -1,10 +1,12 @@
 """Batches on which every loss clips somewhere and does not elsewhere."""
 
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+import entropy_kernels as ek
 from entropy_kernels.testing import worst_elements
 
 B, L = 6, 9
@@ -41,6 +43,62 @@ def make_case(seed: int = 0, empty: bool = True) -> Case:
     selected = torch.rand(B, L, generator=g) < 0.6
     selected[3, 0] = selected[4, 0] = True
     return Case(logprob, logprob - move, advantage, advantage_B, mask, selected)
+
+
+# Where each option of a flat table belongs: its group, and its name there.
+PLACES = {
+    "kl_coef": (ek.KL, "coef"),
+    "kl_type": (ek.KL, "type"),
+    "kl_on": (ek.KL, "on"),
+    "reference_logprob": (ek.KL, "reference_logprob"),
+    "entropy_coef": (ek.EntropyBonus, "coef"),
+    "entropy_on": (ek.EntropyBonus, "on"),
+    "correction": (ek.Correction, "type"),
+    "correction_cap": (ek.Correction, "cap"),
+    "correction_floor": (ek.Correction, "floor"),
+    "sampler_logprob": (ek.Correction, "sampler_logprob"),
+    "aggregation": (ek.Aggregation, "type"),
+    **{name: (ek.Aggregation, name) for name in ("num_sequences", "sequence_over")},
+    "token_weight": (ek.Aggregation, "token_weight"),
+    **{name: (ek.Parallel, name) for name in ("group", "sequence_group", "vocab_group")},
+    **{name: (ek.Selection, name) for name in ("which", "scope", "threshold_tolerance")},
+    **{name: (ek.Backend, name) for name in ("main_grad", "max_active_rows")},
+}
+NAMES = {
+    ek.KL: "kl",
+    ek.EntropyBonus: "entropy_bonus",
+    ek.Correction: "correction",
+    ek.Aggregation: "aggregation",
+    ek.Parallel: "parallel",
+    ek.Selection: "selection",
+    ek.Backend: "backend",
+}
+
+
+def grouped(options: Mapping[str, Any], head: bool = False) -> dict[str, Any]:
+    """The options of a flat table in their groups; `head`: of the head's loss, impl too."""
+    places = PLACES | ({"impl": (ek.Backend, "impl")} if head else {})
+    groups: dict[type, dict[str, Any]] = {}
+    for name, value in options.items():
+        if name in places:
+            groups.setdefault(places[name][0], {})[places[name][1]] = value
+    found = {NAMES[kind]: kind(**values) for kind, values in groups.items()}
+    return found | {name: value for name, value in options.items() if name not in places}
+
+
+def ratio_loss(*tensors: Any, **options: Any) -> tuple[Tensor, dict[str, Tensor]]:
+    """`ek.ratio_loss` with a flat table of options."""
+    return ek.ratio_loss(*tensors, **grouped(options))
+
+
+def policy_loss(
+    hidden: Tensor, weight: Tensor, target: Tensor, *tensors: Any, **options: Any
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """`ek.high_entropy_policy_loss` with a flat table of options, those of the head among them."""
+    names = ("bias", "temperature", "softcap", "ignore_index")
+    own = {name: options.pop(name) for name in names if name in options}
+    head = ek.Head(hidden, weight, target, **own)
+    return ek.high_entropy_policy_loss(head, *tensors, **grouped(options, head=True))
 
 
 def gradient(logprob: Tensor, loss_of) -> tuple[Tensor, Tensor]:

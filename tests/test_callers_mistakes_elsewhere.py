@@ -13,6 +13,7 @@ import entropy_kernels as ek
 from entropy_kernels import distributed, losses, token_rules
 from entropy_kernels.integrations import hf, trl, verl
 from tests import mistakes
+from tests.loss_cases import policy_loss
 from tests.mistakes import (
     ADVANTAGE,
     ENTROPY,
@@ -279,7 +280,7 @@ def test_a_misspelt_keyword_names_the_right_one(given, meant):
     message = rf"unknown options {given} \(did you mean {meant}\?\); known are .*{meant}"
     tensors = HIDDEN, WEIGHT, TARGET, LOGPROB, ADVANTAGE, MASK
     with pytest.raises(ValueError, match=message):
-        ek.high_entropy_policy_loss(*tensors, **{given: 1.0})
+        policy_loss(*tensors, **{given: 1.0})
     with pytest.raises(ValueError, match=message):
         ek.HighEntropyPolicyLoss(**{given: 1.0})
     with pytest.raises(ValueError, match=message):

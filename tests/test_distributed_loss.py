@@ -11,6 +11,7 @@ import torch.distributed as dist
 import entropy_kernels as ek
 from entropy_kernels import distributed
 from entropy_kernels.testing import peaked_head
+from tests.loss_cases import policy_loss
 from tests.processes import spawn
 
 D, V, L = 24, 519, 25
@@ -46,13 +47,9 @@ def gradient(w, tensors, group, options):
     else:
         counted = selected if options["denominator"] == "selected" else mask
         options["denominator"] = distributed.global_count(counted, group)
-    loss, metrics = ek.high_entropy_policy_loss(
-        h, w, y, old, advantage, mask, selected=selected, **options
-    )
+    loss, metrics = policy_loss(h, w, y, old, advantage, mask, selected=selected, **options)
     loss.backward()
-    by_call, counts = ek.high_entropy_policy_loss(
-        h, w.detach(), y, old, advantage, mask, group=group, **options
-    )
+    by_call, counts = policy_loss(h, w.detach(), y, old, advantage, mask, group=group, **options)
     torch.testing.assert_close(by_call, loss.detach(), rtol=1e-6, atol=1e-7)
     assert counts["tokens/selected"] == metrics["tokens/selected"]
     return w.grad

@@ -9,6 +9,7 @@ import torch
 import entropy_kernels as ek
 from entropy_kernels.loss_terms import kl_divergence
 from entropy_kernels.testing import peaked_head
+from tests.loss_cases import policy_loss
 from tests.marks import nan_is_meant
 
 T, D, V = 41, 40, 211
@@ -45,7 +46,7 @@ def test_places_left_over_add_nothing_to_row_0(first, impl, device):
 
     def gradients(most):
         leaves = [x.detach().requires_grad_() for x in (h, w)]
-        loss, _ = ek.high_entropy_policy_loss(
+        loss, _ = policy_loss(
             *leaves,
             y,
             None,

@@ -14,6 +14,7 @@ from entropy_kernels.testing import (
     peaked_head,
     worst_of_orders,
 )
+from tests.loss_cases import policy_loss
 
 B, L, D, V = 4, 50, 48, 1031
 # The module, whose name in the package is the function's.
@@ -38,7 +39,7 @@ def gradients(loss_of, h, w):
 
 def test_equals_the_reference(batch):
     h, w, y, old, advantage, mask = batch
-    got = gradients(lambda h, w: ek.high_entropy_policy_loss(h, w, *batch[2:]), h, w)
+    got = gradients(lambda h, w: policy_loss(h, w, *batch[2:]), h, w)
     per_token = advantage[:, None].expand(B, L)
 
     def specification(dtype):
@@ -83,9 +84,7 @@ def test_the_three_ways_agree_and_cost_what_they_say(batch, fraction, monkeypatc
     for name, (options, rows) in ways.items():
         with Watch() as watch:
             results[name] = gradients(
-                lambda h, w, o=options: ek.high_entropy_policy_loss(
-                    h, w, *rest, clip_low=1.0, clip_high=1e9, **o
-                ),
+                lambda h, w, o=options: policy_loss(h, w, *rest, clip_low=1.0, clip_high=1e9, **o),
                 h,
                 w,
             )
@@ -105,16 +104,14 @@ def test_logits_not_kept_are_recomputed(batch, reason, monkeypatch):
     h, w, *rest = batch
     monkeypatch.setattr(loss, "LEAST_ROW_BYTES", {"cpu": 0, "cuda": 0})
     selected = torch.rand(B, L) < 0.3
-    kept = gradients(lambda h, w: ek.high_entropy_policy_loss(h, w, *rest, selected=selected), h, w)
+    kept = gradients(lambda h, w: policy_loss(h, w, *rest, selected=selected), h, w)
     if reason == "too large":
         monkeypatch.setattr(backends, "STORED_LOGITS_BYTES", {"cpu": 0, "cuda": 0})
     else:
         least = w.shape[1] * w.element_size() + 1
         monkeypatch.setattr(loss, "LEAST_ROW_BYTES", {"cpu": least, "cuda": least})
     with Watch() as watch:
-        recomputed = gradients(
-            lambda h, w: ek.high_entropy_policy_loss(h, w, *rest, selected=selected), h, w
-        )
+        recomputed = gradients(lambda h, w: policy_loss(h, w, *rest, selected=selected), h, w)
     rows = int((selected & rest[-1]).sum())
     active = int(recomputed[3]["head/active_rows"])
     assert watch.products == (rows + 3 * active) * V * D
@@ -130,11 +127,7 @@ def test_a_bound_of_the_selected_tokens_changes_nothing(batch, room):
     results = []
     for bound in (None, int(selected.sum()) + room):
         options = {"max_active_rows": bound, "temperature": temperature, "selected": selected}
-        results.append(
-            gradients(
-                lambda h, w, o=options: ek.high_entropy_policy_loss(h, w, *rest, mask, **o), h, w
-            )
-        )
+        results.append(gradients(lambda h, w, o=options: policy_loss(h, w, *rest, mask, **o), h, w))
     for got, want in zip(results[1][:3], results[0][:3], strict=True):
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-7)
 
@@ -142,7 +135,7 @@ def test_a_bound_of_the_selected_tokens_changes_nothing(batch, room):
 def test_more_selected_tokens_than_their_bound_are_an_error(batch):
     selected = torch.ones(B, L, dtype=torch.bool)
     with pytest.raises(ValueError, match="max_active_rows is 9; got 150 selected tokens"):
-        ek.high_entropy_policy_loss(*batch, selected=selected, max_active_rows=9)
+        policy_loss(*batch, selected=selected, max_active_rows=9)
 
 
 def test_forward_never_holds_tokens_times_vocabulary():
@@ -150,19 +143,17 @@ def test_forward_never_holds_tokens_times_vocabulary():
     h.requires_grad_()
     w.requires_grad_()
     with Watch() as watch:
-        loss, _ = ek.high_entropy_policy_loss(
-            h, w, y, None, torch.ones(1500), torch.ones(1500, dtype=torch.bool)
-        )
+        loss, _ = policy_loss(h, w, y, None, torch.ones(1500), torch.ones(1500, dtype=torch.bool))
         loss.backward()
     assert watch.largest < 1500 * 4099 / 4
 
 
 def test_what_is_outside_the_mask_costs_nothing_and_may_be_anything(batch):
     h, w, *rest, mask = batch
-    want = gradients(lambda h, w: ek.high_entropy_policy_loss(h, w, *rest, mask), h, w)
+    want = gradients(lambda h, w: policy_loss(h, w, *rest, mask), h, w)
     h = h.masked_fill(~mask[..., None], torch.nan)
     rest[0] = rest[0].masked_fill(~mask, -7)
-    got = gradients(lambda h, w: ek.high_entropy_policy_loss(h, w, *rest, mask), h, w)
+    got = gradients(lambda h, w: policy_loss(h, w, *rest, mask), h, w)
     assert torch.equal(got[0], want[0])
     assert torch.equal(got[1], want[1])
     assert torch.equal(got[2], want[2])
@@ -175,7 +166,7 @@ def test_an_empty_mask_is_a_zero_loss_with_zero_gradients(batch, loss_type, way)
     mask = torch.zeros_like(mask)
     options = {"fraction": {}, "selected": {"selected": mask}, "threshold": {"threshold": 0.1}}[way]
     loss, dh, dw, _ = gradients(
-        lambda h, w: ek.high_entropy_policy_loss(h, w, *rest, mask, loss_type=loss_type, **options),
+        lambda h, w: policy_loss(h, w, *rest, mask, loss_type=loss_type, **options),
         h,
         w,
     )
@@ -187,7 +178,7 @@ def test_an_empty_mask_is_a_zero_loss_with_zero_gradients(batch, loss_type, way)
 def test_impl_names_the_head_and_the_loss(batch, impl):
     h, w, *rest = batch
     got, want = (
-        gradients(lambda h, w, i=i: ek.high_entropy_policy_loss(h, w, *rest, impl=i), h, w)
+        gradients(lambda h, w, i=i: policy_loss(h, w, *rest, impl=i), h, w)
         for i in (impl, "reference")
     )
     for g, t in zip(got[:3], want[:3], strict=True):
@@ -197,7 +188,7 @@ def test_impl_names_the_head_and_the_loss(batch, impl):
 def test_micro_batches_equal_one_batch(batch):
     """A threshold and a count of the whole step make accumulation exact."""
     h, w, y, old, advantage, mask = batch
-    whole = gradients(lambda h, w: ek.high_entropy_policy_loss(h, w, *batch[2:]), h, w)
+    whole = gradients(lambda h, w: policy_loss(h, w, *batch[2:]), h, w)
     threshold = ek.StreamingThreshold(0.2)
     for b in range(B):
         threshold.update(ek.linear_logprob_entropy(h[b], w, y[b]).entropy, mask[b])
@@ -205,7 +196,7 @@ def test_micro_batches_equal_one_batch(batch):
 
     def split(h, w):
         losses = [
-            ek.high_entropy_policy_loss(
+            policy_loss(
                 h[b : b + 1],
                 w,
                 y[b : b + 1],
@@ -231,10 +222,8 @@ def test_per_token_temperature_follows_the_selected_rows(batch):
     options = {"temperature": temperature, "softcap": 30.0, "bias": torch.randn(V)}
     entropy = ek.linear_logprob_entropy(h, w, rest[0], **options).entropy
     selected = ek.top_entropy_mask(entropy, rest[-1])
-    known = gradients(
-        lambda h, w: ek.high_entropy_policy_loss(h, w, *rest, selected=selected, **options), h, w
-    )
-    found = gradients(lambda h, w: ek.high_entropy_policy_loss(h, w, *rest, **options), h, w)
+    known = gradients(lambda h, w: policy_loss(h, w, *rest, selected=selected, **options), h, w)
+    found = gradients(lambda h, w: policy_loss(h, w, *rest, **options), h, w)
     for got, want in zip(known[:3], found[:3], strict=True):
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6)
 
@@ -242,7 +231,7 @@ def test_per_token_temperature_follows_the_selected_rows(batch):
 @pytest.mark.parametrize("which", ["bottom", "random"])
 def test_ablations_keep_the_same_number(batch, which):
     h, w, *rest = batch
-    metrics = ek.high_entropy_policy_loss(h, w, *rest, which=which)[1]
+    metrics = policy_loss(h, w, *rest, which=which)[1]
     assert metrics["tokens/selected"] == 30
 
 
@@ -250,7 +239,7 @@ def test_compiles_into_one_graph(batch, unchecked_shapes):
     h, w, *rest = batch
 
     def step(h, w):
-        return ek.high_entropy_policy_loss(h, w, *rest)
+        return policy_loss(h, w, *rest)
 
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
     for got, want in zip(gradients(compiled, h, w)[:3], gradients(step, h, w)[:3], strict=True):
@@ -258,16 +247,69 @@ def test_compiles_into_one_graph(batch, unchecked_shapes):
 
 
 def test_module_is_the_function(batch):
-    h, w, *rest = batch
+    h, w, y, *rest = batch
+    head = ek.Head(h, w, y)
     module = ek.HighEntropyPolicyLoss(fraction=0.5, loss_type="grpo")
-    want = ek.high_entropy_policy_loss(h, w, *rest, fraction=0.5, loss_type="grpo")[0]
-    assert torch.equal(copy.deepcopy(module)(h, w, *rest)[0], want)
-    want = ek.high_entropy_policy_loss(h, w, *rest, fraction=0.1, loss_type="grpo")[0]
-    assert torch.equal(module(h, w, *rest, fraction=0.1)[0], want)
+    want = ek.high_entropy_policy_loss(head, *rest, fraction=0.5, loss_type="grpo")[0]
+    assert torch.equal(copy.deepcopy(module)(head, *rest)[0], want)
     assert list(module.parameters()) == []
     assert "fraction=0.5" in repr(module)
-    with pytest.raises(ValueError, match=r"frac .did you mean fraction\?.; known are"):
-        ek.HighEntropyPolicyLoss(frac=0.5)
+    assert "loss_type='grpo'" in repr(module)
+
+
+def test_the_module_s_options_take_what_changes_from_call_to_call(batch):
+    h, w, y, *rest = batch
+    head, mask = ek.Head(h, w.clone().requires_grad_(), y), rest[-1]
+    reference, weight = rest[0] - 0.1, torch.rand(B, L)
+    module = ek.HighEntropyPolicyLoss(
+        loss_type="grpo",
+        kl=ek.KL(0.1, "k2"),
+        correction=ek.Correction("tis", cap=1.2),
+        selection=ek.Selection(threshold_tolerance=1e-5),
+        backend=ek.Backend("torch"),
+    )
+    got, metrics = module(
+        *(head, *rest),
+        threshold=0.5,
+        denominator="all",
+        num_sequences=9,
+        token_weight=weight,
+        reference_logprob=reference,
+        sampler_logprob=reference,
+        max_active_rows=B * L,
+        main_grad=torch.zeros_like(w),
+    )
+    want, _ = ek.high_entropy_policy_loss(
+        *(head, *rest),
+        threshold=0.5,
+        loss_type="grpo",
+        denominator="all",
+        aggregation=ek.Aggregation(num_sequences=9, token_weight=weight),
+        kl=ek.KL(0.1, "k2", reference_logprob=reference),
+        correction=ek.Correction("tis", cap=1.2, sampler_logprob=reference),
+        backend=ek.Backend("torch"),
+    )
+    assert torch.equal(got, want)
+    assert 0 < metrics["tokens/selected"] < mask.sum()
+
+
+def test_entropies_within_the_tolerance_tie_with_the_threshold(batch):
+    """A mask of two roundings of one entropy must not hang on them."""
+    h, w, y, *rest = batch
+    head, mask = ek.Head(h, w, y), rest[-1]
+    entropy = ek.linear_logprob_entropy(h, w, y).entropy
+    tau = entropy[mask].sort().values[-30]
+
+    def selected(threshold, tolerance):
+        selection = ek.Selection(threshold_tolerance=tolerance)
+        found = ek.high_entropy_policy_loss(head, *rest, threshold=threshold, selection=selection)
+        assert found[1]["entropy/threshold"] == torch.as_tensor(threshold, dtype=torch.float32)
+        return int(found[1]["tokens/selected"])
+
+    for threshold in (tau * (1 + 1e-6), float(tau * (1 + 1e-6))):
+        assert selected(threshold, 0.0) == 29
+        assert selected(threshold, 1e-5) == 30
+    assert selected(tau, 1e-5) == int((mask & (entropy >= tau * (1 - 1e-5))).sum())
 
 
 BAD = {
@@ -279,6 +321,7 @@ BAD = {
     "threshold and scope": ({"threshold": 0.1, "scope": "sequence"}, "with threshold=.*'sequence'"),
     "selected": ({"selected": torch.ones(B, L)}, r"bool tensor.*\(4, 50\).*got torch.float32"),
     "thresholds": ({"threshold": torch.zeros(4)}, r"threshold must be one value; got .*\(4,\)"),
+    "a tolerance alone": ({"threshold_tolerance": 0.1}, "meaning with threshold= only; got 0.1"),
     "fraction": ({"fraction": 1.5}, r"\(0, 1\].*1.5"),
 }
 
@@ -286,10 +329,10 @@ BAD = {
 @pytest.mark.parametrize(("options", "message"), BAD.values(), ids=BAD)
 def test_bad_input_says_what_came_and_what_was_wanted(batch, options, message, unchecked_shapes):
     with pytest.raises(ValueError, match=message):
-        ek.high_entropy_policy_loss(*batch, **options)
+        policy_loss(*batch, **options)
 
 
 def test_mask_is_checked(batch, unchecked_shapes):
     h, w, y, old, advantage, mask = batch
     with pytest.raises(ValueError, match=r"mask must be a bool tensor.*\(4, 50\).*got.*\(4, 49\)"):
-        ek.high_entropy_policy_loss(h, w, y, old, advantage, mask[:, :49])
+        policy_loss(h, w, y, old, advantage, mask[:, :49])

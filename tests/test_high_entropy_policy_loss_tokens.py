@@ -8,6 +8,7 @@ import torch
 import entropy_kernels as ek
 from entropy_kernels import _rows, reference
 from entropy_kernels.testing import peaked_head
+from tests.loss_cases import policy_loss
 from tests.test_high_entropy_policy_loss import gradients
 
 B, L, D, V = 3, 15, 16, 131
@@ -51,9 +52,7 @@ def gradients_by(impl, device, batch, options):
     torch.manual_seed(3)
     h, w, *rest = (x.to(device) for x in batch)
     options = to(device, options)
-    return gradients(
-        lambda h, w: ek.high_entropy_policy_loss(h, w, *rest, impl=impl, **options), h, w
-    )
+    return gradients(lambda h, w: policy_loss(h, w, *rest, impl=impl, **options), h, w)
 
 
 @pytest.mark.parametrize(

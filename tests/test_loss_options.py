@@ -1,12 +1,14 @@
 """The options of the loss on the head, what cannot be had together, and what errors say."""
 
+import inspect
+
 import pytest
 import torch
 
 import entropy_kernels as ek
 from entropy_kernels import losses
 from entropy_kernels.testing import Watch, peaked_head
-from tests.loss_cases import gradient
+from tests.loss_cases import gradient, policy_loss, ratio_loss
 
 
 def head_batch():
@@ -32,11 +34,11 @@ def test_the_head_takes_every_loss(loss_type, way):
     choice = {"selected": selected} if way == "selected" else {"fraction": 0.5}
 
     def fused(x):
-        return ek.high_entropy_policy_loss(x, w, y, old, advantage, mask, **choice, **options)[0]
+        return policy_loss(x, w, y, old, advantage, mask, **choice, **options)[0]
 
     def apart(x):
         found = ek.linear_logprob_entropy(x, w, y)
-        return ek.ratio_loss(
+        return ratio_loss(
             found.logprob, old, advantage, mask, selected=selected, entropy=found.entropy, **options
         )[0]
 
@@ -55,7 +57,7 @@ def test_backward_costs_the_rows_that_get_a_gradient(extra):
     with Watch() as watch:
         gradient(
             h,
-            lambda x: ek.high_entropy_policy_loss(
+            lambda x: policy_loss(
                 x, w, y, old, advantage, mask, fraction=0.25, reference_logprob=old, **options
             )[0],
         )
@@ -66,9 +68,9 @@ def test_backward_costs_the_rows_that_get_a_gradient(extra):
 
 BEYOND = {
     "sequence": ({"loss_type": "gspo"}, "loss_type='gspo' with sequence_over=\"all\" reads"),
-    "kl": ({"kl_on": "all"}, 'kl_on="all" reads tokens that are not selected'),
-    "entropy": ({"entropy_on": "all"}, 'entropy_on="all" reads'),
-    "correction": ({"correction": "sequence_mask"}, "correction='sequence_mask' without old_logp"),
+    "kl": ({"kl_on": "all"}, 'KL.on="all" reads tokens that are not selected'),
+    "entropy": ({"entropy_on": "all"}, 'EntropyBonus.on="all" reads'),
+    "correction": ({"correction": "sequence_mask"}, "'sequence_mask' without old_logprob"),
 }
 
 
@@ -77,25 +79,40 @@ def test_what_reads_other_tokens_cannot_have_the_head_on_the_selected_alone(opti
     h, w, y, old, advantage, mask, _ = head_batch()
     more = {"reference_logprob": old, "sampler_logprob": old, "selected": mask}
     with pytest.raises(ValueError, match=message):
-        ek.high_entropy_policy_loss(h, w, y, None, advantage, mask, **more, **options)
-    ek.high_entropy_policy_loss(
-        h, w, y, None, advantage, mask, **(more | {"selected": None}), **options
-    )
+        policy_loss(h, w, y, None, advantage, mask, **more, **options)
+    policy_loss(h, w, y, None, advantage, mask, **(more | {"selected": None}), **options)
 
 
-def test_unknown_options_are_named():
-    h, w, y, old, advantage, mask, _ = head_batch()
-    with pytest.raises(
-        ValueError, match=r"unknown options kl_coeff .did you mean kl_coef\?.; known are .*kl_coef"
-    ):
-        ek.high_entropy_policy_loss(h, w, y, old, advantage, mask, kl_coeff=0.1)
-    module = ek.HighEntropyPolicyLoss(fraction=0.5, loss_type="sapo", entropy_coef=0.01)
-    want = ek.high_entropy_policy_loss(
-        h, w, y, old, advantage, mask, fraction=0.5, loss_type="sapo", entropy_coef=0.01
-    )[0]
-    assert torch.equal(module(h, w, y, old, advantage, mask)[0], want)
-    with pytest.raises(ValueError, match="did you mean kl_coef"):
-        ek.HighEntropyPolicyLoss(kl_coeff=0.1)
+FUNCTIONS = {
+    "linear_logprob_entropy": ek.linear_logprob_entropy,
+    "high_entropy_policy_loss": ek.high_entropy_policy_loss,
+    "ratio_loss": ek.ratio_loss,
+    "top_entropy_mask": ek.top_entropy_mask,
+    "entropy_threshold": ek.entropy_threshold,
+    "HighEntropyPolicyLoss": ek.HighEntropyPolicyLoss.__init__,
+    "HighEntropyPolicyLoss.forward": ek.HighEntropyPolicyLoss.forward,
+}
+
+
+@pytest.mark.parametrize("function", FUNCTIONS.values(), ids=FUNCTIONS)
+def test_an_editor_can_complete_each_of_at_most_20_parameters(function):
+    parameters = inspect.signature(function).parameters
+    assert len([name for name in parameters if name != "self"]) <= 20
+    assert not [x for x in parameters.values() if x.kind in (x.VAR_KEYWORD, x.VAR_POSITIONAL)]
+
+
+def test_the_module_takes_every_option_of_the_function():
+    """Once, or in each call; and names those that forward replaces as the groups do."""
+    takes = (inspect.signature(f).parameters.keys() for f in list(FUNCTIONS.values())[5:])
+    fixed, called = (set(names) - {"self"} for names in takes)
+    assert fixed | called >= inspect.signature(ek.high_entropy_policy_loss).parameters.keys()
+    fields = {
+        name
+        for group in (ek.Aggregation, ek.KL, ek.Correction, ek.Backend)
+        for name in group.__dataclass_fields__
+    }
+    function = inspect.signature(ek.high_entropy_policy_loss).parameters.keys()
+    assert called - function <= fields
 
 
 X = torch.zeros(2, 3)
@@ -111,15 +128,15 @@ BAD = {
     "dr_grpo": ({"loss_type": "dr_grpo"}, "a number, the constant length.*got 'selected'"),
     "luspo": ({"loss_type": "luspo", "denominator": "all"}, "no denominator; got 'all'"),
     "bnpo": ({"loss_type": "bnpo", "denominator": 3}, "own count.*got denominator=3"),
-    "kl": ({"kl_coef": 0.1}, "kl_coef=0.1 needs reference_logprob"),
+    "kl": ({"kl_coef": 0.1}, "KL.coef=0.1 needs reference_logprob"),
     "kl type": ({"kl_type": "k4"}, "k1, k2.*got 'k4'"),
     "kl on": ({"kl_on": "chosen"}, "selected, all; got 'chosen'"),
-    "entropy": ({"entropy_coef": 0.1}, "entropy_coef=0.1 needs entropy"),
+    "entropy": ({"entropy_coef": 0.1}, "EntropyBonus.coef=0.1 needs entropy"),
     "correction": ({"correction": "tis"}, "'tis' needs sampler_logprob"),
     "no correction": ({"correction": "icepop", "sampler_logprob": X}, "tis, mis.*got 'icepop'"),
     "bounds": (
         {"correction": "mis", "sampler_logprob": X, "correction_floor": 3.0},
-        "correction_floor <= correction_cap.*3.0 and 2.0",
+        "Correction.floor must be at most Correction.cap; got 3.0 and 2.0",
     ),
     "vespo": (
         {"loss_type": "vespo", "correction": "tis", "sampler_logprob": X},
@@ -138,13 +155,13 @@ BAD = {
 @pytest.mark.parametrize(("options", "message"), BAD.values(), ids=BAD)
 def test_bad_options_say_what_came_and_what_was_wanted(options, message, unchecked_shapes):
     with pytest.raises(ValueError, match=message):
-        ek.ratio_loss(X, X, X, X == 0, **options)
+        ratio_loss(X, X, X, X == 0, **options)
 
 
 def test_losses_over_sequences_need_them(unchecked_shapes):
     x = torch.zeros(6)
     for options in ({"loss_type": "vespo"}, {"aggregation": "seq-mean-token-sum"}):
-        with pytest.raises(ValueError, match=r"\[B, L\] inputs.*got \(6,\)"):
-            ek.ratio_loss(x, x, x, x == 0, **options)
-    with pytest.raises(ValueError, match=r"correction='sequence_mask' needs \[B, L\]"):
-        ek.ratio_loss(x, x, x, x == 0, sampler_logprob=x, correction="sequence_mask")
+        with pytest.raises(ValueError, match=r"\[B, L\] inputs, or \[T\] with lengths; got \(6,\)"):
+            ratio_loss(x, x, x, x == 0, **options)
+    with pytest.raises(ValueError, match=r"'sequence_mask' needs sequences: \[B, L\]"):
+        ratio_loss(x, x, x, x == 0, sampler_logprob=x, correction="sequence_mask")

@@ -8,7 +8,7 @@ import torch
 import entropy_kernels as ek
 from entropy_kernels import loss_terms
 from tests import loss_parity, peer_losses
-from tests.loss_cases import B, gradient, make_case
+from tests.loss_cases import B, gradient, make_case, ratio_loss
 
 needs_trl = pytest.mark.skipif(not peer_losses.has("trl"), reason="trl is not installed")
 needs_verl = pytest.mark.skipif(not peer_losses.has("verl"), reason="verl is not installed")
@@ -70,7 +70,7 @@ def test_trl_with_selection_kl_and_correction(case, entropy, loss_type, quantile
     for unbiased in (False, True):
         close(
             case,
-            lambda x, u=unbiased: ek.ratio_loss(
+            lambda x, u=unbiased: ratio_loss(
                 x,
                 case.old,
                 case.advantage_B,
@@ -112,7 +112,7 @@ def test_trl_gmpo_selects_inside_of_its_mean(entropy):
     kept = case.mask & (entropy >= torch.quantile(entropy[case.mask], 0.5))
     close(
         case,
-        lambda x: ek.ratio_loss(
+        lambda x: ratio_loss(
             x,
             case.old,
             case.advantage_B,
@@ -142,7 +142,7 @@ def test_trl_gspo_with_selection_has_our_value_and_a_dense_gradient(case, entrop
     got, want = (
         gradient(case.logprob, f)
         for f in (
-            lambda x: ek.ratio_loss(x, case.old, case.advantage_B, case.mask, **options)[0],
+            lambda x: ratio_loss(x, case.old, case.advantage_B, case.mask, **options)[0],
             lambda x: peer_losses.trl(
                 x,
                 case.old,
@@ -167,7 +167,7 @@ def test_trl_entropy_bonus(case, entropy):
     """The same where the loss is a mean over tokens; TRL's is that for every loss type."""
     close(
         case,
-        lambda x: ek.ratio_loss(
+        lambda x: ratio_loss(
             x, case.old, case.advantage_B, case.mask, entropy=-entropy * x, entropy_coef=0.1
         )[0],
         lambda x: peer_losses.trl(
@@ -213,9 +213,9 @@ def test_verl_correction(case, correction, level, threshold):
     options |= {"correction_cap": float(high), "correction_floor": low and float(low)}
     close(
         case,
-        lambda x: ek.ratio_loss(
-            x, case.old, case.advantage_B, case.mask, dual_clip=10.0, **options
-        )[0],
+        lambda x: ratio_loss(x, case.old, case.advantage_B, case.mask, dual_clip=10.0, **options)[
+            0
+        ],
         lambda x: peer_losses.verl(
             x,
             case.old,
@@ -239,7 +239,7 @@ def test_verl_aggregations(case, aggregation):
     options = {"loss_type": mine, "aggregation": aggregation, "denominator": denominator}
     close(
         case,
-        lambda x: ek.ratio_loss(x, case.old, case.advantage, case.mask, **options)[0],
+        lambda x: ratio_loss(x, case.old, case.advantage, case.mask, **options)[0],
         lambda x: peer_losses.verl(
             x, case.old, case.advantage, case.mask, loss_mode="vanilla", loss_agg_mode=aggregation
         ),
@@ -253,7 +253,7 @@ def test_verl_kl_cov(case):
     assert chosen.sum() == 6
     close(
         case,
-        lambda x: ek.ratio_loss(
+        lambda x: ratio_loss(
             x,
             case.old,
             case.advantage,
@@ -288,7 +288,7 @@ def test_verl_clip_cov(case):
     assert 0 < keep.sum() < case.mask.sum()
     close(
         case,
-        lambda x: ek.ratio_loss(x, case.old, case.advantage, case.mask, token_weight=keep)[0],
+        lambda x: ratio_loss(x, case.old, case.advantage, case.mask, token_weight=keep)[0],
         lambda x: peer_losses.verl(
             x,
             case.old,

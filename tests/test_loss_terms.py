@@ -5,10 +5,9 @@ import math
 import pytest
 import torch
 
-import entropy_kernels as ek
 from entropy_kernels import loss_terms, losses
 from entropy_kernels.testing import peaked_head
-from tests.loss_cases import L, gradient, make_case
+from tests.loss_cases import L, gradient, make_case, policy_loss, ratio_loss
 from tests.loss_formulas import LENGTH
 
 KINDS = {
@@ -34,7 +33,7 @@ def reference(case):
 
 def loss_of(case, **options):
     keywords = {"selected": case.selected} | options
-    return lambda x: ek.ratio_loss(x, case.old, case.advantage, case.mask, **keywords)[0]
+    return lambda x: ratio_loss(x, case.old, case.advantage, case.mask, **keywords)[0]
 
 
 def assert_gradients_equal(got, want, rtol=1e-12):
@@ -58,7 +57,7 @@ def test_kl_is_its_formula_on_its_tokens(case, reference, kind, on, loss_type):
     got = gradient(case.logprob, loss_of(case, **options, **more))
     assert_gradients_equal(got, gradient(case.logprob, written))
     assert (got[1][~tokens] == 0).all()
-    metrics = ek.ratio_loss(
+    metrics = ratio_loss(
         case.logprob, case.old, case.advantage, case.mask, selected=case.selected, **more
     )[1]
     value = KINDS[kind](case.logprob - reference, (case.logprob - case.old).exp())[tokens].mean()
@@ -158,7 +157,7 @@ def test_corrections_are_weights(case, correction, cap, floor, loss_type):
     weight = by_hand(correction, move, case.mask, cap, floor)
     want = gradient(case.logprob, loss_of(case, token_weight=weight, loss_type=loss_type))
     assert_gradients_equal(got, want)
-    metrics = ek.ratio_loss(
+    metrics = ratio_loss(
         case.logprob, case.old, case.advantage, case.mask, selected=case.selected, **options
     )[1]
     kept = case.mask & case.selected
@@ -210,7 +209,7 @@ def test_a_nan_of_the_entropy_bonus_is_in_the_loss_and_in_the_gradient(case):
     entropy[0, 1] = torch.nan
     loss, grad = gradient(
         entropy,
-        lambda x: ek.ratio_loss(
+        lambda x: ratio_loss(
             case.logprob, case.old, case.advantage, case.mask, entropy=x, entropy_coef=0.01
         )[0],
     )
@@ -222,7 +221,7 @@ def test_a_small_mismatch_has_a_metric_with_digits():
     old = -torch.rand(1000)
     sampler = (old + 1e-4 * torch.randn(1000)).clamp_max(0)
     ones = torch.ones(1000)
-    got = ek.ratio_loss(old, old, ones, ones > 0, sampler_logprob=sampler)[1]["mismatch/k3"]
+    got = ratio_loss(old, old, ones, ones > 0, sampler_logprob=sampler)[1]["mismatch/k3"]
     d = old.double() - sampler.double()
     torch.testing.assert_close(got.double(), (d.expm1() - d).mean(), rtol=2e-2, atol=0)
 
@@ -247,7 +246,7 @@ def test_weights_multiply_the_loss_of_their_tokens(case, loss_type):
     assert_gradients_equal(got, gradient(case.logprob, written))
     if loss_type != "gspo":
         assert (got[1][weight == 0] == 0).all()
-    as_bool = ek.ratio_loss(
+    as_bool = ratio_loss(
         case.logprob,
         case.old,
         case.advantage,
@@ -256,7 +255,7 @@ def test_weights_multiply_the_loss_of_their_tokens(case, loss_type):
         loss_type=loss_type,
     )[0]
     ones = (weight > 0).double()
-    want = ek.ratio_loss(
+    want = ratio_loss(
         case.logprob, case.old, case.advantage, case.mask, token_weight=ones, loss_type=loss_type
     )[0]
     assert torch.equal(as_bool, want)
@@ -285,7 +284,7 @@ def test_the_bonus_goes_through_the_head_and_respects_the_mask():
     def bonus(x, fused):
         if fused:
             options = {"entropy_coef": 0.5, "selected": selected}
-            return ek.high_entropy_policy_loss(x, w, y, None, advantage, mask, **options)[0]
+            return policy_loss(x, w, y, None, advantage, mask, **options)[0]
         logp = (x @ w.double().T).log_softmax(1)
         entropy = -(logp.exp() * logp).sum(1)
         return -0.5 * entropy[mask & selected].mean()
@@ -307,7 +306,7 @@ def steps(case, **more):
             k: v[r] if isinstance(v, torch.Tensor) and v.ndim == 2 else v for k, v in more.items()
         }
         tensors = (v[r] for v in (case.old, case.advantage, case.mask))
-        return ek.ratio_loss(x[r], *tensors, selected=case.selected[r], **own)[0]
+        return ratio_loss(x[r], *tensors, selected=case.selected[r], **own)[0]
 
     whole = gradient(case.logprob, lambda x: one(x, slice(None)))
     return whole, gradient(case.logprob, lambda x: sum(one(x, r) for r in rows))
@@ -334,7 +333,7 @@ def test_accumulation_and_sharding_change_nothing(case, reference, loss_type, ag
     whole, split = steps(case, **options)
     assert_gradients_equal(split, whole)
     own = (
-        ek.ratio_loss(
+        ratio_loss(
             case.logprob,
             case.old,
             case.advantage,
@@ -353,7 +352,7 @@ def test_accumulation_and_sharding_change_nothing(case, reference, loss_type, ag
 def test_aggregations_are_what_their_names_say(case, aggregation):
     ones = torch.ones_like(case.logprob)
     denominator = LENGTH if aggregation.endswith("norm") else "selected"
-    loss = ek.ratio_loss(
+    loss = ratio_loss(
         case.logprob,
         None,
         -ones * torch.arange(1, 7)[:, None],

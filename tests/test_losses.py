@@ -10,7 +10,7 @@ import entropy_kernels as ek
 from entropy_kernels import losses
 from entropy_kernels.testing import assert_within_two_bounds
 from tests import loss_formulas
-from tests.loss_cases import gradient, make_case, worst_of_shuffles
+from tests.loss_cases import gradient, make_case, ratio_loss, worst_of_shuffles
 
 NAMES = list(losses.LOSSES)
 UNCLIPPED = ["cispo", "sapo", "vespo", "gpg", "reinforce"]
@@ -23,7 +23,7 @@ def options(name):
 
 def by_name(name, x, old, advantage, mask, selected=None, **more):
     keywords = {"loss_type": name, "selected": selected} | options(name) | more
-    return ek.ratio_loss(x, old, advantage, mask, **keywords)
+    return ratio_loss(x, old, advantage, mask, **keywords)
 
 
 def test_the_table_of_formulas_is_complete():
@@ -270,9 +270,9 @@ def test_the_dual_clip_bounds_losses_of_bad_tokens_from_above():
         (2.0, 10.0, -2.56),
         (2.0, 0.5, -1.0),
     ]:
-        got = ek.ratio_loss(
-            one * math.log(ratio) - 3, one * -3, one * advantage, mask, dual_clip=3.0
-        )[0]
+        got = ratio_loss(one * math.log(ratio) - 3, one * -3, one * advantage, mask, dual_clip=3.0)[
+            0
+        ]
         torch.testing.assert_close(got, torch.tensor(want, dtype=torch.float64))
 
 
@@ -287,7 +287,7 @@ def test_a_two_sided_delta_is_the_dual_clip(delta):
         return -torch.where(c.mask, torch.minimum(*terms), 0).sum() / c.mask.sum()
 
     got = gradient(
-        c.logprob, lambda x: ek.ratio_loss(x, c.old, c.advantage, c.mask, dual_clip=delta)[0]
+        c.logprob, lambda x: ratio_loss(x, c.old, c.advantage, c.mask, dual_clip=delta)[0]
     )
     for g, w in zip(got, gradient(c.logprob, two_sided), strict=True):
         torch.testing.assert_close(g, w, rtol=1e-12, atol=1e-14)
@@ -328,7 +328,7 @@ def test_a_value_functions_advantages_are_the_same_loss():
     c = make_case()
     ratio = (c.logprob - c.old).exp()
     terms = -torch.minimum(ratio * c.advantage, ratio.clamp(0.8, 1.2) * c.advantage)
-    got = ek.ratio_loss(c.logprob, c.old, c.advantage, c.mask, clip_high=0.2)[0]
+    got = ratio_loss(c.logprob, c.old, c.advantage, c.mask, clip_high=0.2)[0]
     torch.testing.assert_close(got, terms[c.mask].mean())
 
 
@@ -338,12 +338,12 @@ def test_a_clip_range_a_token():
     low_T, high_T = ek.token_rules.two_clip_ranges(high)
     got = gradient(
         c.logprob,
-        lambda x: ek.ratio_loss(x, c.old, c.advantage, c.mask, clip_low=low_T, clip_high=high_T)[0],
+        lambda x: ratio_loss(x, c.old, c.advantage, c.mask, clip_low=low_T, clip_high=high_T)[0],
     )
     want = [
         gradient(
             c.logprob,
-            lambda x, s=s, e=e: ek.ratio_loss(
+            lambda x, s=s, e=e: ratio_loss(
                 x, c.old, c.advantage, c.mask, selected=s, clip_low=e, clip_high=e, denominator=1
             )[0],
         )

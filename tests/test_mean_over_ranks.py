@@ -12,6 +12,7 @@ import torch.distributed as dist
 import entropy_kernels as ek
 from entropy_kernels.distributed import global_count, join_metrics, mean_count
 from entropy_kernels.testing import peaked_head
+from tests.loss_cases import policy_loss, ratio_loss
 from tests.processes import spawn
 from tests.test_sequence_group import BASE, CASES, B, D, L, V, batch
 
@@ -52,7 +53,7 @@ def loss_of(tensors, advantage, options, **groups):
         given["entropy"] = leaves[1]
     old = given["old_logprob"] if options.get("old_logprob", True) is not None else None
     others = {k: x for k, x in given.items() if k not in ("logprob", "old_logprob", "mask")}
-    loss, metrics = ek.ratio_loss(
+    loss, metrics = ratio_loss(
         leaves[0], old, advantage, given["mask"], **others, **numbers, **groups
     )
     loss.backward()
@@ -96,9 +97,7 @@ def head_loss(group, shares, options):
     h, y, old, advantage, mask, selected = mine
     options = options | ({"selected": selected} if "selected" in options else {})
     w = w.clone().requires_grad_()
-    loss, metrics = ek.high_entropy_policy_loss(
-        h, w, y, old, advantage, mask, group=group, **options
-    )
+    loss, metrics = policy_loss(h, w, y, old, advantage, mask, group=group, **options)
     loss.backward()
     return loss.detach(), join_metrics([metrics], group), w.grad
 
@@ -231,12 +230,12 @@ def test_less_than_one_token_per_rank_is_divided_by_as_it_is():
     logprob, ones = torch.full((1, 2), -1.0), torch.ones(1, 2)
     tensors = logprob, logprob, ones[:, 0], torch.tensor([[True, False]])
     half = torch.tensor(0.5, dtype=torch.float64)
-    loss, _ = ek.ratio_loss(*tensors, denominator=half)
-    assert loss == ek.ratio_loss(*tensors, denominator=0.5)[0] == -2
-    loss, _ = ek.ratio_loss(*tensors, loss_type="grpo", num_sequences=half)
+    loss, _ = ratio_loss(*tensors, denominator=half)
+    assert loss == ratio_loss(*tensors, denominator=0.5)[0] == -2
+    loss, _ = ratio_loss(*tensors, loss_type="grpo", num_sequences=half)
     assert loss == -2
     none = *tensors[:3], torch.zeros(1, 2, dtype=torch.bool)
-    assert ek.ratio_loss(*none, denominator=torch.zeros(()))[0] == 0
+    assert ratio_loss(*none, denominator=torch.zeros(()))[0] == 0
 
 
 @pytest.mark.usefixtures("unchecked_shapes")
@@ -256,10 +255,10 @@ def test_bad_arguments():
 def test_a_group_with_nothing_to_count_is_refused(counts):
     x, mask = torch.zeros(2, 3), torch.ones(2, 3, dtype=torch.bool)
     with pytest.raises(ValueError, match=r"group is for counts .* mean count per rank"):
-        ek.ratio_loss(x, None, x, mask, group=dist.ProcessGroup(0, 1), **counts)
+        ratio_loss(x, None, x, mask, group=dist.ProcessGroup(0, 1), **counts)
     hidden, target = torch.zeros(2, 3, 4), mask.long()
     with pytest.raises(ValueError, match="group choose tokens by `fraction`; with selected="):
-        ek.high_entropy_policy_loss(
+        policy_loss(
             *(hidden, torch.zeros(5, 4), target, None, x, mask),
             selected=mask,
             group=dist.ProcessGroup(0, 1),

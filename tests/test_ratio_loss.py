@@ -8,6 +8,7 @@ import torch
 import entropy_kernels as ek
 from entropy_kernels import _native, ops, reference
 from entropy_kernels.testing import assert_within_two_bounds
+from tests import loss_cases
 from tests.loss_cases import gradient, worst_of_shuffles
 
 B, L = 5, 11
@@ -16,7 +17,7 @@ WHY_MISSING = _native.why_missing("cpu")
 
 @pytest.fixture
 def ratio_loss(impl):
-    return functools.partial(ek.ratio_loss, impl=impl)
+    return functools.partial(loss_cases.ratio_loss, impl=impl)
 
 
 @pytest.fixture
@@ -198,7 +199,7 @@ def test_a_selected_nan_is_in_the_gradient_whatever_else_would_be_zero(
     (logprob, old, advantage)[i][0, 3] = torch.nan
     loss, grad = gradient(
         logprob,
-        lambda x: ek.ratio_loss(
+        lambda x: loss_cases.ratio_loss(
             x,
             old,
             advantage,
@@ -341,7 +342,7 @@ def test_bad_input_says_what_came_and_what_was_wanted(change, message, unchecked
     arguments = dict(zip(names, make_batch(), strict=False)) | change
     positional = [arguments.pop(name) for name in names]
     with pytest.raises(ValueError, match=message):
-        ek.ratio_loss(*positional, **arguments)
+        loss_cases.ratio_loss(*positional, **arguments)
 
 
 def test_grpo_needs_sequences(unchecked_shapes):

@@ -12,6 +12,7 @@ import torch.distributed as dist
 import entropy_kernels as ek
 from entropy_kernels.losses import LOSSES
 from entropy_kernels.testing import peaked_head
+from tests.loss_cases import policy_loss, ratio_loss
 from tests.processes import spawn
 
 B, L, D, V = 5, 25, 16, 67
@@ -81,7 +82,7 @@ def loss_of(tensors, advantage, options, group):
         leaves.append(given["entropy"].clone().requires_grad_())
         given["entropy"] = leaves[1]
     old = given.pop("old_logprob", None)
-    loss, _ = ek.ratio_loss(
+    loss, _ = ratio_loss(
         *(given.pop("logprob"), old, advantage, given.pop("mask")),
         **given,
         **options,
@@ -126,7 +127,7 @@ def head_loss(vocab_group, sequence_group):
         part = dist.get_rank(sequence_group)
         h, y, old, mask = (x.split(SHARES[2], 1)[part] for x in (h, y, old, mask))
     h, w = h.clone().requires_grad_(), w.clone().requires_grad_()
-    loss, _ = ek.high_entropy_policy_loss(
+    loss, _ = policy_loss(
         *(h, w, y, old, advantage, mask),
         fraction=0.3,
         loss_type="gspo",
@@ -147,7 +148,7 @@ def errors(group):
     h, w, y = peaked_head(B * L, D, V)
     rows = h.reshape(B, L, D), w, y.reshape(B, L), None, advantage, part["mask"]
     with pytest.raises(ValueError, match=r'scope="sequence".*sequence_group') as scope:
-        ek.high_entropy_policy_loss(*rows, scope="sequence", sequence_group=group)
+        policy_loss(*rows, scope="sequence", sequence_group=group)
     return str(own.value), str(scope.value)
 
 

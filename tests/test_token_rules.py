@@ -7,7 +7,7 @@ import torch
 
 import entropy_kernels as ek
 from entropy_kernels import token_rules
-from tests.loss_cases import make_case
+from tests.loss_cases import make_case, ratio_loss
 
 T, V = 40, 13
 
@@ -183,7 +183,7 @@ def test_archers_two_ranges_with_a_kl_for_the_rest(case):
     high = ek.top_entropy_mask(entropy.float(), case.mask, 0.2, scope="sequence")
     clip_low, clip_high = token_rules.two_clip_ranges(high)
     reference = case.logprob.flip(1)
-    got = ek.ratio_loss(
+    got = ratio_loss(
         case.logprob,
         case.old,
         case.advantage,

@@ -296,7 +296,7 @@ def policy_loss(h, w, y, **options):
     h, w = h.detach().clone().requires_grad_(), w.detach().clone().requires_grad_()
     mask = torch.arange(T, device=DEVICE) % 5 > 0
     advantage = torch.where(torch.arange(T, device=DEVICE) % 3 > 0, 1.0, -0.5)
-    loss, metrics = ek.high_entropy_policy_loss(
+    loss, metrics = policy_loss(
         h, w, y.clamp_min(0), None, advantage, mask, impl="triton", **options
     )
     loss.backward()

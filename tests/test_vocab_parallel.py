@@ -13,6 +13,7 @@ import entropy_kernels as ek
 from entropy_kernels import ops
 from entropy_kernels.testing import assert_within_two_bounds
 from tests.head_cases import check_statistics, make, three_of
+from tests.loss_cases import policy_loss
 from tests.processes import spawn
 from tests.vocab_parallel_cases import (
     BEST,
@@ -157,9 +158,7 @@ def test_combinations_without_meaning_are_refused(tmp_path):
             ek.linear_logprob_entropy(h, w, y, vocab_group=group, impl="reference")
         ones = torch.ones(9)
         with pytest.raises(ValueError, match=r'which="random".*vocab_group'):
-            ek.high_entropy_policy_loss(
-                h, w, y, None, ones, ones > 0, which="random", vocab_group=group
-            )
+            policy_loss(h, w, y, None, ones, ones > 0, which="random", vocab_group=group)
         alone = ek.linear_logprob_entropy(h, w, y, vocab_group=group)
         assert torch.equal(alone.entropy, ek.linear_logprob_entropy(h, w, y).entropy)
         none = ek.linear_logprob_entropy(h[:0], w, y[:0], vocab_group=group, keep_logits_above=0.1)

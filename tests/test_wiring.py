@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-import entropy_kernels as ek
 from benchmarks import wiring
+from tests.loss_cases import policy_loss
 
 RIGHT = "nothing"
 
@@ -54,10 +54,10 @@ def test_the_metrics_are_those_of_the_loss():
         model = wiring.build_model()
         batch = wiring.sample(model)
         arguments = wiring.right(model, batch) | {"temperature": 1.0}
-        _, metrics = ek.high_entropy_policy_loss(**arguments, fraction=1.0)
+        _, metrics = policy_loss(**arguments, fraction=1.0)
         shown = wiring.shown(arguments)
     for metric in wiring.METRICS:
         assert float(metrics[metric]) == pytest.approx(shown[metric], rel=1e-4, abs=1e-6), metric
     for wrong in (batch.old_logprob.exp(), -batch.old_logprob):
         with pytest.raises(ValueError, match="old_logprob must be log-probabilities"):
-            ek.high_entropy_policy_loss(**arguments | {"old_logprob": wrong[:, 1:]}, fraction=1.0)
+            policy_loss(**arguments | {"old_logprob": wrong[:, 1:]}, fraction=1.0)

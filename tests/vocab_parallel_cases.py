@@ -15,6 +15,7 @@ import entropy_kernels as ek
 from entropy_kernels import _native, backends, ops, testing
 from entropy_kernels.testing import Watch, peaked_head
 from tests.head_cases import make, run
+from tests.loss_cases import policy_loss
 
 T, D, V = 67, 40, 211
 SHARES = {
@@ -206,7 +207,7 @@ def losses(group, vocabulary_shares):
         "main_grad": {"main_grad": torch.ones_like(w)},
     }.items():
         x, weight = h.clone().requires_grad_(), w.clone().requires_grad_()
-        loss, metrics = ek.high_entropy_policy_loss(
+        loss, metrics = policy_loss(
             x, weight, y, old, advantage, mask, vocab_group=group, dual_clip=3.0, **options
         )
         loss.backward()
