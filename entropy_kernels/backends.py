@@ -107,7 +107,7 @@ def _warn_of_the_torch_path(where: torch.device) -> None:
     warnings.warn(
         f"linear_logprob_entropy takes the torch path, which is slower: {why_torch(where)}",
         RuntimeWarning,
-        stacklevel=4,
+        stacklevel=5,
     )
 
 

@@ -87,6 +87,18 @@ class Head:
             temperature=_flat_temperature(self.temperature, self.target.device),
         )
 
+    def at(self, index_R: Tensor) -> "Head":
+        """The head on the tokens of these numbers, which count through the leading shape."""
+        temperature = self.temperature
+        if isinstance(temperature, Tensor) and temperature.numel() > 1:
+            temperature = temperature.reshape(-1)[index_R]
+        return replace(
+            self,
+            hidden=self.hidden.reshape(-1, self.hidden.shape[-1])[index_R],
+            target=self.target.reshape(-1)[index_R],
+            temperature=temperature,
+        )
+
     def split(self) -> tuple[tuple[Tensor | None, ...], dict[str, Any]]:
         """The flat form's tensors, for autograd to save, and its other fields, for `joined`."""
         named = {field.name: getattr(self, field.name) for field in fields(self)}

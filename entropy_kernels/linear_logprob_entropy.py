@@ -124,17 +124,41 @@ def linear_logprob_entropy(
             or temperature tensor makes that row's outputs and their gradients NaN, and numbers of
             tokens are not compared. torch.compile leaves out the check of main_grad's memory.
     """
+    return logprob_entropy(
+        Head(hidden, weight, target, bias, temperature, softcap, ignore_index),
+        vocab_group=vocab_group,
+        keep_logits=keep_logits,
+        keep_logits_above=keep_logits_above,
+        max_active_rows=max_active_rows,
+        main_grad=main_grad,
+        statistics=statistics,
+        impl=impl,
+    )
+
+
+def logprob_entropy(
+    head: Head,
+    *,
+    vocab_group: ProcessGroup | None = None,
+    keep_logits: bool = False,
+    keep_logits_above: float | Tensor | None = None,
+    max_active_rows: int | None = None,
+    main_grad: Tensor | None = None,
+    statistics: Collection[str] = (),
+    impl: str = "auto",
+) -> LogprobEntropy:
+    """`linear_logprob_entropy` for callers that hold a Head."""
     check_options(
         vocab_group=vocab_group,
         keep_logits=keep_logits,
         max_active_rows=max_active_rows,
         impl=impl,
     )
-    head = Head(hidden, weight, target, bias, temperature, softcap, ignore_index)
     head.check(sharded=vocab_group is not None)
     check_main_grad(main_grad, head)
     check_statistics(statistics)
-    name = backends.resolve("linear_logprob_entropy", impl, hidden.device)
+    name = backends.resolve("linear_logprob_entropy", impl, head.hidden.device)
+    shape = head.target.shape
     head = head.flat(fp64=name == "reference")
     store_above, store_rows = _room(keep_logits_above, keep_logits, max_active_rows, name, head)
     run: dict[str, Any] = {
@@ -155,8 +179,8 @@ def linear_logprob_entropy(
             **ops.in_schema(head), **run, store_above=store_above, store_rows=store_rows
         )
     *per_token, rows = outputs
-    named = {name: rows[STATISTICS.index(name)].reshape(target.shape) for name in statistics}
-    return LogprobEntropy(*(x.reshape(target.shape) for x in per_token[:3]), **named)
+    named = {name: rows[STATISTICS.index(name)].reshape(shape) for name in statistics}
+    return LogprobEntropy(*(x.reshape(shape) for x in per_token[:3]), **named)
 
 
 def check_options(

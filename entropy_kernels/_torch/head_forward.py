@@ -11,8 +11,6 @@ E[z] would cancel. Logits and sums of a block are fp32, blocks are merged in fp6
 T tokens, D hidden, V vocabulary.
 """
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor
 
@@ -52,14 +50,8 @@ def forward(head: Head, *, keep_logits: bool, statistics: Tensor | None = None) 
         return ForwardRows._make([*own_rows, rows.logits, None])
 
     index_R = valid_T.nonzero().squeeze(1)
-    valid_head = replace(
-        head,
-        hidden=head.hidden[index_R],
-        target=head.target[index_R],
-        temperature=at(head.temperature_T, index_R),
-    )
     some = None if statistics is None else statistics.new_empty(4, index_R.numel())
-    rows = _all_rows(valid_head, False, some)
+    rows = _all_rows(head.at(index_R), False, some)
     if statistics is not None and some is not None:
         statistics.zero_().index_copy_(1, index_R, some)
     zero_T = head.hidden.new_zeros(head.target.shape, dtype=torch.float32)
