@@ -18,7 +18,7 @@ from ._main_grad import check_main_grad
 from ._ragged import Ragged, check_lengths
 from ._shapes import Bool, Float, Int
 from .head import Head
-from .linear_logprob_entropy import LogprobEntropy, linear_logprob_entropy
+from .linear_logprob_entropy import LogprobEntropy, logprob_entropy
 from .options import KL, Aggregation, Backend, Correction, EntropyBonus, Parallel, Selection
 from .ratio_loss import loss_of_tokens
 from .top_entropy_mask import top_entropy_mask
@@ -237,14 +237,8 @@ def _on_mask(
     backend: Backend,
 ) -> LogprobEntropy:
     """The head on the tokens of the mask; zeros elsewhere."""
-    return linear_logprob_entropy(
-        head.hidden,
-        head.weight,
-        head.target.masked_fill(~mask, head.ignore_index),
-        bias=head.bias,
-        temperature=head.temperature,
-        softcap=head.softcap,
-        ignore_index=head.ignore_index,
+    return logprob_entropy(
+        replace(head, target=head.target.masked_fill(~mask, head.ignore_index)),
         vocab_group=vocab_group,
         keep_logits_above=above,
         max_active_rows=backend.max_active_rows,
@@ -260,25 +254,17 @@ def _on_rows(
 
     Without max_active_rows it waits for a CUDA device once, for their number.
     """
-    most, target, temperature = backend.max_active_rows, head.target, head.temperature
+    most, target = backend.max_active_rows, head.target
     index_R, real_R = _compact(rows.reshape(-1), most)
-    target_R = target.reshape(-1)[index_R]
+    some = head.at(index_R)
     if real_R is not None:
-        target_R = target_R.masked_fill(~real_R, head.ignore_index)
-    if isinstance(temperature, Tensor) and temperature.numel() > 1:
-        temperature = temperature.expand(target.shape).reshape(-1)[index_R]
+        some = replace(some, target=some.target.masked_fill(~real_R, head.ignore_index))
     device = "cuda" if head.hidden.is_cuda else "cpu"
     weight = head.weight
     fits = 4 * index_R.shape[0] * weight.shape[0] <= backends.STORED_LOGITS_BYTES[device]
     pays = weight.shape[1] * weight.element_size() >= LEAST_ROW_BYTES[device]
-    found = linear_logprob_entropy(
-        head.hidden.reshape(-1, head.hidden.shape[-1])[index_R],
-        weight,
-        target_R,
-        bias=head.bias,
-        temperature=temperature,
-        softcap=head.softcap,
-        ignore_index=head.ignore_index,
+    outputs = logprob_entropy(
+        some,
         vocab_group=vocab_group,
         keep_logits=torch.is_grad_enabled() and fits and pays,
         max_active_rows=most,
@@ -286,7 +272,7 @@ def _on_rows(
         impl=backend.impl,
     )
     # Padding rows are zero and point at any token: adding them changes nothing.
-    zeros = [x.new_zeros(target.numel()).index_add(0, index_R, x) for x in found[:3]]
+    zeros = [x.new_zeros(target.numel()).index_add(0, index_R, x) for x in outputs[:3]]
     if most is not None:
         # A factor, which where() would keep from the gradients.
         poison = torch.where(rows.sum() <= most, 1.0, torch.nan)
