@@ -1,4 +1,4 @@
-"""What an argument may be, whichever public function takes it; every error names it.
+"""Checks of the public functions' arguments; every error names the argument.
 
 Only the checks of values read a tensor, and only on a CPU: nothing waits for a GPU, and nothing is
 left of them in a compiled graph.
@@ -23,7 +23,7 @@ _warned: set[str] = set()
 
 
 def shown(x: object) -> str:
-    """What came: a tensor by dtype, shape and device, a plain value as it is, else its type."""
+    """The argument for an error: a tensor's dtype, shape and device, a plain value, or a type."""
     if isinstance(x, Tensor):
         return f"{x.dtype} {tuple(x.shape)} on {x.device}"
     if x is None or isinstance(x, bool | int | float | str):
@@ -49,7 +49,7 @@ def check_tensor(
 
 
 def _hint(x: object) -> str:
-    """Where the tensor is, in what is often given in its place."""
+    """Names the tensor inside of what is often given in its place."""
     for name in ("weight", "last_hidden_state"):
         if isinstance(getattr(x, name, None), Tensor):
             return f" (give its {name})"
@@ -57,7 +57,7 @@ def _hint(x: object) -> str:
 
 
 def check_advantage(advantage: object, like: Tensor, of: str = "logprob") -> None:
-    """One a token, or [B] where `like` is [B, L]."""
+    """One value per token, or [B] where `like` is [B, L]."""
     check_tensor("advantage", advantage, "floating-point")
     assert isinstance(advantage, Tensor)
     if advantage.device != like.device:

@@ -1,4 +1,4 @@
-"""What is known of the compiled extensions' build: their sources, and why there was none.
+"""The record of the compiled extensions' build: their sources, and why there was none.
 
 setup.py loads this file by itself, where there is no torch, and `_native` with the package.
 """
@@ -24,6 +24,6 @@ def digest(checkout: Path) -> str | None:
 
 
 def why_not_built(package: Path) -> str | None:
-    """What the installation of `package` wrote of extensions that it did not build."""
+    """The reason that the installation of `package` wrote down for building no extension."""
     record = package / NOT_BUILT
     return record.read_text().strip() if record.is_file() else None

@@ -48,7 +48,7 @@ def _layout(x: Tensor) -> str:
 
 
 def _overlap(left: Tensor, right: Tensor) -> bool:
-    """Whether their memory does, from first to last value; not asked inside of torch.compile."""
+    """Whether the two share memory, from first to last value; False inside of torch.compile."""
     if torch.compiler.is_compiling() or not left.numel() or not right.numel():
         return False
     starts = left.data_ptr(), right.data_ptr()

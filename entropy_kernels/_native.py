@@ -58,7 +58,7 @@ def _load(name: str) -> tuple[ModuleType | None, str | None]:
         )
     sources = digest(_PACKAGE.parent)
     if sources not in (None, getattr(module, "sources", None)):
-        return None, f"{full_name} is of other sources than csrc/ holds; run pip install -e . again"
+        return None, f"{full_name} is not built from this csrc/; run pip install -e . again"
     return module, None
 
 

@@ -7,13 +7,13 @@ BF16 = 1  # the extension's number for it
 
 
 def instruction_set(module: ModuleType, dtype: int) -> str:
-    """What EK_CPU_ISA names, else the best that the machine has for `dtype`, one of its numbers.
+    """The set that EK_CPU_ISA names, else this machine's best for `dtype`, the extension's number.
 
     For bf16 a few milliseconds of measuring tell whether products of pairs of bf16 are the faster
-    instruction: Intel's Sapphire Rapids runs vdpbf16ps at half the rate of fp32 FMA, AMD's Zen 4
-    and 5 at twice that rate. The margin lies in between, so that a machine decides the same way
-    every time; BFDOT of aarch64, of which nothing is known yet, is chosen likewise.
-    Raises a ValueError where EK_CPU_ISA names what this machine cannot run.
+    instruction. Intel's Sapphire Rapids runs vdpbf16ps at half the rate of fp32 FMA, AMD's Zen 4
+    and 5 at twice that rate. The margin lies in between, so a machine decides the same way every
+    time. BFDOT of aarch64, not yet measured anywhere, is chosen likewise.
+    Raises a ValueError where EK_CPU_ISA names a set that this machine cannot run.
     """
     names: list[str] = module.instruction_sets()
     wanted = os.environ.get("EK_CPU_ISA", "").strip().lower()

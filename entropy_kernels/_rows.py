@@ -71,7 +71,7 @@ def active_rows(gradients: Iterable[Tensor | None], target_T: Tensor, ignore_ind
 
 
 def spread(rows_RD: Tensor, index_R: Tensor, like_TD: Tensor) -> Tensor:
-    """Zeros like `like_TD`, contiguous, but for the rows at `index_R`."""
+    """`rows_RD` at the rows `index_R` of a contiguous tensor like `like_TD`, zero elsewhere."""
     out_TD = torch.zeros_like(like_TD, memory_format=torch.contiguous_format)
     return out_TD.index_copy_(0, index_R, rows_RD.to(like_TD.dtype))
 

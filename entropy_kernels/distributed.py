@@ -1,8 +1,8 @@
 """The collectives of selection, of the loss and of a sharded head, over a process group's ranks.
 
 Every function is collective: each rank of `group` calls it, in the same order, also a rank that
-has no token. `group=None` is this process alone and moves nothing. What moves is a few counts,
-numbers of each sequence, or of a sharded head numbers of each token; masks and logits stay on their
+has no token. `group=None` is this process alone and moves nothing. What moves is a few counts, a
+few numbers per sequence, and for a sharded head a few per token. Masks and logits stay on their
 rank.
 """
 
@@ -17,8 +17,8 @@ from torch.distributed import ProcessGroup
 from ._arguments import check_choice, check_group, check_tensor, shown
 from ._shapes import Bool, Float, Int
 
-# How the metrics of parts join, by name: these add up, keep the largest or the smallest, or are
-# means over the tokens of the mask; all others are means over the kept tokens.
+# How the metrics of parts join, by name: these add up, take the largest or the smallest, or are
+# means over the valid tokens; all others are means over the selected tokens.
 _SUMS = ("loss", "tokens/all", "tokens/selected", "head/active_rows")
 _LARGEST = ("ratio/max", "mismatch/max_ratio")
 _SMALLEST = ("entropy/threshold",)
@@ -43,7 +43,7 @@ def all_reduce_sum(tensor: Tensor, group: ProcessGroup | None) -> Tensor:
 def sum_over_ranks(
     tensor: Float[Tensor, "*shape"], group: ProcessGroup | None
 ) -> Float[Tensor, "*shape"]:
-    """As `all_reduce_sum`, with gradient: of the sum over ranks of what is made of the result.
+    """`all_reduce_sum` with a gradient: the incoming gradients are summed over the ranks.
 
     Backward is an all-reduce too, so every rank of `group` runs it.
     """
@@ -93,7 +93,7 @@ def world_size(group: ProcessGroup | None) -> int:
 def gather_counts(counts: Int[Tensor, "..."], group: ProcessGroup | None) -> Int[Tensor, "..."]:
     """The `counts` of every rank of `group`, in the order of ranks: one dimension more.
 
-    An all-reduce of one int64 a count and rank.
+    It all-reduces one int64 per count and rank.
     """
     _check("counts", counts, group)
     return _gather(counts.to(torch.int64), group)
@@ -110,7 +110,7 @@ def _gather(tensor: Tensor, group: ProcessGroup | None) -> Tensor:
 def rank_offset(count: Int[Tensor, ""], group: ProcessGroup | None) -> Int[Tensor, ""]:
     """How many items the lower ranks of `group` hold: the exclusive prefix sum of `count`.
 
-    An all-reduce of one int64 a rank.
+    It all-reduces one int64 per rank.
     """
     _check("count", count, group)
     if group is None:
@@ -126,10 +126,10 @@ def global_count(
     Args:
         mask: bool of any shape, or a sequence of them, such as those of a step's micro-batches;
             at least one. A rank without a token gives an empty one.
-        group: every rank calls; an all-reduce of one int64. None: this process alone.
+        group: every rank calls, and one int64 is all-reduced; None is this process alone.
 
-    A loss's denominator where gradients are summed over ranks. DDP and FSDP2 average them: there it
-    is `mean_count`.
+    The count is a loss's denominator where gradients are summed over ranks. DDP and FSDP2 average
+    them, and there the denominator is `mean_count`.
 
     Raises:
         ValueError: no mask, or one that is not bool.
@@ -150,14 +150,16 @@ def mean_count(
 ) -> Float[Tensor, ""]:
     """`global_count` divided by the number of ranks: a loss's denominator under DDP and FSDP2.
 
-    They average gradients over the W ranks. With N = `global_count` and each rank's sum S_r over
-    all of its micro-batches divided by N / W, the average is that of one process on all tokens:
+    They average gradients over the W ranks. With N = `global_count`, rank r's sum S_r over all of
+    its micro-batches is divided by N / W. The average is then the gradient of one process on all
+    tokens:
 
         1 / W * sum_r S_r / (N / W) = sum_r S_r / N
 
-    Arguments and errors are those of `global_count`. Give the masks of all micro-batches of the
-    optimizer step at once, and the result to each of them as `denominator=`; of `mask.any(1)` it is
-    `num_sequences=`. Returns a 0-dim fp64, 0 where no element is true.
+    It takes the arguments of `global_count` and raises the same errors. Give it the masks of all
+    micro-batches of the optimizer step at once, and give the result to each of them as
+    `denominator=`. The mean count of `mask.any(1)` is `num_sequences=`. Returns a 0-dim fp64, 0
+    where no element is true.
     """
     return global_count(mask, group).double() / world_size(group)
 
@@ -171,16 +173,16 @@ def join_metrics(
     """The metrics of a whole step, from those of its micro-batches and of the ranks of `group`.
 
     Counts add up, ratio/max and mismatch/max_ratio are the largest, entropy/threshold is the
-    lowest; entropy/mean is the mean over all tokens of the mask, every other one that over the kept
-    tokens, whatever their division. So each is that of one call on all tokens.
+    lowest. entropy/mean is the mean over the valid tokens, and every other metric the mean over the
+    selected tokens, however they are divided. So each equals the metric of one call on all tokens.
 
     Args:
         parts: what `ratio_loss` or `high_entropy_policy_loss` returned for each micro-batch of this
-            rank, at least one, maybe without a token. Values of your own under other names are
-            means over the kept tokens; "loss", added up over micro-batches and averaged over ranks,
-            is the step's loss where denominators are the mean count per rank.
-        group: every rank calls, with the same names; an all-reduce of 8 bytes a metric and rank.
-        kl_on: that of the loss: the tokens that kl/reference is the mean of.
+            rank: at least one, maybe without a token. Values of your own under other names are
+            means over the selected tokens. "loss" adds up over micro-batches and is averaged over
+            ranks, which gives the step's loss if denominators are the mean count per rank.
+        group: every rank calls, with the same names; 8 bytes per metric and rank are all-reduced.
+        kl_on: the loss's own option, which says over what tokens kl/reference is the mean.
 
     Returns 0-dim fp64 tensors; nothing waits for a GPU.
 

@@ -192,7 +192,7 @@ def _check_shapes(head: Head, sharded: bool) -> None:
 
 
 def _check_dtypes(hidden: Tensor, weight: Tensor, bias: Tensor | None, fp64: bool) -> None:
-    """Of what is multiplied, after autocast."""
+    """The dtypes of the product's operands, after autocast."""
     dtypes = (*_DTYPES, torch.float64) if fp64 else _DTYPES
     if hidden.dtype not in dtypes:
         raise ValueError(f"hidden must be one of {', '.join(map(str, dtypes))}; got {hidden.dtype}")

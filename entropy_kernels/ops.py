@@ -62,7 +62,7 @@ def _linear_logprob_entropy(
 linear_logprob_entropy = torch.library.custom_op(
     add_op_namespace_prefix("linear_logprob_entropy"), _linear_logprob_entropy, mutates_args=()
 )
-# The op's arguments by name, and those of them that make a head.
+# The names of the op's arguments, and of those that are the head's fields.
 _ARGUMENTS = tuple(inspect.signature(_linear_logprob_entropy).parameters)
 _HEAD = tuple(field.name for field in fields(Head) if field.name in _ARGUMENTS)
 
@@ -178,7 +178,7 @@ def _setup_context(ctx, inputs, output) -> None:
 
 def _backward(ctx, grad_logprob, grad_entropy, grad_logsumexp, *_):
     entropy, row_max, log_sum, logits, places, *tensors = ctx.saved_tensors
-    # It ends before the arguments that have their default, of which none gets a gradient.
+    # Trailing arguments that have their default are left out; none of them gets a gradient.
     needs = dict(zip(_ARGUMENTS, ctx.needs_input_grad, strict=False))
     gradients = linear_logprob_entropy_backward(
         grad_logprob,
@@ -318,8 +318,8 @@ def radix_pick(
 
 @radix_pick.register_fake
 def _(counts, local, prefix, remaining, fraction, shift, impl="auto"):
-    found = [torch.empty_like(prefix) for _ in range(3)]
-    return *found, torch.empty_like(prefix, dtype=torch.float32)
+    numbers = [torch.empty_like(prefix) for _ in range(3)]
+    return *numbers, torch.empty_like(prefix, dtype=torch.float32)
 
 
 @torch.library.custom_op(add_op_namespace_prefix("select_largest"), mutates_args=())

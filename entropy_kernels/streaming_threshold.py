@@ -1,7 +1,7 @@
 """The exact threshold over all micro-batches of a step and all ranks: tau of equation 6.
 
-As `entropy_threshold`, for calls of which none has all tokens. Nothing is
-differentiable, and nothing waits for a GPU.
+`entropy_threshold` wants all tokens in one call; this takes them micro-batch by micro-batch.
+Nothing is differentiable, and nothing waits for a GPU.
 """
 
 from typing import Any
@@ -33,21 +33,22 @@ COUNTS = ("selected", "all")
 class StreamingThreshold:
     """The threshold over all micro-batches of a step (and all ranks), one `update` for each.
 
-    `value()` is that of `entropy_threshold` on all tokens at once, whatever their order and
-    however they were split.
+    `value()` equals `entropy_threshold` of all tokens at once, whatever their order and however
+    they were split.
 
     Args:
         fraction: as in `entropy_threshold`.
-        mode: "exact" keeps the fp32 entropies, 4 bytes a token (on a GPU 5 bytes a token of the
-            batch, as dropping the masked ones would wait for it). "sketch" keeps one histogram of
-            the sign, the exponent and 10 bits of the mantissa, 4 MB whatever the number of tokens,
-            and returns the lower edge of the bin of the exact threshold t:
+        mode: "exact" holds the fp32 entropies: 4 bytes per valid token on a CPU, and 5 bytes per
+            token on a GPU, where dropping the masked ones would have to wait. "sketch" holds one
+            histogram of the sign, the exponent and 10 bits of the mantissa, 4 MB for any number of
+            tokens. It returns the lower edge of the bin that holds the exact threshold t:
             t * (1 - 2**-10) <= value <= t for a normal t >= 0, so at least k tokens pass.
         group: every rank calls `value`, `mask` and the counts in the same order, between the same
             updates. A rank without a token may skip `update`. Exact mode sums three histograms,
-            40 KB, and sketch mode one of 4 MB; the counts are two int64 more.
-        device: of the tokens, and of what a rank without one gives to the collectives; name it for
-            NCCL. None: that of the last tokens, also after `reset`, at first torch's default.
+            40 KB, and sketch mode one of 4 MB; the counts add two int64.
+        device: where the tokens are, and what a rank without a token gives to the collectives. NCCL
+            needs it named. None is the device of the last tokens, also after `reset`, and torch's
+            default before the first.
 
     Raises:
         ValueError: a fraction outside (0, 1], an unknown mode.
@@ -83,7 +84,7 @@ class StreamingThreshold:
     ) -> None:
         """Count the valid tokens of a micro-batch: fp32 of any shape, and a bool mask or None.
 
-        Copies what it keeps. Raises ValueError as `entropy_threshold` does, and for another device.
+        Copies what it holds. Raises ValueError as `entropy_threshold` does, and for another device.
         """
         check_tokens(entropy, mask)
         if not self._takes(entropy.device):
@@ -110,7 +111,7 @@ class StreamingThreshold:
         return count
 
     def value(self) -> Float[Tensor, ""]:
-        """The threshold so far: a 0-dim fp32, +inf without a token. Kept until the next update."""
+        """The threshold so far: a 0-dim fp32, +inf without a token. Updates drop its cache."""
         if self._value is None and self.mode == "sketch":
             counts = all_reduce_sum(self._counts(), self.group)
             self._value = sketch_kth_largest(counts, self.fraction)
@@ -124,44 +125,45 @@ class StreamingThreshold:
     ) -> Bool[Tensor, "*shape"]:
         """The valid tokens that rank at `value()` or above: I[H >= tau] of equation 6.
 
-        All that tie at the threshold are kept, so over the step these are k tokens or a few more.
-        A NaN is kept whatever the threshold; where that is NaN, NaN alone is, wherever in the step
-        it is. Raises ValueError as `entropy_threshold` does.
+        All tokens that tie at the threshold are selected, so the step has k of them or a few more.
+        A NaN is selected whatever the threshold; a threshold of NaN selects the NaNs of the step
+        alone. Raises ValueError as `entropy_threshold` does.
         """
         check_tokens(entropy, mask)
         self._takes(entropy.device)
         values, valid = flat(entropy, mask)
         return select_threshold(values, valid, self.value()).view(entropy.shape)
 
-    def kept_count(self) -> Int[Tensor, ""]:
-        """How many tokens of all updates and ranks `mask` keeps, ties included; as `value`."""
+    def selected_count(self) -> Int[Tensor, ""]:
+        """How many tokens of all updates and ranks `mask` selects, ties included; collective."""
         return self._over_ranks()[0]
 
     def denominator(self, count: str = "selected") -> Float[Tensor, ""]:
-        """What each micro-batch's loss is divided by where DDP or FSDP2 averages gradients.
+        """The number that divides each micro-batch's loss where DDP or FSDP2 averages gradients.
 
-        N / W of the W ranks of `group`, N the step's tokens on all of them: those that `mask` keeps
-        ("selected"), or the valid ones ("all"). The gradient is then that of one process on all
-        tokens at once; see `distributed.mean_count`. Where gradients are summed it is N itself.
-        0-dim fp64, 0 without a token; collective, as `value`. Another `count` is a ValueError.
+        It is N / W for the W ranks of `group`. N counts the step's tokens on all of them: the ones
+        that `mask` selects ("selected"), or the valid ones ("all"). The gradient then equals that
+        of one process on all tokens at once; see `distributed.mean_count`. Where gradients are
+        summed, divide by N itself. Returns a 0-dim fp64, 0 without a token; collective, as `value`.
+        Another `count` is a ValueError.
         """
         if count not in COUNTS:
             raise ValueError(f"count must be one of {', '.join(COUNTS)}; got {count!r}")
         return self._over_ranks()[COUNTS.index(count)].double() / world_size(self.group)
 
     def _over_ranks(self) -> Int[Tensor, "2"]:
-        """The kept and the valid tokens of all ranks."""
+        """The selected and the valid tokens of all ranks."""
         if self._totals is None:
             value = self.value()
             if self.mode == "sketch":
-                kept = sketch_count_at_least(self._counts(), value)
+                selected = sketch_count_at_least(self._counts(), value)
             else:
-                kept = count_at_least(self._chunks, value)
-            self._totals = all_reduce_sum(torch.stack([kept, self.count]), self.group)
+                selected = count_at_least(self._chunks, value)
+            self._totals = all_reduce_sum(torch.stack([selected, self.count]), self.group)
         return self._totals
 
     def state_dict(self) -> dict[str, Any]:
-        """What `load_state_dict` needs to go on from here: tensors, a number and a string."""
+        """The state from which `load_state_dict` goes on: tensors, a number and a string."""
         state: dict[str, Any] = {"mode": self.mode, "fraction": self.fraction}
         if self.mode == "sketch":
             return state | {"counts": self._counts().clone()}
@@ -169,11 +171,11 @@ class StreamingThreshold:
         return state | {"entropies": torch.cat([torch.empty(0, device=self._device), *valid])}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from `state`, in place of what was counted here.
+        """Go on from `state`, and forget what was counted here.
 
-        On `device`, or where none was given on that of the state's tensors; an empty state on the
-        CPU changes none. Raises ValueError where its mode or fraction is not that of this object,
-        or where it is no result of `state_dict`.
+        Tokens then lie on `device`, or on the state's device where none was given; an empty state
+        on the CPU leaves the device as it is. Raises ValueError if mode or fraction differ from
+        this object's, or if `state` is no result of `state_dict`.
         """
         for name in ("mode", "fraction"):
             if not isinstance(state, dict) or name not in state:
@@ -183,18 +185,18 @@ class StreamingThreshold:
                     f"the state's {name} is {state[name]!r}, this object's is "
                     f"{getattr(self, name)!r}"
                 )
-        _check_kept(state, self.mode)
+        _check_held(state, self.mode)
         self.reset()
         sketch = self.mode == "sketch"
-        kept = state["counts" if sketch else "entropies"]
-        if kept.device.type == "cpu" and not (kept.any() if sketch else kept.numel()):
+        held = state["counts" if sketch else "entropies"]
+        if held.device.type == "cpu" and not (held.any() if sketch else held.numel()):
             return
-        self._takes(kept.device)
-        kept = kept.to(self._device, copy=True)
+        self._takes(held.device)
+        held = held.to(self._device, copy=True)
         if sketch:
-            self._histogram = kept
+            self._histogram = held
         else:
-            self._chunks = [(kept, None)]
+            self._chunks = [(held, None)]
 
     def _takes(self, device: torch.device) -> bool:
         """Whether tokens may be on `device`, which is learned where no other is known."""
@@ -214,12 +216,12 @@ def _keys(state: object) -> str:
     return shown(state) + names
 
 
-def _check_kept(state: dict[str, Any], mode: str) -> None:
+def _check_held(state: dict[str, Any], mode: str) -> None:
     name, dtype = ("counts", torch.int64) if mode == "sketch" else ("entropies", torch.float32)
-    kept: Any = state.get(name)
+    held: Any = state.get(name)
     size = 1 << SKETCH_BITS if mode == "sketch" else None
-    vector = isinstance(kept, Tensor) and kept.dtype == dtype and kept.ndim == 1
-    if not vector or (size is not None and kept.shape != (size,)):
+    vector = isinstance(held, Tensor) and held.dtype == dtype and held.ndim == 1
+    if not vector or (size is not None and held.shape != (size,)):
         raise ValueError(
-            f"state[{name!r}] must be a {dtype} tensor [{size or 'tokens'}]; got {shown(kept)}"
+            f"state[{name!r}] must be a {dtype} tensor [{size or 'tokens'}]; got {shown(held)}"
         )

@@ -65,13 +65,14 @@ class Watch(TorchDispatchMode):
 
 
 class OtherOrder(TorchDispatchMode):
-    """Inside, one fp32 accumulator takes each fp32 sum, in order (seed 0) or in a random order.
+    """Makes every fp32 sum inside run through one fp32 accumulator, in order (seed 0) or shuffled.
 
-    torch's own sums depend on the processor and the threads, and these do not: an accumulator
-    takes at most so many steps, one element each where that is enough; within a step a sum is
-    fp64's. A product may be one chain over the vocabulary; a mere sum has lanes in every library,
-    and takes fewer steps. Every second column of a product has another random order, so that equal
-    columns need not tie. Taken over are products, sums, logsumexp and log_softmax, with gradients.
+    torch's own sums depend on the processor and the threads, and these do not. An accumulator
+    takes a bounded number of steps, one element each where that is enough; a step's own sum is
+    fp64. A product may be one chain over the vocabulary. A plain sum takes fewer steps, because
+    every library sums in lanes. Every second column of a product has another random order, so that
+    equal columns need not tie. Products, sums, logsumexp and log_softmax are replaced, with their
+    gradients.
     """
 
     PRODUCT_STEPS, SUM_STEPS = 2048, 256
@@ -121,8 +122,8 @@ class OtherOrder(TorchDispatchMode):
 
     def _logsumexp(self, x: Tensor, dims: list[int], keepdim: bool = False) -> Tensor:
         top = x.amax(dims, keepdim=True)
-        found = top + self._sum((x - top).double().exp().float(), dims, True).log()
-        return found if keepdim else found.squeeze(tuple(dims))
+        result = top + self._sum((x - top).double().exp().float(), dims, True).log()
+        return result if keepdim else result.squeeze(tuple(dims))
 
     def _log_softmax(self, x: Tensor, dim: int, half_to_float: bool) -> Tensor:
         shifted = x - x.amax(dim, keepdim=True)
@@ -149,21 +150,21 @@ def worst_of_orders(
 ) -> list[Tensor | None]:
     """The results of `formula()` in fp32, each element from the order of sums that errs most there.
 
-    One order can be lucky, and another processor's library takes another: no bound may rest on it.
-    A result is a tensor or None, and has its truth in fp64.
+    One order can be lucky, and other processors' libraries take other ones, so no bound may rest on
+    one. A result is a tensor or None; its truth is fp64.
     """
-    found = []
+    runs = []
     for seed in range(orders):
         with OtherOrder(seed):
-            found.append(formula())
-    return worst_elements(found, truths)
+            runs.append(formula())
+    return worst_elements(runs, truths)
 
 
 def worst_elements(
-    found: Sequence[Sequence[Tensor | None]], truths: Sequence[Tensor | None]
+    runs: Sequence[Sequence[Tensor | None]], truths: Sequence[Tensor | None]
 ) -> list[Tensor | None]:
-    """Of each result, found several times, the elements that are furthest from its truth."""
-    return [_worst(*pair) for pair in zip(zip(*found, strict=True), truths, strict=True)]
+    """Each result of several runs, element by element the one that is furthest from its truth."""
+    return [_worst(*pair) for pair in zip(zip(*runs, strict=True), truths, strict=True)]
 
 
 def _worst(candidates: Sequence[Any], truth: Any) -> Any:
@@ -182,12 +183,11 @@ def assert_within_two_bounds(
     factor: float = 2.0,
     operands: torch.dtype = torch.float32,
 ) -> None:
-    """Element by element, |got - truth| against the worst errors of two others, plus rounding.
+    """Bounds |got - truth|, element by element, by the worst errors of two others, plus rounding.
 
     truth: fp64. eager: the formula in the dtype of the inputs. plain: the same in fp32 on upcast
-    inputs. What is fp32 comes from `worst_of_orders`. A 16-bit path must not be worse than plain
-    either, but for the rounding of its output, and of the operands of its products where they are
-    rounded to `operands`.
+    inputs. fp32 results come from `worst_of_orders`. A 16-bit path must meet plain's bound too. It
+    may add the rounding of its output, and of its products' operands if they have dtype `operands`.
     """
     truth = truth.double()
     error = (got.double() - truth).abs()
@@ -264,10 +264,10 @@ def _scale_to_entropy(z_TV: Tensor, wanted_T: Tensor) -> Tensor:
 def mend_interpreter() -> None:
     """Lets Triton's interpreter compute what GPUs do, in this process from now on.
 
-    It cuts bits off where fp32 becomes bf16: here they are rounded to nearest, ties to even. Its
-    fp32 products are numpy's, whose sums depend on the shape, the processor and its threads; a
-    column of two tiles must be the same to the bit, which kernels rely on: here they are summed in
-    fp64 and rounded once a step.
+    The interpreter truncates fp32 to bf16; mended, it rounds to nearest, ties to even. Its fp32
+    products are numpy's, whose sums depend on the shape, the processor and its threads, while
+    kernels rely on equal bits for a column of two tiles. Mended, they are summed in fp64 and
+    rounded once per step.
     """
     import numpy as np
     import triton.language as tl

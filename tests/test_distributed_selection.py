@@ -39,7 +39,7 @@ def select(entropy, mask, group):
         for part in range(2 if len(entropy) else 0):
             streaming.update(entropy[part::2], mask[part::2])
         results[mode] = streaming.value()
-        results[f"{mode}, kept"] = streaming.kept_count()
+        results[f"{mode}, kept"] = streaming.selected_count()
         results[f"{mode}, denominators"] = streaming.denominator(), streaming.denominator("all")
         results[f"{mode}, mask"] = streaming.mask(entropy, mask)
     results["count"] = distributed.global_count(mask, group)

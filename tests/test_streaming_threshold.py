@@ -102,7 +102,7 @@ def test_sketch_of_special_values(entropy, value):
 def test_without_a_token(mode):
     threshold = StreamingThreshold(mode=mode)
     assert threshold.value() == INF
-    assert threshold.count == threshold.kept_count() == threshold.denominator("all") == 0
+    assert threshold.count == threshold.selected_count() == threshold.denominator("all") == 0
     threshold.update(torch.empty(0, 5))
     threshold.update(torch.rand(3), torch.zeros(3, dtype=torch.bool))
     assert threshold.value() == INF
@@ -129,13 +129,13 @@ def test_mask_is_the_indicator_of_the_paper(mode):
     fraction=st.sampled_from([0.2, 0.55, 1.0]),
     mode=st.sampled_from(MODES),
 )
-def test_kept_count_is_that_of_the_masks(entropies, fraction, mode):
+def test_selected_count_is_that_of_the_masks(entropies, fraction, mode):
     entropy = torch.tensor(entropies, dtype=torch.float32)
     valid = torch.arange(len(entropies)) % 3 != 1
     parts = list(zip(entropy.split(7), valid.split(7), strict=True))
     threshold = accumulate(parts, fraction=fraction, mode=mode)
     kept = sum(threshold.mask(*part).sum() for part in parts)
-    assert threshold.kept_count() == threshold.denominator() == kept
+    assert threshold.selected_count() == threshold.denominator() == kept
     assert threshold.denominator("all") == valid.sum()
     threshold.update(torch.ones(2))
     assert threshold.denominator("all") == valid.sum() + 2

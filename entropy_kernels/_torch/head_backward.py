@@ -48,7 +48,7 @@ class _Active(NamedTuple):
 
 
 class _Needs(NamedTuple):
-    """Whose gradient is wanted."""
+    """Which gradients are wanted."""
 
     hidden: bool
     weight: bool
