@@ -99,17 +99,17 @@ class Head:
             temperature=temperature,
         )
 
-    def split(self) -> tuple[tuple[Tensor | None, ...], dict[str, Any]]:
+    def split(self) -> tuple[tuple[Tensor | None, ...], dict[str, float | None]]:
         """The flat form's tensors, for autograd to save, and its other fields, for `joined`."""
         named = {field.name: getattr(self, field.name) for field in fields(self)}
         tensors = tuple(named.pop(name) for name in _TENSORS)
         return tensors, named
 
     @staticmethod
-    def joined(tensors: Sequence[Tensor | None], options: dict[str, Any]) -> "Head":
+    def joined(tensors: Sequence[Tensor | None], options: dict[str, float | None]) -> "Head":
         """The head that was `split`."""
         named: dict[str, Any] = dict(zip(_TENSORS, tensors, strict=True))
-        return Head(**named, **options)
+        return Head(**named | options)
 
     @property
     def valid(self) -> Tensor:

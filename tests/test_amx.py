@@ -97,7 +97,7 @@ def test_threads_move_the_last_bits_only(isa):
             torch.set_num_threads(threads)
             found[threads] = _native.forward(head, keep_logits=False, isa=isa)
             gradients[threads] = _native.backward(
-                grads, head, found[1], (True, True, False), isa=isa
+                tuple(grads), head, found[1], (True, True, False), isa=isa
             )
     finally:
         torch.set_num_threads(before)
@@ -143,7 +143,7 @@ def test_a_signal_handler_may_use_the_tiles(isa, direction):
             got = _native.forward(head, keep_logits=False, isa=isa)[:3]
         else:
             needs = True, True, False
-            got = _native.backward(grads, head, found, needs, isa=isa)[:2]
+            got = _native.backward(tuple(grads), head, found, needs, isa=isa)[:2]
         return time.monotonic() - start, got
 
     handler = signal.signal(signal.SIGALRM, lambda *_: calls.append(run(isa, *small, few)))

@@ -354,10 +354,10 @@ def test_every_instruction_set_adds_after_its_last_chunk_of_rows(dtype, buffer):
         for main_grad in (added, total := before.clone()):
             needs = (False, True, False)
             _, dweight, _ = _native.backward(
-                grads, head, found, needs, isa=isa, main_grad=main_grad
+                tuple(grads), head, found, needs, isa=isa, main_grad=main_grad
             )
             assert dweight is None
-        _, dweight, _ = _native.backward(grads, head, found, needs, isa=isa)
+        _, dweight, _ = _native.backward(tuple(grads), head, found, needs, isa=isa)
         assert torch.equal(added.to(dtype), dweight)
         assert torch.equal(total, (before.float() + added).to(buffer))
 

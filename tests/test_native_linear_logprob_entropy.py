@@ -30,7 +30,7 @@ def run(isa, h, w, y, grads, **options):
     head = ek.Head(h, w, y, bias, temperature, options.get("softcap"))
     found = _native.forward(head, keep_logits=options.get("keep_logits", False), isa=isa)
     needs = (True, True, bias is not None)
-    gradients = _native.backward(grads, head, found, needs, isa=isa)
+    gradients = _native.backward(tuple(grads), head, found, needs, isa=isa)
     return [*found[:3], *gradients]
 
 
@@ -194,7 +194,7 @@ def test_the_thread_count_moves_the_last_bits_only():
             assert all(torch.equal(a, b) for a, b in same)
             needs = (True, True, False)
             gradients[threads], again = (
-                _native.backward(grads, head, found[1], needs) for _ in "ab"
+                _native.backward(tuple(grads), head, found[1], needs) for _ in "ab"
             )
             assert all(torch.equal(gradients[threads][i], again[i]) for i in (0, 1))
     finally:

@@ -8,6 +8,7 @@ import functools
 import pytest
 import torch
 
+import entropy_kernels as ek
 from entropy_kernels._token_logprobs import linear_token_logprobs
 from entropy_kernels.testing import Watch, assert_within_two_bounds, peaked_head
 from tests.marks import nan_is_meant
@@ -45,8 +46,8 @@ def assert_exact(h, w, y, ids, incoming, impl, device, **options):
         return formula(h, w, y, ids, **options)
 
     def ours(h, w):
-        settings = {"temperature": 1.0, "ignore_index": -100} | options
-        return linear_token_logprobs(h, w, y.to(device), ids.to(device), impl=impl, **settings)
+        head = ek.Head(h, w, y.to(device), **options)
+        return linear_token_logprobs(head, ids.to(device), impl=impl)
 
     got = run(ours, h, w, h.dtype, incoming, device)
     truth, plain, eager = (
@@ -201,8 +202,7 @@ def test_a_frozen_input_costs_no_gradient(frozen, impl, device):
     ids = torch.tensor([3, 8], device=device)
     leaf = w if frozen == "hidden" else h
     leaf.requires_grad_()
-    options = {"temperature": 1.0, "ignore_index": -100}
-    outputs = linear_token_logprobs(h, w, y, ids, impl=impl, **options)
+    outputs = linear_token_logprobs(ek.Head(h, w, y), ids, impl=impl)
     sum(x.sum() for x in outputs).backward()
     assert (w if frozen == "weight" else h).grad is None
     h64, w64 = (x.detach().cpu().double().requires_grad_() for x in (h, w))
@@ -219,7 +219,7 @@ def test_layout_memory_and_repetition(impl, device):
     incoming = gradients(y, ids)
 
     def function(h, w, y=y, ids=ids):
-        return linear_token_logprobs(h, w, y, ids, temperature=0.7, ignore_index=-100, impl=impl)
+        return linear_token_logprobs(ek.Head(h, w, y, temperature=0.7), ids, impl=impl)
 
     first, second = (run(function, h, w, h.dtype, incoming, device) for _ in range(2))
     apart = [x.detach().requires_grad_() for x in far[:2]]
@@ -238,7 +238,7 @@ def test_holds_no_logits(impl):
     ids = torch.arange(40)
     h.requires_grad_(), w.requires_grad_()
     with Watch() as watch:
-        outputs = linear_token_logprobs(h, w, y, ids, temperature=1.0, ignore_index=-100, impl=impl)
+        outputs = linear_token_logprobs(ek.Head(h, w, y), ids, impl=impl)
         sum(x.sum() for x in outputs).backward()
     assert watch.largest < tokens * vocabulary // 4
 
@@ -246,10 +246,9 @@ def test_holds_no_logits(impl):
 def test_autocast_casts_as_linear_and_compiled_code_gives_the_same():
     h, w, y = peaked_head(T, D, V)
     ids, incoming = torch.tensor([3, 8, 3]), gradients(y, torch.zeros(3))
-    options = {"temperature": 1.0, "ignore_index": -100}
 
     def function(h, w):
-        return linear_token_logprobs(h, w, y, ids, **options)
+        return linear_token_logprobs(ek.Head(h, w, y), ids)
 
     def cast(h, w):
         with torch.autocast("cpu", torch.bfloat16):
