@@ -2,9 +2,9 @@
 
 python -m tests.ahead_of_time TARGET [CASE...]    a JSON line for every launch of every case
 
-Launchers run on meta tensors, and their launches stop when they are compiled. So constants, warps,
-stages, descriptors and the divisibility of every argument are those of a real run. A process of its
-own, without TRITON_INTERPRET, which is read as kernels are defined.
+Launchers run on meta tensors, and their launches end when they are compiled. So constants, warps,
+stages, descriptors and the divisibility of every argument are those of a real run. It needs a
+process without TRITON_INTERPRET, which is read as kernels are defined.
 
 T tokens, D hidden, V vocabulary.
 """
@@ -16,21 +16,25 @@ import subprocess
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
 
-from tests.triton_cases import compiled
+from entropy_kernels import device
 
 BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-# Instructions to count: of SASS by its first word, of PTX and AMD's assembly by any.
+# Instructions to count: in SASS by the first word, in PTX and AMD's assembly by any.
 SASS = ("LDL", "STL", "HGMMA", "HMMA", "LDGSTS", "UTMALDG", "USETMAXREG")
 PTX = ("wgmma.mma_async", "mma.sync", "cp.async.bulk.tensor", "tcgen05.mma", "setmaxnreg")
 AMDGCN = ("v_mfma", "scratch_load", "scratch_store", "buffer_store_dword off, s")
-
-
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
+PROCESSORS = {"sm_80": 108, "sm_86": 84, "sm_90": 132, "sm_100": 148, "gfx942": 304}
 
 
 class Launch(NamedTuple):
@@ -42,10 +46,51 @@ class Launch(NamedTuple):
     """Whether it multiplies matrices of 16-bit numbers."""
     descriptors: int
     divisible: list[bool]
-    """Of each pointer, whether the compiler may take its address as a multiple of 16 bytes."""
+    """Whether the compiler may take each pointer's address as a multiple of 16 bytes."""
     figures: dict[str, int]
     error: str = ""
     """Why it did not compile; then the rest is empty."""
+
+
+class _Driver:
+    """As much of a driver as compilation asks for; each architecture is a device of its own."""
+
+    def __init__(self, arch: str) -> None:
+        self.arch = arch
+
+    def get_current_device(self) -> str:
+        return self.arch
+
+    def get_current_stream(self, device: str) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        if self.arch.startswith("sm_"):
+            return GPUTarget("cuda", int(self.arch.removeprefix("sm_")), 32)
+        return GPUTarget("hip", self.arch, 64)
+
+
+@contextmanager
+def compiled(arch: str) -> Iterator[list]:
+    """The kernels (triton's CompiledKernel) of all launches inside, compiled for `arch`.
+
+    It stands in for the GPU's driver, so that launchers can be called on meta tensors.
+    """
+    assert not device.interpreting()
+    kernels = []
+    run = JITFunction.run
+
+    def compile_only(self, *args, grid, warmup, **options):
+        kernels.append(run(self, *args, grid=grid, warmup=True, **options))
+        return kernels[-1]
+
+    with (
+        patch.object(driver, "_active", _Driver(arch)),
+        patch.object(JITFunction, "run", compile_only),
+        patch.object(device, "architecture", lambda device: arch),
+        patch.object(device, "processors", lambda device: PROCESSORS.get(arch, 100)),
+    ):
+        yield kernels
 
 
 def inspect(case: str, kernel: Any) -> Launch:
