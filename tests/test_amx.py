@@ -1,5 +1,5 @@
-"""bf16 heads on the tiles of AMX: the same source, run on the processor's tiles where it has them
-and everywhere else on a model of them. Values at large: test_native_linear_logprob_entropy.py."""
+"""bf16 heads on the tiles of AMX. The same source runs on the processor's tiles if it has them, and
+on a model of them. test_native_linear_logprob_entropy.py tests its values too."""
 
 import functools
 import re
@@ -39,7 +39,7 @@ SHAPES = [
 
 
 def odd_head(tokens, dim, vocabulary):
-    """bf16; the weight lies in rows of a wider matrix, and starts and ends with that memory."""
+    """A bf16 head; its weight lies in rows of a wider matrix, from its memory's start to end."""
     stride = dim + (3 if dim % 2 else 2)
     hidden = torch.randn(tokens, dim).bfloat16()
     memory = torch.randn((vocabulary - 1) * stride + dim).bfloat16() / dim**0.5
@@ -55,8 +55,8 @@ def test_shapes_hold_every_size():
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("isa", TILED)
 def test_tails_of_every_tile(isa, shape):
-    """Within the bounds of all instruction sets; memory beyond the weight's is not read, which
-    `make sanitize` would show."""
+    """Values lie within the bounds of all instruction sets. Under `make sanitize` this also shows
+    that no memory beyond the weight's is read."""
     h, w, y = odd_head(*shape)
     grads = [torch.randn(shape[0]) for _ in range(3)]
     got = run(isa, h, w, y, grads)
@@ -86,7 +86,7 @@ def test_kept_logits_and_runs_give_the_same_bits(isa):
 
 @pytest.mark.parametrize("isa", TILED)
 def test_threads_move_the_last_bits_only(isa):
-    """Of statistics and the hidden states' gradient, which threads add up; not of the weight's."""
+    """Threads add up forward's sums and the gradient of hidden, but not the gradient of weight."""
     h, w, y = odd_head(150, 48, 3001)
     grads = [torch.randn(150), torch.randn(150), None]
     head = ek.Head(h, w, y, temperature=None)
@@ -113,7 +113,7 @@ def test_threads_move_the_last_bits_only(isa):
 @pytest.mark.parametrize("where", ["hidden", "weight"])
 @pytest.mark.parametrize("isa", TILED)
 def test_a_nan_stays_in_its_row(isa, where):
-    """Tails are filled up with zeros: neither operand's NaN meets another row's there."""
+    """Zeros fill partial tiles up, so a NaN of one operand meets no other row there."""
     h, w, y = odd_head(33, 33, 97)
     grads = [torch.ones(33), torch.ones(33), None]
     clean = run(isa, h, w, y, grads)
@@ -132,8 +132,8 @@ def test_a_nan_stays_in_its_row(isa, where):
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 @pytest.mark.parametrize("isa", TILED)
 def test_a_signal_handler_may_use_the_tiles(isa, direction):
-    """Handlers run between blocks, on the thread whose registers are configured; it asks for them
-    each 0.2 seconds."""
+    """Signal handlers run between blocks, every 0.2 seconds, on a thread whose registers are
+    configured."""
     small, few = odd_head(5, 8, 11), [torch.ones(5), None, None]
     grads, before, calls = [torch.ones(200), None, None], torch.get_num_threads(), []
 
@@ -168,7 +168,7 @@ def test_a_signal_handler_may_use_the_tiles(isa, direction):
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 @pytest.mark.parametrize("isa", TILED)
 def test_ctrl_c_between_blocks(isa, direction, monkeypatch):
-    """EK_CPU_ISA takes the model too."""
+    """EK_CPU_ISA may name the model."""
     script = textwrap.dedent(
         f"""
         import torch, entropy_kernels as ek
@@ -216,13 +216,13 @@ def test_the_model_is_not_chosen_unless_it_is_named(monkeypatch):
     )
     monkeypatch.delenv("EK_CPU_ISA", raising=False)
     assert "amx_model" not in {_native.instruction_set(d) for d in _native._DTYPES}
-    # What has no products of these dtypes is not said to run them.
+    # Sets without products of these dtypes are not said to run them.
     assert _native.instruction_set(torch.float32) != "amx"
 
 
 @pytest.mark.skipif(not TILED, reason="the extension has no kernels for tiles")
 def test_the_extension_holds_the_instructions():
-    """What runs on the model here is compiled to tile instructions beside it."""
+    """The source that runs on the model is also compiled to tile instructions."""
     objdump = shutil.which("objdump")
     if objdump is None:
         pytest.skip("no objdump on PATH reads the extension")
@@ -230,7 +230,7 @@ def test_the_extension_holds_the_instructions():
     code = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     for instruction in ("ldtilecfg", "tileloadd", "tdpbf16ps", "tilestored", "tilerelease"):
         assert f"\t{instruction}" in code
-    # 2 x 2 tiles of the result; AT&T's order of operands: b, a, c.
+    # 2 x 2 tiles of the result. The operands are in AT&T's order: b, a, c.
     dots = re.findall(r"\ttdpbf16ps (\S+)", code)
     products = ["%tmm6,%tmm4,%tmm0", "%tmm7,%tmm4,%tmm1", "%tmm6,%tmm5,%tmm2", "%tmm7,%tmm5,%tmm3"]
     assert {*dots} == {*products}
@@ -238,7 +238,7 @@ def test_the_extension_holds_the_instructions():
 
 
 def processor_with_amx(monkeypatch, why, taken):
-    """The report's lines of a machine whose extension says this."""
+    """The report's lines on a machine whose extension says `why`."""
     listed = ["amx"] * (why == "") + ["avx512_bf16", "avx512", "avx2", "portable"]
     module = SimpleNamespace(instruction_sets=lambda: listed, why_no_amx=lambda: why)
     monkeypatch.setattr(_native, "cpu", lambda: module)

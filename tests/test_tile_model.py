@@ -1,6 +1,6 @@
-"""The model of AMX's tile instructions against exact arithmetic, and what it refuses.
+"""The model of AMX's tile instructions against exact arithmetic, and the misuse that it refuses.
 
-tile_model.cpp holds the model, and the products that run on it; it is compiled here.
+tile_model.cpp, which runs the model and products on it, is compiled here.
 """
 
 import math
@@ -32,7 +32,7 @@ FAULTS = ["none", "swapped_columns", "repeated_rows", "kept_sums"]
 
 @pytest.fixture(scope="module")
 def program(tmp_path_factory) -> Path:
-    """tile_model.cpp, compiled."""
+    """The compiled tile_model.cpp."""
     out = tmp_path_factory.mktemp("tile_model") / "tile_model"
     source = ROOT / "tests" / "tile_model.cpp"
     command = (*CXX, *FLAGS, *DEFINITIONS, "-I", ROOT / "csrc" / "cpu", source, "-o", out)
@@ -42,13 +42,13 @@ def program(tmp_path_factory) -> Path:
 
 
 def as_fp32(bits: np.ndarray) -> np.ndarray:
-    """bf16 as fp32, subnormals as zero."""
+    """Converts bf16 to fp32, and subnormals to zero."""
     values = (bits.astype(np.uint32) << 16).view(np.float32)
     return np.where(np.abs(values) < np.finfo(np.float32).tiny, np.float32(0), values)
 
 
 def rounded(x: Fraction) -> float:
-    """To 24 bits, ties to even; zero where the result is subnormal, inf beyond the largest."""
+    """Rounds to 24 bits, ties to even. Subnormal results are zero, too large ones are inf."""
     if x == 0:
         return 0.0
     exponent = x.numerator.bit_length() - x.denominator.bit_length()
@@ -67,7 +67,7 @@ def fma(a: float, b: float, c: float) -> float:
 
 
 def exact_dot(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
-    """a [M, K, 2] and b [K, N, 2], bf16 bits, added to c [M, N]: TDPBF16PS of Intel's manual."""
+    """TDPBF16PS of Intel's manual: c [M, N] += a b, with bf16 bits in a [M, K, 2], b [K, N, 2]."""
     with np.errstate(invalid="ignore"):  # a signalling NaN becomes a quiet one
         a, b = as_fp32(a).astype(float), as_fp32(b).astype(float)
     c = np.where(np.abs(c) < np.finfo(np.float32).tiny, np.float32(0), c)

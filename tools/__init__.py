@@ -1,1 +1,1 @@
-"""What makes something out of the checkout for others: run as `python -m tools.NAME`."""
+"""Tools that make releases from the checkout; run them as `python -m tools.NAME`."""

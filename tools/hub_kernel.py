@@ -1,16 +1,15 @@
-"""Lays out a Hugging Face Hub repository that `kernels` loads the package from.
+"""Lays out a Hugging Face Hub repository from which `kernels` loads the package.
 
     python -m tools.hub_kernel OUT [--repo-id OWNER/entropy-kernels] [--version 0]
 
-OUT/build/torch-BACKEND/ is the package for each backend that torch has kernels for, as `kernels`
-0.17 wants it: Python alone (torch-noarch), metadata.json with the sha256 of each file, and an
-identifier made from their contents, which is the copy's module name and its namespace in torch.ops.
-OUT/build.toml and OUT/torch-ext/ are the sources as kernel-builder reads them, OUT/README.md the
-card. Nothing is uploaded.
+OUT/build/torch-BACKEND/ holds the package per backend, in the layout of `kernels` 0.17: Python only
+(torch-noarch), and metadata.json with the sha256 of each file. An identifier made from the contents
+is the copy's module name and its namespace in torch.ops. OUT/build.toml and OUT/torch-ext/ are the
+sources for kernel-builder; OUT/README.md is the card. Nothing is uploaded.
 
-A Hub kernel may import the standard library, torch, and itself. So the adapters to other
-libraries, `entropy_kernels.integrations`, stay out, and the compiled CPU kernels too: "auto" takes
-blocks of torch.mm on a CPU, and says so once. Installed beside it, the package keeps both.
+A Hub kernel may import only the standard library, torch, and itself. So it has neither the adapters
+to other libraries, `entropy_kernels.integrations`, nor the compiled CPU kernels. On a CPU "auto"
+takes blocks of torch.mm, and says so once. An installed package beside it keeps both.
 """
 
 import argparse
@@ -26,13 +25,12 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "entropy_kernels"
 NAME = "entropy-kernels"
 BACKENDS = ("cpu", "cuda", "rocm", "xpu")
-# Not loaded from the Hub, see above; and what only `python -m entropy_kernels` runs.
+# The adapters, see above, and what only `python -m entropy_kernels` runs.
 LEFT_OUT = {"_bench", "integrations", "__main__.py"}
 NOT_BUILT = (
-    "a kernel from the Hugging Face Hub is Python alone; the package entropy-kernels, installed by "
-    "pip, has it\n"
+    "a kernel from the Hugging Face Hub is Python only; pip's package entropy-kernels has it\n"
 )
-# For releases of `kernels` that look one folder deeper.
+# For earlier releases of `kernels`, which look one folder deeper.
 COMPATIBILITY = '''"""For earlier releases of `kernels`: the names of the folder above."""
 
 import importlib.util
@@ -65,8 +63,9 @@ ek = get_kernel("{repo_id}", version={version}, trust_remote_code=True)
 out = ek.linear_logprob_entropy(hidden, weight, target)    # out.logprob, out.entropy: fp32
 ```
 
-Public are {names}. Python alone: on GPUs the kernels are Triton's. The adapters to transformers,
-TRL and verl, and the compiled CPU kernels, are in the package of the same name.
+The public names are {names}. The kernel is Python only, with Triton on GPUs. The package that pip
+installs under the same name also has the adapters to transformers, TRL and verl, and the compiled
+CPU kernels.
 """
 
 
@@ -105,13 +104,13 @@ def layout(out: Path, repo_id: str, version: int) -> None:
 
 
 def package_files() -> list[Path]:
-    """Modules of the package that a copy from the Hub has, relative to it."""
+    """The package's modules that a copy from the Hub has, relative to the package."""
     modules = (path.relative_to(PACKAGE) for path in sorted(PACKAGE.rglob("*.py")))
     return [path for path in modules if path.parts[0] not in LEFT_OUT]
 
 
 def digest(files: dict[Path, bytes]) -> dict[str, str]:
-    """base64 of each file's sha256, by its name."""
+    """The sha256 of each file in base64, by the file's name."""
     return {
         path.as_posix(): base64.b64encode(hashlib.sha256(contents).digest()).decode()
         for path, contents in sorted(files.items())
@@ -125,7 +124,7 @@ def write(folder: Path, files: dict[Path, bytes]) -> None:
 
 
 def build_toml(repo_id: str, version: int) -> str:
-    """What kernel-builder reads, edition 5."""
+    """The configuration that kernel-builder reads, edition 5."""
     backends = ", ".join(f'"{backend}"' for backend in BACKENDS)
     return (
         f'[general]\nname = "{NAME}"\nversion = {version}\nedition = 5\nlicense = "apache-2.0"\n'
@@ -135,7 +134,7 @@ def build_toml(repo_id: str, version: int) -> str:
 
 
 def card(repo_id: str, version: int) -> str:
-    """The Hub's page: the head of the README without its picture, and how to load the kernel."""
+    """The Hub's page: the head of the README without its pictures, and how to load the kernel."""
     head = (ROOT / "README.md").read_text().partition("\n## ")[0]
     about = re.sub(r"^!\[.*\n+", "", head, flags=re.M).strip()
     exported = re.search(r"__all__ = \[(.*?)\]", (PACKAGE / "__init__.py").read_text(), re.S)

@@ -1,9 +1,9 @@
 """Installed beside the package, so that `python -m trainer` outside of the checkout says where the
 trainer lives. Importing it fails as if it were not there.
 
-One file, because that yields to all that may be called so: Python takes a package `trainer` of
-another distribution, or what lies in the working directory, before it. A folder of that name
-without an __init__.py would come after it; such folders are therefore looked for here.
+It is one file, since Python prefers every package `trainer` to it, whether of another distribution
+or in the working directory. A folder of that name without an __init__.py would come after it, so
+this file looks for such folders itself.
 """
 
 import runpy
@@ -13,7 +13,7 @@ from pathlib import Path
 
 
 def where() -> str:
-    """What the user is told."""
+    """The message that says where the trainer is and how to run it."""
     package = find_spec("entropy_kernels")
     checkout = Path(package.origin).parents[1] if package and package.origin else Path()
     here = checkout if (checkout / "trainer" / "__main__.py").is_file() else "CHECKOUT"
