@@ -125,6 +125,30 @@ std::int64_t linear_logprob_entropy_backward(const Head& head, Pointer index_ptr
   return without_gil([&] { return chosen.backward(call, signal_raised); });
 }
 
+py::dict caches() {
+  const entropy_kernels::Caches sizes = entropy_kernels::machine_caches();
+  return py::dict(py::arg("l2") = sizes.l2, py::arg("last") = sizes.last);
+}
+
+py::list instruction_sets(bool models) {
+  py::list names;
+  const Kernels* model = models ? entropy_kernels::model_kernels() : nullptr;
+  if (model != nullptr) names.append(model->name);
+  for (int i = 0; const Kernels* kernels = entropy_kernels::usable_kernels(i); ++i)
+    names.append(kernels->name);
+  return names;
+}
+
+bool agrees(const std::string& isa) { return kernels(isa).agrees(); }
+
+double seconds(const std::string& isa, int dtype) {
+  const Kernels& chosen = kernels(isa);
+  double best = chosen.seconds(static_cast<Dtype>(dtype));
+  for (int run = 1; run < 32; ++run)
+    best = std::min(best, chosen.seconds(static_cast<Dtype>(dtype)));
+  return best;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cpu, m) {
@@ -167,45 +191,14 @@ PYBIND11_MODULE(_cpu, m) {
         py::arg("add_dweight"), py::arg("dbias_ptr"), py::arg("isa"),
         "Writes the gradients of the rows at `index`, except those whose pointer is 0. dweight has "
         "dweight_dtype, and is added to if add_dweight. Returns the number of multiplications.");
-  m.def(
-      "caches",
-      [] {
-        const entropy_kernels::Caches caches = entropy_kernels::machine_caches();
-        return py::dict(py::arg("l2") = caches.l2, py::arg("last") = caches.last);
-      },
-      "Bytes of the second-level cache and of the last level.");
-  m.def(
-      "instruction_sets",
-      [](bool models) {
-        py::list names;
-        const Kernels* model = models ? entropy_kernels::model_kernels() : nullptr;
-        if (model != nullptr) names.append(model->name);
-        for (int i = 0; const Kernels* kernels = entropy_kernels::usable_kernels(i); ++i)
-          names.append(kernels->name);
-        return names;
-      },
-      py::arg("models") = false,
-      "The sets that this machine can run, best first. With models, slow models of sets that it "
-      "lacks come before them.");
-  m.def(
-      "agrees", [](const std::string& isa) { return kernels(isa).agrees(); }, py::arg("isa"),
-      "Whether products of bf16 are those of fp32, except for rounding.");
-  m.def(
-      "why_no_amx",
-      []() -> py::object {
-        const char* why = entropy_kernels::why_no_amx();
-        return why == nullptr ? py::object(py::none()) : py::object(py::str(why));
-      },
-      "Why AMX is not used: empty if it can be, None if the processor has none.");
-  m.def(
-      "seconds",
-      [](const std::string& isa, int dtype) {
-        const Kernels& chosen = kernels(isa);
-        double best = chosen.seconds(static_cast<Dtype>(dtype));
-        for (int run = 1; run < 32; ++run)
-          best = std::min(best, chosen.seconds(static_cast<Dtype>(dtype)));
-        return best;
-      },
-      py::arg("isa"), py::arg("dtype"),
-      "Seconds of a small product of inputs of that dtype, the best of 32; below a millisecond.");
+  m.def("caches", &caches, "Bytes of the second-level cache and of the last level.");
+  m.def("instruction_sets", &instruction_sets, py::arg("models") = false,
+        "The sets that this machine can run, best first. With models, slow models of sets that it "
+        "lacks come before them.");
+  m.def("why_no_amx", &entropy_kernels::why_no_amx,
+        "Why AMX is not used: empty if it can be, None if the processor has none.");
+  m.def("agrees", &agrees, py::arg("isa"),
+        "Whether products of bf16 are those of fp32, except for rounding.");
+  m.def("seconds", &seconds, py::arg("isa"), py::arg("dtype"),
+        "Seconds of a small product of inputs of that dtype, the best of 32; below a millisecond.");
 }
