@@ -1,9 +1,9 @@
 """The command line: `python -m trainer` and one of
 
-    train [PRESET] [--options]      needs none: it runs the preset "tiny"; goes on from a checkpoint
-                                    (settings from --config FILE, a start from --branch RUN@STEP)
+    train [PRESET] [--options]      train, or go on from the last checkpoint of the run's folder;
+                                    without a preset or file it runs the preset "tiny"
     evaluate --model M [--data D]   accuracy, pass@k and lengths of a model or a run
-    analyze WHAT [--options]        entropy patterns, two temperatures, evolution over training
+    analyze WHAT [--options]        entropy patterns, two temperatures, changes over training
     compare [PRESET] [--options]    the paper's ablation and baselines from one preset, by seeds
     plan [PRESET] --gpus N          memory, flops and time of a run, before it is started
     watch RUN                       follow a run from another terminal
@@ -35,7 +35,7 @@ from trainer.launch.stop import STATUS, Stopped, overtaken, signals_stop
 
 USAGE = __doc__
 _GO_ON = ("train", "evaluate", "compare")
-_BROKEN_PIPE = 141  # As a shell says of what SIGPIPE has ended.
+_BROKEN_PIPE = 141  # A shell's status of a command that SIGPIPE has ended.
 
 
 def main(arguments: list[str]) -> int:
@@ -52,7 +52,7 @@ def main(arguments: list[str]) -> int:
         "export": _export,
     }
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # One whose encoding may lack a character.
+        if isinstance(stream, io.TextIOWrapper):  # Its encoding may lack a character.
             stream.reconfigure(errors="backslashreplace")
     try:
         try:
@@ -80,7 +80,7 @@ def _run(command: Callable[[list[str]], int], rest: list[str]) -> int:
 
 
 def _usage(command: str, commands: list[str]) -> int:
-    """Say which commands there are, and which may be meant."""
+    """Print the commands, and the one that may be meant."""
     wanted = command in ("-h", "--help", "help")
     if command and not wanted:
         close = difflib.get_close_matches(command, commands, n=1)
@@ -91,7 +91,7 @@ def _usage(command: str, commands: list[str]) -> int:
 
 
 def _guarded(work: Callable[[], int], arguments: list[str]) -> int:
-    """The status of `work`; what a user or the machine has caused is a line, not a traceback."""
+    """The status of `work`. An error caused by the user or the machine is told in one line."""
     try:
         return work()
     except KeyboardInterrupt as error:
@@ -108,7 +108,7 @@ def _guarded(work: Callable[[], int], arguments: list[str]) -> int:
 
 
 def _told(error: Exception) -> int:
-    """The status, once the line is printed; an error that is none is raised."""
+    """Print the error's line and return the status; an error without a line is raised."""
     if (text := line(error)) is None:
         raise error
     rank = int(os.environ.get("RANK", "0"))
@@ -125,7 +125,7 @@ def _unread() -> bool:
 
 
 def _farewell(stopped: Stopped, arguments: list[str]) -> str:
-    """What a signal has ended, and how it goes on."""
+    """The line on what a signal has ended, and how to go on."""
     by = "Ctrl-C" if stopped.signal.name == "SIGINT" else stopped.signal.name
     parts = [" ".join(filter(None, [f"stopped by {by}", stopped.where]))]
     if arguments[0] in _GO_ON:

@@ -1,4 +1,4 @@
-"""Which errors are a line to the user: what the settings, the files or the machine have caused."""
+"""Errors that are told in one line: those that settings, files or the machine have caused."""
 
 import errno
 import os
@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-# What a disk, a file system or somebody's permissions say. Others, as that a file is missing which
-# nobody was asked for, are mistakes of the trainer's own and keep their traceback.
+# Errors of a disk, a file system or permissions. Others, such as a missing file that no option
+# names, are the trainer's own mistakes and keep their traceback.
 _OUTSIDE = {
     *(errno.EACCES, errno.EPERM, errno.EROFS),
     *(errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP),
@@ -23,24 +23,24 @@ _HINTS = {
 
 
 def line(error: BaseException) -> str | None:
-    """What is printed in the place of a traceback; None where the traceback is wanted."""
+    """The line to print in place of a traceback; None if the traceback is wanted."""
     if isinstance(error, ValueError):
         return str(error)
     if not isinstance(error, OSError) or error.errno not in _OUTSIDE:
         return None
     text = error.strerror or ""
-    # Another text is one of ours, which says all.
+    # A text that is not the system's is ours, and complete.
     hint = _HINTS.get(error.errno) if text == os.strerror(error.errno) else None
     return ": ".join(str(part) for part in (error.filename, text, hint) if part)
 
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """What a full disk and the like say of a write, by Python or by safetensors, names `path`."""
+    """Let errors of a write, by Python or by safetensors, name `path`: a full disk and the like."""
     try:
         yield
     except OSError as error:
-        # A name of the system's is another file's, or that of a temporary one.
+        # The system may name another file, or a temporary one beside `path`.
         if error.filename is None or str(error.filename).startswith(str(path)):
             error.filename = str(path)
         raise
@@ -52,5 +52,5 @@ def naming(path: Path) -> Iterator[None]:
 
 
 def told_elsewhere(error: BaseException, rank: int) -> bool:
-    """Whether another rank has the same error to tell, as `Ranks.on_all` says."""
+    """Whether another rank tells the same error; `Ranks.on_all` decides which."""
     return getattr(error, "teller", rank) != rank

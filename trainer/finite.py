@@ -1,7 +1,8 @@
-"""Nothing poisoned is kept: numbers that are not finite end before weights and checkpoints.
+"""Guards that keep NaN and infinity out of weights and checkpoints.
 
-A step of such statistics or gradients is skipped and counted, a number of them in a row ends the
-run, and a weight ends it at once: with the step, the tensor, and the checkpoint to go back to.
+A step whose statistics or gradients are not finite is skipped and counted; too many in a row end
+the run. A weight that is not finite ends it at once. The error names the step, the tensor and the
+checkpoint to go back to.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -15,12 +16,12 @@ from torch.distributed.tensor import DTensor
 
 from trainer.ranks import Ranks
 
-# Tensors of which one kernel takes the norms.
+# The number of tensors whose norms one kernel takes.
 _TOGETHER = 256
 
 
 class NotFinite(ValueError):
-    """What must be finite and is not: a sentence without the step."""
+    """A number that must be finite is not; `naming_step` adds the step."""
 
 
 @dataclass
@@ -31,10 +32,10 @@ class Guard:
     in_a_row: int = 0
 
     def count(self, problem: str | None) -> None:
-        """An update was skipped for `problem`; None: it was made.
+        """Count an update that was skipped for `problem`, or that was made if this is None.
 
         Raises:
-            NotFinite: so were `limit` before it, in a row.
+            NotFinite: more than `limit` updates in a row were skipped.
         """
         self.in_a_row = self.in_a_row + 1 if problem else 0
         if problem and self.in_a_row > self.limit:
@@ -45,9 +46,9 @@ class Guard:
 
 
 def first_nonfinite(tensors: Iterable[tuple[str, Tensor]]) -> str | None:
-    """The name of the first with NaN or infinity in what this rank holds of it.
+    """The name of the first tensor with NaN or infinity in this rank's part; None if there is none.
 
-    It reads each once: the largest size, in no memory of its own.
+    Each is read once, for its largest magnitude, without memory of its own.
     """
     found = [
         (name, tensor.to_local() if isinstance(tensor, DTensor) else tensor)
@@ -64,10 +65,10 @@ def first_nonfinite(tensors: Iterable[tuple[str, Tensor]]) -> str | None:
 
 
 def check_finite(tensors: Iterable[tuple[str, Tensor]], ranks: Ranks, what: str) -> None:
-    """Collective.
+    """Check `tensors` on all ranks; collective.
 
     Raises:
-        NotFinite: on all ranks, where one holds a tensor that is not finite: its name and `what`.
+        NotFinite: on all ranks, if one holds a tensor that is not finite; with its name and `what`.
     """
     name = next(filter(None, ranks.gather(first_nonfinite(tensors))), None)
     if name is not None:
@@ -81,7 +82,7 @@ def nonfinite_statistic(statistics: Mapping[str, Tensor]) -> str | None:
 
 @contextmanager
 def naming_step(step: int, folder: Path) -> Iterator[None]:
-    """Say of what is not finite in which step of the run in `folder` that is, and what to do.
+    """Add to a NotFinite the step of the run in `folder` and the checkpoint to go back to.
 
     Raises:
         ValueError: for each NotFinite.

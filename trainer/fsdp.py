@@ -15,13 +15,13 @@ from trainer.ranks import Ranks
 
 
 def shard(policy: nn.Module, model: Any, ranks: Ranks, compute_dtype: torch.dtype | None) -> None:
-    """Shard each layer of `model`, and what else `policy` has, over `ranks`, in place.
+    """Shard each layer of `model`, and the rest of `policy`, over `ranks`, in place.
 
-    A layer is gathered for its forward and again for its backward. All else (embedding, last norm
-    and head, tied or not) is gathered once, for the forward of `policy`, and stays whole until its
+    A layer is gathered for its forward and again for its backward. The rest (embedding, last norm
+    and head, tied or not) is gathered once, for the forward of `policy`. It stays whole until the
     backward is done, since the head's backward reads the weight that its forward has read.
-    Arithmetic is in `compute_dtype`; the shards and their gradients keep the dtype of the weights,
-    gradients being added up in fp32 and divided by the number of ranks.
+    Arithmetic is in `compute_dtype`. Shards and gradients keep the dtype of the weights; gradients
+    are summed in fp32 and divided by the number of ranks.
 
     Raises:
         ValueError: a model that does not name the classes of its layers.
@@ -50,7 +50,7 @@ def tensors(model: nn.Module) -> dict[str, Tensor]:
 def scatter(model: nn.Module, whole: Mapping[str, Tensor], ranks: Ranks) -> None:
     """Fill the tensors of a sharded `model` from `whole`, which only the first rank needs to have.
 
-    Collective. One at a time is whole on the devices.
+    Collective. One tensor at a time is whole on the devices.
     """
     for name, tensor in tensors(model).items():
         if ranks.first:
@@ -66,7 +66,7 @@ def scatter(model: nn.Module, whole: Mapping[str, Tensor], ranks: Ranks) -> None
 
 
 def release(policy: nn.Module) -> None:
-    """Drop what a forward without a backward has left gathered."""
+    """Free the weights that a forward without a backward has left gathered."""
     if isinstance(policy, FSDPModule):
         policy.reshard()
 

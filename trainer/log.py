@@ -5,9 +5,9 @@ run.json       {"config": resolved configuration, "starts": [{"time", "commit", 
                entry each time the folder was opened, so a resumed run tells of every machine and
                commit that made it, and of every setting that changed on the way,
                {name: [was, now]}. A branch has "origin" too (branch.py).
-metrics.jsonl  one object a step, "step" first, then flat "group/name" keys; what is not finite is
+metrics.jsonl  one object per step, "step" first, then flat "group/name" keys; what is not finite is
                null and counted under "log/nonfinite".
-samples.jsonl  one object a sampled response: "step" and the fields of `Sample`; "entropy" and
+samples.jsonl  one object per sampled response: "step" and the fields of `Sample`; "entropy" and
                "kept" of those that were trained on.
 """
 
@@ -48,7 +48,7 @@ class Sample:
     tokens: Sequence[str]
     """Each token of the response as decoded text."""
     entropy: Sequence[float]
-    """Each token's entropy in nats; none of a response that was not trained on."""
+    """Each token's entropy in nats; empty for a response that was not trained on."""
     kept: Sequence[bool]
     """Whether the loss was taken at each token; as `entropy`."""
     kind: str = ""
@@ -56,7 +56,7 @@ class Sample:
 
 
 class RunLog:
-    """Writes a run's folder, and to its trackers. Every write to the folder is flushed."""
+    """Writes to a run's folder and its trackers. Every write to the folder is flushed."""
 
     def __init__(self, folder: Path, config: Config | None = None):
         self.folder = folder
@@ -75,8 +75,8 @@ class RunLog:
     ) -> "RunLog":
         """Create `folder` where it is missing and note in run.json what starts now.
 
-        `device` names the hardware; `record` is what else there is to say of this start. The
-        metrics of an earlier start stay: call `rewind` with the step to go on from.
+        `device` names the hardware; `record` is added to the entry of this start. Metrics of an
+        earlier start stay: call `rewind` with the step to go on from.
         """
         log = cls(Path(folder), config)
         log.folder.mkdir(parents=True, exist_ok=True)

@@ -1,5 +1,5 @@
-"""Metrics of a step: parts joined into the whole, seconds, and how far the engine that sampled and
-the policy that trains are apart.
+"""Metrics of a step: parts joined into the whole, seconds, and the mismatch between the engine
+that sampled and the policy that trains.
 
 T response tokens.
 """
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from trainer.config import Config
 
-# What is added up, not averaged, where parts of a step are joined.
+# Prefixes of metrics that are added up, not averaged, when parts of a step are joined.
 SUMS = ("head/", "skipped/", "sum/", "tokens/")
 
 
@@ -27,7 +27,7 @@ class Meter:
     weights: dict[str, float] = field(default_factory=dict)
 
     def add(self, metrics: dict[str, Any], weight: float) -> None:
-        """The metrics of one part."""
+        """Add the metrics of one part."""
         for name, value in metrics.items():
             before = self.totals.get(name, 0.0)
             if name.endswith("/max"):
@@ -40,7 +40,7 @@ class Meter:
 
     @staticmethod
     def of(parts: "Sequence[Meter]") -> "Meter":
-        """What all `parts` have seen."""
+        """The meter of all `parts` together."""
         total = Meter()
         for part in parts:
             for name, value in part.totals.items():
@@ -77,16 +77,16 @@ class Stopwatch:
 
 
 def clock(device: torch.device) -> float:
-    """Seconds, after all that was asked of the device is done."""
+    """The time in seconds, once the device has done all its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
 
 
 def correction(settings: Config) -> dict[str, Any]:
-    """Options of the loss that correct for pi_old / pi_sampler; none where that is not wanted.
+    """Options of the loss that correct for pi_old / pi_sampler; empty if no correction is wanted.
 
-    "auto" is none in fp32, where both give the same log-probs but for rounding, and "tis" in bf16.
+    "auto" is none in fp32, where both give the same log-probs up to rounding, and "tis" in bf16.
     """
     algorithm, name = settings.algorithm, settings.algorithm.correction
     if name == "auto":
@@ -104,11 +104,11 @@ def correction(settings: Config) -> dict[str, Any]:
 def mismatch_metrics(
     old_logprob_T: Tensor, sampler_logprob_T: Tensor, settings: Config
 ) -> dict[str, float]:
-    """Over the response tokens, with r = pi_old / pi_sampler of each.
+    """The mismatch over the response tokens, with r = pi_old / pi_sampler per token.
 
     mismatch/kl is the mean of r - 1 - log r, an estimate of KL(sampler || old) that is never
-    negative (k3, http://joschu.net/blog/kl-approx.html); mismatch/difference that of |log r|, and
-    mismatch/corrected the share whose r the correction changes.
+    negative (k3, http://joschu.net/blog/kl-approx.html). mismatch/difference is the mean of
+    |log r|, and mismatch/corrected the share of tokens whose r the correction changes.
     """
     log_ratio = (old_logprob_T - sampler_logprob_T).double()
     ratio, options = log_ratio.exp(), correction(settings)

@@ -38,13 +38,13 @@ class Policy(nn.Module):
     compute_dtype: torch.dtype | None
     """The dtype of its arithmetic, if it is not the weights'."""
     rope: list[str]
-    """Kinds of positions that are scaled for `longest`."""
+    """The kinds of scaling of positions that depend on `longest`."""
     files: Files
-    """The files of settings that it was read with, to be saved again."""
+    """The files of settings that came with it, to be saved with checkpoints."""
     chat: bool
-    """Whether the tokenizer's chat template writes prompts: its end of turn ends a response."""
+    """Whether the chat template writes prompts; then its end of turn ends a response."""
     longest: int | None
-    """How many tokens a prompt and its response may have together; None: any number."""
+    """The most tokens of a prompt and its response together; None: any number."""
 
     def __init__(self, model: Any, tokenizer: Any, longest: int = 0) -> None:
         """Positions are scaled for `longest` tokens; 0: for the model's own number."""
@@ -65,7 +65,7 @@ class Policy(nn.Module):
         return torch.tensor(end_ids(self.tokenizer, self.model, self.chat))
 
     def notes(self) -> list[str]:
-        """Lines on what is not as one may expect; after `check_policy`."""
+        """Lines on what may be unexpected; call after `check_policy`."""
         name, notes = type(self.model).__name__, []
         if self.layout == "padded":
             notes.append(f"{name} does not keep packed sequences apart: one sequence a row\n")
@@ -77,7 +77,7 @@ class Policy(nn.Module):
         return notes
 
     def materialize(self, device: torch.device) -> None:
-        """Move all to `device`, where weights on "meta" get memory, and as yet no values."""
+        """Move all to `device`; weights on "meta" get memory there, but no values yet."""
         self._apply(lambda t: torch.empty_like(t, device=device) if t.is_meta else t.to(device))
         self.model.tie_weights()  # each of a tied pair has got its own
 
@@ -98,7 +98,7 @@ class Policy(nn.Module):
         """fn(hidden_TD, head): the state that predicts each response token, and the other options
         of `linear_logprob_entropy` for this head.
 
-        Sharded, the weights in `head` are whole until the backward of what `fn` returns.
+        If sharded, the weights in `head` are whole until the backward of the result.
         """
         options = {} if packed.mask_RW is None else {"attention_mask": packed.mask_RW.long()}
         hidden_RWD = self.lm_head.hidden_states(

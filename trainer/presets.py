@@ -40,7 +40,7 @@ def tiny() -> Config:
 
 
 def tiny_long() -> Config:
-    """The same policy on the long number ladder: twice the length, two decisions a step."""
+    """The same policy on the long number ladder: twice the length, two decisions per step."""
     config = tiny()
     return replace(
         config,
@@ -71,17 +71,23 @@ def dapo_math() -> Data:
 def dapo(name: str, path: str) -> Config:
     """DAPO as the paper and the script run it, on all tokens.
 
-    Paper: clip 0.2 and 0.28, 512 prompts a step, 32 an update: 16 updates; responses of up to
-    20,480 tokens, punished over the last 4,096; learning rate 1e-6; no KL or entropy term;
-    temperature 1. DAPO, section 4.1: 16 responses a prompt. Script: dual clip 10, weight decay 0.1,
-    gradient clip 1, a punishment of up to 1 on rewards of 1 and 0, prompts of up to 2,048 tokens,
-    0.8 of a GPU for vLLM, an evaluation and a checkpoint every 5 steps, 16 nodes of 8 GPUs. Its
-    warm-up of 10 counts steps, which are 160 updates (the paper says none). It samples 1,536
-    prompts at a time, up to 10 times, until 512 groups are useful, and stops if they never are; we
-    sample 512 at a time, up to 30 times, and leave the step out. verl's default: betas 0.9 and
-    0.999. Our choice: 100 steps (Table 1 of the paper follows a 14B run to update 1,360, which is
-    step 85), 64 held-out problems, micro-batches of one longest sequence, every 20th step's
-    checkpoint for good.
+    Paper: clip 0.2 and 0.28; 512 prompts per step and 32 per update, so 16 updates. Responses have
+    up to 20,480 tokens, punished over the last 4,096. Learning rate 1e-6, no KL or entropy term,
+    temperature 1.
+
+    DAPO, section 4.1: 16 responses per prompt.
+
+    Script: dual clip 10, weight decay 0.1, gradient clip 1, a punishment of up to 1 on rewards of 1
+    and 0, prompts of up to 2,048 tokens, 0.8 of a GPU for vLLM, an evaluation and a checkpoint
+    every 5 steps, 16 nodes of 8 GPUs. Its warm-up of 10 counts steps, which are 160 updates; the
+    paper says none. It samples 1,536 prompts at a time, up to 10 times, until 512 groups are useful, and
+    stops if they never are. We sample 512 at a time, up to 30 times, and then leave the step out.
+
+    verl's default: betas 0.9 and 0.999.
+
+    Our choice: 100 steps (Table 1 of the paper follows a 14B run to update 1,360, or step 85), 64
+    held-out problems, micro-batches of one longest sequence, every 20th step's checkpoint kept
+    for good.
     """
     return Config(
         name=name,
@@ -180,7 +186,7 @@ def llama(path: str) -> Config:
 def single_gpu(name: str, path: str) -> Config:
     """High-entropy DAPO on one GPU of 80 GB; all of it our choice, none of it the paper's.
 
-    Shorter responses (4,096), 32 prompts x 8, 2 updates a step, the sampling policy's entropies.
+    Shorter responses (4,096), 32 prompts x 8, 2 updates per step, the sampling policy's entropies.
     `python -m trainer plan qwen3-1.7b --gpu h100` gives the memory.
     """
     config = dapo(name, path)

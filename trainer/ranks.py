@@ -15,8 +15,8 @@ from torch import Tensor
 
 T = TypeVar("T")
 
-# How long a rank waits for the others: for the last of them to end its sampling, or for the first
-# one's warm start.
+# How long a rank waits for the others, such as for the last one's sampling or the first one's warm
+# start.
 PATIENCE = timedelta(hours=4)
 
 
@@ -49,9 +49,9 @@ class Ranks:
         return tensor
 
     def on_all(self, call: Callable[[], T]) -> list[T]:
-        """What `call` returns on each rank; what it raises on one is raised on all; collective.
+        """What `call` returns on each rank; an error of one rank is raised on all. Collective.
 
-        The first rank that has failed is the `teller` of what the others raise.
+        The first rank that has failed is the `teller` of the others' errors.
         """
         outcome: T | Exception
         try:
@@ -81,7 +81,8 @@ def join(device: str = "auto", group: bool = False) -> Iterator[Ranks]:
     """The ranks that torchrun started, joined for as long as the context lasts; else one alone.
 
     `device` is "auto" (CUDA where there is one; under torchrun the one of the local rank) or
-    torch's name of a device. NCCL on CUDA, else gloo. With `group` one alone has a group too.
+    torch's name of a device. NCCL on CUDA, else gloo. With `group` a process
+    that is alone has a group too.
 
     Raises:
         ValueError: there is no such device here, or it cannot be shared out among ranks.
@@ -122,7 +123,7 @@ def _checked(device: str, group: bool, several: bool) -> str:
     try:
         found = torch.empty(0, device=kind).is_meta
         problem = "it has no values" if found else ""
-    # Anything at all: each backend of torch has its own way to say that it is not there.
+    # Any exception: each backend of torch has its own for a device that is missing.
     except Exception as error:
         problem = re.split(r"\. |\n", str(error).strip())[0]
     if problem:
@@ -134,7 +135,7 @@ def _checked(device: str, group: bool, several: bool) -> str:
 
 
 def _sendable(outcome: Any) -> Any:
-    """`outcome`, or what stands for it where it is an exception that does not survive pickling."""
+    """`outcome`; a RuntimeError in place of an exception that cannot be pickled."""
     if isinstance(outcome, Exception):
         try:
             pickle.loads(pickle.dumps(outcome))

@@ -37,7 +37,7 @@ from trainer.tiny.warm_start import Demonstrator, load_or_warm_start
 
 @dataclass
 class Run:
-    """What the loop works with."""
+    """The parts that the loop works with."""
 
     settings: Config
     folder: Path
@@ -62,12 +62,12 @@ class Run:
         return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")
 
     def write(self, metrics: dict[str, float]) -> None:
-        """Append a row to metrics.jsonl; the first rank does."""
+        """Append a row to metrics.jsonl, on the first rank."""
         if self.ranks.first:
             self.log.write(metrics)
 
     def rows(self) -> list[dict[str, Any]]:
-        """What metrics.jsonl has so far; none on other ranks than the first."""
+        """The rows of metrics.jsonl so far; empty on all ranks except the first."""
         path = self.log.metrics_path
         return read_rows(path) if self.ranks.first and path.exists() else []
 
@@ -81,7 +81,7 @@ class Run:
 
 
 def check_start(settings: Config) -> None:
-    """Raise ValueError, before anything is done, for what this machine lacks or cannot hold."""
+    """Raise ValueError, before anything is done, for what this machine lacks."""
     check_needs(settings)
     on_cpu = settings.device == "cpu" or not torch.cuda.is_available()
     check_ranks(settings, local_ranks(), 0 if on_cpu else torch.cuda.device_count())
@@ -92,8 +92,9 @@ def start(
 ) -> Run:
     """The run of `settings`, from its last checkpoint where its folder has one.
 
-    `allow_changes` names settings, or groups of them, that a run keeps and that may differ now.
-    With `branch`, a run or one of its checkpoints, a new folder begins with that checkpoint.
+    `allow_changes` names settings, or groups of them, that may differ from the last start although
+    a run usually keeps them. `branch` names a run or one of its checkpoints, from which a new
+    folder begins.
 
     Raises:
         ValueError: the folder holds a run with other settings, or damaged checkpoints only; prompts
@@ -118,7 +119,7 @@ def start(
     inputs = ranks.on_first(lambda: inputs_of(settings, task))
     changes = earlier.input_changes(changes, inputs) if earlier else []
     verifier = Verifier(task, settings.reward)
-    verifier.start()  # before what takes long
+    verifier.start()  # early, as its processes take a while
     sets = sets_of_run(settings, task, verifier, policy, ranks)
     engine = _make_ready(settings, ranks, policy, task, fresh)
     optimizer = torch.optim.AdamW(
@@ -145,7 +146,7 @@ def start(
 
 
 def _read(settings: Config, ranks: Ranks, found: Path | None) -> Policy:
-    """The model, without values where a checkpoint has them, and on all ranks but the first."""
+    """The model; without values if a checkpoint has them, and on all ranks except the first."""
     model = settings.model
     if found is not None:
         model = dataclasses.replace(model, path=str(found))
@@ -163,8 +164,8 @@ def _read(settings: Config, ranks: Ranks, found: Path | None) -> Policy:
 
 
 def _make_ready(settings: Config, ranks: Ranks, policy: Policy, task: Task, fresh: bool) -> Engine:
-    """The warm start of a fresh run, the engine, and, where there is a group, the shards: the first
-    rank alone has read the weights, and deals them out."""
+    """Make the warm start of a fresh run, the engine, and the shards where there is a group. Only
+    the first rank has read the weights, and deals them out."""
     model = settings.model
     if fresh and settings.warm_start.steps:
         ranks.on_first(lambda: _warm_start(settings, policy, task, ranks.device))
@@ -197,7 +198,7 @@ def _warm_start(settings: Config, policy: Policy, task: Task, device: torch.devi
 
         kept = load_or_warm_start(policy.model, policy.tokenizer, task, warm, settings.seed, report)
     if not made:
-        print(f"warm start: that of an earlier run, {kept}")
+        print(f"warm start: read from an earlier run's, {kept}")
 
 
 def _describe(ranks: Ranks) -> str:

@@ -42,8 +42,8 @@ def train(
 ) -> Path:
     """Train up to `settings.steps`, from the last checkpoint where there is one.
 
-    `on_step` is called after each step is on disk; the others are `start`'s. Returns the path of
-    the report.
+    `on_step` is called when a step is on disk; the other arguments are those of `start`. Returns
+    the path of the report.
 
     Raises:
         ValueError: somebody else works in the run's folder, or what `start` raises.
@@ -95,7 +95,7 @@ def _step(run: Run) -> dict[str, float]:
     settings, algorithm, policy = run.settings, run.settings.algorithm, run.policy
     began, updates = clock(policy.device), run.progress.updates
 
-    # Sample G responses a prompt; keep the groups that are neither all right nor all wrong.
+    # Sample G responses per prompt; keep the groups that are neither all right nor all wrong.
     rollouts, metrics, everything = sample_useful(run)
     sampled = clock(policy.device)
     metrics["time/sample"] = sampled - began
@@ -149,7 +149,8 @@ def _step(run: Run) -> dict[str, float]:
 
 
 def _update(run: Run, batch: Batch, entropy_T: Tensor) -> tuple[dict[str, float], float]:
-    """Metrics of the step's updates, and the seconds of the head; none of poisoned statistics."""
+    """The metrics of the step's updates, and seconds in the head; no update if statistics are not
+    finite."""
     if poisoned := check_statistics(run.policy, batch, entropy_T, run.ranks, run.guard):
         return poisoned, 0.0
     meter, head_seconds, rate = Meter(), 0.0, 0.0

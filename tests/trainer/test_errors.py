@@ -146,7 +146,7 @@ def test_an_error_of_our_own_keeps_its_traceback(monkeypatch):
     def plan(_):
         raise KeyError("ours")
 
-    monkeypatch.setattr("trainer.plan.main", plan)
+    monkeypatch.setattr("trainer.plan.command.main", plan)
     with pytest.raises(KeyError, match="ours"):
         main(["plan"])
 
@@ -156,7 +156,7 @@ def test_of_several_ranks_one_tells(monkeypatch, capsys):
         raise error
 
     error = ValueError("wrong")
-    monkeypatch.setattr("trainer.plan.main", plan)
+    monkeypatch.setattr("trainer.plan.command.main", plan)
     for rank, teller, line in (
         (0, 0, "error: wrong\n"),
         (2, 0, ""),
@@ -187,7 +187,7 @@ def test_another_broken_pipe_keeps_its_traceback(monkeypatch):
     def plan(_):
         raise BrokenPipeError
 
-    monkeypatch.setattr("trainer.plan.main", plan)
+    monkeypatch.setattr("trainer.plan.command.main", plan)
     with open(os.devnull, "w") as read, monkeypatch.context() as patch:
         patch.setattr(sys, "stdout", read)
         with pytest.raises(BrokenPipeError):

@@ -34,7 +34,7 @@ def test_tables_name_every_part_and_assumption(capsys):
     text = capsys.readouterr().out
     found = plan(BIG)
     assert "14.77 G parameters on 128 GPUs, 16 nodes" in text
-    assert f"fits: {found.peak[1] / 1e9:.2f} of 150.75 GB a GPU" in text
+    assert f"fits: {found.peak[1] / 1e9:.2f} of 150.75 GB per GPU" in text
     assert all(part in text for parts in found.memory.values() for part in parts)
     assert all(f"{name} = " in text for name in vars(Assumptions()))
     assert "Assumed, not measured" in text
@@ -44,7 +44,7 @@ def test_tables_name_every_part_and_assumption(capsys):
 def test_what_does_not_fit_names_its_largest_part(capsys):
     assert main(["plan", "qwen3-32b", "--gpus", "8", "--gpu", "h200"]) == 1
     text = " ".join(capsys.readouterr().out.split())
-    assert "does not fit: 173.75 of 150.75 GB a GPU at the peak (sample)" in text
+    assert "does not fit: 173.75 of 150.75 GB per GPU at the peak (sample)" in text
     assert "the largest part: engine's weights, 65.52 GB" in text
     assert "Seconds" not in text
     assert main(["plan", "qwen3-32b", "--gpus", "128", "--gpu", "h100"]) == 1
@@ -146,12 +146,12 @@ def test_tight_is_told_with_what_to_do(capsys):
     assert main(options) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[1] == (
-        "tight: 146.76 of 150.75 GB a GPU at the peak (sample), 2.6% free; less than the 10% for "
+        "tight: 146.76 of 150.75 GB per GPU at the peak (sample), 2.6% free; less than the 10% for "
         "fragmentation and what is counted too low"
     )
     assert lines[2] == "it fits with --engine.memory-utilization 0.7"
     assert main([*options, "--engine.memory-utilization", "0.7"]) == 0
-    assert capsys.readouterr().out.splitlines()[1].startswith("fits: 131.68 of 150.75 GB a GPU")
+    assert capsys.readouterr().out.splitlines()[1].startswith("fits: 131.68 of 150.75 GB per GPU")
 
 
 def test_totals_are_printed(capsys):

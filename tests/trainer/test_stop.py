@@ -160,7 +160,7 @@ def test_before_the_first_step_both_end_at_once_and_leave_nothing(
 
 @pytest.mark.parametrize(("number", "status"), [(SIGINT, 130), (SIGTERM, 143)])
 def test_other_commands_end_at_once(monkeypatch, capsys, number, status):
-    monkeypatch.setattr("trainer.plan.main", lambda _: signal.raise_signal(number))
+    monkeypatch.setattr("trainer.plan.command.main", lambda _: signal.raise_signal(number))
     assert main(["plan"]) == status
     by = {130: "Ctrl-C", 143: "SIGTERM"}[status]
     assert capsys.readouterr().err == f"\nstopped by {by}\n"
@@ -183,7 +183,7 @@ def test_the_error_of_a_rank_is_told_though_sigterm_comes_upon_it(
         monkeypatch.setattr(trainer.train, "_train", fail)
         assert start(Even()) == 1
     else:
-        monkeypatch.setattr("trainer.plan.main", fail)
+        monkeypatch.setattr("trainer.plan.command.main", fail)
         assert main(["plan"]) == 1
     assert capsys.readouterr().err.endswith("error: wrong\n")
 

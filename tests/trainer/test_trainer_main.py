@@ -65,7 +65,7 @@ def test_train_lists_every_option_and_what_it_means(capsys, arguments):
     assert all(re.search(rf"[ ,]{name}[,.]", re.sub(r"\s+", " ", text)) for name in PRESETS)
     for option in ("--steps", "--model.path", "--rollout.group-size", "--algorithm.fraction"):
         assert option in text
-    assert "Share of the response tokens that is trained on" in re.sub(r"[\s│]+", " ", text)
+    assert "The share of the response tokens that is trained on" in re.sub(r"[\s│]+", " ", text)
     assert f"default: {PRESETS['tiny']().steps}" in text
 
 

@@ -70,8 +70,8 @@ def save(
     Collective: every rank writes its shards, and what fails on one is raised on all.
 
     Raises:
-        OSError: it could not be written, and the one before it stays; on a full disk with the
-            bytes needed and free.
+        OSError: it could not be written, and the one before it stays. On a full disk the error
+            says how many bytes are needed and free.
         ValueError: the ranks do not share a file system, or a sharded model has no group; a weight
             or a moment of the optimizer is not finite.
     """
@@ -104,7 +104,7 @@ def load(
     optimizer: torch.optim.Optimizer | None,
     ranks: Ranks,
 ) -> Progress:
-    """Fill the model of `policy`, and `optimizer` over it, in place; says where the run stood.
+    """Fill the model of `policy` and its `optimizer` in place; returns where the run stood.
 
     Collective: every rank reads its own shards, however many ranks wrote them.
 
@@ -153,7 +153,7 @@ def newest(folder: Path) -> Path | None:
 
 
 def check(checkpoint: Path, ranks: Ranks) -> str | None:
-    """What is wrong with `checkpoint`; None where every file is as it was written.
+    """The problem of `checkpoint`; None if every file is as it was written.
 
     Collective: each rank reads a share of the files, and all get the same answer.
     """
@@ -241,7 +241,7 @@ def _finish(
     progress: Progress,
     entries: list[dict[str, manifest.Entry]],
 ) -> None:
-    """Add what has no shards, and the manifest; wait for the disk; give the folder its name."""
+    """Add the files without shards and the manifest, wait for the disk, name the folder."""
     write_settings(unfinished, policy.model, policy.tokenizer, policy.files)
     if not any((unfinished / OPTIMIZER).iterdir()):
         (unfinished / OPTIMIZER).rmdir()
@@ -273,7 +273,7 @@ def _delete_old(root: Path, keep: int, keep_every: int) -> None:
     for_good = {path for path in checkpoints if keep_every and step_of(path) % keep_every == 0}
     for old in (*(path for path in checkpoints[:-keep] if path not in for_good), *replaced):
         if old.exists():
-            # Hidden first: one that is partly gone is no checkpoint.
+            # Hidden first: a folder that is partly gone is no checkpoint.
             hidden = old.rename(root / (_UNFINISHED + secrets.token_hex(4)))
             shutil.rmtree(hidden)
 

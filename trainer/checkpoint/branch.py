@@ -1,11 +1,11 @@
 """A new run from a checkpoint of another: its weights, optimizer, place in the data and metrics.
 
 The new folder gets the rows of metrics.jsonl and samples.jsonl up to the checkpoint, run.json, and
-then the checkpoint, each whole or not at all. run.json is the other run's at first, with
+then the checkpoint, each whole or not at all. At first run.json is the other run's, with
 
     "origin": {"run": its folder, "name", "step", "starts": how many of the starts are its}
 
-so that the first start of the branch notes what is another, as every start does.
+so that the first start of the branch notes what has changed, as every start does.
 """
 
 import json
@@ -44,7 +44,7 @@ def find_origin(text: str) -> Origin:
 
 
 def branch(text: str, settings: Config, ranks: Ranks) -> None:
-    """Lay out the folder of `settings` as a branch from `text`, if that is not done; collective.
+    """Lay out the folder of `settings` as a branch from `text`, unless it is one; collective.
 
     Raises:
         ValueError: no run or whole checkpoint is there, the folder holds another run, or no step is

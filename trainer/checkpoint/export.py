@@ -28,14 +28,14 @@ def export(
     """Write the policy of a run into a folder that transformers and vLLM load.
 
     On the CPU, in one process, with one copy of the weights in memory. Configuration, generation
-    and tokenizer are those that the run was given, byte for byte but for the weights' dtype. The
+    and tokenizer are those that the run was given, byte for byte except for the weights' dtype. The
     folder appears when it is whole.
 
     Args:
-        run: Folder of the run.
-        out: Folder to write, which must be missing or empty.
-        step: Of the checkpoint; the newest whole one if left out.
-        dtype: Of the weights, rounded to nearest; that of the run if left out.
+        run: The run's folder.
+        out: The folder to write, which must be missing or empty.
+        step: The step of the checkpoint; by default the newest whole one.
+        dtype: The dtype of the weights, rounded to nearest; by default the run's.
 
     Raises:
         ValueError: there is no such checkpoint or it is damaged, `out` has files, or another export

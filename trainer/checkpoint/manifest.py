@@ -47,7 +47,7 @@ def read(folder: Path) -> dict[str, Entry]:
 
 
 def problem(path: Path, wanted: Entry) -> str | None:
-    """What is wrong with the file at `path`; None where it is as it was written."""
+    """The problem of the file at `path`; None if it is as it was written."""
     try:
         size = path.stat().st_size
         if size != wanted["bytes"]:

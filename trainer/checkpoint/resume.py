@@ -1,4 +1,4 @@
-"""What a run was when it last started, and what is another now."""
+"""What a run was at its last start, and what has changed since."""
 
 import hashlib
 import importlib.machinery
@@ -14,7 +14,7 @@ from trainer.log import read_run
 from trainer.tasks.problem import Task
 
 Inputs = dict[str, str]
-"""Digests of what settings name and do not hold: "data", "model", "verifier"; "" where unknown."""
+"""Digests of the data, the model and the verifier that settings name; "" where unknown."""
 
 _COLUMNS = ("data.prompt_field", "data.answer_field")
 _INPUTS = {
@@ -35,7 +35,7 @@ class Earlier:
 
     @property
     def just_branched(self) -> bool:
-        """It has not started since: settings and starts are the other run's."""
+        """Whether it has not started yet: settings and starts are the other run's."""
         return self.origin is not None and len(self.starts) == self.origin["starts"]
 
     @property
@@ -66,8 +66,8 @@ class Resuming:
     """Settings or groups of them; None: all."""
 
     def settings_changes(self) -> list[Change]:
-        """What the settings change; ValueError where that needs leave, but for the data's place,
-        whose contents may be the same."""
+        """The changes of settings. Raises ValueError for those that must be allowed, except for the
+        places of data and model, whose contents may be the same."""
         directory = Path(self.earlier.last.get("directory", ""))
         changes = differences(self.earlier.config, self.settings, directory)
         self._refuse(
@@ -76,10 +76,10 @@ class Resuming:
         return changes
 
     def input_changes(self, changes: Sequence[Change], inputs: Inputs) -> list[Change]:
-        """`changes` and those of contents; a place with the same contents is another one's equal.
+        """`changes` and those of contents; another place with the same contents may be taken.
 
         Raises:
-            ValueError: one of them needs leave.
+            ValueError: one of them must be allowed, and is not.
         """
         before: Inputs = self.earlier.last.get("inputs", {})
         found = {change.name: change for change in changes}

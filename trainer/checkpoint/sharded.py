@@ -23,7 +23,7 @@ from torch.distributed.tensor import DTensor
 
 from trainer.ranks import Ranks
 
-# A file on each rank. torch makes a whole file in memory before it writes it.
+# The bytes of a file on each rank: torch makes a whole file in memory before it writes it.
 FILE_BYTES = 1 << 29
 
 Tensors = dict[str, Tensor]
@@ -169,7 +169,7 @@ def _check_group(tensors: Tensors, ranks: Ranks) -> None:
 
 @contextmanager
 def _torch_errors() -> Iterator[None]:
-    """Raise what a rank raised, which torch wraps; it also warns of going without a group."""
+    """Unwrap a rank's error, and silence torch's warning of going without a group."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled")
         try:

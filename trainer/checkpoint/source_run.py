@@ -1,4 +1,4 @@
-"""The run that a model comes from, and what its settings say."""
+"""The run that a model comes from, and its settings."""
 
 from dataclasses import dataclass
 from pathlib import Path

@@ -1,8 +1,8 @@
 """Which settings a run keeps when it resumes, and which may differ.
 
-A run keeps what shapes it: data, objective, model, seeds. What shapes only how it runs may differ,
-and each difference is noted. Every setting is in one of the two tables, by itself or by its group;
-a test holds this.
+A run keeps the settings that shape it: data, objective, model, seeds. Settings that only shape how
+it runs may differ, and each difference is noted. Every setting is in one of the two tables, by
+itself or by its group; a test holds this.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -45,7 +45,7 @@ FREE: Mapping[str, str] = {
     "optimizer.max_nonfinite": "",
     "tracking": "",
 }
-"""What may differ, and what comes of it; "": nothing in the run."""
+"""Settings that may differ, and the effect; "" if the run is the same."""
 
 KEPT = frozenset(
     [
@@ -70,7 +70,7 @@ KEPT = frozenset(
         *(f"optimizer.{n}" for n in ("grad_clip", "mini_batches")),
     ]
 )
-"""What differs only where it is allowed by name."""
+"""Settings that may differ only if they are allowed by name."""
 
 # Settings that a run uses before its first step and never again.
 _USED = {
@@ -82,7 +82,7 @@ _PATHS = ("root", "warm_start.cache", "data.task", "model.path")
 
 @dataclass(frozen=True)
 class Change:
-    """One setting, or what a setting names, that is not what it was."""
+    """A setting that has changed, or the contents of what it names."""
 
     name: str
     was: Any

@@ -22,8 +22,8 @@ class Model:
     """The dtype of the weights and of AdamW's moments. In bfloat16 a step of less than 1/512 of a
     weight is lost to rounding. float16 is not offered: its second moments underflow."""
     compute_dtype: Literal["float32", "bfloat16"] | None = None
-    """The dtype of the arithmetic; by default the weights'. "bfloat16" with float32 weights is mixed
-    precision: weights and moments stay exact, and gradients are summed in float32."""
+    """The dtype of the arithmetic; by default the weights'. "bfloat16" with float32 weights is
+    mixed precision: weights and moments stay exact, and gradients are summed in float32."""
     attention: str = "eager"
     """transformers' attn_implementation: eager, sdpa, flash_attention_2 (3, 4), or a kernel of the
     hub, such as kernels-community/flash-attn2."""

@@ -1,4 +1,4 @@
-"""What every engine does: one small protocol."""
+"""What every engine does, in one small protocol."""
 
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple, Protocol
@@ -26,20 +26,20 @@ class Engine(Protocol):
     ) -> list[Sampled]:
         """One response to each of `prompts`, token ids; temperature 0 is greedy.
 
-        A response depends on its prompt, its seed and the weights, and but for rounding on nothing
-        else: not on the other requests, nor on how they are batched. Equal prompts that follow one
-        another are read once.
+        Up to rounding, a response depends on its prompt, its seed and the weights alone: not on the
+        other requests, nor on how they are batched. Equal prompts that follow one another are read
+        once.
         """
         ...
 
     def sleep(self) -> None:
-        """Give back what only sampling needs, until `update_weights`."""
+        """Free the memory that only sampling needs, until `update_weights`."""
         ...
 
     def update_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
-        """Sample from these weights from now on: every parameter by its name, whole."""
+        """Sample from these weights from now on: every parameter, whole, by its name."""
         ...
 
     def close(self) -> None:
-        """End what it has started; it samples no more."""
+        """End all that it has started; it samples no more."""
         ...

@@ -1,4 +1,4 @@
-"""Sampling with transformers: one prefill a prompt, then a token a step.
+"""Sampling with transformers: one prefill per prompt, then one token per step.
 
 B sequences of a batch, P prompt width, L response width, V vocabulary.
 """
@@ -16,14 +16,14 @@ from trainer.finite import NotFinite, first_nonfinite
 from trainer.model.probes import check_cache
 from trainer.policy import Policy, positions
 
-# Finished rows leave the batch once they are this share of it; leaving copies the cache.
+# Finished rows leave the batch once they are this share of it, as each time the cache is copied.
 DROP_SHARE = 0.2
 
 
 class TransformersEngine:
     """Samples `batch_size` sequences at once from the model that is trained, or from a copy.
 
-    `copy_in` is the dtype of the copy, which is made now, on `device` (None: that of `policy`), and
+    `copy_in` is the dtype of the copy. It is made now, on `device` (by default the policy's), and
     gets its weights by `update_weights`.
     """
 
@@ -42,7 +42,7 @@ class TransformersEngine:
                 copy.deepcopy(policy.model), policy.tokenizer, policy.longest or 0
             )
             self._policy.chat = policy.chat
-            # Not by `to`, which would round the frequencies of positions.
+            # `to` would round the frequencies of positions.
             for weight in self._policy.parameters():
                 weight.requires_grad_(False).data = weight.data.to(copy_in)
             self._policy.materialize(device or policy.device)
@@ -94,7 +94,7 @@ class TransformersEngine:
     def _batch(
         self, prompts: Sequence[Sequence[int]], uniform_BL: Tensor, temperature: float
     ) -> list[Sampled]:
-        """One response a prompt; `uniform_BL` are the random numbers of each."""
+        """One response to each prompt; `uniform_BL` are their random numbers."""
         policy = self._policy
         model, cache = policy.model, _cache(policy)
         eos_ids = policy.eos_ids.to(policy.device)
@@ -172,7 +172,7 @@ def _cache(policy: Policy) -> DynamicCache:
 
 
 def _draw(logits_BV: Tensor, temperature: float, uniform_B: Tensor) -> tuple[Tensor, Tensor]:
-    """A token a row by inversion of the distribution function, and its log-probability."""
+    """A token per row by inversion of the distribution function, and its log-probability."""
     logprob_BV = (logits_BV.float() / (temperature or 1.0)).log_softmax(1)
     if temperature == 0:
         token_B = logits_BV.argmax(1)

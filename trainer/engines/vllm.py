@@ -1,8 +1,8 @@
 """Sampling with vLLM, in the trainer's process or in one beside it.
 
-The engine starts from the configuration alone: its weights are pushed, from memory to memory,
-before the first request and after every step. What needs a GPU (sleep, CUDA's and NCCL's transfers)
-calls vLLM as the rest does, and has not run on one.
+The engine starts from the configuration alone. Its weights are pushed, from memory to memory,
+before the first request and after every step. Sleep and the transfers by CUDA and NCCL need a GPU,
+and have not run on one.
 """
 
 import copy
@@ -77,7 +77,7 @@ class VllmEngine:
                 temperature=temperature,
                 max_tokens=max_new_tokens,
                 stop_token_ids=self._eos_ids,
-                ignore_eos=True,  # but for the policy's own
+                ignore_eos=True,  # the policy's own are stop_token_ids
                 logprobs=0,  # of the token sampled, and no others
                 flat_logprobs=True,
                 detokenize=False,

@@ -1,7 +1,7 @@
-"""Weights into vLLM's own process: its weight transfer, and a way of it for the CPU.
+"""Weights sent to vLLM's own process: its weight transfer, and one for the CPU.
 
-vLLM's transfers, CUDA's handles of memory on one GPU and NCCL to others, need a GPU. The one here
-makes the same calls with files that have no place on a disk.
+vLLM's transfers need a GPU: CUDA's memory handles on one GPU, NCCL to others. The transfer for the
+CPU makes the same calls with files in memory.
 """
 
 import os
@@ -84,7 +84,7 @@ class WorkerExtension:
 
 
 def _end_with(trainer: int) -> None:
-    """Let a worker end, and the engine above it, as soon as the trainer does, were it killed."""
+    """End a worker, and the engine above it, as soon as the trainer ends, even if it is killed."""
     engine = os.getppid()
 
     def wait() -> None:
@@ -119,7 +119,7 @@ class _Client:
 
 
 class _Source(WeightSource):
-    """The weights of one push: those of `policy`, as it gives them."""
+    """The weights of one push, in the order of the parameters of `policy`."""
 
     def __init__(self, policy: Policy):
         self._policy = policy

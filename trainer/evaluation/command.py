@@ -1,4 +1,4 @@
-"""Evaluating a model: many responses a problem, kept as they come, and what they say of it."""
+"""Evaluating a model: many responses per problem, kept as they come, and what they say."""
 
 import re
 import sys

@@ -54,7 +54,7 @@ def open_folder(
 
 
 def append(folder: Path, name: str, first: int, rollouts: Rollouts) -> list[dict[str, Any]]:
-    """Add a line a problem of set `name`; the problems of `rollouts` count from `first`.
+    """Add a line per problem of set `name`; the problems of `rollouts` count from `first`.
 
     Returns these lines.
     """

@@ -27,7 +27,7 @@ from trainer.log import provenance, replace_text
 from trainer.tasks.answers import final_answer
 
 PERCENTILES = (50, 90, 99)
-_PLAIN_WIDTH = 160  # Of the table in a file or a pipe, which has no width of its own.
+_PLAIN_WIDTH = 160  # The table's width in a file or a pipe, which has none of its own.
 
 Row = Mapping[str, Any]
 

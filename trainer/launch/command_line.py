@@ -1,6 +1,6 @@
 """Arguments turned into a configuration: `[PRESET] [--config FILE] [--X.Y ...]`.
 
-An option goes before the file, the file before the preset, whatever their order.
+An option overrides the file, and the file the preset, whatever their order.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,34 +17,34 @@ from trainer.presets import PRESETS
 DEFAULT_PRESET = "tiny"
 HELP = (
     "--config FILE reads settings from a TOML, YAML or JSON file, from the run.json of a run, or "
-    "from a run's folder; a file may name its preset. Options go before the file, and the file "
-    "before the preset."
+    "from a run's folder; a file may name its preset. Options override the file, and the file "
+    "overrides the preset."
 )
 
 TRAIN = (
-    "One run, from its last checkpoint where its folder has one. What shapes only how it runs may "
-    "then differ, such as micro-batches, engine, threads and evaluations; other changes need "
-    "--allow-changes. All of them are printed, and noted in run.json."
+    "Train a run, from its last checkpoint if its folder has one. Settings that only shape how it "
+    "runs may then differ, such as micro-batches, engine, threads and evaluations. Other changes "
+    "need --allow-changes. All changes are printed and noted in run.json."
 )
 
 
 @dataclass(frozen=True)
 class Train:
-    """What `train` is asked for."""
+    """The options of `train`."""
 
     print_config: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Print all settings as a file for --config, and end."""
     allow_changes: tuple[str, ...] = ()
-    """Settings, or groups of them, that a run keeps and that may differ from now on, such as
-    rollout.max_new_tokens."""
+    """Settings, or groups of them, that may differ from now on although a run usually keeps them,
+    such as rollout.max_new_tokens."""
     branch: str = ""
-    """RUN, RUN@STEP or a checkpoint: a new run, of another --name, begins with its weights,
-    optimizer, metrics and place in the data; without a preset or file with its settings too."""
+    """RUN, RUN@STEP or a checkpoint, from which a new run under another --name begins. It inherits
+    weights, optimizer, metrics and place in the data; without a preset or file the settings too."""
     config: Annotated[Config, tyro.conf.arg(name="")] = field(default_factory=Config)
 
 
 def parse_train(arguments: Sequence[str]) -> Train:
-    """What `train` is asked for by `arguments`; errors as of `parse`."""
+    """The options of `train` in `arguments`; errors as in `parse`."""
     preset, path, options = split(arguments)
     origin = _value(options, "--branch")
     if origin and not preset and not path:

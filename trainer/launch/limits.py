@@ -1,4 +1,4 @@
-"""What no run can have, whatever its data: `train` refuses it before it starts, and `plan` too."""
+"""Limits of every run, whatever its data; `train` and `plan` check them before anything else."""
 
 from typing import Any
 
@@ -56,8 +56,10 @@ def devices_of(engine: Engine, rank: int, on_machine: int | None = None) -> list
 
 
 def model_limits(config: Any) -> tuple[int, int, int | None]:
-    """Heads, key-value heads and positions of a transformers configuration, for `check_model`; of a
-    model without heads, or with others in each layer, those that any number divides."""
+    """Heads, key-value heads and positions of a transformers configuration, for `check_model`.
+
+    A model without heads, or with other heads in each layer, has 0, which any number divides.
+    """
     text = config.get_text_config()
     heads = getattr(text, "num_attention_heads", None)
     if not isinstance(heads, int):

@@ -15,8 +15,8 @@ BASE = (
 EXTRA = 'pip install -e ".[trainer]"'
 OLDEST_VLLM = (0, 32)
 INSTALL_VLLM = 'pip install "vllm>=0.32"'
-# The distribution, and how it is installed. PyPI has no wheels of flash-attn: it is compiled, which
-# takes nvcc of torch's CUDA and up to an hour.
+# Distributions and how they are installed. PyPI has no wheels of flash-attn: compiling it takes
+# nvcc of torch's CUDA version and up to an hour.
 _FLASH = {
     "flash_attention_2": ("flash-attn", "pip install flash-attn --no-build-isolation"),
     "flash_attention_3": ("flash-attn-3", "compiled from flash-attention's folder hopper"),
@@ -41,7 +41,7 @@ class Need:
 
 
 def needs(config: Config) -> list[Need]:
-    """All that the run of `config` needs beyond what every command does."""
+    """What the run of `config` needs beyond what every command needs."""
     return [*_device(config), *_attention(config), *_engine(config), *_data(config), *_told(config)]
 
 

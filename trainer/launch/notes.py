@@ -1,4 +1,4 @@
-"""What a run says in plain lines: at its start what it does, and where a signal ends it how far."""
+"""The lines that a run prints: what it does at its start, and how far it came when stopped."""
 
 import math
 import sys
@@ -25,7 +25,7 @@ LARGEST_ERROR = 0.05
 
 
 def say_start(settings: Config, folder: Path, found: Path | None, ranks: Ranks) -> None:
-    """Before the model is read: the folder, and whether the run starts or goes on; first rank."""
+    """Print, before the model is read, the folder and whether the run starts or goes on."""
     if not ranks.first:
         return
     print(f"run      {folder}: metrics.jsonl, samples.jsonl, report.html")
@@ -40,8 +40,8 @@ def say_parts(
     left_out: Mapping[str, int],
     changes: Sequence[Change],
 ) -> None:
-    """Once model and data are read: what there is of each, what has changed since the last start,
-    and what to be warned of; first rank."""
+    """Print, once model and data are read, their sizes, what has changed since the last start, and
+    warnings."""
     if not ranks.first:
         return
     print(f"model    {_model(settings, policy)}")
@@ -74,7 +74,7 @@ def say_parts(
 
 @contextmanager
 def stop_is_told(run: "Run") -> Iterator[None]:
-    """What a signal ends is raised as `Stopped`, with the step and the last checkpoint."""
+    """Raise the end by a signal as `Stopped`, with the step and the last checkpoint."""
     try:
         yield
     except BaseException as error:

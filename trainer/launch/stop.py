@@ -40,7 +40,7 @@ class _State:
 
 @contextlib.contextmanager
 def signals_stop() -> Iterator[None]:
-    """The signals are handled as said above; outside of the main thread, where none come, not."""
+    """Handle the signals as said above, if this is the main thread: others get none."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -55,7 +55,7 @@ def signals_stop() -> Iterator[None]:
 
 @contextlib.contextmanager
 def finishing() -> Iterator[None]:
-    """What looks at `asked` after each step: until then SIGTERM ends nothing."""
+    """A block that looks at `asked` after each step; until then SIGTERM ends nothing."""
     _State.deferred = True
     try:
         yield
@@ -75,8 +75,8 @@ def end_if(stopping: bool) -> None:
 
 
 def cause(error: BaseException) -> int | None:
-    """The signal that `error` comes from: an interruption, or a step that fails after SIGTERM, as
-    the processes of its engine and the other ranks may have had the signal too."""
+    """The signal that caused `error`: an interruption, or a failure after SIGTERM, since processes
+    of the engine and other ranks may have got the signal too."""
     if isinstance(error, Stopped):
         return error.signal
     if isinstance(error, KeyboardInterrupt):

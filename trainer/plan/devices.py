@@ -35,11 +35,11 @@ _TOTALS = "memory as nvidia-smi shows it; rates: NVIDIA's data sheet of the"
 GPUS = {
     "a100-40gb": Device(
         *(40_960 * MiB, 312e12, 1.555e12, 300e9, _PORT_200),
-        f"{_TOTALS} A100 40GB SXM; network: one 200 Gb/s port a GPU, as in DGX A100",
+        f"{_TOTALS} A100 40GB SXM; network: one 200 Gb/s port per GPU, as in DGX A100",
     ),
     "a100-80gb": Device(
         *(81_920 * MiB, 312e12, 2.039e12, 300e9, _PORT_200),
-        f"{_TOTALS} A100 80GB SXM; network: one 200 Gb/s port a GPU, as in DGX A100",
+        f"{_TOTALS} A100 80GB SXM; network: one 200 Gb/s port per GPU, as in DGX A100",
     ),
     "h100": Device(
         *(81_559 * MiB, 989e12, 3.35e12, 450e9, _PORT_400),
@@ -55,18 +55,18 @@ GPUS = {
     ),
     "l40s": Device(
         *(46_068 * MiB, 362e12, 0.864e12, _PCIE_4, _SHARED_100),
-        f"{_TOTALS} L40S, flops without sparsity; links: PCIe 4; network: 100 Gb/s a machine, "
+        f"{_TOTALS} L40S, flops without sparsity; links: PCIe 4; network: 100 Gb/s per machine, "
         "an assumption",
     ),
     "4090": Device(
         *(24_564 * MiB, 165e12, 1.008e12, _PCIE_4, _SHARED_100),
-        f"{_TOTALS} GeForce RTX 4090, flops with fp32 sums; links: PCIe 4; network: 100 Gb/s a "
+        f"{_TOTALS} GeForce RTX 4090, flops with fp32 sums; links: PCIe 4; network: 100 Gb/s per "
         "machine, an assumption",
     ),
     "mi300x": Device(
         *(206_141_652_992.0, 1307e12, 5.3e12, 448e9, _PORT_400),
         "memory as rocm-smi shows it; rates: AMD's data sheet of the Instinct MI300X, links: "
-        "seven of 64 GB/s; network: one 400 Gb/s port a GPU, an assumption",
+        "seven of 64 GB/s; network: one 400 Gb/s port per GPU, an assumption",
     ),
 }
 _ALSO_NAMED = {

@@ -1,7 +1,7 @@
-"""Bytes a GPU holds in each phase of a step, by part.
+"""Bytes that a GPU holds in each phase of a step, by part.
 
 T tokens of the largest micro-batch, D hidden, I intermediate, V vocabulary. What is not listed
-(masks, positions, statistics of a few floats a token) is left to `Assumptions.reserved`.
+(masks, positions, statistics of a few floats per token) is left to `Assumptions.reserved`.
 """
 
 from trainer.config import is_flash
@@ -42,7 +42,7 @@ def step_memory(job: Job) -> Memory:
     one = {"activations kept": tokens * _kept_by_layer(job)}
     layer = gathered | _one_layer(job)
     alone = {"gathered layers": layer["gathered layers"] / 2} if job.sharded else {}
-    # Later micro-batches add it to their sum in place, but for sharded ones.
+    # Later micro-batches add it to their sum in place, except for sharded ones.
     head = _head_gradient(job) if job.sharded or job.micro_batches == 1 else {}
     return sampling | {
         "head": before | gathered | kept | head | {"head's workspace": _head(job)},
@@ -98,13 +98,13 @@ def _head_gradient(job: Job) -> dict[str, float]:
 
 
 def _kept_by_layer(job: Job) -> float:
-    """Bytes a token from forward to backward: the layer's input, or all that its backward needs."""
+    """Bytes per token from forward to backward: a layer's input, or all that its backward needs."""
     own = 0.0 if job.config.model.gradient_checkpointing else _saved(job)
     return job.compute_bytes * job.architecture.hidden + own
 
 
 def _saved(job: Job) -> float:
-    """Bytes a token that transformers' layer keeps for its backward, its input left out."""
+    """Bytes per token that transformers' layer keeps for its backward, its input left out."""
     model, E, attention = job.architecture, job.compute_bytes, job.config.model.attention
     q, kv = model.heads * model.head_dim, model.kv_heads * model.head_dim
     # RMSNorm works in fp32: its input's fp32 copy (in fp32 the input itself, which for the first
@@ -112,7 +112,7 @@ def _saved(job: Job) -> float:
     norms = 4 * model.hidden * (2 if E < 4 else 1) + 2 * 2 * E * model.hidden
     norms += (q + kv) * (4 + E) * model.qk_norm
     # q, k, v and the result; where there is a mask, as over packed sequences, k and v are repeated
-    # for each head, but for flash attention.
+    # for each head, except by flash attention.
     attended = E * (2 * q + 2 * kv if is_flash(attention) else 4 * q)
     if attention == "eager":
         attended += model.heads * job.longest * (4 if E == 4 else 4 + E)

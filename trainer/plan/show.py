@@ -132,9 +132,9 @@ def _summary(plan: Plan) -> list[str]:
     engines = f" and {job.all_gpus - job.gpus} for engines" if job.apart else ""
     lines = [
         f"{job.config.name}: {job.architecture.parameters / 1e9:.2f} G parameters on {job.gpus} "
-        f"GPU{'s' * (job.gpus > 1)}{engines}{nodes}; {job.sequences:,} sequences a step, "
-        f"{job.sequences_per_update:,} an update, {job.micro_batches} micro-batches of at most "
-        f"{job.micro_batch:,} tokens an update and GPU",
+        f"GPU{'s' * (job.gpus > 1)}{engines}{nodes}; {job.sequences:,} sequences per step, "
+        f"{job.sequences_per_update:,} per update, {job.micro_batches} micro-batches of at most "
+        f"{job.micro_batch:,} tokens per update and GPU",
         verdict(plan),
     ]
     if not plan.engine_starts:
@@ -161,7 +161,7 @@ def verdict(plan: Plan) -> str:
     """Whether it fits, and by how much."""
     (phase, most), room = plan.peak, plan.job.device.memory
     margin, free = plan.job.assumptions.margin, math.floor(1000 * (1 - most / room)) / 1000
-    size = f"{_gb(most)} of {_gb(room)} GB a GPU at the peak ({phase})"
+    size = f"{_gb(most)} of {_gb(room)} GB per GPU at the peak ({phase})"
     if most > room:
         name, largest = plan.largest_part
         return f"does not fit: {size}; the largest part: {name}, {_gb(largest)} GB"

@@ -14,13 +14,14 @@ from trainer.report.skips import Skips
 from trainer.report.standing import standing
 
 NAME = "report.html"
-SHARE = 0.05  # Of a run's time, at most, that is spent on its page.
+SHARE = 0.05
+"""The largest share of a run's time that its page may take."""
 
 
 class LiveReport:
-    """The page of a run while it goes; what fails at it is told and stops nothing.
+    """The page of a run under way. An error is told and stops nothing.
 
-    Of several ranks the `first` alone writes.
+    Only the `first` of several ranks writes.
     """
 
     def __init__(self, folder: Path, first: bool = True):
@@ -35,7 +36,7 @@ class LiveReport:
             return self.path
         try:
             write_report(self.path.parent, running)
-        # Anything at all: a run of days must not end by its picture.
+        # Any exception: a picture must not end a run of days.
         except Exception as error:
             warnings.warn(f"{self.path} was not written: {error!r}", RuntimeWarning, stacklevel=2)
         ended = time.monotonic()

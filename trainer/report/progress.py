@@ -13,9 +13,9 @@ from torch import Tensor
 
 from trainer.report.skips import Skips, reason
 
-# What is shown: label -> (metrics, added up; format).
+# What is shown: label -> (metrics that are summed, format).
 Columns = Mapping[str, tuple[tuple[str, ...], str]]
-# Metrics of a step, of which None was not finite.
+# Metrics of a step; None stands for a value that was not finite.
 Row = Mapping[str, float | Tensor | None]
 RL: Columns = {
     "reward": (("reward/mean",), ".2f"),
@@ -31,7 +31,7 @@ WARM_START: Columns = {
 }
 
 _BAR_WIDTH = 20  # Drawn where 80 columns remain for the numbers.
-_PLAIN_LINES = 20  # About so many plain lines a run, ...
+_PLAIN_LINES = 20  # About so many plain lines per run, ...
 _PLAIN_SECONDS = 60.0  # ... and never a longer silence than this between steps.
 
 

@@ -56,7 +56,7 @@ def _rows(path: Path, lines: Sequence[bytes]) -> list[dict[str, Any]]:
 
 
 def samples(rows: Sequence[Row], right: float) -> dict[str, Any]:
-    """What the page shows of them: a column a step; tokens graded by entropy, on one scale.
+    """What the page shows of them: a column per step; tokens graded by entropy, on one scale.
 
     `right` is the least verdict on a right answer, for rows that do not tell their kind.
     """

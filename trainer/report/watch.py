@@ -38,7 +38,7 @@ class View(NamedTuple):
 
 
 def watch(folder: Path) -> None:
-    """Show the run in `folder` until its last step: live on a terminal, else a line a step.
+    """Show the run in `folder` until its last step: live on a terminal, else a line per step.
 
     Raises ValueError where `folder` is not the folder of a run, nor of one that starts.
     """
@@ -122,7 +122,7 @@ def _state(now: Standing) -> str:
 
 
 def _screen(folder: Path, view: View) -> Group:
-    """A line of where it stands, and a line a metric: its last value and the last steps' course."""
+    """A line on where the run stands, and one per metric: its last value and recent course."""
     rows, now = view
     loud = "bold red" if now.stale or now.word == "stopped" else ""
     if not rows:

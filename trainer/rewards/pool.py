@@ -47,7 +47,7 @@ class _Worker:
         return self.ready and self.job is None
 
     def kill(self) -> None:
-        """At once, with all that it has started."""
+        """Kill it at once, with all that it has started."""
         with suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()

@@ -69,7 +69,7 @@ def _parsed(text: str) -> Any:
 
 
 def _differ_in_case(gold: str, answer: str) -> bool:
-    """Whether the letters are the same but for capitals."""
+    """Whether the letters are the same, capitals aside."""
     left, right = (set(re.sub(r"\\[a-zA-Z]+|[^a-zA-Z]", "", text)) for text in (gold, answer))
     return left != right and {x.lower() for x in left} == {x.lower() for x in right}
 

@@ -1,4 +1,4 @@
-"""The number ladder: reach a goal number with three given operations, one decision a step.
+"""The number ladder: reach a goal number with three given operations, one decision per step.
 
 The prompt `17>18 +4-3*3:` asks for a way from 17 to 18 with +4, -3 and *3, in any order and any
 number of times, in at most 6 steps, all values within 0..50. A response is the worked chain

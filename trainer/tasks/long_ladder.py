@@ -1,4 +1,4 @@
-"""The long number ladder: more operations, goals further away, two decisions a step.
+"""The long number ladder: more operations, goals further away, two decisions per step.
 
 The prompt `17>41 +2+7-3-5*2:` is the ladder's with two additions and two subtractions, so that the
 operand is a decision as well as the operator. Demonstrations lean towards the goal at every step,

@@ -1,6 +1,6 @@
 """The tiny policy: a Qwen3 of 343,392 parameters and its tokenizer, made for the number ladder.
 
-Every number from 0 to 99 is one token: with a token a digit a model of this size does not learn
+Every number from 0 to 99 is one token: with a token per digit a model of this size does not learn
 the arithmetic in the time a demonstration has.
 """
 

@@ -65,7 +65,7 @@ STUDIES: Mapping[Study, tuple[str, ...]] = {
 
 
 def arm_config(base: Config, label: str, arm: str, seed: int) -> Config:
-    """The run of `arm` with `seed`: `base` but for its name, its seed and what the arm changes.
+    """The run of `arm` with `seed`: `base` with its name, its seed and the changes of the arm.
 
     Raises ValueError for an unknown arm.
     """
