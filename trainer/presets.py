@@ -80,8 +80,9 @@ def dapo(name: str, path: str) -> Config:
     Script: dual clip 10, weight decay 0.1, gradient clip 1, a punishment of up to 1 on rewards of 1
     and 0, prompts of up to 2,048 tokens, 0.8 of a GPU for vLLM, an evaluation and a checkpoint
     every 5 steps, 16 nodes of 8 GPUs. Its warm-up of 10 counts steps, which are 160 updates; the
-    paper says none. It samples 1,536 prompts at a time, up to 10 times, until 512 groups are useful, and
-    stops if they never are. We sample 512 at a time, up to 30 times, and then leave the step out.
+    paper says none. It samples 1,536 prompts at a time, up to 10 times, until 512 groups are
+    useful, and stops if they never are. We sample 512 at a time, up to 30 times, and then leave
+    the step out.
 
     verl's default: betas 0.9 and 0.999.
 
