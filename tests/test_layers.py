@@ -56,8 +56,8 @@ ALLOWED = {
     "nn": {"_loss_options", "head", "high_entropy_policy_loss", "options"},
     "testing": {"backends", "ops"},
     "_bench": {
-        *("_native", "backends", "high_entropy_policy_loss", "linear_logprob_entropy"),
-        *("testing", "top_entropy_mask"),
+        *("_native", "backends", "head", "high_entropy_policy_loss", "linear_logprob_entropy"),
+        *("options", "testing", "top_entropy_mask"),
     },
     "integrations": {
         *("_rows", "_token_logprobs", "backends", "head", "linear_logprob_entropy"),

@@ -114,11 +114,12 @@ def test_the_loop_that_keeps_the_head_s_gradient():
             optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
             places = set()
             for _ in range(2):
-                names = ("target", "old_logprob", "advantage", "mask")
+                names = ("old_logprob", "advantage", "mask")
                 parts = [
                     SimpleNamespace(
                         input_ids=given["input_ids"][rows],
                         attention_mask=given["attention_mask"][rows],
+                        target=given["target"][rows],
                         tokens={n: given[n][rows] for n in names} | {"fraction": 0.5},
                     )
                     for rows in (slice(0, 2), slice(2, 3))

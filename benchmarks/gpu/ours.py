@@ -100,15 +100,12 @@ def _loss(problem: Problem, *, impl: str, way: str) -> Results:
     }
     with mock.patch.object(backends, "stores_rows", return_value=way == "threshold"):
         loss, _ = ek.high_entropy_policy_loss(
-            problem.hidden,
-            problem.weight,
-            problem.target,
+            ek.Head(problem.hidden, problem.weight, problem.target),
             problem.old_logprob,
             problem.advantage,
             problem.mask,
             # So that nothing waits for the GPU, and a CUDA graph can hold the step.
-            max_active_rows=math.ceil(FRACTION * problem.target.numel()),
-            impl=impl,
+            backend=ek.Backend(impl, max_active_rows=math.ceil(FRACTION * problem.target.numel())),
             **ways[way],
         )
     return step(problem, loss)

@@ -16,9 +16,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import testing
+from .. import head, testing
 from ..high_entropy_policy_loss import high_entropy_policy_loss
 from ..linear_logprob_entropy import linear_logprob_entropy
+from ..options import Backend
 from ..top_entropy_mask import top_entropy_mask
 from .contestant import RefusedError, Results
 
@@ -250,15 +251,13 @@ def ours(
 ) -> Results:
     """Our step: `known`, the tokens are told beforehand; `half`, of the advantages are zero."""
     loss, _ = high_entropy_policy_loss(
-        problem.hidden,
-        problem.weight,
-        problem.target,
+        head.Head(problem.hidden, problem.weight, problem.target),
         problem.old_logprob,
         problem.half_advantage if half else problem.advantage,
         problem.mask,
         fraction=fraction,
         selected=problem.selected[fraction] if known else None,
-        impl=impl,
+        backend=Backend(impl),
     )
     return step(problem.hidden, problem.weight, loss)
 

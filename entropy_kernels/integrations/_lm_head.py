@@ -13,19 +13,21 @@ from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from transformers import PreTrainedModel
 
 from .._arguments import shown
-from .._shapes import Float
+from .._shapes import Float, Int
+from ..head import Head
 from ._head import as_linear, backbone, check_weight, measure, parts, slot
 from ._patch import Patch, require
 
 
 @dataclass(frozen=True, eq=False)
 class LMHead:
-    """A causal LM's head: `head.hidden_states(...)` runs the model up to it, `head(hidden)` gives
+    """A causal LM's head: `head.hidden_states(...)` runs the model up to it, and
+    `head(hidden, target)` is a `Head` whose logits are the model's:
 
     logit = softcap * tanh(scale * (h W^T + b) / softcap)
 
-    as arguments of this package's functions. Weight and bias are read at each call, so adapters
-    may come, go, merge and be switched off; scale and softcap were measured by `lm_head`.
+    Each call reads weight and bias anew, so adapters may come, go, merge and be switched off.
+    `lm_head` has measured scale and softcap.
     """
 
     model: Any
@@ -36,30 +38,34 @@ class LMHead:
     _tap: "_Tap" = field(init=False, repr=False, default_factory=lambda: _Tap())
 
     def __call__(
-        self, hidden: Float[Tensor, "*tokens D"], temperature: float | Float[Tensor, "..."] = 1.0
-    ) -> dict[str, Any]:
-        """hidden, weight, bias, temperature and softcap for `linear_logprob_entropy(**...)` and
-        `high_entropy_policy_loss(**...)`, of any of the states that `hidden_states` gave.
+        self,
+        hidden: Float[Tensor, "*tokens D"],
+        target: Int[Tensor, "*tokens"],
+        temperature: float | Float[Tensor, "..."] = 1.0,
+    ) -> Head:
+        """The head on any of the states that `hidden_states` gave: `Head`, as the losses take it.
 
-        weight is the model's own parameter, so a tied embedding's gradient adds up. With LoRA on
-        the head hidden is [..., D + r] and weight [V, D + r]: the update is multiplied apart from
-        W, for a copy of W and a gradient of it that is dropped.
+        Its weight is the model's own parameter, so a tied embedding's gradient adds up. With LoRA
+        on the head its hidden is [..., D + r] and its weight [V, D + r]: the update is multiplied
+        apart from W, for a copy of W and a gradient of it that is dropped.
 
         Args:
-            temperature: as in `linear_logprob_entropy`, of the model's logits.
+            target: the token that each state predicts.
+            temperature: as in `Head`, of the model's logits.
 
         Raises:
             ValueError: another head than `lm_head` takes; a weight that FSDP has not gathered.
         """
         states, weight, bias = as_linear(causal_lm(self.model).get_output_embeddings(), hidden)
-        return {
-            "hidden": states,
-            "weight": weight,
-            "bias": bias,
+        return Head(
+            states,
+            weight,
+            target,
+            bias=bias,
             # c tanh(a z / c) = a (c / a) tanh(z / (c / a)): the scale is a temperature, exactly.
-            "temperature": temperature / self.scale,
-            "softcap": None if self.softcap is None else self.softcap / self.scale,
-        }
+            temperature=temperature / self.scale,
+            softcap=None if self.softcap is None else self.softcap / self.scale,
+        )
 
     def hidden_states(self, *args: Any, **options: Any) -> Float[Tensor, "*tokens D"]:
         """What the head is given in `model(*args, **options)`, differentiable; no logits are made.
@@ -109,7 +115,7 @@ def lm_head(model: nn.Module) -> LMHead:
 
         head = lm_head(model)  # once
         hidden = head.hidden_states(input_ids, attention_mask=attention_mask)[:, :-1]
-        out = linear_logprob_entropy(**head(hidden), target=input_ids[:, 1:])
+        loss, metrics = high_entropy_policy_loss(head(hidden, input_ids[:, 1:]), ...)
 
     Found for every model: backbone, weight, bias, PEFT's LoRA on the head or `modules_to_save`,
     tied embeddings, and what the model does to its logits (Gemma's softcap, Cohere's and Granite's

@@ -132,13 +132,8 @@ class _HeadForward:
         target, temperature, statistics = self.asked
         if isinstance(temperature, Tensor):
             temperature = temperature.to(hidden.device)
-        options: dict[str, Any] = {"statistics": statistics} if statistics else {}
-        found = linear_logprob_entropy(
-            target=target.to(hidden.device),
-            impl=self.impl,
-            **self.lm_head(hidden, temperature),
-            **options,
-        )
+        head = self.lm_head(hidden, target.to(hidden.device), temperature)
+        found = linear_logprob_entropy(**vars(head), statistics=statistics, impl=self.impl)
         # FSDP gathers the weight again for backward when the gradient reaches what the head
         # returned. So all results come from that tensor, and are no views of it.
         packed = torch.stack(found[:3], -1)

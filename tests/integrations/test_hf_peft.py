@@ -56,8 +56,8 @@ def by_head(model, tokens):
     """As in a training loop of one's own."""
     head = lm_head(model)
     inputs = {name: x for name, x in tokens.items() if name != "target"}
-    states = head(head.hidden_states(**inputs), 0.7)
-    return ek.linear_logprob_entropy(**states, target=tokens["target"])._asdict()
+    states = head(head.hidden_states(**inputs), tokens["target"], 0.7)
+    return ek.linear_logprob_entropy(**vars(states))._asdict()
 
 
 def compare(model, tokens, found=by_patch):
@@ -114,8 +114,8 @@ def test_a_found_head_follows_its_adapters():
     wrapped = fill(peft.get_peft_model(model, peft.LoraConfig(**HEAD)))
 
     def check():
-        states = head(head.hidden_states(**inputs))
-        got = ek.linear_logprob_entropy(**states, target=target).logprob
+        states = head(head.hidden_states(**inputs), target)
+        got = ek.linear_logprob_entropy(**vars(states)).logprob
         want = by_logits(wrapped, tokens)["logprob"]
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
         return want.detach()

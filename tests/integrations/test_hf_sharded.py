@@ -70,8 +70,8 @@ class Loop(nn.Module):
         self.model, self.head = model, lm_head(model)
 
     def forward(self, target, **inputs):
-        states = self.head(self.head.hidden_states(**inputs))
-        found = ek.linear_logprob_entropy(**states, target=target)._asdict()
+        states = self.head(self.head.hidden_states(**inputs), target)
+        found = ek.linear_logprob_entropy(**vars(states))._asdict()
         return {name: x.clone() for name, x in found.items() if x is not None}
 
 
