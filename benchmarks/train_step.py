@@ -155,7 +155,7 @@ def _eager_update(
     began = time.perf_counter()
     leaf = hidden[:, prompt - 1 :].flatten(0, 1).detach().requires_grad_()
     head = heads()[0].head
-    weight = policy.lm_head(leaf)["weight"]
+    weight = policy.lm_head(leaf, rollouts.response_T).weight
     logprob_T, entropy_T = head(leaf, weight, rollouts.response_T)
     assert entropy_T is not None
     selected_T = ek.top_entropy_mask(entropy_T.detach(), fraction=algorithm.fraction)

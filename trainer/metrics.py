@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import entropy_kernels as ek
 from trainer.config import Config
 
 # Prefixes of metrics that are added up, not averaged, when parts of a step are joined.
@@ -83,8 +84,8 @@ def clock(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def correction(settings: Config) -> dict[str, Any]:
-    """Options of the loss that correct for pi_old / pi_sampler; empty if no correction is wanted.
+def correction(settings: Config) -> ek.Correction:
+    """The correction of pi_old / pi_sampler in the loss; its type is None if none is wanted.
 
     "auto" is none in fp32, where both give the same log-probs up to rounding, and "tis" in bf16.
     """
@@ -93,12 +94,8 @@ def correction(settings: Config) -> dict[str, Any]:
         dtypes = settings.model.compute_dtype or settings.model.dtype, settings.engine.dtype
         name = "tis" if "bfloat16" in dtypes else "none"
     if name == "none":
-        return {}
-    return {
-        "correction": name,
-        "correction_cap": algorithm.correction_cap,
-        "correction_floor": algorithm.correction_floor,
-    }
+        return ek.Correction()
+    return ek.Correction(name, algorithm.correction_cap, algorithm.correction_floor)
 
 
 def mismatch_metrics(
@@ -111,13 +108,13 @@ def mismatch_metrics(
     |log r|, and mismatch/corrected the share of tokens whose r the correction changes.
     """
     log_ratio = (old_logprob_T - sampler_logprob_T).double()
-    ratio, options = log_ratio.exp(), correction(settings)
+    ratio, wanted = log_ratio.exp(), correction(settings)
     metrics = {
         "mismatch/kl": float((log_ratio.expm1() - log_ratio).mean()),
         "mismatch/max_ratio": float(ratio.max()),
         "mismatch/difference": float(log_ratio.abs().mean()),
     }
-    if options:
-        low, high = options["correction_floor"], options["correction_cap"]
-        metrics["mismatch/corrected"] = float(((ratio < low) | (ratio > high)).double().mean())
+    if wanted.type is not None:
+        inside = ratio.clamp(min=wanted.floor, max=wanted.cap)
+        metrics["mismatch/corrected"] = float((inside != ratio).double().mean())
     return metrics

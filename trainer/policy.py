@@ -93,12 +93,12 @@ class Policy(nn.Module):
         self,
         packed: Packed,
         temperature: float,
-        fn: Callable[[Tensor, dict[str, Any]], Result],
+        fn: Callable[[Tensor, Callable[[Tensor], ek.Head]], Result],
     ) -> Result:
-        """fn(hidden_TD, head): the state that predicts each response token, and the other options
-        of `linear_logprob_entropy` for this head.
+        """fn(hidden_TD, head): the state that predicts each response token, and head(target_T), the
+        head with these targets.
 
-        If sharded, the weights in `head` are whole until the backward of the result.
+        If sharded, the head's weights are whole until the backward of the result.
         """
         options = {} if packed.mask_RW is None else {"attention_mask": packed.mask_RW.long()}
         hidden_RWD = self.lm_head.hidden_states(
@@ -108,8 +108,7 @@ class Policy(nn.Module):
             **options,
         )
         hidden_TD = hidden_RWD.flatten(0, 1).index_select(0, packed.index_T)
-        head = self.lm_head(hidden_TD, temperature)
-        return fn(head.pop("hidden"), head)
+        return fn(hidden_TD, lambda target_T: self.lm_head(hidden_TD, target_T, temperature))
 
 
 def positions(mask: Tensor) -> Tensor:
@@ -161,9 +160,9 @@ def check_policy(policy: Policy) -> None:
 def _check_head(policy: Policy) -> None:
     """Our head must give the log-probabilities of the model's own logits."""
 
-    def compare(hidden_TD: Tensor, head: dict[str, Any]) -> None:
+    def compare(hidden_TD: Tensor, head: Callable[[Tensor], ek.Head]) -> None:
         logits = policy.model(input_ids=tokens[None], use_cache=False).logits[0]
-        got = ek.linear_logprob_entropy(hidden_TD, target=tokens, **head).logprob
+        got = ek.linear_logprob_entropy(**vars(head(tokens))).logprob
         want = logits.float().log_softmax(1).gather(1, tokens.unsqueeze(1)).squeeze(1)
         # The model rounds its logits to its dtype, a few times with a softcap; all else is fp32.
         largest = logits.float().abs().max()

@@ -4,6 +4,8 @@ B sequences, T response tokens, D hidden.
 """
 
 import math
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -53,10 +55,10 @@ def score(policy: Policy, rollouts: Rollouts, settings: config.Config, ranks: Ra
         part = rollouts.rows(index)
 
         def head(
-            hidden_TD: Tensor, head: dict[str, Any], target_T: Tensor = part.response_T
+            _: Tensor, head: Callable[[Tensor], ek.Head], target_T: Tensor = part.response_T
         ) -> ek.LogprobEntropy:
             watch.start()
-            found = ek.linear_logprob_entropy(hidden_TD, target=target_T, **head)
+            found = ek.linear_logprob_entropy(**vars(head(target_T)))
             watch.stop()
             return found
 
@@ -183,13 +185,13 @@ def _backward(
     """Add the gradient of the sum of the loss of a micro-batch. Returns its metrics; `watch` times
     the head: its forward, and its backward, which is over when hidden states have a gradient."""
 
-    def head(hidden_TD: Tensor, head: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
+    def head(
+        hidden_TD: Tensor, head: Callable[[Tensor], ek.Head]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         if hidden_TD.requires_grad:
             hidden_TD.register_hook(lambda _: watch.stop())
-        # Later micro-batches add to the first one's gradient where it is; FSDP2 has it elsewhere.
-        main_grad = head["weight"].grad if head["weight"].is_leaf else None
         watch.start()
-        found = _loss(hidden_TD, part, head | {"main_grad": main_grad}, settings)
+        found = _loss(head(part.rollouts.response_T), part, settings)
         watch.stop()
         return found
 
@@ -202,54 +204,33 @@ def _backward(
     return metrics | {"sum/loss": loss.detach()}
 
 
-def _loss(
-    hidden_TD: Tensor, part: Batch, head: dict[str, Any], settings: config.Config
-) -> tuple[Tensor, dict[str, Tensor]]:
+def _loss(head: ek.Head, part: Batch, settings: config.Config) -> tuple[Tensor, dict[str, Tensor]]:
     """The sum of the batch's loss: equation 6 of the paper without its normalisation."""
     algorithm, corrected = settings.algorithm, correction(settings)
-    rollouts, selected_T = part.rollouts, part.selected_T
-    target_T, mask_T = rollouts.response_T, torch.ones_like(selected_T)
-    count_B = rollouts.response_length_B
-    sequence_T = torch.arange(len(rollouts), device=count_B.device).repeat_interleave(count_B)
-
-    def options(selected_T: Tensor) -> dict[str, Any]:
-        counted_T = selected_T if algorithm.denominator == "selected" else mask_T
-        return {
-            "old_logprob": part.old_logprob_T,
-            "advantage": part.advantage_B[sequence_T],
-            "mask": mask_T,
-            "selected": selected_T,
-            "clip_low": algorithm.clip_low,
-            "clip_high": algorithm.clip_high,
-            "dual_clip": algorithm.dual_clip,
-            "denominator": 1.0,
-            "token_weight": _share(counted_T, sequence_T)
-            if algorithm.loss_type == "grpo"
-            else None,
-            "sampler_logprob": rollouts.sampler_logprob_T if corrected else None,
-            **corrected,
-        }
-
+    rollouts, weight, by_sequence = part.rollouts, head.weight, algorithm.loss_type == "grpo"
+    if corrected.type is not None:
+        corrected = replace(corrected, sampler_logprob=rollouts.sampler_logprob_T)
     # A threshold would drop tokens whose entropy has fallen below all of the old ones.
-    if algorithm.entropy_source == "old" or algorithm.fraction == 1:
-        return ek.high_entropy_policy_loss(
-            hidden_TD, target=target_T, **options(selected_T), **head
-        )
-    found = ek.linear_logprob_entropy(
-        hidden_TD, target=target_T, keep_logits_above=part.threshold * (1 - TIE), **head
+    known = algorithm.entropy_source == "old" or algorithm.fraction == 1
+    return ek.high_entropy_policy_loss(
+        head,
+        part.old_logprob_T,
+        part.advantage_B.repeat_interleave(rollouts.response_length_B),
+        torch.ones_like(part.selected_T),
+        selected=part.selected_T if known else None,
+        threshold=None if known else part.threshold,
+        selection=ek.Selection(threshold_tolerance=0.0 if known else TIE),
+        lengths=rollouts.response_length_B,
+        loss_type=algorithm.loss_type,
+        clip_low=algorithm.clip_low,
+        clip_high=algorithm.clip_high,
+        dual_clip=algorithm.dual_clip,
+        denominator=algorithm.denominator if by_sequence else 1.0,
+        aggregation=ek.Aggregation(num_sequences=1.0 if by_sequence else None),
+        correction=corrected,
+        # Later micro-batches add to the first one's gradient where it is; FSDP2 has it elsewhere.
+        backend=ek.Backend(main_grad=weight.grad if weight.is_leaf else None),
     )
-    entropy_T = found.entropy.detach()
-    selected_T = at_least(entropy_T, part.threshold)
-    loss, metrics = ek.ratio_loss(found.logprob, **options(selected_T))
-    kept = entropy_T[selected_T].sum() / selected_T.sum().clamp_min(1)
-    return loss, metrics | {"entropy/selected_mean": kept}
-
-
-def _share(counted_T: Tensor, sequence_T: Tensor) -> Tensor:
-    """1 / the number of counted tokens of each token's sequence: GRPO's mean over a sequence."""
-    count_B = torch.zeros(len(counted_T), device=counted_T.device)
-    count_B.index_add_(0, sequence_T, counted_T.float())
-    return (1 / count_B.clamp_min(1))[sequence_T]
 
 
 def _count(batch: Batch, kept: int, everything: int, settings: config.Algorithm) -> int:

@@ -61,9 +61,8 @@ def test_the_kl_of_equal_policies_is_zero_though_rounded():
 )
 def test_corrects_in_bf16_unless_told_otherwise(engine, model, asked, name):
     config = configure(engine, model, correction=asked, correction_cap=3.0)
-    options = correction(config)
-    assert options.get("correction") == name
-    assert options.get("correction_cap") == (3.0 if name else None)
+    found = correction(config)
+    assert (found.type, found.cap) == ((name, 3.0) if name else (None, 2.0))
 
 
 @pytest.mark.parametrize("bounds", [(0.9, 0.0), (2.0, 1.1), (2.0, -0.1)])

@@ -59,7 +59,7 @@ def test_log_probs_are_those_of_the_unpadded_sequence(family, attention):
         got_T = policy(
             pack(rollouts, policy.layout),
             0.7,
-            lambda hidden, head: ek.linear_logprob_entropy(hidden, target=target_T, **head).logprob,
+            lambda _, head: ek.linear_logprob_entropy(**vars(head(target_T))).logprob,
         )
         for got, (prompt, response) in zip(rollouts.split(got_T), sequences(rollouts), strict=True):
             logits = policy.model(torch.cat([prompt, response])[None]).logits[0, len(prompt) - 1 :]

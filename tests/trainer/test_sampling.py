@@ -154,9 +154,9 @@ def test_logprobs_are_those_of_the_distribution_sampled_from(temperature):
     rollouts = draw(policy, group_size=4, temperature=temperature)
 
     def score(hidden, head):
-        target = rollouts.response_T
-        scored = ek.linear_logprob_entropy(hidden, target=target, **head).logprob
-        return scored, (hidden @ head["weight"].T).abs().max() / temperature
+        found = head(rollouts.response_T)
+        scored = ek.linear_logprob_entropy(**vars(found)).logprob
+        return scored, (hidden @ found.weight.T).abs().max() / temperature
 
     with torch.no_grad():
         scored, largest = policy(pack(rollouts, policy.layout), temperature, score)
