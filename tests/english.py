@@ -37,10 +37,10 @@ END = re.compile(r"[.!?][)\"'*]*\s+")
 HEADLESS = re.compile(r"(?:^|: )(?:Of (?!course)|None: (?:that|those) of )")
 UNITS = r"""token|sequence|row|rank|step|response|group|second|seed|problem|prompt|parameter|place|
     micro-batch|update|layer|dtype|contestant|round|machine|run|head|GPU|word|chunk|GPU|call|page"""
+ONES = "row|line|column|panel|number|value|range|table|field|entry|advantage|mask|mean|sum|seed"
 A_TOKEN = re.compile(
     rf"(?<![\"'`])\b(?:one|once|twice|[\d.,]*\d|bytes|[KMG]B|flops|tokens|seconds|ms|hours|points"
-    rf"|(?:a|an|one|each) (?:\w+ )?(?:row|line|column|panel|number|value|range|table|field|entry))"
-    rf" an? (?:{''.join(UNITS.split())})\b"
+    rf"|(?:a|an|one|each) (?:\w+ )?(?:{ONES})) an? (?:{''.join(UNITS.split())})\b"
 )
 
 

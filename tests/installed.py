@@ -21,7 +21,8 @@ LEFT_OUT = shutil.ignore_patterns(
 )
 # These are about other parts of the checkout, or build packages themselves.
 OF_THE_CHECKOUT = {
-    *("test_benchmarks", "test_cpp", "test_examples", "test_gpu_script", "test_hub_kernel"),
+    *("test_architecture", "test_benchmarks", "test_cpp", "test_english", "test_examples"),
+    *("test_gpu_script", "test_hub_kernel"),
     *("test_layers", "test_loss_parity", "test_tile_model", "test_triton_compile", "test_types"),
     "test_wheel",
 }

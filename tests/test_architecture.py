@@ -8,6 +8,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "docs" / "architecture.md").read_text()
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("[a-z]*/[a-z]*/README.md")])
 TREE = re.search(r"^```text\n(.*?)^```", TEXT, re.M | re.S)
 # Every child of these is in the tree, and every folder below it.
 MAPPED = ("entropy_kernels", "trainer", "csrc", "csrc/cpu", "benchmarks")
@@ -84,6 +85,15 @@ def test_what_the_prose_names_is_there():
     assert len(paths) > 40
     gone = sorted(path for path in paths if not found(path))
     assert not gone, f"docs/architecture.md names what is not there: {gone}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_files_that_other_pages_name_are_there(page):
+    """Paths in code spans; what lies in a folder of the reader's own is not ours to check."""
+    named = set(re.findall(r"`([\w-]+/[\w./-]+\.(?:py|h|cpp|md|sh|svg))`", page.read_text()))
+    ours = {path for path in named if (ROOT / path.split("/")[0]).is_dir() and "NAME" not in path}
+    gone = sorted(path for path in ours if not (ROOT / path).exists())
+    assert not gone, f"{page.name} names what is not there: {gone}"
 
 
 def test_a_name_is_in_the_file_that_is_said_to_have_it():
