@@ -10,6 +10,7 @@ from benchmarks.plan_check import in_processes
 BLUR = 48e6
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="memory is read from Linux's /proc")
 def test_a_small_run_takes_what_the_planner_says():
     found = in_processes("small")
