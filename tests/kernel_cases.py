@@ -6,7 +6,6 @@ runs them on a GPU without pytest.
 T tokens, D hidden, V vocabulary.
 """
 
-import importlib
 import math
 from collections.abc import Callable
 from functools import partial
@@ -17,7 +16,7 @@ from torch import Tensor
 
 import entropy_kernels as ek
 from benchmarks.gpu import environment
-from benchmarks.gpu.ours import TRITON, Inputs, launch_backward, launch_forward
+from benchmarks.gpu.ours import Inputs, launch_backward, launch_forward
 from entropy_kernels import reference
 from entropy_kernels._bench.step import peaked_head
 from entropy_kernels._rows import ForwardRows
@@ -83,8 +82,8 @@ def head_cases(
     ]
     if tiles[0] is None or tiles[0].variant == "cublas":
         found += [
-            ("kept rows", _kept_rows, shape, False),
-            ("kept rows, bounded", _kept_rows, shape, True),
+            ("stored rows", _stored_rows, shape, False),
+            ("stored rows, bounded", _stored_rows, shape, True),
         ]
     return [Case(name, partial(run, tiles, dtype, device, *rest)) for name, run, *rest in found]
 
@@ -99,11 +98,11 @@ def offset_cases(
         "hidden": (big // 32 + 3, 32, 40) if small else (big // 4096 + 3, 4096, 264),
         "weight": (9, 32, big // 32 + 5) if small else (130, 16384, big // 16384 + 5),
         "logits": (67, 32, 61) if small else (big // 65536 + 70, 64, 65537),
-        "kept rows": (67, 32, 61) if small else (big // 65536 + 70, 64, 65537),
+        "stored rows": (67, 32, 61) if small else (big // 65536 + 70, 64, 65537),
     }.items():
         options: dict[str, Any] = {"keep_logits": name == "logits"}
-        if name == "kept rows":
-            options |= {"keep_above": torch.zeros((), device=device), "keep_rows": shape[0]}
+        if name == "stored rows":
+            options |= {"store_above": torch.zeros((), device=device), "store_rows": shape[0]}
         run = partial(_last_rows, tiles, dtype, device, shape, options)
         found.append(Case(f"2^31: {name}", run, 7 * 2 * big))
     return found
@@ -147,16 +146,16 @@ def _ours(
 
 def _forward(tiles: Tiles, inputs: Inputs, options: dict[str, Any]) -> ForwardRows:
     # Few variants can keep logits.
-    keeps = options.get("keep_logits") or "keep_above" in options
+    keeps = options.get("keep_logits") or "store_above" in options
     tile = None if keeps else _fitting(tiles[0], inputs)
     return launch_forward(inputs, tile, options)
 
 
 def _fitting(tile: Any, inputs: Inputs) -> Any:
     """`tile`; or None, for the table to choose, where its variant cannot take these matrices."""
-    module = importlib.import_module(f"{TRITON}.tiles")
-    arch = environment.architecture(inputs[0].device)
-    usable = module.variants(arch, inputs[0], inputs[1])
+    from entropy_kernels._triton.common import tiles
+
+    usable = tiles.variants(environment.architecture(inputs[0].device), *inputs[:2])
     return tile if tile is None or tile.variant in usable else None
 
 
@@ -239,7 +238,7 @@ def _check_statistics(tiles: Tiles, dtype: torch.dtype, device: torch.device, sh
     got = torch.full((4, shape[0]), math.nan, device=device)
     # Without the variant that the table has no use for here.
     forward = None if tiles[0] is not None and tiles[0].variant == "tma_ws" else tiles[0]
-    _forward((forward, tiles[1]), inputs, options | {"moments": got})
+    _forward((forward, tiles[1]), inputs, options | {"statistics": got})
     # A largest p of 1/2 is off by a whole rounding of a logit.
     check_statistics(got, *inputs[:3], factor=3.0, **options)
 
@@ -252,10 +251,10 @@ def _twice(tiles: Tiles, dtype: torch.dtype, device: torch.device, shape: Shape)
         assert torch.equal(x, y), "two runs differ"
 
 
-def _kept_rows(
+def _stored_rows(
     tiles: Tiles, dtype: torch.dtype, device: torch.device, shape: Shape, bounded: bool
 ) -> None:
-    """The logits of all rows, of none, of some, and of more than fit are kept for backward.
+    """The logits of all rows, of none, of some, and of more than fit are stored for backward.
 
     A row that is recomputed has sums of another order than forward's, so only where all are read
     both bounds hold; otherwise each row of the gradient is one of the two, to the bit.
@@ -266,14 +265,14 @@ def _kept_rows(
         options["max_active_rows"] = shape[0]
     references = _references(inputs, gradients, options)
 
-    def kept(above: float | Tensor, rows: int) -> list[Tensor]:
-        keep = {"keep_above": torch.as_tensor(above, device=device), "keep_rows": rows}
-        return _ours(tiles, inputs, gradients, options | keep)
+    def storing(above: float | Tensor, rows: int) -> list[Tensor]:
+        store = {"store_above": torch.as_tensor(above, device=device), "store_rows": rows}
+        return _ours(tiles, inputs, gradients, options | store)
 
-    read, recomputed = kept(0.0, shape[0]), kept(math.inf, 3)
+    read, recomputed = storing(0.0, shape[0]), storing(math.inf, 3)
     _check(read, references, dtype)
     for above, rows in ((read[1].median(), shape[0]), (0.0, 2 * shape[0] // 3)):
-        got = kept(above, rows)
+        got = storing(above, rows)
         either = (got[3] == read[3]).all(1) | (got[3] == recomputed[3]).all(1)
         assert either.all(), f"rows {(~either).nonzero().flatten().tolist()}"
         for x, wanted in zip(got[3:], references[0][3:], strict=True):

@@ -3,12 +3,17 @@
 import pytest
 import torch
 
-from entropy_kernels import _gpu
 from tests.marks import nan_is_meant
 
 pytest.importorskip("triton")
 
 from benchmarks.gpu import candidates
+from entropy_kernels._triton.common import partition
+from entropy_kernels._triton.head_backward import launch as head_backward
+from entropy_kernels._triton.head_backward import launch_rows
+from entropy_kernels._triton.head_forward import launch_store, launch_variants
+from entropy_kernels._triton.ratio_loss import launch as ratio_loss
+from entropy_kernels._triton.selection import launch as selection
 from tests.kernel_cases import head_cases, offset_cases
 from tests.token_kernel_cases import ratio_loss_cases, selection_cases
 
@@ -20,16 +25,17 @@ pytestmark = nan_is_meant
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
     """Few tokens and words make several blocks of each kernel."""
-    for name, constants in {
-        "linear_logprob_entropy": {"WORKSPACE_BYTES": 0, "_WORKSPACE_BLOCK": 32},
-        "linear_logprob_entropy_backward": {"CHUNK_V": 64},
-        "kept_rows": {"BLOCK": 16},
-        "ratio_loss": {"BLOCK": 64},
-        "radix_histogram": {"BLOCK": 128, "MAX_PROGRAMS": 4},
-        "keep_largest": {"BLOCK": 128, "MAX_PROGRAMS": 2},
-    }.items():
+    for module, constants in (
+        (launch_variants, {"WORKSPACE_BYTES": 0, "WORKSPACE_BLOCK": 32}),
+        (launch_store, {"BLOCK": 16}),
+        (launch_rows, {"BLOCK": 16}),
+        (head_backward, {"CHUNK_V": 64}),
+        (ratio_loss, {"BLOCK": 64}),
+        (selection, {"HISTOGRAM_BLOCK": 128, "LARGEST_BLOCK": 128}),
+        (partition, {"MAX_PROGRAMS": 2}),
+    ):
         for constant, value in constants.items():
-            monkeypatch.setattr(_gpu.kernels(name), constant, value)
+            monkeypatch.setattr(module, constant, value)
 
 
 def every_head_case():

@@ -30,7 +30,7 @@ def main(name: str, size: str, device: str = "cuda") -> None:
     inputs = (h, w, torch.arange(tokens, device=device), None)
     options: dict[str, Any] = {}
     if name == "stored_rows":
-        options = {"keep_above": torch.zeros((), device=device), "keep_rows": STORED_ROWS[size]}
+        options = {"store_above": torch.zeros((), device=device), "store_rows": STORED_ROWS[size]}
     found = ours.launch_forward(inputs, None, options)
     if name != "forward":
         gradient = (entropy > 0.8).float()

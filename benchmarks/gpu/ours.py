@@ -3,7 +3,6 @@
 T tokens, D hidden, V vocabulary.
 """
 
-import importlib
 import math
 from functools import partial
 from typing import Any
@@ -18,7 +17,6 @@ from benchmarks.gpu.problem import FRACTION, Problem
 from entropy_kernels import _radix, backends, ops
 from entropy_kernels._rows import ForwardRows
 
-TRITON = "entropy_kernels._triton"
 Inputs = tuple[Tensor, Tensor, Tensor, Tensor | None]
 
 
@@ -28,7 +26,7 @@ def contestants(
     """Every way to take a step: by the current entropies, a known threshold, a known mask.
 
     A known threshold both ways, whatever the table of tiles says: with the logits of the rows above
-    it kept for backward, and with all recomputed.
+    it stored for backward, and with all recomputed.
     """
     found = []
     for impl in implementations(device):
@@ -40,7 +38,7 @@ def contestants(
             ("known", "20%, mask known beforehand", 3 * FRACTION),
         ]
         if impl == "triton":
-            units = 1 + 3 * FRACTION - _kept(device, tokens, vocabulary)
+            units = 1 + 3 * FRACTION - _stored(device, tokens, vocabulary)
             ways[1:2] = [
                 ("threshold", f"{ways[1][1]}, logits kept", units),
                 ("recomputed", f"{ways[1][1]}, recomputed", 1 + 3 * FRACTION),
@@ -55,7 +53,7 @@ def contestants(
     return found
 
 
-def _kept(device: torch.device, tokens: int, vocabulary: int) -> float:
+def _stored(device: torch.device, tokens: int, vocabulary: int) -> float:
     """The share of all tokens whose logits fit, of those trained on."""
     room = backends.STORED_LOGITS_BYTES[device.type] // (4 * vocabulary)
     return min(FRACTION, room / tokens)
@@ -125,7 +123,7 @@ def torch_logprob(hidden_TD: Tensor, weight_VD: Tensor, target_T: Tensor) -> Ten
 def has_triton() -> bool:
     """Whether the package has Triton kernels of the head, and this machine Triton."""
     try:
-        importlib.import_module(f"{TRITON}.head_backward.launch")
+        import entropy_kernels._triton.head_backward.launch  # noqa: F401
     except ImportError:
         return False
     return True
@@ -138,9 +136,9 @@ def launch_forward(inputs: Inputs, tile: Any, options: dict[str, Any]) -> Forwar
     return forward(
         _make_head(inputs, options),
         keep_logits=options.get("keep_logits", False),
-        store_above=options.get("keep_above"),
-        store_rows=options.get("keep_rows", 0),
-        statistics=options.get("moments"),
+        store_above=options.get("store_above"),
+        store_rows=options.get("store_rows", 0),
+        statistics=options.get("statistics"),
         tile=tile,
     )
 

@@ -79,7 +79,7 @@ def _call(op: str, tile: Tile, problem: Problem) -> Callable[[], Any]:
     if tile.variant == "cublas":
         most = backends.STORED_LOGITS_BYTES[problem.hidden.device.type]
         rows = min(options["max_active_rows"], most // (4 * problem.weight.shape[0]))
-        options |= {"keep_above": problem.threshold, "keep_rows": rows}
+        options |= {"store_above": problem.threshold, "store_rows": rows}
 
     def step() -> list[torch.Tensor]:
         found = ours.launch_forward(inputs, tile, options)
