@@ -1,4 +1,4 @@
-"""What vLLM finds when it starts: its environment, and the threads that it must not take."""
+"""What vLLM finds at its start: its environment, and threads that it must not take."""
 
 import os
 from collections.abc import Iterator
@@ -20,7 +20,7 @@ def backend(settings: Settings, device: torch.device) -> str:
 
 
 def set_environment(settings: Settings, device: torch.device) -> None:
-    """What vLLM reads from the environment as it is imported or starts."""
+    """Set what vLLM reads from the environment when it is imported or starts."""
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"
@@ -33,7 +33,7 @@ def set_environment(settings: Settings, device: torch.device) -> None:
 
 @contextmanager
 def own_threads() -> Iterator[None]:
-    """Torch keeps the threads it had: vLLM on a CPU takes them, and the function to set them."""
+    """Keep torch's threads: vLLM on a CPU takes them, and the function that sets them."""
     set_num_threads, count = torch.set_num_threads, torch.get_num_threads()
     try:
         yield

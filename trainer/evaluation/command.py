@@ -31,7 +31,7 @@ from trainer.tasks.lengths import check_prompts
 from trainer.tasks.problem import Task
 
 INSTRUCTION = "Please reason step by step, and put your final answer within \\boxed{}."
-# The paper's.
+# The paper's limit.
 TEMPLATES = {"paper": QUESTION}
 MAX_NEW_TOKENS = 20_480
 
@@ -44,8 +44,8 @@ _COLUMNS: Columns = {
     "truncated": (("truncated",), ".1%"),
 }
 Sets = Mapping[str, EvaluationSet]
-"""What is asked, by the short names of the sets."""
-# What may differ when an evaluation goes on: what is asked, and where and in what portions it runs.
+"""The sets by their short names."""
+# Settings that may differ when an evaluation goes on: its sets, and where and how it runs.
 _FREE = {"data", "problems", "out", "batch_size", "device", "workers", "right"}
 
 
@@ -53,7 +53,7 @@ Settings = TypeVar("Settings", bound=Evaluation)
 
 
 def evaluate_model(settings: Evaluation) -> Path:
-    """Sample and verify what is not in the folder yet, then write and print the results.
+    """Sample and verify the responses that the folder lacks, then write and print the results.
 
     Stopped at any moment, the same call goes on from there and ends with the same responses.
     Under torchrun the problems are spread over the ranks. Returns the path of results.json.
@@ -83,7 +83,7 @@ def evaluate_model(settings: Evaluation) -> Path:
 
 
 def resolved(settings: Settings, ranks: Ranks) -> Settings:
-    """`settings` without gaps: filled from the model's run, if it has one, else by the defaults.
+    """`settings` without gaps, filled from the model's run, if it has one, or by defaults.
 
     Raises ValueError for data that cannot be there, a run without a checkpoint, and a model that is
     no run's without data.
@@ -138,7 +138,7 @@ def resolved(settings: Settings, ranks: Ranks) -> Settings:
 
 
 def load(settings: Evaluation, ranks: Ranks) -> Policy:
-    """A whole model on every rank; of a checkpoint too, by however many ranks it was written."""
+    """The whole model on every rank, also from a checkpoint of any number of ranks."""
     written = (Path(settings.model) / "manifest.json").exists()
     longest = settings.engine.max_model_len
     policy = read_policy(_model(settings), settings.seed, empty=written, longest=longest)
@@ -157,7 +157,7 @@ def _model(settings: Evaluation) -> Model:
 
 
 def sets_of(settings: Evaluation, asked: Evaluation, policy: Policy) -> Sets:
-    """What `settings`, `asked` with nothing left out, are about, each set by its name.
+    """The sets of `settings`, which are `asked` with all gaps filled, by their names.
 
     Sets with an answer format of their own are judged by their own verifiers unless `asked` names
     one. Raises ValueError for data that cannot be read.
@@ -187,7 +187,7 @@ def sets_of(settings: Evaluation, asked: Evaluation, policy: Policy) -> Sets:
 
 
 def _check_held_out(run: SourceRun, task: Task) -> None:
-    """Warn where the data are not those that the run was trained on."""
+    """Warn if the data have changed since the run was trained."""
     now = getattr(task, "digest", "")
     if run.digest and now and now != run.digest:
         print(
@@ -198,7 +198,7 @@ def _check_held_out(run: SourceRun, task: Task) -> None:
 
 
 def _reward(settings: Evaluation) -> Reward:
-    """The run's, where the model is one, with what `settings` say."""
+    """The reward of the model's run, if it has one, with the changes of `settings`."""
     run = source_run(settings.model)
     return replace(
         _from(run.reward if run else Reward(), given(settings.right, 1.0)),
@@ -210,7 +210,7 @@ def _reward(settings: Evaluation) -> Reward:
 
 
 def _from(reward: Reward, right: float) -> Reward:
-    """`reward` where verdicts of at least `right` are right, and failures are not."""
+    """`reward` with verdicts of at least `right` being right, and failures not."""
     kept = reward.failed is not None and reward.failed < right
     return replace(reward, right=right, failed=reward.failed if kept else None)
 
@@ -238,12 +238,12 @@ def _generate(
     found: Mapping[str, int],
     ranks: Ranks,
 ) -> None:
-    """Append what is missing to generations.jsonl, a portion of whole problems at a time."""
+    """Append the missing responses to generations.jsonl, some problems at a time."""
     missing = [one for one in sets.values() if found.get(one.name, 0) < len(one.problems)]
     if not missing:
         return
     for one in missing:
-        one.verifier.start()  # before what takes long
+        one.verifier.start()  # early, as its processes take a while
     engine = make_engine(engine_config(settings), policy)
     engine.update_weights(policy.weights())
     with closing(engine):
@@ -261,7 +261,7 @@ def _answer(
     begin: int,
     ranks: Ranks,
 ) -> None:
-    """The problems of `one` from number `begin` on; what is shown is of all that are answered."""
+    """Answer the problems of `one` from number `begin` on; the bar shows all that are answered."""
     total, size = len(one.problems), max(settings.batch_size // samples_of(settings), 1)
     answered = Tally(one.reward)
     if ranks.first and begin:
@@ -289,7 +289,7 @@ def _answer(
 
 
 def as_run(settings: Evaluation) -> Config:
-    """A run that is evaluated on the same, for what it needs."""
+    """The configuration of a run with the same needs."""
     return Config(
         device=settings.device,
         model=_model(settings),
@@ -299,7 +299,7 @@ def as_run(settings: Evaluation) -> Config:
 
 
 def engine_config(settings: Evaluation) -> Config:
-    """The same as a run has it; greedy, entropies are those of temperature 1."""
+    """The configuration of a run that samples alike; if greedy, entropies are at temperature 1."""
     return Config(
         seed=settings.seed,
         device=settings.device,

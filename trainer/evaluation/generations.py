@@ -28,7 +28,7 @@ def open_folder(
     free: Collection[str],
     problems: Mapping[str, Sequence[Problem]],
 ) -> dict[str, int]:
-    """Make `folder`, or find in it how many problems of each set were answered.
+    """Make `folder`, or count in it the problems of each set that were answered.
 
     `settings` are plain values, of which those named in `free` may change; `problems` are those of
     each set. Raises ValueError where the folder holds an evaluation with other settings, or of
@@ -36,7 +36,7 @@ def open_folder(
     """
     folder.mkdir(parents=True, exist_ok=True)
     path, now = folder / "settings.json", json.loads(json.dumps(settings))
-    # Without an answer it holds nothing yet, such as after a start that failed.
+    # Without an answer it is as good as new, such as after a start that failed.
     answered = (folder / FILE).exists() and (folder / FILE).stat().st_size
     before = _settings(path) if answered and path.exists() else now
     different = [
@@ -94,7 +94,7 @@ def _settings(path: Path) -> dict[str, Any]:
 
 
 def _found(path: Path, problems: Mapping[str, Sequence[Problem]]) -> dict[str, int]:
-    """How many problems of each set `path` has; a last line torn by a kill is cut off."""
+    """The number of problems of each set in `path`; a last line torn by a kill is cut off."""
     counts: dict[str, int] = {}
     if not path.exists():
         return counts

@@ -75,7 +75,7 @@ def _on(run: Run, one: EvaluationSet) -> dict[str, float]:
 
 
 def _answers(run: Run, one: EvaluationSet, samples: int, temperature: float) -> _Answers:
-    """Drawn a portion of whole problems at a time, with no more responses than a step samples."""
+    """Sample some problems at a time, with no more responses than a step samples."""
     rollout, asked = run.settings.rollout, run.settings.eval
     size = max(rollout.prompts * rollout.group_size // samples, 1)
     found = _Answers(samples, [], [], [], (0, 0))

@@ -1,4 +1,4 @@
-"""What the responses of an evaluation say: results.json, and a table like the paper's Table 2."""
+"""The results of an evaluation: results.json, and a table like the paper's Table 2."""
 
 import json
 import math
@@ -57,7 +57,7 @@ def write_results(
 
 
 class Tally:
-    """Where the evaluation of one set stands: the same numbers as in the results of its end."""
+    """The standing of one set's evaluation, in the same numbers as its results."""
 
     def __init__(self, reward: Reward):
         self._reward = reward
@@ -84,7 +84,7 @@ class Tally:
 
 
 def summarize(rows: Sequence[Row], reward: Reward, sampled: bool = True) -> dict[str, Any]:
-    """What the rows of one set in generations.jsonl, n responses each, say when judged by `reward`:
+    """Results of one set's rows in generations.jsonl, n responses each, judged by `reward`:
 
     "avg@n", the share of right responses, with its standard error; "pass@k" for k = 1, 2, 4, ...,
     n; "maj@n", the accuracy of the most frequent answer; each {"value", "low", "high"}, a 95%
@@ -130,7 +130,7 @@ def show(results: Mapping[str, Any]) -> None:
     sets, samples = results["sets"], results["settings"]["samples"]
     several = [f"pass@{k}" for k in powers_up_to(samples) if k > 1]
     chances = [*several, f"maj@{samples}"]
-    # Where verdicts are 0 and 1 it is the accuracy once more.
+    # With verdicts of 0 and 1 it repeats the accuracy.
     partial = not all(
         math.isclose(own["reward"], own[f"avg@{samples}"]["value"]) for own in sets.values()
     )
@@ -155,7 +155,7 @@ def show(results: Mapping[str, Any]) -> None:
 
 
 def _numbers(row: Row) -> Row:
-    """What `summarize` needs of a row, without the texts."""
+    """The parts of a row that `summarize` needs, without the texts."""
     responses = row["responses"]
     names = ("reward", "length", "truncated", "logprob", "timed_out", "crashed")
     return {

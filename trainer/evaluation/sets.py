@@ -22,7 +22,7 @@ from trainer.tasks.problem import Problem, Task
 from trainer.tasks.split import stable_hash
 
 HELD_OUT = "held-out"
-"""What a run's own held-out problems are called among the sets."""
+"""The name of a run's own held-out problems among the sets."""
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ def check_prompts(policy: Policy, sets: Iterable[EvaluationSet], max_new_tokens:
 
 
 def _function(task: Task, reward: Reward) -> str:
-    """Which function the verifier's processes call; empty where there are none."""
+    """The function that the verifier's processes call; empty if there are no processes."""
     return reward.function or getattr(task, "verifier", "")
 
 
@@ -130,7 +130,7 @@ def _plain(name: str) -> str:
 
 
 def warn_of_repeats(sets: Iterable[EvaluationSet]) -> None:
-    """Say of each data set how many of its problems ask what one before has asked."""
+    """Warn of problems of each set that repeat an earlier problem."""
     for one in sets:
         asked = [problem.prompt for problem in one.problems]
         repeats = len(asked) - len(set(asked))
@@ -143,7 +143,7 @@ def warn_of_repeats(sets: Iterable[EvaluationSet]) -> None:
 
 
 def _warn_of_training(task: Task, sets: Iterable[EvaluationSet]) -> None:
-    """Say of each set how many of its questions stand in the prompts of training."""
+    """Warn of questions of each set that stand in the prompts of training."""
     if not hasattr(task, "training_prompts"):
         return
     for one in sets:

@@ -1,4 +1,4 @@
-"""A transformers folder or hub name as model, tokenizer, and the settings that are saved again."""
+"""A transformers folder or hub name read as model and tokenizer, and its settings saved again."""
 
 import difflib
 import json
@@ -55,8 +55,8 @@ def read_folder(settings: config.Model, *, empty: bool) -> tuple[Any, Any, Files
 
 
 def write_settings(folder: Path, model: Any, tokenizer: Any, files: Files) -> None:
-    """Write into `folder` all but the weights: `files` as they are but for class and dtype of the
-    model; what is missing there as transformers saves it."""
+    """Write into `folder` all but the weights. `files` are kept, except for the model's class and
+    dtype; others are as transformers saves them."""
     # fully_shard puts its own prefix to the name of the class.
     name, dtype = type(model).__name__.removeprefix("FSDP"), model.dtype
     if CONFIG not in files:
@@ -78,8 +78,8 @@ def write_settings(folder: Path, model: Any, tokenizer: Any, files: Files) -> No
 
 
 def save_model(folder: Path, model: Any) -> None:
-    """What `save_pretrained` writes, but for the settings of generation, some of which it refuses
-    though it has read them."""
+    """Save what `save_pretrained` writes, except the settings of generation: it refuses some that
+    it has read."""
     generation = model.generation_config
     model.generation_config = GenerationConfig()
     try:
@@ -89,7 +89,7 @@ def save_model(folder: Path, model: Any) -> None:
 
 
 def copy_settings(source: Path, folder: Path, model: Any) -> None:
-    """As `write_settings`, from one transformers folder to another."""
+    """Copy the settings of one transformers folder to another, as `write_settings` does."""
     tokenizer = AutoTokenizer.from_pretrained(source)
     write_settings(folder, model, tokenizer, _settings(source, tokenizer))
 
@@ -125,7 +125,7 @@ def _model(path: str, architecture: Any, settings: config.Model, empty: bool) ->
 
 
 def _existing(path: str) -> str:
-    """`path` where it is a model's folder or may be a hub name."""
+    """`path`, if it is a model's folder or may be a hub name."""
     local = Path(path).expanduser()
     if local.is_dir():
         _check_folder(path, local)
@@ -141,7 +141,7 @@ def _existing(path: str) -> str:
 
 
 def _near(missing: Path) -> list[str]:
-    """Folders beside the first part of the path that is missing; those most alike."""
+    """Folders with the most similar names, beside the first missing part of the path."""
     parent = next(p for p in missing.parents if p.is_dir())
     name = missing.relative_to(parent).parts[0]
     names = sorted(p.name for p in parent.iterdir() if p.is_dir() and not p.name.startswith("."))
@@ -176,7 +176,7 @@ def _check_tokenizer(path: str, tokenizer: Any, model: Any) -> None:
 
 
 def _line(error: Exception) -> str:
-    """The first of what may be many lines."""
+    """The first line of a text."""
     said = " ".join(str(error).partition("\n")[0].split())
     return said if isinstance(error, (OSError, ValueError)) else f"{type(error).__name__}: {said}"
 
@@ -188,7 +188,7 @@ def _list(names: list[str]) -> str:
 
 @contextmanager
 def _quiet_hub() -> Iterator[None]:
-    """Without the hub's five tries on stderr where it cannot be reached."""
+    """Silence the hub's five tries on stderr if it cannot be reached."""
     logger = logging.getLogger("huggingface_hub")
     before = logger.level
     logger.setLevel(logging.ERROR)

@@ -1,4 +1,4 @@
-"""What a policy's states depend on: no noise, no other sequence of the batch, none of the row.
+"""Checks that a policy's states have no noise and depend on no other sequence of batch or row.
 
 T tokens, D hidden.
 """
@@ -18,14 +18,14 @@ _NOISY = ("drop", "jitter", "noise")
 
 
 def some_tokens(policy: Any, count: int) -> Tensor:
-    """`count` token ids that the model knows."""
+    """`count` token ids of the model's vocabulary."""
     vocabulary = policy.model.config.get_text_config().vocab_size
     return torch.arange(count, device=policy.device) % vocabulary
 
 
 @torch.no_grad()
 def check_states(policy: Any) -> None:
-    """A sequence has the same states each time, and beside others, be they short or long.
+    """Check that a sequence has the same states each time, and beside short or long others.
 
     Collective where the policy is sharded.
 
@@ -64,7 +64,7 @@ def check_states(policy: Any) -> None:
 
 @torch.no_grad()
 def check_cache(policy: Any, cache: Any) -> None:
-    """Token by token, with what the empty `cache` then holds, logits are those of one forward.
+    """Check that logits token by token, with the `cache`, are those of one forward.
 
     Raises:
         ValueError: they are not.
@@ -92,7 +92,7 @@ def check_cache(policy: Any, cache: Any) -> None:
 
 @torch.no_grad()
 def choose_layout(policy: Any) -> Layout:
-    """Rows of several sequences, if hidden states are then those of the sequences alone.
+    """The layout: rows of several sequences, if their hidden states are those of each alone.
 
     They are within rounding, which is that of an unknown number of 16-bit operations: far closer
     than without any boundary between the sequences. Chunks of attention are counted from the start
@@ -119,14 +119,14 @@ def _states(policy: Any, packed: Packed) -> Tensor:
 
 
 def _close(got: Tensor, want: Tensor, other: Tensor) -> bool:
-    """Within rounding of `want`, which is far closer than `other` is."""
+    """Whether it is within rounding of `want`, far closer than `other` is."""
     rounding = 64 * torch.finfo(torch.float32).eps * want.abs().max()
     apart = (other - want).abs().max() / 16
     return bool((got - want).abs().max() <= torch.maximum(apart, rounding))
 
 
 def _beside(policy: Any, end: int) -> Tensor:
-    """States of the tokens of `check_states` beside others at the positions before `end`."""
+    """States of `check_states`' tokens beside others at the positions before `end`."""
     tokens = some_tokens(policy, 2 * _SEVEN)
     packed = arrange(tokens, torch.tensor([_SEVEN, _SEVEN]), "padded")
     positions = packed.positions_RW.clone()
@@ -147,9 +147,9 @@ def _behind(policy: Any) -> Tensor:
 
 
 def _alike(got: Tensor, want: Tensor, other: Tensor, dtype: torch.dtype) -> bool:
-    """On the mean within rounding; that of 16 bits is far less than `other` is from `want`.
+    """Whether the mean is within rounding, which in 16 bits is far less than `other`'s distance.
 
-    On the mean, since 16-bit rounding may send a token to another expert.
+    The mean is compared, since 16-bit rounding may send a token to another expert.
     """
     apart, bound = (got - want).abs().mean(), 1e-4 * want.abs().mean()
     if dtype != torch.float32:
@@ -158,7 +158,7 @@ def _alike(got: Tensor, want: Tensor, other: Tensor, dtype: torch.dtype) -> bool
 
 
 def _noise(config: Any) -> str:
-    """The settings of `config` that sound like it."""
+    """The settings of `config` whose names suggest it."""
     named = {
         name: value
         for part in (config, config.get_text_config())

@@ -1,4 +1,4 @@
-"""Rotary positions that are a function of the sequence, and not of its batch.
+"""Rotary positions that depend on the sequence, and not on its batch.
 
 Two kinds of them change their frequencies with the longest position they are given: longrope, from
 short factors to long ones, and dynamic NTK, which grows. In transformers that is the longest of the
@@ -18,7 +18,7 @@ def settings_of(config: Any) -> list[dict[str, Any]]:
 
 
 def longest_sequence(config: Any, asked: int = 0) -> int | None:
-    """How long a prompt and its response may be together: `asked`, or the positions of `config`.
+    """The longest prompt and response together: `asked`, or the positions of `config`.
 
     Only dynamic NTK goes on beyond the positions. None: there is no limit.
     """
@@ -32,7 +32,7 @@ def longest_sequence(config: Any, asked: int = 0) -> int | None:
 def fix_rope(model: nn.Module, longest: int | None) -> list[str]:
     """Let each rotary embedding that depends on its batch see position `longest - 1` each time.
 
-    Returns what it did, for people to read; nothing for models without such.
+    Returns what it did, in words; empty for models without such embeddings.
     """
     fixed = []
     modules: Any = model.modules()
@@ -50,7 +50,7 @@ def fix_rope(model: nn.Module, longest: int | None) -> list[str]:
 
 
 def fixed_configuration(config: Any, longest: int) -> None:
-    """Say in `config` what `fix_rope` does, where the reader of it would do otherwise.
+    """Write into `config` what `fix_rope` does, if its reader would do otherwise.
 
     Dynamic NTK at one length is plain rope of another base; vLLM takes a length of its own.
     """

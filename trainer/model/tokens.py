@@ -1,4 +1,4 @@
-"""Text to tokens and back, as the tokenizer itself has it."""
+"""Text to tokens and back, by the tokenizer's own rules."""
 
 from collections.abc import Collection, Sequence
 from typing import Any
@@ -19,7 +19,7 @@ def prompt_ids(tokenizer: Any, problems: Sequence[Problem]) -> list[list[int]]:
         ValueError: a prompt that gives no token.
     """
     texts = [problem.prompt for problem in problems]
-    # Not verbose: how long a prompt may be is told elsewhere.
+    # Not verbose: the limit of a prompt is told elsewhere.
     plain = tokenizer(texts, add_special_tokens=False, verbose=False).input_ids
     added = tokenizer(texts, verbose=False).input_ids
     found = [
@@ -36,15 +36,15 @@ def prompt_ids(tokenizer: Any, problems: Sequence[Problem]) -> list[list[int]]:
 
 
 def response_ids(tokenizer: Any, text: str) -> list[int]:
-    """The token ids of what continues a prompt, end-of-sequence excluded."""
+    """The token ids of a text that continues a prompt, without end-of-sequence."""
     return list(tokenizer(text, add_special_tokens=False).input_ids)
 
 
 def response_text(
     tokenizer: Any, tokens: Sequence[int], end_ids: Collection[int], keep_special: bool
 ) -> str:
-    """What a verifier reads of a response: without special tokens, or without those alone that
-    begin, end and pad a text."""
+    """The text of a response that a verifier reads: without special tokens, or only without those
+    that begin, end and pad a text."""
     if not keep_special:
         return tokenizer.decode(tokens, skip_special_tokens=True)
     dropped = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id, *end_ids}

@@ -21,12 +21,12 @@ from multiprocessing.connection import Connection, wait
 from typing import Any, Literal
 
 START_SECONDS = 300.0
-"""Limit of a process's start, which imports the function."""
+"""The most seconds that a process may take to start and import the function."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one answer."""
+    """The outcome of one answer."""
 
     reward: float = 0.0
     failure: Literal["", "timeout", "crash"] = ""
@@ -106,7 +106,7 @@ class Pool:
             worker.deadline = time.monotonic() + self.seconds
 
     def _staff(self, count: int) -> None:
-        """Have at least `count` processes, ready or starting."""
+        """Start processes until there are `count`, ready or starting."""
         while len(self._workers) < count:
             ours, theirs = Pipe()
             arguments = map(str, (theirs.fileno(), self.function, self.seconds, self.gigabytes))
@@ -143,7 +143,7 @@ class Pool:
         return found
 
     def _hear(self, worker: _Worker, requests: Sequence[dict[str, Any]]) -> Outcome | None:
-        """What `worker` has to say; None that it is ready."""
+        """The outcome that `worker` sends; None if it says that it is ready."""
         try:
             message = json.loads(worker.connection.recv_bytes())
         except (EOFError, OSError):
@@ -178,7 +178,7 @@ class Pool:
 
 
 def _search_path() -> str:
-    """Where this process finds modules, for one started elsewhere to find the same."""
+    """The places where this process finds modules, so that another finds the same."""
     return os.pathsep.join(folder or os.getcwd() for folder in sys.path)
 
 

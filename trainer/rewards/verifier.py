@@ -1,4 +1,4 @@
-"""Verdicts on responses: by the task where that is cheap and safe, else by processes apart."""
+"""Verdicts on responses: by the task where that is cheap and safe, otherwise by processes."""
 
 import logging
 from collections.abc import Sequence
@@ -48,17 +48,17 @@ class Verifier:
         )
 
     def start(self) -> None:
-        """Import the function, in a process that stays; raises ValueError where it cannot be."""
+        """Import the function in a process that stays; raises ValueError if that fails."""
         if self._pool is not None:
             self._pool.start()
 
     def close(self) -> None:
-        """End the processes; the end of the program does it too."""
+        """End the processes, as the end of the program does."""
         if self._pool is not None:
             self._pool.close()
 
     def verify(self, problems: Sequence[Problem], responses: Sequence[str]) -> Verdicts:
-        """One verdict a response.
+        """One verdict per response.
 
         Raises ValueError where the function cannot be imported, returns what is no verdict
         (`as_verdict`), or crashes on every one of at least 16 answers: that is a defect of the
@@ -91,7 +91,7 @@ class Verifier:
         )
 
     def _compare_failures(self, outcomes: Sequence[Outcome]) -> None:
-        """Warn, once, where a failure scores more than an answer does."""
+        """Warn, once, if a failure scores more than an answer."""
         given = [outcome.reward for outcome in outcomes if not outcome.failure]
         failed = len(outcomes) - len(given)
         if failed and given and min(given) < self._failed and not self._warned_of_score:

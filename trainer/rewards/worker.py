@@ -57,7 +57,7 @@ def load(name: str) -> Callable[..., Any]:
 
 
 def score(function: Callable[..., Any], request: dict[str, Any]) -> dict[str, Any]:
-    """What came of one request: a reward, an exception's text, or why it is no verdict."""
+    """The outcome of one request: a reward, an exception's text, or why it is no verdict."""
     try:
         value = function(**request)
     except Exception as error:  # of any kind: the answer is at fault, or the function

@@ -1,4 +1,4 @@
-"""What a trained model is evaluated on: the paper's six sets by short names, or any other task."""
+"""Sets that a trained model is evaluated on: the paper's six by short names, or any task."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -12,7 +12,7 @@ from trainer.tasks.problem import Task
 
 @dataclass(frozen=True)
 class Benchmark:
-    """Where a set's problems are, and in which columns."""
+    """The place of a set's problems, and their columns."""
 
     hub: str
     """Its name on the hub."""
@@ -40,7 +40,7 @@ _READ = ("file:", "hub:")
 
 
 def short_name(name: str) -> str:
-    """What the set that `name` means is called in results: "aime24" for "aime24=PATH"."""
+    """The set's name in results: "aime24" for "aime24=PATH"."""
     return name if name.startswith(_READ) else name.partition("=")[0]
 
 
@@ -53,7 +53,7 @@ def has_own_columns(name: str) -> bool:
 
 
 def check_sets(names: Sequence[str]) -> None:
-    """Refuse, before anything is read, what `make_benchmark` will not find.
+    """Refuse, before anything is read, sets that `make_benchmark` will not find.
 
     Raises ValueError for a name of no known form, one that comes twice, and a path that is not
     there.
@@ -100,12 +100,12 @@ def make_benchmark(name: str, data: Data, split: str, tokenizer: Any) -> Task:
 
 
 def is_generated(name: str) -> bool:
-    """Whether `name` makes as many problems as one likes, and is no set of a size of its own."""
+    """Whether `name` is a task that makes any number of problems."""
     return name in ("ladder", "ladder:long") or name.startswith("gym:")
 
 
 def _local_path(name: str) -> str:
-    """Where on this machine `name` says that its set is; empty for any other."""
+    """The path on this machine that `name` gives; empty if it gives none."""
     if name.startswith("file:"):
         return name.removeprefix("file:")
     return "" if name.startswith("hub:") else name.partition("=")[2]

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 _WORDS = 5
-"""Words at the start of a question by which it is looked for."""
+"""The number of words at the start of a question by which it is looked for."""
 
 
 def count_seen(questions: Iterable[Any], prompts: Iterable[Any]) -> int:

@@ -9,13 +9,13 @@ from trainer.model.tokens import prompt_ids
 from trainer.tasks.problem import Problem, Task
 
 PROBED = 256
-"""Problems of each split of an endless task that are looked at."""
+"""The number of problems of an endless task that are checked in each split."""
 _BATCH = 1024
 
 
 @runtime_checkable
 class Table(Protocol):
-    """A task whose prompts are all there, in rows."""
+    """A task whose prompts are rows of a table."""
 
     name: str
     num_test: int
@@ -25,22 +25,22 @@ class Table(Protocol):
         ...
 
     def leave_out(self, split: str, numbers: Collection[int]) -> None:
-        """Go without the rows of these `numbers`."""
+        """Leave out the rows of these `numbers`."""
         ...
 
 
 @dataclass(frozen=True)
 class Room:
-    """How long a prompt may be, and why."""
+    """The longest prompt, and why."""
 
     tokens: int
-    """At most; 0 or less: none fits."""
+    """The most tokens of a prompt; 0 or less: no prompt fits."""
     reason: str
 
     @staticmethod
     def of(longest: int | None, settings: Config) -> "Room | None":
-        """What `longest`, the tokens of a policy's longest sequence, leaves to a prompt; None: it
-        has no limit."""
+        """The room that `longest`, the tokens of a policy's longest sequence, leaves for a prompt;
+        None: no limit."""
         if longest is None:
             return None
         new = settings.rollout.max_new_tokens
@@ -80,7 +80,7 @@ def _of(table: Table | None) -> str:
 
 
 def _leave_out(table: Table, split: str, lengths: dict[int, int], longest: int) -> int:
-    """Take the longer ones out of `table` and of `lengths`; how many."""
+    """Take the longer ones out of `table` and `lengths`; returns their number."""
     long = [n for n, length in lengths.items() if longest and length > longest]
     if len(long) == len(lengths):
         raise ValueError(

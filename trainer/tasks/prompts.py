@@ -82,7 +82,7 @@ class PromptSet:
         return found
 
     def leave_out(self, split: str, numbers: Collection[int]) -> None:
-        """Without the rows of these `numbers`, before a problem has been asked for."""
+        """Leave out the rows of these `numbers`, before a problem is asked for."""
         rows, _ = self._of(split)
         rows[:] = [row for row in rows if row not in numbers]
         self.num_train, self.num_test = len(self._train_rows), len(self._test_rows)

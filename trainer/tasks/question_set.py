@@ -1,4 +1,4 @@
-"""A whole data set of questions to be evaluated on."""
+"""A whole data set of questions for evaluation."""
 
 from collections.abc import Mapping
 from typing import Any

@@ -35,7 +35,7 @@ _RECIPE = 1  # Part of the name of what is kept: count up when the training belo
 _PROBED_DEMONSTRATIONS = 64
 
 Report = Callable[[int, Mapping[str, float]], None]
-"""Told after every step: the number of steps done, and "loss" and "tokens_per_second"."""
+"""A function that is called after every step with its number, "loss" and "tokens_per_second"."""
 
 
 @runtime_checkable
@@ -43,7 +43,7 @@ class Demonstrator(Protocol):
     """A task that can show how its problems are solved."""
 
     def demonstrations(self, count: int, seed: int) -> list[tuple[str, str]]:
-        """`count` training prompts with a response each; fewer are the beginning of more."""
+        """`count` training prompts with a response each; a smaller `count` gives the first ones."""
         ...
 
 
@@ -165,7 +165,7 @@ def _example(tokenizer: Any, prompt: str, response: str) -> Example:
 
 
 def _endless_order(count: int, generator: torch.Generator) -> Iterator[int]:
-    """Permutations of 0..count-1, one after the other."""
+    """Endless permutations of 0..count-1, one after the other."""
     while True:
         yield from torch.randperm(count, generator=generator).tolist()
 
@@ -179,7 +179,7 @@ def _rate(step: int, settings: WarmStart) -> float:
 
 
 def _loss(head: LMHead, batch: list[Example]) -> tuple[Tensor, int]:
-    """Mean of -log p over the response tokens of `batch`, and how many they are."""
+    """The mean of -log p over the response tokens of `batch`, and their number."""
     # The last token predicts nothing, and a token is predicted by the one before it.
     read = [example.tokens[:-1] for example in batch]
     predicts = [torch.arange(len(e.tokens) - 1) >= e.start - 1 for e in batch]
@@ -198,7 +198,7 @@ def _loss(head: LMHead, batch: list[Example]) -> tuple[Tensor, int]:
 
 
 def _fingerprint(model: Any, tokenizer: Any, task: Task, settings: WarmStart, seed: int) -> str:
-    """Hash of all that shapes a warm start but torch's version and the machine's arithmetic."""
+    """A hash of all that shapes a warm start, except torch's version and the machine."""
     shaped_by = {key: value for key, value in asdict(settings).items() if key != "cache"}
     probed = _demonstrator(task).demonstrations(_PROBED_DEMONSTRATIONS, seed)
     parts = [_RECIPE, shaped_by, seed, task.name, probed, tokenizer.get_vocab()]

@@ -1,8 +1,8 @@
-"""`python -m trainer analyze`: what the entropies of a model's tokens say.
+"""`python -m trainer analyze`: analyses of the entropies of a model's tokens.
 
 patterns      histogram, percentiles, tokens by entropy, and a page of coloured responses
 temperatures  two-temperature decoding: accuracy over both temperatures
-evolution     what training does to entropies: overlap of the top tokens, change by percentile
+evolution     changes by training: overlap of the top tokens, entropy by percentile
 """
 
 import difflib

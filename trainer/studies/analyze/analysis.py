@@ -1,4 +1,4 @@
-"""What every analysis asks for, and what it works with."""
+"""The settings that all analyses share, and what they work with."""
 
 import re
 from collections.abc import Iterator
@@ -16,7 +16,7 @@ from trainer.ranks import Ranks, join
 
 @dataclass(frozen=True)
 class Analysis(Evaluation):
-    """An evaluation whose entropies are looked at."""
+    """An evaluation whose entropies are analysed."""
 
     temperature: float | None = 1.0
     """The temperature of sampling and of the entropies."""

@@ -31,11 +31,11 @@ LOW = 0.01
 
 @dataclass(frozen=True)
 class Evolution(Analysis):
-    """Whose checkpoints, and on which responses."""
+    """The entropies of one model's responses under several checkpoints."""
 
     checkpoints: tuple[str, ...] = ()
-    """Models or checkpoints in the order of training, the base first; empty: those that the run
-    `model` has kept. The responses are those of `model`."""
+    """Models or checkpoints in the order of training, the base first; by default the checkpoints of
+    the run `model`. The responses are those of `model`."""
     bins: int = 20
     """The number of bins of the base's entropies, each with as many tokens."""
 
@@ -74,7 +74,7 @@ def analyze_evolution(settings: Evolution) -> Path:
 
 
 def compare(entropy_CT: Tensor, logprob_CT: Tensor, fraction: float, bins: int) -> dict[str, Any]:
-    """What evolution.json says of the entropies, nats, and log-probs of the same tokens."""
+    """The entries of evolution.json on the entropies, in nats, and log-probs of the same tokens."""
     masks = [top_mask(entropy_T, fraction) for entropy_T in entropy_CT]
     base_T = entropy_CT[0]
     ratio_CT = logprob_CT[1:] - logprob_CT[:-1]
@@ -93,7 +93,7 @@ def draw(found: dict[str, Any], source: str) -> str:
     """Overlap, change by bin and percentiles of an evolution.json, as an SVG."""
     count = len(found["names"])
     steps = [re.fullmatch(r"step-(\d+)", name) for name in found["names"]]
-    # RL steps where the checkpoints are those of a run, else their places.
+    # RL steps if all are checkpoints of a run, otherwise their places.
     xs = [int(step.group(1)) for step in steps if step] if all(steps) else list(range(count))
     places = range(count)
 

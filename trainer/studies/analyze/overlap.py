@@ -1,4 +1,4 @@
-"""How entropies of the same tokens differ between two policies."""
+"""Differences between two policies' entropies of the same tokens."""
 
 import torch
 from torch import Tensor
@@ -48,6 +48,6 @@ def change_by_bin(base_T: Tensor, other_T: Tensor, bins: int) -> list[dict[str, 
 
 
 def rank_correlation(first_T: Tensor, second_T: Tensor) -> float:
-    """Spearman's; ties by position."""
+    """Spearman's rank correlation; ties are ordered by position."""
     ranks = torch.stack([rank_bins(x, len(x)).double() for x in (first_T, second_T)])
     return float(torch.corrcoef(ranks)[0, 1])

@@ -23,7 +23,7 @@ from trainer.studies.analyze.tokens_page import write_tokens_page
 
 PERCENTILES = (*range(5, 100, 5), 99)
 LOW = 0.01
-"""Below it the paper calls a token's entropy low; 50.64% of Qwen3-8B's tokens are."""
+"""The entropy below which the paper calls a token's low, as for 50.64% of Qwen3-8B's tokens."""
 HISTOGRAM_BINS = 40
 CDF_POINTS = 61
 _COLUMNS: Columns = {"mean entropy": (("mean",), ".3f"), "p80": (("p80",), ".3f")}
@@ -31,12 +31,12 @@ _COLUMNS: Columns = {"mean entropy": (("mean",), ".3f"), "p80": (("p80",), ".3f"
 
 @dataclass(frozen=True)
 class Patterns(Analysis):
-    """Which responses, and what is shown of them."""
+    """The entropies of a model's responses, by value and by token."""
 
     minimum: int = 100
     """Tokens sampled less often are left out of the tables (the paper's 100)."""
     shown: int = 100
-    """Rows of each table of tokens."""
+    """The number of rows in each table of tokens."""
     coloured: int = 24
     """Responses on the page of coloured tokens: the first of as many problems."""
 
@@ -75,7 +75,7 @@ def analyze_patterns(settings: Patterns) -> Path:
 
 
 def summarize(statistics: EntropyStatistics, settings: Patterns, policy: Policy) -> dict[str, Any]:
-    """What patterns.json says of `statistics`."""
+    """The entries of patterns.json on `statistics`."""
     most = math.log(len(statistics.count_V))
     top = max(statistics.percentile(100), LOW)
     edges = [top * i / HISTOGRAM_BINS for i in range(HISTOGRAM_BINS + 1)]

@@ -59,7 +59,7 @@ def right_shares(one: EvaluationSet, rollouts: Rollouts, samples: int) -> list[f
 
 
 def scored_responses(opened: Opened) -> Iterator[Scored]:
-    """`responses` of the policy itself, scored by it."""
+    """The policy's own `responses`, scored by it."""
     config, policy = engine_config(opened.settings), opened.policy
     engine = make_engine(config, policy)
     engine.update_weights(policy.weights())

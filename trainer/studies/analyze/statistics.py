@@ -13,7 +13,7 @@ BINS = 1 << (31 - _SHIFT)
 
 
 class EntropyStatistics:
-    """What is asked of a stream of (token, entropy): counts by entropy, and by token.
+    """Counts of a stream of (token, entropy), by entropy and by token.
 
     State: 131,072 counts by the top bits of the entropy as fp32, whose order is that of the
     numbers, the least and the greatest entropy of each bin, and a count and a sum for each token of
@@ -61,7 +61,7 @@ class EntropyStatistics:
 
     @property
     def count(self) -> int:
-        """Tokens so far."""
+        """The number of tokens so far."""
         return int(self.histogram.sum())
 
     def mean(self) -> float:

@@ -28,7 +28,7 @@ FILE = "temperatures.json"
 
 @dataclass(frozen=True)
 class Temperatures(Analysis):
-    """Which temperatures; the others of the paper's figure are the default."""
+    """The two temperatures; those of the paper's figure are the default."""
 
     low: tuple[float, ...] = (0.0, 0.3, 0.6, 1.0, 1.5, 2.0)
     """Temperatures of tokens up to the threshold, with 1 for those above it."""
@@ -92,14 +92,14 @@ def draw(found: dict[str, Any], source: str) -> str:
 
 
 def _plain(settings: Temperatures) -> dict[str, Any]:
-    """What must not change between calls: without what is swept and how it is portioned."""
+    """The settings that must not change between calls: all but the sweep's and those of speed."""
     free = ("low", "high", "out", "batch_size", "device", "workers")
     plain = {name: value for name, value in asdict(settings).items() if name not in free}
     return json.loads(json.dumps(plain))
 
 
 def _found(work: Opened[Temperatures]) -> dict[str, Any] | None:
-    """What an earlier call has written; None where there was none.
+    """The results of an earlier call; None if there was none.
 
     Raises ValueError where it was made with other settings.
     """

@@ -20,26 +20,26 @@ from trainer.studies.compare.arms import ALWAYS, ARMS, STUDIES, Study, arm_confi
 
 @dataclass(frozen=True)
 class Comparison:
-    """Which runs, and how they are done."""
+    """The runs to compare, and how they are done."""
 
     studies: tuple[Study, ...] = ("ablation", "algorithms")
-    """Whose arms are run: fractions of the tokens and their controls, and algorithms."""
+    """The studies whose arms are run: fractions of the tokens with their controls; algorithms."""
     arms: tuple[str, ...] = ()
-    """Only these, of any study."""
+    """Only these arms, of any study."""
     seeds: int = 5
     """Replications of each arm."""
     first_seed: int = 0
     """The least seed."""
     jobs: int = 2
-    """Processes at a time, each with `threads` threads, or one."""
+    """The number of processes at a time, each with `threads` threads, by default one."""
     hours: float = 0.0
-    """Budget of wall time; 0: none. The next call goes on with what is left."""
+    """The budget of wall time; 0: no limit. The next call goes on with the runs that are left."""
     label: str = ""
     """The task's name in folders; by default made of the data's name."""
     out: str = ""
-    """File of the results; by default ROOT/LABEL/comparison.json."""
+    """The file of the results; by default ROOT/LABEL/comparison.json."""
     config: Annotated[Config, tyro.conf.arg(name="")] = field(default_factory=Config)
-    """What all runs share."""
+    """The settings that all runs share."""
 
     def __post_init__(self) -> None:
         for name in ("seeds", "jobs"):
@@ -61,7 +61,7 @@ def runs(settings: Comparison) -> list[Config]:
 
 
 def compare(settings: Comparison) -> int:
-    """Do what is missing and write the results; 0 where all runs are finished."""
+    """Do the runs that are missing and write the results; 0 if all are finished."""
     from trainer.launch.lock import owned
     from trainer.report.progress import progress
     from trainer.studies.compare.collect import collect, write

@@ -1,4 +1,4 @@
-"""What is compared: each arm as a change of one configuration, and the studies they belong to.
+"""The arms of the studies, each as a change of one configuration.
 
 Names follow "Beyond the 80/20 Rule" (arXiv 2506.01939v2), sections 5.2 and 5.3.
 """
@@ -11,7 +11,7 @@ from trainer.config import Config
 
 Study = Literal["ablation", "algorithms"]
 
-# DAPO's objective, whatever that of the preset: the names of the arms are to be true.
+# DAPO's objective, whatever the preset's is: the names of the arms must be true.
 ALWAYS: Mapping[str, Any] = {
     "loss_type": "dapo",
     "advantage": "grpo",
@@ -48,7 +48,7 @@ ARMS: Mapping[str, Mapping[str, Any]] = {
     "grpo": {**_PLAIN, "loss_type": "grpo"},
     "ppo": {**_PLAIN, "advantage": "dr_grpo"},
 }
-"""What each arm changes in `Algorithm`, after the top 20% of the old policy's entropies.
+"""The changes of each arm in `Algorithm`, from the top 20% of the old policy's entropies.
 
 "ppo" is PPO's clipped objective with the gradient of every token: one clip range, a mean over
 tokens, one round of sampling, and the mean of the group in the place of a critic, not divided by
