@@ -29,7 +29,7 @@ except ModuleNotFoundError:  # Windows
 NAME = ".lock"
 _TAKEN = (errno.EACCES, errno.EAGAIN)
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)
-_NO_LINK = getattr(os, "O_NOFOLLOW", 0)  # One to nowhere would look like a folder that has gone.
+_NO_LINK = getattr(os, "O_NOFOLLOW", 0)  # A link to nowhere would look like a folder that has gone.
 _LONGEST_COMMAND = 200
 # The system lets a process lock a file that it has locked. By file: the process, as a fork inherits
 # this and not the lock.
@@ -38,7 +38,7 @@ _held: dict[str, int] = {}
 
 @contextlib.contextmanager
 def owned(path: Path, ranks: Ranks | None = None, beside: bool = False) -> Iterator[None]:
-    """Nobody else owns `path` meanwhile: a folder, which is made where it is missing.
+    """Own `path` meanwhile, so that nobody else does: a folder, made if it is missing.
 
     With `beside` it is a file, or a folder that must not be there yet: then the lock lies beside
     it. Of several ranks the first takes the lock for all; collective. Folders that were made here,
@@ -68,7 +68,7 @@ def owned(path: Path, ranks: Ranks | None = None, beside: bool = False) -> Itera
 
 
 def _take(file: Path, path: Path) -> int | None:
-    """The descriptor that has the lock; None where there are no locks."""
+    """The descriptor that has the lock; None if there are no locks."""
     if _held.get(os.path.realpath(file)) == os.getpid():
         raise ValueError(f"{path} is in use by this process")
     while True:

@@ -1,4 +1,4 @@
-"""What a run needs beyond the package, libraries and a device: told before anything is done."""
+"""The libraries and the device that a run needs, checked before anything is done."""
 
 import importlib.metadata
 import re

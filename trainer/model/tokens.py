@@ -53,7 +53,7 @@ def response_text(
 
 
 def pieces(tokenizer: Any, tokens: Sequence[int]) -> list[str]:
-    """The text of each token, all together that of `tokens`, special ones included.
+    """The text of each token, special ones included; together they are the text of `tokens`.
 
     A character of several tokens is the last one's; what never becomes a character too.
     """

@@ -1,4 +1,4 @@
-"""The planner: what a run needs before it is started.
+"""The planner: the needs of a run, before it is started.
 
     python -m trainer plan qwen3-14b --gpus 128 --gpu h200
 

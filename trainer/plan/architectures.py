@@ -1,4 +1,4 @@
-"""What of a model's shape decides memory and flops, for dense decoders with a gated MLP.
+"""The shapes that decide memory and flops, for dense decoders with a gated MLP.
 
 D hidden, I intermediate, V vocabulary.
 """

@@ -1,4 +1,4 @@
-"""What a GPU has, by its name. Rates are the vendor's peaks: nothing here is measured."""
+"""The memory and rates of a GPU, by its name. Rates are the vendor's peaks, not measured."""
 
 import os
 import re

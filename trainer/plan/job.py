@@ -1,4 +1,4 @@
-"""What is planned: a run on so many GPUs, what it is assumed to sample, and how it is divided."""
+"""A job to plan: a run on so many GPUs, its assumed lengths, and how it is divided."""
 
 import math
 from dataclasses import dataclass, field
@@ -15,7 +15,7 @@ BYTES = {"float32": 4, "bfloat16": 2}
 
 @dataclass(frozen=True)
 class Assumptions:
-    """What a plan takes for granted; none of it is measured. Each is printed with the plan."""
+    """Assumptions of a plan, none of them measured. Each is printed with the plan."""
 
     response_share: float = 0.37
     """Mean response, as a share of the limit: 7,628 of 20,480 tokens in the paper's 14B run

@@ -1,4 +1,4 @@
-"""How long responses are: what a step waits for, and what its keys and values fill."""
+"""The lengths of responses, which decide how long a step takes and what its cache holds."""
 
 import heapq
 import math

@@ -1,4 +1,4 @@
-"""What makes a run fit: changes are tried in an order, the first that works is told."""
+"""Changes that make a run fit, tried in order; the first that works is told."""
 
 import itertools
 from collections.abc import Callable, Iterator
@@ -8,7 +8,7 @@ from typing import Any
 from trainer.plan.job import Job
 
 Change = Callable[[Job], Iterator[Job]]
-"""Jobs in the place of one, which each change the same thing; none that is refused."""
+"""Turns a job into others that each change the same setting; refused ones are left out."""
 
 
 def find_remedy(job: Job, fits: Callable[[Job], bool]) -> str | None:
@@ -31,7 +31,7 @@ def _all(job: Job, kinds: tuple[Change, ...]) -> Iterator[Job]:
 
 
 def _options(job: Job, changed: Job) -> str:
-    """What the command line of `job` wants to be that of `changed`."""
+    """The options that turn the command line of `job` into that of `changed`."""
     found = []
     for name in ("gpus", "gpus_per_node"):
         if getattr(changed, name) != getattr(job, name):

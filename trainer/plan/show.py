@@ -121,7 +121,7 @@ def assumptions(plan: Plan) -> list[str]:
 
 
 def _where(job: Job) -> str:
-    """Where the mean length comes from."""
+    """The source of the mean length."""
     given = job.given_lengths is not None
     return "as given" if given else "by response_share; --mean-length or --lengths RUN say others"
 
@@ -158,7 +158,7 @@ def _summary(plan: Plan) -> list[str]:
 
 
 def verdict(plan: Plan) -> str:
-    """Whether it fits, and by how much."""
+    """Whether the job fits, and by how much."""
     (phase, most), room = plan.peak, plan.job.device.memory
     margin, free = plan.job.assumptions.margin, math.floor(1000 * (1 - most / room)) / 1000
     size = f"{_gb(most)} of {_gb(room)} GB per GPU at the peak ({phase})"
@@ -222,7 +222,7 @@ def _time(seconds: Seconds) -> Table:
 
 
 def _totals(plan: Plan) -> Table:
-    """Counts, and what follows from the seconds of a step where there are any."""
+    """Counts, and times if the seconds of a step are known."""
     job, found = plan.job, plan.totals
     kept = len(kept_checkpoints(job))
     title = "The whole run; times are estimated"

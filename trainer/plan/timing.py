@@ -1,4 +1,4 @@
-"""Seconds of a step by a model: the vendor's peaks times assumed efficiencies. Not measurements."""
+"""Seconds of a step by a model, not measured: the vendor's peaks times assumed efficiencies."""
 
 from typing import NamedTuple
 

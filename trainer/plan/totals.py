@@ -1,4 +1,4 @@
-"""What a whole run comes to: evaluations, hours, tokens, disk. All but the counts are estimates."""
+"""Totals of a run: evaluations, hours, tokens, disk. All but the counts are estimates."""
 
 from dataclasses import replace
 from typing import NamedTuple

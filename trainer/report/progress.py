@@ -1,4 +1,4 @@
-"""What a person sees while a run goes: a live bar on a terminal, plain lines elsewhere."""
+"""Progress while a run goes: a live bar on a terminal, plain lines elsewhere."""
 
 import math
 import sys
@@ -56,7 +56,7 @@ def evaluated(metrics: Iterable[str]) -> Columns:
 
 
 def told(columns: Columns, metrics: Row, skips: Skips) -> list[str]:
-    """What a line says of a step, which `skips` has counted: all of it the step's own."""
+    """The parts of the line on a step that `skips` has counted."""
     count = f"{skips.skipped:,} of {skips.steps:,}"
     why = reason(metrics)
     parts = [f"skipped: {why} ({count})"] if why else []
@@ -81,12 +81,12 @@ def _counts(key: str, failure: str) -> bool:
 
 
 def _finite(value: float | Tensor | None) -> float | None:
-    """None for what is not finite, as a row of metrics.jsonl has it."""
+    """The value; None if it is not finite, as in metrics.jsonl."""
     return None if value is None or not math.isfinite(value) else float(value)
 
 
 class Bar:
-    """Where a loop stands. Between evaluations the last one's accuracy is shown, with its step."""
+    """A loop's progress. Between evaluations it shows the last accuracy, with its step."""
 
     def __init__(
         self,
@@ -157,7 +157,7 @@ class Bar:
 def progress(
     description: str, total: int, start: int = 0, columns: Columns = RL, shown: bool = True
 ) -> Iterator[Bar]:
-    """A `Bar` from `start` steps done to `total`; nothing is seen of it unless `shown`.
+    """A `Bar` from `start` steps done to `total`; it is invisible unless `shown`.
 
     On a terminal it is drawn live on stderr, and what the loop prints appears above it. Where
     stdout or stderr is a file or a pipe, lines without control characters go to stdout.

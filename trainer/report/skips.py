@@ -1,4 +1,4 @@
-"""Steps that update nothing: which, why, how many, and what to look at.
+"""Skipped steps, which update nothing: why, how many, and what to look at.
 
 A row of metrics tells by "updates", the optimizer steps taken in its step, and "skipped/REASON".
 """
@@ -24,7 +24,7 @@ def took_step(update: Row) -> bool:
 
 
 def reasons(row: Row) -> list[str]:
-    """Why the step of `row` updated nothing, by name; empty where it did."""
+    """The names of the reasons why the step of `row` was skipped; empty if it was not."""
     found = [
         key.removeprefix("skipped/")
         for key, value in row.items()
@@ -34,7 +34,7 @@ def reasons(row: Row) -> list[str]:
 
 
 def reason(row: Row) -> str:
-    """The same in words, such as "2 useful groups, 4 wanted"; empty where the step updated."""
+    """The reasons in words, such as "2 useful groups, 4 wanted"; empty if there are none."""
     return ", ".join(_words(name, row) for name in reasons(row))
 
 
@@ -65,11 +65,11 @@ class Skips:
     steps: int = 0
     skipped: int = 0
     in_a_row: int = 0
-    """Skipped since the last update."""
+    """Steps skipped since the last update."""
     why: Counter[str] = field(default_factory=Counter)
 
     def add(self, row: Row) -> str:
-        """Count the step of `row`; what to say aloud of it, mostly nothing."""
+        """Count the step of `row`; returns a warning to print, mostly empty."""
         if row.get("step") == 0:
             return ""
         self.steps += 1
@@ -86,7 +86,7 @@ class Skips:
         return 0 < self.steps == self.skipped
 
     def headline(self) -> str:
-        """What the run has come to, in a sentence; empty unless the last steps were skipped."""
+        """A sentence on the skipped steps; empty unless the last ones were skipped."""
         why = ", ".join(plain(name) for name, _ in self.why.most_common())
         if self.never:
             return (
@@ -97,14 +97,14 @@ class Skips:
         return ""
 
     def warning(self, row: Row) -> str:
-        """Lines to be read by whoever watches: what happens, and where to look."""
+        """A warning of several lines: what happens, and where to look."""
         return "\n  ".join(
             ["warning: " + self.headline(), *filter(None, [composition(row)]), *advice(row)]
         )
 
 
 def composition(row: Row) -> str:
-    """Shares of responses and groups of the step of `row`, as far as it has them."""
+    """Shares of kinds of responses and groups in the step of `row`, as far as it has them."""
     shares = [
         f"{float(row[f'kind/{kind}']):.0%} {kind}" for kind in KINDS if row.get(f"kind/{kind}")
     ]
@@ -118,7 +118,7 @@ def composition(row: Row) -> str:
 
 
 def advice(row: Row) -> list[str]:
-    """What to look at, by what most responses or groups of the step of `row` are."""
+    """Settings to look at, given the kind of most responses or groups in the step of `row`."""
     groups = row.get("groups/sampled") or 1.0
     told = [
         (row.get("response/truncated"), "Most responses hit rollout.max_new_tokens."),

@@ -1,4 +1,4 @@
-"""Following a run from another terminal: its last numbers, and how they came to be."""
+"""Following a run from another terminal: its last numbers and their course."""
 
 import sys
 import time
@@ -31,7 +31,7 @@ Row = Mapping[str, Any]
 
 
 class View(NamedTuple):
-    """What there is to see at one look."""
+    """The rows and the standing at one look."""
 
     rows: Sequence[Row]
     standing: Standing
@@ -53,7 +53,7 @@ def watch(folder: Path) -> None:
 
 
 def sparkline(values: Sequence[float | None]) -> str:
-    """A block a value, from the smallest to the largest; a blank where there is none."""
+    """A block per value, from the smallest to the largest; a blank for a missing one."""
     known = [value for value in values if value is not None]
     low, high = min(known, default=0.0), max(known, default=0.0)
     height = (len(BLOCKS) - 1) / (high - low) if high > low else 0.0
@@ -61,7 +61,7 @@ def sparkline(values: Sequence[float | None]) -> str:
 
 
 def _follow(folder: Path) -> Iterator[View]:
-    """What there is now and whenever one looks, up to the last step."""
+    """The view now and at each later look, up to the last step."""
     metrics, seen, rows = folder / "metrics.jsonl", None, []
     while True:
         if metrics.exists():
@@ -79,7 +79,7 @@ def _follow(folder: Path) -> Iterator[View]:
 
 
 def _print_lines(folder: Path) -> None:
-    """What is there, then each step as it comes; a run that goes back is followed back."""
+    """Print the steps so far and each new one; a run that goes back to a checkpoint is followed."""
     printed, said = -1, ""
     for rows, now in _follow(folder):
         if rows and rows[-1]["step"] < printed:
@@ -109,7 +109,7 @@ def _print_rows(rows: Sequence[Row], printed: int, steps: int) -> None:
 
 
 def _state(now: Standing) -> str:
-    """How it goes, or why nothing comes."""
+    """The state of the run in words."""
     if now.word == "ended":
         return f"ended {passed(now.age)} ago"
     if now.word == "stopped":

@@ -32,7 +32,7 @@ def load_source(source: str) -> tuple[Any, Any]:
 
 
 def load_split(source: str, split: str) -> Any:
-    """Split `split` of a source as `load_source` has them; a source of a single split is that.
+    """The split `split` of a source, as `load_source` names it, or the only split.
 
     Of a hub data set no other split is read. Raises ValueError for what cannot be read.
     """
@@ -64,7 +64,7 @@ def lookup(row: Mapping[str, Any], name: str) -> Any:
 def distinct_prompts(
     source: str, dataset: Any, prompt_field: str, answer_field: str
 ) -> dict[int, int]:
-    """`stable_hash` of each different prompt, to its first row in `dataset`.
+    """The first row in `dataset` of each different prompt, by the prompt's `stable_hash`.
 
     Raises ValueError, naming the place, for no rows, a missing column, and a row whose answer is
     none (`answer_text`).
@@ -123,7 +123,7 @@ def read_row(
 
 
 def answer_text(answer: Any) -> str:
-    """The gold that an answer column means: text as it is, and a number in digits.
+    """The gold answer in a column: text as it is, and a number in digits.
 
     Several answers, such as the roots of an equation, are right together; they become a list, as
     a response would write it. Raises ValueError for what is neither text nor a finite number.
