@@ -116,6 +116,7 @@ class Packed:
     positions_RW: Tensor  # int64, from 0 in each sequence; padding is 0
     mask_RW: Tensor | None  # bool: not padding; None where rows hold several sequences
     index_T: Tensor  # place in R*W of the state that predicts each response token
+    target_T: Tensor  # int64: the response tokens
 
 
 def pack(rollouts: Rollouts, layout: Layout) -> Packed:
@@ -130,13 +131,14 @@ def pack(rollouts: Rollouts, layout: Layout) -> Packed:
     read_B = rollouts.length_B - 1
     packed = arrange(rollouts.tokens_N[is_read_N], read_B, layout)
     number_T = _runs(read_B.cumsum(0) - rollouts.response_length_B, rollouts.response_length_B)
-    return replace(packed, index_T=packed.index_T[number_T])
+    return replace(packed, index_T=packed.index_T[number_T], target_T=rollouts.response_T)
 
 
 def arrange(tokens_N: Tensor, length_B: Tensor, layout: Layout) -> Packed:
-    """Sequences of `length_B` tokens, given one after the other, in rows; index_T of every token.
+    """Sequences of `length_B` tokens, given one after the other, in rows.
 
-    No sequence gives one token of padding: a rank without work has to run its backbone too.
+    index_T and target_T are those of every token itself. No sequence gives one token of padding: a
+    rank without work has to run its backbone too.
     """
     device = tokens_N.device
     length_B = length_B.to(device)
@@ -153,6 +155,7 @@ def arrange(tokens_N: Tensor, length_B: Tensor, layout: Layout) -> Packed:
         positions.view(rows, width),
         mask.view(rows, width) if layout == "padded" else None,
         place_N,
+        tokens_N,
     )
 
 

@@ -84,7 +84,7 @@ def clock(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def correction(settings: Config) -> ek.Correction:
+def correction(settings: Config, sampler_logprob: Tensor | None = None) -> ek.Correction:
     """The correction of pi_old / pi_sampler in the loss; its type is None if none is wanted.
 
     "auto" is none in fp32, where both give the same log-probs up to rounding, and "tis" in bf16.
@@ -95,7 +95,9 @@ def correction(settings: Config) -> ek.Correction:
         name = "tis" if "bfloat16" in dtypes else "none"
     if name == "none":
         return ek.Correction()
-    return ek.Correction(name, algorithm.correction_cap, algorithm.correction_floor)
+    return ek.Correction(
+        name, algorithm.correction_cap, algorithm.correction_floor, sampler_logprob
+    )
 
 
 def mismatch_metrics(
@@ -108,13 +110,13 @@ def mismatch_metrics(
     |log r|, and mismatch/corrected the share of tokens whose r the correction changes.
     """
     log_ratio = (old_logprob_T - sampler_logprob_T).double()
-    ratio, wanted = log_ratio.exp(), correction(settings)
+    ratio = log_ratio.exp()
     metrics = {
         "mismatch/kl": float((log_ratio.expm1() - log_ratio).mean()),
         "mismatch/max_ratio": float(ratio.max()),
         "mismatch/difference": float(log_ratio.abs().mean()),
     }
-    if wanted.type is not None:
-        inside = ratio.clamp(min=wanted.floor, max=wanted.cap)
-        metrics["mismatch/corrected"] = float((inside != ratio).double().mean())
+    if correction(settings).type is not None:
+        low, high = settings.algorithm.correction_floor, settings.algorithm.correction_cap
+        metrics["mismatch/corrected"] = float(((ratio < low) | (ratio > high)).double().mean())
     return metrics

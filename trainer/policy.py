@@ -93,10 +93,9 @@ class Policy(nn.Module):
         self,
         packed: Packed,
         temperature: float,
-        fn: Callable[[Tensor, Callable[[Tensor], ek.Head]], Result],
+        fn: Callable[[ek.Head], Result],
     ) -> Result:
-        """fn(hidden_TD, head): the state that predicts each response token, and head(target_T), the
-        head with these targets.
+        """fn(head), whose states predict the tokens of `packed.target_T`.
 
         If sharded, the head's weights are whole until the backward of the result.
         """
@@ -108,7 +107,7 @@ class Policy(nn.Module):
             **options,
         )
         hidden_TD = hidden_RWD.flatten(0, 1).index_select(0, packed.index_T)
-        return fn(hidden_TD, lambda target_T: self.lm_head(hidden_TD, target_T, temperature))
+        return fn(self.lm_head(hidden_TD, packed.target_T, temperature))
 
 
 def positions(mask: Tensor) -> Tensor:
@@ -160,9 +159,9 @@ def check_policy(policy: Policy) -> None:
 def _check_head(policy: Policy) -> None:
     """Our head must give the log-probabilities of the model's own logits."""
 
-    def compare(hidden_TD: Tensor, head: Callable[[Tensor], ek.Head]) -> None:
+    def compare(head: ek.Head) -> None:
         logits = policy.model(input_ids=tokens[None], use_cache=False).logits[0]
-        got = ek.linear_logprob_entropy(**vars(head(tokens))).logprob
+        got = ek.linear_logprob_entropy(**vars(head)).logprob
         want = logits.float().log_softmax(1).gather(1, tokens.unsqueeze(1)).squeeze(1)
         # The model rounds its logits to its dtype, a few times with a softcap; all else is fp32.
         largest = logits.float().abs().max()

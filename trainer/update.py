@@ -4,8 +4,6 @@ B sequences, T response tokens, D hidden.
 """
 
 import math
-from collections.abc import Callable
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -51,18 +49,17 @@ def score(policy: Policy, rollouts: Rollouts, settings: config.Config, ranks: Ra
     )
     score_2T = torch.zeros((2, len(rollouts.sampler_logprob_T)), device=policy.device)
     watch = Stopwatch(policy.device)
+
+    def statistics(head: ek.Head) -> ek.LogprobEntropy:
+        watch.start()
+        found = ek.linear_logprob_entropy(**vars(head))
+        watch.stop()
+        return found
+
     for index in micro_batches(rollouts, settings.optimizer.tokens_per_micro_batch, ranks):
         part = rollouts.rows(index)
-
-        def head(
-            _: Tensor, head: Callable[[Tensor], ek.Head], target_T: Tensor = part.response_T
-        ) -> ek.LogprobEntropy:
-            watch.start()
-            found = ek.linear_logprob_entropy(**vars(head(target_T)))
-            watch.stop()
-            return found
-
-        found = policy(pack(part, policy.layout), settings.rollout.temperature, head)
+        packed = pack(part, policy.layout)
+        found = policy(packed, settings.rollout.temperature, statistics)
         score_2T[:, rollouts.places(index)] = torch.stack([found.logprob, found.entropy])
         threshold.update(found.entropy)
     release(policy)
@@ -126,8 +123,9 @@ def update(
         metrics = _backward(policy, batch.rows(index), settings, watch)
         meter.add(metrics, weight=float(metrics["tokens/selected"]))
     found = Meter.of(ranks.gather(meter)).result()
-    kept, everything = int(found.pop("tokens/selected")), int(found.pop("tokens/all"))
-    count = _count(batch, kept, everything, settings.algorithm)
+    selected, everything = int(found.pop("tokens/selected")), int(found.pop("tokens/all"))
+    tokens = selected if settings.algorithm.denominator == "selected" else everything
+    count = max(len(batch.rollouts) if settings.algorithm.loss_type == "grpo" else tokens, 1)
     named = [(name, p) for name, p in policy.model.named_parameters() if p.grad is not None]
     for _, parameter in named:
         parameter.grad.div_(count / ranks.size)  # FSDP2 has divided by the number of ranks
@@ -138,7 +136,7 @@ def update(
         names = ranks.gather(first_nonfinite((name, p.grad) for name, p in named))
         name = next(filter(None, names), None)
         problem = f"the gradient of {name} is not finite" if name else "the loss is not finite"
-    elif kept:
+    elif selected:
         limit = settings.optimizer.grad_clip
         torch.nn.utils.clip_grads_with_norm_([p for _, p in named], limit, norm)
         optimizer.step()
@@ -148,11 +146,11 @@ def update(
     return found | {
         "loss": loss,
         "grad_norm": float(norm),
-        "entropy/selected_fraction": kept / max(everything, 1),
+        "entropy/selected_fraction": selected / max(everything, 1),
         "head/rows": everything,
         "skipped/nonfinite_gradient": float(not norm.isfinite()),
         "skipped/nonfinite_loss": float(not math.isfinite(loss)),
-        "skipped/no_tokens": float(not kept),
+        "skipped/no_tokens": float(not selected),
     }, watch.seconds
 
 
@@ -168,11 +166,11 @@ def _nothing_to_learn(batch: Batch, settings: config.Algorithm) -> str | None:
 def _no_update(batch: Batch, reason: str) -> dict[str, float]:
     """Metrics of an update that is not made for `reason`; those that its forward would have given
     are missing."""
-    everything, kept = len(batch.selected_T), int(batch.selected_T.sum())
+    everything, selected = len(batch.selected_T), int(batch.selected_T.sum())
     return {
         "loss": 0.0,
         "grad_norm": 0.0,
-        "entropy/selected_fraction": kept / max(everything, 1),
+        "entropy/selected_fraction": selected / max(everything, 1),
         "head/rows": float(everything),
         "skipped/nonfinite_gradient": 0.0,
         reason: 1.0,
@@ -182,21 +180,22 @@ def _no_update(batch: Batch, reason: str) -> dict[str, float]:
 def _backward(
     policy: Policy, part: Batch, settings: config.Config, watch: Stopwatch
 ) -> dict[str, Any]:
-    """Add the gradient of the sum of the loss of a micro-batch. Returns its metrics; `watch` times
-    the head: its forward, and its backward, which is over when hidden states have a gradient."""
+    """Add the gradient of the sum of a micro-batch's losses, and return its metrics.
 
-    def head(
-        hidden_TD: Tensor, head: Callable[[Tensor], ek.Head]
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        if hidden_TD.requires_grad:
-            hidden_TD.register_hook(lambda _: watch.stop())
+    `watch` times the head: its forward, and its backward, which ends when hidden states have a
+    gradient.
+    """
+
+    def loss_of(head: ek.Head) -> tuple[Tensor, dict[str, Tensor]]:
+        if head.hidden.requires_grad:
+            head.hidden.register_hook(lambda _: watch.stop())
         watch.start()
-        found = _loss(head(part.rollouts.response_T), part, settings)
+        found = _loss(head, part, settings)
         watch.stop()
         return found
 
     packed = pack(part.rollouts, policy.layout)
-    loss, metrics = policy(packed, settings.rollout.temperature, head)
+    loss, metrics = policy(packed, settings.rollout.temperature, loss_of)
     watch.start()
     loss.backward()
     for name in OF_THE_STEP:
@@ -205,21 +204,23 @@ def _backward(
 
 
 def _loss(head: ek.Head, part: Batch, settings: config.Config) -> tuple[Tensor, dict[str, Tensor]]:
-    """The sum of the batch's loss: equation 6 of the paper without its normalisation."""
-    algorithm, corrected = settings.algorithm, correction(settings)
-    rollouts, weight, by_sequence = part.rollouts, head.weight, algorithm.loss_type == "grpo"
-    if corrected.type is not None:
-        corrected = replace(corrected, sampler_logprob=rollouts.sampler_logprob_T)
+    """The sum of the losses of the tokens ("dapo") or of the sequences' means ("grpo").
+
+    It is equation 6 of the paper without its normalisation.
+    """
+    algorithm, rollouts = settings.algorithm, part.rollouts
     # A threshold would drop tokens whose entropy has fallen below all of the old ones.
-    known = algorithm.entropy_source == "old" or algorithm.fraction == 1
+    if algorithm.entropy_source == "old" or algorithm.fraction == 1:
+        tokens: dict[str, Any] = {"selected": part.selected_T}
+    else:
+        tie = ek.Selection(threshold_tolerance=TIE)
+        tokens = {"threshold": part.threshold, "selection": tie}
+    by_sequence = algorithm.loss_type == "grpo"
     return ek.high_entropy_policy_loss(
         head,
         part.old_logprob_T,
-        part.advantage_B.repeat_interleave(rollouts.response_length_B),
+        part.advantage_B,
         torch.ones_like(part.selected_T),
-        selected=part.selected_T if known else None,
-        threshold=None if known else part.threshold,
-        selection=ek.Selection(threshold_tolerance=0.0 if known else TIE),
         lengths=rollouts.response_length_B,
         loss_type=algorithm.loss_type,
         clip_low=algorithm.clip_low,
@@ -227,14 +228,8 @@ def _loss(head: ek.Head, part: Batch, settings: config.Config) -> tuple[Tensor, 
         dual_clip=algorithm.dual_clip,
         denominator=algorithm.denominator if by_sequence else 1.0,
         aggregation=ek.Aggregation(num_sequences=1.0 if by_sequence else None),
-        correction=corrected,
+        correction=correction(settings, rollouts.sampler_logprob_T),
         # Later micro-batches add to the first one's gradient where it is; FSDP2 has it elsewhere.
-        backend=ek.Backend(main_grad=weight.grad if weight.is_leaf else None),
+        backend=ek.Backend(main_grad=head.weight.grad if head.weight.is_leaf else None),
+        **tokens,
     )
-
-
-def _count(batch: Batch, kept: int, everything: int, settings: config.Algorithm) -> int:
-    """What the sums over micro-batches are divided by."""
-    if settings.loss_type == "grpo":
-        return max(len(batch.rollouts), 1)
-    return max(kept if settings.denominator == "selected" else everything, 1)

@@ -109,7 +109,7 @@ def test_no_sequence_is_a_token_that_predicts_nothing(layout):
     policy = build_policy()
     packed = pack(rollouts([(2, 3)]).rows(torch.tensor([], dtype=torch.long)), layout)
     assert packed.tokens_RW.shape == (1, 1)
-    hidden = policy(packed, 1.0, lambda hidden, head: hidden)
+    hidden = policy(packed, 1.0, lambda head: head.hidden)
     assert hidden.shape == (0, 16)
     hidden.sum().backward()
     assert all(not p.grad.any() for p in policy.model.base_model.parameters())
@@ -140,7 +140,7 @@ def test_states_are_those_of_each_sequence_alone(family):
     batch = roll(policy)
 
     def states(rows):
-        return policy(pack(rows, policy.layout), 1.0, lambda hidden, head: hidden)
+        return policy(pack(rows, policy.layout), 1.0, lambda head: head.hidden)
 
     with torch.no_grad():
         together = states(batch)

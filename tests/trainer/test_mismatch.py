@@ -61,8 +61,10 @@ def test_the_kl_of_equal_policies_is_zero_though_rounded():
 )
 def test_corrects_in_bf16_unless_told_otherwise(engine, model, asked, name):
     config = configure(engine, model, correction=asked, correction_cap=3.0)
-    found = correction(config)
-    assert (found.type, found.cap) == ((name, 3.0) if name else (None, 2.0))
+    found = correction(config, OLD)
+    assert found.type == name
+    if name is not None:
+        assert (found.cap, found.floor, found.sampler_logprob) == (3.0, 0.0, OLD)
 
 
 @pytest.mark.parametrize("bounds", [(0.9, 0.0), (2.0, 1.1), (2.0, -0.1)])

@@ -153,10 +153,9 @@ def test_logprobs_are_those_of_the_distribution_sampled_from(temperature):
     policy = set_eos(build_policy(), [1, 4, 7])
     rollouts = draw(policy, group_size=4, temperature=temperature)
 
-    def score(hidden, head):
-        found = head(rollouts.response_T)
-        scored = ek.linear_logprob_entropy(**vars(found)).logprob
-        return scored, (hidden @ found.weight.T).abs().max() / temperature
+    def score(head):
+        scored = ek.linear_logprob_entropy(**vars(head)).logprob
+        return scored, (head.hidden @ head.weight.T).abs().max() / temperature
 
     with torch.no_grad():
         scored, largest = policy(pack(rollouts, policy.layout), temperature, score)

@@ -201,11 +201,11 @@ def test_layers_recompute_in_training_alone():
     tokens = roll(policy)
     calls.clear()
     policy.train()
-    hidden = policy(pack(tokens, "padded"), 1.0, lambda hidden, _: hidden)
+    hidden = policy(pack(tokens, "padded"), 1.0, lambda head: head.hidden)
     hidden.sum().backward()
     assert calls == [False, False]
     policy.train(False)
-    policy(pack(tokens, "padded"), 1.0, lambda hidden, _: hidden).sum().backward()
+    policy(pack(tokens, "padded"), 1.0, lambda head: head.hidden).sum().backward()
     assert calls == [False] * 3
 
 

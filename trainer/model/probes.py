@@ -115,7 +115,7 @@ def _dtype(policy: Any) -> torch.dtype:
 
 
 def _states(policy: Any, packed: Packed) -> Tensor:
-    return policy(packed, 1.0, lambda hidden, _: hidden.float())
+    return policy(packed, 1.0, lambda head: head.hidden.float())
 
 
 def _close(got: Tensor, want: Tensor, other: Tensor) -> bool:
