@@ -44,11 +44,8 @@ COMPUTES = """
     inputs = [x.clone().requires_grad_() for x in (hidden, weight)]
     wide = [x.double().requires_grad_() for x in (hidden, weight)]
     out = ek.linear_logprob_entropy(*inputs, target)
-<<<<<<< HEAD
-    loss, metrics = policy_loss(*inputs, target, old, advantage, mask)
-=======
-    loss, metrics = ek.high_entropy_policy_loss(ek.Head(*inputs, target), old, advantage, mask)
->>>>>>> 68a4c07 (Group the losses' options in frozen dataclasses that check themselves, take the Head, and ragged tokens by lengths)
+    head = ek.Head(*inputs, target)
+    loss, metrics = ek.high_entropy_policy_loss(head, old, advantage, mask)
     logprob, entropy, want = truth(*wide)
     pairs = [(out.logprob, logprob), (out.entropy, entropy), (loss, want)]
     pairs += zip(torch.autograd.grad(loss, inputs), torch.autograd.grad(want, wide))
