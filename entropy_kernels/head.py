@@ -20,7 +20,9 @@ _TENSORS = ("hidden", "weight", "target", "bias", "temperature")
 
 @dataclass(frozen=True, eq=False)
 class Head:
-    """The head of a language model on some tokens: z = softcap tanh((h W^T + b) / softcap) / temp.
+    """The head of a language model on some tokens.
+
+    z = softcap * tanh(logit_scale * (h W^T + b) / softcap) / temperature
 
     A Head checks nothing when it is made; the functions that take one call `check`. Backends take
     the form that `flat` gives.
@@ -41,6 +43,9 @@ class Head:
     """Bound of the logits, as in Gemma 2."""
     ignore_index: int = -100
     """The target of tokens that have none: their outputs are zero and they get no gradient."""
+    logit_scale: float = 1.0
+    """Multiplies the logits before the softcap, > 0: Cohere's `logit_scale`, and one over Granite's
+    `logits_scaling`. `flat` folds it into temperature and softcap."""
 
     def check(self, *, sharded: bool = False) -> None:
         """Checks types, shapes, devices and plain values; dtypes are checked by `flat`.
@@ -51,6 +56,8 @@ class Head:
             ValueError: names the field, what came and what was wanted.
         """
         check_softcap(self.softcap)
+        positive = "finite and > 0"
+        check_number("logit_scale", self.logit_scale, positive, lambda x: 0 < x < math.inf)
         check_whole("ignore_index", self.ignore_index)
         _check_tensors(self)
         _check_shapes(self, sharded)
@@ -84,7 +91,10 @@ class Head:
             weight=weight,
             target=self.target.reshape(-1).long(),
             bias=bias,
-            temperature=_flat_temperature(self.temperature, self.target.device),
+            # c tanh(k x / c) = k (c / k) tanh(x / (c / k)), so a scale is a temperature.
+            temperature=_flat_temperature(self.temperature, self.logit_scale, self.target.device),
+            softcap=None if self.softcap is None else self.softcap / self.logit_scale,
+            logit_scale=1.0,
         )
 
     def at(self, index_R: Tensor) -> "Head":
@@ -204,9 +214,12 @@ def _check_dtypes(hidden: Tensor, weight: Tensor, bias: Tensor | None, fp64: boo
             )
 
 
-def _flat_temperature(temperature: float | Tensor | None, device: torch.device) -> Tensor | None:
+def _flat_temperature(
+    temperature: float | Tensor | None, logit_scale: float, device: torch.device
+) -> Tensor | None:
     if isinstance(temperature, Tensor):
-        return temperature.detach().reshape(-1).float()
-    if temperature is None or temperature == 1:
+        return temperature.detach().reshape(-1).float() / logit_scale
+    temperature = (1.0 if temperature is None else temperature) / logit_scale
+    if temperature == 1:
         return None
     return torch.full((1,), float(temperature), dtype=torch.float32, device=device)

@@ -44,6 +44,7 @@ def linear_logprob_entropy(
     temperature: float | Float[Tensor, "..."] = 1.0,
     softcap: float | None = None,
     ignore_index: int = -100,
+    logit_scale: float = 1.0,
     vocab_group: ProcessGroup | None = None,
     keep_logits: bool = False,
     keep_logits_above: float | Float[Tensor, ""] | None = None,
@@ -54,7 +55,7 @@ def linear_logprob_entropy(
 ) -> LogprobEntropy:
     """Log-probability of each target and entropy of its distribution, from hidden states.
 
-    z = softcap * tanh((h W^T + b) / softcap) / temperature,   p = softmax(z)
+    z = softcap * tanh(logit_scale * (h W^T + b) / softcap) / temperature,   p = softmax(z)
     logprob = log p[target],   entropy = -sum_j p_j log p_j   (arXiv 2506.01939, equation 1; nats)
 
     All three outputs are fp32 and differentiable with respect to hidden, weight and bias.
@@ -69,6 +70,8 @@ def linear_logprob_entropy(
         temperature: > 0, one value or one per token; it divides the logits of all outputs and is
             not differentiated.
         softcap: bound of the logits, as in Gemma 2.
+        logit_scale: > 0, multiplies the logits before the softcap: Cohere's `logit_scale`, and one
+            over Granite's `logits_scaling`. It costs nothing.
         vocab_group: the process group among whose ranks V is divided. weight, bias and main_grad
             are this rank's rows, any number of them, in the order of ranks. All other arguments
             are the same on every rank, and targets count over the whole vocabulary. Every rank
@@ -116,16 +119,17 @@ def linear_logprob_entropy(
     rows, unless `max_active_rows` is given.
 
     Raises:
-        ValueError: shapes, dtypes or devices that do not fit; temperature <= 0; a target outside
-            [0, V); an unknown name in `statistics`; vocab_group with impl="reference"; main_grad
-            with a weight that requires no gradient, or in the memory of hidden, weight or bias;
-            keep_logits together with keep_logits_above; ranks of vocab_group with different numbers
-            of tokens. The checks that would synchronise with a GPU are left out there: a bad target
-            or temperature tensor makes that row's outputs and their gradients NaN, and numbers of
-            tokens are not compared. torch.compile leaves out the check of main_grad's memory.
+        ValueError: shapes, dtypes or devices that do not fit; temperature or logit_scale <= 0; a
+            target outside [0, V); an unknown name in `statistics`; vocab_group with
+            impl="reference"; main_grad with a weight that requires no gradient, or in the memory of
+            hidden, weight or bias; keep_logits together with keep_logits_above; ranks of
+            vocab_group with different numbers of tokens. The checks that would synchronise with a
+            GPU are left out there: a bad target or temperature tensor makes that row's outputs and
+            their gradients NaN, and numbers of tokens are not compared. torch.compile leaves out
+            the check of main_grad's memory.
     """
     return logprob_entropy(
-        Head(hidden, weight, target, bias, temperature, softcap, ignore_index),
+        Head(hidden, weight, target, bias, temperature, softcap, ignore_index, logit_scale),
         vocab_group=vocab_group,
         keep_logits=keep_logits,
         keep_logits_above=keep_logits_above,

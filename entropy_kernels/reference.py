@@ -22,7 +22,7 @@ LOG_RATIO_BOUND = 20.0
 def linear_logprob_entropy(head: Head) -> tuple[Tensor, Tensor, Tensor]:
     """Log-probability of each target, entropy of each distribution, and log-sum-exp.
 
-    z = softcap * tanh((h W^T + b) / softcap) / temperature,   p = softmax(z)
+    z = softcap * tanh(logit_scale * (h W^T + b) / softcap) / temperature,   p = softmax(z)
     logprob_t = log p[target_t],   H_t = -sum_j p_j log p_j   (paper, equation 1; nats)
 
     Rows whose target is `ignore_index` give zeros and carry no gradient.
@@ -74,10 +74,11 @@ def head_statistics(head: Head) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def _logits(head: Head) -> Tensor:
-    """softcap * tanh((h W^T + b) / softcap) / temperature."""
+    """softcap * tanh(logit_scale * (h W^T + b) / softcap) / temperature."""
     z_TV = head.hidden @ head.weight.T
     if head.bias is not None:
         z_TV = z_TV + head.bias
+    z_TV = head.logit_scale * z_TV
     if head.softcap is not None:
         z_TV = head.softcap * torch.tanh(z_TV / head.softcap)
     temperature = 1.0 if head.temperature is None else head.temperature

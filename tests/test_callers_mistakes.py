@@ -42,6 +42,7 @@ WRONG_HEAD = {
     "temperature": mistakes.number(0, -1.0, INF, of=(B, L))
     | {"a negative tensor": (torch.tensor([-1.0]), "-1"), "0-dim": (torch.tensor(NAN), "nan")},
     "softcap": mistakes.number(0, -1.0, INF, optional=True),
+    "logit_scale": mistakes.number(0, -1.0, INF),
     "vocab_group": mistakes.group(),
     "max_active_rows": mistakes.whole(-1, INF, optional=True),
     "main_grad": mistakes.tensor(torch.zeros(V, D), torch.bfloat16, torch.bool, optional=True),

@@ -82,8 +82,10 @@ def test_vocabularies_that_no_tile_divides(head, vocabulary, dtype, block, devic
         {"temperature": 0.7},
         {"temperature": "per token"},
         {"softcap": 5.0},
+        {"logit_scale": 0.0625},
         {"ignore": True},
         {"bias": True, "temperature": "per token", "softcap": 5.0, "ignore": True},
+        {"bias": True, "temperature": "per token", "softcap": 5.0, "logit_scale": 2.5},
     ],
     ids=lambda o: "+".join(o),
 )

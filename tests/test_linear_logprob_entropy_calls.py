@@ -41,7 +41,7 @@ def test_compiles_into_one_graph(head, unchecked_shapes):
     h, w, y = make("peaked", (9, 8, 67), torch.float32)
 
     def step(h, w):
-        found = head(h, w, y, temperature=0.7, softcap=5.0)
+        found = head(h, w, y, temperature=0.7, softcap=5.0, logit_scale=0.5)
         return (found.logprob - 0.1 * found.entropy).sum()
 
     grads = []

@@ -158,3 +158,17 @@ def test_more_active_rows_than_their_bound_are_never_dropped(head, impl, device)
     loss.backward()
     assert h.grad.isnan().all()
     assert w.grad.isnan().all()
+
+
+def test_a_logit_scale_costs_what_its_temperature_costs(head, block):
+    """c tanh(k x / c) = k (c / k) tanh(x / (c / k)): the same bits, products and memory."""
+    h, w, y = make("peaked", (33, 16, block[1] + 5), torch.float32)
+    results = []
+    for options in ({"logit_scale": 0.5, "softcap": 5.0}, {"temperature": 2.0, "softcap": 10.0}):
+        x, weight = h.clone().requires_grad_(), w.clone().requires_grad_()
+        with Watch() as watch:
+            found = head(x, weight, y, **options)
+            (found.logprob - found.entropy).sum().backward()
+        cost = torch.tensor([watch.products, watch.largest])
+        results.append([*found[:3], x.grad, weight.grad, cost])
+    assert all(map(torch.equal, *results))

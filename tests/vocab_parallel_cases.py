@@ -70,6 +70,7 @@ def case(name):
         options["temperature"] = torch.rand(T, generator=generator) + 0.5
     if "softcap" in names:
         options["softcap"] = 5.0
+        options["logit_scale"] = 1.5
     if "ignore_index" in names:
         # An id that counts from every rank's first row too.
         options["ignore_index"] = 0

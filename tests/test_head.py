@@ -1,0 +1,64 @@
+"""Head: the form that backends take, its parts, and that no field is lost on the way.
+
+T tokens, D hidden, V vocabulary.
+"""
+
+from dataclasses import fields, replace
+
+import pytest
+import torch
+
+import entropy_kernels as ek
+from entropy_kernels import ops
+from entropy_kernels.testing import peaked_head
+
+DEFAULTS = {field.name: field.default for field in fields(ek.Head)}
+
+
+def make(**options):
+    h, w, y = peaked_head(6, 8, 31)
+    return ek.Head(h.reshape(2, 3, 8), w, y.reshape(2, 3).int(), **options)
+
+
+def full():
+    """A head of which no field has its default."""
+    temperature, bias = torch.rand(2, 3) + 0.5, torch.randn(31)
+    head = make(bias=bias, temperature=temperature, softcap=5.0, ignore_index=-1, logit_scale=2.0)
+    assert all(getattr(head, name) is not default for name, default in DEFAULTS.items())
+    return head
+
+
+def outputs(head, **options):
+    given = {field.name: getattr(head, field.name) for field in fields(head)}
+    return ek.linear_logprob_entropy(**given, impl="torch", **options)
+
+
+def test_flat_is_what_backends_take():
+    flat = full().flat()
+    assert flat.hidden.shape == (6, 8)
+    assert flat.target.dtype == torch.int64
+    assert flat.temperature.dtype == torch.float32
+    assert flat.temperature.shape == (6,)
+    assert make().flat().temperature is None
+    assert make(temperature=0.5).flat().temperature.tolist() == [0.5]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert full().flat().bias.dtype == torch.bfloat16
+
+
+def test_every_field_is_in_the_ops_schema_or_folded_by_flat():
+    flat = full().flat()
+    for name, default in DEFAULTS.items():
+        assert name in ops.in_schema(flat) or getattr(flat, name) == default, name
+
+
+def test_split_and_joined_lose_nothing():
+    head = full().flat()
+    again = ek.Head.joined(*head.split())
+    assert all(getattr(again, name) is getattr(head, name) for name in DEFAULTS)
+
+
+@pytest.mark.parametrize("temperature", [0.7, torch.tensor([0.7]), torch.rand(2, 3) + 0.5])
+def test_the_head_at_some_tokens_gives_their_outputs(temperature):
+    head, index_R = replace(full(), temperature=temperature), torch.tensor([4, 0, 3])
+    for every, some in zip(outputs(head)[:3], outputs(head.at(index_R))[:3], strict=True):
+        torch.testing.assert_close(every.reshape(-1)[index_R], some)
