@@ -173,6 +173,12 @@ def test_every_layer_is_a_module_and_every_arrow_is_used():
     assert not EVERYWHERE - set(used), "of EVERYWHERE, and no module"
 
 
+def test_only_the_compiled_extension_is_imported_by_name():
+    """An editor follows every other import, from a public function to each kernel."""
+    by_name = [path for path in python_files(PACKAGE) if "import_module(" in path.read_text()]
+    assert [relative(path) for path in by_name] == ["entropy_kernels/_native.py"]
+
+
 def test_csrc_includes_no_torch_header():
     for path in sorted((ROOT / "csrc").rglob("*.*")):
         for header in ("torch", "ATen", "c10"):
