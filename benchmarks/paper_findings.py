@@ -125,7 +125,7 @@ def _shared(task: _Task, arm: str) -> set[int]:
 
 def _gain(task: _Task, arm: str) -> Interval:
     """What `arm` gained in accuracy over what "all" gained, over seeds."""
-    before = report.before(task.comparison, "all")
+    before = report.final(task.comparison, "all", 0)
     after, every = (report.final(task.comparison, name) for name in (arm, "all"))
     shared = sorted(_shared(task, arm))
     return interval([(after[s] - before[s]) / (every[s] - before[s]) for s in shared])

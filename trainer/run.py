@@ -198,7 +198,7 @@ def _warm_start(settings: Config, policy: Policy, task: Task, device: torch.devi
 
         kept = load_or_warm_start(policy.model, policy.tokenizer, task, warm, settings.seed, report)
     if not made:
-        print(f"warm start: read from an earlier run's, {kept}")
+        print(f"warm start: reused from an earlier run, {kept}")
 
 
 def _describe(ranks: Ranks) -> str:

@@ -102,7 +102,7 @@ def test_a_kept_warm_start_is_told(tmp_path, capsys):
         train(replace(config, name=name, warm_start=warm))
         (kept,) = (tmp_path / "kept").iterdir()
         said = capsys.readouterr().out
-        assert (f"warm start: that of an earlier run, {kept}" in said) == told
+        assert (f"warm start: reused from an earlier run, {kept}" in said) == told
 
 
 @pytest.mark.parametrize("name", ["ladder", "ladder:long", "gym:basic_arithmetic"])

@@ -51,11 +51,11 @@ def arm_table(results: Results, study: Study) -> str:
     everything = _values(results, "all", lambda run: run["rows"])
     for arm in _arms(results, study):
         after = interval(list(final(results, arm).values()))
-        greedy = interval(list(_values(results, arm, _at("greedy", -1)).values()))
+        greedy = interval(list(final(results, arm, metric="greedy").values()))
         asked = problems(results, arm)
         cells = [
             f"{asked:,}",
-            accuracy(interval(list(before(results, arm).values())), asked, False),
+            accuracy(interval(list(final(results, arm, 0).values())), asked, False),
             accuracy(after, asked),
             accuracy(greedy, asked),
             plain(interval(list(_values(results, arm, _last("entropy")).values())), 3),
@@ -142,14 +142,11 @@ def mark(x: float, found: Interval) -> Mark:
     return Mark(x, found.mean, low, high)
 
 
-def final(results: Results, arm: str) -> dict[int, float]:
-    """Accuracy of `arm` after its last step, by seed."""
-    return _values(results, arm, _at("accuracy", -1))
-
-
-def before(results: Results, arm: str) -> dict[int, float]:
-    """Accuracy of `arm` before its first step, by seed."""
-    return _values(results, arm, _at("accuracy", 0))
+def final(
+    results: Results, arm: str, place: int = -1, metric: str = "accuracy"
+) -> dict[int, float]:
+    """`metric` of `arm` by seed, after its last step; in another evaluation by its `place`."""
+    return _values(results, arm, lambda run: run["evaluations"][metric][place])
 
 
 def problems(results: Results, arm: str) -> int:
@@ -242,10 +239,6 @@ def _seeds(results: Results, study: Study) -> set[int]:
 
 def _values(results: Results, arm: str, value: Any) -> dict[int, float]:
     return {run["seed"]: value(run) for run in _runs(results, arm)}
-
-
-def _at(name: str, place: int) -> Any:
-    return lambda run: run["evaluations"][name][place]
 
 
 def _last(name: str) -> Any:
