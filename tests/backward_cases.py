@@ -56,6 +56,7 @@ def in_dtype(dtype, grads, h, w, y, b=None, temperature=None, softcap=None, **_)
     return [None if x is None else x.grad for x in leaves]
 
 
+@head_cases.remembered
 def three_of(*inputs, **options):
     """In fp64, in the dtype of the inputs, and in fp32 by its worst order."""
     truth = in_dtype(torch.float64, *inputs, **options)

@@ -65,8 +65,10 @@ def test_import_takes_a_fraction_of_torchs():
         "import time; a = time.process_time()\nimport torch\nb = time.process_time()\n"
         "import entropy_kernels\nprint((time.process_time() - b) / (b - a))"
     )
-    shares = sorted(float(run(code).stdout) for _ in range(3))
-    assert shares[0] < 1 / 3, f"{shares[0]:.2f} of torch's own import"
+    shares = []
+    while not shares or (shares[-1] >= 1 / 3 and len(shares) < 3):
+        shares.append(float(run(code).stdout))
+    assert shares[-1] < 1 / 3, f"{min(shares):.2f} of torch's own import"
 
 
 def test_constant_is_what_the_compiler_reads():

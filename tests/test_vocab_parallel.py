@@ -44,7 +44,7 @@ def folder(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(params=[2, 3], ids="{}-ranks".format)
+@pytest.fixture(scope="module", params=[2, 3], ids="{}-ranks".format)
 def ranks(request, folder):
     files = [folder / f"{request.param}-{rank}.pt" for rank in range(request.param)]
     return [torch.load(file, weights_only=False) for file in files]
