@@ -15,7 +15,7 @@ comma := ,
 INPUTS := pyproject.toml constraints.txt setup.py CMakeLists.txt $(wildcard csrc/*/*)
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: train test test-builds test-aarch64 test-verl test-vllm test-wheel lint bench sanitize
+.PHONY: train test test-slow test-builds test-aarch64 test-verl test-vllm test-wheel lint bench sanitize
 .PHONY: compile docs resolve clean FORCE
 
 train: $(VENV)/.trainer
@@ -28,7 +28,12 @@ BUILDS := tests/test_triton_compile.py tests/test_wheel.py tests/test_cpp.py
 test: lint
 	@echo "Running the tests ..."
 	@EK_REQUIRE_NATIVE=$(EK_REQUIRE_NATIVE) $(BIN)/python -m pytest $(BUILDS:%=--ignore=%) \
-		-n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
+		-m "not slow" -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
+
+# Training runs of the studies and the planner, programs of several processes.
+test-slow: $(VENV)/.dev
+	@echo "Running the slow tests ..."
+	@EK_REQUIRE_NATIVE=$(EK_REQUIRE_NATIVE) $(BIN)/python -m pytest -m slow $(ARGS)
 
 test-builds: $(VENV)/.dev
 	@echo "Running the tests of what is built ..."

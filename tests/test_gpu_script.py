@@ -41,6 +41,7 @@ def _run(out: Path, *stages: str) -> "subprocess.CompletedProcess[str]":
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
 
 
+@pytest.mark.slow
 def test_every_stage_runs_and_a_second_run_measures_nothing_again(tmp_path):
     done = _run(tmp_path)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]

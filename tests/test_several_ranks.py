@@ -141,6 +141,7 @@ def check_gradients(got, want, case):
         assert errors[name] <= 2e-6 * grad.norm(), f"{case}: {name}"
 
 
+@pytest.mark.slow
 def test_torchrun_prints_the_lines_of_one_process(tmp_path):
     lines = run(tmp_path, str(EXAMPLE))
     line = r"update \d: loss \S+, gradient norm \S+, ratio \d\.\d{4}, kept 16 of 78 tokens"

@@ -130,6 +130,7 @@ def _check_refused(model):
         as_linear(head, torch.zeros(2, 16))
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated")
 def test_two_ranks_give_the_gradients_of_one_process(tmp_path):
     pytest.importorskip("peft", reason="one of the models has LoRA on its head")

@@ -252,6 +252,7 @@ def _rank(rank, folder, port):
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_two_processes(tmp_path):
     store = meeting()
     spawn(_rank, args=(str(tmp_path), store.port), nprocs=2)
