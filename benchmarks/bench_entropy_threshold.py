@@ -14,7 +14,7 @@ import entropy_kernels as ek
 from benchmarks import runner
 from benchmarks.runner import Contestant, RefusedError
 
-# What a process of its own imports.
+# The process that measures memory imports this module.
 MODULE = "benchmarks.bench_entropy_threshold"
 FRACTION = 0.2
 # Numbers of entropies, with rounds.
@@ -64,12 +64,12 @@ def make_problem(size: int) -> Problem:
 
 
 def small_problem(like: Problem) -> Problem:
-    """What loads libraries and starts threads."""
+    """A small problem, whose run loads libraries and starts threads."""
     return make_problem(64)
 
 
 def truth(problem: Problem) -> dict[str, Tensor]:
-    """By a sort: the value at the k-th place from the top."""
+    """A sort gives the k-th largest entropy."""
     ordered_N = problem.entropy.sort().values
     return {"threshold": ordered_N[-problem.count].double()}
 

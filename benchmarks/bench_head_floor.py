@@ -78,7 +78,7 @@ def contestants(problem: Problem) -> list[Contestant]:
 
 
 def _runs(problem: Problem, direction: str) -> dict[str, Callable[[Problem], Results]]:
-    """By the name of what computes; ours is the compiled kernels where they are built."""
+    """The calls to time, by name; ours takes the compiled kernels where they are built."""
     buffer = torch.zeros_like(problem.weight) if direction == "backward" else None
     bare = functools.partial(_bare, direction=direction, dweight_VD=buffer)
     runs: dict[str, Callable[[Problem], Results]] = {"mm": bare}
@@ -94,7 +94,7 @@ def _runs(problem: Problem, direction: str) -> dict[str, Callable[[Problem], Res
 
 
 def truth(problem: Problem, direction: str) -> Results:
-    """What ours returns, and the last tile of the bare product."""
+    """The results of ours, and the last tile of the bare product."""
     rows = _rows(problem, direction)
     hidden_RD, weight_VD = problem.hidden.detach()[rows], problem.weight.detach()
     last_CD = weight_VD.split(FLOOR_VOCABULARY)[-1].double()
@@ -115,12 +115,12 @@ def truth(problem: Problem, direction: str) -> Results:
 
 
 def _rows(problem: Problem, direction: str) -> Tensor:
-    """The tokens that the direction works on."""
+    """The tokens that this direction computes."""
     return problem.selected[FRACTION] if direction == "backward" else problem.mask
 
 
 def _block(hidden_RD: Tensor, direction: str) -> int:
-    """Rows a block: equal ones, since a short last block would slow the bare product."""
+    """Rows per block: equal blocks, since a short last one would slow the bare product."""
     blocks = -(-len(hidden_RD) // BLOCK[direction])
     return -(-len(hidden_RD) // blocks)
 

@@ -26,11 +26,11 @@ QUICK_ROUNDS = 2
 
 
 class Sweeps(NamedTuple):
-    """What each of the three sweeps takes, and what stays fixed beside it."""
+    """The values of each of the three sweeps, and the sizes that stay fixed meanwhile."""
 
     hidden: int
     distinct: int
-    """Tokens that differ; more are these again, which cost the same and spare their data."""
+    """The number of different tokens; larger problems repeat them, at the same cost."""
     tokens: tuple[int, ...]
     tokens_vocabulary: int
     vocabularies: tuple[int, ...]
@@ -62,7 +62,7 @@ QUICK = Sweeps(
 
 
 class Point(NamedTuple):
-    """One measurement: of which sweep, at which value of it."""
+    """One measurement: its sweep and the value there."""
 
     sweep: str
     value: float
@@ -115,7 +115,7 @@ def measure(sweeps, dtype, rounds, folder, log=print):
 
 
 def make_points(sweeps: Sweeps, dtype: torch.dtype) -> dict[str, Point]:
-    """All points of all sweeps, by name. Those of one vocabulary share their weight."""
+    """All points of all sweeps, by name; points with the same vocabulary share one weight."""
     bases = {
         vocabulary: op.make_problem(sweeps.distinct, sweeps.hidden, vocabulary, dtype, (FRACTION,))
         for vocabulary in {sweeps.tokens_vocabulary, *sweeps.vocabularies}

@@ -20,7 +20,7 @@ from benchmarks import runner
 from benchmarks.runner import Contestant
 from entropy_kernels import backends
 
-# What a process of its own imports.
+# The process that measures memory imports this module.
 MODULE = "benchmarks.bench_ratio_loss"
 LOW, HIGH = 0.2, 0.28
 FRACTION = 0.2
@@ -32,7 +32,7 @@ Found = tuple[Tensor, dict[str, Tensor]]
 
 
 class Problem(NamedTuple):
-    """One step's inputs, [B, L]; one advantage a sequence; `selected` is a subset of `mask`."""
+    """One step's inputs, [B, L]; one advantage per sequence; `selected` is a subset of `mask`."""
 
     logprob: Tensor
     old_logprob: Tensor
@@ -82,7 +82,7 @@ def make_problem(sequences: int, length: int) -> Problem:
 
 
 def small_problem(like: Problem) -> Problem:
-    """What loads libraries and starts threads."""
+    """A small problem, whose run loads libraries and starts threads."""
     return make_problem(2, 8)
 
 

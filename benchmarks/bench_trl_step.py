@@ -23,12 +23,12 @@ from torch import Tensor
 from benchmarks import runner
 from benchmarks.runner import Contestant
 
-# What a process of its own imports.
+# The process that measures memory imports this module.
 MODULE = "benchmarks.bench_trl_step"
 # B, P, L, D, V with rounds: a narrow model, and the width of Qwen2.5-0.5B; Qwen's vocabulary.
 SHAPES = {(8, 32, 128, 256, 151936): 5, (8, 64, 256, 896, 151936): 5}
 QUICK = (4, 3, 8, 16, 96), 2
-# Of these initial weights, rows have entropies between about 1 nat and half of log V.
+# With such initial weights, entropies lie between about 1 nat and half of log V.
 SPREAD = 5.0
 ROWS = 128
 
@@ -80,7 +80,7 @@ def make_problem(sequences: int, prompt: int, length: int, hidden: int, vocabula
 
 
 def small_problem(like: Problem) -> Problem:
-    """What loads libraries, starts threads and builds the model, which is not the step's."""
+    """A small problem, whose run loads libraries, starts threads and builds the model."""
     return make_problem(2, 2, 4, like.hidden, like.vocabulary)
 
 
@@ -196,7 +196,7 @@ def _trainer(hidden: int, vocabulary: int) -> Any:
 def truth(problem: Problem, quantile: float) -> dict[str, Tensor]:
     """The same in fp64, from logits of ROWS tokens at a time; the threshold as TRL interpolates it.
 
-    On-policy every ratio is 1, so that the loss is -A / n a token and its gradient that of
+    On-policy every ratio is 1, so that the loss is -A / n per token and its gradient that of
     -A logp / n.
     """
     model = _trainer(problem.hidden, problem.vocabulary).model

@@ -1,7 +1,7 @@
 """A head in blocks of tokens and vocabulary, as prime-rl's trainer has one: logits are found twice.
 
-Logits are products in the inputs' dtype, taken to fp32; forward keeps one logsumexp a token, and
-backward finds the logits again. Its gradients are added up in the dtype of the weight. Entropies
+Logits are products in the inputs' dtype, converted to fp32. Forward keeps one logsumexp per token;
+backward computes the logits again. Its gradients are added up in the dtype of the weight. Entropies
 are not differentiated.
 
 T tokens, R of them in a block, D hidden, V vocabulary, C of it in a block.

@@ -27,7 +27,7 @@ from trainer.log import read_rows
 from trainer.report.charts import Mark, Panel, Series
 
 RESULT = Path(__file__).parent / "results" / "engine_runs.json"
-# One thread a process, of which there are two; and no compiler for vLLM's kernels.
+# One thread per process, as there are two of them; no compiler for vLLM's kernels.
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1"}
 SERIES = (
     "reward/mean",
@@ -53,7 +53,7 @@ class Way:
 
     @property
     def name(self) -> str:
-        """Of the run's folder."""
+        """The name of the run's folder."""
         return f"engine-{self.engine}" + ("-fsdp2" if self.processes > 1 else "")
 
     def command(self, preset: str = "tiny") -> list[str]:
@@ -131,7 +131,7 @@ def collect(root: Path, preset: str = "tiny") -> dict[str, Any]:
 
 
 def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """What is kept of a run: values of each step, and of each evaluation with its step."""
+    """The stored part of a run: values of each step, and of each evaluation with its step."""
     evaluations = [row for row in rows if "eval/accuracy" in row]
     steps = rows[1:]
     return {
@@ -158,7 +158,7 @@ def parted(one: list[dict[str, Any]], other: list[dict[str, Any]]) -> int | None
 
 
 def table(result: dict[str, Any]) -> str:
-    """Markdown: one row a run; the mismatch is the largest of all steps."""
+    """A Markdown table with one row per run; the mismatch is the largest of all steps."""
     lines = [
         "| run | accuracy before | accuracy after | reward | length | "
         "largest KL | largest ratio | tokens/s | seconds |",
@@ -221,7 +221,7 @@ def _smooth(values: list[float | None], window: int) -> list[Mark]:
 
 
 def _read(folder: Path, way: Way) -> tuple[dict[str, Any], dict[str, Any]]:
-    """run.json of a run that went the way it should, and its start."""
+    """The run.json of a valid run, and its start."""
     path = folder / "run.json"
     if not path.exists():
         raise ValueError(f"{folder} holds no run")
@@ -239,7 +239,7 @@ def _read(folder: Path, way: Way) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def _settings(run: dict[str, Any]) -> dict[str, Any]:
-    """All but what the four ways differ in."""
+    """The settings that all four ways share."""
     config = dict(run["config"])
     del config["name"]
     return config | {"engine": {k: v for k, v in config["engine"].items() if k != "kind"}}

@@ -1,4 +1,4 @@
-"""What must be set before torch loads its OpenMP.
+"""Settings that torch's OpenMP reads as it loads.
 
 Threads sleep between parallel regions, so that CPU time counts work and not waiting; and each keeps
 to its core, because a scheduler that wakes both on one core halves the speed of short regions.

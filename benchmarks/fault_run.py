@@ -39,7 +39,7 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--ranks", type=int, default=1)
-    parser.add_argument("--seed", type=int, default=0, help="of the moments")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the moments of the kills")
     parser.add_argument("--out", type=Path, default=RESULT)
     parser.add_argument("--keep", type=Path, help="work in this folder, and leave it")
     options, rest = parser.parse_known_args(arguments)
@@ -71,7 +71,7 @@ def main(arguments: list[str]) -> int:
 
 
 def compare(killed: Path, whole: Path) -> dict[str, bool]:
-    """What is the same in two runs' folders, to the bit."""
+    """Which parts of two runs' folders are equal to the bit."""
     return {
         "metrics": _metrics(killed) == _metrics(whole),
         "samples": _samples(killed) == _samples(whole),
@@ -119,7 +119,7 @@ def _kill_and_resume(
             _wait_for_save(process, run)
             time.sleep(moments.uniform(0, 0.05))
         else:
-            # The row of a step is written before its checkpoint: from there into the next step.
+            # A step's row is written before its checkpoint: wait from there into the next step.
             time.sleep((point - int(point)) * (times[int(point) + 1] + 0.1))
         if process.poll() is not None:
             raise SystemExit(f"the run ended by itself, status {process.returncode}")

@@ -22,12 +22,12 @@ from trainer.report.charts import Mark, Panel, Series
 
 OURS = "cpu"
 NAMES = {"cpu": "ours, compiled", "torch": "ours, PyTorch", "floor": "torch.mm alone"}
-# What computes the bare products, and what a table calls it.
+# The libraries that compute the bare products, with their names in a table.
 LIBRARIES = {"mm": "torch.mm", "mm-onednn": "torch.mm by oneDNN"}
 
 
 def in_short(runs: list[Run], floors: list[Run]) -> str:
-    """A column a run: the few numbers that say how fast, how lean and how exact ours is."""
+    """One column per run: the few numbers for the speed, memory and error of ours."""
     ordered = [run for shape in by_shape(runs) for run in shape]
     columns = [
         f"{run['shape']['tokens']} x {run['shape']['hidden']} x {run['shape']['vocabulary']}, "
@@ -105,7 +105,7 @@ def _about(run: Run) -> str:
 
 
 def compact(runs: list[Run]) -> str:
-    """A row a contestant: units, and for each dtype times and memory. One torch row is enough."""
+    """One row per contestant, and one for torch: units, and times and memory for each dtype."""
     # The longest list first: what one dtype alone has keeps its place.
     longest_first = sorted(runs, key=lambda run: -len(run["contestants"]))
     every = [entry["name"] for run in longest_first for entry in run["contestants"]]
@@ -132,7 +132,7 @@ def _time(run: Run, entry: Run, clock: str) -> str:
 
 
 def full(runs: list[Run]) -> str:
-    """A table a dtype, with seconds, CPU time and errors."""
+    """One table per dtype, with seconds, CPU time and errors."""
     columns = ["", "wall s", "CPU s", "wall / eager", "CPU / eager", "MB", "flops", "units"]
     parts = []
     for run in runs:
@@ -160,7 +160,7 @@ def over_the_best(run: Run, direction: str, threads: int) -> float | None:
 
 
 def floor_tables(runs: list[Run]) -> str:
-    """The head against the products that it contains, in 10^9 operations a second."""
+    """The head against the products that it contains, in 10^9 operations per second."""
     parts = []
     columns = [*(f"{LIBRARIES[name]}, GF/s" for name in LIBRARIES), "ours, GF/s", "ours / the best"]
     columns.append("ours into fresh memory, GF/s")

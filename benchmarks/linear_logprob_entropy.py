@@ -47,7 +47,7 @@ def make_problem(
 
 
 def small_problem(like: Problem) -> Problem:
-    """What loads libraries and starts threads."""
+    """A small problem, whose run loads libraries and starts threads."""
     return make_problem(64, 32, 256, like.hidden.dtype)
 
 

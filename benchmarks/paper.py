@@ -30,7 +30,7 @@ RESULTS = Path("benchmarks/results/paper")
 SEEDS = 5
 STEPS = 60
 JOBS = 2
-# Whose checkpoints are compared over training; of every seed.
+# The arms whose checkpoints are compared over training, for every seed.
 EVOLVED = ("top-20", "all")
 SIZES = {
     "patterns": ("--problems", "1024", "--samples", "4"),
@@ -49,20 +49,20 @@ TRAIN = {
 
 @dataclass(frozen=True)
 class Task:
-    """One of the two."""
+    """One of the two tasks."""
 
     label: str
-    """Of its folders and files."""
+    """The name in folders and files."""
     preset: str
-    """Of the trainer."""
+    """The trainer's preset."""
     data: str
-    """As `--data` names it."""
+    """The value of `--data`."""
     max_new_tokens: int
-    """Of a response, as the preset has it."""
+    """The limit of a response, equal to the preset's."""
 
     @property
     def comparison(self) -> Path:
-        """File of what its training runs came to."""
+        """The file with the results of its training runs."""
         return RUNS / self.label / "comparison.json"
 
 
@@ -83,7 +83,7 @@ class Analysis:
 
     @property
     def folder(self) -> Path:
-        """Of all that it writes."""
+        """The folder of everything that it writes."""
         return self.run.parents[1] / "analyses" / self.name
 
     @property
@@ -93,7 +93,7 @@ class Analysis:
 
     @property
     def file(self) -> Path:
-        """Of its result."""
+        """The file with its result."""
         return self.folder / f"{self.kind}.json"
 
 
@@ -133,7 +133,7 @@ def analyse() -> list[str]:
 
 
 def keep() -> None:
-    """Copy what there is to the results, last of all: a run notes whether its checkout is clean."""
+    """Write the results that exist to RESULTS, after all runs: a run notes a dirty checkout."""
     RESULTS.mkdir(parents=True, exist_ok=True)
     found = {task.comparison: RESULTS / f"{task.label}-comparison.json" for task in TASKS}
     found |= {a.file: RESULTS / f"{a.name}.json" for task in TASKS for a in analyses(task)}
@@ -153,7 +153,7 @@ def comparison(task: Task, hours: float) -> list[str]:
 
 
 def analyses(task: Task) -> Iterator[Analysis]:
-    """What is asked of the checkpoints of `task`: the base's patterns, and the trained models."""
+    """The analyses of the checkpoints of `task`: the base's patterns, and the trained models."""
     for seed in range(SEEDS):
         run = RUNS / task.label / "top-20" / f"seed-{seed}"
         base = run / "checkpoints" / "step-000000"

@@ -1,4 +1,4 @@
-"""What docs/paper.md adds to the paper: the fraction that is enough, and how long a mask stays."""
+"""Findings that docs/paper.md adds to the paper: the fraction that is enough, a mask's life."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,7 +29,7 @@ FRACTIONS_FIGURE = "fractions.svg"
 
 
 class _Task(NamedTuple):
-    """What is known of the fractions on a task."""
+    """The accuracies of all fractions on a task."""
 
     label: str
     decisions: float

@@ -21,8 +21,8 @@ def read(results: Path, pattern: str) -> list[Found]:
 
 
 def share_above(entropy: float, found: Found) -> float:
-    """Of the tokens of a patterns.json: by the points of its distribution function, between two of
-    them in proportion. Raises ValueError outside of them."""
+    """The share of tokens above `entropy`, interpolated in the distribution function of a
+    patterns.json. Raises ValueError outside of its points."""
     pairs = list(zip(found["cdf"]["points"], found["cdf"]["shares"], strict=True))
     for (low, before), (high, after) in pairwise(pairs):
         if low <= entropy < high:

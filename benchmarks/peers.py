@@ -1,7 +1,7 @@
-"""What others offer for the step that linear_logprob_entropy benchmarks.
+"""Other libraries' heads, for the step that linear_logprob_entropy benchmarks.
 
-A head goes from hidden states, weight and targets to log-probabilities and entropies, None where it
-has none. A whole loss is one only where its options can mean the same as ours.
+A head maps hidden states, weight and targets to log-probabilities and entropies. Entropies are None
+where it has none. A whole loss is one only where its options can mean the same as ours.
 
 T tokens, B sequences, L their length, D hidden, V vocabulary.
 """

@@ -1,6 +1,6 @@
 """Turns benchmarks/results/*.json into the tables and the plots that people read.
 
-python -m benchmarks.report          rewrites README.md and docs/benchmarks.md between their markers,
+python -m benchmarks.report          rewrites README.md and docs/benchmarks.md between markers,
                                      benchmarks/results/README.md and the plots in docs/
 python -m benchmarks.report --check  fails where they are not what the result files say
 
@@ -13,8 +13,9 @@ import json
 import sys
 from pathlib import Path
 
+from benchmarks import cost_tables as cost
 from benchmarks import head_tables as head
-from benchmarks import other_tables as other
+from benchmarks import step_tables as step
 from benchmarks.engine_runs import panels as run_panels
 from benchmarks.predicted_tables import predicted
 from benchmarks.tables import Run, by_make, by_shape, make_heading, processor_of
@@ -68,8 +69,8 @@ def render(root: Path) -> dict[Path, str]:
         makes = [
             of_make["linear_cost"] for of_make in by_make({"linear_cost": runs["linear_cost"]})
         ]
-        panels = [panel for of_make in makes for panel in other.cost_panels(of_make)]
-        texts[root / "docs" / "linear_cost.svg"] = figure(panels, RESULTS, len(other.SWEEPS))
+        panels = [panel for of_make in makes for panel in cost.cost_panels(of_make)]
+        texts[root / "docs" / "linear_cost.svg"] = figure(panels, RESULTS, len(cost.SWEEPS))
     runs_of_engines = root / "benchmarks" / "results" / "engine_runs.json"
     if runs_of_engines.exists():
         panels = run_panels(json.loads(runs_of_engines.read_text()))
@@ -121,10 +122,10 @@ def _summary_of_make(runs: dict[str, list[Run]]) -> list[str]:
         parts.append(head.in_short(of_head, runs.get("head_floor", [])))
         parts.append(head.section(by_shape(of_head)[0], head.compact))
     tables = {
-        "linear_cost": other.cost_in_short,
-        "entropy_threshold": other.threshold_in_short,
-        "ratio_loss": other.ratio_loss_in_short,
-        "train_step": other.train_step_tables,
+        "linear_cost": cost.cost_in_short,
+        "entropy_threshold": step.threshold_in_short,
+        "ratio_loss": step.ratio_loss_in_short,
+        "train_step": step.train_step_tables,
     }
     return parts + [make(runs[op]) for op, make in tables.items() if op in runs]
 
@@ -133,11 +134,11 @@ def _full_page(runs: dict[str, list[Run]]) -> str:
     tables = {
         "linear_logprob_entropy": _all_shapes,
         "head_floor": head.floor_tables,
-        "linear_cost": other.cost_tables,
-        "entropy_threshold": other.threshold_tables,
-        "ratio_loss": other.ratio_loss_tables,
-        "trl_step": other.trl_step_tables,
-        "train_step": other.train_step_tables,
+        "linear_cost": cost.cost_tables,
+        "entropy_threshold": step.threshold_tables,
+        "ratio_loss": step.ratio_loss_tables,
+        "trl_step": step.trl_step_tables,
+        "train_step": step.train_step_tables,
     }
     parts = [FULL_PAGE]
     for of_make in by_make(runs):

@@ -38,7 +38,6 @@ __all__ = ["Contestant", "RefusedError", "Results", "WrongResultError", "check"]
 
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
-QUANTILES = (20, 50, 80)
 CPU = torch.device("cpu")
 
 
@@ -51,7 +50,7 @@ def run_suite(
     dtype: torch.dtype,
     log: Callable[[str], None] = print,
 ) -> list[dict[str, Any]]:
-    """One entry a contestant: its error, products and samples; or why it was refused."""
+    """One entry per contestant: its error, products and samples, or why it was refused."""
     entries = {c.name: {"name": c.name, "label": c.label} for c in contestants}
     passed, present = [], []
     for contestant in contestants:

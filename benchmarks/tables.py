@@ -1,5 +1,6 @@
-"""What the tables of all benchmarks share: quantiles, ratios within rounds, and Markdown."""
+"""Helpers for the tables of all benchmarks: quantiles, ratios within rounds, and Markdown."""
 
+from collections.abc import Iterable
 from typing import Any
 
 from entropy_kernels._bench.machine import Processor
@@ -10,7 +11,7 @@ BYTES = {"bfloat16": 2, "float32": 4}
 Run = dict[str, Any]
 
 
-def quantile(samples: list[float], q: float) -> float:
+def quantile(samples: Iterable[float], q: float) -> float:
     """Linear between the order statistics."""
     ordered = sorted(samples)
     place = q * (len(ordered) - 1)
@@ -20,7 +21,7 @@ def quantile(samples: list[float], q: float) -> float:
 
 
 def ratios(entry: Run, other: Run, clock: str = "wall_s") -> list[float]:
-    """Of each round: this contestant's time over the other's."""
+    """This contestant's time over the other's, for each round."""
     return [x / y for x, y in zip(entry[clock], other[clock], strict=True)]
 
 
@@ -69,7 +70,7 @@ def about(run: Run, more: str = "") -> str:
 
 
 def processor_of(run: Run) -> Processor:
-    """What it was measured on; older files have the name alone, with family and model."""
+    """The processor of the run; older files have only its name, with family and model."""
     if "processor" not in run:
         return Processor.parse(run["machine"])
     return Processor(*(run["processor"][key] for key in ("name", "vendor", "family", "model")))
@@ -111,7 +112,7 @@ def by_shape(runs: list[Run]) -> list[list[Run]]:
 
 
 def seconds_table(run: Run) -> str:
-    """A row a contestant: seconds and ratios to the first, by both clocks, memory, error."""
+    """One row per contestant: seconds and ratios to the first, by both clocks, memory, error."""
     first = run["contestants"][0]
     against = f"/ {first['name']}"
     columns = ["", "wall s", "CPU s", f"wall {against}", f"CPU {against}", "MB", "error"]

@@ -22,12 +22,12 @@ from trainer.update import at_least, score, update
 PAD, EOS = 0, 1
 LEARNING_RATE = 1e-6
 GRAD_CLIP = 1.0
-# Of the last norm: entropies of random weights then differ by more than rounding.
+# The last norm's weight: entropies of random weights then differ by more than rounding.
 SPREAD = 6.0
 
 
 class Shape(NamedTuple):
-    """Of the model and the batch; the rest is as in Qwen3-0.6B."""
+    """Sizes of model and batch; the rest is as in Qwen3-0.6B."""
 
     sequences: int
     prompt: int
@@ -38,7 +38,7 @@ class Shape(NamedTuple):
 
 
 def make_policy(shape: Shape) -> Policy:
-    """Qwen3-0.6B but for layers, width and vocabulary, with random weights and checkpointing."""
+    """A Qwen3-0.6B with the shape's layers, width and vocabulary, random weights, checkpointing."""
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 

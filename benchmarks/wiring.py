@@ -1,4 +1,4 @@
-"""What the metrics show at the first step of a loop that is wired right, and of one that is not.
+"""The metrics of the first step of a loop that is wired right, and of loops that are not.
 
 python -m benchmarks.wiring            prints the table
 python -m benchmarks.wiring --write    rewrites it in docs/method.md between its markers
@@ -30,7 +30,7 @@ TEMPERATURE, SOFTCAP, DROPOUT = 0.7, 6.0, 0.1
 
 
 class Batch(NamedTuple):
-    """What a rollout gives: prompts padded on the left, responses on the right."""
+    """A rollout: prompts are padded on the left, responses on the right."""
 
     tokens: Tensor  # [B, L]
     attention: Tensor  # [B, L], not padding
@@ -191,7 +191,7 @@ def measure() -> dict[str, dict[str, float]]:
 
 
 def table(found: dict[str, dict[str, float]]) -> str:
-    """Markdown, a line for each mistake."""
+    """A Markdown table with one row per mistake."""
     lines = [f"| what is wrong | {' | '.join(f'`{name}`' for name in METRICS)} |"]
     lines.append(f"| --- |{' --: |' * len(METRICS)}")
     for name, row in found.items():

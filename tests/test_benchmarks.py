@@ -17,11 +17,12 @@ from benchmarks import bench_ratio_loss as ratio
 from benchmarks import (
     bench_train_step,
     chunked_head,
+    cost_tables,
     head_tables,
-    other_tables,
     peers,
     report,
     runner,
+    step_tables,
     tables,
     train_step,
 )
@@ -208,10 +209,10 @@ def test_cost_is_measured_at_all_points_of_its_sweeps(tree):
 
 def test_fits_find_exponents_and_straight_lines():
     power = [(x, 0.0, 3 * x**1.5, 0.0) for x in (1.0, 2.0, 8.0, 64.0)]
-    assert other_tables.exponent(power) == pytest.approx(1.5)
+    assert cost_tables.exponent(power) == pytest.approx(1.5)
     straight = [(x, 0.0, 1 + 3 * x, 0.0) for x in (0.1, 0.5, 1.0)]
-    assert other_tables.deviation(straight) == pytest.approx(0.0, abs=1e-12)
-    assert other_tables.deviation([*straight, (2.0, 0.0, 14.0, 0.0)]) > 0.1
+    assert cost_tables.deviation(straight) == pytest.approx(0.0, abs=1e-12)
+    assert cost_tables.deviation([*straight, (2.0, 0.0, 14.0, 0.0)]) > 0.1
 
 
 def test_report_renders_every_result_file(tree):
@@ -379,13 +380,14 @@ def test_a_wrong_step_of_the_trainer_is_refused():
     versions = {"torch": "2"}
     about = {"shape": shape, "dtype": "float32", "machine": "m", "threads": 1, "rounds": 2}
     about |= {"versions": versions, "commit": "c", "date": "d", "contestants": [eager, ours]}
-    table = other_tables.train_step_tables([about])
+    table = step_tables.train_step_tables([about])
     assert "| ours | 16.0 | 1.00 | 25.0% | 0 | 0 | 0 | 0 |" in table
-    assert "| ours | 0 | 0 | 0 | 0 |" in other_tables.train_step_tables([about | {"rounds": 1}])
+    assert "| ours | 0 | 0 | 0 | 0 |" in step_tables.train_step_tables([about | {"rounds": 1}])
     with pytest.raises(runner.WrongResultError, match=r"wrong: .*1\.01"):
         bench_train_step.join(entry("wrong", 1.01), {"loss": 1.0})
 
 
+@pytest.mark.slow
 def test_peak_memory_sees_what_a_step_holds():
     problem = op.make_problem(64, 64, 32768, torch.float32)
     peaks = runner.peak_bytes(op.__name__, ["checkpoint", "torch-0.2"], problem)

@@ -1,4 +1,4 @@
-"""What takes part: a name, the step it computes, and the check that comes before its timing."""
+"""A contestant: its name, the step that it computes, and the check before its timing."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

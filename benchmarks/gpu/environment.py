@@ -1,4 +1,4 @@
-"""What the results belong to: GPU, driver, versions, sources, commit, date; and its state."""
+"""The conditions of a result: GPU and its state, driver, versions, sources, commit, date."""
 
 import datetime
 import hashlib
@@ -16,8 +16,8 @@ from entropy_kernels._bench.machine import processor
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("torch", "triton", "liger-kernel", "cut-cross-entropy", "verl", "nvidia-cutlass-dsl")
-# What a result depends on. tiles.py is left out: the tuner writes it in the middle of a run, and
-# every tile is checked before it is timed.
+# The files that a result depends on. tiles.py is no part of them: the tuner writes it in the middle
+# of a run, and every tile is checked before it is timed.
 SOURCES = ("entropy_kernels/**/*.py", "benchmarks/gpu/*.py", "tests/*cases.py")
 NOT_SOURCES = ("tiles.py", "predictions.py", "table.py")
 QUERY = "driver_version,clocks.sm,clocks.mem,clocks.max.sm,temperature.gpu,power.draw,power.limit"
@@ -46,7 +46,7 @@ def architecture(device: torch.device) -> str:
 
 
 def properties(device: torch.device) -> dict[str, Any]:
-    """Of the GPU; of a CPU its name."""
+    """Properties of the GPU, or the name of the CPU."""
     if device.type != "cuda":
         return {"machine": str(processor())}
     found = torch.cuda.get_device_properties(device)
@@ -81,7 +81,7 @@ def _versions() -> dict[str, str]:
 
 
 def _digest() -> str:
-    """Of the sources, for machines that have no .git: the same files, the same digest."""
+    """A digest of the sources, for machines without .git: equal files have equal digests."""
     digest = hashlib.sha256()
     for pattern in SOURCES:
         for path in sorted(ROOT.glob(pattern)):

@@ -60,19 +60,19 @@ def _stored(device: torch.device, tokens: int, vocabulary: int) -> float:
 
 
 def implementations(device: torch.device) -> list[str]:
-    """Of the public functions, on this device."""
+    """The backends of the public functions on this device."""
     here = [x for x in backends.available() if x != "cpu" or device.type == "cpu"]
     # In the interpreter too, where the package does not count it.
     return list(dict.fromkeys([*here, *elementwise_implementations(device)]))
 
 
 def elementwise_implementations(device: torch.device) -> list[str]:
-    """Of the selection and the ratio loss; "auto" takes Triton on recorded architectures only."""
+    """The backends of selection and ratio loss; "auto" takes Triton on recorded GPUs only."""
     return ["torch", *(["triton"] if backends.why_not("triton", device) is None else [])]
 
 
 def top_entropy_mask(entropy_N: Tensor, mask_N: Tensor | None, impl: str) -> Tensor:
-    """As the public function, by one implementation."""
+    """The public function, by one implementation."""
     return selected_by(impl, entropy_N, mask_N, FRACTION)[1]
 
 
@@ -85,7 +85,7 @@ def selected_by(
 
 
 def entropy_threshold(entropy_N: Tensor, mask_N: Tensor | None, impl: str) -> Tensor:
-    """As the public function, by one implementation."""
+    """The public function, by one implementation."""
     return _radix.kth_largest([(entropy_N, mask_N)], FRACTION, None, impl).value
 
 
@@ -116,7 +116,7 @@ def _forward(problem: Problem, *, impl: str) -> Results:
 
 
 def torch_logprob(hidden_TD: Tensor, weight_VD: Tensor, target_T: Tensor) -> Tensor:
-    """By the torch path, differentiable."""
+    """Log-probabilities by the torch path, differentiable."""
     return ek.linear_logprob_entropy(hidden_TD, weight_VD, target_T, impl="torch").logprob
 
 
@@ -165,7 +165,7 @@ def launch_backward(
 
 
 def _make_head(inputs: Inputs, options: dict[str, Any]) -> ek.Head:
-    """As backends take it."""
+    """The head in the form that backends take."""
     names = ("temperature", "softcap", "ignore_index")
     chosen = {name: options[name] for name in names if name in options}
     return ek.Head(*inputs, **{"temperature": None} | chosen)

@@ -1,7 +1,7 @@
-"""What others offer for the same step. Each is imported when it runs; a missing one is a result.
+"""Other libraries' kernels for the same step; each is imported when it runs.
 
-The dense ones are given the selection as a mask on their loss, which is what trainers do; the
-composition finds it by itself. T tokens, D hidden, V vocabulary, R selected tokens.
+The dense ones get the selection as a mask on their loss, as trainers do; the composition computes
+it. T tokens, D hidden, V vocabulary, R selected tokens.
 """
 
 import importlib
@@ -24,7 +24,7 @@ from entropy_kernels._bench.step import Head, plain_head, policy_loss
 
 
 def contestants(quick: bool) -> list[Contestant]:
-    """All but verl's, whose vocabulary must be a multiple of 1024."""
+    """All peers without verl's, whose vocabulary must be a multiple of 1024."""
     backend = "eager" if quick else "inductor"
     found = [
         Contestant("eager", "eager: all logits, fp32 softmax", partial(_dense, plain_head), 3.0),
@@ -111,7 +111,7 @@ def _forward(head: Head, problem: Problem) -> Results:
 
 
 def _composed(problem: Problem) -> Results:
-    """All rows without gradient, then the selected ones with."""
+    """All rows without gradient, then the selected rows with gradient."""
     with torch.no_grad():
         _, entropy_T = flsce(problem.hidden, problem.weight, problem.target)
     return _on_rows(problem, ek.top_entropy_mask(entropy_T.float(), fraction=FRACTION))

@@ -1,4 +1,4 @@
-"""What was predicted before any of it was measured: PREDICTIONS, not results.
+"""Predictions made before any measurement. They are not results.
 
 From a cost model for an H200 at V = 151936, bf16, 20% of the tokens: products of 2 T D V at the
 rates of their kernels, copies at 4.3 TB/s. Uncertain by 15% for ours, by 25% for eager, CCE and

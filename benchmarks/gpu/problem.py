@@ -27,7 +27,7 @@ class Problem(NamedTuple):
     weight: Tensor  # [V, D]
     target: Tensor  # [T]
     old_logprob: Tensor  # fp32 [T]
-    advantage: Tensor  # fp32 [T], one value a sequence
+    advantage: Tensor  # fp32 [T], one value per sequence
     mask: Tensor  # [T], all true
     selected: Tensor  # [T]: the FRACTION of highest entropy
     threshold: Tensor  # fp32 []: between the lowest entropy among them and the next
@@ -42,7 +42,7 @@ def make_problem(
     device: torch.device,
     seed: int,
 ) -> Problem:
-    """Entropies of a reasoning model, ratios a few per cent off 1, one advantage a sequence."""
+    """Entropies of a reasoning model, ratios a few per cent off 1, one advantage per sequence."""
     hidden_TD, weight_VD, target_T = peaked_head(tokens, hidden, vocabulary, dtype, device, seed)
     logprob_T, entropy_T = statistics(hidden_TD, weight_VD, target_T)
     generator = torch.Generator(device).manual_seed(seed + 1)

@@ -6,7 +6,7 @@ file and count as not there.
 
 import json
 import signal
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -14,7 +14,7 @@ from typing import Any
 
 Row = dict[str, Any]
 
-# Where they differ, a row is of another run.
+# Rows that differ in these belong to another run.
 SAME = ("gpu", "driver", "versions", "source", "quick")
 # After these the process has lost its GPU.
 FATAL = ("illegal memory access", "unspecified launch failure", "device-side assert")
@@ -26,7 +26,7 @@ class LimitReached(BaseException):
 
 @dataclass
 class Rows:
-    """What was measured, in a file."""
+    """The measured rows, in a file."""
 
     path: Path
     about: Row
@@ -116,12 +116,3 @@ def _line(row: Row) -> str:
 
 def _short(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-def quantile(samples: Iterable[float], q: float) -> float:
-    """Linear between the order statistics."""
-    ordered = sorted(samples)
-    place = q * (len(ordered) - 1)
-    low = int(place)
-    high = min(low + 1, len(ordered) - 1)
-    return ordered[low] + (place - low) * (ordered[high] - ordered[low])

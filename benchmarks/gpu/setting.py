@@ -1,4 +1,4 @@
-"""What every stage is given: where it runs, at which sizes, and the rows."""
+"""The setting of every stage: its device, its sizes, and the rows."""
 
 from dataclasses import dataclass
 from pathlib import Path

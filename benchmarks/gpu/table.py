@@ -1,4 +1,4 @@
-"""Stage `table`: what was measured, beside what was predicted and what was wanted; in table.md.
+"""Stage `table` writes table.md: measurements beside predictions and targets.
 
 A share is of p50s that were measured in alternation.
 """
@@ -92,7 +92,7 @@ def _steps(rows: Rows, stage: str, tokens: int, hidden: int) -> str:
 
 
 def _targets(rows: Rows, stage: str, found: dict[str, Row]) -> list[str]:
-    """What was wanted, and whether it is so."""
+    """The targets, and whether they are met."""
     times = {name: row["p50_ms"] for name, row in found.items() if "p50_ms" in row}
     said = []
     wanted = predictions.VERL_TARGETS if stage == "verl" else predictions.TARGETS

@@ -5,7 +5,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.gpu.rows import Row, quantile
+from benchmarks.gpu.rows import Row
+from benchmarks.tables import quantile
 from entropy_kernels._bench import rounds as rounds_of
 
 WARM_UP = 2

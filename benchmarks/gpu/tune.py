@@ -37,7 +37,7 @@ def run(setting: Setting) -> None:
 
 
 def best(rows: list[Row], architecture: str, dtype: str, source: str) -> Table:
-    """Of each op and hidden size the fastest tile of each variant; the last also for more."""
+    """The fastest tile of each variant, for each op and hidden size; the last also for larger."""
     found: Table = {}
     for op in sweep.OPS:
         sizes = sorted({row["hidden"] for row in rows if row["op"] == op})

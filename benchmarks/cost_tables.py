@@ -1,0 +1,88 @@
+"""Tables and figures of the growth of cost."""
+
+import math
+
+from benchmarks.tables import DTYPES, Run, about, cell, named, processor_of, quantile, table
+from trainer.report.charts import Mark, Panel, Series
+
+SWEEPS = {"tokens": "tokens", "vocabulary": "vocabulary", "fraction": "fraction of tokens"}
+CLOCKS = ("wall_s", "cpu_s")
+# (value, p20, p50, p80)
+Points = list[tuple[float, float, float, float]]
+
+
+def cost_in_short(runs: list[Run]) -> str:
+    """Exponents of the fits, and how far the fractions are from a straight line."""
+    rows = []
+    for sweep, label in SWEEPS.items():
+        values = sorted(point[0] for point in cost_points(runs[0], sweep))
+        row = [f"{label}, {values[0]:,g} to {values[-1]:,g}"]
+        for run in runs:
+            wall, cpu = (cost_points(run, sweep, clock) for clock in ("wall_s", "cpu_s"))
+            if sweep == "fraction":
+                row.append(f"straight within {deviation(wall):.0%} (CPU {deviation(cpu):.0%})")
+            else:
+                row.append(f"exponent {exponent(wall):.2f} (CPU {exponent(cpu):.2f})")
+        rows.append(row)
+    return table(["growth of the time of a step", *(DTYPES[run["dtype"]] for run in runs)], rows)
+
+
+def cost_tables(runs: list[Run]) -> str:
+    """Seconds of all points, and the fits."""
+    rows = []
+    for entry in runs[0]["contestants"]:
+        same = [named(run, entry["name"]) for run in runs]
+        row = [entry["label"], cell(entry.get("units"))]
+        for other in same:
+            row += [cell(quantile(other[c], 0.5), 3) if c in other else "" for c in CLOCKS]
+        rows.append(row)
+    columns = [f"{DTYPES[run['dtype']]} {what} s" for run in runs for what in ("wall", "CPU")]
+    parts = ["**Growth of cost**", table(["", "units", *columns], rows), cost_in_short(runs)]
+    return "\n\n".join([*parts, "\n".join(about(run) for run in runs)])
+
+
+def cost_points(run: Run, sweep: str, clock: str = "wall_s") -> Points:
+    """(value, p20, p50, p80) of one sweep."""
+    return [
+        (entry["value"], *(quantile(entry[clock], q) for q in (0.2, 0.5, 0.8)))
+        for entry in run["contestants"]
+        if entry["sweep"] == sweep and clock in entry
+    ]
+
+
+def cost_panels(runs: list[Run]) -> list[Panel]:
+    """How cost grows on one make: a panel per sweep, a line per dtype."""
+    panels = []
+    make = processor_of(runs[0]).make
+    for sweep, label in SWEEPS.items():
+        lines = []
+        for color, run in enumerate(runs):
+            points = cost_points(run, sweep)
+            name = DTYPES[run["dtype"]]
+            label_of_line = name if sweep == "fraction" else f"{name}, slope {exponent(points):.2f}"
+            marks = [Mark(x, y, low, high) for x, low, y, high in sorted(points)]
+            lines.append(Series(label_of_line, marks, color, dots=True))
+        log = sweep != "fraction"
+        panels.append(Panel(make, label, lines, log, log, zero=not log, unit="seconds of a step"))
+    return panels
+
+
+def exponent(points: Points) -> float:
+    """b of the least-squares fit time = a * value^b, in logarithms, of the medians."""
+    _, slope = _line([(math.log(x), math.log(y)) for x, _, y, _ in points])
+    return slope
+
+
+def deviation(points: Points) -> float:
+    """The largest relative distance of a median from the least-squares line through all."""
+    start, slope = _line([(x, y) for x, _, y, _ in points])
+    return max(abs(y / (start + slope * x) - 1) for x, _, y, _ in points)
+
+
+def _line(points: list[tuple[float, float]]) -> tuple[float, float]:
+    """Intercept and slope."""
+    mean_x = sum(x for x, _ in points) / len(points)
+    mean_y = sum(y for _, y in points) / len(points)
+    covariance = sum((x - mean_x) * (y - mean_y) for x, y in points)
+    slope = covariance / sum((x - mean_x) ** 2 for x, _ in points)
+    return mean_y - slope * mean_x, slope
