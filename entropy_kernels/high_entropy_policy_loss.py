@@ -81,9 +81,9 @@ def high_entropy_policy_loss(
             the sequence_group. A number as `denominator` or `num_sequences` is taken as it is.
             Metrics are of this rank; `distributed.join_metrics` joins them.
         backend: the kernels, main_grad and max_active_rows: `Backend`.
-        lengths, loss_type, clip_low, clip_high, dual_clip, denominator, aggregation, kl,
-            correction, entropy_bonus: as in `ratio_loss`. With `selected` the head knows the
-            selected tokens alone, and an option that reads others raises.
+        lengths, loss_type, clip_low, clip_high, dual_clip, denominator: as in `ratio_loss`.
+        aggregation, kl, correction, entropy_bonus: as in `ratio_loss`. With `selected` the head
+            knows the selected tokens alone, and an option that reads others raises.
 
     Returns:
         The loss, a fp32 scalar, and its metrics, 0-dim tensors without gradient: those of
