@@ -155,7 +155,9 @@ def _bare(
 
 def _forward(problem: Problem, *, impl: str) -> Results:
     with torch.no_grad():
-        found = ek.linear_logprob_entropy(problem.hidden, problem.weight, problem.target, impl=impl)
+        found = ek.linear_logprob_entropy(
+            ek.Head(problem.hidden, problem.weight, problem.target), impl=impl
+        )
     return {"logprob": found.logprob, "entropy": found.entropy}
 
 
@@ -168,7 +170,7 @@ def _backward(problem: Problem, impl: str, buffer: Tensor | None) -> Callable[[P
     hidden_RD = problem.hidden.detach()[rows].requires_grad_()
     weight_VD = problem.weight.detach().requires_grad_()
     found = ek.linear_logprob_entropy(
-        hidden_RD, weight_VD, problem.target[rows], main_grad=buffer, impl=impl
+        ek.Head(hidden_RD, weight_VD, problem.target[rows]), main_grad=buffer, impl=impl
     )
     grad_R = problem.advantage[rows].to(found.logprob.dtype)
 

@@ -86,7 +86,7 @@ def train(model: Any) -> None:
         target = tokens[:, 1:].masked_fill(attention[:, 1:] == 0, -100)
         target[:, : PROMPT - 1] = -100
         hidden = hidden_states(model, tokens, attention)[:, :-1]
-        head = ek.linear_logprob_entropy(hidden, model.lm_head.weight, target)
+        head = ek.linear_logprob_entropy(ek.Head(hidden, model.lm_head.weight, target))
         loss = -head.logprob.sum() / (target != -100).sum()
         optimizer.zero_grad()
         loss.backward()
@@ -130,7 +130,7 @@ def mistakes(model: Any, batch: Batch) -> dict[str, dict[str, Any]]:
     old, tokens = batch.old_logprob, batch.tokens
     hidden = hidden_states(model, tokens, batch.attention)
     without = ek.linear_logprob_entropy(
-        hidden[:, :-1], model.lm_head.weight, tokens[:, 1:], softcap=SOFTCAP
+        ek.Head(hidden[:, :-1], model.lm_head.weight, tokens[:, 1:], softcap=SOFTCAP)
     ).logprob
     flush_right = torch.zeros_like(old)
     for row, response in enumerate(batch.response):
@@ -163,7 +163,7 @@ def shown(arguments: dict[str, Any]) -> dict[str, float]:
     """The metrics of a loss over all tokens of the mask, as on a GPU, where no value is checked."""
     names = ("hidden", "weight", "target")
     scale = {name: arguments[name] for name in ("temperature", "softcap")}
-    head = ek.linear_logprob_entropy(*(arguments[name] for name in names), **scale)
+    head = ek.linear_logprob_entropy(ek.Head(*(arguments[name] for name in names), **scale))
     mask = arguments["mask"]
     log_ratio = (head.logprob - arguments["old_logprob"])[mask].clamp(-20, 20).double()
     ratio = log_ratio.exp()

@@ -124,7 +124,7 @@ def _check_head(impl: str, device: str) -> str:
         if dtype == torch.float64:
             outputs = list(reference.linear_logprob_entropy(Head(h, w, target)))
         else:
-            outputs = list(linear_logprob_entropy(h, w, target, impl=impl)[:3])
+            outputs = list(linear_logprob_entropy(Head(h, w, target), impl=impl)[:3])
         torch.autograd.backward(outputs, list(grads.to(dtype)))
         found.append([*(x.detach() for x in outputs), h.grad, w.grad])
     for name, got, want in zip(

@@ -18,7 +18,7 @@ from ._main_grad import check_main_grad
 from ._ragged import Ragged, check_lengths
 from ._shapes import Bool, Float, Int
 from .head import Head
-from .linear_logprob_entropy import LogprobEntropy, logprob_entropy
+from .linear_logprob_entropy import LogprobEntropy, linear_logprob_entropy
 from .options import KL, Aggregation, Backend, Correction, EntropyBonus, Parallel, Selection
 from .ratio_loss import loss_of_tokens
 from .top_entropy_mask import top_entropy_mask
@@ -237,7 +237,7 @@ def _on_mask(
     backend: Backend,
 ) -> LogprobEntropy:
     """The head on the tokens of the mask; zeros elsewhere."""
-    return logprob_entropy(
+    return linear_logprob_entropy(
         replace(head, target=head.target.masked_fill(~mask, head.ignore_index)),
         vocab_group=vocab_group,
         keep_logits_above=above,
@@ -263,7 +263,7 @@ def _on_rows(
     weight = head.weight
     fits = 4 * index_R.shape[0] * weight.shape[0] <= backends.STORED_LOGITS_BYTES[device]
     pays = weight.shape[1] * weight.element_size() >= LEAST_ROW_BYTES[device]
-    outputs = logprob_entropy(
+    outputs = linear_logprob_entropy(
         some,
         vocab_group=vocab_group,
         keep_logits=torch.is_grad_enabled() and fits and pays,

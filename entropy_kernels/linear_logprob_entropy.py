@@ -16,7 +16,7 @@ from . import _vocab_parallel, backends, ops, reference
 from ._arguments import check_flag, check_group, check_threshold, check_whole
 from ._main_grad import GradientInto, check_main_grad
 from ._rows import STATISTICS, check_statistics, check_values
-from ._shapes import Float, Int
+from ._shapes import Float
 from .head import Head
 
 
@@ -36,15 +36,8 @@ class LogprobEntropy(NamedTuple):
 
 
 def linear_logprob_entropy(
-    hidden: Float[Tensor, "*tokens D"],
-    weight: Float[Tensor, "V D"],
-    target: Int[Tensor, "*tokens"],
+    head: Head,
     *,
-    bias: Float[Tensor, " V"] | None = None,
-    temperature: float | Float[Tensor, "..."] = 1.0,
-    softcap: float | None = None,
-    ignore_index: int = -100,
-    logit_scale: float = 1.0,
     vocab_group: ProcessGroup | None = None,
     keep_logits: bool = False,
     keep_logits_above: float | Float[Tensor, ""] | None = None,
@@ -64,14 +57,8 @@ def linear_logprob_entropy(
     states skip their product.
 
     Args:
-        hidden: last hidden states, fp32, bf16 or fp16.
-        weight: the head's weight, same dtype. Under autocast both are cast as `linear` casts them.
-        target: token ids; rows with `ignore_index` give zeros and no gradient.
-        temperature: > 0, one value or one per token; it divides the logits of all outputs and is
-            not differentiated.
-        softcap: bound of the logits, as in Gemma 2.
-        logit_scale: > 0, multiplies the logits before the softcap: Cohere's `logit_scale`, and one
-            over Granite's `logits_scaling`. It costs nothing.
+        head: hidden states, weight, targets and what forms the logits: `Head`. Tokens whose target
+            is its ignore_index give zeros and no gradient.
         vocab_group: the process group among whose ranks V is divided. weight, bias and main_grad
             are this rank's rows, any number of them, in the order of ranks. All other arguments
             are the same on every rank, and targets count over the whole vocabulary. Every rank
@@ -128,30 +115,6 @@ def linear_logprob_entropy(
             their gradients NaN, and numbers of tokens are not compared. torch.compile leaves out
             the check of main_grad's memory.
     """
-    return logprob_entropy(
-        Head(hidden, weight, target, bias, temperature, softcap, ignore_index, logit_scale),
-        vocab_group=vocab_group,
-        keep_logits=keep_logits,
-        keep_logits_above=keep_logits_above,
-        max_active_rows=max_active_rows,
-        main_grad=main_grad,
-        statistics=statistics,
-        impl=impl,
-    )
-
-
-def logprob_entropy(
-    head: Head,
-    *,
-    vocab_group: ProcessGroup | None = None,
-    keep_logits: bool = False,
-    keep_logits_above: float | Tensor | None = None,
-    max_active_rows: int | None = None,
-    main_grad: Tensor | None = None,
-    statistics: Collection[str] = (),
-    impl: str = "auto",
-) -> LogprobEntropy:
-    """`linear_logprob_entropy` for callers that hold a Head."""
     check_options(
         vocab_group=vocab_group,
         keep_logits=keep_logits,

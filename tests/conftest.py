@@ -100,9 +100,9 @@ def device(backend) -> str:
 @pytest.fixture
 def head(impl):
     """linear_logprob_entropy by one implementation."""
-    import entropy_kernels as ek
+    from tests.head_cases import logprob_entropy
 
-    return functools.partial(ek.linear_logprob_entropy, impl=impl)
+    return functools.partial(logprob_entropy, impl=impl)
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 T tokens, D hidden, V vocabulary.
 """
 
+import dataclasses
 import functools
 import hashlib
 
@@ -15,6 +16,7 @@ from entropy_kernels.testing import assert_within_two_bounds, peaked_head, worst
 
 BLOCK_T, BLOCK_V = blocks._SIZES["cpu"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+HEAD_OPTIONS = [field.name for field in dataclasses.fields(ek.Head)]
 ROWS = ["peaked", "uniform", "tied", "very negative", "large"]
 # Results that are kept: as many as a test's cases, which each backend asks for in turn.
 KEPT_RESULTS = 40
@@ -45,6 +47,13 @@ def _fingerprint(x):
     if isinstance(x, list | tuple):
         return tuple(map(_fingerprint, x))
     return _fingerprint(sorted(x.items())) if isinstance(x, dict) else x
+
+
+def logprob_entropy(hidden, weight, target, **options):
+    """linear_logprob_entropy of the Head of these; `options` are the head's and the function's."""
+    of_head = {name: x for name, x in options.items() if name in HEAD_OPTIONS}
+    others = {name: x for name, x in options.items() if name not in HEAD_OPTIONS}
+    return ek.linear_logprob_entropy(ek.Head(hidden, weight, target, **of_head), **others)
 
 
 def make(rows: str, shape: tuple[int, int, int], dtype: torch.dtype, device: str = "cpu"):

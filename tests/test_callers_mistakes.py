@@ -11,6 +11,7 @@ import torch
 import entropy_kernels as ek
 from entropy_kernels import _arguments
 from tests import mistakes
+from tests.head_cases import logprob_entropy
 from tests.mistakes import (
     ADVANTAGE,
     ENTROPY,
@@ -102,7 +103,7 @@ WRONG_TOKENS = {
 }
 CALLS = {
     "linear_logprob_entropy": Call(
-        ek.linear_logprob_entropy,
+        logprob_entropy,
         HEAD,
         WRONG_HEAD
         | {

@@ -31,7 +31,7 @@ def batch():
     h, y = h.reshape(6, L, D), y.reshape(6, L)
     mask = torch.arange(L) < torch.tensor([25, 3, 14, 25, 8, 20])[:, None]
     noise = 0.1 * torch.randn(6, L, generator=generator)
-    old = (ek.linear_logprob_entropy(h, w, y).logprob + noise).clamp_max(0)
+    old = (ek.linear_logprob_entropy(ek.Head(h, w, y)).logprob + noise).clamp_max(0)
     return w, [h, y, old, torch.randn(6, generator=generator), mask]
 
 
@@ -39,7 +39,7 @@ def gradient(w, tensors, group, options):
     """The gradient of the weight on this rank's sequences; its share of the step's."""
     h, y, old, advantage, mask = tensors
     w = w.clone().requires_grad_()
-    entropy = ek.linear_logprob_entropy(h, w.detach(), y).entropy
+    entropy = ek.linear_logprob_entropy(ek.Head(h, w.detach(), y)).entropy
     selected = ek.top_entropy_mask(entropy, mask, group=group)
     options = dict(options)
     if options.get("loss_type") == "grpo":

@@ -22,7 +22,7 @@ def test_a_targets_logit_is_its_logprob_and_the_logsumexp(dtype, impl, device):
     """Whose gradients cancel but for the target's word, however likely it is."""
     h, w, y = (x.to(device) for x in peaked_head(T, D, V, dtype=DTYPES[dtype]))
     h.requires_grad_(), w.requires_grad_()
-    found = ek.linear_logprob_entropy(h, w, y, impl=impl)
+    found = ek.linear_logprob_entropy(ek.Head(h, w, y), impl=impl)
     assert (found.logprob > -1e-3).any()
     (found.logprob + found.logsumexp).sum().backward()
     torch.testing.assert_close(h.grad, w.detach()[y], rtol=torch.finfo(h.dtype).eps, atol=1e-5)
@@ -89,7 +89,7 @@ def test_a_low_rank_update_beside_the_weight(opposed, impl, device):
 
     def ours(h, w, down, up):
         wide, tall = torch.cat([h, h @ down.T], 1), torch.cat([w, up], 1)
-        return ek.linear_logprob_entropy(wide, tall, y.to(device), impl=impl).logprob
+        return ek.linear_logprob_entropy(ek.Head(wide, tall, y.to(device)), impl=impl).logprob
 
     truth = gradient(whole, torch.float64)
     eager = gradient(whole, torch.bfloat16)

@@ -30,7 +30,7 @@ def full():
 
 def outputs(head, **options):
     given = {field.name: getattr(head, field.name) for field in fields(head)}
-    return ek.linear_logprob_entropy(**given, impl="torch", **options)
+    return ek.linear_logprob_entropy(ek.Head(**given, **options), impl="torch")
 
 
 def test_flat_is_what_backends_take():

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import entropy_kernels as ek
 from entropy_kernels import _native, ops
-from tests.head_cases import DTYPES, ROWS, check_statistics, make, statistics_in
+from tests.head_cases import DTYPES, ROWS, check_statistics, logprob_entropy, make, statistics_in
 
 NAMES = ops.STATISTICS
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*encountered:RuntimeWarning")
 
 @pytest.fixture
 def head(impl):
-    return functools.partial(ek.linear_logprob_entropy, impl=impl, statistics=NAMES)
+    return functools.partial(logprob_entropy, impl=impl, statistics=NAMES)
 
 
 @pytest.fixture
@@ -183,7 +183,7 @@ def test_no_other_bit_changes(impl, device, vocabulary, keep_logits):
         y[::5] = -100
         h, w = h.requires_grad_(), w.requires_grad_()
         found = ek.linear_logprob_entropy(
-            h, w, y, temperature=0.9, keep_logits=keep_logits, statistics=names, impl=impl
+            ek.Head(h, w, y, temperature=0.9), keep_logits=keep_logits, statistics=names, impl=impl
         )
         (found.logprob + 0.3 * found.entropy).sum().backward()
         results.append([*found[:3], h.grad, w.grad])
@@ -197,8 +197,8 @@ def test_no_other_bit_changes(impl, device, vocabulary, keep_logits):
 )
 def test_what_is_not_asked_for_is_none(impl, device, names):
     h, w, y = make("peaked", (9, 8, 67), torch.float32, device)
-    found = ek.linear_logprob_entropy(h, w, y, statistics=names, impl=impl)
-    every = ek.linear_logprob_entropy(h, w, y, statistics=NAMES, impl=impl)
+    found = ek.linear_logprob_entropy(ek.Head(h, w, y), statistics=names, impl=impl)
+    every = ek.linear_logprob_entropy(ek.Head(h, w, y), statistics=NAMES, impl=impl)
     for name in NAMES:
         got = getattr(found, name)
         if name in names:
@@ -211,7 +211,7 @@ def test_what_is_not_asked_for_is_none(impl, device, names):
 def test_unknown_names_are_refused(names):
     h, w, y = make("peaked", (3, 8, 11), torch.float32)
     with pytest.raises(ValueError, match="varentropy, max_prob, sum_p2, sum_p2_logp; got"):
-        ek.linear_logprob_entropy(h, w, y, statistics=names)
+        ek.linear_logprob_entropy(ek.Head(h, w, y), statistics=names)
 
 
 @pytest.mark.parametrize("tokens", [0, 5])
@@ -224,7 +224,7 @@ def test_nothing_to_do(head, tokens, device):
 def test_reference_implementation_takes_fp64():
     h, w, y = make("peaked", (9, 8, 67), torch.float32)
     h = h.double().requires_grad_()
-    found = ek.linear_logprob_entropy(h, w.double(), y, statistics=NAMES, impl="reference")
+    found = ek.linear_logprob_entropy(ek.Head(h, w.double(), y), statistics=NAMES, impl="reference")
     p = (h @ w.double().T).detach().softmax(1)
     varentropy = (p * p.log().square()).sum(1) - found.entropy.detach().square()
     torch.testing.assert_close(found.varentropy, varentropy)
@@ -240,7 +240,7 @@ def test_opcheck(impl, device, unchecked_shapes):
     for keep_logits in (False, True):
         arguments = (h, w, y, None, None, 5.0, -100, keep_logits, None, None, impl)
         op = torch.ops.entropy_kernels.linear_logprob_entropy.default
-        torch.library.opcheck(op, arguments, {"statistics": True})
+        torch.library.opcheck(op, arguments, {"with_statistics": True})
 
 
 def test_compiles_into_one_graph(head, unchecked_shapes):

@@ -26,7 +26,9 @@ def batch():
     h, w, y = peaked_head(B * L, D, V)
     h, y = h.reshape(B, L, D), y.reshape(B, L)
     mask = torch.arange(L) < torch.tensor([50, 37, 50, 13])[:, None]
-    old = (ek.linear_logprob_entropy(h, w, y).logprob + 0.2 * torch.randn(B, L)).clamp_max(0)
+    old = (ek.linear_logprob_entropy(ek.Head(h, w, y)).logprob + 0.2 * torch.randn(B, L)).clamp_max(
+        0
+    )
     return h, w, y, old, torch.tensor([1.0, -1.0, 0.5, -0.3]), mask
 
 
@@ -69,7 +71,7 @@ def test_the_three_ways_agree_and_cost_what_they_say(batch, fraction, monkeypatc
     monkeypatch.setattr(loss, "LEAST_ROW_BYTES", {"cpu": 0, "cuda": 0})
     h, w, *rest, mask = batch
     rest.append(mask)
-    entropy = ek.linear_logprob_entropy(h, w, batch[2]).entropy
+    entropy = ek.linear_logprob_entropy(ek.Head(h, w, batch[2])).entropy
     selected = ek.top_entropy_mask(entropy, mask, fraction)
     kept, tokens = int(selected.sum()), int(mask.sum())
     ways = {
@@ -191,7 +193,7 @@ def test_micro_batches_equal_one_batch(batch):
     whole = gradients(lambda h, w: policy_loss(h, w, *batch[2:]), h, w)
     threshold = ek.StreamingThreshold(0.2)
     for b in range(B):
-        threshold.update(ek.linear_logprob_entropy(h[b], w, y[b]).entropy, mask[b])
+        threshold.update(ek.linear_logprob_entropy(ek.Head(h[b], w, y[b])).entropy, mask[b])
     count = int(whole[3]["tokens/selected"])
 
     def split(h, w):
@@ -217,10 +219,10 @@ def test_micro_batches_equal_one_batch(batch):
 def test_per_token_temperature_follows_the_selected_rows(batch):
     h, w, *rest = batch
     temperature = torch.rand(B, L) + 0.5
-    entropy = ek.linear_logprob_entropy(h, w, rest[0], temperature=temperature).entropy
+    entropy = ek.linear_logprob_entropy(ek.Head(h, w, rest[0], temperature=temperature)).entropy
     selected = ek.top_entropy_mask(entropy, rest[-1])
     options = {"temperature": temperature, "softcap": 30.0, "bias": torch.randn(V)}
-    entropy = ek.linear_logprob_entropy(h, w, rest[0], **options).entropy
+    entropy = ek.linear_logprob_entropy(ek.Head(h, w, rest[0], **options)).entropy
     selected = ek.top_entropy_mask(entropy, rest[-1])
     known = gradients(lambda h, w: policy_loss(h, w, *rest, selected=selected, **options), h, w)
     found = gradients(lambda h, w: policy_loss(h, w, *rest, **options), h, w)
@@ -297,7 +299,7 @@ def test_entropies_within_the_tolerance_tie_with_the_threshold(batch):
     """A mask of two roundings of one entropy must not hang on them."""
     h, w, y, *rest = batch
     head, mask = ek.Head(h, w, y), rest[-1]
-    entropy = ek.linear_logprob_entropy(h, w, y).entropy
+    entropy = ek.linear_logprob_entropy(ek.Head(h, w, y)).entropy
     tau = entropy[mask].sort().values[-30]
 
     def selected(threshold, tolerance):

@@ -67,9 +67,9 @@ def test_autocast_casts_as_linear_does_and_stays_fp32_inside(head, device):
 
 def test_reference_implementation_takes_fp64():
     h, w, y = make("peaked", (9, 8, 67), torch.float32)
-    found = ek.linear_logprob_entropy(h.double(), w.double(), y, impl="reference")
+    found = ek.linear_logprob_entropy(ek.Head(h.double(), w.double(), y), impl="reference")
     assert found.entropy.dtype == torch.float64
-    default = ek.linear_logprob_entropy(h, w, y)
+    default = ek.linear_logprob_entropy(ek.Head(h, w, y))
     torch.testing.assert_close(default.entropy.double(), found.entropy, rtol=1e-5, atol=1e-6)
 
 
@@ -135,7 +135,7 @@ BAD = {
 def test_bad_input_says_what_came_and_what_was_wanted(change, options, message, unchecked_shapes):
     h, w, y = change(*make("peaked", (9, 8, 67), torch.float32))
     with pytest.raises(ValueError, match=message):
-        ek.linear_logprob_entropy(h, w, y, **options)
+        ek.linear_logprob_entropy(ek.Head(h, w, y, **options))
 
 
 def test_values_that_cannot_be_checked_without_synchronising_become_nan():
@@ -166,7 +166,7 @@ def test_what_becomes_nan_unchecked_is_nan_in_the_gradients(
     else:
         temperature[2] = 0.0
     h, w = h.requires_grad_(), w.requires_grad_()
-    found = ek.linear_logprob_entropy(h, w, y, temperature=temperature, impl=impl)
+    found = ek.linear_logprob_entropy(ek.Head(h, w, y, temperature=temperature), impl=impl)
     getattr(found, output).sum().backward()
     assert h.grad.isnan().any(1).nonzero().flatten().tolist() == [2]
     assert w.grad.isnan().any()

@@ -15,7 +15,7 @@ def head_batch():
     h, w, y = peaked_head(4 * 12, 16, 301)
     h, y = h.reshape(4, 12, 16), y.reshape(4, 12)
     mask = torch.arange(12) < torch.tensor([12, 9, 12, 3])[:, None]
-    out = ek.linear_logprob_entropy(h, w, y)
+    out = ek.linear_logprob_entropy(ek.Head(h, w, y))
     old = (out.logprob + 0.2 * torch.randn(4, 12)).clamp_max(0)
     return h, w, y, old, torch.tensor([1.0, -1.0, 0.5, -0.3]), mask, out
 
@@ -37,7 +37,7 @@ def test_the_head_takes_every_loss(loss_type, way):
         return policy_loss(x, w, y, old, advantage, mask, **choice, **options)[0]
 
     def apart(x):
-        found = ek.linear_logprob_entropy(x, w, y)
+        found = ek.linear_logprob_entropy(ek.Head(x, w, y))
         return ratio_loss(
             found.logprob, old, advantage, mask, selected=selected, entropy=found.entropy, **options
         )[0]

@@ -104,4 +104,4 @@ def test_a_triton_that_is_too_old_is_named(monkeypatch, capsys):
     )
     assert why in capsys.readouterr().out
     with pytest.raises(ValueError, match=r"Triton must be 3\.6 or newer; got 3\.5\.1"):
-        ek.linear_logprob_entropy(*peaked_head(3, 8, 11), impl="triton")
+        ek.linear_logprob_entropy(ek.Head(*peaked_head(3, 8, 11)), impl="triton")

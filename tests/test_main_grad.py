@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 import entropy_kernels as ek
 from entropy_kernels import _native
 from entropy_kernels.testing import Watch, peaked_head
-from tests.head_cases import DTYPES, make
+from tests.head_cases import DTYPES, logprob_entropy, make
 from tests.loss_cases import policy_loss
 from tests.marks import nan_is_meant
 
@@ -56,7 +56,7 @@ def test_zeros_become_the_ordinary_gradient_to_the_bit(head, dtype, device):
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
 def test_the_specification_does_so_too(dtype):
-    head = functools.partial(ek.linear_logprob_entropy, impl="reference")
+    head = functools.partial(logprob_entropy, impl="reference")
     h, w, y = leaves(dtype)
     dh, dw = ordinary(head, h, w, y)
     for buffer in {dtype, torch.float32}:
@@ -88,7 +88,7 @@ def test_a_fp32_sum_of_16_bit_gradients_is_never_rounded_to_16_bits(head, device
     torch.testing.assert_close(sums - 64, added, rtol=0, atol=2.0**-17)
 
     truth = [x.detach().double().requires_grad_() for x in (h, w)]
-    loss_of(functools.partial(ek.linear_logprob_entropy, impl="reference"), *truth, y).backward()
+    loss_of(functools.partial(logprob_entropy, impl="reference"), *truth, y).backward()
     error = (added.double() - truth[1].grad).norm()
     if head.keywords["impl"] == "torch" and device == "cpu":
         assert error < 2e-6 * truth[1].grad.norm()
@@ -321,7 +321,7 @@ def test_what_cannot_be_added_to_is_refused_before_anything_runs(
     h, w, main_grad = change(h.requires_grad_(), w.requires_grad_())
     mask = torch.ones(70, dtype=torch.bool)
     call = {
-        "head": functools.partial(ek.linear_logprob_entropy, h, w, y),
+        "head": functools.partial(logprob_entropy, h, w, y),
         "loss": functools.partial(policy_loss, h, w, y, None, torch.ones(70), mask, selected=mask),
     }[entry]
     with pytest.raises(ValueError, match="main_grad .*" + message):
@@ -336,7 +336,7 @@ def test_neighbours_in_memory_are_no_overlap():
     weight = memory[1].requires_grad_()
     before = weight.detach().clone()
     for main_grad in (memory.detach()[0], memory.detach()[2]):
-        loss_of(ek.linear_logprob_entropy, h, weight, y, main_grad=main_grad).backward()
+        loss_of(logprob_entropy, h, weight, y, main_grad=main_grad).backward()
     assert torch.equal(weight, before)
     assert torch.equal(memory[0], memory[2])
     assert (memory[0] != 0).any()
@@ -374,9 +374,7 @@ class Model(torch.nn.Module):
         self.head = torch.nn.Linear(8, 67, bias=False)
 
     def forward(self, x, y, main_grad):
-        return loss_of(
-            ek.linear_logprob_entropy, self.body(x), self.head.weight, y, main_grad=main_grad
-        )
+        return loss_of(logprob_entropy, self.body(x), self.head.weight, y, main_grad=main_grad)
 
 
 def averaged(rank: int, folder: str) -> None:

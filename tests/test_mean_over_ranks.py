@@ -90,7 +90,7 @@ def head_loss(group, shares, options):
     h, w, y = peaked_head(B * L, D, V)
     h, y = h.reshape(B, L, D), y.reshape(B, L)
     tensors, advantage = batch(torch.float32)
-    old = ek.linear_logprob_entropy(h, w, y).logprob + 0.1 * tensors["old_logprob"]
+    old = ek.linear_logprob_entropy(ek.Head(h, w, y)).logprob + 0.1 * tensors["old_logprob"]
     mine = [h, y, old, advantage, tensors["mask"], tensors["selected"]]
     if group is not None:
         mine = [x.split(shares)[dist.get_rank(group)] for x in mine]

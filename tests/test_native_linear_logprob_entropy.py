@@ -122,7 +122,7 @@ def test_the_environment_overrules_what_is_faster(monkeypatch, anew, isa):
 def test_an_unknown_set_in_the_environment_is_refused(monkeypatch, anew):
     monkeypatch.setenv("EK_CPU_ISA", "sse9")
     with pytest.raises(ValueError, match=r"EK_CPU_ISA must be one of .*portable here; got 'sse9'"):
-        ek.linear_logprob_entropy(*peaked_head(3, 4, 5), impl="cpu")
+        ek.linear_logprob_entropy(ek.Head(*peaked_head(3, 4, 5)), impl="cpu")
 
 
 @pytest.mark.parametrize("isa", INSTRUCTION_SETS)
@@ -208,12 +208,12 @@ def test_the_thread_count_moves_the_last_bits_only():
 
 def test_several_python_threads_at_once():
     h, w, y = peaked_head(100, 32, 3001)
-    want = ek.linear_logprob_entropy(h, w, y, impl="cpu")
+    want = ek.linear_logprob_entropy(ek.Head(h, w, y), impl="cpu")
     wrong = []
 
     def work():
         for _ in range(5):
-            got = ek.linear_logprob_entropy(h, w, y, impl="cpu")
+            got = ek.linear_logprob_entropy(ek.Head(h, w, y), impl="cpu")
             if not all(torch.equal(a, b) for a, b in zip(got[:3], want[:3], strict=True)):
                 wrong.append(got)
 
@@ -237,7 +237,7 @@ def test_ctrl_c_between_blocks(direction, one_thread):
     began = 0.0
 
     def head(count):
-        return ek.linear_logprob_entropy(h[:count], w, y[:count], impl="cpu").entropy.sum()
+        return ek.linear_logprob_entropy(ek.Head(h[:count], w, y[:count]), impl="cpu").entropy.sum()
 
     def seconds(count):
         nonlocal began
@@ -289,8 +289,8 @@ def test_impl_cpu_needs_the_extension(monkeypatch, unchecked_shapes):
     h, w, y = peaked_head(3, 8, 11)
     monkeypatch.setattr(_native, "why_missing", lambda name: f"{name} is not built")
     with pytest.raises(ValueError, match='impl="cpu" cannot run: cpu is not built'):
-        ek.linear_logprob_entropy(h, w, y, impl="cpu")
+        ek.linear_logprob_entropy(ek.Head(h, w, y), impl="cpu")
     backends._warn_of_the_torch_path.cache_clear()  # another test of this process may have warned
     with pytest.warns(RuntimeWarning, match="takes the torch path, which is slower"):
-        ek.linear_logprob_entropy(h, w, y)
-    ek.linear_logprob_entropy(h, w, y)
+        ek.linear_logprob_entropy(ek.Head(h, w, y))
+    ek.linear_logprob_entropy(ek.Head(h, w, y))

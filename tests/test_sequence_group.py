@@ -120,7 +120,7 @@ def head_loss(vocab_group, sequence_group):
     h, w, y = peaked_head(B * L, D, V)
     h, y = h.reshape(B, L, D), y.reshape(B, L)
     tensors, advantage = batch(torch.float32)
-    old = ek.linear_logprob_entropy(h, w, y).logprob + 0.1 * tensors["old_logprob"]
+    old = ek.linear_logprob_entropy(ek.Head(h, w, y)).logprob + 0.1 * tensors["old_logprob"]
     mask = tensors["mask"]
     if vocab_group is not None:
         w = w.split([50, 17])[dist.get_rank(vocab_group)]

@@ -266,7 +266,7 @@ def test_nothing_to_do(tokens):
     h = torch.randn(tokens, 8, device=DEVICE, requires_grad=True)
     w = torch.randn(33, 8, device=DEVICE, requires_grad=True)
     y = torch.full((tokens,), IGNORE, device=DEVICE)
-    found = ek.linear_logprob_entropy(h, w, y, keep_logits_above=0.0, impl="triton")
+    found = ek.linear_logprob_entropy(ek.Head(h, w, y), keep_logits_above=0.0, impl="triton")
     found.logprob.sum().backward()
     assert (h.grad == 0).all()
     assert (w.grad == 0).all()
@@ -329,10 +329,10 @@ def test_without_a_backward_nothing_is_stored(monkeypatch):
     monkeypatch.setattr(backends, "stores_rows", lambda *shape: asked.append(shape) or False)
     options = {"keep_logits_above": 0.1, "impl": "triton"}
     with torch.no_grad():
-        ek.linear_logprob_entropy(h, w, y, **options)
+        ek.linear_logprob_entropy(ek.Head(h, w, y, **options))
     assert asked == []
     with Watch() as watch:
-        found = ek.linear_logprob_entropy(h, w.requires_grad_(), y, **options)
+        found = ek.linear_logprob_entropy(ek.Head(h, w.requires_grad_(), y, **options))
         found.logprob[(y != IGNORE) & (found.entropy >= 0.1)].sum().backward()
     assert asked == [(h.device, h.dtype, D)]
     rows = int(((y != IGNORE) & (found.entropy >= 0.1)).sum())
@@ -362,7 +362,9 @@ def test_compiles_into_one_graph(dynamic, unchecked_shapes):
     threshold = torch.tensor(0.1, device=DEVICE)
 
     def step(h, w):
-        found = ek.linear_logprob_entropy(h, w, y, keep_logits_above=threshold, impl="triton")
+        found = ek.linear_logprob_entropy(
+            ek.Head(h, w, y), keep_logits_above=threshold, impl="triton"
+        )
         return (found.logprob - 0.1 * found.entropy).sum()
 
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager", dynamic=dynamic)

@@ -14,10 +14,12 @@ PACKAGE = ROOT / "entropy_kernels"
 TENSOR = "torch._tensor.Tensor"
 HEAD = "torch.zeros(2, 8), torch.zeros(9, 8), torch.zeros(2, dtype=torch.int64)"
 REVEALED = {
-    f"ek.linear_logprob_entropy({HEAD}).logprob": TENSOR,
-    f"ek.linear_logprob_entropy({HEAD}).varentropy": f"{TENSOR} | None",
-    f"ek.high_entropy_policy_loss({HEAD}, None, x, m)": f"tuple[{TENSOR}, dict[str, {TENSOR}]]",
-    f"ek.HighEntropyPolicyLoss(fraction=0.2)({HEAD}, None, x, m)": (
+    f"ek.linear_logprob_entropy(ek.Head({HEAD})).logprob": TENSOR,
+    f"ek.linear_logprob_entropy(ek.Head({HEAD})).varentropy": f"{TENSOR} | None",
+    f"ek.high_entropy_policy_loss(ek.Head({HEAD}), None, x, m)": (
+        f"tuple[{TENSOR}, dict[str, {TENSOR}]]"
+    ),
+    f"ek.HighEntropyPolicyLoss(fraction=0.2)(ek.Head({HEAD}), None, x, m)": (
         f"tuple[{TENSOR}, dict[str, {TENSOR}]]"
     ),
     "ek.ratio_loss(x, None, x, m)": f"tuple[{TENSOR}, dict[str, {TENSOR}]]",
@@ -30,9 +32,9 @@ REVEALED = {
     "ek.__version__": "str",
 }
 WRONG = {
-    f"ek.linear_logprob_entropy({HEAD}, temprature=1.0)": "call-arg",
-    f"ek.linear_logprob_entropy({HEAD}, softcap='30')": "arg-type",
-    f"ek.HighEntropyPolicyLoss()({HEAD}, None, x)": "call-arg",
+    f"ek.linear_logprob_entropy(ek.Head({HEAD}, temprature=1.0))": "call-arg",
+    f"ek.linear_logprob_entropy(ek.Head({HEAD}, softcap='30'))": "arg-type",
+    f"ek.HighEntropyPolicyLoss()(ek.Head({HEAD}), None)": "call-arg",
     "ek.top_entropy_mask([0.1, 0.2])": "arg-type",
     "ek.no_such_name": "attr-defined",
 }

@@ -97,7 +97,7 @@ def test_a_shard_may_be_masked_throughout(ranks):
     keep, kept = bias == 0, torch.arange(9) != 5
     x, few = h.clone().requires_grad_(), w[keep].clone().requires_grad_()
     own = torch.where(kept, (keep.cumsum(0) - 1)[y], 0)
-    want = ek.linear_logprob_entropy(x, few, own, statistics=ops.STATISTICS)
+    want = ek.linear_logprob_entropy(ek.Head(x, few, own), statistics=ops.STATISTICS)
     (want.logprob[kept].sum() + want.entropy.sum()).backward()
     for rank in ranks:
         found = rank["masked"]["found"]
@@ -155,13 +155,15 @@ def test_combinations_without_meaning_are_refused(tmp_path):
     try:
         group = dist.group.WORLD
         with pytest.raises(ValueError, match=r'"reference".*vocab_group'):
-            ek.linear_logprob_entropy(h, w, y, vocab_group=group, impl="reference")
+            ek.linear_logprob_entropy(ek.Head(h, w, y), vocab_group=group, impl="reference")
         ones = torch.ones(9)
         with pytest.raises(ValueError, match=r'which="random".*vocab_group'):
             policy_loss(h, w, y, None, ones, ones > 0, which="random", vocab_group=group)
-        alone = ek.linear_logprob_entropy(h, w, y, vocab_group=group)
-        assert torch.equal(alone.entropy, ek.linear_logprob_entropy(h, w, y).entropy)
-        none = ek.linear_logprob_entropy(h[:0], w, y[:0], vocab_group=group, keep_logits_above=0.1)
+        alone = ek.linear_logprob_entropy(ek.Head(h, w, y), vocab_group=group)
+        assert torch.equal(alone.entropy, ek.linear_logprob_entropy(ek.Head(h, w, y)).entropy)
+        none = ek.linear_logprob_entropy(
+            ek.Head(h[:0], w, y[:0]), vocab_group=group, keep_logits_above=0.1
+        )
         assert none.entropy.shape == (0,)
     finally:
         dist.destroy_process_group()

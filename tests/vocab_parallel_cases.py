@@ -14,7 +14,7 @@ import torch.distributed as dist
 import entropy_kernels as ek
 from entropy_kernels import _native, backends, ops, testing
 from entropy_kernels.testing import Watch, peaked_head
-from tests.head_cases import make, run
+from tests.head_cases import logprob_entropy, make, run
 from tests.loss_cases import policy_loss
 
 T, D, V = 67, 40, 211
@@ -108,7 +108,7 @@ def values(name, impl, group):
     if "max_active_rows" in CASES[name][2]:
         # A few more than have a gradient.
         options["max_active_rows"] = T - 1
-    head = functools.partial(ek.linear_logprob_entropy, impl=impl, vocab_group=group)
+    head = functools.partial(logprob_entropy, impl=impl, vocab_group=group)
     inputs = h, mine(w, shares, group), y, mine(bias, shares, group)
     outputs, gradients = run(head, inputs, grads, **options)
     found = head(*inputs[:3], bias=inputs[3], statistics=ops.STATISTICS, **options)
@@ -125,13 +125,13 @@ def extremes(group):
         z[0], z[best] = -gap, 0.0
         w = mine(z, [3] * size, group)
         y = torch.tensor([best, 0])
-        found[gap, best] = ek.linear_logprob_entropy(torch.ones(2, 1), w, y, vocab_group=group)
+        found[gap, best] = ek.linear_logprob_entropy(
+            ek.Head(torch.ones(2, 1), w, y), vocab_group=group
+        )
     h, w, y = make("peaked", (9, 16, 3 * size), torch.float32)
     h[4, 3] = torch.nan
     w = mine(w, [3] * size, group).clone()
-    head = functools.partial(
-        ek.linear_logprob_entropy, vocab_group=group, statistics=ops.STATISTICS
-    )
+    head = functools.partial(logprob_entropy, vocab_group=group, statistics=ops.STATISTICS)
     found["a bad row"] = head(h, w, y)
     h[4, 3] = 0
     if dist.get_rank(group) == 1:
@@ -151,12 +151,12 @@ def masked_vocabulary(group):
     x, weight = h.clone().requires_grad_(), mine(w, [20] * size, group).clone().requires_grad_()
     b = mine(bias, [20] * size, group)
     found = ek.linear_logprob_entropy(
-        x, weight, y, bias=b, vocab_group=group, statistics=ops.STATISTICS
+        ek.Head(x, weight, y, bias=b), vocab_group=group, statistics=ops.STATISTICS
     )
     kept = torch.arange(9) != 5
     (found.logprob[kept].sum() + found.entropy.sum()).backward()
     nowhere = ek.linear_logprob_entropy(
-        h, weight.detach(), y, bias=torch.full_like(b, -torch.inf), vocab_group=group
+        ek.Head(h, weight.detach(), y, bias=torch.full_like(b, -torch.inf)), vocab_group=group
     )
     return {
         "found": [z.detach() for z in found],
@@ -173,7 +173,7 @@ def cost(group):
     tokens, hidden, vocabulary = 1024, 8, 4096 * size
     h, w, y = torch.randn(tokens, hidden), torch.randn(4096, hidden), torch.arange(tokens)
     h, w = h.requires_grad_(), w.requires_grad_()
-    head = functools.partial(ek.linear_logprob_entropy, vocab_group=group, impl="torch")
+    head = functools.partial(logprob_entropy, vocab_group=group, impl="torch")
     with Watch() as watch:
         forward, found = moved_by(lambda: head(h, w, y))
         with Watch() as products:
@@ -197,7 +197,9 @@ def losses(group, vocabulary_shares):
     generator = torch.Generator().manual_seed(3)
     mask = torch.rand(150, generator=generator) < 0.8
     advantage = torch.randn(150, generator=generator)
-    old = ek.linear_logprob_entropy(h, w, y).logprob + 0.1 * torch.randn(150, generator=generator)
+    old = ek.linear_logprob_entropy(ek.Head(h, w, y)).logprob + 0.1 * torch.randn(
+        150, generator=generator
+    )
     old = old.clamp_max(0)
     if group is not None:
         w = mine(w, vocabulary_shares, group)
@@ -226,7 +228,7 @@ def errors(group):
         ("no row", (h, w[:0], y), {}),
     ]:
         with pytest.raises(ValueError, match="got") as error:
-            ek.linear_logprob_entropy(*arguments, vocab_group=group, **options)
+            ek.linear_logprob_entropy(ek.Head(*arguments, **options), vocab_group=group)
         found[name] = str(error.value)
     return found
 

@@ -161,7 +161,7 @@ def _check_head(policy: Policy) -> None:
 
     def compare(head: ek.Head) -> None:
         logits = policy.model(input_ids=tokens[None], use_cache=False).logits[0]
-        got = ek.linear_logprob_entropy(**vars(head)).logprob
+        got = ek.linear_logprob_entropy(head).logprob
         want = logits.float().log_softmax(1).gather(1, tokens.unsqueeze(1)).squeeze(1)
         # The model rounds its logits to its dtype, a few times with a softcap; all else is fp32.
         largest = logits.float().abs().max()

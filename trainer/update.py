@@ -52,7 +52,7 @@ def score(policy: Policy, rollouts: Rollouts, settings: config.Config, ranks: Ra
 
     def statistics(head: ek.Head) -> ek.LogprobEntropy:
         watch.start()
-        found = ek.linear_logprob_entropy(**vars(head))
+        found = ek.linear_logprob_entropy(head)
         watch.stop()
         return found
 

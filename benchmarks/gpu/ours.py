@@ -111,13 +111,15 @@ def _loss(problem: Problem, *, impl: str, way: str) -> Results:
 
 def _forward(problem: Problem, *, impl: str) -> Results:
     with torch.no_grad():
-        found = ek.linear_logprob_entropy(problem.hidden, problem.weight, problem.target, impl=impl)
+        found = ek.linear_logprob_entropy(
+            ek.Head(problem.hidden, problem.weight, problem.target), impl=impl
+        )
     return {"logprob": found.logprob, "entropy": found.entropy}
 
 
 def torch_logprob(hidden_TD: Tensor, weight_VD: Tensor, target_T: Tensor) -> Tensor:
     """Log-probabilities by the torch path, differentiable."""
-    return ek.linear_logprob_entropy(hidden_TD, weight_VD, target_T, impl="torch").logprob
+    return ek.linear_logprob_entropy(ek.Head(hidden_TD, weight_VD, target_T), impl="torch").logprob
 
 
 def has_triton() -> bool:

@@ -16,7 +16,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import head, testing
+from .. import testing
+from ..head import Head
 from ..high_entropy_policy_loss import high_entropy_policy_loss
 from ..linear_logprob_entropy import linear_logprob_entropy
 from ..options import Backend
@@ -27,7 +28,7 @@ SEQUENCES = 8
 ROWS = 256
 _CPU = torch.device("cpu")
 
-Head = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor | None]]
+EagerHead = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor | None]]
 
 
 class Problem(NamedTuple):
@@ -190,7 +191,7 @@ def plain_head(hidden_TD: Tensor, weight_VD: Tensor, target_T: Tensor) -> tuple[
     return logp_TV.gather(1, target_T.unsqueeze(1)).squeeze(1), entropy_T
 
 
-def dense(head: Head, problem: Problem, *, fraction: float, compiled: bool = False) -> Results:
+def dense(head: EagerHead, problem: Problem, *, fraction: float, compiled: bool = False) -> Results:
     """The loss of all tokens, times a mask."""
     inputs = problem.hidden, problem.weight, problem.target, problem.old_logprob, problem.advantage
     objective = _compiler() if compiled else _objective
@@ -198,7 +199,7 @@ def dense(head: Head, problem: Problem, *, fraction: float, compiled: bool = Fal
     return step(problem.hidden, problem.weight, loss) | found
 
 
-def dense_by_onednn(head: Head, problem: Problem, *, fraction: float) -> Results:
+def dense_by_onednn(head: EagerHead, problem: Problem, *, fraction: float) -> Results:
     """The same, with fp32 products by oneDNN; refused where the inputs are not fp32 on a CPU."""
     if problem.hidden.dtype != torch.float32 or problem.hidden.device.type != "cpu":
         raise RefusedError("it is a choice for fp32 on a CPU alone")
@@ -207,7 +208,7 @@ def dense_by_onednn(head: Head, problem: Problem, *, fraction: float) -> Results
 
 
 def _objective(
-    head: Head,
+    head: EagerHead,
     hidden_TD: Tensor,
     weight_VD: Tensor,
     target_T: Tensor,
@@ -251,7 +252,7 @@ def ours(
 ) -> Results:
     """Our step: `known`, the tokens are told beforehand; `half`, of the advantages are zero."""
     loss, _ = high_entropy_policy_loss(
-        head.Head(problem.hidden, problem.weight, problem.target),
+        Head(problem.hidden, problem.weight, problem.target),
         problem.old_logprob,
         problem.half_advantage if half else problem.advantage,
         problem.mask,
@@ -266,5 +267,5 @@ def our_forward(problem: Problem, *, impl: str, statistics: tuple[str, ...] = ()
     """Log-probabilities and entropies of all tokens, and more statistics of them."""
     inputs = problem.hidden, problem.weight, problem.target
     with torch.no_grad():
-        found = linear_logprob_entropy(*inputs, statistics=statistics, impl=impl)
+        found = linear_logprob_entropy(Head(*inputs), statistics=statistics, impl=impl)
     return {"logprob": found.logprob, "entropy": found.entropy}

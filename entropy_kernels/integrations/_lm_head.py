@@ -62,9 +62,9 @@ class LMHead:
             weight,
             target,
             bias=bias,
-            # c tanh(a z / c) = a (c / a) tanh(z / (c / a)): the scale is a temperature, exactly.
-            temperature=temperature / self.scale,
-            softcap=None if self.softcap is None else self.softcap / self.scale,
+            temperature=temperature,
+            softcap=self.softcap,
+            logit_scale=self.scale,
         )
 
     def hidden_states(self, *args: Any, **options: Any) -> Float[Tensor, "*tokens D"]:

@@ -133,7 +133,7 @@ class _HeadForward:
         if isinstance(temperature, Tensor):
             temperature = temperature.to(hidden.device)
         head = self.lm_head(hidden, target.to(hidden.device), temperature)
-        found = linear_logprob_entropy(**vars(head), statistics=statistics, impl=self.impl)
+        found = linear_logprob_entropy(head, statistics=statistics, impl=self.impl)
         # FSDP gathers the weight again for backward when the gradient reaches what the head
         # returned. So all results come from that tensor, and are no views of it.
         packed = torch.stack(found[:3], -1)

@@ -83,15 +83,11 @@ class LinearScaledCrossEntropy:
         ignored = _as_int64(ignore_index)
         _check_ids(selected_token_ids, weight)
         outputs: tuple[Tensor, ...]
+        head = Head(_input, weight, target, temperature=float(temperature), ignore_index=ignored)
         if selected_token_ids is None:
-            found = linear_logprob_entropy(
-                _input, weight, target, temperature=float(temperature), ignore_index=ignored
-            )
+            found = linear_logprob_entropy(head)
             outputs = found.logprob, found.entropy
         else:
-            head = Head(
-                _input, weight, target, temperature=float(temperature), ignore_index=ignored
-            )
             outputs = linear_token_logprobs(head, selected_token_ids)
         logprob, entropy, *selected = outputs
         outputs = (-logprob, *([entropy] if return_entropy else []), *selected)

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .._arguments import check_choice
+from ..head import Head
 from ..linear_logprob_entropy import linear_logprob_entropy
 from ..streaming_threshold import StreamingThreshold
 from ..top_entropy_mask import top_entropy_mask
@@ -127,12 +128,8 @@ class LogProbFunction:
     ) -> tuple[Tensor | None, ...]:
         """Log-probability, entropy, log sum_v p_v^2, mean logit, top-1: [n] each or None.
 
-        hidden [n, D], weight [V, D], bias [V], targets [n]. The scale s folds into two numbers:
-
-        softcap * tanh(s z / softcap) / temperature = c * tanh(z / c) / t
-        with c = softcap / s, t = temperature / s
-
-        Inside of TRL's fused forward, head, scale and softcap are those of the model that runs it.
+        hidden [n, D], weight [V, D], bias [V], targets [n]. Inside of TRL's
+        fused forward, head, scale and softcap are those of the model that runs it.
 
         Calls that ours cannot answer go on to TRL's function: other outputs; a temperature, scale
         or softcap that is not positive; fp64. Only there is `chunk_size` used.
@@ -163,17 +160,17 @@ class LogProbFunction:
                 logit_scale,
                 outputs,
             )
-        options: dict[str, Any] = {}
-        if "log_sum_sq_probs" in outputs:
-            options["statistics"] = ("sum_p2",)
         found = linear_logprob_entropy(
-            hidden,
-            weight.to(hidden.dtype),
-            targets,
-            bias=None if bias is None else bias.to(hidden.dtype),
-            temperature=temperature / logit_scale,
-            softcap=None if softcap is None else softcap / logit_scale,
-            **options,
+            Head(
+                hidden,
+                weight.to(hidden.dtype),
+                targets,
+                bias=None if bias is None else bias.to(hidden.dtype),
+                temperature=temperature,
+                softcap=softcap,
+                logit_scale=logit_scale,
+            ),
+            statistics=("sum_p2",) if "log_sum_sq_probs" in outputs else (),
         )
         entropy = found.entropy if "entropy" in outputs else None
         log_sum_sq_probs = None if found.sum_p2 is None else found.sum_p2.log()

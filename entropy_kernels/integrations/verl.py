@@ -32,6 +32,7 @@ from torch import Tensor
 
 from .._arguments import check_choice, check_flag, check_fraction
 from ..backends import check_impl
+from ..head import Head
 from ..linear_logprob_entropy import linear_logprob_entropy
 from ..ratio_loss import ratio_loss
 from ..top_entropy_mask import top_entropy_mask
@@ -155,7 +156,7 @@ def _head(impl: str) -> Any:
         if not torch.compiler.is_compiling():
             _check_adapters(running_model("forward_with_torch_backend"))
         found = linear_logprob_entropy(
-            hidden_states, vocab_weights, input_ids.long(), temperature=temperature, impl=impl
+            Head(hidden_states, vocab_weights, input_ids.long(), temperature=temperature), impl=impl
         )
         return found.logprob, found.entropy
 

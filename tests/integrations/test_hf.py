@@ -101,9 +101,9 @@ def test_autocast_computes_what_a_bf16_head_is_given():
             input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"]
         ).last_hidden_state
     want = ek.linear_logprob_entropy(
-        states.bfloat16().double(),
-        model.lm_head.weight.bfloat16().double(),
-        tokens["target"],
+        ek.Head(
+            states.bfloat16().double(), model.lm_head.weight.bfloat16().double(), tokens["target"]
+        ),
         impl="reference",
     )
     for name in NAMES:

@@ -57,7 +57,7 @@ def by_head(model, tokens):
     head = lm_head(model)
     inputs = {name: x for name, x in tokens.items() if name != "target"}
     states = head(head.hidden_states(**inputs), tokens["target"], 0.7)
-    return ek.linear_logprob_entropy(**vars(states))._asdict()
+    return ek.linear_logprob_entropy(states)._asdict()
 
 
 def compare(model, tokens, found=by_patch):
@@ -115,7 +115,7 @@ def test_a_found_head_follows_its_adapters():
 
     def check():
         states = head(head.hidden_states(**inputs), target)
-        got = ek.linear_logprob_entropy(**vars(states)).logprob
+        got = ek.linear_logprob_entropy(states).logprob
         want = by_logits(wrapped, tokens)["logprob"]
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
         return want.detach()

@@ -71,7 +71,7 @@ class Loop(nn.Module):
 
     def forward(self, target, **inputs):
         states = self.head(self.head.hidden_states(**inputs), target)
-        found = ek.linear_logprob_entropy(**vars(states))._asdict()
+        found = ek.linear_logprob_entropy(states)._asdict()
         return {name: x.clone() for name, x in found.items() if x is not None}
 
 

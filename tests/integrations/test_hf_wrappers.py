@@ -239,7 +239,7 @@ def test_of_the_head_alone(wrapper):
     head = lm_head(called)
     for _ in range(2):
         hidden = head.hidden_states(**inputs(tokens))
-        found = ek.linear_logprob_entropy(**vars(head(hidden, tokens["target"])))
+        found = ek.linear_logprob_entropy(head(hidden, tokens["target"]))
         check(wrapper, found.logprob, model)
 
 

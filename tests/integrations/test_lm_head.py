@@ -28,7 +28,7 @@ def by_head(head, tokens, temperature=1.0):
     """What a training loop of one's own does."""
     inputs = {name: x for name, x in tokens.items() if name != "target"}
     hidden = head.hidden_states(**inputs)
-    found = ek.linear_logprob_entropy(**vars(head(hidden, tokens["target"], temperature)))
+    found = ek.linear_logprob_entropy(head(hidden, tokens["target"], temperature))
     return found._asdict()
 
 
@@ -107,7 +107,7 @@ def test_logits_never_exist_and_backward_runs_on_rows_with_gradient():
     head = lm_head(model)
     with Watch() as forward:
         hidden = head.hidden_states(tokens)
-        found = ek.linear_logprob_entropy(**vars(head(hidden, tokens.roll(-1, 1))))
+        found = ek.linear_logprob_entropy(head(hidden, tokens.roll(-1, 1)))
     keep = ek.top_entropy_mask(found.entropy.detach(), fraction=0.2)
     with Watch() as backward:
         (found.logprob * keep).sum().backward()
@@ -122,7 +122,7 @@ def test_options_reach_the_model():
     hidden = head.hidden_states(
         tokens["input_ids"], attention_mask=tokens["attention_mask"], logits_to_keep=4
     )
-    found = ek.linear_logprob_entropy(**vars(head(hidden, tokens["target"][:, -4:])))
+    found = ek.linear_logprob_entropy(head(hidden, tokens["target"][:, -4:]))
     torch.testing.assert_close(found.logprob, want)
 
 

@@ -147,7 +147,7 @@ def test_a_weight_of_another_dtype_is_cast_to_that_of_the_hidden_states():
     logprob, entropy, *_ = LogProbFunction.apply(h, w, None, y, 1.0, 64, None, 1.0, outputs)
     (logprob.sum() + entropy.sum()).backward()
     assert w.grad.dtype == torch.float32
-    wanted = ek.linear_logprob_entropy(h, w.detach().bfloat16(), y)
+    wanted = ek.linear_logprob_entropy(ek.Head(h, w.detach().bfloat16(), y))
     torch.testing.assert_close(logprob.detach(), wanted.logprob, rtol=0, atol=0)
     torch.testing.assert_close(entropy.detach(), wanted.entropy, rtol=0, atol=0)
 

@@ -56,7 +56,7 @@ def test_log_probs_are_those_of_the_unpadded_sequence(family, attention):
     assert len(rollouts.response_length_B.unique()) >= 3
     with torch.no_grad():
         packed = pack(rollouts, policy.layout)
-        got_T = policy(packed, 0.7, lambda head: ek.linear_logprob_entropy(**vars(head)).logprob)
+        got_T = policy(packed, 0.7, lambda head: ek.linear_logprob_entropy(head).logprob)
         for got, (prompt, response) in zip(rollouts.split(got_T), sequences(rollouts), strict=True):
             logits = policy.model(torch.cat([prompt, response])[None]).logits[0, len(prompt) - 1 :]
             logp = (logits[:-1].double() / 0.7).log_softmax(1)

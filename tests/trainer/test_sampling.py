@@ -154,7 +154,7 @@ def test_logprobs_are_those_of_the_distribution_sampled_from(temperature):
     rollouts = draw(policy, group_size=4, temperature=temperature)
 
     def score(head):
-        scored = ek.linear_logprob_entropy(**vars(head)).logprob
+        scored = ek.linear_logprob_entropy(head).logprob
         return scored, (head.hidden @ head.weight.T).abs().max() / temperature
 
     with torch.no_grad():

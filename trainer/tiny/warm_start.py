@@ -193,7 +193,7 @@ def _loss(head: LMHead, batch: list[Example]) -> tuple[Tensor, int]:
         input_ids=packed.tokens_RW, attention_mask=packed.mask_RW.long(), use_cache=False
     )
     hidden_TD = hidden_RWD.flatten(0, 1)[packed.index_T[predicts_N]]
-    logprob_T = ek.linear_logprob_entropy(**vars(head(hidden_TD, target_T))).logprob
+    logprob_T = ek.linear_logprob_entropy(head(hidden_TD, target_T)).logprob
     return -logprob_T.mean(), len(logprob_T)
 
 
