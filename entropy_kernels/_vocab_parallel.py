@@ -98,9 +98,7 @@ def linear_logprob_entropy(
     own_T = own_T.masked_fill(~head.valid, _IGNORED)
     in_range_T = ~head.valid | (target_T >= 0) & (target_T < total)
     shard = _Shard(group, own_T, in_range_T, masked)
-    # Any row of this rank stands for another one's target: its log-prob is not used.
-    target_T = own_T.masked_fill(own_T == _ELSEWHERE, 0)
-    head = replace(head, weight=weight_VD, bias=bias_V, target=target_T, ignore_index=_IGNORED)
+    head = replace(head, weight=weight_VD, bias=bias_V, target=own_T, ignore_index=_IGNORED)
     return _Sharded.apply(head.hidden, head.weight, head.bias, head, shard, options)
 
 
@@ -115,8 +113,10 @@ class _Sharded(torch.autograd.Function):
         shard: _Shard,
         run: _Run,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        # Any row of this rank stands for another one's target: its log-prob is not used.
+        target_T = head.target.masked_fill(head.target == _ELSEWHERE, 0)
         *own_rows, logits, _, statistics = ops.linear_logprob_entropy(
-            **ops.in_schema(head),
+            **ops.in_schema(replace(head, target=target_T)),
             keep_logits=run.keep_logits,
             max_active_rows=None,
             main_grad=None,
