@@ -24,7 +24,7 @@ VALUES = TIED | st.floats(width=32)
 @pytest.fixture(params=["torch", "native"])
 def backend(request, monkeypatch):
     if request.param == "torch":
-        monkeypatch.setattr(_native, "cpu", lambda: None)
+        monkeypatch.setattr(_native, "why_missing", lambda name: "left out")
     elif _native.cpu() is None:
         pytest.skip("the CPU extension is not built")
 
@@ -158,7 +158,7 @@ def test_backends_count_the_same(masked):
         arguments = (values, mask, prefix, shift, bits, prefix_bits)
         native = ops.radix_histogram(*arguments)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(_native, "cpu", lambda: None)
+            patch.setattr(_native, "why_missing", lambda name: "left out")
             assert torch.equal(native, ops.radix_histogram(*arguments))
 
 

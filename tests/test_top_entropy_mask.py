@@ -19,7 +19,7 @@ VALUES = TIED | st.floats(width=32)
 @pytest.fixture(params=["torch", "native"])
 def backend(request, monkeypatch):
     if request.param == "torch":
-        monkeypatch.setattr(_native, "cpu", lambda: None)
+        monkeypatch.setattr(_native, "why_missing", lambda name: "left out")
     elif _native.cpu() is None:
         pytest.skip("the CPU extension is not built")
 
