@@ -179,11 +179,11 @@ def test_ctrl_c_between_blocks(isa, direction, monkeypatch):
         w = torch.randn(40000, 256, requires_grad=True, dtype=torch.bfloat16)
         y = torch.zeros(512, dtype=torch.int64)
         if "{direction}" == "backward":
-            loss = ek.linear_logprob_entropy(h[:5], w, y[:5], impl="cpu").entropy.sum()
+            loss = ek.linear_logprob_entropy(ek.Head(h[:5], w, y[:5]), impl="cpu").entropy.sum()
         print("ready", flush=True)
         while True:
             if "{direction}" == "forward":
-                ek.linear_logprob_entropy(h, w, y, impl="cpu")
+                ek.linear_logprob_entropy(ek.Head(h, w, y), impl="cpu")
             else:
                 loss.backward(retain_graph=True)
         """

@@ -43,8 +43,8 @@ COMPUTES = """
 
     inputs = [x.clone().requires_grad_() for x in (hidden, weight)]
     wide = [x.double().requires_grad_() for x in (hidden, weight)]
-    out = ek.linear_logprob_entropy(*inputs, target)
     head = ek.Head(*inputs, target)
+    out = ek.linear_logprob_entropy(head)
     loss, metrics = ek.high_entropy_policy_loss(head, old, advantage, mask)
     logprob, entropy, want = truth(*wide)
     pairs = [(out.logprob, logprob), (out.entropy, entropy), (loss, want)]
@@ -97,7 +97,8 @@ def test_it_lives_beside_the_installed_package(repository):
             installed.linear_logprob_entropy)
         hidden, weight, target = torch.randn(5, 8), torch.randn(31, 8), torch.randint(31, (5,))
         ours, theirs = (
-            x.linear_logprob_entropy(hidden, weight, target, impl="torch") for x in (installed, ek))
+            x.linear_logprob_entropy(x.Head(hidden, weight, target), impl="torch")
+            for x in (installed, ek))
         assert all(map(torch.equal, ours[:3], theirs[:3]))
         assert torch.ops.entropy_kernels.ratio_loss is not getattr(
             torch.ops, ek.__name__).ratio_loss

@@ -9,7 +9,7 @@ import torch
 import entropy_kernels as ek
 from entropy_kernels import _rows
 from entropy_kernels._torch.head_forward import forward
-from tests.head_cases import make
+from tests.head_cases import logprob_entropy, make
 
 
 def test_opcheck(impl, device, unchecked_shapes):
@@ -135,7 +135,7 @@ BAD = {
 def test_bad_input_says_what_came_and_what_was_wanted(change, options, message, unchecked_shapes):
     h, w, y = change(*make("peaked", (9, 8, 67), torch.float32))
     with pytest.raises(ValueError, match=message):
-        ek.linear_logprob_entropy(ek.Head(h, w, y, **options))
+        logprob_entropy(h, w, y, **options)
 
 
 def test_values_that_cannot_be_checked_without_synchronising_become_nan():
