@@ -329,10 +329,10 @@ def test_without_a_backward_nothing_is_stored(monkeypatch):
     monkeypatch.setattr(backends, "stores_rows", lambda *shape: asked.append(shape) or False)
     options = {"keep_logits_above": 0.1, "impl": "triton"}
     with torch.no_grad():
-        ek.linear_logprob_entropy(ek.Head(h, w, y, **options))
+        ek.linear_logprob_entropy(ek.Head(h, w, y), **options)
     assert asked == []
     with Watch() as watch:
-        found = ek.linear_logprob_entropy(ek.Head(h, w.requires_grad_(), y, **options))
+        found = ek.linear_logprob_entropy(ek.Head(h, w.requires_grad_(), y), **options)
         found.logprob[(y != IGNORE) & (found.entropy >= 0.1)].sum().backward()
     assert asked == [(h.device, h.dtype, D)]
     rows = int(((y != IGNORE) & (found.entropy >= 0.1)).sum())
