@@ -29,6 +29,7 @@ from tests.backward_cases import (
     three_of,
     tiles_here,
 )
+from tests.loss_cases import policy_loss
 
 T, D, V = SHAPE = (75, 8, 100)
 ROWS = {"all": (0.0, T), "none": (100.0, 9), "some": (0.1, T), "too many": (0.0, 50)}
@@ -291,7 +292,7 @@ def test_only_chunks_of_products_store_rows():
         forward(head, **options, tile=tiles_here()[0])
 
 
-def policy_loss(h, w, y, **options):
+def loss_and_gradients(h, w, y, **options):
     """The loss and its gradients."""
     h, w = h.detach().clone().requires_grad_(), w.detach().clone().requires_grad_()
     mask = torch.arange(T, device=DEVICE) % 5 > 0
@@ -307,17 +308,17 @@ def policy_loss(h, w, y, **options):
 def test_a_known_threshold_costs_two_products_of_the_rows_above_it(room, monkeypatch):
     """1 + 2f in units of T V D; each row that does not fit costs one more product."""
     inputs = make(SHAPE)
-    want, metrics = policy_loss(*inputs, fraction=0.8)
-    threshold, kept = metrics["entropy/threshold"], int(metrics["tokens/selected"])
-    fitting = int(room * kept)
+    want, metrics = loss_and_gradients(*inputs, fraction=0.8)
+    threshold, selected = metrics["entropy/threshold"], int(metrics["tokens/selected"])
+    fitting = int(room * selected)
     bytes_of = dict.fromkeys(("cpu", "cuda"), 4 * V * fitting)
     monkeypatch.setattr(backends, "STORED_LOGITS_BYTES", bytes_of)
     with Watch() as watch:
-        got, found = policy_loss(*inputs, threshold=threshold)
-    assert found["tokens/selected"] == kept == found["head/active_rows"]
-    read = kept if room == 1 else fitting // launch_rows.STEP * launch_rows.STEP
-    assert watch.products == (T + 3 * kept - read) * V * D
-    bounded, _ = policy_loss(*inputs, threshold=threshold, max_active_rows=kept)
+        got, found = loss_and_gradients(*inputs, threshold=threshold)
+    assert found["tokens/selected"] == selected == found["head/active_rows"]
+    read = selected if room == 1 else fitting // launch_rows.STEP * launch_rows.STEP
+    assert watch.products == (T + 3 * selected - read) * V * D
+    bounded, _ = loss_and_gradients(*inputs, threshold=threshold, max_active_rows=selected)
     for result in (got, bounded):
         for x, y in zip(result, want, strict=True):
             torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-5)
