@@ -20,12 +20,8 @@ class TwoTemperatureEngine(Engine, Protocol):
     two: TwoTemperatures
 
 
-class TransformersTwoTemperatures(TransformersEngine):
-    """transformers' engine with two temperatures."""
-
-    def __init__(self, policy: Policy, batch_size: int, two: TwoTemperatures):
-        super().__init__(policy, batch_size)
-        self.two = two
+class _AtTemperatureOne:
+    """Refuses requests with a temperature of their own, which two others replace."""
 
     def sample(
         self,
@@ -38,17 +34,25 @@ class TransformersTwoTemperatures(TransformersEngine):
         """As `Engine.sample`; ValueError for another temperature than 1."""
         if temperature != 1:
             raise ValueError(f"temperature, replaced by two, must be 1; got {temperature}")
-        return super().sample(
+        return super().sample(  # type: ignore[misc]
             prompts, seeds, max_new_tokens=max_new_tokens, temperature=temperature
         )
+
+
+class TransformersTwoTemperatures(_AtTemperatureOne, TransformersEngine):
+    """transformers' engine with two temperatures."""
+
+    def __init__(self, policy: Policy, batch_size: int, two: TwoTemperatures):
+        super().__init__(policy, batch_size)
+        self.two = two
 
     def process(self, logits_BV: Tensor) -> Tensor:
         """The tempered logits."""
         return self.two(None, logits_BV)
 
 
-class VllmTwoTemperatures(VllmEngine):
-    """vLLM's engine with two temperatures; its processor refuses a third."""
+class VllmTwoTemperatures(_AtTemperatureOne, VllmEngine):
+    """vLLM's engine with two temperatures."""
 
     logits_processors = ("trainer.studies.vllm_two_temperatures:TwoTemperaturesProcessor",)
 
