@@ -18,7 +18,7 @@ class Algorithm:
     """Tokens of the highest entropy (the paper), of the lowest (its ablation), or random ones."""
     entropy_source: Literal["current", "old"] = "old"
     """"current": entropies of the policy being trained (the paper); the head runs on all tokens.
-    "old": entropies of the sampling policy; the head runs on the kept tokens only."""
+    "old": entropies of the sampling policy; the head runs on the selected tokens only."""
     denominator: Literal["selected", "all"] = "selected"
     """The count that the loss is divided by: selected tokens (paper v2) or all (v1 and TRL)."""
     clip_low: float = 0.2

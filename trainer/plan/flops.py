@@ -43,7 +43,7 @@ def head_units(job: Job) -> float:
     """Units of the head in an update, each over all response tokens: see docs/method.md."""
     fraction = job.config.algorithm.fraction
     if job.mask_known:
-        return (3 if job.kept_logits else 4) * fraction
+        return (3 if job.stored_logits else 4) * fraction
     return 1 + 3 * fraction
 
 

@@ -188,7 +188,7 @@ class Job:
         return math.ceil(tokens / self.config.optimizer.tokens_per_micro_batch)
 
     @property
-    def kept_rows(self) -> int:
+    def selected_rows(self) -> int:
         """Rows of the largest micro-batch that are trained on."""
         return math.ceil(self.config.algorithm.fraction * self.micro_batch)
 
@@ -199,11 +199,11 @@ class Job:
         return algorithm.entropy_source == "old" or algorithm.fraction == 1
 
     @property
-    def kept_logits(self) -> int:
-        """Bytes of the fp32 logits that the head keeps from forward to backward (see
-        docs/method.md): those of all kept rows where they are known and fit into its room."""
+    def stored_logits(self) -> int:
+        """Bytes of the fp32 logits that the head stores from forward to backward: those of all
+        selected rows, if the rows are known and fit into the head's room. See docs/method.md."""
         on_gpu = self.device.is_gpu
         room = 1 << 30 if on_gpu else 1 << 28
-        needed = 4 * self.kept_rows * self.architecture.vocabulary
+        needed = 4 * self.selected_rows * self.architecture.vocabulary
         pays = on_gpu or self.architecture.hidden >= (512 if self.compute_bytes == 4 else 1024)
         return needed if self.mask_known and pays and needed <= room else 0

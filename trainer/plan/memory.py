@@ -136,15 +136,15 @@ def _one_layer(job: Job) -> dict[str, float]:
 
 def _head(job: Job) -> float:
     """Hidden states, their gradient, and the more of forward's workspace and backward's."""
-    model, E, rows = job.architecture, job.compute_bytes, job.kept_rows
+    model, E, rows = job.architecture, job.compute_bytes, job.selected_rows
     # And what the last norm keeps.
     hidden = (2.0 * E + 4 + E) * job.micro_batch * model.hidden
     if not job.device.is_gpu:
-        return hidden + job.kept_logits + rows * model.hidden * (E + 4)
+        return hidden + job.stored_logits + rows * model.hidden * (E + 4)
     columns = DZ_COLUMNS
     while columns > DZ_LEAST and rows * columns * E > DZ_BYTES:
         columns //= 2
-    backward = rows * (model.hidden * (E + 4 + 4) + columns * E) + job.kept_logits
+    backward = rows * (model.hidden * (E + 4 + 4) + columns * E) + job.stored_logits
     return hidden + max(FORWARD_WORKSPACE, backward)
 
 

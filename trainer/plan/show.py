@@ -84,9 +84,9 @@ def head_variants(plan: Plan) -> dict[str, float]:
     return {
         "eager logits [T, V]": 3.0,
         "compaction: 1 + 3f": 1 + 3 * fraction,
-        "threshold known, logits kept: 1 + 2f": 1 + 2 * fraction,
+        "threshold known, logits stored: 1 + 2f": 1 + 2 * fraction,
         "mask known, recomputed: 4f": 4 * fraction,
-        "mask known, logits kept: 3f": 3 * fraction,
+        "mask known, logits stored: 3f": 3 * fraction,
         "this run": head_units(plan.job),
     }
 
