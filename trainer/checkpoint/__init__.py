@@ -14,8 +14,8 @@ run's seed and the step, torch's own generator being seeded anew each step: ther
 of random numbers. No threshold of the entropy outlives its step.
 
 All ranks write into one hidden folder, on a file system they share. When they are done the first
-rank adds state.json and the manifest, waits until everything is on the disk, and gives the folder
-its name in one rename: what has the name is whole, whichever process is killed when.
+rank adds state.json and the manifest, and waits until everything is on the disk. It then gives the
+folder its name in one rename: what has the name is whole, whichever process is killed when.
 """
 
 import errno

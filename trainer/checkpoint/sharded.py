@@ -1,7 +1,7 @@
 """Tensors of a model and its optimizer, sharded or not, to safetensors files and back.
 
 By torch.distributed.checkpoint: each rank writes the shards it holds, and reads those it wants
-from whichever files have them, so the files do not tie a run to a number of ranks. A file's header
+from whichever files have them. So the files do not tie a run to a number of ranks. A file's header
 says where its shards lie. There is no other metadata, and no pickle.
 """
 

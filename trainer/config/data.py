@@ -46,8 +46,8 @@ class Reward:
     function: str = ""
     """A verifier of your own, "module:function", in place of the task's. It is called in processes
     of its own as `function(prompt=..., response=..., answer=...)`, the answer as the data has it,
-    and returns a number or a truth value, finite in fp32; of any sign and scale, such as 0 and 2,
-    -1 and 1, or partial credit. A group teaches where its verdicts differ."""
+    and returns a number or a truth value, finite in fp32. Any sign and scale will do, such as 0 and
+    2, -1 and 1, or partial credit. A group teaches where its verdicts differ."""
     right: float = 1.0
     """The least verdict on a right answer; accuracies count right answers."""
     failed: float | None = None
