@@ -8,7 +8,7 @@ run.json       {"config": resolved configuration, "starts": [{"time", "commit", 
 metrics.jsonl  one object per step, "step" first, then flat "group/name" keys; what is not finite is
                null and counted under "log/nonfinite".
 samples.jsonl  one object per sampled response: "step" and the fields of `Sample`; "entropy" and
-               "kept" of those that were trained on.
+               "selected" of those that were trained on.
 """
 
 import importlib.metadata
@@ -49,7 +49,7 @@ class Sample:
     """Each token of the response as decoded text."""
     entropy: Sequence[float]
     """Each token's entropy in nats; empty for a response that was not trained on."""
-    kept: Sequence[bool]
+    selected: Sequence[bool]
     """Whether the loss was taken at each token; as `entropy`."""
     kind: str = ""
     """One of skips.KINDS."""
@@ -117,17 +117,17 @@ class RunLog:
         """Append `rows`, the responses sampled at `step`, to samples.jsonl."""
         lines = []
         for row in rows:
-            if len(row.entropy) != len(row.kept) or len(row.entropy) not in (0, len(row.tokens)):
+            tokens, entropies, flags = map(len, (row.tokens, row.entropy, row.selected))
+            if entropies != flags or entropies not in (0, tokens):
                 raise ValueError(
-                    "a sample needs an entropy and a kept flag per token, or neither; got "
-                    f"{len(row.tokens)} tokens, {len(row.entropy)} entropies and "
-                    f"{len(row.kept)} flags"
+                    "a sample needs an entropy and a selected flag per token, or neither; got "
+                    f"{tokens} tokens, {entropies} entropies and {flags} flags"
                 )
             line: dict[str, Any] = {"step": step, **asdict(row)}
             line["reward"] = _finite(row.reward)
             line["entropy"] = [_finite(value) for value in row.entropy]
             if not row.entropy:
-                del line["entropy"], line["kept"]
+                del line["entropy"], line["selected"]
             lines.append(line)
         _append(self.samples_path, lines)
 
@@ -233,7 +233,7 @@ def _problem(row: Any, line: str, is_sample: bool) -> str | None:
     if not isinstance(row, dict) or not isinstance(row.get("step"), int):
         return f"a row needs an integer step, got {line[:80]}"
     if is_sample:
-        lengths = {len(row[name]) for name in ("tokens", "entropy", "kept") if name in row}
+        lengths = {len(row[name]) for name in ("tokens", "entropy", "selected") if name in row}
         return f"lists of different lengths, {sorted(lengths)}" if len(lengths) > 1 else None
     for key, value in row.items():
         if value is not None and not isinstance(value, (int, float)):

@@ -59,9 +59,9 @@ def kind_metrics(kinds: Sequence[str]) -> dict[str, float]:
 def write_samples(
     run: Run, everything: Rollouts, batch: Batch | None = None, entropy_T: Tensor | None = None
 ) -> None:
-    """Rows of samples.jsonl, where some are due: of all that the step sampled, each kind in turn.
+    """Write some of the step's responses to samples.jsonl if they are due, each kind in turn.
 
-    `entropy_T` belongs to `batch`, what is trained on; other responses have no entropies.
+    `batch` is trained on, and `entropy_T` has its entropies. Other responses have none.
     """
     settings, step = run.settings, run.progress.step
     due = step % settings.samples_every == 0 or step in (1, settings.steps)
@@ -83,7 +83,7 @@ def write_samples(
 def choose(
     rows: Sequence[int], kinds: Sequence[str], groups: Sequence[int], count: int
 ) -> list[int]:
-    """`count` of `rows` at most: each kind in turn, the first row of a group not yet seen."""
+    """At most `count` of `rows`: each kind in turn, if it can from a group not yet chosen."""
     left = {kind: [row for row in rows if kinds[row] == kind] for kind in KINDS}
     chosen: list[int] = []
     seen: set[int] = set()
@@ -99,18 +99,18 @@ def choose(
 def _sample(
     run: Run, one: Rollouts, kind: str, batch: Batch | None, entropy_T: Tensor | None
 ) -> Sample:
-    """The row of `one` sequence."""
-    entropy, kept = [], []
+    """The row of samples.jsonl for `one` sequence."""
+    entropy, selected = [], []
     at = None if batch is None else _places(batch.rollouts, one)
     if batch is not None and entropy_T is not None and at is not None:
-        entropy, kept = entropy_T[at].tolist(), batch.selected_T[at].tolist()
+        entropy, selected = entropy_T[at].tolist(), batch.selected_T[at].tolist()
     return Sample(
         prompt=one.problems[0].prompt,
         response=one.responses[0],
         reward=float(one.reward_B),
         tokens=pieces(run.policy.tokenizer, one.response_T.tolist()),
         entropy=entropy,
-        kept=kept,
+        selected=selected,
         kind=kind,
     )
 
@@ -120,7 +120,7 @@ def _one(rollouts: Rollouts, b: int) -> Rollouts:
 
 
 def _places(rollouts: Rollouts, one: Rollouts) -> Tensor | None:
-    """The tokens of `one` in T of `rollouts`, if it is there; equal rows have equal entropies."""
+    """The places in `rollouts` of the tokens of `one` or of an equal response, if there is one."""
     for row in (rollouts.group_B == one.group_B).nonzero():
         if torch.equal(rollouts.rows(row).response_T, one.response_T):
             return rollouts.places(row)

@@ -120,9 +120,9 @@ def samples(rng: random.Random, heat: float, count: int = 6, length: int = 70) -
     for i in range(count):
         tokens = [rng.choice(WORDS) for _ in range(length)]
         entropy = [rng.expovariate(1 / heat) for _ in tokens]
-        kept = [h > 1.6 * heat for h in entropy]
+        selected = [h > 1.6 * heat for h in entropy]
         kind = ("wrong", "right")[i % 2]
-        rows.append(Sample(PROMPT, "".join(tokens), float(i % 2), tokens, entropy, kept, kind))
+        rows.append(Sample(PROMPT, "".join(tokens), float(i % 2), tokens, entropy, selected, kind))
     return rows
 
 

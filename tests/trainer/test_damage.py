@@ -78,7 +78,7 @@ def test_a_run_of_another_version_says_so(here, capsys, command):  # noqa: F811
         ("samples.jsonl", "{\n{}\n", "run/samples.jsonl, line 1: not JSON"),
         (
             "samples.jsonl",
-            '{"step": 1, "tokens": ["a"], "entropy": [], "kept": []}\n',
+            '{"step": 1, "tokens": ["a"], "entropy": [], "selected": []}\n',
             "run/samples.jsonl, line 1: lists of different lengths, [0, 1]",
         ),
         ("samples.jsonl", '{"step": 1}\n', "run is damaged, or of another version"),

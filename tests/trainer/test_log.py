@@ -91,7 +91,7 @@ def test_samples_hold_each_token(log):
     log.samples(2, [sample("añ\u2028<"), sample()])
     rows = read_rows(log.samples_path)
     assert [row["response"] for row in rows] == ["añ\u2028<", "ab"]
-    fields = ["step", "prompt", "response", "reward", "tokens", "entropy", "kept", "kind"]
+    fields = ["step", "prompt", "response", "reward", "tokens", "entropy", "selected", "kind"]
     assert list(rows[0]) == fields
     log.samples(3, [Sample("p", "ab", 1.0, ["a", "b"], [], [], "wrong")])  # not trained on
     with pytest.raises(ValueError, match="2 tokens, 1 entropies and 2 flags"):

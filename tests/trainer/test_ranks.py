@@ -276,7 +276,7 @@ def test_the_run_is_that_of_one_process(alone, worlds, size, name):
                 assert got[key] == pytest.approx(value, rel=1e-5, abs=2e-6), key
     texts = [
         [
-            (row["prompt"], row["response"], row["kept"])
+            (row["prompt"], row["response"], row["selected"])
             for row in read_rows(folder / "samples.jsonl")
         ]
         for folder in (one, several)

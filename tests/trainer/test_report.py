@@ -375,7 +375,7 @@ def test_tokens_are_graded_and_marked(tmp_path):
     spans = [a for tag, a in page(log.folder)[1].tags if tag == "span" and "title" in a]
     assert spans == [
         {"class": "h0", "title": "0.000 nats"},
-        {"class": "h10 k", "title": "2.000 nats, kept"},
+        {"class": "h10 k", "title": "2.000 nats, selected"},
         {"class": "h0", "title": "entropy not finite"},
     ]
 

@@ -55,7 +55,7 @@ def test_a_skipped_step_writes_what_it_sampled(run):
     assert [row["step"] for row in samples] == [1] * 6 + [2] * 6
     for row in samples:
         assert row["kind"] in ("wrong", "truncated", "unparsed")
-        assert not {"entropy", "kept"} & row.keys()
+        assert not {"entropy", "selected"} & row.keys()
         assert row["tokens"]
         assert row["reward"] == 0.0
 
@@ -76,16 +76,16 @@ def test_every_kind_that_was_sampled_is_written(run):
 
 
 def test_what_is_trained_on_has_its_own_entropies(run):
-    """Its step's largest, and the share of kept tokens, are those of the metrics."""
+    """Its step's largest, and the share of selected tokens, are those of the metrics."""
     changes = {"samples": 100, "samples_every": 1}
     metrics, samples = run(Odd(), **changes)
     for row in metrics[1:]:
         scored = [s for s in samples if s["step"] == row["step"] and "entropy" in s]
         entropies = [h for sample in scored for h in sample["entropy"]]
-        kept = [keep for sample in scored for keep in sample["kept"]]
+        selected = [one for sample in scored for one in sample["selected"]]
         assert len(entropies) == row["head/rows"]
         assert sum(entropies) / len(entropies) == pytest.approx(row["entropy/mean"], rel=1e-5)
-        assert sum(kept) / len(kept) == pytest.approx(row["entropy/selected_fraction"])
+        assert sum(selected) / len(selected) == pytest.approx(row["entropy/selected_fraction"])
         everything = [s for s in samples if s["step"] == row["step"]]
         assert len(everything) == row["response/count"]
 

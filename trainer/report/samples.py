@@ -97,8 +97,8 @@ def _sample(sample: Row, top: float, kind: str) -> dict[str, Any]:
     tokens = [{"text": visible("".join(texts)), "class": "", "title": ""}]
     trained = "not trained on"
     if sample.get("entropy"):
-        trained = f"{sum(map(bool, sample['kept']))} kept"
-        marks = zip(texts, sample["entropy"], sample["kept"], strict=False)
+        trained = f"{sum(map(bool, sample['selected']))} selected"
+        marks = zip(texts, sample["entropy"], sample["selected"], strict=False)
         tokens = [_token(*mark, top) for mark in marks]
     reward, length = sample["reward"], len(sample["tokens"])
     return {
@@ -112,13 +112,13 @@ def _sample(sample: Row, top: float, kind: str) -> dict[str, Any]:
     }
 
 
-def _token(text: str, entropy: float | None, kept: bool, top: float) -> dict[str, str]:
+def _token(text: str, entropy: float | None, selected: bool, top: float) -> dict[str, str]:
     level = 0 if entropy is None else round(min(entropy / top, 1) * HEAT_LEVELS)
     number = "entropy not finite" if entropy is None else f"{entropy:.3f} nats"
     return {
         "text": visible(text),
-        "class": f"h{level}{' k' if kept else ''}",
-        "title": number + (", kept" if kept else ""),
+        "class": f"h{level}{' k' if selected else ''}",
+        "title": number + (", selected" if selected else ""),
     }
 
 

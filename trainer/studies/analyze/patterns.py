@@ -134,7 +134,7 @@ def draw(found: dict[str, Any], source: str) -> str:
 
 
 def _samples(scored: Scored, policy: Policy, wanted: int) -> list[Sample]:
-    """The first response of each problem, up to `wanted`; kept is marked later."""
+    """The first response of each problem, up to `wanted`; the selected tokens are marked later."""
     rollouts, found = scored.rollouts, []
     first = [int((rollouts.group_B == group).nonzero()[0]) for group in rollouts.group_B.unique()]
     responses, entropies = map(rollouts.split, (rollouts.response_T, scored.entropy_T))
@@ -156,7 +156,7 @@ def _samples(scored: Scored, policy: Policy, wanted: int) -> list[Sample]:
 
 def _write(work: Opened[Patterns], found: dict[str, Any], samples: list[Sample]) -> Path:
     folder, settings, threshold = work.folder, work.settings, found["threshold"]
-    marked = [replace(s, kept=[entropy >= threshold for entropy in s.entropy]) for s in samples]
+    marked = [replace(s, selected=[entropy >= threshold for entropy in s.entropy]) for s in samples]
     reward = engine_config(settings).reward
     write_tokens_page(folder / "tokens.html", marked, threshold, settings.model, reward)
     replace_text(folder / "patterns.svg", draw(found, "patterns.json"))
