@@ -12,8 +12,9 @@ from trainer.config import Algorithm
 def group_advantages(reward_B: Tensor, group_B: Tensor, kind: str = "grpo") -> Tensor:
     """(R - mean) / (std + 1e-6) within each group; "dr_grpo" (arXiv 2503.20783) leaves the std out.
 
-    The standard deviation is the unbiased one, zero for a group of one. fp64 inside: the rounding
-    of a mean of equal rewards, divided by 1e-6, would be an advantage in fp32. Returns fp32.
+    The standard deviation is the unbiased one, and zero for a group of one. It is computed in fp64:
+    in fp32 the rounding of a mean of equal rewards, divided by 1e-6, would be an advantage. Returns
+    fp32.
     """
     reward_B = reward_B.double()
     _, index_B = group_B.unique(return_inverse=True)

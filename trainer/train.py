@@ -109,10 +109,10 @@ def _step(run: Run) -> dict[str, float]:
     metrics |= terms
     advantage_B = group_advantages(shaped_B, rollouts.group_B, algorithm.advantage)
     if settings.reward.drop_truncated:
-        kept = (~rollouts.truncated_B).nonzero().squeeze(1)
-        metrics["response/dropped"] = float(len(rollouts) - len(kept))
-        rollouts, advantage_B = rollouts.rows(kept), advantage_B[kept]
-        if not len(kept):
+        ended = (~rollouts.truncated_B).nonzero().squeeze(1)
+        metrics["response/dropped"] = float(len(rollouts) - len(ended))
+        rollouts, advantage_B = rollouts.rows(ended), advantage_B[ended]
+        if not len(ended):
             write_samples(run, everything)
             return metrics | {"skipped/all_truncated": 1.0, "time/step": sampled - began}
     run.engine.sleep()

@@ -18,9 +18,10 @@ from trainer.metrics import Meter, Stopwatch, correction
 from trainer.policy import Policy
 from trainer.ranks import Ranks
 
-# Entropies this close, relatively, tie. Those of one token differ by the rounding of sums in
-# another order, and the token at the threshold must not fall out by it.
+# Entropies within this relative distance tie. Two computations of one entropy add in another order
+# and differ by rounding, which must not drop the token at the threshold.
 TIE = 1e-5
+# Metrics of a micro-batch that the step has as a whole.
 OF_THE_STEP = (
     *("entropy/threshold", "entropy/mean"),
     *("mismatch/k3", "mismatch/max_ratio", "mismatch/outside"),
@@ -37,7 +38,7 @@ class Scores(NamedTuple):
     threshold: Tensor
     """The entropy that `algorithm.fraction` of the tokens reach."""
     head_seconds: float
-    """What this rank spent in the head."""
+    """Seconds that this rank spent in the head."""
 
 
 @torch.no_grad()
@@ -68,7 +69,7 @@ def score(policy: Policy, rollouts: Rollouts, settings: config.Config, ranks: Ra
 
 
 def at_least(entropy: Tensor, threshold: Tensor) -> Tensor:
-    """I[H >= tau], ties included; true for NaN, which shows in the loss instead of disappearing."""
+    """I[H >= tau], ties included. NaN is selected too: it shows in the loss, and is not lost."""
     return ~(entropy < threshold * (1 - TIE))
 
 
@@ -78,7 +79,7 @@ def check_statistics(
     """{"skipped/nonfinite_NAME": 1} for the first statistic of a step that is not finite, if any.
 
     Raises:
-        NotFinite: so is a weight; or `guard` has counted too many skips.
+        NotFinite: a weight is not finite either, or `guard` has counted too many skips.
     """
     name = nonfinite_statistic(
         {
@@ -104,12 +105,12 @@ def update(
     ranks: Ranks,
     guard: Guard | None = None,
 ) -> tuple[dict[str, float], float]:
-    """One optimizer step on `batch`, the same on every rank. Returns its metrics and the seconds
-    that this rank spent in the head.
+    """One optimizer step on `batch`, which is the same on every rank.
 
-    Micro-batches and ranks add up sums; the gradient is divided once, by the count of the whole
-    batch, so that their number changes nothing. There is no step, and "skipped/REASON" is 1, for a
-    batch without a selected token or an advantage, and where loss or gradient are not finite.
+    Micro-batches and ranks add up sums, and the gradient is divided once, by the count of the whole
+    batch: how many there are changes nothing. A batch without a selected token or an advantage
+    makes no step, nor does a loss or gradient that is not finite; "skipped/REASON" is then 1.
+    Returns the metrics, and the seconds that this rank spent in the head.
 
     Raises:
         NotFinite: a weight is not finite after the step, or `guard` has counted too many skips.
@@ -155,17 +156,19 @@ def update(
 
 
 def _nothing_to_learn(batch: Batch, settings: config.Algorithm) -> str | None:
-    """Why `batch` has no gradient, as the name of a metric; AdamW would move by its moments."""
+    """Why `batch` has no gradient, as the name of a metric, if it has none.
+
+    AdamW would still move the weights, by its moments.
+    """
     if not batch.advantage_B.any():
         return "skipped/no_advantage"
-    # The current entropies select tokens later.
+    # The current entropies select their tokens during the update.
     old = settings.entropy_source == "old" or settings.fraction == 1
     return "skipped/no_tokens" if old and not batch.selected_T.any() else None
 
 
 def _no_update(batch: Batch, reason: str) -> dict[str, float]:
-    """Metrics of an update that is not made for `reason`; those that its forward would have given
-    are missing."""
+    """Metrics of an update that is not made for `reason`, without those of a forward."""
     everything, selected = len(batch.selected_T), int(batch.selected_T.sum())
     return {
         "loss": 0.0,
@@ -209,7 +212,7 @@ def _loss(head: ek.Head, part: Batch, settings: config.Config) -> tuple[Tensor, 
     It is equation 6 of the paper without its normalisation.
     """
     algorithm, rollouts = settings.algorithm, part.rollouts
-    # A threshold would drop tokens whose entropy has fallen below all of the old ones.
+    # Of all tokens a threshold would drop those whose entropy has fallen below the lowest old one.
     if algorithm.entropy_source == "old" or algorithm.fraction == 1:
         tokens: dict[str, Any] = {"selected": part.selected_T}
     else:

@@ -27,8 +27,8 @@ def has_format(response: str, form: str) -> bool:
 def is_answered(response: str, task: Task, reward: Reward) -> bool:
     """Whether `response` has an answer in the form that the verifier reads.
 
-    A task with a form of its own has a method `answered` that tells; elsewhere, and where
-    `reward.function` is the verifier, that is `reward.format`, `\\boxed` or `<answer>`.
+    A task with a form of its own has a method `answered`. For other tasks, and where
+    `reward.function` is the verifier, the forms are `reward.format`, `\\boxed` and `<answer>`.
     """
     own = getattr(task, "answered", None)
     if own is not None and not reward.function:
@@ -39,7 +39,7 @@ def is_answered(response: str, task: Task, reward: Reward) -> bool:
 def shaped_reward(rollouts: Rollouts, settings: Config) -> tuple[Tensor, dict[str, float]]:
     """Verdict + format_weight * form + overlong punishment [B], fp32, and the terms' means.
 
-    For the advantages alone: dynamic sampling and accuracies look at the verdict, as DAPO does.
+    Only the advantages see the terms: dynamic sampling and accuracies use the verdict, as in DAPO.
     """
     reward, shaped_B, metrics = settings.reward, rollouts.reward_B, {}
     if reward.format_weight:
