@@ -1,18 +1,22 @@
 """Rollouts by rows, packed and dealt to ranks: each token once, each sequence as if alone."""
 
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import hypothesis
 import pytest
 import torch
 from hypothesis import strategies
 
+import trainer
 from tests.trainer.small import FAMILIES, build_policy, make_rollouts, sequences
 from tests.trainer.update_cases import configure, distance, gradients, off_policy, roll
 from trainer.batch import Rollouts, arrange, pack, partition
 from trainer.model import probes
 from trainer.policy import check_policy
 
+TRAINER = Path(trainer.__file__).parent
 LAYOUTS = ("row", "rows", "padded")
 MODELS = [
     (family, attention)
@@ -28,6 +32,13 @@ def rollouts(shape):
     prompts = [range(100 * b + 1, 100 * b + p + 1) for b, (p, _) in enumerate(shape)]
     responses = [range(100 * b + p + 1, 100 * b + p + r + 1) for b, (p, r) in enumerate(shape)]
     return make_rollouts(prompts, responses)
+
+
+def test_nothing_is_padded_between_engine_and_loss():
+    """But for the rows that a backbone reads, [R, W], and the batches that transformers samples."""
+    padding = re.compile(r"_B[LP]\b|pad_sequence")
+    found = [path for path in TRAINER.rglob("*.py") if padding.search(path.read_text())]
+    assert found == [TRAINER / "engines" / "transformers.py"]
 
 
 SHAPES = strategies.lists(

@@ -25,7 +25,8 @@ from tests.trainer.update_cases import (
     step,
 )
 from trainer.config import Algorithm, Model
-from trainer.update import Meter, score, update
+from trainer.metrics import Meter
+from trainer.update import TIE, score, update
 
 OBJECTIVES = [
     Algorithm(loss_type=loss_type, denominator=denominator, entropy_source=source, dual_clip=clip)
@@ -137,21 +138,21 @@ def test_the_objective_counts_its_tokens():
     batch = off_policy(policy)
     new_T = score(policy, batch.rollouts, CONFIG, ALONE).logprob_T
     _, metrics = gradients(policy, batch, configure(tokens=50))
-    kept = batch.selected_T
+    selected = batch.selected_T
     ratio = (new_T - batch.old_logprob_T).exp()
     advantage = batch.advantage_B.repeat_interleave(batch.rollouts.response_length_B)
-    low = kept & (advantage < 0) & (ratio < 0.8)
-    high = kept & (advantage > 0) & (ratio > 1.28)
-    active = kept & (advantage != 0) & ~low & ~high
+    low = selected & (advantage < 0) & (ratio < 0.8)
+    high = selected & (advantage > 0) & (ratio > 1.28)
+    active = selected & (advantage != 0) & ~low & ~high
     assert low.any()
     assert high.any()
-    assert metrics["head/rows"] == len(kept)
+    assert metrics["head/rows"] == len(selected)
     assert metrics["head/active_rows"] == active.sum()
-    assert metrics["clip/low"] == pytest.approx(float(low.sum() / kept.sum()))
-    assert metrics["clip/high"] == pytest.approx(float(high.sum() / kept.sum()))
-    assert metrics["ratio/mean"] == pytest.approx(float(ratio[kept].mean()), rel=1e-5)
-    assert metrics["ratio/max"] == pytest.approx(float(ratio[kept].max()), rel=1e-5)
-    fraction = kept.sum() / len(kept)
+    assert metrics["clip/low"] == pytest.approx(float(low.sum() / selected.sum()))
+    assert metrics["clip/high"] == pytest.approx(float(high.sum() / selected.sum()))
+    assert metrics["ratio/mean"] == pytest.approx(float(ratio[selected].mean()), rel=1e-5)
+    assert metrics["ratio/max"] == pytest.approx(float(ratio[selected].max()), rel=1e-5)
+    fraction = selected.sum() / len(selected)
     assert metrics["entropy/selected_fraction"] == pytest.approx(float(fraction))
     assert all(math.isfinite(value) for value in metrics.values())
 
@@ -179,6 +180,16 @@ def test_fraction_1_trains_on_all_tokens(source):
     batch = dataclasses.replace(batch, threshold=batch.threshold + 0.5)
     _, metrics = gradients(policy, batch, config)
     assert metrics["entropy/selected_fraction"] == 1
+
+
+def test_entropies_tie_with_the_threshold_up_to_rounding():
+    """The token at the threshold is selected, though its entropy is computed a second time."""
+    policy = build_policy(spread=0.2)
+    batch, _ = on_policy(policy)
+    near = dataclasses.replace(batch, threshold=batch.threshold * (1 + TIE / 2))
+    _, metrics = gradients(policy, near, configure(Algorithm(entropy_source="current"), tokens=20))
+    share = float(batch.selected_T.float().mean())
+    assert metrics["entropy/selected_fraction"] == pytest.approx(share)
 
 
 def test_scores_are_those_of_the_dense_model_and_set_the_threshold():
