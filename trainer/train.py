@@ -109,10 +109,10 @@ def _step(run: Run) -> dict[str, float]:
     metrics |= terms
     advantage_B = group_advantages(shaped_B, rollouts.group_B, algorithm.advantage)
     if settings.reward.drop_truncated:
-        ended = (~rollouts.truncated_B).nonzero().squeeze(1)
-        metrics["response/dropped"] = float(len(rollouts) - len(ended))
-        rollouts, advantage_B = rollouts.rows(ended), advantage_B[ended]
-        if not len(ended):
+        finished = (~rollouts.truncated_B).nonzero().squeeze(1)
+        metrics["response/dropped"] = float(len(rollouts) - len(finished))
+        rollouts, advantage_B = rollouts.rows(finished), advantage_B[finished]
+        if not len(finished):
             write_samples(run, everything)
             return metrics | {"skipped/all_truncated": 1.0, "time/step": sampled - began}
     run.engine.sleep()
