@@ -17,6 +17,9 @@ from trainer.model import probes
 from trainer.policy import check_policy
 
 TRAINER = Path(trainer.__file__).parent
+SHAPES = strategies.lists(
+    strategies.tuples(strategies.integers(1, 9), strategies.integers(1, 9)), min_size=1, max_size=12
+)
 LAYOUTS = ("row", "rows", "padded")
 MODELS = [
     (family, attention)
@@ -35,15 +38,10 @@ def rollouts(shape):
 
 
 def test_nothing_is_padded_between_engine_and_loss():
-    """But for the rows that a backbone reads, [R, W], and the batches that transformers samples."""
+    """Only the rows that a backbone reads, [R, W], and what transformers samples have padding."""
     padding = re.compile(r"_B[LP]\b|pad_sequence")
     found = [path for path in TRAINER.rglob("*.py") if padding.search(path.read_text())]
     assert found == [TRAINER / "engines" / "transformers.py"]
-
-
-SHAPES = strategies.lists(
-    strategies.tuples(strategies.integers(1, 9), strategies.integers(1, 9)), min_size=1, max_size=12
-)
 
 
 @hypothesis.given(shape=SHAPES, data=strategies.data())
@@ -67,10 +65,7 @@ def test_rows_take_their_tokens_with_them(shape, data):
         assert torch.equal(value, own) if torch.is_tensor(own) else value == own
 
 
-@hypothesis.given(
-    shape=SHAPES,
-    layout=strategies.sampled_from(LAYOUTS),
-)
+@hypothesis.given(shape=SHAPES, layout=strategies.sampled_from(LAYOUTS))
 @hypothesis.settings(deadline=None, derandomize=True)
 def test_every_token_once_with_its_position(shape, layout):
     whole = rollouts(shape)
@@ -84,7 +79,8 @@ def test_every_token_once_with_its_position(shape, layout):
     inside = real[:, 1:] & (position[:, 1:] > 0)
     assert torch.equal(tokens[:, 1:][inside], tokens[:, :-1][inside] + 1)
     # The state before each response token predicts it.
-    assert torch.equal(tokens.flatten()[packed.index_T] + 1, whole.response_T)
+    assert torch.equal(packed.target_T, whole.response_T)
+    assert torch.equal(tokens.flatten()[packed.index_T] + 1, packed.target_T)
     longest = int(whole.length_B.max()) - 1
     if layout == "row":
         assert real.all()
