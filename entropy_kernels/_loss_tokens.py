@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ._arguments import LARGEST, check_advantage, check_logprobs, check_tensor, check_values
 from ._loss_options import LossOptions
-from ._ragged import Ragged, check_lengths, sequence_numbers
+from ._ragged import check_lengths, in_rows, rows, sequence_numbers
 
 
 class Tokens(NamedTuple):
@@ -70,8 +70,8 @@ def read_tokens(
     if options.of_sequences is None and not (lengths is not None and options.own_function):
         return tokens
     if lengths is not None:
-        ragged = Ragged(lengths, logprob)
-        return Tokens(*(ragged.rows(x) for x in tokens))
+        ragged = in_rows(lengths, logprob)
+        return Tokens(*(rows(x, ragged) for x in tokens))
     if logprob.ndim != 2:
         raise ValueError(
             f"{options.of_sequences} needs sequences: [B, L] inputs, or [T] with lengths; "

@@ -3,7 +3,7 @@
 T tokens, B sequences, L the longest.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,34 +11,38 @@ from torch import Tensor
 from ._arguments import check_tensor, readable
 
 
-class Ragged:
-    """Sequences of `lengths` tokens, given one after the other.
+class Ragged(NamedTuple):
+    """Where tokens that lie one sequence after another are in rows."""
 
-    The rows need the longest length on the host: one wait for a GPU, none for `lengths` on a CPU.
+    index_T: Tensor
+    """The place of each token in B * L."""
+    shape: tuple[int, int]
+    """B and L."""
+
+
+def in_rows(lengths_B: Tensor, like_T: Tensor) -> Ragged:
+    """Rows for sequences of `lengths_B` tokens.
+
+    The rows need the longest length on the host: one wait for a GPU, none for lengths on a CPU.
     Inside of torch.compile, which cannot wait, rows are T long.
     """
+    tokens, sequences = like_T.shape[0], lengths_B.shape[0]
+    longest = tokens
+    if not torch.compiler.is_compiling():
+        longest = int(lengths_B.max()) if sequences else 0
+    lengths_B = lengths_B.to(like_T.device)
+    sequence_T = sequence_numbers(lengths_B, tokens)
+    begin_B = lengths_B.cumsum(0) - lengths_B
+    place_T = torch.arange(tokens, device=like_T.device) - begin_B[sequence_T]
+    return Ragged(sequence_T * longest + place_T, (sequences, longest))
 
-    def __init__(self, lengths_B: Tensor, like_T: Tensor) -> None:
-        tokens, sequences = like_T.shape[0], lengths_B.shape[0]
-        at_hand = not torch.compiler.is_compiling()
-        longest = (int(lengths_B.max()) if at_hand else tokens) if sequences else 0
-        lengths_B = lengths_B.to(like_T.device)
-        self.sequence_T = sequence_numbers(lengths_B, tokens)
-        begin_B = lengths_B.cumsum(0) - lengths_B
-        place_T = torch.arange(tokens, device=like_T.device) - begin_B[self.sequence_T]
-        self.shape = sequences, longest
-        self.index_T = self.sequence_T * longest + place_T
 
-    def rows(self, x: Any) -> Any:
-        """[B, L] of [T], zero or false beyond a sequence's end; of anything else the same."""
-        if not isinstance(x, Tensor) or x.shape != self.index_T.shape:
-            return x
-        flat = x.new_zeros(self.shape[0] * self.shape[1])
-        return flat.index_copy(0, self.index_T, x).view(self.shape)
-
-    def tokens(self, x_BL: Tensor) -> Tensor:
-        """[T] of [B, L]."""
-        return x_BL.reshape(-1)[self.index_T]
+def rows(x: Any, ragged: Ragged) -> Any:
+    """[B, L] of [T], zero or false beyond a sequence's end; of anything else the same."""
+    if not isinstance(x, Tensor) or x.shape != ragged.index_T.shape:
+        return x
+    flat = x.new_zeros(ragged.shape[0] * ragged.shape[1])
+    return flat.index_copy(0, ragged.index_T, x).view(ragged.shape)
 
 
 def sequence_numbers(lengths_B: Tensor, tokens: int) -> Tensor:

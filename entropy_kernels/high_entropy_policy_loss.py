@@ -15,7 +15,7 @@ from ._arguments import check_fraction, check_masks, check_tensor, check_thresho
 from ._loss_options import LossOptions, check_kinds
 from ._loss_tokens import read_tokens
 from ._main_grad import check_main_grad
-from ._ragged import Ragged, check_lengths
+from ._ragged import check_lengths, in_rows, rows
 from ._shapes import Bool, Float, Int
 from .head import Head
 from .linear_logprob_entropy import LogprobEntropy, linear_logprob_entropy
@@ -217,9 +217,10 @@ def _top(
     group = None if scope == "sequence" and options.counts_left else group
     if scope == "batch" or lengths is None:
         return top_entropy_mask(entropy, mask, fraction, which=which, scope=scope, group=group)
-    ragged = Ragged(lengths, entropy)
-    rows = ragged.rows(entropy), ragged.rows(mask)
-    return ragged.tokens(top_entropy_mask(*rows, fraction, which=which, scope=scope, group=group))
+    ragged = in_rows(lengths, entropy)
+    tokens = rows(entropy, ragged), rows(mask, ragged)
+    chosen_BL = top_entropy_mask(*tokens, fraction, which=which, scope=scope, group=group)
+    return chosen_BL.reshape(-1)[ragged.index_T]
 
 
 def _loss_impl(impl: str, options: LossOptions) -> str:
