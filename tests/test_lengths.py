@@ -38,7 +38,7 @@ CASES = (
     | {"dr_grpo": {"loss_type": "dr_grpo", "denominator": 16}}
     | {f"sapo, {how}": {"loss_type": "sapo", "aggregation": how} for how in AGGREGATIONS[:3]}
     | {f"dapo, {how}, counts": {"aggregation": how} | counts for how, counts in COUNTS.items()}
-    | {f"{x}": {"correction": x, "correction_cap": 2.0, "sampler_logprob": 1} for x in CORRECTIONS}
+    | {f"{x}": {"correction": x, "correction_cap": 30.0, "sampler_logprob": 1} for x in CORRECTIONS}
     | {
         "all": {"denominator": "all"},
         "grpo, all": {"loss_type": "grpo", "denominator": "all"},
