@@ -1,5 +1,6 @@
 """Batches on which every loss clips somewhere and does not elsewhere."""
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -91,12 +92,14 @@ def ratio_loss(*tensors: Any, **options: Any) -> tuple[Tensor, dict[str, Tensor]
     return ek.ratio_loss(*tensors, **grouped(options))
 
 
+FIELDS_OF_HEAD = {field.name for field in dataclasses.fields(ek.Head)}
+
+
 def policy_loss(
     hidden: Tensor, weight: Tensor, target: Tensor, *tensors: Any, **options: Any
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """`ek.high_entropy_policy_loss` with a flat table of options, those of the head among them."""
-    names = ("bias", "temperature", "softcap", "ignore_index")
-    own = {name: options.pop(name) for name in names if name in options}
+    own = {name: options.pop(name) for name in list(options) if name in FIELDS_OF_HEAD}
     head = ek.Head(hidden, weight, target, **own)
     return ek.high_entropy_policy_loss(head, *tensors, **grouped(options, head=True))
 

@@ -19,7 +19,7 @@ from torch import Tensor
 import entropy_kernels as ek
 from entropy_kernels import losses
 from tests import loss_formulas, peer_losses
-from tests.loss_cases import B, gradient, make_case
+from tests.loss_cases import B, gradient, make_case, ratio_loss
 
 DOCS = Path(__file__).parents[1] / "docs" / "losses.md"
 BEGIN, END = "<!-- parity:begin -->\n", "<!-- parity:end -->\n"
@@ -36,9 +36,9 @@ class Pair(NamedTuple):
 
 
 def ours(loss_type: str, **options) -> Callable:
-    return lambda c, x: ek.ratio_loss(
-        x, c.old, c.advantage_B, c.mask, loss_type=loss_type, **options
-    )[0]
+    return lambda c, x: ratio_loss(x, c.old, c.advantage_B, c.mask, loss_type=loss_type, **options)[
+        0
+    ]
 
 
 def _formulas() -> Iterator[Pair]:

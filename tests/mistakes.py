@@ -43,10 +43,11 @@ def each(calls: dict[str, Call]) -> Iterator[Any]:
                 yield pytest.param(call, name, value, came, id=key)
 
 
-def check(call: Call, name: str, value: Any, came: str) -> None:
+def check(call: Call, name: str, value: Any, came: str, said: str | None = None) -> None:
+    """A ValueError that names the argument, or calls it what is `said`, and what came."""
     with pytest.raises(ValueError, match=re.escape(came)) as raised:
         call.function(**call.right | {name: value})
-    assert name in str(raised.value)
+    assert (said or name) in str(raised.value)
 
 
 NAN, INF = float("nan"), float("inf")

@@ -12,6 +12,7 @@ import entropy_kernels as ek
 from entropy_kernels import _arguments
 from tests import mistakes
 from tests.head_cases import logprob_entropy
+from tests.loss_cases import PLACES, grouped, policy_loss, ratio_loss
 from tests.mistakes import (
     ADVANTAGE,
     ENTROPY,
@@ -44,7 +45,8 @@ WRONG_HEAD = {
     | {"a negative tensor": (torch.tensor([-1.0]), "-1"), "0-dim": (torch.tensor(NAN), "nan")},
     "softcap": mistakes.number(0, -1.0, INF, optional=True),
     "logit_scale": mistakes.number(0, -1.0, INF),
-    "vocab_group": mistakes.group(),
+}
+WRONG_BACKEND = {
     "max_active_rows": mistakes.whole(-1, INF, optional=True),
     "main_grad": mistakes.tensor(torch.zeros(V, D), torch.bfloat16, torch.bool, optional=True),
     "impl": mistakes.word(),
@@ -70,9 +72,12 @@ WRONG_OPTIONS = {
     "clip_low": CLIP | {"above 1": (1.28, "1.28"), "inf": (INF, "inf")},
     "clip_high": CLIP,
     "dual_clip": mistakes.number(1.0, -3, optional=True),
+    "denominator": mistakes.count(),
+}
+# By its name in a flat table, as tests/loss_cases.py has them.
+WRONG_FIELDS = {
     "sequence_over": mistakes.word(optional=True),
     "aggregation": mistakes.word(optional=True),
-    "denominator": mistakes.count(),
     "num_sequences": mistakes.count(optional=True),
     "sequence_group": mistakes.group(),
     "token_weight": mistakes.tensor(SAMPLE, torch.int64, torch.complex64, optional=True)
@@ -88,24 +93,25 @@ WRONG_OPTIONS = {
     "entropy_coef": mistakes.number(INF, -INF),
     "entropy_on": mistakes.word(),
 }
+GROUPED = ("aggregation", "kl", "correction", "entropy_bonus", "parallel")
+GROUPS = {name: mistakes.not_tensors() for name in GROUPED}
 TOKENS = {"logprob": LOGPROB, **LOSS}
 # What makes an option count.
 NEEDS = {"sampler_logprob": LOGPROB, "correction": "tis", "reference_logprob": LOGPROB}
-SELECT = {
-    "fraction": mistakes.number(0, -0.2, 1.5, INF),
-    "which": mistakes.word(),
-    "scope": mistakes.word(),
-    "group": mistakes.group(),
-}
+SELECT = {"fraction": mistakes.number(0, -0.2, 1.5, INF)}
+WHICH = {"which": mistakes.word(), "scope": mistakes.word(), "group": mistakes.group()}
+WRONG_CHOICE = WHICH | {"threshold_tolerance": mistakes.number(1.0, -0.1)}
 WRONG_TOKENS = {
     "entropy": mistakes.tensor(ENTROPY, torch.float64, torch.bfloat16, torch.int64),
     "mask": mistakes.mask(MASK, optional=True),
 }
+RUN = {"vocab_group": mistakes.group(), **WRONG_BACKEND}
 CALLS = {
     "linear_logprob_entropy": Call(
         logprob_entropy,
         HEAD,
         WRONG_HEAD
+        | RUN
         | {
             "ignore_index": mistakes.whole(),
             "keep_logits": mistakes.flag(),
@@ -120,45 +126,60 @@ CALLS = {
         },
     ),
     "ratio_loss": Call(
-        ek.ratio_loss,
+        ratio_loss,
         TOKENS | NEEDS,
         WRONG_LOSS
         | WRONG_OPTIONS
+        | WRONG_FIELDS
         | {
             "logprob": mistakes.floats(LOGPROB) | LOGPROBS(0.75),
             "entropy": mistakes.floats(ENTROPY, optional=True),
             "impl": mistakes.word(),
         },
     ),
+    "ratio_loss of groups": Call(ek.ratio_loss, TOKENS, GROUPS),
     "high_entropy_policy_loss": Call(
-        ek.high_entropy_policy_loss,
+        policy_loss,
         HEAD | LOSS | NEEDS | {"fraction": 1.0},
         WRONG_HEAD
+        | RUN
         | WRONG_LOSS
         | WRONG_OPTIONS
+        | WRONG_FIELDS
         | SELECT
+        | WRONG_CHOICE
         | {"threshold": mistakes.number(optional=True, of=())},
     ),
     "high_entropy_policy_loss of selected": Call(
-        ek.high_entropy_policy_loss,
+        policy_loss,
         HEAD | LOSS | NEEDS | {"selected": MASK},
-        WRONG_HEAD | WRONG_LOSS | {k: x for k, x in WRONG_OPTIONS.items() if k != "clip_low"},
+        WRONG_HEAD
+        | RUN
+        | WRONG_LOSS
+        | {k: x for k, x in (WRONG_OPTIONS | WRONG_FIELDS).items() if k != "clip_low"},
+    ),
+    "high_entropy_policy_loss of groups": Call(
+        ek.high_entropy_policy_loss, {"head": ek.Head(**HEAD), **LOSS}, GROUPS
+    ),
+    "high_entropy_policy_loss of a head": Call(
+        ek.high_entropy_policy_loss,
+        {"head": ek.Head(**HEAD), **LOSS},
+        {name: mistakes.not_tensors() for name in ("head", "selection", "backend")},
     ),
     "HighEntropyPolicyLoss": Call(
-        lambda **options: ek.HighEntropyPolicyLoss(**options),
+        lambda **options: ek.HighEntropyPolicyLoss(**grouped(options, head=True)),
         {"loss_type": "dapo"},
         SELECT
         | {
-            name: (WRONG_OPTIONS | WRONG_HEAD)[name]
+            name: (WRONG_OPTIONS | WRONG_FIELDS | RUN | WRONG_CHOICE)[name]
             for name in ("dual_clip", "sequence_over", "aggregation", "correction", "kl_type")
-            + ("kl_on", "entropy_coef", "entropy_on", "loss_type", "softcap", "vocab_group", "impl")
-            + ("sequence_group", "max_active_rows")
+            + ("kl_on", "entropy_coef", "entropy_on", "loss_type", "vocab_group", "impl")
+            + ("sequence_group", "max_active_rows", *WRONG_CHOICE)
         }
         | {
             name: {k: x for k, x in found.items() if k not in ("a tensor", "elsewhere")}
             for name, found in {
                 "clip_low": mistakes.number(-0.1, 1.28, optional=True),
-                "temperature": mistakes.number(0, INF),
                 "denominator": mistakes.count(),
             }.items()
         },
@@ -166,12 +187,15 @@ CALLS = {
     "entropy_threshold": Call(
         ek.entropy_threshold,
         {"entropy": ENTROPY, "mask": MASK},
-        WRONG_TOKENS | {name: SELECT[name] for name in ("fraction", "group")},
+        WRONG_TOKENS | SELECT | {"group": mistakes.group()},
     ),
     "top_entropy_mask": Call(
         ek.top_entropy_mask,
         {"entropy": ENTROPY, "mask": MASK, "which": "random"},
-        WRONG_TOKENS | SELECT | {"ties": mistakes.word(), "generator": mistakes.generator()},
+        WRONG_TOKENS
+        | SELECT
+        | WHICH
+        | {"ties": mistakes.word(), "generator": mistakes.generator()},
     ),
 }
 
@@ -182,10 +206,14 @@ def test_the_right_arguments_are_taken(call):
     call.function(**call.right)
 
 
+# What errors call an option of a flat table.
+FIELDS = {name: field for name, (_, field) in PLACES.items()}
+
+
 @pytest.mark.usefixtures("unchecked_shapes")
 @pytest.mark.parametrize(("call", "name", "value", "came"), list(each(CALLS)))
 def test_a_mistake_names_the_argument_and_what_came(call, name, value, came):
-    check(call, name, value, came)
+    check(call, name, value, came, name if call.wrong is GROUPS else FIELDS.get(name, name))
 
 
 @pytest.fixture
@@ -226,7 +254,7 @@ LEGAL = {
 @pytest.mark.usefixtures("unchecked_shapes", "warned")
 @pytest.mark.parametrize("options", LEGAL.values(), ids=LEGAL)
 def test_what_is_legal_neither_raises_nor_warns(options):
-    loss, _ = ek.ratio_loss(**TOKENS | options)
+    loss, _ = ratio_loss(**TOKENS | options)
     assert loss.isfinite()
 
 

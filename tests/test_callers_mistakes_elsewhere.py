@@ -13,18 +13,14 @@ import entropy_kernels as ek
 from entropy_kernels import distributed, losses, token_rules
 from entropy_kernels.integrations import hf, trl, verl
 from tests import mistakes
-from tests.loss_cases import policy_loss
 from tests.mistakes import (
     ADVANTAGE,
     ENTROPY,
-    HIDDEN,
     INF,
     LOGPROB,
     MASK,
     NAN,
     SAMPLE,
-    TARGET,
-    WEIGHT,
     Call,
     Mistakes,
     check,
@@ -261,27 +257,3 @@ def test_the_right_arguments_are_taken(call):
 )
 def test_a_mistake_names_the_argument_and_what_came(call, name, value, came):
     check(call, name, value, came)
-
-
-@pytest.mark.usefixtures("unchecked_shapes")
-@pytest.mark.parametrize(
-    ("given", "meant"),
-    [
-        ("temprature", "temperature"),
-        ("clip_hi", "clip_high"),
-        ("fractions", "fraction"),
-        ("kl_coeff", "kl_coef"),
-        ("max_rows", "max_active_rows"),
-        ("vocab_groups", "vocab_group"),
-    ],
-)
-def test_a_misspelt_keyword_names_the_right_one(given, meant):
-    """Out of those of the head, of the selection and of the loss."""
-    message = rf"unknown options {given} \(did you mean {meant}\?\); known are .*{meant}"
-    tensors = HIDDEN, WEIGHT, TARGET, LOGPROB, ADVANTAGE, MASK
-    with pytest.raises(ValueError, match=message):
-        policy_loss(*tensors, **{given: 1.0})
-    with pytest.raises(ValueError, match=message):
-        ek.HighEntropyPolicyLoss(**{given: 1.0})
-    with pytest.raises(ValueError, match=message):
-        ek.HighEntropyPolicyLoss()(*tensors, **{given: 1.0})

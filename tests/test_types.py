@@ -35,6 +35,8 @@ WRONG = {
     f"ek.linear_logprob_entropy(ek.Head({HEAD}, temprature=1.0))": "call-arg",
     f"ek.linear_logprob_entropy(ek.Head({HEAD}, softcap='30'))": "arg-type",
     f"ek.HighEntropyPolicyLoss()(ek.Head({HEAD}), None)": "call-arg",
+    "ek.HighEntropyPolicyLoss(kl_coeff=0.1)": "call-arg",
+    "ek.ratio_loss(x, None, x, m, kl=0.1)": "arg-type",
     "ek.top_entropy_mask([0.1, 0.2])": "arg-type",
     "ek.no_such_name": "attr-defined",
 }
@@ -50,9 +52,6 @@ x, m = torch.zeros(2), torch.ones(2, dtype=torch.bool)
 ANY = {
     ("streaming_threshold.py", "state_dict", "return"),
     ("streaming_threshold.py", "load_state_dict", "state"),
-    ("high_entropy_policy_loss.py", "high_entropy_policy_loss", "loss_options"),
-    ("nn.py", "__init__", "options"),
-    ("nn.py", "forward", "options"),
     ("reference.py", "high_entropy_policy_loss", "ratio"),
     ("integrations/liger.py", "apply", "return"),
     ("integrations/trl.py", "high_entropy_mask_of_step", "self"),

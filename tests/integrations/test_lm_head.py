@@ -48,7 +48,7 @@ def test_each_family(family):
         want_grads = gradients(model, want)
     head = lm_head(model)
     check(model, by_head(head, tokens, 0.7), want, want_grads)
-    weight = head(torch.zeros(1, 16))["weight"]
+    weight = head(torch.zeros(1, 16), torch.zeros(1).long()).weight
     assert weight is model.get_output_embeddings().weight
     with patch_lm_head(model):
         check(model, by_head(lm_head(model), tokens, 0.7), want, want_grads)
@@ -139,7 +139,7 @@ def test_what_a_call_cannot_honour():
             call(tokens["input_ids"])
     model.lm_head = nn.Sequential(nn.Linear(16, VOCABULARY))
     with pytest.raises(ValueError, match="got Sequential"):
-        head(torch.zeros(1, 16))
+        head(torch.zeros(1, 16), torch.zeros(1).long())
 
 
 def patched(model, ids):
