@@ -398,9 +398,10 @@ def test_peak_memory_sees_what_a_step_holds():
     assert gradient / 2 < peaks["torch-0.2"] < peaks["checkpoint"]
 
 
-def test_readme_without_markers_fails_with_their_names():
-    with pytest.raises(SystemExit, match="benchmarks:begin"):
-        report.between_markers("no markers", "block")
+def test_a_page_without_markers_fails_with_their_names(tmp_path):
+    (tmp_path / "page.md").write_text("no markers")
+    with pytest.raises(SystemExit, match=r"page\.md needs .*benchmarks:begin"):
+        report.between_markers(tmp_path / "page.md", "block")
 
 
 def test_quantiles_and_ratios_are_taken_within_rounds():
