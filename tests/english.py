@@ -2,9 +2,10 @@
 
 python -m tests.english PATH...    prints each complaint; a PATH is a file or a folder
 
-Markdown is checked without code, tables, headings, generated blocks and the addresses of links. In
-Python, docstrings and comments are checked for phrases. The length of sentences is checked in the
-docstrings of public functions, classes and fields. One item of a list is at least one sentence.
+Markdown is checked without code, tables, headings, generated blocks and the addresses of links.
+Docstrings and comments of Python and comments of C++ are checked for phrases. The length of sentences
+is checked in the docstrings of public functions, classes and fields. An item of a list begins a
+sentence.
 """
 
 import argparse
@@ -13,7 +14,7 @@ import io
 import re
 import sys
 import tokenize
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 LONGEST = 25
@@ -55,11 +56,10 @@ def main() -> int:
 def complaints(path: Path) -> Iterator[str]:
     """A line for each phrase and each long sentence of a file, or of the files of a folder."""
     if path.is_dir():
-        for inside in sorted([*path.rglob("*.py"), *path.rglob("*.md")]):
+        for inside in sorted(x for x in path.rglob("*") if x.suffix in READERS):
             yield from complaints(inside)
         return
-    texts = python_texts(path.read_text()) if path.suffix == ".py" else markdown_texts(path)
-    for line, text, word in texts:
+    for line, text, word in READERS[path.suffix](path.read_text()):
         yield from (f"{path}:{line}: {problem}" for problem in problems(text, word))
 
 
@@ -84,13 +84,13 @@ def sentences(text: str) -> Iterator[str]:
     yield text[start:].strip()
 
 
-def markdown_texts(path: Path) -> Iterator[Prose]:
+def markdown_texts(page: str) -> Iterator[Prose]:
     """Each paragraph and each item of a list."""
 
     def blank(found: re.Match[str]) -> str:
         return "\n" * found[0].count("\n")
 
-    text = DROPPED.sub(blank, GENERATED.sub(blank, path.read_text()))
+    text = DROPPED.sub(blank, GENERATED.sub(blank, page))
     yield from ((line, words, WORD) for line, words in paragraphs(text, ITEM))
 
 
@@ -120,16 +120,25 @@ def python_texts(source: str) -> Iterator[Prose]:
                 yield from docstring_texts(child, public and not isinstance(node, ast.Module))
         if isinstance(node, ast.keyword) and node.arg == "help" and is_text(node.value):
             yield node.value.lineno, plain(ast.literal_eval(node.value)), PLAIN_WORD
-    comment, start, last = "", 0, 0
-    for token in tokenize.generate_tokens(io.StringIO(source).readline):
-        if token.type != tokenize.COMMENT:
-            continue
-        if comment and token.start[0] != last + 1:
-            yield start, plain(comment), None
-            comment = ""
-        start, last = start if comment else token.start[0], token.start[0]
-        comment = f"{comment} {token.string.lstrip('# ')}".strip()
-    yield start, plain(comment), None
+    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
+    yield from comments((t.start[0], t.string) for t in tokens if t.type == tokenize.COMMENT)
+
+
+def cpp_texts(source: str) -> Iterator[Prose]:
+    """The comments after //."""
+    lines = (line.partition("//") for line in source.splitlines())
+    yield from comments((n, text) for n, (_, found, text) in enumerate(lines, 1) if found)
+
+
+def comments(lines: Iterable[tuple[int, str]]) -> Iterator[Prose]:
+    """Comments on lines that follow one another are one text; its length is not checked."""
+    text, start, last = "", 0, -1
+    for number, line in lines:
+        if number != last + 1:
+            yield start, plain(text), None
+            text, start = "", number
+        text, last = f"{text} {line.lstrip('#/ ')}".strip(), number
+    yield start, plain(text), None
 
 
 def is_text(node: ast.AST) -> bool:
@@ -148,6 +157,9 @@ def docstring_texts(node: ast.Expr, lengths: bool) -> Iterator[Prose]:
         flat.append(re.sub(r"^ {4,}", "  ", line) if entries else line)
     for line, text in paragraphs("\n".join(flat), re.compile(f"{ITEM.pattern}|{ENTRY.pattern}")):
         yield node.lineno + line - 1, text, PLAIN_WORD if lengths else None
+
+
+READERS = {".md": markdown_texts, ".py": python_texts} | dict.fromkeys((".h", ".cpp"), cpp_texts)
 
 
 if __name__ == "__main__":
