@@ -3,8 +3,8 @@
 python -m tests.english PATH...    prints each complaint; a PATH is a file or a folder
 
 Markdown is checked without code, tables, headings, generated blocks and the addresses of links.
-Docstrings and comments of Python and comments of C++ are checked for phrases. The length of sentences
-is checked in the docstrings of public functions, classes and fields. An item of a list begins a
+Docstrings and comments of Python and comments of C++ are checked for phrases. Sentences are counted
+in the docstrings of public functions, classes and fields. An item of a list begins a
 sentence.
 """
 
