@@ -16,8 +16,10 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "entropy_kernels"
 PAGES = ("*.md", "docs/**/*.md", "benchmarks/**/README.md")
 # Public by their path; all other public names are in `entropy_kernels.__all__`.
-MODULES = ("distributed", "integrations.hf", "integrations.liger", "integrations.trl")
-MODULES += ("integrations.verl", "reference", "testing")
+MODULES = (
+    *("distributed", "integrations.hf", "integrations.liger", "integrations.trl"),
+    *("integrations.verl", "reference", "testing"),
+)
 LINK = re.compile(r"\]\(([^)#:]+)(?:#[^)]*)?\)")
 
 
