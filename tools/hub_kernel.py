@@ -60,7 +60,8 @@ import torch
 from kernels import get_kernel
 
 ek = get_kernel("{repo_id}", version={version}, trust_remote_code=True)
-out = ek.linear_logprob_entropy(hidden, weight, target)    # out.logprob, out.entropy: fp32
+head = ek.Head(hidden, weight, target)
+out = ek.linear_logprob_entropy(head)    # out.logprob, out.entropy: fp32
 ```
 
 The public names are {names}. The kernel is Python only, with Triton on GPUs. The package that pip
