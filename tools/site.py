@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "entropy_kernels"
 PAGES = ("*.md", "docs/**/*.md", "benchmarks/**/README.md")
 # Public by their path; all other public names are in `entropy_kernels.__all__`.
-MODULES = (
+MODULES: tuple[str, ...] = (
     *("distributed", "integrations.hf", "integrations.liger", "integrations.trl"),
     *("integrations.verl", "reference", "testing"),
 )
