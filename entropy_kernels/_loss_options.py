@@ -17,15 +17,16 @@ from .losses import (
     gspo,
     gspo_token,
     luspo,
-    reinforce,
-    sapo,
-    vespo,
 )
 from .options import KL, Aggregation, Correction, EntropyBonus, Parallel
 
 # Losses whose clips are distances of a ratio from 1.
 _OF_RATIOS = (clipped_ratio, gspo, gspo_token, luspo)
 _OURS = {function for function, _ in LOSSES.values()}
+_CLIPS = {
+    name: {"clip_low", "clip_high", "dual_clip"} & inspect.signature(function).parameters.keys()
+    for name, (function, _) in LOSSES.items()
+}
 
 
 def find_loss(loss_type: str | Callable[..., Tensor]) -> tuple[Loss, str, str | None]:
@@ -185,15 +186,6 @@ def _check_denominator(denominator: object) -> None:
         raise ValueError(f'denominator must be "selected", "all" or a count; got {denominator!r}')
 
 
-def _clips_of(loss_type: object) -> tuple[str, ...]:
-    """Which clips the loss of that name takes."""
-    function = LOSSES[loss_type][0] if isinstance(loss_type, str) else None
-    if function in (None, sapo, vespo, reinforce):
-        return ()
-    names = ("clip_low", "clip_high")
-    return (*names, "dual_clip") if function is clipped_ratio else names
-
-
 def _check_clips(options: LossOptions) -> None:
     """Distances from a ratio of 1: beyond 1 the lower bound is negative, or a bound was given.
 
@@ -206,8 +198,9 @@ def _check_clips(options: LossOptions) -> None:
     if options.dual_clip is not None:
         check_number("dual_clip", options.dual_clip, "> 1 or None", lambda x: x > 1)
     clips = {"clip_low": clip_low, "clip_high": clip_high, "dual_clip": options.dual_clip}
+    clips_taken = _CLIPS[loss_type] if isinstance(loss_type, str) else ()
     for name, value in clips.items():
-        if value is not None and name not in _clips_of(loss_type):
+        if value is not None and name not in clips_taken:
             raise ValueError(
                 f"{name} has no meaning with loss_type={loss_type!r}; a function's own options are "
                 f"set by functools.partial; got {name}={value}"

@@ -75,7 +75,7 @@ def of_loss(name: str) -> Call:
     options |= {k: mistakes.number(INF) for k in ("k_pos", "k_neg", "lambda_pos", "lambda_neg")}
     tensors = {k: mistakes.floats(x) for k, x in TOKENS.items() if k != "mask"}
     takes = function.__wrapped__.__kwdefaults__ or {}
-    own = {k: x for k, x in options.items() if k in takes}
+    own = {k: options[k] for k in takes}
     return Call(function, TOKENS, tensors | {"mask": mistakes.mask(MASK)} | own)
 
 
@@ -98,10 +98,7 @@ PAIR = {
 }
 
 
-LOSSES = [
-    *("clipped_ratio", "gspo", "gspo_token", "luspo", "gmpo", "cispo", "sapo", "vespo", "dppo_tv"),
-    *("dppo_kl", "reinforce"),
-]
+LOSSES = sorted({function.__name__ for function, _ in losses.LOSSES.values()})
 SELECT = {"entropy": ENTROPY, "mask": MASK}
 WRONG_SELECT = {
     "entropy": mistakes.tensor(ENTROPY, torch.float64, torch.bfloat16, torch.int64),

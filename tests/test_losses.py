@@ -1,7 +1,9 @@
 """Every loss against its written formula in fp64; what gets no gradient gets exactly none."""
 
 import functools
+import inspect
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -28,6 +30,26 @@ def by_name(name, x, old, advantage, mask, selected=None, **more):
 
 def test_the_table_of_formulas_is_complete():
     assert set(loss_formulas.FORMULAS) == set(losses.LOSSES)
+
+
+def test_every_loss_is_in_the_docs():
+    page = (Path(__file__).parents[1] / "docs" / "losses.md").read_text()
+    rows = "\n".join(line.split("|")[1] for line in page.splitlines() if line.startswith("| `"))
+    assert [n for n in NAMES if f"`{n}`" not in rows] == []
+    assert [n for n in NAMES if f'"{n}"' not in ek.ratio_loss.__doc__] == []
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("clip", ["clip_low", "clip_high", "dual_clip"])
+def test_a_clip_that_a_loss_does_not_take_is_refused(name, clip):
+    takes = clip in inspect.signature(losses.LOSSES[name][0]).parameters
+    c = make_case()
+    call = functools.partial(by_name, name, c.logprob, c.old, c.advantage, c.mask, **{clip: 1.5})
+    if takes and clip == "dual_clip":
+        assert call()[0].isfinite()
+    elif not takes:
+        with pytest.raises(ValueError, match=f"{clip} has no meaning with loss_type='{name}'"):
+            call()
 
 
 @pytest.mark.parametrize("name", NAMES)
