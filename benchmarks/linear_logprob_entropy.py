@@ -15,7 +15,7 @@ from torch import Tensor
 
 from benchmarks import peers
 from benchmarks.runner import Contestant
-from entropy_kernels import backends, ops
+from entropy_kernels import _rows, backends
 from entropy_kernels._bench import step
 from entropy_kernels._bench.entrants import our_contestant
 from entropy_kernels._bench.step import (
@@ -135,7 +135,7 @@ def _our_contestants(impl: str) -> list[Contestant]:
     label = f"ours ({impl}), forward alone"
     for name, more, statistics in (
         (f"{impl}-forward", "", ()),
-        (f"{impl}-forward-statistics", ", with all statistics", ops.STATISTICS),
+        (f"{impl}-forward-statistics", ", with all statistics", _rows.STATISTICS),
     ):
         run = partial(our_forward, impl=impl, statistics=statistics)
         found.append(Contestant(name, label + more, run, setting, exact=True))

@@ -12,9 +12,11 @@ from torch import Tensor
 from ._arguments import shown
 from .head import Head
 
-# The statistics that forward adds on request, the rows of a fp32 [4, T]: variance of log p, the
+# The statistics that forward adds on request, the rows of a fp32 [S, T]: variance of log p, the
 # largest p, and the sums of p^2 and of p^2 log p.
 STATISTICS = ("varentropy", "max_prob", "sum_p2", "sum_p2_logp")
+# S of each backend: it fills so many rows, the first of STATISTICS, and refuses the other names.
+FILLED = {"reference": 4, "torch": 4, "cpu": 4, "triton": 4, "vocab_group": 4}
 
 
 class ForwardRows(NamedTuple):
@@ -49,13 +51,19 @@ class ForwardRows(NamedTuple):
         return cls(entropy, entropy, entropy, max, log_sum, logits, places)
 
 
-def check_statistics(names: Collection[str]) -> None:
-    """A collection of names out of STATISTICS, so no bare name."""
+def check_statistics(names: Collection[str], backend: str) -> None:
+    """A collection of names out of STATISTICS, so no bare name, that the backend fills."""
     several = isinstance(names, Collection) and not isinstance(names, (str, Tensor))
     if not several or not all(isinstance(name, str) and name in STATISTICS for name in names):
         known = ", ".join(STATISTICS)
         got = repr(names) if several else shown(names)
         raise ValueError(f"statistics must be a collection of names out of {known}; got {got}")
+    filled = STATISTICS[: FILLED[backend]]
+    if not set(names) <= set(filled):
+        where = backend if backend == "vocab_group" else f'impl="{backend}"'
+        raise ValueError(
+            f"with {where}, statistics must be out of {', '.join(filled)}; got {names}"
+        )
 
 
 def active_rows(gradients: Iterable[Tensor | None], target_T: Tensor, ignore_index: int) -> Tensor:

@@ -123,8 +123,8 @@ def linear_logprob_entropy(
     )
     head.check(sharded=vocab_group is not None)
     check_main_grad(main_grad, head)
-    check_statistics(statistics)
     name = backends.resolve("linear_logprob_entropy", impl, head.hidden.device)
+    check_statistics(statistics, name)
     shape = head.target.shape
     head = head.flat(fp64=name == "reference")
     store_above, store_rows = _room(keep_logits_above, keep_logits, max_active_rows, name, head)
@@ -140,6 +140,7 @@ def linear_logprob_entropy(
             raise ValueError('impl="reference" holds all logits; it has no vocab_group')
         outputs = _reference(head, main_grad, bool(statistics))
     elif vocab_group is not None:
+        check_statistics(statistics, "vocab_group")
         outputs = _vocab_parallel.linear_logprob_entropy(head, vocab_group, **run)
     else:
         outputs = ops.linear_logprob_entropy(

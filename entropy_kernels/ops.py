@@ -14,7 +14,7 @@ from torch import Tensor
 
 from . import _native, _rows, backends
 from ._ops import add_op_namespace_prefix
-from ._rows import STATISTICS, ForwardRows, check_values
+from ._rows import FILLED, ForwardRows, check_values
 from ._torch.selection import exact_share
 from .head import Head
 
@@ -36,13 +36,13 @@ def _linear_logprob_entropy(
     with_statistics: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """logprob, entropy, logsumexp; max, log_sum, stored logits and their places, for backward;
-    and the rows that STATISTICS names, fp32 [4, T], or an empty tensor.
+    and statistics, fp32 [FILLED[impl], T], or an empty tensor.
 
     The head is flat. max_active_rows and main_grad, [V, D], are backward's. With store_above, a
     fp32 [], "triton" stores the logits of store_rows rows of at least that entropy.
     """
     head = Head(hidden, weight, target, bias, temperature, softcap, ignore_index)
-    shape = (len(STATISTICS), target.shape[0]) if with_statistics else (0,)
+    shape = (FILLED[impl], target.shape[0]) if with_statistics else (0,)
     statistics = hidden.new_empty(shape, dtype=torch.float32)
     if _rows.sees_values(hidden.device):
         check_values(head, weight.shape[0])
@@ -97,7 +97,7 @@ def _(
     if store_above is not None:
         logits = logits.new_empty(store_rows, shape[1])
         places = torch.empty_like(target, dtype=torch.int32)
-    statistics = (len(STATISTICS), shape[0]) if with_statistics else (0,)
+    statistics = (FILLED[impl], shape[0]) if with_statistics else (0,)
     return *rows, logits, places, hidden.new_empty(statistics, dtype=torch.float32)
 
 

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 import entropy_kernels as ek
-from entropy_kernels import _native, ops
+from entropy_kernels import _native, _rows
 from tests.head_cases import DTYPES, ROWS, check_statistics, logprob_entropy, make, statistics_in
 
-NAMES = ops.STATISTICS
+NAMES = _rows.STATISTICS
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SHAPES = {"one": (1, 1, 1), "two words": (3, 1, 2), "prime": (31, 37, 97), "one more": (33, 36, 65)}
 # numpy, which computes in Triton's interpreter, warns of NaN and infinities that are meant.
@@ -212,6 +212,18 @@ def test_unknown_names_are_refused(names):
     h, w, y = make("peaked", (3, 8, 11), torch.float32)
     with pytest.raises(ValueError, match="varentropy, max_prob, sum_p2, sum_p2_logp; got"):
         ek.linear_logprob_entropy(ek.Head(h, w, y), statistics=names)
+
+
+def test_a_name_that_a_backend_does_not_fill_is_refused(impl, device, monkeypatch):
+    monkeypatch.setattr(_rows, "STATISTICS", (*NAMES, "sum_p3"))
+    monkeypatch.setitem(_rows.FILLED, "torch" if impl != "torch" else "cpu", 5)
+    h, w, y = make("peaked", (3, 8, 11), torch.float32, device)
+    with pytest.raises(ValueError, match=f'with impl="{impl}", .* sum_p2_logp; got'):
+        ek.linear_logprob_entropy(ek.Head(h, w, y), statistics=("sum_p3",), impl=impl)
+
+
+def test_every_statistic_is_a_field_of_the_output():
+    assert ek.LogprobEntropy._fields[3:] == NAMES
 
 
 @pytest.mark.parametrize("tokens", [0, 5])

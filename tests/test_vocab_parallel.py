@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 import entropy_kernels as ek
-from entropy_kernels import ops
+from entropy_kernels import _rows
 from entropy_kernels.testing import assert_within_two_bounds
 from tests.head_cases import check_statistics, make, three_of
 from tests.loss_cases import policy_loss
@@ -97,7 +97,7 @@ def test_a_shard_may_be_masked_throughout(ranks):
     keep, kept = bias == 0, torch.arange(9) != 5
     x, few = h.clone().requires_grad_(), w[keep].clone().requires_grad_()
     own = torch.where(kept, (keep.cumsum(0) - 1)[y], 0)
-    want = ek.linear_logprob_entropy(ek.Head(x, few, own), statistics=ops.STATISTICS)
+    want = ek.linear_logprob_entropy(ek.Head(x, few, own), statistics=_rows.STATISTICS)
     (want.logprob[kept].sum() + want.entropy.sum()).backward()
     for rank in ranks:
         found = rank["masked"]["found"]

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 import entropy_kernels as ek
-from entropy_kernels import _native, backends, ops, testing
+from entropy_kernels import _native, _rows, backends, testing
 from entropy_kernels.testing import Watch, peaked_head
 from tests.head_cases import logprob_entropy, make, run
 from tests.loss_cases import policy_loss
@@ -111,7 +111,7 @@ def values(name, impl, group):
     head = functools.partial(logprob_entropy, impl=impl, vocab_group=group)
     inputs = h, mine(w, shares, group), y, mine(bias, shares, group)
     outputs, gradients = run(head, inputs, grads, **options)
-    found = head(*inputs[:3], bias=inputs[3], statistics=ops.STATISTICS, **options)
+    found = head(*inputs[:3], bias=inputs[3], statistics=_rows.STATISTICS, **options)
     same = all(map(torch.equal, outputs, found[:3]))
     return {"outputs": outputs, "gradients": gradients, "statistics": found[3:], "same bits": same}
 
@@ -131,7 +131,7 @@ def extremes(group):
     h, w, y = make("peaked", (9, 16, 3 * size), torch.float32)
     h[4, 3] = torch.nan
     w = mine(w, [3] * size, group).clone()
-    head = functools.partial(logprob_entropy, vocab_group=group, statistics=ops.STATISTICS)
+    head = functools.partial(logprob_entropy, vocab_group=group, statistics=_rows.STATISTICS)
     found["a bad row"] = head(h, w, y)
     h[4, 3] = 0
     if dist.get_rank(group) == 1:
@@ -151,7 +151,7 @@ def masked_vocabulary(group):
     x, weight = h.clone().requires_grad_(), mine(w, [20] * size, group).clone().requires_grad_()
     b = mine(bias, [20] * size, group)
     found = ek.linear_logprob_entropy(
-        ek.Head(x, weight, y, bias=b), vocab_group=group, statistics=ops.STATISTICS
+        ek.Head(x, weight, y, bias=b), vocab_group=group, statistics=_rows.STATISTICS
     )
     kept = torch.arange(9) != 5
     (found.logprob[kept].sum() + found.entropy.sum()).backward()
