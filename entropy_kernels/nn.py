@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -11,6 +11,8 @@ from ._loss_options import LossOptions
 from .head import Head
 from .high_entropy_policy_loss import check_choice_of_tokens, high_entropy_policy_loss
 from .options import KL, Aggregation, Backend, Correction, EntropyBonus, Parallel, Selection
+
+Options = TypeVar("Options", LossOptions, Aggregation, KL, Correction, Backend)
 
 
 class HighEntropyPolicyLoss(torch.nn.Module):
@@ -74,24 +76,19 @@ class HighEntropyPolicyLoss(torch.nn.Module):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss and its metrics; see `high_entropy_policy_loss`.
 
-        denominator and the parameters below it take the place of the fixed ones, unless None:
-        num_sequences and token_weight those of `Aggregation`, reference_logprob that of `KL`,
-        sampler_logprob that of `Correction`, main_grad and max_active_rows those of `Backend`.
+        denominator and each parameter below it replaces the fixed option of its name, unless it is
+        None. `Aggregation`, `KL`, `Correction` and `Backend` hold these options.
         """
-        loss, aggregation, backend = self.loss, self.loss.aggregation, self.backend
-        kl, correction = loss.kl, loss.correction
-        if num_sequences is not None:
-            aggregation = replace(aggregation, num_sequences=num_sequences)
-        if token_weight is not None:
-            aggregation = replace(aggregation, token_weight=token_weight)
-        if reference_logprob is not None:
-            kl = replace(kl, reference_logprob=reference_logprob)
-        if sampler_logprob is not None:
-            correction = replace(correction, sampler_logprob=sampler_logprob)
-        if main_grad is not None:
-            backend = replace(backend, main_grad=main_grad)
-        if max_active_rows is not None:
-            backend = replace(backend, max_active_rows=max_active_rows)
+        loss = self.loss
+        loss = _with(
+            loss,
+            denominator=denominator,
+            aggregation=_with(
+                loss.aggregation, num_sequences=num_sequences, token_weight=token_weight
+            ),
+            kl=_with(loss.kl, reference_logprob=reference_logprob),
+            correction=_with(loss.correction, sampler_logprob=sampler_logprob),
+        )
         return high_entropy_policy_loss(
             head,
             old_logprob,
@@ -102,17 +99,8 @@ class HighEntropyPolicyLoss(torch.nn.Module):
             threshold=threshold,
             selection=self.selection,
             lengths=lengths,
-            loss_type=loss.loss_type,
-            clip_low=loss.clip_low,
-            clip_high=loss.clip_high,
-            dual_clip=loss.dual_clip,
-            denominator=loss.denominator if denominator is None else denominator,
-            aggregation=aggregation,
-            kl=kl,
-            correction=correction,
-            entropy_bonus=loss.entropy_bonus,
-            parallel=loss.parallel,
-            backend=backend,
+            backend=_with(self.backend, main_grad=main_grad, max_active_rows=max_active_rows),
+            **vars(loss),
         )
 
     if TYPE_CHECKING:
@@ -122,3 +110,8 @@ class HighEntropyPolicyLoss(torch.nn.Module):
     def extra_repr(self) -> str:
         """The options that are fixed."""
         return f"fraction={self.fraction!r}, selection={self.selection!r}, loss={self.loss!r}"
+
+
+def _with(options: Options, **given: Any) -> Options:
+    """The options with those that are given, which are not None."""
+    return replace(options, **{name: x for name, x in given.items() if x is not None})
