@@ -4,7 +4,6 @@ Only the checks of values read a tensor, and only on a CPU: nothing waits for a 
 left of them in a compiled graph.
 """
 
-import difflib
 import math
 import numbers
 import sys
@@ -184,18 +183,6 @@ def check_generator(generator: object, like: Tensor, of: str) -> None:
         raise ValueError(
             f"generator must be a torch.Generator on {like.device}, like {of}, or None; got {got}"
         )
-
-
-def check_known(given: Collection[str], known: Collection[str]) -> None:
-    """No keyword but the known ones; what is close to a misspelt one is named."""
-    unknown = sorted(set(given) - set(known))
-    if not unknown:
-        return
-    near = [near for name in unknown for near in difflib.get_close_matches(name, known, 1)]
-    hint = f" (did you mean {', '.join(near)}?)" if near else ""
-    raise ValueError(
-        f"unknown options {', '.join(unknown)}{hint}; known are {', '.join(sorted(known))}"
-    )
 
 
 def readable(x: object) -> bool:
