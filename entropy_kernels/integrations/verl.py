@@ -19,7 +19,7 @@ Not covered: the Megatron engine and `impl_backend=triton`, which keep verl's ow
 second raises where verl would take it, "high_entropy" raises on any engine but FSDP's, and without
 `use_fused_kernels` verl makes all logits as ever. verl's fused head leaves out a bias, a scale or a
 softcap of the logits, and adapters of the head: each is refused, by name. verl's FSDP engine
-refuses a temperature per sample with fused kernels, although the head here takes one a token.
+refuses a temperature per sample with fused kernels, although the head here takes one per token.
 """
 
 import math
@@ -34,6 +34,7 @@ from .._arguments import check_choice, check_flag, check_fraction
 from ..backends import check_impl
 from ..head import Head
 from ..linear_logprob_entropy import linear_logprob_entropy
+from ..options import Aggregation
 from ..ratio_loss import ratio_loss
 from ..top_entropy_mask import top_entropy_mask
 from ._caller import running_model
@@ -72,7 +73,7 @@ def patch_verl(
     Micro-batches and ranks: as verl's losses, the sum is divided by a count of the whole
     mini-batch, so that micro-batches and ranks add up. The threshold is of one micro-batch on one
     rank (the paper's code) or on all (`over_ranks`); how the mini-batch is split therefore decides
-    which tokens are kept, up to one more for each part, and nothing else. One micro-batch with
+    which tokens are selected, up to one more for each part, and nothing else. One micro-batch with
     `over_ranks` is exactly the paper's formula. The paper's code instead averages over each
     micro-batch's selected tokens and weighs micro-batches by their sequences.
 
@@ -271,9 +272,6 @@ class _HighEntropyLoss:
             raise ValueError(f"loss_mode={LOSS_MODE} runs inside verl's ppo_loss only")
         mask = response_mask.bool()
         selected = top_entropy_mask(self._entropy, mask, self._fraction, group=self._group)
-        if rollout_is_weights is not None:
-            # They are >= 0, so that min and clip commute with them.
-            advantages = advantages * rollout_is_weights
         low, high = config.clip_ratio_low, config.clip_ratio_high
         loss, found = ratio_loss(
             log_prob,
@@ -285,13 +283,14 @@ class _HighEntropyLoss:
             clip_high=config.clip_ratio if high is None else high,
             dual_clip=config.get("clip_ratio_c", 3.0),
             denominator=self._count(config.global_batch_info),
+            aggregation=Aggregation(token_weight=rollout_is_weights),
         )
-        kept, valid = (torch.where(of, self._entropy, 0).sum() for of in (selected, mask))
+        chosen, valid = (torch.where(of, self._entropy, 0).sum() for of in (selected, mask))
         metrics = {
             "actor/pg_clipfrac": found["clip/low"] + found["clip/high"],
             "actor/ppo_kl": found["kl/k1"],
             "actor/selected_fraction": found["entropy/selected_fraction"],
-            "actor/selected_entropy": kept / found["tokens/selected"].clamp_min(1),
+            "actor/selected_entropy": chosen / found["tokens/selected"].clamp_min(1),
             "actor/mask_entropy": valid / found["tokens/all"].clamp_min(1),
         }
         values = torch.stack([x.float() for x in metrics.values()]).tolist()
