@@ -31,7 +31,7 @@ def covariance(
     """(A_t - mean A)(log pi_t - mean log pi), means over `mask`; 0 outside.
 
     The Entropy Mechanism (arXiv 2505.22617): an update of a token with a large one
-    lowers the entropy most. advantage: one a token, or [B] of [B, L].
+    lowers the entropy most. advantage: one per token, or [B] of [B, L].
     """
     _check({"logprob": logprob}, {"mask": mask})
     advantage = _per_token(advantage, logprob, "logprob")

@@ -38,7 +38,7 @@ for step in range(12):
         keep = ek.top_entropy_mask(out.entropy.detach(), mask, fraction=0.2)
         loss, _ = ek.ratio_loss(out.logprob, old_logprob, advantage, mask, selected=keep)
         optimizer.zero_grad()
-        loss.backward()  # the head's backward runs on the kept rows
+        loss.backward()  # the head's backward runs on the selected rows
         optimizer.step()
     rows = f"{int(keep.sum())} of {int(mask.sum())} rows"
-    print(f"step {step}: reward {reward.mean():.3f}, loss {loss:+.4f}, kept {rows}")
+    print(f"step {step}: reward {reward.mean():.3f}, loss {loss:+.4f}, selected {rows}")

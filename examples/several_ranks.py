@@ -78,7 +78,7 @@ def micro_batches(rank: int, ranks: int, count: int, device: torch.device) -> li
 
 @torch.no_grad()
 def score(model: nn.Module, parts: list[dict], group: dist.ProcessGroup | None) -> Tensor:
-    """Log-probs and kept tokens by the old policy, into `parts`; the denominator of the step."""
+    """Old log-probs and selected tokens, into `parts`; the denominator of the step."""
     threshold = ek.StreamingThreshold(0.2, group=group)
     for part in parts:
         out = model(part["tokens"], target=part["target"])
@@ -145,9 +145,9 @@ def main() -> None:
         optimizer.step()
         optimizer.zero_grad()
         if rank == 0:
-            kept = f"{int(found['tokens/selected'])} of {int(found['tokens/all'])} tokens"
+            chosen = f"{int(found['tokens/selected'])} of {int(found['tokens/all'])} tokens"
             loss = f"loss {found['loss']:+.4f}, gradient norm {norm:.4f}"
-            print(f"update {update}: {loss}, ratio {found['ratio/mean']:.4f}, kept {kept}")
+            print(f"update {update}: {loss}, ratio {found['ratio/mean']:.4f}, selected {chosen}")
     if group is not None:
         dist.destroy_process_group()
 

@@ -15,7 +15,7 @@ EXAMPLES = {
     "own_loop.py": (
         ["transformers"],
         [],
-        r"step 11: reward 0\.[6-9]\d+, loss [+-]\d\.\d+, kept 205 of 1024 rows",
+        r"step 11: reward 0\.[6-9]\d+, loss [+-]\d\.\d+, selected 205 of 1024 rows",
     ),
     "grpo_trl.py": (
         ["trl"],

@@ -40,7 +40,7 @@ def contestants(
         if impl == "triton":
             units = 1 + 3 * FRACTION - _stored(device, tokens, vocabulary)
             ways[1:2] = [
-                ("threshold", f"{ways[1][1]}, logits kept", units),
+                ("threshold", f"{ways[1][1]}, logits stored", units),
                 ("recomputed", f"{ways[1][1]}, recomputed", 1 + 3 * FRACTION),
             ]
         for way, label, units in ways:
