@@ -51,14 +51,14 @@ class ForwardRows(NamedTuple):
         return cls(entropy, entropy, entropy, max, log_sum, logits, places)
 
 
-def check_statistics(names: Collection[str], backend: str) -> None:
-    """A collection of names out of STATISTICS, so no bare name, that the backend fills."""
+def check_statistics(names: Collection[str], backend: str | None = None) -> None:
+    """A collection of names out of STATISTICS, no bare name, that the backend (if known) fills."""
     several = isinstance(names, Collection) and not isinstance(names, (str, Tensor))
     if not several or not all(isinstance(name, str) and name in STATISTICS for name in names):
         known = ", ".join(STATISTICS)
         got = repr(names) if several else shown(names)
         raise ValueError(f"statistics must be a collection of names out of {known}; got {got}")
-    filled = STATISTICS[: FILLED[backend]]
+    filled = STATISTICS if backend is None else STATISTICS[: FILLED[backend]]
     if not set(names) <= set(filled):
         where = backend if backend == "vocab_group" else f'impl="{backend}"'
         raise ValueError(
