@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from . import _vocab_parallel, backends, ops, reference
-from ._arguments import check_flag, check_group, check_threshold, check_whole
+from ._arguments import check_flag, check_group, check_threshold, check_whole, shown
 from ._main_grad import GradientInto, check_main_grad
 from ._rows import STATISTICS, check_statistics, check_values
 from ._shapes import Float
@@ -115,6 +115,8 @@ def linear_logprob_entropy(
             their gradients NaN, and numbers of tokens are not compared. torch.compile leaves out
             the check of main_grad's memory.
     """
+    if not isinstance(head, Head):
+        raise ValueError(f"head must be a Head; got {shown(head)}")
     check_options(
         vocab_group=vocab_group,
         keep_logits=keep_logits,

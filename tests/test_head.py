@@ -62,3 +62,9 @@ def test_the_head_at_some_tokens_gives_their_outputs(temperature):
     head, index_R = replace(full(), temperature=temperature), torch.tensor([4, 0, 3])
     for every, some in zip(outputs(head)[:3], outputs(head.at(index_R))[:3], strict=True):
         torch.testing.assert_close(every.reshape(-1)[index_R], some)
+
+
+@pytest.mark.parametrize("head", [{}, None, torch.ones(2, 3)], ids=["dict", "None", "tensor"])
+def test_what_is_no_head_is_refused(head, unchecked_shapes):
+    with pytest.raises(ValueError, match="head must be a Head; got"):
+        ek.linear_logprob_entropy(head)
