@@ -61,7 +61,7 @@ ALLOWED = {
     },
     "integrations": {
         *("_rows", "_token_logprobs", "backends", "head", "linear_logprob_entropy"),
-        *("ratio_loss", "streaming_threshold", "top_entropy_mask"),
+        *("options", "ratio_loss", "streaming_threshold", "top_entropy_mask"),
     },
     "__main__": ANYTHING,
     "__init__": ANYTHING,
