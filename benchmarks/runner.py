@@ -8,13 +8,11 @@ call, the results included, in a fresh process for each contestant.
 
 import datetime
 import os
-import platform
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -22,6 +20,7 @@ from typing import Any
 import torch
 
 from benchmarks.environment import CORES
+from benchmarks.sources import ROOT, commit, versions
 from entropy_kernels._bench import machine
 from entropy_kernels._bench import rounds as rounds_of
 from entropy_kernels._bench.contestant import (
@@ -36,7 +35,6 @@ from entropy_kernels.testing import Watch
 
 __all__ = ["Contestant", "RefusedError", "Results", "WrongResultError", "check"]
 
-ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
 CPU = torch.device("cpu")
 
@@ -171,9 +169,9 @@ def about_this_run(dtype: torch.dtype) -> dict[str, Any]:
     """Machine, instruction set and libraries for `dtype`; versions, commit and date."""
     return machine.about(dtype) | {
         "dtype": str(dtype).removeprefix("torch."),
-        "versions": _versions("torch", "trl", "liger-kernel", "cut-cross-entropy"),
+        "versions": versions(["torch", "trl", "liger-kernel", "cut-cross-entropy"]),
         "environment": {name: x for name, x in os.environ.items() if name.startswith("OMP_")},
-        "commit": _commit(),
+        "commit": commit("entropy_kernels", "csrc", "benchmarks/*.py"),
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
     }
 
@@ -186,25 +184,3 @@ def write(folder: Path, about: dict[str, Any], entries: list[dict[str, Any]]) ->
     path = folder / f"{name}-{about['processor']['slug']}.json"
     path.write_text(result_text(about | {"contestants": entries}))
     return path
-
-
-def _versions(*packages: str) -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for package in packages:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
-
-
-def _commit() -> str:
-    """Short, with -dirty where the code that was measured is not the commit's."""
-    git = ["git", "-C", str(ROOT)]
-    try:
-        head = subprocess.check_output([*git, "rev-parse", "--short=10", "HEAD"], text=True).strip()
-        measured = ["entropy_kernels", "csrc", "benchmarks/*.py"]
-        changed = subprocess.check_output([*git, "status", "--porcelain", "--", *measured])
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return f"{head}-dirty" if changed else head

@@ -2,19 +2,17 @@
 
 import datetime
 import hashlib
-import platform
 import shutil
 import subprocess
-from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
 import torch
 
+from benchmarks.sources import ROOT, versions
+from benchmarks.sources import commit as commit_of
 from entropy_kernels import device as gpu
 from entropy_kernels._bench.machine import processor
 
-ROOT = Path(__file__).parents[2]
 PACKAGES = ("torch", "triton", "liger-kernel", "cut-cross-entropy", "verl", "nvidia-cutlass-dsl")
 # The files that a result depends on. tiles.py is no part of them: the tuner writes it in the middle
 # of a run, and every tile is checked before it is timed.
@@ -29,9 +27,9 @@ def about(device: torch.device, quick: bool, commit: str | None) -> dict[str, An
         "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
         "architecture": architecture(device),
         "driver": state().get("driver_version"),
-        "versions": _versions(),
+        "versions": versions(PACKAGES),
         "source": _digest(),
-        "commit": commit or _commit(),
+        "commit": commit or commit_of("entropy_kernels", "benchmarks/gpu", length=10),
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
         "quick": quick,
     }
@@ -70,16 +68,6 @@ def state() -> dict[str, str]:
     return dict(zip(QUERY.split(","), values, strict=False)) if done.returncode == 0 else {}
 
 
-def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
-
-
 def _digest() -> str:
     """A digest of the sources, for machines without .git: equal files have equal digests."""
     digest = hashlib.sha256()
@@ -88,16 +76,3 @@ def _digest() -> str:
             if path.name not in NOT_SOURCES:
                 digest.update(path.relative_to(ROOT).as_posix().encode() + path.read_bytes())
     return digest.hexdigest()[:12]
-
-
-def _commit() -> str:
-    """Short, with -dirty where the sources are not the commit's; "unknown" without git."""
-    git = ["git", "-C", str(ROOT)]
-    try:
-        head = subprocess.check_output([*git, "rev-parse", "--short=10", "HEAD"], text=True)
-        changed = subprocess.check_output(
-            [*git, "status", "--porcelain", "--", "entropy_kernels", "benchmarks/gpu"]
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return head.strip() + ("-dirty" if changed else "")
