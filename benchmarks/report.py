@@ -33,8 +33,8 @@ POINTER = (
 FULL_PAGE = (
     "# All results\n\n"
     "Written by `python -m benchmarks.report` from the files beside it. Times are p50 (p20-p80) "
-    "over rounds in which all contestants alternate; MB is the peak of resident memory above the "
-    "inputs, results included, in a fresh process; a unit is one product of T x D x V; error is "
+    "over rounds in which all contestants alternate. MB is the peak of resident memory above the "
+    "inputs, results included, in a fresh process. A unit is one product of T x D x V. Error is "
     "the largest of any result against fp64, relative to its norm."
 )
 

@@ -241,12 +241,12 @@ def backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of hidden, weight and bias, from those of logprob, entropy and log-sum-exp.
 
-    A gradient that `needs` does not ask for is None, and so is the weight's where it is added to
+    A gradient that `needs` does not ask for is None. So is the weight's where it is added to
     `main_grad`, contiguous [V, D] of any of the dtypes. Beyond its outputs it holds R x D fp32 for
     each thread, the same twice for all, and some MB of blocks.
 
-    `reduce_hidden` is given the hidden states' gradient of the active rows, fp32 [R, D], and
-    changes it in place before it is rounded: it adds what ranks with other rows of the weight have.
+    `reduce_hidden` changes the hidden states' gradient of the active rows, fp32 [R, D], in place
+    before it is rounded. It adds what ranks with other rows of the weight have.
     """
     description, inputs = _describe(head)
     index_R = active_rows(gradients, head.target, head.ignore_index)

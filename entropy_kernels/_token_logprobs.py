@@ -26,7 +26,7 @@ from ._rows import ForwardRows, active_rows
 from ._torch.blocks import compute_dtype, product
 from .head import Head
 
-# Of log p: exp of less is 0, and it times 0 is 0.
+# The least log p: exp of less is 0, and 0 times it is 0.
 _LEAST_LOGPROB = -1e4
 
 

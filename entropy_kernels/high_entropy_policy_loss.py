@@ -64,8 +64,8 @@ def high_entropy_policy_loss(
     - `selected`: beforehand, such as by the old policy's entropies. The head runs on the selected
       tokens alone: three products (logits, two gradients) of `fraction` of the rows, while their
       fp32 logits fit into 256 MiB (on a GPU 1 GiB). Beyond that they are recomputed, which is a
-      fourth product; so they are on a CPU where D is below 512 (of 16-bit inputs 1024), as memory
-      costs more than products there.
+      fourth product. A CPU also recomputes them where D is below 512 (with 16-bit inputs 1024), as
+      memory costs more than products there.
 
     Args:
         head: hidden states, weight, target and the rest of the LM head: `Head`. hidden[t] is the
@@ -86,18 +86,18 @@ def high_entropy_policy_loss(
             knows the selected tokens alone, and an option that reads others raises.
 
     Returns:
-        The loss, a fp32 scalar, and its metrics, 0-dim tensors without gradient: those of
-        `ratio_loss`; entropy/threshold, the lowest entropy among this rank's selected tokens, or
-        the `threshold` given; entropy/selected_mean over the selected tokens; and entropy/mean over
-        the mask's, unless `selected` was given.
+        The loss, a fp32 scalar, and its metrics, 0-dim tensors without gradient. They are those of
+        `ratio_loss` and the following. entropy/threshold is the lowest entropy among this rank's
+        selected tokens, or the `threshold` given. entropy/selected_mean is over the selected
+        tokens, and entropy/mean over the mask's, unless `selected` was given.
 
     An empty mask or selection gives a zero loss with zero gradients. A NaN entropy is selected in
     every way but `selected`, and makes the loss and the gradients NaN; so does a `threshold` that
     is a tensor of NaN.
 
     Raises:
-        ValueError: as the functions it is made of; both `selected` and `threshold` given; one of
-            them with Selection.which, Selection.scope or a group that has nothing to count; a
+        ValueError: as the functions it is made of; both `selected` and `threshold` given. One of
+            them with Selection.which, Selection.scope or a group that has nothing to count. A
             tolerance without a threshold; which="random" with a vocab_group; scope="sequence" with
             a sequence_group.
     """

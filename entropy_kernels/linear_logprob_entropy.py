@@ -91,8 +91,8 @@ def linear_logprob_entropy(
             "varentropy", Var_p(log p) = sum p (log p)^2 - entropy^2 (nats^2); "max_prob";
             "sum_p2", sum p^2; "sum_p2_logp", sum p^2 log p (nats).
         impl: "auto", the fastest backend known to be right here; "cpu", the compiled kernels;
-            "triton", the GPU kernels; "torch", blocks of torch.mm on any device; or "reference",
-            the specification, which holds the logits and takes fp64 too.
+            "triton", the GPU kernels; "torch", blocks of torch.mm on any device. "reference", the
+            specification, holds the logits and takes fp64 too.
 
     Precision: logits and their sums are fp32 whatever the inputs; gradients are accumulated in
     fp32 and rounded once. Entropy is log s - E[z - max], both terms non-negative; logprob <= 0.
@@ -107,13 +107,13 @@ def linear_logprob_entropy(
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit; temperature or logit_scale <= 0; a
-            target outside [0, V); an unknown name in `statistics`; vocab_group with
-            impl="reference"; main_grad with a weight that requires no gradient, or in the memory of
-            hidden, weight or bias; keep_logits together with keep_logits_above; ranks of
-            vocab_group with different numbers of tokens. The checks that would synchronise with a
-            GPU are left out there: a bad target or temperature tensor makes that row's outputs and
-            their gradients NaN, and numbers of tokens are not compared. torch.compile leaves out
-            the check of main_grad's memory.
+            target outside [0, V); an unknown name in `statistics`. vocab_group with
+            impl="reference"; keep_logits together with keep_logits_above; ranks of vocab_group with
+            different numbers of tokens. A main_grad whose weight requires no gradient, or in the
+            memory of hidden, weight or bias. The checks that would synchronise with a GPU are left
+            out there: a bad target or temperature tensor makes that row's outputs and their
+            gradients NaN, and numbers of tokens are not compared. torch.compile leaves out the
+            check of main_grad's memory.
     """
     if not isinstance(head, Head):
         raise ValueError(f"head must be a Head; got {shown(head)}")

@@ -306,12 +306,12 @@ def radix_pick(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The digit in which the k-th largest falls, of the histogram of the digit above `shift`.
 
-    counts, local: int64 [1 << bits], the histogram over all ranks and this rank's; prefix: 0-dim
-    int64, the digits found before; remaining: 0-dim int64, the rank k among the counted, or None
+    counts, local: int64 [1 << bits], the histogram over all ranks and this rank's. prefix: 0-dim
+    int64, the digits found before. remaining: 0-dim int64, the rank k among the counted, or None
     for k = ceil(fraction * n) of all n counted.
 
-    Returns 0-dim: the prefix with this digit, int64; the rank k within it, int64; the number on
-    this rank that share it, int64; and the least value that does, fp32, +inf where n = 0.
+    Returns 0-dim: the prefix with this digit, the rank k within it, and the number on this rank
+    that share it, all int64. The last is the least value that shares it, fp32, +inf where n = 0.
     """
     return backends.radix_pick(impl, counts, local, prefix, remaining, exact_share(fraction), shift)
 

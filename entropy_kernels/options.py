@@ -148,7 +148,7 @@ class Parallel:
 
     group: ProcessGroup | None = None
     """The ranks that hold other tokens, over which DDP or FSDP2 averages gradients. Counts that are
-    left to the loss become the mean count per rank, so the average over ranks is the loss, and the
+    left to the loss become the mean count per rank. So the average over ranks is the loss, and the
     gradient, of one process. The head's loss selects tokens among those of all ranks."""
     sequence_group: ProcessGroup | None = None
     """Experimental: the ranks that share the sequences. Each holds a part, maybe none, of the

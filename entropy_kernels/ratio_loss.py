@@ -83,7 +83,7 @@ def ratio_loss(
         dual_clip: c > 1 (10 in the paper's scripts), or None. A two-sided delta is the same.
         denominator: for "token-mean" the count that the sum over tokens is divided by. "selected"
             counts these tokens (paper v2 and its code), "all" those of the mask (paper v1, TRL). A
-            number is the count of the whole step, so that micro-batches add up to one batch; where
+            number is the count of the whole step, so that micro-batches add up to one batch. Where
             DDP or FSDP2 averages gradients, it is the mean count per rank
             (`StreamingThreshold.denominator`, `distributed.mean_count`). For "seq-mean-token-mean"
             the word says which tokens of a sequence count; for "seq-mean-token-sum-norm" the number
@@ -104,8 +104,8 @@ def ratio_loss(
         - ratio/mean, ratio/max; kl/k1 and kl/k3, estimates of KL(old || new);
         - tokens/all, tokens/selected, and entropy/selected_fraction, their quotient;
         - from the kernel clip/low and clip/high, the share of tokens whose gradient was clipped
-          away (clip/low includes the dual clip), and head/active_rows, the number of tokens with a
-          gradient, unless the loss has a KL or a bonus;
+          away (clip/low includes the dual clip). From it also head/active_rows, the number of
+          tokens with a gradient, unless the loss has a KL or a bonus;
         - with a reference kl/reference;
         - with a sampler mismatch/k3 and mismatch/max_ratio, and with a type of correction
           mismatch/outside, the share of tokens whose ratio was truncated or masked.
@@ -113,8 +113,9 @@ def ratio_loss(
     Raises:
         ValueError: shapes, dtypes or devices that do not fit, an unknown word, a bound out of its
             range, an option without meaning for the loss or aggregation. On a CPU and outside of
-            torch.compile also impossible values at selected tokens: log-probs above 0, an infinite
-            old, sampler's or reference's log-prob, an infinite advantage, a weight below 0.
+            torch.compile also impossible values at selected tokens. These are log-probs above 0, an
+            infinite old, sampler's or reference's log-prob, an infinite advantage, a weight below
+            0.
 
     A clip_high between 1 and 2 for ratios warns once: it is a distance, not the bound.
     """

@@ -173,7 +173,7 @@ class StreamingThreshold:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from `state`, and forget what was counted here.
 
-        Tokens then lie on `device`, or on the state's device where none was given; an empty state
+        Tokens then lie on `device`, or on the state's device where none was given. An empty state
         on the CPU leaves the device as it is. Raises ValueError if mode or fraction differ from
         this object's, or if `state` is no result of `state_dict`.
         """

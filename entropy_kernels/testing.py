@@ -265,9 +265,9 @@ def mend_interpreter() -> None:
     """Lets Triton's interpreter compute what GPUs do, in this process from now on.
 
     The interpreter truncates fp32 to bf16; mended, it rounds to nearest, ties to even. Its fp32
-    products are numpy's, whose sums depend on the shape, the processor and its threads, while
-    kernels rely on equal bits for a column of two tiles. Mended, they are summed in fp64 and
-    rounded once per step.
+    products are numpy's, whose sums depend on the shape, the processor and its threads. Kernels
+    rely on equal bits for a column of two tiles. Mended, they are summed in fp64 and rounded once
+    per step.
     """
     import numpy as np
     import triton.language as tl

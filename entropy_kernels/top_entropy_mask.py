@@ -45,8 +45,8 @@ def top_entropy_mask(
     Args:
         entropy: fp32 of any shape, nats.
         mask: bool, the valid tokens; None for all.
-        scope: "batch" takes n and k over all tokens of the call (the paper, section 5.1) and of
-            all ranks of `group`; "sequence" over each row of [B, L] by itself, by a sort.
+        scope: "batch" takes n and k over all tokens of the call (the paper, section 5.1) and of all
+            ranks of `group`. "sequence" takes them over each row of [B, L] by itself, by a sort.
         which: "top"; "bottom", the k lowest (a NaN first here too); "random", k uniformly random
             valid tokens, the control of arXiv 2605.07660. It ignores every entropy but NaN, which
             comes first here too.

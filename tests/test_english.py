@@ -10,7 +10,8 @@ ROOT = Path(__file__).parents[1]
 # A file or folder joins this list when it has no complaint left.
 CLEAN = [
     *("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "docs"),
-    *("csrc", "entropy_kernels/_triton", "examples", "setup.py", "tests/cpp", "tools"),
+    *("csrc", "entropy_kernels", "trainer", "benchmarks", "examples", "setup.py", "tests/cpp"),
+    "tools",
 ]
 
 

@@ -170,7 +170,7 @@ def partition(lengths: Sequence[int], ranks: int, budget: int) -> list[list[list
 
     Every rank has the same number of micro-batches, some perhaps empty. Each holds at most `budget`
     tokens, or one longer sequence. Their number is the least that fits when the longest sequence
-    left always goes where the fewest tokens are; the parts of one micro-batch are about as long.
+    left always goes where the fewest tokens are. The parts of one micro-batch are about as long.
     The result depends on the arguments alone.
     """
     longest_first = sorted(range(len(lengths)), key=lambda b: (-lengths[b], b))

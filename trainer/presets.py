@@ -78,17 +78,17 @@ def dapo(name: str, path: str) -> Config:
     DAPO, section 4.1: 16 responses per prompt.
 
     Script: dual clip 10, weight decay 0.1, gradient clip 1, a punishment of up to 1 on rewards of 1
-    and 0, prompts of up to 2,048 tokens, 0.8 of a GPU for vLLM, an evaluation and a checkpoint
+    and 0. Prompts of up to 2,048 tokens, 0.8 of a GPU for vLLM, an evaluation and a checkpoint
     every 5 steps, 16 nodes of 8 GPUs. Its warm-up of 10 counts steps, which are 160 updates; the
     paper says none. It samples 1,536 prompts at a time, up to 10 times, until 512 groups are
-    useful, and stops if they never are. We sample 512 at a time, up to 30 times, and then leave
-    the step out.
+    useful, and stops if they never are. We sample 512 at a time, up to 30 times, and then leave the
+    step out.
 
     verl's default: betas 0.9 and 0.999.
 
     Our choice: 100 steps (Table 1 of the paper follows a 14B run to update 1,360, or step 85), 64
-    held-out problems, micro-batches of one longest sequence, every 20th step's checkpoint kept
-    for good.
+    held-out problems, micro-batches of one longest sequence. Every 20th step's checkpoint stays for
+    good.
     """
     return Config(
         name=name,
@@ -161,7 +161,7 @@ def grpo(config: Config) -> Config:
     """`config` with DAPO's four changes taken back: the "naive GRPO" of DAPO, section 4.1.
 
     One clip range of 0.2, a mean over sequences of their means, one round of sampling, no
-    punishment of length; no dual clip (our choice); all else as there: no KL term (GRPO itself,
+    punishment of length. No dual clip is our choice. All else is as there: no KL term (GRPO itself,
     arXiv 2402.03300, has one of 0.04), batch, learning rate. Groups whose rewards are all equal
     have no gradient; they are left out of the mean too, which scales it.
     """
@@ -174,8 +174,8 @@ def llama(path: str) -> Config:
 
     Paper, appendix: the base model cannot do it, so it is first trained on 10,000 right responses
     of Qwen3-32B to prompts of DAPO-Math-17K. Neither the responses nor the settings of that
-    training are published, and `warm_start` trains neither on a file nor on several GPUs: `path` is
-    a model trained so elsewhere, and the other prompts are a local file. Llama's tokenizer starts a
+    training are published, and `warm_start` trains neither on a file nor on several GPUs. So `path`
+    is a model trained elsewhere, and the other prompts are a local file. Llama's tokenizer starts a
     text with a token of its own, and not twice where a template writes it out.
     """
     config = high_entropy(dapo("llama-8b", path))

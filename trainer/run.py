@@ -98,7 +98,7 @@ def start(
 
     Raises:
         ValueError: the folder holds a run with other settings, or damaged checkpoints only; prompts
-            that do not fit; the verifier cannot be imported; a set of `eval.data` cannot be read.
+            do not fit. The verifier cannot be imported, or a set of `eval.data` cannot be read.
     """
     allow_changes = known_names(allow_changes)
     check_sets(settings.eval.data)

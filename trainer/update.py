@@ -212,7 +212,7 @@ def _loss(head: ek.Head, part: Batch, settings: config.Config) -> tuple[Tensor, 
     It is equation 6 of the paper without its normalisation.
     """
     algorithm, rollouts = settings.algorithm, part.rollouts
-    # Of all tokens a threshold would drop those whose entropy has fallen below the lowest old one.
+    # With all tokens a threshold would drop those whose entropy fell below the lowest old one.
     if algorithm.entropy_source == "old" or algorithm.fraction == 1:
         tokens: dict[str, Any] = {"selected": part.selected_T}
     else:

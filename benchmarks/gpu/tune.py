@@ -1,6 +1,6 @@
 """Stage `tune`: rewrites the table of entropy_kernels/_triton/common/tiles.py from sweep's rows.
 
-Of each variant the fastest tile stays, the fastest variant first. What the sweep did not measure
+The fastest tile of each variant stays, the fastest variant first. What the sweep did not measure
 stays as it is.
 """
 

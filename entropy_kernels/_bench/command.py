@@ -27,7 +27,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 SHORT = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 # About 20 s on two cores, most of it torch.compile's compiler and the rounds.
 CPU_SHAPE = (512, 512, 32768)
-# Of an 8B and of a small model's head: the first that leaves room.
+# Heads of an 8B and of smaller models; the first that leaves room is measured.
 GPU_SHAPES = ((8192, 4096, 151936), (4096, 2048, 151936), (2048, 1024, 32768))
 FRACTION, ROUNDS = 0.2, 5
 # Tokens that are drawn; more are these again.

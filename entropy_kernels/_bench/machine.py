@@ -24,7 +24,7 @@ _ZEN: dict[int, dict[str, _Ranges]] = {
     },
     26: {"AMD Zen 5": ((0x00, 0x2F), (0x40, 0x4F), (0x60, 0x7F))},
 }
-# Of family 6: from Linux, arch/x86/include/asm/intel-family.h.
+# Models of family 6, from Linux, arch/x86/include/asm/intel-family.h.
 _CORES = {
     0x3F: "Intel Haswell-X",
     0x4F: "Intel Broadwell-X",
@@ -34,7 +34,7 @@ _CORES = {
     0xAD: "Intel Granite Rapids",
     0xCF: "Intel Emerald Rapids",
 }
-# Of implementer 0x41: from Linux, arch/arm64/include/asm/cputype.h.
+# Parts of implementer 0x41, from Linux, arch/arm64/include/asm/cputype.h.
 _NEOVERSE = {
     0xD0C: "Arm Neoverse N1",
     0xD40: "Arm Neoverse V1",

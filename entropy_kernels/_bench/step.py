@@ -38,7 +38,7 @@ class Problem(NamedTuple):
     weight: Tensor  # [V, D]
     target: Tensor  # [T]
     old_logprob: Tensor  # fp32 [T]
-    advantage: Tensor  # fp32 [T], one value a sequence
+    advantage: Tensor  # fp32 [T], one value per sequence
     half_advantage: Tensor  # the same, zero for every other sequence
     mask: Tensor  # [T], all true
     logprob: Tensor  # fp64 [T]: the truth
@@ -55,7 +55,7 @@ def make_problem(
     device: torch.device = _CPU,
     distinct: int | None = None,
 ) -> Problem:
-    """Entropies of a reasoning model, ratios a few per cent off 1, one advantage a sequence.
+    """Entropies of a reasoning model, ratios a few per cent off 1, one advantage per sequence.
 
     Beyond `distinct` tokens, the others are these again at slightly other scales: a peaked row is
     found by bisection, which costs more than a step.

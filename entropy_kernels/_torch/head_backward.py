@@ -69,8 +69,8 @@ def backward(
     A gradient that `needs` does not ask for is None, and so is the weight's where it is added to
     `main_grad`, [V, D] of any dtype. On CUDA the host waits for the number of active rows.
 
-    `reduce_hidden` is given the hidden states' gradient of the active rows, fp32 [R, D], and
-    changes it in place before it is rounded: it adds what ranks with other rows of the weight have.
+    `reduce_hidden` changes the hidden states' gradient of the active rows, fp32 [R, D], in place
+    before it is rounded. It adds what ranks with other rows of the weight have.
     """
     index_R = active_rows(gradients, head.target, head.ignore_index)
     grad_logprob_R, grad_entropy_R, grad_logsumexp_R = (

@@ -28,9 +28,10 @@ def ratio_loss(
     reaches the loss and the token's gradient, whatever A is.
 
     Returns:
-        loss [], grad [B, L], in logprob's dtype like
-        sums [4]: of r, the largest r, of log r, and of r - 1 - log r, over the selected tokens
-        counts int64 [3]: tokens clipped low, those clipped high, and those with a gradient
+        - loss [] and grad [B, L], in logprob's dtype
+        - sums [4], in that dtype: of r, the largest r, of log r, and of r - 1 - log r, over the
+          selected tokens
+        - counts int64 [3]: tokens clipped low, those clipped high, and those with a gradient
     """
     zero = logprob_BL.new_zeros(())
     advantage_BL = torch.where(selected_BL, advantage_BL, zero)

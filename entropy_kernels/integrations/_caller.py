@@ -10,9 +10,9 @@ from transformers import PreTrainedModel
 def running_model(function: str) -> Any:
     """`self` of the innermost running method called `function`, a transformers model; or None.
 
-    TRL and verl look up the function that computes their head, and hand it `lm_head.weight`: what
-    else the head is, and what the model makes of it, only their caller's frame knows. Compiled
-    code is resumed under a name that contains the method's.
+    TRL and verl look up the function that computes their head, and hand it `lm_head.weight`. Only
+    their caller's frame knows what else the head is, and what the model makes of it. Compiled code
+    is resumed under a name that contains the method's.
     """
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:

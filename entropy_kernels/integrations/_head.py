@@ -93,7 +93,7 @@ def measure(model: Any, head: Any) -> tuple[float, float | None]:
     """The scale a and the bound c of what the model makes of each z that its head returns.
 
     logit = c tanh(a z / c), or a z, where c is None. The model's own forward runs, as it stands on
-    the model, with stand-ins for its backbone and its head: no weight is read and no hook runs, so
+    the model, with stand-ins for its backbone and its head. No weight is read and no hook runs, so
     the model may be sharded or without values yet. What is compiled runs uncompiled.
 
     Raises:
@@ -165,7 +165,7 @@ def _place(linear: nn.Linear) -> torch.device:
 
 
 def _width(model: Any, linear: nn.Linear) -> int:
-    """Of the backbone's states; of some heads it is not theirs."""
+    """The width of the backbone's states; some heads have another."""
     return getattr(model.config.get_text_config(), "hidden_size", linear.in_features)
 
 

@@ -34,7 +34,7 @@ class LMHead:
     """What `hidden_states` calls."""
     scale: float
     softcap: float | None
-    """Of the model's logits; None where they have no bound."""
+    """The softcap of the model's logits; None where they have no bound."""
     _tap: "_Tap" = field(init=False, repr=False, default_factory=lambda: _Tap())
 
     def __call__(
@@ -117,15 +117,15 @@ def lm_head(model: nn.Module) -> LMHead:
         hidden = head.hidden_states(input_ids, attention_mask=attention_mask)[:, :-1]
         loss, metrics = high_entropy_policy_loss(head(hidden, input_ids[:, 1:]), ...)
 
-    Found for every model: backbone, weight, bias, PEFT's LoRA on the head or `modules_to_save`,
-    tied embeddings, and what the model does to its logits (Gemma's softcap, Cohere's and Granite's
-    scale). That last is measured here, in milliseconds, on stand-ins for backbone and head, and
-    not read again: configure the model before. Its weights may be sharded, or on "meta".
+    It finds backbone, weight, bias, PEFT's LoRA on the head or `modules_to_save`, and tied
+    embeddings. It also finds what the model does to its logits (Gemma's softcap, Cohere's and
+    Granite's scale). That last is measured here, in milliseconds, on stand-ins for backbone and
+    head, and not read again: configure the model before. Its weights may be sharded, or on "meta".
 
     DDP and FSDP2 add up the gradients of what is computed in the forward of the module that they
-    were given. So have a module of your own, whose forward calls `hidden_states` and the loss, and
-    give them that; or use `patch_lm_head`, which runs the head inside of the model, and can have it
-    as a unit of its own. DDP's gradients would silently stay those of each rank otherwise.
+    were given. So give them a module of your own, whose forward calls `hidden_states` and the loss.
+    Or use `patch_lm_head`, which runs the head inside of the model, and can have it as a unit of
+    its own. DDP's gradients would silently stay those of each rank otherwise.
 
     Args:
         model: a transformers causal LM, or a PeftModel of one; not a wrapper of them.
@@ -161,13 +161,13 @@ def causal_lm(model: Any) -> Any:
 
 
 def check_labels(options: dict[str, Any]) -> None:
-    """Of a call of the model without logits."""
+    """Check the options of a call of the model without logits."""
     if options.get("labels") is not None:
         raise ValueError("labels ask for a loss of logits, of which there are none here; drop them")
 
 
 def check_call(found: Any, args: tuple[Any, ...], options: dict[str, Any]) -> None:
-    """Of a head in the place of whose forward there is another: called once, with states alone."""
+    """Check that a head whose forward is replaced is called once, with states alone."""
     if found is not None:
         raise ValueError("the model called its head twice in one forward")
     if args or options:

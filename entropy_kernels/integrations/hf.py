@@ -31,8 +31,8 @@ __all__ = ["LMHead", "LogprobEntropyOutput", "lm_head", "patch_lm_head"]
 class LogprobEntropyOutput(ModelOutput):
     """What a patched model returns for targets, in place of logits.
 
-    logprob, entropy (nats) and logsumexp are fp32, of the targets' shape and differentiable; the
-    statistics are None unless asked for; the rest is what the model returned.
+    logprob, entropy (nats) and logsumexp are fp32, of the targets' shape and differentiable. The
+    statistics are None unless asked for. The rest is what the model returned.
     """
 
     logprob: Float[Tensor, "*tokens"] | None = None
@@ -68,16 +68,16 @@ def patch_lm_head(model: nn.Module, *, impl: str = "auto") -> Patch:
 
     The model's own forward runs and calls its head, whose product is replaced; [B, L, V] logits
     never exist, and backward runs on the rows with gradient. So whatever acts on the model keeps
-    acting: hooks of FSDP2, also where the head is a unit of its own, and of device_map; gradient
-    checkpointing, autocast, a compiled backbone; a tied embedding's gradient adds up. What the
-    model does to its logits (Gemma's softcap, Cohere's and Granite's scale) is measured here, on
-    stand-ins, and not read again: configure the model before.
+    acting: hooks of FSDP2, also where the head is a unit of its own, and of device_map. So do
+    gradient checkpointing, autocast and a compiled backbone; a tied embedding's gradient adds up.
+    What the model does to its logits (Gemma's softcap, Cohere's and Granite's scale) is measured
+    here, on stand-ins. It is not read again: configure the model before.
 
     LoRA on the head is multiplied as [W, B]: a copy of the head's weight a forward, dropout
     included, never rounded into W. Its backward computes W's gradient too, and drops it.
 
     Order: PEFT first where it changes the head, then this; `fully_shard`, `torch.compile` and DDP
-    before or after, but give this function the model, not DDP's wrapper. Accelerate's wrappers of
+    before or after. Give this function the model, not DDP's wrapper. Accelerate's wrappers of
     forward may come before, after and off again. FSDP's mixed precision casts what the root returns
     to its `output_dtype`: leave that None or fp32.
 
@@ -92,10 +92,10 @@ def patch_lm_head(model: nn.Module, *, impl: str = "auto") -> Patch:
     Raises:
         ImportError: transformers, or the PEFT whose layer is the head, of an unknown version.
         ValueError: another model, wrapper or head; prompt learning; an offloaded or tensor-parallel
-            head; a function of the logits that no scale and softcap explain, naming both; another
+            head. A function of the logits that no scale and softcap explain, naming both. Another
             `impl` than that of the patch in force. When called: `target` with `labels`;
-            `temperature` or `statistics` without `target`; a head, or a forward that does not know
-            `target`, replaced since; a weight that FSDP has not gathered.
+            `temperature` or `statistics` without `target`; a weight that FSDP has not gathered.
+            Also a head, or a forward that does not know `target`, replaced since.
     """
     check_impl(impl)
     inner = causal_lm(model)

@@ -62,8 +62,8 @@ class LinearScaledCrossEntropy:
             ValueError: shapes or devices that do not fit; no D or no V; a value out of range.
             OverflowError: a number beyond int64 or fp64.
 
-        Liger raises the same, for the same one of several wrong arguments, except that it reads the
-        values of targets before the temperature; and where this table says otherwise:
+        Liger raises the same, for the same one of several wrong arguments. It only reads the values
+        of targets before the temperature. This table has the other differences:
 
             given                              Liger                  here
             no tensor                          AttributeError         TypeError

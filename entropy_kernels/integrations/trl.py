@@ -58,24 +58,25 @@ def patch_trl(*, scope: str = "micro-batch") -> Patch:
     - Under autocast the gradient of the head's weight is rounded once, as by `torch.nn.Linear`,
       where TRL's is not.
 
-    With LoRA on the head TRL scores by the frozen weight and trains nothing of the adapters; its
+    With LoRA on the head TRL scores by the frozen weight and trains nothing of the adapters. Its
     trainers refuse that of a PeftModel, but not of `model.add_adapter`. Here they are a part of the
-    head. So is what the model does to its logits, which is measured at its first call, where TRL
-    reads the names of a few families from the config: RecurrentGemma's and xLSTM's bound it misses.
+    head. So is what the model does to its logits, which is measured at its first call. TRL reads
+    the names of a few families from the config instead, and misses RecurrentGemma's and xLSTM's
+    bound.
 
-    Calls that want the mean logit or whether the label is the most likely token, which SFT, DPO and
-    KTO log, go on to TRL's own function; so do those in fp64, and those of a temperature, a
+    Some calls go on to TRL's own function. They want the mean logit or whether the label is the
+    most likely token, which SFT, DPO and KTO log. Or they are in fp64, or have a temperature, a
     `logit_scale` or a softcap that is not positive.
 
     Args:
         scope: the tokens of which `top_entropy_quantile` is a fraction. "micro-batch": those of one
-            micro-batch on all ranks, TRL's rule. "step": those of all micro-batches of an
-            optimizer step on all ranks; the threshold is the exact k-th largest entropy, k =
-            ceil(fraction * n) (arXiv 2506.01939, section 5.1), and its equals are kept, as by TRL.
-            At the first micro-batch of a step the current policy scores the others without
-            gradient: one more forward pass of each, none without gradient accumulation, with
-            dropout drawn anew. In evaluation, and for a caller of `get_high_entropy_mask` that does
-            not train, a step is one call; each call's own threshold is taken.
+            micro-batch on all ranks, TRL's rule. "step": those of all micro-batches of an optimizer
+            step on all ranks. The threshold is the exact k-th largest entropy, k = ceil(fraction *
+            n) (arXiv 2506.01939, section 5.1). Its equals are selected, as by TRL. At the first
+            micro-batch of a step the current policy scores the others without gradient. That is one
+            more forward pass of each, with dropout drawn anew, and none without gradient
+            accumulation. In evaluation, and for a caller of `get_high_entropy_mask` that does not
+            train, a step is one call; each call's own threshold is taken.
 
     Returns:
         The patch: `undo()` ends it, and so does the end of a `with` block. Called again while it
@@ -83,10 +84,10 @@ def patch_trl(*, scope: str = "micro-batch") -> Patch:
 
     Raises:
         ImportError: where TRL is not 1.16.
-        ValueError: an unknown scope, or another than that of the patch in force. While training:
-            DeepSpeed ZeRO-3, which takes the head's weight apart before backward; a head that is
-            more than a linear layer with plain LoRA, layers between backbone and head, or logits
-            that no scale and softcap explain; and with scope="step" an optimizer step whose
+        ValueError: an unknown scope, or another than that of the patch in force. The others come
+            while training. DeepSpeed ZeRO-3, which takes the head's weight apart before backward. A
+            head that is more than a linear layer with plain LoRA, layers between backbone and head,
+            or logits that no scale and softcap explain. With scope="step" an optimizer step whose
             micro-batches were not generated together.
     """
     global _in_force
@@ -212,7 +213,7 @@ def high_entropy_mask_of_step(
 
     entropies [B, L], mask [B, L] of any dtype; threshold: the quantile, 1 - fraction. While `self`
     trains, n and k are of all micro-batches of its step, and the entropies of the others are the
-    current policy's; in evaluation, and for any other caller, n and k are of the call. Another
+    current policy's. In evaluation, and for any other caller, n and k are of the call. Another
     threshold in the same step scores the other micro-batches once more. Collective, as TRL's.
 
     Raises:
@@ -244,7 +245,7 @@ def _fraction(trainer: Any, threshold: float) -> float:
     own = getattr(trainer, "top_entropy_quantile", None)
     if isinstance(own, int | float) and 0 < own <= 1 and 1 - own == threshold:
         return own
-    # Of the quantile 1 the highest entropy is left.
+    # The quantile 1 leaves the highest entropy.
     return max(float(1 - Decimal(str(threshold))), 1e-12)
 
 

@@ -60,20 +60,20 @@ def patch_verl(
 
     The head keeps verl's signature, shapes ([T, D] or [B, L, D]) and temperature, which divides the
     logits of both outputs. log_probs are fp32, as verl's. Entropies are fp32 too, where verl rounds
-    them to the dtype of the hidden states: of 16-bit entropies many tie, and a mask of the highest
+    them to the dtype of the hidden states. Many 16-bit entropies tie, and a mask of the highest
     fifth would be drawn among the ties. Rows whose label is -100 give zeros.
 
     "high_entropy", for `actor_rollout_ref.actor.policy_loss.loss_mode`, is equation 6 of arXiv
-    2506.01939v2: the clipped ratio loss with dual clip of verl's "vanilla", on exactly
-    ceil(fraction * n) of the n response tokens, those of highest entropy under the current policy.
+    2506.01939v2. It is the clipped ratio loss with dual clip of verl's "vanilla". Of the n response
+    tokens it takes exactly ceil(fraction * n), those of highest entropy under the current policy.
     It needs `actor.calculate_entropy=True` and `actor.loss_agg_mode=token-mean`. A KL loss or an
     entropy coefficient stays what verl makes of it, a sum over all response tokens, and gives all
     of them a gradient.
 
     Micro-batches and ranks: as verl's losses, the sum is divided by a count of the whole
     mini-batch, so that micro-batches and ranks add up. The threshold is of one micro-batch on one
-    rank (the paper's code) or on all (`over_ranks`); how the mini-batch is split therefore decides
-    which tokens are selected, up to one more for each part, and nothing else. One micro-batch with
+    rank (the paper's code) or on all (`over_ranks`). So the split of the mini-batch decides which
+    tokens are selected, up to one more for each part, and nothing else. One micro-batch with
     `over_ranks` is exactly the paper's formula. The paper's code instead averages over each
     micro-batch's selected tokens and weighs micro-batches by their sequences.
 
@@ -165,7 +165,7 @@ def _head(impl: str) -> Any:
 
 
 def _check_adapters(model: Any) -> None:
-    """Of a model in whose forward the fused head is called with the head's own weight alone."""
+    """Check a model whose forward gives the fused head the head's own weight alone."""
     peft: Any = sys.modules.get("peft")
     if model is None or peft is None:
         return

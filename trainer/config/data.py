@@ -20,7 +20,7 @@ class Data:
     answer_field: str = "answer"
     """Prompt sets: the column of the answer."""
     template: str = "auto"
-    """"auto" applies the tokenizer's chat template where it has one, "none" nothing; any other
+    """"auto" applies the tokenizer's chat template where it has one, "none" nothing. Any other
     text stands for itself, with the question in the place of {question}."""
     instruction: str = ""
     """Appended to every question of a prompt set or reasoning-gym task."""
@@ -68,7 +68,7 @@ class Reward:
     """Added to the reward of a response of the right form."""
     keep_special_tokens: bool = False
     """Give the verifier the special tokens of a response too, such as an <answer> that was added
-    as one; without those that begin, end or pad a text."""
+    as one. Those that begin, end or pad a text are left out."""
     drop_truncated: bool = False
     """Leave truncated responses out of the loss (overlong filtering). They still count in their
     group's mean."""

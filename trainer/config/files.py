@@ -52,12 +52,13 @@ def leaves(kind: type = Config, prefix: str = "") -> dict[str, Any]:
 
 
 def read(path: Path) -> File:
-    """The settings in the file at `path`, or those of the run in the folder there, wherever that
-    was when it began: its `root` and `name` are the folder's.
+    """The settings in the file at `path`, or those of the run in the folder there.
+
+    The run's `root` and `name` are the folder's, wherever that was when it began.
 
     Raises:
         ValueError: the file is missing or cannot be parsed, has a key that is no setting, or a
-            value of another type; in one line that names the file and the key.
+            value of another type. The error is one line that names the file and the key.
     """
     folder = path if path.is_dir() else None
     path = folder / "run.json" if folder else path

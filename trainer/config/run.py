@@ -22,8 +22,8 @@ class Eval:
     generated set in `data`."""
     data: tuple[str, ...] = ()
     """Sets evaluated beside them, whole: aime24, aime25, amc23, math500, minerva, olympiadbench,
-    from the hub or as NAME=PATH from a local copy; file:PATH, hub:NAME[:CONFIGURATION], gym:NAME,
-    ladder or ladder:long. Prompts are rendered as those of `data` are."""
+    from the hub or as NAME=PATH from a local copy. Others are file:PATH, hub:NAME[:CONFIGURATION],
+    gym:NAME, ladder or ladder:long. Prompts are rendered as those of `data` are."""
     samples: int = 1
     """Sampled responses per problem; a greedy one is added."""
     temperature: float = 1.0

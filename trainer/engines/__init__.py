@@ -16,8 +16,8 @@ def make_engine(
     """The engine that `settings.engine` names. It needs `update_weights` before it samples, unless
     it is transformers' and shares the model of `policy`.
 
-    `device` is the one the policy will train on, if it is not there yet; `copy_in` the dtype of
-    the weights of transformers' engine, where it cannot share those of `policy`.
+    `device` is the one the policy will train on, if it is not there yet. `copy_in` is the dtype
+    of the weights of transformers' engine, where it cannot share those of `policy`.
     """
     if settings.engine.kind == "vllm":
         from trainer.engines.vllm import VllmEngine

@@ -81,14 +81,14 @@ def estimate(values: Sequence[float], samples: int) -> Estimate:
     """The mean of one value in [0, 1] for each problem, each from `samples` responses.
 
     With one response to each it is `wilson`. Several responses to one problem are not independent,
-    so n responses are worth fewer: the effective number m = p (1 - p) / Var(mean) takes the place
-    of n in Wilson's interval, and Student's t with a degree of freedom for each problem that of
-    1.96 (Korn and Graubard 1998; compared by Dean and Pagano 2015). So m is the number of problems
-    where responses to one problem agree, and that of all responses where they are independent. Var
-    counts one problem more than there are, half of it right and half of it wrong; without it a mean
-    of 0 or 1 would have no variance, and one right response in hundreds nearly none. The interval
-    lies in [0, 1] and is never empty: with 30 problems, all wrong, it ends at 0.12. The bootstrap's
-    is a point there, and too short near by.
+    so n responses are worth fewer. The effective number m = p (1 - p) / Var(mean) takes the place
+    of n in Wilson's interval. Student's t with a degree of freedom for each problem takes the place
+    of 1.96 (Korn and Graubard 1998; compared by Dean and Pagano 2015). So m is the number of
+    problems where responses to one problem agree, and that of all responses where they are
+    independent. Var counts one problem more than there are, half of it right and half of it wrong.
+    Without it a mean of 0 or 1 would have no variance, and one right response in hundreds nearly
+    none. The interval lies in [0, 1] and is never empty: with 30 problems, all wrong, it ends at
+    0.12. The bootstrap's is a point there, and too short near by.
 
     Raises ValueError for no values, and for one outside [0, 1], such as a verdict of 2.
     """

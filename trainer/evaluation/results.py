@@ -87,12 +87,12 @@ def summarize(rows: Sequence[Row], reward: Reward, sampled: bool = True) -> dict
     """Results of one set's rows in generations.jsonl, n responses each, judged by `reward`:
 
     "avg@n", the share of right responses, with its standard error; "pass@k" for k = 1, 2, 4, ...,
-    n; "maj@n", the accuracy of the most frequent answer; each {"value", "low", "high"}, a 95%
+    n; "maj@n", the accuracy of the most frequent answer. Each is {"value", "low", "high"}, a 95%
     confidence interval over problems. "right", the verdict from which on an answer is right, and
-    "reward", the mean verdict. "length" in tokens: mean, percentiles and maximum.
-    "truncated", the share that the length limit cut. "timeouts" and "crashes" of the verifier,
-    which count as wrong. "entropy", in nats per token: the mean of
-    -log p over the sampled tokens, which estimates that of the distributions; none if greedy.
+    "reward", the mean verdict. "length" in tokens: mean, percentiles and maximum. "truncated", the
+    share that the length limit cut. "timeouts" and "crashes" of the verifier, which count as wrong.
+    "entropy", in nats per token: the mean of -log p over the sampled tokens, which estimates that
+    of the distributions; none if greedy.
     """
     samples = len(rows[0]["reward"])
     right = [sum(map(reward.is_right, row["reward"])) for row in rows]

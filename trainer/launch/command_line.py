@@ -63,7 +63,7 @@ def parse(
     """What `around` makes of the configuration, a dataclass, with the options in `arguments`.
 
     `around` puts the configuration of preset and file, as yet unchecked, into the dataclass whose
-    fields are the command's options: by default that is the configuration itself.
+    fields are the command's options. By default that is the configuration itself.
 
     Raises:
         ValueError: an unknown preset; as `files.read`; settings that cannot be meant together.

@@ -12,7 +12,7 @@ def prompt_ids(tokenizer: Any, problems: Sequence[Problem]) -> list[list[int]]:
     """The token ids of each prompt.
 
     A chat template has written its special tokens out. Other text gets in front what the tokenizer
-    puts there, such as begin-of-sequence, unless it starts with it; what the tokenizer puts behind
+    puts there, such as begin-of-sequence, unless it starts with it. What the tokenizer puts behind
     is left out, for the text goes on.
 
     Raises:
@@ -71,9 +71,10 @@ def pieces(tokenizer: Any, tokens: Sequence[int]) -> list[str]:
 
 
 def end_ids(tokenizer: Any, model: Any, chat: bool) -> list[int]:
-    """Token ids that end a response: those of the model's generation, the tokenizer's, those of the
-    model that the tokenizer calls special, and with `chat` the end of a turn; ascending.
+    """Token ids that end a response, ascending.
 
+    They are those of the model's generation, the tokenizer's, and those of the model that the
+    tokenizer calls special. With `chat` the end of a turn is one too.
     A model's configuration that says nothing has its class's default, which may be any word.
     """
     special = {i for i, t in tokenizer.added_tokens_decoder.items() if t.special}

@@ -200,8 +200,11 @@ class Job:
 
     @property
     def stored_logits(self) -> int:
-        """Bytes of the fp32 logits that the head stores from forward to backward: those of all
-        selected rows, if the rows are known and fit into the head's room. See docs/method.md."""
+        """Bytes of the fp32 logits that the head stores from forward to backward.
+
+        They are those of all selected rows, if the rows are known and fit into the head's room. See
+        docs/method.md.
+        """
         on_gpu = self.device.is_gpu
         room = 1 << 30 if on_gpu else 1 << 28
         needed = 4 * self.selected_rows * self.architecture.vocabulary

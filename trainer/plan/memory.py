@@ -19,7 +19,7 @@ DZ_COLUMNS, DZ_BYTES, DZ_LEAST = 16_384, 1 << 28, 1024
 def step_memory(job: Job) -> Memory:
     """Bytes of each part on one GPU, in every phase of a step.
 
-    Backward goes from the head through the last layer to the first and ends at the embedding; on
+    Backward goes from the head through the last layer to the first and ends at the embedding. On
     its way it frees activations and, in an update's first micro-batch, makes gradients.
     """
     model, master = job.architecture, job.master_bytes

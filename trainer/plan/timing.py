@@ -56,10 +56,10 @@ def collective_seconds(job: Job) -> tuple[float, float]:
 
 
 def slots(job: Job, memory: Memory, sequences: int | None = None) -> int:
-    """Sequences that an engine decodes at once: all of its `sequences`, by default those of a
-    round, or as many as it takes in a batch or its cache holds.
+    """Sequences that an engine decodes at once: all of its `sequences`, by default a round's.
 
-    A place in the cache holds a prompt and what there is of its response at the time.
+    They are fewer where it takes fewer in a batch or its cache holds fewer. A place in the cache
+    holds a prompt and what there is of its response at the time.
     """
     own = job.sequences_per_engine if sequences is None else sequences
     at_once = min(own, job.config.rollout.batch_size)

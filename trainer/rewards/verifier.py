@@ -29,10 +29,9 @@ class Verdicts:
 class Verifier:
     """Scores responses by `settings.function`, the task's `verifier`, or the task's `reward`.
 
-    The first two name a "module:function" and run in processes of their own: an answer that hangs
-    or crashes scores `reward.failed`, is counted, and costs no other. The third runs here, so it
-    must do neither.
-    Nothing in a response is ever evaluated as code by the tasks' own verifiers.
+    The first two name a "module:function" and run in processes of their own. There an answer that
+    hangs or crashes scores `reward.failed`, is counted, and costs no other. The third runs here, so
+    it must do neither. Nothing in a response is ever evaluated as code by the tasks' own verifiers.
     """
 
     def __init__(self, task: Task, settings: Reward):
@@ -61,7 +60,7 @@ class Verifier:
         """One verdict per response.
 
         Raises ValueError where the function cannot be imported, returns what is no verdict
-        (`as_verdict`), or crashes on every one of at least 16 answers: that is a defect of the
+        (`as_verdict`), or crashes on every one of at least 16 answers. That is a defect of the
         function, and the reward of a wrong answer would hide it.
         """
         pairs = list(zip(problems, responses, strict=True))

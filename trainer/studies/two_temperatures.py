@@ -17,7 +17,7 @@ def temper(
     """Logits whose softmax is the distribution to sample from, fp32 [B, V].
 
     T = `high` for a row whose entropy, of softmax(logits) in nats, exceeds `threshold`, else `low`;
-    temperature 0 leaves the greatest logit alone. The three are numbers, or one a row, [B].
+    temperature 0 leaves the greatest logit alone. The three are numbers, or one per row, [B].
     """
     logits_BV = logits_BV.float()
     logprob_BV = logits_BV.log_softmax(1)

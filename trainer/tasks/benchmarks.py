@@ -76,9 +76,9 @@ def make_benchmark(name: str, data: Data, split: str, tokenizer: Any) -> Task:
     """The problems that `name` means, as the held-out ones of a task.
 
     It is one of BENCHMARKS, read from the hub or, as "NAME=PATH", from a file or folder with the
-    same columns; `split` of "file:PATH" or "hub:NAME[:CONFIGURATION]" with the columns of `data`
-    (of a file or folder without splits, all rows); or a task that makes its own problems.
-    Raises ValueError for any other name, and what the source raises.
+    same columns. It may be `split` of "file:PATH" or "hub:NAME[:CONFIGURATION]" with the columns of
+    `data` (all rows of a file or folder without splits). Or it is a task that makes its own
+    problems. Raises ValueError for any other name, and what the source raises.
     """
     check_sets([name])
     if is_generated(name):

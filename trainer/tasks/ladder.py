@@ -85,8 +85,10 @@ def solves(
     most: int,
     step: Callable[[int, str, int], int | None],
 ) -> bool:
-    """Whether `response` is a chain from `start` to `goal`, to the character, of at most `most`
-    operations that lead where `step` says; nothing in it is evaluated."""
+    """Whether `response` is a chain from `start` to `goal`, to the character.
+
+    It has at most `most` operations, which lead where `step` says; nothing in it is evaluated.
+    """
     chain = response.removesuffix("!").split(",")
     if not response.endswith("!") or len(chain) > most:
         return False
@@ -165,7 +167,7 @@ class Ladder:
     def demonstrate(self, puzzle: Any, rng: random.Random) -> str:
         """The best of 3 random walks.
 
-        The first walk that arrives is kept, else the last: about 68% of the traces arrive, so a
+        The first walk that arrives is taken, else the last. About 68% of the traces arrive, so a
         policy trained on them prefers the operations that lead to the goal, though only a little.
         """
         for _ in range(WALKS):

@@ -52,8 +52,9 @@ class Room:
 
 
 def check_prompts(task: Task, tokenizer: Any, room: Room | None, longest: int) -> dict[str, int]:
-    """Look at the prompts of `task`, or at the first of an endless one, and leave out the longer
-    than `longest` tokens (0: none); how many, by split.
+    """Leave out the prompts of `task` longer than `longest` tokens (0: none); how many, by split.
+
+    Only the first prompts of an endless task are looked at.
 
     Raises:
         ValueError: a prompt that cannot be rendered or encoded, that gives no token, or that does

@@ -44,11 +44,10 @@ def math_reward(gold: str, response: str) -> float:
     r"""1.0 where `response` answers as `gold` does, else 0.0.
 
     `gold` is a number, LaTeX or words, bare or within `$` or `\boxed`; of a worked solution that
-    ends in `#### 42` the part after the mark counts. Of the response `marked_answer` counts;
-    without one, if it opens no box or tag, what follows its last "answer is", else its last
+    ends in `#### 42` the part after the mark counts. In the response `marked_answer` counts.
+    Without one, if it opens no box or tag, what follows its last "answer is" counts, else its last
     formula or number. docs/trainer.md says which answers are right. What math-verify fails on is
-    0.0.
-    There is no time limit here, and a response such as `\boxed{9^{9^{9^{9}}}}` takes for ever:
+    0.0. There is no time limit here, and a response such as `\boxed{9^{9^{9^{9}}}}` takes for ever:
     outside of tests, call it through `trainer.rewards.verifier`, whose processes have one.
     """
     gold = gold.rpartition("####")[2]

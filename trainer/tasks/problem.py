@@ -19,10 +19,10 @@ class Problem:
 class Task(Protocol):
     """A stream of problems and their verifier. An index fixes its problem, for runs to resume.
 
-    A task whose verifier may hang or crash on a response has an attribute `verifier`, the
+    A task whose verifier may hang or crash on a response has an attribute `verifier`. It is the
     "module:function" that gives the same verdicts and runs in processes of its own
-    (`trainer.rewards.verifier`). One without is verified by `reward`, in the trainer's process.
-    A task that reads answers of another form than `\\boxed` and `<answer>` has a method
+    (`trainer.rewards.verifier`). One without is verified by `reward`, in the trainer's process. A
+    task that reads answers of another form than `\\boxed` and `<answer>` has a method
     `answered(response)`, whether there is one in `response`.
     """
 

@@ -72,8 +72,8 @@ class Number:
         """Whether `other` is right where this is the gold.
 
         Integers and fractions are exact. A decimal may differ from a gold that is no integer by
-        `RELATIVE` and by less than a unit of the last place of either; of a gold in scientific
-        notation, which is a measured value, it may also be any number that rounds to it.
+        `RELATIVE` and by less than a unit of the last place of either. A gold in scientific
+        notation is a measured value, and any number that rounds to it is right too.
         """
         off = abs(self.value - other.value)
         if off == 0:

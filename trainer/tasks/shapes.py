@@ -20,8 +20,11 @@ _NAME = re.compile(
 
 @dataclass(frozen=True)
 class Shape:
-    """The parts of a list, and what holds them: "" for nothing, a pair of brackets such as "(]"
-    and "{}", "union", or "matrix" with its numbers of rows and columns."""
+    """The parts of a list, and what holds them.
+
+    `kind` is "" for nothing, a pair of brackets such as "(]" and "{}", "union", or "matrix" with
+    its numbers of rows and columns.
+    """
 
     kind: str
     parts: tuple[str, ...]

@@ -34,7 +34,7 @@ def load_source(source: str) -> tuple[Any, Any]:
 def load_split(source: str, split: str) -> Any:
     """The split `split` of a source, as `load_source` names it, or the only split.
 
-    Of a hub data set no other split is read. Raises ValueError for what cannot be read.
+    No other split of a hub data set is read. Raises ValueError for what cannot be read.
     """
     splits = _splits(source, split)
     if len(splits) > 1 and split not in splits:

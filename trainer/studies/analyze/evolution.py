@@ -48,12 +48,15 @@ class Evolution(Analysis):
 def analyze_evolution(settings: Evolution) -> Path:
     """Sample from the last model, score the same responses under each checkpoint, and compare.
 
-    Writes OUT/evolution.json and evolution.svg, and returns the path of the first: "checkpoints"
-    by name with their "mean", "below_0.01" and "percentiles" of entropy, nats; "overlap"[a][b], the
-    share of the top `fraction` of checkpoint b that the top of a catches; "correlation" of ranks
-    with the base; "distance", the mean |log-ratio| of the sampled tokens to the checkpoint before;
-    "bins", the change of entropy from base to last by percentile of the base. Holds two numbers a
-    token and checkpoint.
+    Writes OUT/evolution.json and evolution.svg, and returns the path of the first. It has
+
+    - "checkpoints" by name with their "mean", "below_0.01" and "percentiles" of entropy, nats;
+    - "overlap"[a][b], the share of the top `fraction` of checkpoint b that the top of a catches;
+    - "correlation" of ranks with the base;
+    - "distance", the mean |log-ratio| of the sampled tokens to the checkpoint before;
+    - "bins", the change of entropy from base to last by percentile of the base.
+
+    Holds two numbers per token and checkpoint.
 
     Raises:
         ValueError: fewer than two checkpoints, or one with another vocabulary.

@@ -44,12 +44,16 @@ class Patterns(Analysis):
 def analyze_patterns(settings: Patterns) -> Path:
     """Sample, score, and write OUT/patterns.json, patterns.svg and tokens.html.
 
-    patterns.json: "accuracy" with its 95% "accuracy_interval" over "problems"; "count" of tokens;
-    "mean", the share "below_mean" and "below_0.01", "percentiles" and "threshold" of the top
-    `fraction` of their entropies, nats; "histogram" (edges, shares), "cdf" (points, shares
-    below); "tokens", all sampled `minimum` times or more by mean entropy, highest first: "text",
-    "token" id, "count", "mean", "share" of all tokens. Memory does not grow with the responses.
-    Returns the path of patterns.json.
+    patterns.json has
+
+    - "accuracy" with its 95% "accuracy_interval" over "problems"; "count" of tokens;
+    - "mean", the share "below_mean" and "below_0.01", "percentiles" and "threshold" of the top
+      `fraction` of their entropies, nats;
+    - "histogram" (edges, shares) and "cdf" (points, shares below);
+    - "tokens", all sampled `minimum` times or more by mean entropy, highest first: "text", "token"
+      id, "count", "mean", "share" of all tokens.
+
+    Memory does not grow with the responses. Returns the path of patterns.json.
     """
     with opened(settings) as work:
         vocabulary = work.policy.model.get_output_embeddings().weight.shape[0]

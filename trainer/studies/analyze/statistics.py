@@ -16,8 +16,9 @@ class EntropyStatistics:
     """Counts of a stream of (token, entropy), by entropy and by token.
 
     State: 131,072 counts by the top bits of the entropy as fp32, whose order is that of the
-    numbers, the least and the greatest entropy of each bin, and a count and a sum for each token of
-    the vocabulary. A bin is 1/512 of its entropies wide, and a percentile is within it.
+    numbers. Beside them the least and the greatest entropy of each bin, and a count and a sum for
+    each token of the vocabulary. A bin is 1/512 of its entropies wide, and a percentile is within
+    it.
     """
 
     def __init__(self, vocabulary: int):
@@ -80,8 +81,8 @@ class EntropyStatistics:
     def percentile(self, percent: float) -> float:
         """The entropy that `percent` of 100 of the tokens do not exceed, within 1/512 of itself.
 
-        Its bin is taken as evenly filled from its least to its greatest: what is the same for all
-        tokens is itself, and not the lower edge of its bin, which is below the mean.
+        Its bin is taken as evenly filled from its least to its greatest. So an entropy that all
+        tokens share is itself, and not the lower edge of its bin, which is below the mean.
         """
         if not 0 <= percent <= 100:
             raise ValueError(f"a percentile lies in [0, 100]; got {percent}")

@@ -33,13 +33,20 @@ Row = Mapping[str, Any]
 def collect(label: str, configs: Sequence[Config], settings: Mapping[str, Any]) -> dict[str, Any]:
     """The results of those of `configs` that are finished.
 
-    "runs" has for each: "task" (`label`), "arm", "seed", the "commits" of its starts and whether
-    any was "dirty", "seconds" of its steps and evaluations; "evaluations", columns over "step":
-    accuracy with its 95% interval "low", "high" and length of sampled responses, greedy accuracy,
-    and the "problems" they are of; "training", columns over "step": mean
-    reward, mean entropy, its share below 0.01 and 80th percentile (nats), length, "rows" of the
-    head's backward, and "all_rows", the response tokens of the same updates (both 0 in a step
-    without update; other columns null where a step has not measured them); "rows", their sum.
+    "runs" has for each
+
+    - "task" (`label`), "arm", "seed", the "commits" of its starts and whether any was "dirty", and
+      "seconds" of its steps and evaluations;
+    - "evaluations", columns over "step": accuracy with its 95% interval "low", "high" and length of
+      sampled responses, greedy accuracy, and the number of "problems";
+    - "training", columns over "step": mean reward, mean entropy, its share below 0.01 and 80th
+      percentile (nats), length;
+    - in "training" also "rows" of the head's backward, and "all_rows", the response tokens of the
+      same updates;
+    - "rows", their sum.
+
+    Both kinds of rows are 0 in a step without update. Other columns are null where a step has not
+    measured them.
     """
     runs = [_run(label, config) for config in configs if is_finished(config)]
     return {"made": provenance(""), "settings": dict(settings), "runs": runs}

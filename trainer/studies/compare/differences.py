@@ -67,10 +67,10 @@ def differences(
 ) -> list[Difference]:
     """The difference of each of `pairs`, (arm, other); `values` has each arm's value by seed.
 
-    A value is known to multiples of `resolution`, 1/n for an accuracy on n problems: the standard
+    A value is known to multiples of `resolution`, 1/n for an accuracy on n problems. The standard
     deviation over seeds is taken as at least that of two roundings, `resolution` / sqrt(6). Seeds
-    that agree to the last digit of few problems would else tell any difference.
-    Raises ValueError where a pair has fewer than two seeds in common.
+    that agree to the last digit of few problems would else tell any difference. Raises ValueError
+    where a pair has fewer than two seeds in common.
     """
     found = []
     for arm, other in pairs:

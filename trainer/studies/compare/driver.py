@@ -47,7 +47,7 @@ def drive(
     The first run of each seed goes before the others of that seed, which use its warm start. With
     `hours` no run is started that, by the mean of those done in this call, would end later.
     `on_finished` is called after each, with the number that is finished. An interruption ends the
-    runs under way, and so does an error of `on_finished`, which is raised; all of them go on from
+    runs under way, and so does an error of `on_finished`, which is raised. All of them go on from
     their checkpoints in the next call.
     """
     state = _State(configs, hours, on_finished)

@@ -39,9 +39,9 @@ def arm_table(results: Results, study: Study) -> str:
 
     Accuracy of sampled responses and greedy, each with Wilson's 95% interval over the problems in
     brackets. All seeds have the same problems, so it is that of the mean over seeds as if each
-    problem were answered once: at least as long as the true one. Over the last ten steps of
-    training the mean entropy, nats, and length, tokens; rows of the head's backward over the whole
-    run, and against "all".
+    problem were answered once. It is at least as long as the true one. Mean entropy, nats, and
+    length, tokens, are over the last ten steps of training. Rows of the head's backward are over
+    the whole run, and against "all".
     """
     lines = [
         "| arm | seeds | problems | accuracy before | accuracy | greedy | entropy | length "
