@@ -44,7 +44,7 @@ def heads() -> list[Peer]:
         Peer("eager-batch", batch, many, ("trl",)),
         Peer("trl", "TRL's fused head", _trl_fused_head, ("trl",)),
         Peer("liger", "Liger's fused head, its fallback for CPUs", _liger_head, ("liger_kernel",)),
-        Peer("chunked", "prime-rl's scheme: chunked, logits recomputed", _chunked_head),
+        Peer("chunked", "prime-rl's scheme: chunked, logits recomputed", ChunkedHead.apply),
         Peer("checkpoint", f"chunks of {CHUNK} tokens, checkpointed", _checkpointed_head),
         Peer("cce", cce, _cce_head, ("cut_cross_entropy", "triton"), compiled=True),
     ]
@@ -108,10 +108,6 @@ def _liger_head(hidden_TD: Tensor, weight_VD: Tensor, target_T: Tensor) -> tuple
 
     nll_T, entropy_T = Head.apply(hidden_TD, weight_VD, target_T, 1.0, -100, 1, True)
     return -nll_T, entropy_T
-
-
-def _chunked_head(hidden_TD: Tensor, weight_VD: Tensor, target_T: Tensor) -> tuple[Tensor, Tensor]:
-    return ChunkedHead.apply(hidden_TD, weight_VD, target_T)
 
 
 def _checkpointed_head(

@@ -82,11 +82,10 @@ def by_make(runs: dict[str, list[Run]]) -> list[dict[str, list[Run]]]:
     for op, of_op in runs.items():
         for run in of_op:
             found.setdefault(processor_of(run).slug, {}).setdefault(op, []).append(run)
-    return sorted(found.values(), key=_last_date, reverse=True)
-
-
-def _last_date(runs: dict[str, list[Run]]) -> str:
-    return max(run["date"] for of_op in runs.values() for run in of_op)
+    last = {
+        make: max(r["date"] for of_op in x.values() for r in of_op) for make, x in found.items()
+    }
+    return [found[make] for make in sorted(found, key=last.__getitem__, reverse=True)]
 
 
 def make_heading(runs: dict[str, list[Run]]) -> str:

@@ -7,6 +7,7 @@ one block of columns: a loop over blocks becomes an empty kernel there.
 import torch
 
 from benchmarks.gpu.environment import architecture
+from entropy_kernels._triton.common import tiles
 from entropy_kernels._triton.common.tiles import Tile
 
 HOPPER = (
@@ -56,7 +57,7 @@ def forward(device: torch.device) -> tuple[Tile, ...]:
     if not arch.startswith("sm_"):
         return AMD
     found = HOPPER if int(arch.removeprefix("sm_")) >= 90 else POINTERS
-    return tuple(tile for tile in found if tile.variant in _variants(arch))
+    return tuple(tile for tile in found if tile.variant in tiles.variants(arch))
 
 
 def dlogits(device: torch.device) -> tuple[Tile, ...]:
@@ -86,12 +87,6 @@ def name(tile: Tile | None) -> str:
         return "the table's"
     blocks = f"{tile.block_t}x{tile.block_v}x{tile.block_d}"
     return f"{tile.variant} {blocks} w{tile.num_warps} s{tile.num_stages} g{tile.group_t}"
-
-
-def _variants(arch: str) -> set[str]:
-    from entropy_kernels._triton.common import tiles
-
-    return tiles.variants(arch)
 
 
 def _one_a_variant(found: tuple[Tile, ...]) -> list[Tile]:

@@ -70,7 +70,8 @@ class VllmEngine:
 
         if not prompts:
             return []
-        self._check_length(max(map(len, prompts)), max_new_tokens)
+        longest = max(map(len, prompts))
+        check_length("engine.max_model_len, {}", self._longest, longest, max_new_tokens)
         parameters = [
             SamplingParams(
                 seed=seed,
@@ -113,9 +114,6 @@ class VllmEngine:
     def extra_args(self) -> dict[str, Any] | None:
         """What each request gives the logits processors of a subclass."""
         return None
-
-    def _check_length(self, prompt: int, new: int) -> None:
-        check_length("engine.max_model_len, {}", self._longest, prompt, new)
 
 
 def _sampled(completion: Any) -> Sampled:

@@ -90,11 +90,7 @@ def sampling_seconds(job: Job, memory: Memory, prompts: int, sequences: int) -> 
     context = job.assumptions.prompt * job.response + job.lengths.second_moment / 2
     bytes_read = steps * weights + own * context * cache_bytes(job)
     reading = bytes_read / (job.device.bandwidth * job.assumptions.decode_efficiency)
-    rate = job.device.flops * job.assumptions.mfu * job.gpus * _engine_gpus(job)
+    rate = job.device.flops * job.assumptions.mfu * job.gpus
+    rate *= job.tensor_parallel if job.apart else 1  # GPUs that sample, for each that trains
     prefill, decode = sampling_flops(job, prompts, sequences)
     return prefill / rate, max(reading, decode / rate)
-
-
-def _engine_gpus(job: Job) -> int:
-    """GPUs that sample, for each that trains."""
-    return job.tensor_parallel if job.apart else 1
