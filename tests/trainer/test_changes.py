@@ -38,7 +38,7 @@ def test_what_an_out_of_memory_wants_to_change_is_free():
 def test_the_documentation_has_all_that_is_free():
     """Each in the row of what comes of it."""
     page = (Path(__file__).parents[2] / "docs" / "trainer.md").read_text()
-    table = page.partition("what comes of another value |")[2].partition("\n\n")[0]
+    table = page.partition("what follows from another value |")[2].partition("\n\n")[0]
     rows = dict.fromkeys(line.strip("| ").split(" | ")[-1] for line in table.splitlines()[2:])
     for name, comes_of_it in FREE.items():
         group = name if name in leaves() else f"{name}.*"
