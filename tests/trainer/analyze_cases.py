@@ -4,19 +4,13 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
 
 from tests.trainer.small import save_folder
 
 
 @pytest.fixture(autouse=True)
-def _one_thread(tmp_path, monkeypatch):
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
+def here(own_cache, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +30,7 @@ def sums(tmp_path_factory) -> str:
 
 
 def options(data: str, out: Path) -> dict:
-    """Of every analysis here."""
+    """The options of every analysis here."""
     return {
         "data": (data,),
         "samples": 4,

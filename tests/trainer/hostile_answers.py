@@ -68,7 +68,7 @@ ARITHMETIC = (
         "\u0663\u0664",
     ),
 )
-# Of code that runs, and of nothing that a verifier does.
+# What code that runs raises, and nothing that a verifier does.
 EFFECTS = {"os.system", "os.exec", "os.posix_spawn", "os.fork", "subprocess.Popen"}
 
 

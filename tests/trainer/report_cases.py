@@ -70,7 +70,7 @@ def metrics_row(rng: random.Random, step: int, steps: int) -> dict[str, float]:
 
 
 def skipped_row(rng: random.Random, step: int) -> dict[str, float]:
-    """Of a step with a wrong template: nearly everything is cut off or cannot be read."""
+    """Metrics of a step with a wrong template: nearly everything is cut off or cannot be read."""
     cut = 0.7 + 0.1 * rng.random()
     return {
         "step": step,
@@ -97,7 +97,7 @@ def skipped_row(rng: random.Random, step: int) -> dict[str, float]:
 
 
 def evaluation(rng: random.Random, done: float, names: tuple[str, ...] = ("",)) -> dict[str, float]:
-    """Of the held-out set, "", and of named ones."""
+    """Accuracies on the held-out set, "", and on named ones."""
     found = {"time/evaluate": 3.0}
     for place, name in enumerate(names):
         prefix, count = f"eval/{name}." if name else "eval/", 512 if not name else 30
@@ -127,7 +127,7 @@ def samples(rng: random.Random, heat: float, count: int = 6, length: int = 70) -
 
 
 def unscored(rng: random.Random, length: int = 70) -> list[Sample]:
-    """Of a skipped step."""
+    """Samples of a skipped step."""
     rows = []
     for kind in ("wrong", "truncated", "unparsed", "truncated"):
         tokens = [rng.choice(WORDS) for _ in range(length)]

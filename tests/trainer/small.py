@@ -150,7 +150,7 @@ class Even:
 
 
 def even_verifier() -> Verifier:
-    """Of Even, in this process."""
+    """A verifier of Even, in this process."""
     return Verifier(Even(), Reward())
 
 
@@ -213,12 +213,10 @@ def use_task(task: Any) -> None:
 
 @pytest.fixture(scope="module", autouse=True)
 def on_even() -> Iterator[None]:
-    """Runs of a module that imports it work on Even, with one thread."""
-    before, task = torch.get_num_threads(), trainer.run.make_task
-    torch.set_num_threads(1)
+    """Runs of a module that imports it work on Even."""
+    task = trainer.run.make_task
     use_task(Even())
     yield
-    torch.set_num_threads(before)
     trainer.run.make_task = task
 
 

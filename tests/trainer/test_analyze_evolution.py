@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from tests.trainer.analyze_cases import _one_thread, models, options, sums  # noqa: F401
+from tests.trainer.analyze_cases import here, models, options, sums  # noqa: F401
 from tests.trainer.small import WORDS, Even, save_folder, settings
 from trainer.studies.analyze.evolution import Evolution, analyze_evolution, compare
 from trainer.studies.analyze.overlap import change_by_bin, overlap, rank_correlation, top_mask

@@ -7,7 +7,7 @@ import re
 import pytest
 import torch
 
-from tests.trainer.analyze_cases import _one_thread, models, options, sums  # noqa: F401
+from tests.trainer.analyze_cases import here, models, options, sums  # noqa: F401
 from trainer.studies.analyze import main
 from trainer.studies.analyze.patterns import Patterns, analyze_patterns
 from trainer.studies.analyze.statistics import BINS, EntropyStatistics
@@ -76,7 +76,7 @@ def test_two_million_tokens_need_no_more_memory_than_none():
 
 @pytest.mark.parametrize("entropy", [2.9999, 4.6921, 0.01, 11.93], ids=str)
 def test_a_percentile_of_equal_entropies_is_their_mean(entropy):
-    """Of a model without preferences all tokens have about the same entropy."""
+    """All tokens of a model without preferences have about the same entropy."""
     equal = stream(torch.arange(40), torch.full((40,), entropy), 7)
     assert equal.percentile(80) == equal.percentile(5) == pytest.approx(equal.mean(), rel=1e-7)
     assert equal.share_below(equal.mean()) == 0

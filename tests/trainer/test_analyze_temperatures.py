@@ -5,7 +5,7 @@ import json
 import pytest
 
 import trainer.studies.analyze.temperatures
-from tests.trainer.analyze_cases import _one_thread, models, options, sums  # noqa: F401
+from tests.trainer.analyze_cases import here, models, options, sums  # noqa: F401
 from trainer.evaluation.command import Evaluation, evaluate_model
 from trainer.studies.analyze.temperatures import Temperatures, analyze_temperatures
 

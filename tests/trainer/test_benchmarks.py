@@ -22,9 +22,7 @@ ROWS = {
 DATA = Data(instruction="Box it.", template="none")
 
 
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 def lines(path, rows):

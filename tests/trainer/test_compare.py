@@ -346,7 +346,7 @@ def test_one_problem_tells_little_and_no_difference():
     lines = difference_table(results, "ablation").splitlines()
     assert lines[-1] == "Intervals are over seeds, which share their 1 problem."
     assert "yes" not in "".join(lines)
-    # Of rounding to multiples of 1, twice, and over two seeds.
+    # The interval of rounding to multiples of 1, twice, and over two seeds.
     half = 12.706205 / math.sqrt(6) / math.sqrt(2)
     (one,) = differences({"a": {0: 1.0, 1: 1.0}, "b": {0: 0.0, 1: 0.0}}, [("a", "b")], 1.0)
     assert (one.interval.low, one.interval.high) == pytest.approx((1 - half, 1 + half), rel=1e-6)

@@ -46,14 +46,11 @@ def place(tmp_path_factory):
     write("hard.jsonl", ask="{i} + 0 + {j} =", gold="7")
     write("amc.jsonl", question="{j} + {i} =", answer="7")
     with pytest.MonkeyPatch.context() as patch:
-        before = torch.get_num_threads()
-        torch.set_num_threads(1)
         patch.chdir(folder)
         patch.syspath_prepend(folder)
         patch.setattr(datasets.config, "HF_DATASETS_CACHE", folder / "cache")
         train(config(folder))
         yield folder
-        torch.set_num_threads(before)
 
 
 def config(folder: Path):

@@ -38,11 +38,6 @@ def _even():
     trainer.run.make_task = before
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory) -> str:
-    return save_folder(tmp_path_factory.mktemp("model"), spread=0.2)
-
-
 def read_state(config):
     """Every tensor of the run's checkpoints, with "updates"."""
     found = {}

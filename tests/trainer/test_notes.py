@@ -9,7 +9,6 @@ import pytest
 import torch
 from datasets import Dataset, DatasetDict
 
-import trainer.run
 from tests.trainer.small import Even, build_policy, save_folder, settings, use_task
 from trainer.config import Data, Eval
 from trainer.launch.notes import say_parts
@@ -19,15 +18,6 @@ from trainer.tasks.benchmarks import make_benchmark
 from trainer.train import train
 
 ALONE = Ranks(torch.device("cpu"))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    before, task = torch.get_num_threads(), trainer.run.make_task
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-    trainer.run.make_task = task
 
 
 def test_a_run_says_what_it_does(tmp_path, capsys):

@@ -2,7 +2,6 @@
 
 from dataclasses import replace
 
-import datasets
 import pytest
 from datasets import Dataset
 
@@ -29,7 +28,7 @@ def test_each_is_a_configuration_that_names_itself():
 
 @pytest.mark.parametrize("name", [*PAPER, "llama-8b"])
 def test_the_numbers_of_the_paper(name):
-    """Section 5.2 and the script: 512 prompts of 16, 32 an update, 10 draws of 1,536."""
+    """Section 5.2 and the script: 512 prompts of 16, 32 per update, 10 draws of 1,536."""
     config = PRESETS[name]()
     rollout, algorithm, optimizer = config.rollout, config.algorithm, config.optimizer
     updates = optimizer.mini_batches
@@ -88,12 +87,7 @@ def test_grpo_takes_dapos_changes_back():
     assert replace(grpo, name=dapo.name, algorithm=dapo.algorithm) == dapo
 
 
-@pytest.fixture
-def _own_cache(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-
-
-@pytest.mark.usefixtures("_own_cache")
+@pytest.mark.usefixtures("own_cache")
 def test_the_papers_prompt_from_rows_of_its_data(tmp_path):
     """A file with the columns of open-r1/DAPO-Math-17k-Processed; the hub is out of reach here."""
     rows = [
@@ -121,7 +115,7 @@ def test_the_papers_prompt_from_rows_of_its_data(tmp_path):
     assert task.reward(problem, f"so \\boxed{{{2 * number}}}") == 1.0
 
 
-@pytest.mark.usefixtures("_own_cache")
+@pytest.mark.usefixtures("own_cache")
 def test_dapos_own_copy_can_be_named(tmp_path):
     """A file with the columns of BytedTsinghua-SIA/DAPO-Math-17k, in which each prompt repeats."""
     rows = [

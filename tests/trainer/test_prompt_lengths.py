@@ -4,9 +4,7 @@ import dataclasses
 import json
 import re
 
-import datasets
 import pytest
-import torch
 
 import trainer.run
 from tests.trainer.small import Even, build_model, build_tokenizer, save_folder, settings
@@ -21,13 +19,7 @@ from trainer.tasks.problem import Problem
 from trainer.tiny.model import build_tiny
 from trainer.train import train
 
-
-@pytest.fixture(autouse=True)
-def _as_it_was(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 LONG = (11, 23)

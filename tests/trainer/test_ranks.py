@@ -169,22 +169,19 @@ def model(tmp_path_factory) -> str:
 
 @pytest.fixture(scope="module")
 def alone(model, tmp_path_factory):
-    """Of one process without a group."""
+    """Results of one process without a group."""
     root = tmp_path_factory.mktemp("alone")
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("trainer.run.make_task", lambda *_: Even())
         for name in RUNS:
             train(run_settings(model, root, name))
     found = {name: case(name, ALONE) for name in CASES} | {"scores": scores(ALONE)}
-    torch.set_num_threads(before)
     return found, root
 
 
 @pytest.fixture(scope="module")
 def worlds(model, tmp_path_factory):
-    """Of two and four processes."""
+    """Results of two and four processes."""
     folder = tmp_path_factory.mktemp("worlds")
     runs = {2: list(RUNS), 4: ["grpo"]}
     return {
@@ -286,7 +283,7 @@ def test_the_run_is_that_of_one_process(alone, worlds, size, name):
         read_whole(folder / "checkpoints" / step)
         for folder, step in ((one, "step-000002"), (one, "step-000004"), (several, "step-000004"))
     )
-    # Of the weights, as one vector; and not because they stay where they are.
+    # The weights agree as one vector, and not because they stay where they are.
     assert distance(got.values(), want.values()) < 1e-6
     assert distance(before.values(), want.values()) > 1e-4
 

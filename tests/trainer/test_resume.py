@@ -5,10 +5,8 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
 
-import trainer.run
-from tests.trainer.small import Even, save_folder, settings, use_task
+from tests.trainer.small import Even, on_even, settings, use_task  # noqa: F401
 from tests.trainer.test_train import assert_same_run, metrics
 from trainer import checkpoint
 from trainer.checkpoint.sharded import read_whole
@@ -20,34 +18,12 @@ from trainer.train import train
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.fixture(autouse=True)
-def _as_it_was():
-    threads, task = torch.get_num_threads(), trainer.run.make_task
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-    trainer.run.make_task = task
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory) -> str:
-    return save_folder(tmp_path_factory.mktemp("model"), spread=0.2)
-
-
 @pytest.fixture(scope="module")
 def whole(model, tmp_path_factory):
     """An uninterrupted run of six steps on Even, and its settings."""
     config = settings(tmp_path_factory.mktemp("whole"), model)
-    make_task = trainer.run.make_task
-    use_task(Even())
     train(config)
-    trainer.run.make_task = make_task
     return Path(config.root) / "run", config
-
-
-@pytest.fixture
-def _on_even():
-    use_task(Even())
 
 
 def crash(config, step=3):
@@ -87,7 +63,6 @@ CLOSE = {
 }
 
 
-@pytest.mark.usefixtures("_on_even")
 @pytest.mark.parametrize("name", SAME)
 def test_what_may_differ_changes_no_bit(whole, tmp_path, capsys, name):
     folder, config = whole
@@ -101,7 +76,6 @@ def test_what_may_differ_changes_no_bit(whole, tmp_path, capsys, name):
     assert second["changes"].keys() == {name}
 
 
-@pytest.mark.usefixtures("_on_even")
 @pytest.mark.parametrize("name", CLOSE)
 def test_what_rounds_otherwise_ends_close_by(whole, tmp_path, capsys, name):
     folder, config = whole
@@ -132,7 +106,6 @@ def getattr_path(config, name):
     return config
 
 
-@pytest.mark.usefixtures("_on_even")
 def test_other_checkpoints_samples_and_evaluations(whole, tmp_path):
     """The same training; each at its new steps."""
     folder, config = whole
@@ -150,7 +123,6 @@ def test_other_checkpoints_samples_and_evaluations(whole, tmp_path):
     assert list(checkpoint.steps_of(tmp_path / "run")) == [0, 2, 4, 6]
 
 
-@pytest.mark.usefixtures("_on_even")
 def test_other_settings_need_leave(whole, tmp_path, capsys):
     _, config = whole
     config = elsewhere(config, tmp_path)
@@ -194,7 +166,7 @@ class Growing(Even):
 
 
 def test_a_prompt_without_room_is_mended_by_shorter_responses(model, tmp_path):
-    """Of an endless task, whose later prompts nobody has seen at the start."""
+    """The task is endless: nobody has seen its later prompts at the start."""
     use_task(Growing())
     config = settings(tmp_path, model)
     config = dataclasses.replace(
@@ -215,7 +187,6 @@ def test_a_prompt_without_room_is_mended_by_shorter_responses(model, tmp_path):
     assert read_rows(tmp_path / "run" / "metrics.jsonl")[-1]["step"] == 6
 
 
-@pytest.mark.usefixtures("_on_even")
 def test_a_damaged_or_missing_run_json(whole, tmp_path):
     _, config = whole
     config = elsewhere(config, tmp_path)
@@ -230,7 +201,6 @@ def test_a_damaged_or_missing_run_json(whole, tmp_path):
         train(config)
 
 
-@pytest.mark.usefixtures("_on_even")
 def test_a_run_of_before_there_was_a_record(whole, tmp_path):
     """Starts without inputs, directory and changes, a configuration without the new settings."""
     folder, config = whole

@@ -8,9 +8,7 @@ from pathlib import Path
 
 import datasets
 import pytest
-import torch
 
-import trainer.run
 from tests.trainer.small import Even, save_folder, settings, use_task
 from tests.trainer.test_resume import ROOT, crash, run_json
 from trainer.__main__ import main
@@ -18,20 +16,7 @@ from trainer.config import Data, Reward, WarmStart
 from trainer.config.files import fill
 from trainer.train import train
 
-
-@pytest.fixture(autouse=True)
-def _as_it_was(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    threads, task = torch.get_num_threads(), trainer.run.make_task
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-    trainer.run.make_task = task
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory) -> str:
-    return save_folder(tmp_path_factory.mktemp("model"), spread=0.2)
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 def sums(path, count=40, wrong=0):

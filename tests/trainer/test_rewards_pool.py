@@ -29,7 +29,7 @@ pool.run(requests)
 
 
 def pool(workers: int = 2, seconds: float = 100.0, gigabytes: float = 4.0) -> Pool:
-    """Of a limit that no answer reaches but one that hangs, however slow the machine is."""
+    """A pool whose limit only an answer that hangs reaches, however slow the machine is."""
     return Pool(NAME, workers, seconds, gigabytes)
 
 

@@ -182,7 +182,7 @@ def test_token_0_may_be_the_end_of_sequence():
 
 
 def test_a_cache_that_cannot_drop_rows_is_refused():
-    """Of linear attention, which keeps a state in place of keys and values."""
+    """Linear attention keeps a state in place of keys and values."""
     settings = Qwen3NextConfig(
         vocab_size=len(WORDS),
         hidden_size=16,

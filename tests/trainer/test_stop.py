@@ -6,11 +6,10 @@ import signal
 from pathlib import Path
 
 import pytest
-import torch
 
 import trainer.run
 import trainer.train
-from tests.trainer.small import Even, save_folder, settings, use_task
+from tests.trainer.small import Even, settings, use_task
 from tests.trainer.worlds import run_ranks
 from trainer.__main__ import main
 from trainer.launch.stop import Stopped, signals_stop
@@ -19,20 +18,6 @@ from trainer.presets import PRESETS
 from trainer.train import train
 
 SIGINT, SIGTERM = signal.SIGINT, signal.SIGTERM
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    before, task = torch.get_num_threads(), trainer.run.make_task
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-    trainer.run.make_task = task
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory) -> str:
-    return save_folder(tmp_path_factory.mktemp("model"), spread=0.2)
 
 
 class Signalling(Even):

@@ -30,11 +30,6 @@ OPERATIONS = 77  # on files that a checkpoint takes
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory) -> str:
-    return save_folder(tmp_path_factory.mktemp("model"), spread=0.2)
-
-
-@pytest.fixture(scope="module")
 def whole(model, tmp_path_factory):
     """The folder of an uninterrupted run of six steps, and its settings."""
     config = settings(tmp_path_factory.mktemp("whole"), model)
@@ -135,8 +130,9 @@ def test_an_exception_then_the_same_command(whole, tmp_path, stop):
 
 
 def doomed(config, step, operations):
-    """A run that kills itself: `operations` on files after the row of the first checkpoint from
-    `step` on has been written, where that is a number, else and at the latest before its last step.
+    """A run that kills itself before its last step at the latest.
+
+    With a number of `operations` on files: so many after the row of a checkpoint from `step` on.
     """
 
     def count(event, arguments):

@@ -6,9 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-import datasets
 import pytest
-import torch
 
 from tests.trainer.small import save_folder
 from trainer.__main__ import main
@@ -30,12 +28,8 @@ ONE_STEP = [
 
 
 @pytest.fixture(autouse=True)
-def _as_it_was(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+def _here(own_cache, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
 
 
 def test_without_a_command_it_says_which_there_are(capsys):

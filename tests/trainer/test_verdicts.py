@@ -84,7 +84,7 @@ def test_the_mean_of_the_largest_verdicts_is_a_number(tmp_path, monkeypatch):
 def run(folder, monkeypatch, verdicts, **reward):
     """The metrics of three steps."""
     monkeypatch.setattr("trainer.run.make_task", lambda *_: Scaled(verdicts))
-    # At a larger rate AdamW makes the rounding of an advantage a step of its own.
+    # At a larger rate AdamW turns the rounding of an advantage into a step of its own.
     optimizer = Optimizer(learning_rate=1e-4, tokens_per_micro_batch=64)
     train(settings(folder, steps=3, reward=Reward(**reward), optimizer=optimizer))
     lines = (folder / "run" / "metrics.jsonl").read_text().splitlines()

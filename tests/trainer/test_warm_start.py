@@ -20,14 +20,6 @@ from trainer.tiny.warm_start import _example, _loss, _rate, load_or_warm_start, 
 SETTINGS = WarmStart(steps=3, traces=100, batch_size=16, warmup_steps=1)
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def started(seed=0, settings=SETTINGS, report=None):
     model, tokenizer = build_tiny(0)
     warm_start(model, tokenizer, Ladder(0), settings, seed, report)

@@ -61,8 +61,10 @@ def on_policy(policy, config=CONFIG):
 
 
 def off_policy(policy):
-    """The same with the ratios of a policy that has moved: some tokens are clipped on each side,
-    and a threshold between two entropies, so that rounding selects the same tokens."""
+    """The same with the ratios of a policy that has moved: some tokens are clipped on each side.
+
+    The threshold lies between two entropies, so that rounding selects the same tokens.
+    """
     batch, entropy_T = on_policy(policy)
     noise_T = 0.3 * torch.randn(entropy_T.shape, generator=torch.Generator().manual_seed(1))
     ordered = entropy_T.sort().values

@@ -77,5 +77,5 @@ def of_two(prompt: str, response: str) -> float:
 
 
 def always_fails(*, prompt: str, response: str, **rest: Any) -> float:
-    """Of no answer's fault."""
+    """Fails through no answer's fault."""
     raise KeyError("column")
