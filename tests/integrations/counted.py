@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
-from entropy_kernels import ops
+from entropy_kernels import backends
 from entropy_kernels.testing import Watch
 
 
@@ -14,9 +14,8 @@ class Counted:
         self.forward: list[float] = []
         self.backward: list[float] = []
         self._unit = hidden * vocabulary
-        for table, rows in ((ops._FORWARD, self.forward), (ops._BACKWARD, self.backward)):
-            for impl in ("cpu", "torch"):
-                monkeypatch.setitem(table, impl, self._counting(table[impl], rows))
+        for name, rows in (("forward", self.forward), ("backward", self.backward)):
+            monkeypatch.setattr(backends, name, self._counting(getattr(backends, name), rows))
 
     def _counting(self, function: Callable[..., Any], rows: list[float]) -> Callable[..., Any]:
         def run(*arguments: Any, **options: Any) -> Any:
