@@ -87,7 +87,6 @@ WRONG_RULE = {
 }
 SHARE = {"fraction": FRACTION}
 STATISTICS = {"max_prob": SAMPLE, "sum_p2": SAMPLE, "sum_p2_logp": -SAMPLE, "entropy": ENTROPY}
-WRONG_STATISTICS = {name: mistakes.floats(x) for name, x in STATISTICS.items()}
 PAIR = {
     "a number": (0.2, "0.2"),
     "one": ((0.2,), "tuple"),

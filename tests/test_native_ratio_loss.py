@@ -7,15 +7,10 @@ import torch
 
 import entropy_kernels as ek
 from entropy_kernels import _native
-from tests.conftest import BACKENDS
+from tests.marks import not_interpreted
 
 WHY_MISSING = _native.why_missing("cpu")
 needs_cpu = pytest.mark.skipif(WHY_MISSING is not None, reason=WHY_MISSING or "built")
-
-
-# test_triton_kernel_cases.py and test_triton_ratio_loss.py have the sizes of Triton's interpreter.
-COMPILED = [pair for pair in BACKENDS if pair != ("triton", "cpu")]
-compiled = pytest.mark.parametrize("backend", COMPILED, ids=" on ".join, indirect=True)
 
 
 @pytest.fixture
@@ -82,7 +77,7 @@ SHAPES = [
     ],
     ids=str,
 )
-@compiled
+@not_interpreted
 def test_any_shape_is_near_fp64(ratio_loss, device, shape, loss_type):
     """Blocks, parts, threads and their ends; truth is the torch path in fp64."""
     logprob, old, advantage, mask, selected = large(*shape, device)
@@ -112,7 +107,7 @@ def test_any_shape_is_near_fp64(ratio_loss, device, shape, loss_type):
         )
 
 
-@compiled
+@not_interpreted
 def test_every_log_ratio_is_exact_to_rounding(ratio_loss, device):
     """exp and exp - 1 - x of the kernel, one token at a time through the metrics."""
     log_ratio = torch.cat([torch.linspace(-20, 20, 301), torch.logspace(-6, 0, 50)]).to(device)
@@ -128,7 +123,7 @@ def test_every_log_ratio_is_exact_to_rounding(ratio_loss, device):
         assert (metrics["kl/k3"] - excess).abs() <= 2 * eps * (excess + true.abs())
 
 
-@compiled
+@not_interpreted
 def test_same_bits_twice(ratio_loss, device):
     batch = large(3, 40000, device)
     batch[0].requires_grad_()
