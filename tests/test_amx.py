@@ -103,8 +103,7 @@ def test_threads_move_the_last_bits_only(isa):
         torch.set_num_threads(before)
     dh, dw, _ = gradients[1]
     for threads in (2, 3):
-        for got, want in zip(found[threads][:5], found[1][:5], strict=True):
-            torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(found[threads][:5], found[1][:5], rtol=1e-6, atol=1e-6)
         assert torch.equal(gradients[threads][1], dw)
         atol = 1e-6 * float(dh.abs().max())
         torch.testing.assert_close(gradients[threads][0], dh, rtol=2**-7, atol=atol)

@@ -117,8 +117,7 @@ def test_forward_stores_the_first_rows_above_the_threshold(above, rows, dtype, m
     head = (h, w, y, b, temperature, 5.0)
     plain = forward(Head(*head, IGNORE), keep_logits=True, variant="cublas")
     found = store(above, rows, *head)
-    for got, want in zip(found[:5], plain[:5], strict=True):
-        assert torch.equal(got, want)
+    torch.testing.assert_close(found[:5], plain[:5], rtol=0, atol=0)
     wanted = ((plain.entropy >= above) & (y != IGNORE)).nonzero().squeeze(1)[:rows]
     places = torch.full((T,), -1, device=DEVICE)
     places[wanted] = torch.arange(len(wanted), device=DEVICE)
@@ -277,8 +276,7 @@ def test_the_same_bits_twice():
     inputs = (gradients_of(T), *make(SHAPE, torch.bfloat16))
     options = options_of(inputs[1:], **OPTIONS["all"])
     first, second = (back(store(0.0, 60, *inputs[1:], **options), *inputs, **options) for _ in "ab")
-    for one, other in zip(first, second, strict=True):
-        assert torch.equal(one, other)
+    torch.testing.assert_close(first, second, rtol=0, atol=0)
 
 
 def test_only_chunks_of_products_store_rows():
@@ -320,8 +318,7 @@ def test_a_known_threshold_costs_two_products_of_the_rows_above_it(room, monkeyp
     assert watch.products == (T + 3 * selected - read) * V * D
     bounded, _ = loss_and_gradients(*inputs, threshold=threshold, max_active_rows=selected)
     for result in (got, bounded):
-        for x, y in zip(result, want, strict=True):
-            torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(result, want, rtol=1e-4, atol=1e-5)
 
 
 def test_without_a_backward_nothing_is_stored(monkeypatch):
