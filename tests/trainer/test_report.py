@@ -16,15 +16,12 @@ import pytest
 import trainer.report.page
 import trainer.report.samples
 import trainer.run
-from tests.trainer.report_cases import make_run, metrics_row, samples, skipped_row, unscored
+from tests.trainer.report_cases import make_run, metrics_row, skipped_row
 from tests.trainer.small import Even, save_folder, settings
 from trainer.config import Config, Eval, Reward
 from trainer.log import RunLog, Sample
-from trainer.report.charts import ticks
 from trainer.report.page import LiveReport, write_report
-from trainer.report.plots import MAX_POINTS, Line, plot
-from trainer.report.samples import ends
-from trainer.report.skips import KINDS
+from trainer.report.plots import MAX_POINTS
 from trainer.train import train
 
 VOID = {"meta", "br"}
@@ -225,31 +222,6 @@ def test_five_thousand_steps_stay_small_quick_and_legible(tmp_path):
     assert max(abs(a - b) for a, b in itertools.pairwise(heights)) < 8  # it is smooth
 
 
-def test_a_spike_does_not_flatten_the_rest(tmp_path):
-    points = [(step, 1e6 if step == 700 else 1 + step % 2) for step in range(1000)]
-    svg = plot([Line("a", points, "c1")], "unit")
-    labels = re.findall(r'text-anchor="end">([\d.,]+)</text>', svg)
-    assert float(labels[-1].replace(",", "")) < 1e5
-    assert "not shown: single steps up to 1e+06" in svg
-
-
-def test_dots_are_as_many_as_can_be_told_apart():
-    def dots(number):
-        svg = plot([Line("a", [(i, i % 3) for i in range(number)], "c1", markers=True)], "unit")
-        return re.findall(r' r="([\d.]+)"', svg)
-
-    assert dots(20) == ["3.5"] * 20
-    assert dots(100) == ["1.8"] * 100
-    assert dots(MAX_POINTS + 1) == []
-
-
-def test_a_line_does_not_cross_a_long_stretch_without_values():
-    points = [(i, 1.0) for i in range(10)] + [(i, 2.0) for i in range(40, 50)]
-    line = re.search(r'class="line c1" d="([^"]*)"', plot([Line("a", points, "c1")], "unit"))
-    assert line is not None
-    assert line[1].count("M") == 2
-
-
 def test_the_page_is_written_while_the_run_goes(tmp_path, monkeypatch):
     monkeypatch.setattr(trainer.run, "make_task", lambda *_: Even())
     monkeypatch.setattr(trainer.report.page, "SHARE", math.inf)
@@ -303,47 +275,6 @@ def test_the_page_takes_a_small_part_of_the_time(tmp_path, monkeypatch):
     assert len(drawn) == before + 1
 
 
-@pytest.mark.parametrize("block", [64, 1 << 20])
-@pytest.mark.parametrize("steps", [0, 1, 2, 9])
-def test_the_ends_of_many_samples_are_read(tmp_path, monkeypatch, block, steps):
-    """Without the middle: a broken line there is not seen."""
-    monkeypatch.setattr(trainer.report.samples, "BLOCK", block)
-    log = RunLog.open(tmp_path / "run", Config())
-    log.samples_path.touch()
-    rng = random.Random(0)
-    for step in range(1, steps + 1):
-        log.samples(10 * step, [*unscored(rng), *samples(rng, 0.4, 2)])
-    with log.samples_path.open("a") as file:
-        file.write('{"step": 99, "resp')
-    rows = ends(log.samples_path)
-    want = {0: [], 1: [10] * 6}.get(steps, [10] * 6 + [10 * steps] * 6)
-    assert [row["step"] for row in rows] == want
-    assert ends(tmp_path / "no.jsonl") == []
-
-
-def test_samples_on_the_page_are_of_every_kind(tmp_path):
-    log = RunLog.open(tmp_path / "run", Config())
-    log.write({"step": 1})
-    rows = [Sample("p", "a", 0.0, ["a"], [], [], "wrong")] * 30
-    rows += [Sample("p", "a", 0.0, ["a"], [], [], kind) for kind in KINDS]
-    log.samples(1, rows)
-    text, _ = page(log.folder)
-    kinds = re.findall(r'<span class="(?:right|wrong)">(\w+)</span>', text)
-    assert sorted(kinds) == sorted([*KINDS, "wrong"])
-
-
-def test_samples_of_an_earlier_version(tmp_path):
-    """Without a kind."""
-    log = RunLog.open(tmp_path / "run", Config())
-    log.write({"step": 1})
-    log.samples(1, [Sample("p", "a", 0.5, ["a"], [0.1], [True]), *samples(random.Random(0), 1, 1)])
-    rows = [json.loads(line) for line in log.samples_path.read_text().splitlines()]
-    for row in rows:
-        del row["kind"]
-    log.samples_path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert page(log.folder)[0].count('class="wrong">wrong<') == 2
-
-
 def test_page_needs_nothing_from_outside(tmp_path):
     text, parsed = page(make_run(tmp_path / "demo").folder)
     bare = re.sub(r'xmlns(:\w+)?="[^"]*"', "", text)
@@ -352,32 +283,6 @@ def test_page_needs_nothing_from_outside(tmp_path):
         assert tag not in {"script", "link", "img", "iframe", "object", "embed"}
         assert not {"src", "href", "xlink:href", "srcset"} & set(attributes)
         assert not any(name.startswith("on") for name in attributes)
-
-
-def test_text_of_the_model_is_escaped(tmp_path):
-    evil = "<script>alert('&')</script>"
-    log = RunLog.open(tmp_path / "run", Config(name=evil), device=evil)
-    log.write({"step": 1, "reward/mean": 0.5})
-    odd = '"><img src=x>\x00\x1b[31m\ud83d'
-    log.samples(1, [Sample(evil, evil + odd, 1.0, [evil, odd], [0.1, 2.0], [False, True])])
-    text, parsed = page(log.folder)
-    assert not {"script", "img"} & {tag for tag, _ in parsed.tags}
-    assert "&lt;script&gt;alert(" in text
-    assert evil in parsed.text
-    assert not re.search("[\x00-\x08\x0b-\x1f]", text)
-
-
-def test_tokens_are_graded_and_marked(tmp_path):
-    log = RunLog.open(tmp_path / "run", Config())
-    log.write({"step": 1})
-    row = Sample("p", "ab c", 0.0, ["a", "b", " c"], [0.0, 2.0, math.nan], [False, True, False])
-    log.samples(1, [row])
-    spans = [a for tag, a in page(log.folder)[1].tags if tag == "span" and "title" in a]
-    assert spans == [
-        {"class": "h0", "title": "0.000 nats"},
-        {"class": "h10 k", "title": "2.000 nats, selected"},
-        {"class": "h0", "title": "entropy not finite"},
-    ]
 
 
 def test_missing_metrics_are_named(tmp_path):
@@ -417,27 +322,3 @@ def test_folders_that_cannot_be_reported(tmp_path):
     log.metrics_path.touch()
     with pytest.raises(ValueError, match=r"metrics\.jsonl is empty"):
         write_report(log.folder)
-
-
-@pytest.mark.parametrize(
-    ("low", "high"),
-    [(0, 1), (0, 0), (5, 5), (-2, -2), (0, 0.0031), (-0.4, 0.9), (17, 12345), (0, 1e-9)],
-)
-def test_ticks_enclose_the_range(low, high):
-    found = ticks(low, high)
-    assert 2 <= len(found) <= 9
-    assert found[0] <= low + 1e-12
-    assert found[-1] >= high - 1e-12
-
-
-def test_a_gap_breaks_the_line():
-    points = [(1, 1.0), (2, 2.0), (3, None), (4, 3.0), (5, 1.0)]
-    svg = plot([Line("a", points, "c1")], "unit")
-    line = re.search(r'class="line c1" d="([^"]*)"', svg)
-    assert line is not None
-    assert line[1].count("M") == 2
-
-
-def test_a_plot_without_values_is_refused():
-    with pytest.raises(ValueError, match="nothing to plot"):
-        plot([Line("a", [(1, None)], "c1")], "unit")
