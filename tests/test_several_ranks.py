@@ -144,7 +144,7 @@ def check_gradients(got, want, case):
 @pytest.mark.slow
 def test_torchrun_prints_the_lines_of_one_process(tmp_path):
     lines = run(tmp_path, str(EXAMPLE))
-    line = r"update \d: loss \S+, gradient norm \S+, ratio \d\.\d{4}, kept 16 of 78 tokens"
+    line = r"update \d: loss \S+, gradient norm \S+, ratio \d\.\d{4}, selected 16 of 78 tokens"
     assert len(lines) == 3
     assert all(re.fullmatch(line, each) for each in lines), lines
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
