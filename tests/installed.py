@@ -43,7 +43,7 @@ def run(*command: str | Path, fails: bool = False, **options) -> str:
 
 
 def environment(compiler: bool = True) -> dict[str, str]:
-    """Of a build with this environment's tools, with a C++ compiler or without."""
+    """The environment of a build with this one's tools, with a C++ compiler or without."""
     tools = sysconfig.get_path("scripts")
     path = f"{tools}{os.pathsep}{os.environ['PATH']}" if compiler else tools
     left_out = {"TRITON_INTERPRET"} if compiler else {"TRITON_INTERPRET", "CXX"}

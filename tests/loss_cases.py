@@ -14,7 +14,7 @@ B, L = 6, 9
 
 
 class Case(NamedTuple):
-    """fp64; advantage_B is one a sequence, and `selected` a subset of the mask."""
+    """fp64; advantage_B is per sequence, and `selected` a subset of the mask."""
 
     logprob: Tensor
     old: Tensor

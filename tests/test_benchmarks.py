@@ -138,7 +138,7 @@ def test_suite_counts_products_and_lists_what_is_missing(tree):
         assert units["checkpoint"] == units["chunked"] == 4
         assert units["torch-1"] == 4
         assert units["torch-0.2"] == units["floor"] == 1.6
-        # Of so small a D the logits are recomputed and not kept.
+        # With so small a D the logits are recomputed, not stored.
         assert units["torch-0.2-known"] == 0.8
         assert units["torch-forward"] == 1
         assert units["torch-0.2-half"] < 1.6

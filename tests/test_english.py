@@ -10,7 +10,7 @@ ROOT = Path(__file__).parents[1]
 # A file or folder joins this list when it has no complaint left.
 CLEAN = [
     *("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "docs"),
-    *("csrc", "entropy_kernels", "trainer", "benchmarks", "examples", "setup.py", "tests/cpp"),
+    *("csrc", "entropy_kernels", "trainer", "benchmarks", "examples", "setup.py", "tests"),
     "tools",
 ]
 

@@ -295,7 +295,7 @@ def test_instruction_sets_and_threads_agree():
 @pytest.mark.parametrize("split", [64, 128], ids=["one block a split", "two"])
 @pytest.mark.parametrize("rows", ROWS)
 def test_variants_of_triton(variant, split, rows):
-    """Of one block a split nothing is carried from block to block."""
+    """With one block per split nothing is carried from block to block."""
     tiles = pytest.importorskip("entropy_kernels._triton.common.tiles")
     from entropy_kernels import device
     from entropy_kernels._triton.head_forward.launch import forward

@@ -12,7 +12,7 @@ import entropy_kernels
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "entropy_kernels"
 ANYTHING = None
-# Of the package and of nothing in it: every module may name them.
+# Every module may import these, which import nothing of the package.
 EVERYWHERE = {"_arguments", "_compiler", "_ops", "_shapes"}
 ALLOWED = {
     "head": set(),

@@ -23,7 +23,7 @@ SHAPES = {
 }
 
 
-# Of models, and one; each with a dtype, and 16 bits with the largest.
+# Sizes of models, and one, each with a dtype; the largest have 16 bits.
 VOCABULARIES = [
     *((50257, torch.float32), (129920, torch.float16), (151936, torch.bfloat16)),
     *((152064, torch.float16), (65537, torch.bfloat16)),

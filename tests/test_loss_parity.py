@@ -18,7 +18,7 @@ BOUND = 3e-8
 
 @pytest.fixture(autouse=True)
 def _peers_may_warn():
-    """Of TRL on import, of what it is to become."""
+    """TRL warns on import of what it is to become."""
     if peer_losses.has("trl"):
         peer_losses._trl_trainers()
 
@@ -233,7 +233,7 @@ def test_verl_correction(case, correction, level, threshold):
     ["token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm"],
 )
 def test_verl_aggregations(case, aggregation):
-    """Of a function of one's own; verl's constant length is the padded one unless it is told."""
+    """A function of one's own; verl's constant length is the padded one unless it is told."""
     denominator = 9 if aggregation.endswith("norm") else "selected"
     mine = functools.partial(ek.losses.clipped_ratio, dual_clip=10.0)
     options = {"loss_type": mine, "aggregation": aggregation, "denominator": denominator}

@@ -341,7 +341,7 @@ def test_a_loss_of_ones_own():
 
 
 def test_a_value_functions_advantages_are_the_same_loss():
-    """PPO: one advantage a token, token-mean over everything."""
+    """PPO: one advantage per token, token-mean over everything."""
     c = make_case()
     ratio = (c.logprob - c.old).exp()
     terms = -torch.minimum(ratio * c.advantage, ratio.clamp(0.8, 1.2) * c.advantage)

@@ -145,8 +145,8 @@ def test_the_caches_are_those_that_the_system_reports():
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_blocks_of_every_size_give_the_same(monkeypatch, dtype):
-    """Caches of a small core, of this one, and of a large server: the tokens of forward are
-    independent, a row of the weight's gradient has one writer, the hidden states' is a sum."""
+    """Caches of a small core, of this one and of a large server. The tokens of forward are
+    independent, and a row of the weight's gradient has one writer; the hidden states' is a sum."""
     h, w, y = peaked_head(600, 40, 1301, dtype=dtype)
     grads = [torch.randn(600), torch.randn(600), None]
     results = []

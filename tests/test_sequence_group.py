@@ -96,7 +96,7 @@ BASE = ("logprob", "old_logprob", "mask", "selected")
 
 
 def losses(group, shares):
-    """Of this rank's part of each sequence."""
+    """The results of this rank's part of each sequence."""
     rank, found = dist.get_rank(group), {}
     for dtype in (torch.float64, torch.float32):
         tensors, advantage = batch(dtype)

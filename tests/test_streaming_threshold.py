@@ -244,7 +244,7 @@ def test_a_state_goes_to_the_device_that_was_given(mode):
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("count", [1, 3])
 def test_a_nan_is_kept_whether_or_not_it_is_the_threshold(mode, count):
-    """Of 10 tokens 2 are wanted: 3 NaN are the threshold, 1 is not. All of them are kept."""
+    """Two of 10 tokens are wanted: 3 NaN are the threshold, 1 is not. All NaN are selected."""
     entropy = torch.arange(10.0)
     entropy[1 : 1 + count] = NAN
     threshold = accumulate([(part, None) for part in entropy.split(3)], mode=mode)

@@ -60,7 +60,7 @@ ANY = {
 
 @pytest.fixture(scope="module")
 def python(tmp_path_factory) -> Path:
-    """Of an environment that has the wheel, and no checkout on its path."""
+    """An environment that has the wheel, and no checkout on its path."""
     folder = tmp_path_factory.mktemp("typed")
     wheel = build_wheel(copy_checkout(folder / "checkout"), folder / "wheel", compiler=False)
     return install(wheel, folder / "venv")

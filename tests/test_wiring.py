@@ -48,7 +48,7 @@ def test_the_documented_table_is_what_is_measured(documented, measured):
 
 @pytest.mark.usefixtures("unchecked_shapes")
 def test_the_metrics_are_those_of_the_loss():
-    """Of the library's own call, which on a CPU takes log-probabilities alone."""
+    """Results of the library's own call, which on a CPU takes log-probabilities alone."""
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(0)
         model = wiring.build_model()

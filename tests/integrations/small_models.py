@@ -168,7 +168,7 @@ def head_in_fp64(model: Any) -> Iterator[None]:
 
 
 def gradients(model: Any, found: Any, share: tuple[int, int] = (1, 0)) -> dict[str, Tensor | None]:
-    """Of a weighted sum of log-probs and entropies, by the names of the trainable parameters.
+    """Gradients of a weighted sum of log-probs and entropies, by the parameters' names.
 
     share: how many processes have a part of the sequences, and which part this is.
     """

@@ -105,7 +105,7 @@ def test_backward_of_one_output(which):
 
 
 def test_a_sum_of_many_rows_is_accumulated_in_fp32():
-    """Of 2048 bf16 rows Liger allows 2%."""
+    """With 2048 bf16 rows Liger allows 2%."""
     h, w, y = problem(2048, 256, 512, torch.bfloat16, ignore_every=11)
     incoming = torch.rand(len(y)) + 0.25, None
     *_, dw = assert_no_worse(h, w, y, incoming, 1.0)

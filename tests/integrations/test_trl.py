@@ -187,7 +187,7 @@ def test_another_threshold_of_the_same_step(tmp_path, monkeypatch, besides):
 
 
 def test_another_threshold_asked_for_in_the_last_micro_batch_alone(tmp_path, monkeypatch):
-    """Of a step of three: it is that of all three, too."""
+    """The threshold of a step of three micro-batches is that of all three, too."""
     steps = StepByStep(monkeypatch, besides=0.5, first=2)
     settings = {"gradient_accumulation_steps": 3, "num_iterations": 1, "max_steps": 1}
     with patch_trl(scope="step"):
@@ -224,7 +224,7 @@ def test_a_step_not_generated_as_a_whole_is_refused(tmp_path, settings):
 
 
 def _sharded_gradients():
-    """Of a head under FSDP2, on tokens of this rank's own."""
+    """Gradients of a head under FSDP2, on tokens of this rank's own."""
     model = build_model("qwen3")
     utils.add_fused_lm_head(model, outputs=("log_probs", "entropy"))
     fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
