@@ -5,7 +5,7 @@ import torch
 import torch.distributed as dist
 
 from entropy_kernels import StreamingThreshold, distributed, entropy_threshold, top_entropy_mask
-from tests.processes import spawn
+from tests.processes import meeting, results_by_rank, save_by_groups, spawn
 
 # Tokens of each rank: one of them has none.
 SHARES = {2: [900, 0], 3: [301, 0, 700]}
@@ -61,9 +61,9 @@ def record_moved(call):
     return moved
 
 
-def results_of(rank, shares, group):
+def results_of(group, size):
     """What one rank of `group` selects of its share, and what moved meanwhile."""
-    results = {}
+    rank, shares, results = dist.get_rank(group), SHARES[size], {}
     for kind in KINDS:
         parts = [x.split(shares)[rank] for x in tokens_of(kind, sum(shares))]
         results[kind] = select(*parts, group)
@@ -81,14 +81,9 @@ def results_of(rank, shares, group):
 
 def work(rank, folder):
     """One of three processes: a group of all, and one of the first two."""
-    torch.set_num_threads(1)
     torch.manual_seed(rank)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=3)
-    for world_size, shares in SHARES.items():
-        group = dist.new_group(range(world_size))
-        if rank < world_size:
-            torch.save(results_of(rank, shares, group), f"{folder}/{world_size}-{rank}.pt")
-    dist.destroy_process_group()
+    with meeting(rank, folder, ranks=3):
+        save_by_groups(rank, folder, SHARES, results_of)
 
 
 @pytest.fixture(scope="module")
@@ -98,9 +93,9 @@ def folder(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(params=SHARES, ids=lambda world_size: f"{world_size}-ranks")
+@pytest.fixture(params=SHARES, ids="{}-ranks".format)
 def ranks(request, folder):
-    return [torch.load(folder / f"{request.param}-{rank}.pt") for rank in range(request.param)]
+    return results_by_rank(folder, request.param)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -13,25 +13,19 @@ import entropy_kernels as ek
 from entropy_kernels.distributed import global_count, join_metrics, mean_count
 from entropy_kernels.testing import peaked_head
 from tests.loss_cases import policy_loss, ratio_loss
-from tests.processes import spawn
-from tests.test_sequence_group import BASE, CASES, B, D, L, V, batch
+from tests.processes import meeting, results_by_rank, save_by_groups, spawn
+from tests.test_sequence_group import CASES, TERMS, B, D, L, V, batch, loss_of
 
 # Sequences of each rank: one of them has none.
 SHARES = {2: [4, 1], 3: [2, 0, 3]}
 # What is left to be counted by the loss.
 COUNTED = {name: options for name, options in CASES.items() if "a count" not in name}
-TERMS = {
-    "kl_coef": 0.1,
-    "entropy_coef": 0.01,
-    "reference_logprob": True,
-    "entropy": True,
-    "sampler_logprob": True,
-    "correction": "tis",
-}
+TERMS = TERMS | {"sampler_logprob": True, "correction": "tis"}
 # By which way the head's loss selects.
 WAYS = {
     "fraction": {"fraction": 0.3},
     "all": {"fraction": 0.3, "denominator": "all"},
+    "a count": {"fraction": 0.3, "denominator": "counted"},
     "grpo": {"fraction": 0.3, "loss_type": "grpo"},
     "sequence": {"fraction": 0.3, "scope": "sequence"},
     "threshold": {"threshold": 1.0},
@@ -41,23 +35,6 @@ WAYS = {
 
 def rows(tensors, index):
     return {name: x[index] for name, x in tensors.items()}
-
-
-def loss_of(tensors, advantage, options, **groups):
-    """The loss and its metrics, and its gradients with respect to logprob and entropy."""
-    given = {k: x for k, x in tensors.items() if k in BASE or k in options}
-    numbers = {k: x for k, x in options.items() if k not in given and k != "old_logprob"}
-    leaves = [given["logprob"].clone().requires_grad_()]
-    if "entropy" in given:
-        leaves.append(given["entropy"].clone().requires_grad_())
-        given["entropy"] = leaves[1]
-    old = given["old_logprob"] if options.get("old_logprob", True) is not None else None
-    others = {k: x for k, x in given.items() if k not in ("logprob", "old_logprob", "mask")}
-    loss, metrics = ratio_loss(
-        leaves[0], old, advantage, given["mask"], **others, **numbers, **groups
-    )
-    loss.backward()
-    return loss.detach(), metrics, [x.grad for x in leaves]
 
 
 def in_parts(tensors, advantage, options, group):
@@ -96,6 +73,8 @@ def head_loss(group, shares, options):
         mine = [x.split(shares)[dist.get_rank(group)] for x in mine]
     h, y, old, advantage, mask, selected = mine
     options = options | ({"selected": selected} if "selected" in options else {})
+    if options.get("denominator") == "counted":
+        options["denominator"] = mean_count(mask, group)
     w = w.clone().requires_grad_()
     loss, metrics = policy_loss(h, w, y, old, advantage, mask, group=group, **options)
     loss.backward()
@@ -114,8 +93,8 @@ def grid_loss(options, group=None, sequence_group=None, rows_of=None, columns=No
     return loss, grads
 
 
-def results_of(group, shares):
-    rank, found = dist.get_rank(group), {}
+def results_of(group, size):
+    rank, shares, found = dist.get_rank(group), SHARES[size], {}
     tensors, advantage = batch(torch.float64)
     tensors = {name: x.split(shares)[rank] for name, x in tensors.items()}
     advantage = advantage.split(shares)[rank]
@@ -132,17 +111,12 @@ def results_of(group, shares):
 
 def work(rank, folder):
     """One of four processes: groups of the first two and three, and a grid of two by two."""
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=4)
-    for size, shares in SHARES.items():
-        group = dist.new_group(range(size))
-        if rank < size:
-            torch.save(results_of(group, shares), f"{folder}/{size}-{rank}.pt")
-    sequence_groups = [dist.new_group(ranks) for ranks in ([0, 1], [2, 3])]
-    place = dist.group.WORLD, sequence_groups[rank // 2], rank // 2, rank % 2
-    grid = {name: grid_loss(options, *place) for name, options in COUNTED.items()}
-    torch.save(grid, f"{folder}/grid-{rank}.pt")
-    dist.destroy_process_group()
+    with meeting(rank, folder, ranks=4):
+        save_by_groups(rank, folder, SHARES, results_of)
+        sequence_groups = [dist.new_group(ranks) for ranks in ([0, 1], [2, 3])]
+        place = dist.group.WORLD, sequence_groups[rank // 2], rank // 2, rank % 2
+        grid = {name: grid_loss(options, *place) for name, options in COUNTED.items()}
+        torch.save(grid, f"{folder}/grid-{rank}.pt")
 
 
 @pytest.fixture(scope="module")
@@ -154,7 +128,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(params=SHARES, ids="{}-ranks".format)
 def ranks(request, folder):
-    return [torch.load(folder / f"{request.param}-{rank}.pt") for rank in range(request.param)]
+    return results_by_rank(folder, request.param)
 
 
 exactly = functools.partial(torch.testing.assert_close, rtol=1e-12, atol=1e-14)

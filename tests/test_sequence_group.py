@@ -13,7 +13,7 @@ import entropy_kernels as ek
 from entropy_kernels.losses import LOSSES
 from entropy_kernels.testing import peaked_head
 from tests.loss_cases import policy_loss, ratio_loss
-from tests.processes import spawn
+from tests.processes import meeting, results_by_rank, save_by_groups, spawn
 
 B, L, D, V = 5, 25, 16, 67
 # Tokens of each sequence on each rank.
@@ -71,38 +71,31 @@ def batch(dtype):
     return tensors, torch.tensor([1.0, -1.0, 0.7, -0.4, 2.0], dtype=dtype)
 
 
-def loss_of(tensors, advantage, options, group):
-    """The loss and its gradients with respect to logprob and entropy."""
-    tensors = {k: x for k, x in tensors.items() if options.get(k, k in BASE) is not None}
+def loss_of(tensors, advantage, options, **groups):
+    """The loss and its metrics, and its gradients with respect to logprob and entropy."""
     given = {k: x for k, x in tensors.items() if k in BASE or k in options}
-    options = {k: x for k, x in options.items() if k not in tensors and k != "old_logprob"}
-    leaves = [given["logprob"].clone().requires_grad_()]
-    given["logprob"] = leaves[0]
-    if "entropy" in given:
-        leaves.append(given["entropy"].clone().requires_grad_())
-        given["entropy"] = leaves[1]
-    old = given.pop("old_logprob", None)
-    loss, _ = ratio_loss(
-        *(given.pop("logprob"), old, advantage, given.pop("mask")),
-        **given,
-        **options,
-        sequence_group=group,
-    )
+    numbers = {k: x for k, x in options.items() if k not in tensors}
+    leaves = {k: given[k].clone().requires_grad_() for k in ("logprob", "entropy") if k in given}
+    given |= leaves
+    if options.get("old_logprob", True) is None:
+        given["old_logprob"] = None
+    loss, metrics = ratio_loss(advantage=advantage, **given, **numbers, **groups)
     loss.backward()
-    return [loss.detach(), *(x.grad for x in leaves)]
+    return loss.detach(), metrics, [x.grad for x in leaves.values()]
 
 
 BASE = ("logprob", "old_logprob", "mask", "selected")
 
 
-def losses(group, shares):
+def losses_of(group, shares):
     """The results of this rank's part of each sequence."""
     rank, found = dist.get_rank(group), {}
     for dtype in (torch.float64, torch.float32):
         tensors, advantage = batch(dtype)
         tensors = {name: x.split(shares, 1)[rank] for name, x in tensors.items()}
         for name, options in CASES.items():
-            found[dtype, name] = loss_of(tensors, advantage, options, group)
+            loss, _, grads = loss_of(tensors, advantage, options, sequence_group=group)
+            found[dtype, name] = loss, grads
     return found
 
 
@@ -144,7 +137,7 @@ def errors(group):
     tensors, advantage = batch(torch.float32)
     part = {name: x for name, x in tensors.items() if name in BASE}
     with pytest.raises(ValueError, match=r"sequence_group.*own must take it") as own:
-        loss_of(part, advantage, {"loss_type": blind_loss}, group)
+        loss_of(part, advantage, {"loss_type": blind_loss}, sequence_group=group)
     h, w, y = peaked_head(B * L, D, V)
     rows = h.reshape(B, L, D), w, y.reshape(B, L), None, advantage, part["mask"]
     with pytest.raises(ValueError, match=r'scope="sequence".*sequence_group') as scope:
@@ -152,20 +145,19 @@ def errors(group):
     return str(own.value), str(scope.value)
 
 
+def results_of(group, size):
+    found = {f.__name__: f(group, SHARES[size]) for f in (losses_of, selections)}
+    return found | {"errors": errors(group)}
+
+
 def work(rank, folder):
     """One of four processes: groups of the first two and three, and a grid of two by two."""
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=4)
-    for size, shares in SHARES.items():
-        group = dist.new_group(range(size))
-        if rank < size:
-            results = {"losses": losses(group, shares), "selections": selections(group, shares)}
-            torch.save(results | {"errors": errors(group)}, f"{folder}/{size}-{rank}.pt")
-    vocab_groups = [dist.new_group(ranks) for ranks in ([0, 1], [2, 3])]
-    sequence_groups = [dist.new_group(ranks) for ranks in ([0, 2], [1, 3])]
-    grid = head_loss(vocab_groups[rank // 2], sequence_groups[rank % 2])
-    torch.save(grid, f"{folder}/grid-{rank}.pt")
-    dist.destroy_process_group()
+    with meeting(rank, folder, ranks=4):
+        save_by_groups(rank, folder, SHARES, results_of)
+        vocab_groups = [dist.new_group(ranks) for ranks in ([0, 1], [2, 3])]
+        sequence_groups = [dist.new_group(ranks) for ranks in ([0, 2], [1, 3])]
+        grid = head_loss(vocab_groups[rank // 2], sequence_groups[rank % 2])
+        torch.save(grid, f"{folder}/grid-{rank}.pt")
 
 
 @pytest.fixture(scope="module")
@@ -177,20 +169,19 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module", params=SHARES, ids="{}-ranks".format)
 def ranks(request, folder):
-    files = [folder / f"{request.param}-{rank}.pt" for rank in range(request.param)]
-    return [torch.load(file) for file in files]
+    return results_by_rank(folder, request.param)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize("name", CASES)
 def test_parts_add_up_to_whole_sequences(ranks, name, dtype):
-    want, *grads = loss_of(*batch(dtype), CASES[name], None)
-    parts = [rank["losses"][dtype, name] for rank in ranks]
+    want, _, grads = loss_of(*batch(dtype), CASES[name])
+    parts = [rank["losses_of"][dtype, name] for rank in ranks]
     close = functools.partial(torch.testing.assert_close, rtol=1e-5, atol=1e-6)
     if dtype == torch.float64:
         close = functools.partial(torch.testing.assert_close, rtol=1e-12, atol=1e-14)
-    close(sum(part[0] for part in parts), want)
-    for got, grad in zip(zip(*(part[1:] for part in parts), strict=True), grads, strict=True):
+    close(sum(loss for loss, _ in parts), want)
+    for got, grad in zip(zip(*(x for _, x in parts), strict=True), grads, strict=True):
         assert grad.abs().max() > 0
         close(torch.cat(got, 1), grad)
 

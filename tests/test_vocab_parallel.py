@@ -14,7 +14,7 @@ from entropy_kernels import _rows
 from entropy_kernels.testing import assert_within_two_bounds
 from tests.head_cases import check_statistics, make, three_of
 from tests.loss_cases import policy_loss
-from tests.processes import spawn
+from tests.processes import meeting, results_by_rank, spawn
 from tests.vocab_parallel_cases import (
     BEST,
     CASES,
@@ -46,8 +46,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module", params=[2, 3], ids="{}-ranks".format)
 def ranks(request, folder):
-    files = [folder / f"{request.param}-{rank}.pt" for rank in range(request.param)]
-    return [torch.load(file, weights_only=False) for file in files]
+    return results_by_rank(folder, request.param)
 
 
 @pytest.mark.parametrize(("impl", "name"), PAIRS)
@@ -151,8 +150,7 @@ def test_errors_name_what_is_wrong_on_every_rank(ranks):
 
 def test_combinations_without_meaning_are_refused(tmp_path):
     h, w, y = make("peaked", (9, 8, 67), torch.float32)
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    try:
+    with meeting(0, tmp_path, ranks=1):
         group = dist.group.WORLD
         with pytest.raises(ValueError, match=r'"reference".*vocab_group'):
             ek.linear_logprob_entropy(ek.Head(h, w, y), vocab_group=group, impl="reference")
@@ -165,5 +163,3 @@ def test_combinations_without_meaning_are_refused(tmp_path):
             ek.Head(h[:0], w, y[:0]), vocab_group=group, keep_logits_above=0.1
         )
         assert none.entropy.shape == (0,)
-    finally:
-        dist.destroy_process_group()

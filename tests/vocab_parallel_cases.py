@@ -16,6 +16,7 @@ from entropy_kernels import _native, _rows, backends, testing
 from entropy_kernels.testing import Watch, peaked_head
 from tests.head_cases import logprob_entropy, make, run
 from tests.loss_cases import policy_loss
+from tests.processes import meeting, save_by_groups
 
 T, D, V = 67, 40, 211
 SHARES = {
@@ -233,10 +234,9 @@ def errors(group):
     return found
 
 
-def results_of(group):
+def results_of(group, size):
     results = {"cost": cost(group), "masked": masked_vocabulary(group), "errors": errors(group)}
     results["extremes"] = extremes(group)
-    size = dist.get_world_size(group)
     results["losses"] = losses(group, [100, 419] if size == 2 else [19, 0, 500])
     for impl in ("torch", *(name for name, why in MISSING.items() if why is None)):
         names = OF_TRITON if impl == "triton" else CASES
@@ -246,12 +246,7 @@ def results_of(group):
 
 def work(rank, folder):
     """One of three processes: a group of all, and one of the first two."""
-    torch.set_num_threads(1)
     if os.environ.get("TRITON_INTERPRET") == "1":
         testing.mend_interpreter()
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=3)
-    for size in (2, 3):
-        group = dist.new_group(range(size))
-        if rank < size:
-            torch.save(results_of(group), f"{folder}/{size}-{rank}.pt")
-    dist.destroy_process_group()
+    with meeting(rank, folder, ranks=3):
+        save_by_groups(rank, folder, (2, 3), results_of)
