@@ -23,6 +23,15 @@ class Case(NamedTuple):
     mask: Tensor
     selected: Tensor
 
+    def loss(self, logprob: Tensor, **options: Any) -> Tensor:
+        """The loss of other log-probs."""
+        return self._replace(logprob=logprob).both(**options)[0]
+
+    def both(self, **options: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        """`ratio_loss` of the selected tokens; `options` may replace old_logprob and selected."""
+        given = {"old_logprob": self.old, "selected": self.selected} | options
+        return ratio_loss(logprob=self.logprob, advantage=self.advantage, mask=self.mask, **given)
+
 
 def make_case(seed: int = 0, empty: bool = True) -> Case:
     """Ragged sequences, the last one empty; ratios near to one in the first two, and far."""

@@ -1,5 +1,6 @@
 """The KL to a reference, the correction of a sampler, weights, the entropy bonus, aggregations."""
 
+import functools
 import math
 
 import pytest
@@ -32,8 +33,7 @@ def reference(case):
 
 
 def loss_of(case, **options):
-    keywords = {"selected": case.selected} | options
-    return lambda x: ratio_loss(x, case.old, case.advantage, case.mask, **keywords)[0]
+    return functools.partial(case.loss, **options)
 
 
 def assert_gradients_equal(got, want, rtol=1e-12):
@@ -56,9 +56,7 @@ def test_kl_is_its_formula_on_its_tokens(case, reference, kind, on, loss_type):
     got = gradient(case.logprob, loss_of(case, **options, **more))
     assert_gradients_equal(got, gradient(case.logprob, written))
     assert (got[1][~tokens] == 0).all()
-    metrics = ratio_loss(
-        case.logprob, case.old, case.advantage, case.mask, selected=case.selected, **more
-    )[1]
+    metrics = case.both(**more)[1]
     value = KINDS[kind](case.logprob - reference, (case.logprob - case.old).exp())[tokens].mean()
     torch.testing.assert_close(metrics["kl/reference"], value)
 
@@ -156,9 +154,7 @@ def test_corrections_are_weights(case, correction, cap, floor, loss_type):
     weight = by_hand(correction, move, case.mask, cap, floor)
     want = gradient(case.logprob, loss_of(case, token_weight=weight, loss_type=loss_type))
     assert_gradients_equal(got, want)
-    metrics = ratio_loss(
-        case.logprob, case.old, case.advantage, case.mask, selected=case.selected, **options
-    )[1]
+    metrics = case.both(**options)[1]
     kept = case.mask & case.selected
     expected = {
         "mismatch/k3": (move.exp() - 1 - move)[kept].mean(),
@@ -176,9 +172,10 @@ def test_corrections_are_weights(case, correction, cap, floor, loss_type):
 def test_a_log_prob_that_the_engine_did_not_report_is_not_corrected(case):
     sampler = case.old - 3
     sampler[0, 1] = torch.nan
-    options = {"sampler_logprob": sampler, "correction": "mis", "selected": None}
-    grad = gradient(case.logprob, loss_of(case, **options))[1]
-    plain = gradient(case.logprob, loss_of(case, selected=None))[1]
+    options = {"sampler_logprob": sampler, "correction": "mis"}
+    grad, plain = (
+        gradient(case.logprob, loss_of(case, selected=None, **x))[1] for x in (options, {})
+    )
     assert grad[0, 1] == plain[0, 1] != 0
     assert (grad[1:] == 0).all()
 
@@ -208,9 +205,7 @@ def test_a_nan_of_the_entropy_bonus_is_in_the_loss_and_in_the_gradient(case):
     entropy[0, 1] = torch.nan
     loss, grad = gradient(
         entropy,
-        lambda x: ratio_loss(
-            case.logprob, case.old, case.advantage, case.mask, entropy=x, entropy_coef=0.01
-        )[0],
+        lambda x: case.both(entropy=x, entropy_coef=0.01, selected=None)[0],
     )
     assert loss.isnan()
     assert grad.isnan().nonzero().tolist() == [[0, 1]]
@@ -245,19 +240,9 @@ def test_weights_multiply_the_loss_of_their_tokens(case, loss_type):
     assert_gradients_equal(got, gradient(case.logprob, written))
     if loss_type != "gspo":
         assert (got[1][weight == 0] == 0).all()
-    as_bool = ratio_loss(
-        case.logprob,
-        case.old,
-        case.advantage,
-        case.mask,
-        token_weight=weight > 0,
-        loss_type=loss_type,
-    )[0]
-    ones = (weight > 0).double()
-    want = ratio_loss(
-        case.logprob, case.old, case.advantage, case.mask, token_weight=ones, loss_type=loss_type
-    )[0]
-    assert torch.equal(as_bool, want)
+    given = weight > 0, (weight > 0).double()
+    as_bool, as_ones = (case.both(token_weight=x, loss_type=loss_type)[0] for x in given)
+    assert torch.equal(as_bool, as_ones)
 
 
 @pytest.mark.parametrize("on", ["selected", "all"])
@@ -301,11 +286,8 @@ def steps(case, **more):
     rows = [slice(0, 1), slice(1, 4), slice(4, 6)]
 
     def one(x, r):
-        own = {
-            k: v[r] if isinstance(v, torch.Tensor) and v.ndim == 2 else v for k, v in more.items()
-        }
-        tensors = (v[r] for v in (case.old, case.advantage, case.mask))
-        return ratio_loss(x[r], *tensors, selected=case.selected[r], **own)[0]
+        tensors = {k: v[r] for k, v in more.items() if isinstance(v, torch.Tensor) and v.ndim == 2}
+        return type(case)(*(v[r] for v in case)).loss(x[r], **more | tensors)
 
     whole = gradient(case.logprob, lambda x: one(x, slice(None)))
     return whole, gradient(case.logprob, lambda x: sum(one(x, r) for r in rows))
@@ -331,34 +313,17 @@ def test_accumulation_and_sharding_change_nothing(case, reference, loss_type, ag
         options |= {"sampler_logprob": case.old + 0.1, "correction": "sequence_truncate"}
     whole, split = steps(case, **options)
     assert_gradients_equal(split, whole)
-    own = (
-        ratio_loss(
-            case.logprob,
-            case.old,
-            case.advantage,
-            case.mask,
-            selected=case.selected,
-            **{k: v for k, v in options.items() if k != "num_sequences" and v != kept},
-        )[0]
-        if not terms
-        else None
-    )
-    if own is not None:
-        torch.testing.assert_close(own, whole[0])
+    if not terms:
+        own = {k: v for k, v in options.items() if k != "num_sequences" and v != kept}
+        torch.testing.assert_close(case.both(**own)[0], whole[0])
 
 
 @pytest.mark.parametrize("aggregation", SEQUENCES)
 def test_aggregations_are_what_their_names_say(case, aggregation):
-    ones = torch.ones_like(case.logprob)
-    denominator = LENGTH if aggregation.endswith("norm") else "selected"
-    loss = ratio_loss(
-        case.logprob,
-        None,
-        -ones * torch.arange(1, 7)[:, None],
-        case.mask,
-        aggregation=aggregation,
-        denominator=denominator,
-    )[0]
+    advantage = -torch.arange(1, 7)[:, None] * torch.ones_like(case.logprob)
+    options = {"denominator": LENGTH} if aggregation.endswith("norm") else {}
+    options |= {"old_logprob": None, "selected": None, "aggregation": aggregation}
+    loss = case._replace(advantage=advantage).both(**options)[0]
     sums = torch.tensor([9 * 1, 7 * 2, 8 * 3, 4 * 4, 2 * 5.0])
     counts = {"mean": torch.tensor([9, 7, 8, 4, 2]), "sum": 1, "norm": LENGTH}
     want = (sums / counts[aggregation.rsplit("-", 1)[1]]).mean()
