@@ -23,9 +23,13 @@ def options(name):
     return {"denominator": loss_formulas.LENGTH} if name == "dr_grpo" else {}
 
 
-def by_name(name, x, old, advantage, mask, selected=None, **more):
-    keywords = {"loss_type": name, "selected": selected} | options(name) | more
-    return ratio_loss(x, old, advantage, mask, **keywords)
+def by_name(case, name, **more):
+    """Loss and metrics, by default on all tokens of the mask."""
+    return case.both(**{"loss_type": name, "selected": None} | options(name) | more)
+
+
+def loss_of(case, name, **more):
+    return lambda x: by_name(case._replace(logprob=x), name, **more)[0]
 
 
 def test_the_table_of_formulas_is_complete():
@@ -44,12 +48,11 @@ def test_every_loss_is_in_the_docs():
 def test_a_clip_that_a_loss_does_not_take_is_refused(name, clip):
     takes = clip in inspect.signature(losses.LOSSES[name][0]).parameters
     c = make_case()
-    call = functools.partial(by_name, name, c.logprob, c.old, c.advantage, c.mask, **{clip: 1.5})
     if takes and clip == "dual_clip":
-        assert call()[0].isfinite()
+        assert by_name(c, name, dual_clip=1.5)[0].isfinite()
     elif not takes:
         with pytest.raises(ValueError, match=f"{clip} has no meaning with loss_type='{name}'"):
-            call()
+            by_name(c, name, **{clip: 1.5})
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -57,7 +60,7 @@ def test_a_clip_that_a_loss_does_not_take_is_refused(name, clip):
 def test_equals_the_written_formula(name, few):
     c = make_case()
     selected = c.selected if few else torch.ones_like(c.mask)
-    got = gradient(c.logprob, lambda x: by_name(name, x, c.old, c.advantage, c.mask, selected)[0])
+    got = gradient(c.logprob, loss_of(c, name, selected=selected))
     want = gradient(
         c.logprob, lambda x: loss_formulas.loss(name, x, c.old, c.advantage, c.mask, selected)
     )
@@ -69,7 +72,8 @@ def test_equals_the_written_formula(name, few):
 @pytest.mark.parametrize("name", [n for n in NAMES if losses.LOSSES[n][0] is losses.gspo_token])
 def test_gspo_token_has_gspos_value(name):
     c = make_case()
-    got, want = (by_name(n, c.logprob, c.old, c.advantage_B, c.mask)[0] for n in (name, "gspo"))
+    c = c._replace(advantage=c.advantage_B)
+    got, want = (by_name(c, n)[0] for n in (name, "gspo"))
     torch.testing.assert_close(got, want, rtol=1e-12, atol=0)
 
 
@@ -84,7 +88,8 @@ def test_fp32_is_as_good_as_the_formula_in_fp32(name):
     x64, *others = (x.double() for x in fp32)
     truths = gradient(x64, lambda x: formula(x, *others, *masks))
     plain = worst_of_shuffles(formula, fp32[0], (*fp32[1:], *masks), truths)
-    got = gradient(fp32[0], lambda x: by_name(name, x, *fp32[1:], c.mask)[0])
+    given = c._replace(old=fp32[1], advantage=fp32[2])
+    got = gradient(fp32[0], loss_of(given, name))
     assert got[0].dtype == torch.float32
     for g, truth, p in zip(got, truths, plain, strict=True):
         # A sigmoid's s (1 - s) loses what the formula's exponential keeps.
@@ -98,14 +103,9 @@ def test_the_kernel_is_the_plain_function(name):
     how = losses.LOSSES[name][1]
     for dual in (None, 3.0):
         plain = functools.partial(losses.clipped_ratio, dual_clip=dual)
-        tensors = c.old, c.advantage, c.mask, c.selected
-        got = gradient(
-            c.logprob,
-            lambda x, p=plain, t=tensors: by_name(p, x, *t, aggregation=how, **options(name))[0],
-        )
-        want = gradient(
-            c.logprob, lambda x, t=tensors, d=dual: by_name(name, x, *t, dual_clip=d)[0]
-        )
+        more = {"selected": c.selected, "aggregation": how} | options(name)
+        got = gradient(c.logprob, loss_of(c, plain, **more))
+        want = gradient(c.logprob, loss_of(c, name, selected=c.selected, dual_clip=dual))
         for g, w in zip(got, want, strict=True):
             torch.testing.assert_close(g, w, rtol=1e-12, atol=1e-14)
             assert torch.equal(g == 0, w == 0)
@@ -137,10 +137,8 @@ def test_rows_without_gradient_are_exactly_zero(name):
     advantage = c.advantage_B if name in ("gspo", "luspo", "gmpo") else c.advantage
     c = c._replace(advantage=advantage if advantage.ndim == 2 else advantage[:, None].expand(6, 9))
     c = c._replace(advantage=torch.where(torch.arange(6)[:, None] == 1, 0.0, c.advantage))
-    grad = gradient(
-        c.logprob.float(),
-        lambda x: by_name(name, x, c.old.float(), c.advantage.float(), c.mask, c.selected)[0],
-    )[1]
+    fp32 = c._replace(old=c.old.float(), advantage=c.advantage.float())
+    grad = gradient(c.logprob.float(), loss_of(fp32, name, selected=c.selected))[1]
     active = c.mask & c.selected & (c.advantage != 0) & ~clipped_tokens(name, c)
     assert torch.equal(grad != 0, active)
     assert 0 < active.sum() < (c.mask & c.selected).sum()
@@ -150,13 +148,12 @@ def test_rows_without_gradient_are_exactly_zero(name):
 @pytest.mark.parametrize("way", ["nothing kept", "no advantage"])
 def test_nothing_to_learn_is_a_zero_loss_with_zero_gradients(name, way):
     c = make_case()
-    mask = torch.zeros_like(c.mask) if way == "nothing kept" else c.mask
-    advantage = c.advantage * 0 if way == "no advantage" else c.advantage
-    loss, grad = gradient(c.logprob, lambda x: by_name(name, x, c.old, advantage, mask)[0])
+    nothing = {"mask": c.mask & False} if way == "nothing kept" else {"advantage": c.advantage * 0}
+    c = c._replace(**nothing)
+    loss, grad = gradient(c.logprob, loss_of(c, name))
     assert loss == 0
     assert torch.equal(grad, torch.zeros_like(grad))
-    metrics = by_name(name, c.logprob, c.old, advantage, mask)[1]
-    assert all(v.isfinite() for v in metrics.values())
+    assert all(v.isfinite() for v in by_name(c, name)[1].values())
 
 
 @pytest.mark.parametrize("name", [n for n in NAMES if n not in UNCLIPPED])
@@ -165,7 +162,7 @@ def test_all_tokens_clipped_is_a_loss_without_gradient(name):
     likely, unlikely = torch.full_like(c.logprob, -0.01), torch.full_like(c.logprob, -2.0)
     rose = c.advantage_B[:, None] > 0
     x, old = torch.where(rose, likely, unlikely), torch.where(rose, unlikely, likely)
-    loss, grad = gradient(x, lambda x: by_name(name, x, old, c.advantage_B, c.mask)[0])
+    loss, grad = gradient(x, loss_of(c._replace(old=old, advantage=c.advantage_B), name))
     assert torch.equal(grad, torch.zeros_like(grad))
     # DPPO gives a token outside of its region no loss at all, the others that of the bound.
     assert (loss == 0) == name.startswith("dppo")
@@ -177,26 +174,19 @@ def test_what_is_outside_the_mask_may_be_anything(name):
     c = make_case()
     kept = c.mask & c.selected
     outside = ~c.mask if name in OF_SEQUENCES else ~kept
-    clean = gradient(
-        c.logprob, lambda x: by_name(name, x, c.old, c.advantage, c.mask, c.selected)[0]
-    )
+    clean = gradient(c.logprob, loss_of(c, name, selected=c.selected))
     for value in (torch.nan, torch.inf, -torch.inf):
-        dirty = [x.masked_fill(outside, value) for x in (c.logprob, c.old, c.advantage)]
+        names = "logprob", "old", "advantage"
+        dirty = c._replace(**{n: getattr(c, n).masked_fill(outside, value) for n in names})
         weight = torch.ones_like(c.logprob).masked_fill(outside, value)
-        sampler = dirty[1].masked_fill(kept, 0) + c.old.masked_fill(~kept, 0)
-        more = {"token_weight": weight, "reference_logprob": dirty[0], "kl_coef": 0.0}
+        sampler = dirty.old.masked_fill(kept, 0) + c.old.masked_fill(~kept, 0)
+        more = {"token_weight": weight, "reference_logprob": dirty.logprob, "kl_coef": 0.0}
+        more["selected"] = c.selected
         if name != "vespo":
             more |= {"sampler_logprob": sampler, "correction": "tis"}
-        metrics = {}
-
-        def loss(x, d=dirty, m=more, seen=metrics):
-            found, values = by_name(name, x, d[1], d[2], c.mask, c.selected, **m)
-            seen.update(values)
-            return found
-
-        got = gradient(dirty[0], loss)
+        got = gradient(dirty.logprob, loss_of(dirty, name, **more))
         torch.testing.assert_close(got, clean, rtol=0, atol=0)
-        assert all(v.isfinite() for v in metrics.values())
+        assert all(v.isfinite() for v in by_name(dirty, name, **more)[1].values())
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -210,9 +200,8 @@ def test_a_kept_nan_is_in_the_loss_and_in_the_gradient(name, i, clipped):
     if clipped:
         inputs[1][:3] = inputs[0][:3] - 3 * inputs[2][:3].sign()
     inputs[i][0, 1] = torch.nan
-    loss, grad = gradient(
-        inputs[0], lambda x: by_name(name, x, *inputs[1:3], c.mask, token_weight=inputs[3])[0]
-    )
+    c = c._replace(old=inputs[1], advantage=inputs[2])
+    loss, grad = gradient(inputs[0], loss_of(c, name, token_weight=inputs[3]))
     assert loss.isnan()
     assert grad[0, 1].isnan()
     assert grad[1:].isfinite().all()
@@ -224,10 +213,8 @@ def test_a_nan_in_the_sum_of_a_sequence_is_in_its_gradient(name):
     c = make_case()
     selected, old = c.selected.clone(), c.old.clone()
     selected[0, 1], selected[0, 2], old[0, 1] = False, True, torch.nan
-    loss, grad = gradient(
-        c.logprob,
-        lambda x: by_name(name, x, old, c.advantage, c.mask, selected, sequence_over="all")[0],
-    )
+    more = {"selected": selected, "sequence_over": "all"}
+    loss, grad = gradient(c.logprob, loss_of(c._replace(old=old), name, **more))
     assert loss.isnan()
     assert grad[0][selected[0]].isnan().all()
     assert grad[1:].isfinite().all()
@@ -237,10 +224,8 @@ def test_a_nan_in_the_sum_of_a_sequence_is_in_its_gradient(name):
 def test_extreme_ratios_stay_finite(name):
     c = make_case()
     for shift in (-200, 200):
-        got = gradient(
-            c.logprob - max(shift, 0),
-            lambda x, s=shift: by_name(name, x, x.detach() + s, c.advantage, c.mask)[0],
-        )
+        x = c.logprob - max(shift, 0)
+        got = gradient(x, loss_of(c._replace(old=x + shift), name))
         assert got[0].isfinite()
         assert got[1].isfinite().all()
 
@@ -248,9 +233,10 @@ def test_extreme_ratios_stay_finite(name):
 @pytest.mark.parametrize("name", ["dapo", "sapo", "gmpo", "gspo"])
 def test_a_log_ratio_is_clamped_at_twenty(name):
     """Not at 10 nor at 88, where fp32 ends; of sapo's gate the limit is all that is left."""
-    x = torch.tensor([[-1.0]], dtype=torch.float64)
-    mask = torch.ones(1, 1, dtype=torch.bool)
-    got = gradient(x, lambda x: by_name(name, x, x.detach() - 30, -(x.detach() ** 0), mask)[0])
+    x = -torch.ones(1, 1, dtype=torch.float64)
+    got = gradient(
+        x, lambda x: ratio_loss(x, x.detach() - 30, x.detach(), x < 0, loss_type=name)[0]
+    )
     want = 4 / 1.05 if name == "sapo" else math.exp(20)
     torch.testing.assert_close(got[0], torch.tensor(want, dtype=torch.float64))
     assert got[1] == 0
@@ -260,23 +246,11 @@ def test_a_log_ratio_is_clamped_at_twenty(name):
 def test_a_token_without_advantage_may_be_impossible(name):
     """-inf as its log-probability, of a vocabulary that is masked in one engine: 0 * inf is 0."""
     c = make_case()
-    x, old, advantage = c.logprob.clone(), c.old.clone(), c.advantage.clone()
-    advantage[1] = 0
-    clean = gradient(x, lambda x: by_name(name, x, old, advantage, c.mask)[0])
-    x[1, 3] = -torch.inf
-    got = gradient(x, lambda x: by_name(name, x, old, advantage, c.mask)[0])
+    c.advantage[1] = 0
+    clean = gradient(c.logprob, loss_of(c, name))
+    c.logprob[1, 3] = -torch.inf
+    got = gradient(c.logprob, loss_of(c, name))
     torch.testing.assert_close(got, clean, rtol=0, atol=0)
-
-
-def test_gmpo_is_not_grpo():
-    """A trainer whose GMPO silently ran GRPO's loss would pass a test of shapes."""
-    c = make_case()
-    both = [
-        gradient(c.logprob, lambda x, n=n: by_name(n, x, c.old, c.advantage_B, c.mask)[0])
-        for n in ("gmpo", "grpo")
-    ]
-    assert (both[0][0] - both[1][0]).abs() > 1e-3
-    assert (both[0][1] - both[1][1]).abs().max() > 1e-3
 
 
 def test_the_dual_clip_bounds_losses_of_bad_tokens_from_above():
@@ -305,24 +279,21 @@ def test_a_two_sided_delta_is_the_dual_clip(delta):
         terms = ratio.clamp(max=delta) * c.advantage, ratio.clamp(0.8, 1.28) * c.advantage
         return -torch.where(c.mask, torch.minimum(*terms), 0).sum() / c.mask.sum()
 
-    got = gradient(
-        c.logprob, lambda x: ratio_loss(x, c.old, c.advantage, c.mask, dual_clip=delta)[0]
-    )
+    got = gradient(c.logprob, loss_of(c, "dapo", dual_clip=delta))
     torch.testing.assert_close(got, gradient(c.logprob, two_sided), rtol=1e-12, atol=1e-14)
 
 
 def test_options_of_a_loss_are_set_by_partial():
     c = make_case()
-    tensors = c.logprob, c.old, c.advantage, c.mask
     softer = functools.partial(losses.sapo, tau_neg=1.1)
-    assert by_name(softer, *tensors)[0] != by_name("sapo", *tensors)[0]
+    assert by_name(c, softer)[0] != by_name(c, "sapo")[0]
     same = functools.partial(losses.sapo, tau_neg=1.05)
-    assert torch.equal(by_name(same, *tensors)[0], by_name("sapo", *tensors)[0])
-    assert torch.equal(by_name(losses.gspo, *tensors)[0], by_name("gspo", *tensors)[0])
+    assert torch.equal(by_name(c, same)[0], by_name(c, "sapo")[0])
+    assert torch.equal(by_name(c, losses.gspo)[0], by_name(c, "gspo")[0])
     narrow = functools.partial(losses.gspo, clip_low=1e-5, clip_high=1e-5)
-    got = by_name("gspo", *tensors, clip_low=1e-5, clip_high=1e-5)[0]
-    assert torch.equal(by_name(narrow, *tensors)[0], got)
-    assert got != by_name("gspo", *tensors)[0]
+    got = by_name(c, "gspo", clip_low=1e-5, clip_high=1e-5)[0]
+    assert torch.equal(by_name(c, narrow)[0], got)
+    assert got != by_name(c, "gspo")[0]
 
 
 def test_a_loss_of_ones_own():
@@ -334,36 +305,19 @@ def test_a_loss_of_ones_own():
         log_ratio = logprob - old_logprob
         return -log_ratio.exp() * advantage + 1e-3 * log_ratio.square()
 
-    got = gradient(c.logprob, lambda x: by_name(mine, x, c.old, c.advantage, c.mask, c.selected)[0])
+    got = gradient(c.logprob, loss_of(c, mine, selected=c.selected))
     kept = c.mask & c.selected
     want = gradient(c.logprob, lambda x: mine(x, c.old, c.advantage, kept)[kept].sum() / kept.sum())
     torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-14)
-
-
-def test_a_value_functions_advantages_are_the_same_loss():
-    """PPO: one advantage per token, token-mean over everything."""
-    c = make_case()
-    ratio = (c.logprob - c.old).exp()
-    terms = -torch.minimum(ratio * c.advantage, ratio.clamp(0.8, 1.2) * c.advantage)
-    got = ratio_loss(c.logprob, c.old, c.advantage, c.mask, clip_high=0.2)[0]
-    torch.testing.assert_close(got, terms[c.mask].mean())
 
 
 def test_a_clip_range_a_token():
     c = make_case()
     high = torch.rand(6, 9) < 0.5
     low_T, high_T = ek.token_rules.two_clip_ranges(high)
-    got = gradient(
-        c.logprob,
-        lambda x: ratio_loss(x, c.old, c.advantage, c.mask, clip_low=low_T, clip_high=high_T)[0],
-    )
+    got = gradient(c.logprob, loss_of(c, "dapo", clip_low=low_T, clip_high=high_T))
     want = [
-        gradient(
-            c.logprob,
-            lambda x, s=s, e=e: ratio_loss(
-                x, c.old, c.advantage, c.mask, selected=s, clip_low=e, clip_high=e, denominator=1
-            )[0],
-        )
+        gradient(c.logprob, loss_of(c, "dapo", selected=s, clip_low=e, clip_high=e, denominator=1))
         for s, e in ((high, 0.5), (~high, 0.2))
     ]
     # The ranges are fp32, as tensors from a mask are.
@@ -374,10 +328,7 @@ def test_a_clip_range_a_token():
 @pytest.mark.parametrize("name", ["gspo", "gmpo", "sapo", "dppo_kl"])
 def test_compiles_into_one_graph(name, unchecked_shapes):
     c = make_case()
-
-    def step(x):
-        return by_name(name, x, c.old, c.advantage, c.mask, c.selected)[0]
-
+    step = loss_of(c, name, selected=c.selected)
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(
         gradient(c.logprob, compiled), gradient(c.logprob, step), rtol=1e-12, atol=1e-14
