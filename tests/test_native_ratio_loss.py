@@ -107,10 +107,11 @@ def test_any_shape_is_near_fp64(ratio_loss, device, shape, loss_type):
         )
 
 
-@not_interpreted
-def test_every_log_ratio_is_exact_to_rounding(ratio_loss, device):
+def test_every_log_ratio_is_exact_to_rounding(ratio_loss, impl, device):
     """exp and exp - 1 - x of the kernel, one token at a time through the metrics."""
-    log_ratio = torch.cat([torch.linspace(-20, 20, 301), torch.logspace(-6, 0, 50)]).to(device)
+    counts = (21, 7) if (impl, device) == ("triton", "cpu") else (301, 50)
+    points = torch.linspace(-20, 20, counts[0]), torch.logspace(-6, 0, counts[1])
+    log_ratio = torch.cat(points).to(device)
     zero, mask = torch.zeros(1, device=device), torch.ones(1, dtype=torch.bool, device=device)
     for x in log_ratio:
         # Neither is above 0, and their difference is exact.

@@ -78,52 +78,27 @@ def test_one_advantage_a_sequence(ratio_loss, batch):
 
 
 @pytest.mark.parametrize("denominator", ["selected", "all"])
-def test_dapo_micro_batches_add_up_to_one_batch(ratio_loss, batch, denominator):
+@pytest.mark.parametrize("loss_type", ["dapo", "grpo"])
+def test_micro_batches_add_up_to_one_batch(ratio_loss, batch, loss_type, denominator):
     """Each micro-batch divides by the count of the step: accumulation changes nothing."""
-    logprob, old, advantage, mask, selected = batch
-    count = int((mask & selected).sum() if denominator == "selected" else mask.sum())
+    logprob, *others = batch
+    mask, selected = others[2:]
+    options = {"loss_type": loss_type, "denominator": denominator}
+    if loss_type == "grpo":
+        counts = {"num_sequences": int(mask.any(1).sum())}
+    else:
+        counts = {
+            "denominator": int((mask & selected if denominator == "selected" else mask).sum())
+        }
 
-    def whole(x):
-        options = {"selected": selected, "denominator": denominator}
-        return ratio_loss(x, old, advantage, mask, **options)[0]
+    def part(x, rows, more):
+        *given, kept = (y[rows] for y in others)
+        return ratio_loss(x[rows], *given, selected=kept, **options | more)[0]
 
-    def split(x):
-        rows = [slice(0, 1), slice(1, 4), slice(4, 5)]
-        return sum(
-            ratio_loss(
-                x[r], old[r], advantage[r], mask[r], selected=selected[r], denominator=count
-            )[0]
-            for r in rows
-        )
-
-    for got, want in zip(gradient(logprob, split), gradient(logprob, whole), strict=True):
-        torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-7)
-
-
-@pytest.mark.parametrize("denominator", ["selected", "all"])
-def test_grpo_micro_batches_add_up_to_one_batch(ratio_loss, batch, denominator):
-    logprob, old, advantage, mask, selected = batch
-    options = {"loss_type": "grpo", "denominator": denominator}
-
-    def whole(x):
-        return ratio_loss(x, old, advantage, mask, selected=selected, **options)[0]
-
-    def split(x):
-        return sum(
-            ratio_loss(
-                x[r],
-                old[r],
-                advantage[r],
-                mask[r],
-                selected=selected[r],
-                num_sequences=int(mask.any(1).sum()),
-                **options,
-            )[0]
-            for r in (slice(0, 2), slice(2, 5))
-        )
-
-    for got, want in zip(gradient(logprob, split), gradient(logprob, whole), strict=True):
-        torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-7)
+    split = [slice(0, 1), slice(1, 4), slice(4, 5)]
+    got = gradient(logprob, lambda x: sum(part(x, rows, counts) for rows in split))
+    want = gradient(logprob, lambda x: part(x, slice(None), {}))
+    torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-7)
 
 
 def test_rows_without_gradient_are_exactly_zero(ratio_loss, batch):
@@ -181,7 +156,10 @@ def test_a_selected_nan_is_seen(ratio_loss, batch):
         dirty[i][0, 3] = torch.nan
         loss, grad = gradient(dirty[0], lambda x, d=dirty: ratio_loss(x, *d[1:], batch[3])[0])
         assert loss.isnan()
-        assert torch.equal(grad.isnan().nonzero(), torch.tensor([[0, 3]], device=grad.device))
+        assert grad.isnan().nonzero().tolist() == [[0, 3]]
+        metrics = ratio_loss(*dirty, batch[3])[1]
+        names = ("ratio/mean", "ratio/max", "kl/k1", "kl/k3")
+        assert all(metrics[name].isnan() == (i < 2) for name in names)
 
 
 @pytest.mark.parametrize("loss_type", ["dapo", "cispo"])
@@ -197,17 +175,10 @@ def test_a_selected_nan_is_in_the_gradient_whatever_else_would_be_zero(
     advantage[0, 3] = 0.0 if why == "no advantage" else 1.0
     weight[0, 3] = 0.0 if why == "no weight" else 1.0
     (logprob, old, advantage)[i][0, 3] = torch.nan
+    options = {"loss_type": loss_type, "token_weight": weight}
+    options["impl"] = impl if loss_type == "dapo" else "auto"
     loss, grad = gradient(
-        logprob,
-        lambda x: loss_cases.ratio_loss(
-            x,
-            old,
-            advantage,
-            mask,
-            loss_type=loss_type,
-            token_weight=weight,
-            impl=impl if loss_type == "dapo" else "auto",
-        )[0],
+        logprob, lambda x: loss_cases.ratio_loss(x, old, advantage, mask, **options)[0]
     )
     assert loss.isnan()
     assert grad.isnan().nonzero().tolist() == [[0, 3]]
