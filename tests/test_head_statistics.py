@@ -221,6 +221,14 @@ def test_a_name_that_a_backend_does_not_fill_is_refused(impl, device, monkeypatc
         ek.linear_logprob_entropy(ek.Head(h, w, y), statistics=("sum_p3",), impl=impl)
 
 
+def test_a_row_of_the_buffer_that_no_kernel_fills_is_never_returned(impl, device, monkeypatch):
+    """A number of FILLED that is raised alone."""
+    monkeypatch.setitem(_rows.FILLED, impl, 5)
+    h, w, y = make("peaked", (3, 8, 11), torch.float32, device)
+    with pytest.raises((AssertionError, RuntimeError)):
+        ek.linear_logprob_entropy(ek.Head(h, w, y), statistics=("max_prob",), impl=impl)
+
+
 def test_every_statistic_is_a_field_of_the_output():
     assert ek.LogprobEntropy._fields[3:] == NAMES
 

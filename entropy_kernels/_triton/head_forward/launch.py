@@ -55,6 +55,10 @@ def forward(
     logits = _empty((count, vocabulary) if keep_logits else (0,), head.hidden)
     # Five tensors: an op's outputs are not views of one.
     rows = ForwardRows._make([*(_empty((count,), head.hidden) for _ in range(5)), logits, None])
+    if statistics is not None:
+        assert statistics.dtype == torch.float32
+        assert statistics.is_contiguous()
+        assert statistics.shape == (4, count)  # what merge_kernel fills
     if count == 0:
         return rows
 
