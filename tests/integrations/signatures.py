@@ -1,7 +1,9 @@
-"""What a replacement must take: all that the function in whose place it is takes, and by name."""
+"""What others' functions and options are called, for replacements and for docs/losses.md."""
 
 import inspect
+import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -33,3 +35,16 @@ def replacements(patch: Callable[[], Patch]) -> list[tuple[str, Any, Any]]:
         patch().undo()
     assert given
     return given
+
+
+def names_in_docs(library: str) -> list[str]:
+    """Every option that the table of docs/losses.md names for `library`, without a value.
+
+    Names in parentheses and after "for" are losses and values.
+    """
+    page = (Path(__file__).parents[2] / "docs" / "losses.md").read_text()
+    lines = page.split("## Options by their names elsewhere")[1].split("\n## ")[0].splitlines()
+    head, _, *rows = [line.strip("| ").split(" | ") for line in lines if line.startswith("|")]
+    cells = [row[head.index(library)] for row in rows]
+    options = [re.sub(r"\(.*?\)|for `.*?`", "", cell) for cell in cells]
+    return [name.split("=")[0] for cell in options for name in re.findall("`(.*?)`", cell)]

@@ -1,5 +1,6 @@
 """What TRL's functions take, the replacements take, from a trainer and from any other caller."""
 
+import dataclasses
 import math
 from unittest.mock import Mock
 
@@ -8,11 +9,12 @@ import torch
 
 pytest.importorskip("trl", reason="the adapter is for TRL")
 
+from trl import GRPOConfig
 from trl.trainer.grpo_trainer import GRPOTrainer
 
 from entropy_kernels.integrations import trl as adapter
 from entropy_kernels.integrations.trl import patch_trl
-from tests.integrations.signatures import assert_same_parameters, replacements
+from tests.integrations.signatures import assert_same_parameters, names_in_docs, replacements
 
 
 def test_replacements_take_what_was_taken():
@@ -24,6 +26,12 @@ def test_replacements_take_what_was_taken():
     assert set(found) == {"_use_triton", "get_high_entropy_mask"}
     for theirs, ours in found.values():
         assert_same_parameters(ours, theirs)
+
+
+def test_the_docs_name_options_that_trl_has():
+    names = names_in_docs("TRL")
+    assert len(names) > 15
+    assert set(names) <= {field.name for field in dataclasses.fields(GRPOConfig)}
 
 
 def trainer_of_no_run():
