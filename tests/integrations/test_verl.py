@@ -21,12 +21,8 @@ from entropy_kernels.testing import (
     peaked_head,
     worst_of_orders,
 )
-
-MISSING = "verl is not installed"
-heads = pytest.importorskip("verl.utils.experimental.torch_functional", reason=MISSING)
-monkey_patch = pytest.importorskip("verl.models.transformers.monkey_patch", reason=MISSING)
-core_algos = pytest.importorskip("verl.trainer.ppo.core_algos", reason=MISSING)
-losses = pytest.importorskip("verl.workers.utils.losses", reason=MISSING)
+from tests.integrations.small_models import VOCABULARY, build
+from tests.integrations.small_verl import core_algos, fused, heads, losses, monkey_patch
 
 TEMPERATURE = 1.5
 # T, D, V; verl's V. Hidden states are scaled so that the logits spread as at verl's D of 3584.
@@ -212,36 +208,15 @@ def test_compiles_into_one_graph(patched, unchecked_shapes):
         torch.testing.assert_close(x, want, rtol=1e-6, atol=1e-7)
 
 
-def small_model():
-    """A Qwen3 whose class is its own: verl replaces the forward of the class."""
-    from transformers import Qwen3Config, Qwen3ForCausalLM
-
-    config = Qwen3Config(
-        vocab_size=301,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=16,
-        initializer_range=0.3,
-        tie_word_embeddings=False,
-    )
-    return type("OwnQwen3", (Qwen3ForCausalLM,), {})(config)
-
-
 @pytest.mark.parametrize("labels", ["rolled by the engine", "rolled here"])
 def test_a_model_that_verl_patched(labels, backend):
-    model = small_model()
-    monkey_patch.patch_forward_with_backends(
-        model, use_fused_kernels=True, fused_kernels_backend=backend
-    )
-    ids = torch.randint(301, (2, 11))
+    model = fused(backend=backend)
+    ids = torch.randint(VOCABULARY, (2, 11))
     given = {"temperature": 0.7, "return_dict": True, "use_cache": False}
     target = ids.roll(-1, 1)
     if labels == "rolled by the engine":
         # Not the roll of the ids: only these labels lead to these log-probs.
-        target = torch.randint(301, (2, 11))
+        target = torch.randint(VOCABULARY, (2, 11))
         given["shift_labels"] = target
     results = []
     for wrapped in (False, True):
@@ -266,11 +241,9 @@ def test_a_model_that_verl_patched(labels, backend):
 
 def test_a_backend_that_is_not_covered_raises(patched):
     with pytest.raises(ValueError, match="impl_backend torch and liger; got triton"):
-        monkey_patch.patch_forward_with_backends(
-            small_model(), use_fused_kernels=True, fused_kernels_backend="triton"
-        )
+        fused(backend="triton")
     # Nothing is fused: verl's own business.
-    monkey_patch.patch_forward_with_backends(small_model(), fused_kernels_backend="triton")
+    monkey_patch.patch_forward_with_backends(build("qwen3"), fused_kernels_backend="triton")
 
 
 def attributes():

@@ -9,16 +9,13 @@ import torch
 
 from entropy_kernels.integrations.verl import patch_verl
 from entropy_kernels.testing import Watch
+from tests.integrations.small_models import VOCABULARY as V
+from tests.integrations.small_verl import MISSING, actor, fused, losses, nested, tu
 
-MISSING = "verl is not installed"
 engines = pytest.importorskip("verl.workers.engine.fsdp.transformer_impl", reason=MISSING)
-monkey_patch = pytest.importorskip("verl.models.transformers.monkey_patch", reason=MISSING)
-losses = pytest.importorskip("verl.workers.utils.losses", reason=MISSING)
-config = pytest.importorskip("verl.workers.config", reason=MISSING)
-tu = pytest.importorskip("verl.utils.tensordict_utils", reason=MISSING)
 
 PROMPTS, RESPONSES = [3, 2, 4], [9, 12, 6]
-V, D = 301, 32
+D = 16
 TEMPERATURE = 0.8
 
 
@@ -27,29 +24,6 @@ def _on_a_cpu(monkeypatch):
     """Without CUDA verl takes "cuda" for the device all the same."""
     monkeypatch.setattr(engines, "get_device_id", lambda: "cpu")
     monkeypatch.setattr(engines, "get_device_name", lambda: "cpu")
-
-
-def small_model(backend):
-    from transformers import Qwen3Config, Qwen3ForCausalLM
-
-    torch.manual_seed(0)
-    shape = Qwen3Config(
-        vocab_size=V,
-        hidden_size=D,
-        intermediate_size=48,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=16,
-        initializer_range=0.3,
-        tie_word_embeddings=False,
-    )
-    # A class of its own: verl replaces the forward of the class.
-    model = type("OwnQwen3", (Qwen3ForCausalLM,), {})(shape)
-    monkey_patch.patch_forward_with_backends(
-        model, use_fused_kernels=True, fused_kernels_backend=backend
-    )
-    return model
 
 
 def engine_of(model, dtype):
@@ -64,9 +38,6 @@ def engine_of(model, dtype):
 def micro_batch(temperature=TEMPERATURE):
     generator = torch.Generator().manual_seed(1)
     lengths = [p + r for p, r in zip(PROMPTS, RESPONSES, strict=True)]
-
-    def nested(rows):
-        return torch.nested.as_nested_tensor(list(rows), layout=torch.jagged)
 
     ids = [torch.randint(V, (n,), generator=generator) for n in lengths]
     tensors = {
@@ -92,14 +63,10 @@ def micro_batch(temperature=TEMPERATURE):
 
 def loss_of(engine, loss_mode, **options):
     """Loss and model outputs of one micro-batch."""
-    actor = config.FSDPActorConfig(
-        rollout_n=1,
-        ppo_micro_batch_size_per_gpu=1,
-        policy_loss=config.PolicyLossConfig(loss_mode=loss_mode),
-        **options,
-    )
     loss, output = engine.forward_step(
-        micro_batch(), loss_function=partial(losses.ppo_loss, config=actor), forward_only=False
+        micro_batch(),
+        loss_function=partial(losses.ppo_loss, config=actor(loss_mode, **options)),
+        forward_only=False,
     )
     return loss, [output["model_output"][name].values() for name in ("log_probs", "entropy")]
 
@@ -115,7 +82,7 @@ def step(engine, loss_mode):
 
 @pytest.mark.parametrize("backend", ["torch", "liger"])
 def test_verls_loss_is_the_same_with_either_head(backend):
-    engine = engine_of(small_model(backend), torch.float32)
+    engine = engine_of(fused(backend=backend), torch.float32)
     before = step(engine, "vanilla")
     with patch_verl():
         got = step(engine, "vanilla")
@@ -129,7 +96,7 @@ def test_verls_loss_is_the_same_with_either_head(backend):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_high_entropy_backward_runs_on_the_selected_rows(dtype):
-    model = small_model("torch")
+    model = fused()
     rows = sum(PROMPTS) + sum(RESPONSES)
     gradients = []
 
@@ -156,7 +123,7 @@ def test_high_entropy_backward_runs_on_the_selected_rows(dtype):
 
 @pytest.mark.parametrize("loss_mode", ["vanilla", "high_entropy"])
 def test_the_head_multiplies_the_rows_with_gradient_only(loss_mode):
-    model = small_model("torch").requires_grad_(False)
+    model = fused().requires_grad_(False)
     model.lm_head.requires_grad_(True)
     # Nothing is clipped: every selected row has a gradient.
     unclipped = {"clip_ratio_low": 1.0, "clip_ratio_high": 1e9, "clip_ratio_c": 1e9}
@@ -172,6 +139,6 @@ def test_the_head_multiplies_the_rows_with_gradient_only(loss_mode):
 
 
 def test_verl_itself_refuses_a_temperature_per_sample():
-    engine = engine_of(small_model("torch"), torch.float32)
+    engine = engine_of(fused(), torch.float32)
     with pytest.raises(AssertionError, match="does not support per sample temperature"):
         engine.prepare_model_inputs(micro_batch(torch.ones(len(PROMPTS))))

@@ -5,10 +5,8 @@ import torch
 
 from entropy_kernels.integrations.verl import patch_verl
 from tests.integrations.small_models import batch, build, by_logits
+from tests.integrations.small_verl import fused
 
-monkey_patch = pytest.importorskip(
-    "verl.models.transformers.monkey_patch", reason="verl is not installed"
-)
 peft = pytest.importorskip("peft", reason="its adapters are what is refused")
 # PEFT 0.21 asks transformers 5.23 in the old way.
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated")
@@ -18,16 +16,6 @@ pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is d
 def _patched():
     with patch_verl():
         yield
-
-
-def fused(family="qwen3"):
-    """A model that verl patched; its class is its own, for verl replaces the class's forward."""
-    model = build(family)
-    model.__class__ = type("Own", (type(model),), {})
-    monkey_patch.patch_forward_with_backends(
-        model, use_fused_kernels=True, fused_kernels_backend="torch"
-    )
-    return model
 
 
 def call(model, tokens):

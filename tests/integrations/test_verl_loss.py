@@ -13,18 +13,13 @@ from torch.multiprocessing import spawn
 
 from entropy_kernels.integrations.verl import patch_verl
 from entropy_kernels.testing import Watch, peaked_head
-
-MISSING = "verl is not installed"
-heads = pytest.importorskip("verl.utils.experimental.torch_functional", reason=MISSING)
-core_algos = pytest.importorskip("verl.trainer.ppo.core_algos", reason=MISSING)
-losses = pytest.importorskip("verl.workers.utils.losses", reason=MISSING)
-config = pytest.importorskip("verl.workers.config", reason=MISSING)
-tu = pytest.importorskip("verl.utils.tensordict_utils", reason=MISSING)
+from tests.integrations import small_verl
+from tests.integrations.small_verl import core_algos, heads, losses, nested, tu
 
 PROMPTS, RESPONSES = [3, 2, 4, 1, 3, 5], [7, 12, 5, 9, 12, 1]
 B, L = len(RESPONSES), max(RESPONSES)
 V, D = 301, 16
-CLIP = {"low": 0.2, "high": 0.28, "dual": 2.0}
+CLIP = {"low": 0.2, "high": 0.28, "c": 2.0}
 FRACTION = 0.2
 
 
@@ -35,19 +30,8 @@ def patched():
 
 
 def actor(loss_mode="high_entropy", **options):
-    return config.FSDPActorConfig(
-        rollout_n=1,
-        ppo_micro_batch_size_per_gpu=1,
-        clip_ratio_low=CLIP["low"],
-        clip_ratio_high=CLIP["high"],
-        clip_ratio_c=CLIP["dual"],
-        policy_loss=config.PolicyLossConfig(loss_mode=loss_mode),
-        **options,
-    )
-
-
-def nested(rows):
-    return torch.nested.as_nested_tensor(list(rows), layout=torch.jagged)
+    clips = {f"clip_ratio_{name}": bound for name, bound in CLIP.items()}
+    return small_verl.actor(loss_mode, **clips, **options)
 
 
 def batch(seed=0):
@@ -116,7 +100,7 @@ def leaves(fields):
     return [fields[name].clone().requires_grad_() for name in ("hidden", "weight")]
 
 
-def formula(fields, parts, denominator, dual=CLIP["dual"]):
+def formula(fields, parts, denominator, dual=CLIP["c"]):
     """Equation 6 in fp64: the sum over the top fraction of each part's tokens, over a count.
 
     Loss, gradients of hidden states and weight, and the masks of the parts, [B, L].

@@ -4,17 +4,16 @@ import pytest
 
 from entropy_kernels.integrations import verl as adapter
 from entropy_kernels.integrations.verl import patch_verl
+from tests.integrations import small_verl
 from tests.integrations.signatures import (
     assert_same_parameters,
     names_in_docs,
     parameters,
     replacements,
 )
+from tests.integrations.small_verl import MISSING, config, core_algos
 
-MISSING = "verl is not installed"
-core_algos = pytest.importorskip("verl.trainer.ppo.core_algos", reason=MISSING)
 algorithm = pytest.importorskip("verl.trainer.config.algorithm", reason=MISSING)
-workers = pytest.importorskip("verl.workers.config", reason=MISSING)
 
 
 def test_replacements_take_what_was_taken():
@@ -33,14 +32,14 @@ def test_the_registered_loss_takes_what_verls_own_takes():
 def test_the_docs_name_options_that_verl_has():
     """Settings of the actor, the rollout or its correction, and parameters of a loss."""
     correction = vars(algorithm.RolloutCorrectionConfig())
-    actor = workers.FSDPActorConfig(rollout_n=1, ppo_micro_batch_size_per_gpu=1)
+    actor = small_verl.actor()
     loss = {name for name, _, _ in parameters(core_algos.get_policy_loss_fn("vanilla"))}
     loss |= {name for name, _, _ in parameters(core_algos.agg_loss)} | {"register_policy_loss"}
     assert callable(core_algos.register_policy_loss)
     names = names_in_docs("verl")
     assert len(names) > 15
     for name in names:
-        owner = workers.RolloutConfig(name="vllm") if ".rollout." in name else actor
+        owner = config.RolloutConfig(name="vllm") if ".rollout." in name else actor
         *path, last = name.removeprefix("actor_rollout_ref.rollout.").split(".")
         for part in path:
             owner = getattr(owner, part)
