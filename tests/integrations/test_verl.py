@@ -6,6 +6,7 @@ vocabulary.
 """
 
 import sys
+from contextlib import nullcontext
 from types import ModuleType
 
 import pytest
@@ -170,19 +171,15 @@ def test_backward_pays_for_rows_with_gradient_only(backend):
     g_logprob, g_entropy = torch.zeros(T), torch.zeros(T)
     g_logprob[3:9], g_entropy[7:11] = 1.0, -0.5
     module = heads.FusedLinearForPPO(impl_backend=backend)
-    rows = {}
-    for name in ("verl", "ours"):
-        with Watch() as watch:
-            if name == "verl":
-                before = run(module, h, w, y, g_logprob, g_entropy)
-            else:
-                with patch_verl():
-                    got = run(module, h, w, y, g_logprob, g_entropy)
-        rows[name] = watch.products / (D * V)
-    assert rows == {"verl": T + 3 * T, "ours": T + 3 * 8}
+    results, rows = [], []
+    for patch in (nullcontext, patch_verl):
+        with patch(), Watch() as watch:
+            results.append(run(module, h, w, y, g_logprob, g_entropy))
+        rows.append(watch.products / (D * V))
+    assert rows == [T + 3 * T, T + 3 * 8]
     # Both are fp32: they differ by the rounding of logits, which are far larger than a log-prob.
     rounding = 4 * torch.finfo(torch.float32).eps * float((h @ w.T).detach().abs().max())
-    for x, want in zip(got, before, strict=True):
+    for want, x in zip(*results, strict=True):
         torch.testing.assert_close(x, want, rtol=1e-4, atol=max(rounding, 1e-5))
 
 
@@ -219,15 +216,13 @@ def test_a_model_that_verl_patched(labels, backend):
         target = torch.randint(VOCABULARY, (2, 11))
         given["shift_labels"] = target
     results = []
-    for wrapped in (False, True):
+    for patch in (nullcontext, patch_verl):
         model.zero_grad()
-        patch = patch_verl() if wrapped else None
-        out = model(input_ids=ids, **given)
-        (out.log_probs.square().sum() + 0.1 * out.entropy.sum()).backward()
+        with patch():
+            out = model(input_ids=ids, **given)
+            (out.log_probs.square().sum() + 0.1 * out.entropy.sum()).backward()
         gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
         results.append((out.log_probs.detach(), out.entropy.detach(), gradients))
-        if patch is not None:
-            patch.undo()
     with torch.no_grad():
         hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state
         want = (hidden.double() @ model.lm_head.weight.double().T / 0.7).log_softmax(-1)

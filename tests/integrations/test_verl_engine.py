@@ -63,11 +63,8 @@ def micro_batch(temperature=TEMPERATURE):
 
 def loss_of(engine, loss_mode, **options):
     """Loss and model outputs of one micro-batch."""
-    loss, output = engine.forward_step(
-        micro_batch(),
-        loss_function=partial(losses.ppo_loss, config=actor(loss_mode, **options)),
-        forward_only=False,
-    )
+    function = partial(losses.ppo_loss, config=actor(loss_mode, **options))
+    loss, output = engine.forward_step(micro_batch(), function, forward_only=False)
     return loss, [output["model_output"][name].values() for name in ("log_probs", "entropy")]
 
 
