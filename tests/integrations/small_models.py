@@ -3,7 +3,7 @@
 B sequences, L their length, V vocabulary.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,6 +11,9 @@ import torch
 import torch.nn.functional as F
 import transformers
 from torch import Tensor
+
+import entropy_kernels as ek
+from entropy_kernels.integrations.hf import lm_head, patch_lm_head
 
 VOCABULARY = 97
 _COMMON = {
@@ -151,6 +154,25 @@ def by_logits(model: Any, tokens: dict[str, Tensor], temperature: Any = 1.0) -> 
     return {name: x.masked_fill(none_BL, 0.0) for name, x in found.items()}
 
 
+def by_head(model: Any, tokens: dict[str, Tensor], temperature: Any = 1.0, **options: Any) -> Any:
+    """What a training loop of one's own does."""
+    head, inputs = lm_head(model), {name: x for name, x in tokens.items() if name != "target"}
+    states = head(head.hidden_states(**inputs, **options), tokens["target"], temperature)
+    return ek.linear_logprob_entropy(states)._asdict()
+
+
+def by_patch(model: Any, tokens: dict[str, Tensor], temperature: Any = 1.0, **options: Any) -> Any:
+    """What the patched model returns; the patch stays."""
+    patch_lm_head(model)
+    return model(**tokens, temperature=temperature, **options)
+
+
+def by_head_under_the_patch(model: Any, tokens: dict[str, Tensor], temperature: Any = 1.0) -> Any:
+    """The head is found although the model is patched."""
+    patch_lm_head(model)
+    return by_head(model, tokens, temperature)
+
+
 @contextmanager
 def head_in_fp64(model: Any) -> Iterator[None]:
     """A plain linear head's product in fp64, and so all that follows it."""
@@ -182,6 +204,30 @@ def gradients(model: Any, found: Any, share: tuple[int, int] = (1, 0)) -> dict[s
     grads = {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
     model.zero_grad()
     return grads
+
+
+def assert_as_in_fp64(
+    route: Callable[..., Any], model: Any, tokens: dict[str, Tensor], temperature: Any = 1.0
+) -> Any:
+    """Values and gradients by `route` are those of the logits, the head's product in fp64."""
+    with head_in_fp64(model):
+        want = by_logits(model, tokens, temperature)
+        want_grads = gradients(model, want)
+    found = route(model, tokens, temperature)
+    for name, truth in want.items():
+        assert found[name].dtype == torch.float32
+        # A model may round its logits to fp32.
+        torch.testing.assert_close(found[name].double(), truth.double(), rtol=2e-6, atol=2e-6)
+    assert_same_gradients(gradients(model, found), want_grads)
+    return found
+
+
+def fill_lora(model: Any) -> Any:
+    """Updates that are not zero in place of PEFT's."""
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name or "lora_embedding_B" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    return model
 
 
 def assert_same_gradients(got: dict[str, Any], want: dict[str, Any], digits: float = 2e-5) -> None:

@@ -1,66 +1,24 @@
-"""transformers models with their heads patched: what they return and the gradients of all
-parameters are those of their own logits, the head's product in fp64."""
+"""transformers models with their heads patched: what they return beside what test_lm_head has."""
 
 import copy
 import inspect
 
 import pytest
 import torch
-import transformers
 from torch import nn
 from transformers import Qwen3ForCausalLM, T5Config, T5ForConditionalGeneration
 from transformers.modeling_outputs import CausalLMOutputWithPast, MoeCausalLMOutputWithPast
 
 import entropy_kernels as ek
 from entropy_kernels.integrations.hf import LogprobEntropyOutput, patch_lm_head
-from entropy_kernels.testing import Watch
 from tests.integrations.small_models import (
-    FAMILIES,
     VOCABULARY,
-    assert_same_gradients,
+    assert_as_in_fp64,
     batch,
     build,
     by_logits,
-    gradients,
-    has,
-    head_in_fp64,
+    by_patch,
 )
-
-NAMES = ("logprob", "entropy", "logsumexp")
-
-
-def check(model, tokens, temperature=1.0, **options):
-    """Values and gradients of the patched model against the route through its logits."""
-    with head_in_fp64(model):
-        want = by_logits(model, tokens, temperature)
-        want_grads = gradients(model, want)
-    with patch_lm_head(model):
-        found = model(**tokens, temperature=temperature, **options)
-        got_grads = gradients(model, found)
-    for name in NAMES:
-        assert found[name].dtype == torch.float32
-        truth = want[name].double()  # a model may round its logits to fp32
-        torch.testing.assert_close(found[name].double(), truth, rtol=2e-6, atol=2e-6)
-    assert_same_gradients(got_grads, want_grads)
-    return found
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_each_family(family):
-    if not has(family):
-        pytest.skip(f"transformers {transformers.__version__} has no {family}")
-    model = build(family)
-    head = model.get_output_embeddings()
-    tied = head.weight is model.get_input_embeddings().weight
-    assert tied == bool(FAMILIES[family][1].get("tie_word_embeddings"))
-    found = check(model, batch(), temperature=0.7)
-    assert found["entropy"].max() > 1
-    assert found.past_key_values is None
-
-
-def test_a_temperature_a_token():
-    tokens = batch()
-    check(build("gemma2"), tokens, temperature=0.5 + torch.rand(tokens["target"].shape))
 
 
 def test_scale_and_softcap_together():
@@ -72,7 +30,7 @@ def test_scale_and_softcap_together():
 
     model = Both(build("qwen3").config).eval()
     nn.init.normal_(model.lm_head.weight)
-    found = check(model, batch(), temperature=0.9)
+    found = assert_as_in_fp64(by_patch, model, batch(), temperature=0.9)
     assert found["logsumexp"].abs().max() <= 2.5 / 0.9 + torch.tensor(float(VOCABULARY)).log()
 
 
@@ -81,13 +39,13 @@ def test_gradient_checkpointing():
     # Its name changed within transformers 5.
     old = model.gradient_checkpointing_enable
     getattr(model, "activation_checkpointing_enable", old)({"use_reentrant": False})
-    check(model, batch())
+    assert_as_in_fp64(by_patch, model, batch())
 
 
 def test_a_compiled_backbone():
     model = build("qwen3-tied")
     model.model = torch.compile(model.model, backend="aot_eager", dynamic=False)
-    check(model, batch())
+    assert_as_in_fp64(by_patch, model, batch())
 
 
 def test_autocast_computes_what_a_bf16_head_is_given():
@@ -106,24 +64,18 @@ def test_autocast_computes_what_a_bf16_head_is_given():
         ),
         impl="reference",
     )
-    for name in NAMES:
+    for name, eager in rough.items():
         assert found[name].dtype == torch.float32
         torch.testing.assert_close(found[name].double(), getattr(want, name), rtol=1e-5, atol=1e-5)
-        torch.testing.assert_close(found[name], rough[name].float(), rtol=0.05, atol=0.05)
+        torch.testing.assert_close(found[name], eager.float(), rtol=0.05, atol=0.05)
     found.logprob.sum().backward()
     assert model.lm_head.weight.grad.dtype == torch.float32
     assert model.lm_head.weight.grad.abs().max() > 0
 
 
-def test_logits_to_keep(unchecked_shapes):
-    model, tokens = build("llama"), batch()
-    want = by_logits(model, tokens)
-    kept = {**tokens, "target": tokens["target"][:, -4:]}
-    with patch_lm_head(model):
-        found = model(**kept, logits_to_keep=4)
-        torch.testing.assert_close(found.logprob, want["logprob"][:, -4:])
-        with pytest.raises(ValueError, match="leading shape"):
-            model(**tokens, logits_to_keep=4)
+def test_logits_to_keep_of_all_targets(unchecked_shapes):
+    with pytest.raises(ValueError, match="leading shape"):
+        by_patch(build("llama"), batch(), logits_to_keep=4)
 
 
 def test_other_outputs_are_passed_on():
@@ -159,22 +111,6 @@ def test_statistics_are_of_the_logits_that_the_model_returns():
             found[name].double(), want.masked_fill(none, 0.0), rtol=1e-5, atol=1e-5
         )
     assert found.sum_p2 is None
-
-
-def test_backward_runs_on_rows_with_gradient_and_logits_never_exist():
-    T, D, V = 128, 16, 4099
-    model = build("qwen3", vocab_size=V).requires_grad_(False)
-    model.lm_head.weight.requires_grad_()
-    tokens = torch.randint(V, (1, T))
-    with patch_lm_head(model), Watch() as forward:
-        found = model(tokens, target=tokens.roll(-1, 1))
-    keep = ek.top_entropy_mask(found.entropy.detach(), fraction=0.2)
-    assert keep.sum() == 26
-    with Watch() as backward:
-        (found.logprob * keep).sum().backward()
-    assert backward.products == 2 * 26 * V * D
-    assert max(forward.largest, backward.largest) < T * V / 2
-    assert found.logprob.numel() == T
 
 
 def test_generation_is_unchanged():
@@ -260,16 +196,6 @@ def test_hooks_of_a_device_map_keep_running(unchecked_shapes):
         patch_lm_head(model)
 
 
-def test_a_model_without_values_yet():
-    """As before fully_shard and loading: what the model does to its logits needs no weights."""
-    with torch.device("meta"):
-        model = build("gemma2")
-    assert model.lm_head.weight.is_meta
-    with patch_lm_head(model):
-        assert model.lm_head.forward.lm_head.softcap == 3.0
-        assert model.lm_head.forward.lm_head.scale == 1.0
-
-
 class Clamped(Qwen3ForCausalLM):
     def forward(self, *args, **options):
         output = super().forward(*args, **options)
@@ -290,13 +216,28 @@ class Skipping(Qwen3ForCausalLM):
         return CausalLMOutputWithPast(logits=hidden @ self.lm_head.weight.T)
 
 
+class Doubled(nn.Linear):
+    def forward(self, hidden):
+        return super().forward(2 * hidden)
+
+
+def with_doubled_head(config):
+    model = Qwen3ForCausalLM(config)
+    model.lm_head = Doubled(16, VOCABULARY, bias=False)
+    return model
+
+
 REFUSED = {
     "clamped": (lambda config: Clamped(config), r"Clamped does to its logits.*softcap=20\.0"),
     "masked": (lambda config: Masked(config), r"Masked does to its logits.*makes -1\.79769e\+308"),
     "not called": (lambda config: Skipping(config), "Skipping"),
-    "no head": (lambda config: Qwen3ForCausalLM(config).model, "a backbone and a head"),
-    "no model": (lambda config: nn.Linear(2, 2), "PeftModel of one.*got a Linear"),
-    "wrapped": (lambda config: nn.Sequential(Qwen3ForCausalLM(config)), "got a Sequential"),
+    "another head": (lambda config: with_doubled_head(config), "got Doubled"),
+    "encoder and decoder": (
+        lambda config: T5ForConditionalGeneration(
+            T5Config(vocab_size=32, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
+        ),
+        "T5ForConditionalGeneration",
+    ),
 }
 
 
@@ -307,24 +248,6 @@ def test_refused_at_once(case):
     with pytest.raises(ValueError, match=message):
         patch_lm_head(model)
     assert "forward" not in vars(model)
-
-
-def test_an_encoder_and_a_decoder_are_refused():
-    sizes = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2}
-    model = T5ForConditionalGeneration(T5Config(vocab_size=32, **sizes))
-    with pytest.raises(ValueError, match="T5ForConditionalGeneration"):
-        patch_lm_head(model)
-
-
-def test_another_head_is_refused():
-    class Doubled(nn.Linear):
-        def forward(self, hidden):
-            return super().forward(2 * hidden)
-
-    model = build("qwen3")
-    model.lm_head = Doubled(16, VOCABULARY, bias=False)
-    with pytest.raises(ValueError, match="got Doubled"):
-        patch_lm_head(model)
 
 
 def test_what_a_call_cannot_honour():

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from torch import nn
 
 import entropy_kernels as ek
 from entropy_kernels.integrations.hf import lm_head, patch_lm_head
@@ -11,7 +10,10 @@ from tests.integrations.small_models import (
     assert_same_gradients,
     batch,
     build,
+    by_head,
     by_logits,
+    by_patch,
+    fill_lora,
     gradients,
 )
 
@@ -37,27 +39,7 @@ def adapted(family="qwen3", **options):
     torch.manual_seed(5)
     tied = "lm_head" not in options["target_modules"] and family.endswith("tied")
     settings = peft.LoraConfig(task_type="CAUSAL_LM", **{"r": 4, "lora_alpha": 6, **options})
-    return fill(peft.get_peft_model(build(family, tie_word_embeddings=tied), settings))
-
-
-def fill(model):
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            nn.init.normal_(parameter, std=0.3)
-    return model
-
-
-def by_patch(model, tokens):
-    patch_lm_head(model)
-    return model(**tokens, temperature=0.7)
-
-
-def by_head(model, tokens):
-    """As in a training loop of one's own."""
-    head = lm_head(model)
-    inputs = {name: x for name, x in tokens.items() if name != "target"}
-    states = head(head.hidden_states(**inputs), tokens["target"], 0.7)
-    return ek.linear_logprob_entropy(states)._asdict()
+    return fill_lora(peft.get_peft_model(build(family, tie_word_embeddings=tied), settings))
 
 
 def compare(model, tokens, found=by_patch):
@@ -65,7 +47,7 @@ def compare(model, tokens, found=by_patch):
     want = by_logits(model, tokens, 0.7)
     want_grads = gradients(model, want)
     torch.manual_seed(7)
-    got = found(model, tokens)
+    got = found(model, tokens, 0.7)
     for name, truth in want.items():
         torch.testing.assert_close(got[name], truth, rtol=1e-5, atol=1e-5)
     assert_same_gradients(gradients(model, got), want_grads, digits=5e-5)
@@ -100,7 +82,7 @@ def test_the_update_matters_and_can_be_switched_off():
 def test_adapters_that_come_and_go(found):
     model, tokens = adapted(**HEAD), batch()
     model.add_adapter("second", peft.LoraConfig(r=2, lora_alpha=8, **HEAD))
-    fill(model)
+    fill_lora(model)
     for names in ("default", "second", ["default", "second"]):
         model.base_model.set_adapter(names)
         compare(model, tokens, found)
@@ -111,7 +93,7 @@ def test_a_found_head_follows_its_adapters():
     model, tokens = build("gemma2", tie_word_embeddings=False), batch()
     inputs, target = {n: x for n, x in tokens.items() if n != "target"}, tokens["target"]
     head = lm_head(model)
-    wrapped = fill(peft.get_peft_model(model, peft.LoraConfig(**HEAD)))
+    wrapped = fill_lora(peft.get_peft_model(model, peft.LoraConfig(**HEAD)))
 
     def check():
         states = head(head.hidden_states(**inputs), target)
@@ -162,7 +144,7 @@ def test_a_small_update_survives_16_bits():
 def test_the_head_may_not_change_after_the_patch():
     model, tokens = build("qwen3"), batch()
     patch = patch_lm_head(model)
-    wrapped = fill(peft.get_peft_model(model, peft.LoraConfig(**HEAD)))
+    wrapped = fill_lora(peft.get_peft_model(model, peft.LoraConfig(**HEAD)))
     with pytest.raises(ValueError, match="was replaced since patch_lm_head"):
         wrapped(**tokens)
     patch.undo()
@@ -173,7 +155,7 @@ def test_the_head_may_not_change_after_the_patch():
 def test_the_backbone_may_change_after_the_patch():
     model, tokens = build("qwen3"), batch()
     with patch_lm_head(model) as patch:
-        wrapped = fill(peft.get_peft_model(model, peft.LoraConfig(**BACKBONE)))
+        wrapped = fill_lora(peft.get_peft_model(model, peft.LoraConfig(**BACKBONE)))
         assert patch_lm_head(wrapped) is patch
         compare(wrapped, tokens)
 

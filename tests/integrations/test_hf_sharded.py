@@ -13,7 +13,13 @@ from torch.nn.parallel import DistributedDataParallel
 import entropy_kernels as ek
 from entropy_kernels.integrations._head import as_linear
 from entropy_kernels.integrations.hf import lm_head, patch_lm_head
-from tests.integrations.small_models import assert_same_gradients, batch, build, gradients
+from tests.integrations.small_models import (
+    assert_same_gradients,
+    batch,
+    build,
+    fill_lora,
+    gradients,
+)
 from tests.processes import spawn
 
 RANKS = 2
@@ -38,11 +44,7 @@ def make(family):
 
     torch.manual_seed(5)
     settings = peft.LoraConfig(target_modules=["q_proj", "lm_head"], r=4)
-    model = peft.get_peft_model(build("qwen3"), settings)
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.3)
-    return model
+    return fill_lora(peft.get_peft_model(build("qwen3"), settings))
 
 
 def shard(model, units):

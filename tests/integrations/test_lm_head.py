@@ -1,4 +1,4 @@
-"""lm_head: log-probs and gradients of every model are those of its own logits."""
+"""lm_head and patch_lm_head: every model's log-probs and gradients are those of its own logits."""
 
 import pytest
 import torch
@@ -12,48 +12,37 @@ from entropy_kernels.testing import Watch
 from tests.integrations.small_models import (
     FAMILIES,
     VOCABULARY,
+    assert_as_in_fp64,
     assert_same_gradients,
     batch,
     build,
+    by_head,
+    by_head_under_the_patch,
     by_logits,
+    by_patch,
     gradients,
     has,
-    head_in_fp64,
 )
 
-NAMES = ("logprob", "entropy", "logsumexp")
+ROUTES = pytest.mark.parametrize("route", [by_head, by_patch], ids=["lm_head", "patch_lm_head"])
 
 
-def by_head(head, tokens, temperature=1.0):
-    """What a training loop of one's own does."""
-    inputs = {name: x for name, x in tokens.items() if name != "target"}
-    hidden = head.hidden_states(**inputs)
-    found = ek.linear_logprob_entropy(head(hidden, tokens["target"], temperature))
-    return found._asdict()
-
-
-def check(model, found, want, want_grads, digits=2e-5):
-    for name in NAMES:
-        torch.testing.assert_close(found[name].double(), want[name].double(), rtol=2e-6, atol=2e-6)
-    assert_same_gradients(gradients(model, found), want_grads, digits)
-
-
+@pytest.mark.parametrize("route", [by_head, by_patch, by_head_under_the_patch])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_each_family(family):
+def test_each_family(family, route):
     if not has(family):
         pytest.skip(f"transformers {transformers.__version__} has no {family}")
-    model, tokens = build(family), batch()
-    with head_in_fp64(model):
-        want = by_logits(model, tokens, 0.7)
-        want_grads = gradients(model, want)
-    head = lm_head(model)
-    check(model, by_head(head, tokens, 0.7), want, want_grads)
-    weight = head(torch.zeros(1, 16), torch.zeros(1).long()).weight
-    assert weight is model.get_output_embeddings().weight
-    with patch_lm_head(model):
-        check(model, by_head(lm_head(model), tokens, 0.7), want, want_grads)
-        assert model(**tokens).logprob.shape == tokens["target"].shape
-    assert "forward" not in vars(model.get_output_embeddings())
+    model = build(family)
+    weight = model.get_output_embeddings().weight
+    tied = weight is model.get_input_embeddings().weight
+    assert tied == bool(FAMILIES[family][1].get("tie_word_embeddings"))
+    found = assert_as_in_fp64(route, model, batch(), 0.7)
+    assert found["entropy"].max() > 1
+    assert lm_head(model)(torch.zeros(1, 16), torch.zeros(1).long()).weight is weight
+    if route is by_patch:
+        assert found.past_key_values is None
+        patch_lm_head(model).undo()
+        assert "forward" not in vars(model.get_output_embeddings())
 
 
 @pytest.mark.parametrize("family", ["gemma2", "hyperclovax", "minicpm3", "gemma3-images"])
@@ -63,15 +52,17 @@ def test_weights_are_not_read_when_the_head_is_found(family):
         pytest.skip(f"transformers {transformers.__version__} has no {family}")
     with torch.device("meta"):
         model = build(family)
-    head, other = lm_head(model), lm_head(build(family))
-    assert (head.scale, head.softcap) == (other.scale, other.softcap)
+    other = lm_head(build(family))
+    with patch_lm_head(model):
+        patched = model.get_output_embeddings().forward.lm_head
+    for head in (lm_head(model), patched):
+        assert (head.scale, head.softcap) == (other.scale, other.softcap)
 
 
-def test_a_temperature_a_token():
-    model, tokens = build("gemma2"), batch()
-    temperature = 0.5 + torch.rand(tokens["target"].shape)
-    want = by_logits(model, tokens, temperature)
-    check(model, by_head(lm_head(model), tokens, temperature), want, gradients(model, want))
+@ROUTES
+def test_a_temperature_a_token(route):
+    tokens = batch()
+    assert_as_in_fp64(route, build("gemma2"), tokens, 0.5 + torch.rand(tokens["target"].shape))
 
 
 # torch.compile's, where the tests' checks of shapes break a graph.
@@ -91,39 +82,40 @@ def test_compiled(how, unchecked_shapes):
         model.forward = torch.compile(model.forward, **options)
     else:
         (model if how == "in place" else model.lm_head).compile(**options)
-    head = lm_head(model)
+    head, inputs = lm_head(model), {name: x for name, x in tokens.items() if name != "target"}
     assert head.softcap == 3.0
     for _ in range(2):
-        check(model, by_head(head, tokens), want, want_grads)
-    inputs = {name: x for name, x in tokens.items() if name != "target"}
+        states = head(head.hidden_states(**inputs), tokens["target"])
+        found = ek.linear_logprob_entropy(states)._asdict()
+        for name, truth in want.items():
+            torch.testing.assert_close(found[name], truth, rtol=2e-6, atol=2e-6)
+        assert_same_gradients(gradients(model, found), want_grads)
     assert model(**inputs).logits.shape == (3, 11, VOCABULARY)
 
 
-def test_logits_never_exist_and_backward_runs_on_rows_with_gradient():
+@ROUTES
+def test_logits_never_exist_and_backward_runs_on_rows_with_gradient(route):
     T, D, V = 128, 16, 4099
     model = build("qwen3", vocab_size=V).requires_grad_(False)
     model.lm_head.weight.requires_grad_()
     tokens = torch.randint(V, (1, T))
-    head = lm_head(model)
     with Watch() as forward:
-        hidden = head.hidden_states(tokens)
-        found = ek.linear_logprob_entropy(head(hidden, tokens.roll(-1, 1)))
-    keep = ek.top_entropy_mask(found.entropy.detach(), fraction=0.2)
+        found = route(model, {"input_ids": tokens, "target": tokens.roll(-1, 1)})
+    keep = ek.top_entropy_mask(found["entropy"].detach(), fraction=0.2)
+    assert keep.sum() == 26
     with Watch() as backward:
-        (found.logprob * keep).sum().backward()
+        (found["logprob"] * keep).sum().backward()
     assert backward.products == 2 * 26 * V * D
     assert max(forward.largest, backward.largest) < T * V / 2
+    assert found["logprob"].numel() == T
 
 
-def test_options_reach_the_model():
+@ROUTES
+def test_options_reach_the_model(route):
     model, tokens = build("llama"), batch()
     want = by_logits(model, tokens)["logprob"][:, -4:]
-    head = lm_head(model)
-    hidden = head.hidden_states(
-        tokens["input_ids"], attention_mask=tokens["attention_mask"], logits_to_keep=4
-    )
-    found = ek.linear_logprob_entropy(head(hidden, tokens["target"][:, -4:]))
-    torch.testing.assert_close(found.logprob, want)
+    kept = tokens | {"target": tokens["target"][:, -4:]}
+    torch.testing.assert_close(route(model, kept, logits_to_keep=4)["logprob"], want)
 
 
 def test_what_a_call_cannot_honour():
@@ -183,7 +175,7 @@ class Wrapper(nn.Module):
             "got a OptimizedModule: give patch_lm_head its `_orig_mod`",
         ),
         (lambda model: model.model, "a backbone and a head"),
-        (lambda model: nn.Linear(2, 2), "got a Linear$"),
+        (lambda model: nn.Linear(2, 2), "PeftModel of one.*got a Linear$"),
     ],
     ids=["DDP", "torch.compile", "backbone", "layer"],
 )

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from torch import nn
 
 pytest.importorskip("trl", reason="the adapter is for TRL")
 
@@ -18,6 +17,7 @@ from tests.integrations.small_models import (
     batch,
     build,
     by_logits,
+    fill_lora,
     gradients,
 )
 from tests.trainer.small import build_model
@@ -33,10 +33,7 @@ def adapted(family="qwen3", tied=False, **options):
     torch.manual_seed(5)
     model = build(family, tie_word_embeddings=tied)
     model.add_adapter(LoraConfig(**{"lora_dropout": 0.0, **options}))
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name or "lora_embedding_B" in name:
-            nn.init.normal_(parameter, std=0.3)
-    return model
+    return fill_lora(model)
 
 
 def fused(model, tokens, outputs=("log_probs", "entropy"), run=None):
