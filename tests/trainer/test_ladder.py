@@ -1,8 +1,10 @@
-"""The number ladder: its verifier against brute force, its splits, its demonstrations."""
+"""The number ladders: their verifiers against brute force, splits and demonstrations."""
 
 import itertools
 import json
 import random
+from collections import Counter
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -10,11 +12,21 @@ from hypothesis import strategies as st
 
 from trainer.config import Data
 from trainer.tasks import make_task
-from trainer.tasks.ladder import MAX_STEPS, Ladder, Puzzle, draw_puzzle
+from trainer.tasks.ladder import MAX_STEPS, Ladder, Puzzle
+from trainer.tasks.long_ladder import (
+    DISTANCES,
+    LongLadder,
+    LongPuzzle,
+    draw_long_puzzle,
+)
+from trainer.tasks.long_ladder import MAX_STEPS as LONG_STEPS
 from trainer.tasks.problem import Problem
+from trainer.tiny.model import build_tokenizer
 
 PUZZLE = Puzzle(17, 18, {"+": 4, "-": 3, "*": 3})
+LONG = LongPuzzle(17, 41, (("+", 2), ("+", 7), ("-", 3), ("-", 5), ("*", 2)))
 GOOD = "17+4=21,21-3=18!"
+LONG_GOOD = "17+7=24,24+2=26,26-5=21,21*2=42,42+2=44,44-3=41!"
 
 
 def right_chains(start: int, goal: int, plus: int, minus: int, times: int) -> set[str]:
@@ -51,38 +63,80 @@ def test_verifier_agrees_with_brute_force(index):
                 assert task.reward(problem, changed) == float(changed in right), changed
 
 
+def reached(puzzle: LongPuzzle, steps: int) -> set[int]:
+    """Every value that `steps` operations lead to, by trying all."""
+    found = {puzzle.start}
+    for _ in range(steps):
+        moves = [
+            eval(f"{value}{symbol}{operand}")
+            for value in found
+            for symbol, operand in puzzle.operations
+        ]
+        found = {value for value in moves if 0 <= value <= 50}
+    return found
+
+
+@pytest.mark.parametrize("index", range(10))
+def test_distance_of_a_far_goal_agrees_with_brute_force(index):
+    puzzle = LongPuzzle(**LongLadder(0).problem("test", index).answer)
+    least = next(n for n in range(10) if puzzle.goal in reached(puzzle, n))
+    assert least in DISTANCES
+    assert puzzle.distances()[puzzle.start] == least
+
+
+@pytest.mark.parametrize(("puzzle", "good"), [(PUZZLE, GOOD), (LONG, LONG_GOOD)], ids=["", "long"])
 @pytest.mark.parametrize(
-    "response",
+    "change",
     [
-        pytest.param("", id="empty"),
-        pytest.param("!", id="no steps"),
-        pytest.param(GOOD[:-1], id="no verdict"),
-        pytest.param(GOOD[:-1] + "?", id="gave up at the goal"),
-        pytest.param(GOOD + "!", id="two verdicts"),
-        pytest.param(GOOD + "\n", id="newline after"),
-        pytest.param(" " + GOOD, id="space before"),
-        pytest.param(GOOD.replace(",", ", "), id="space within"),
-        pytest.param("17+4=21,,21-3=18!", id="empty step"),
-        pytest.param("21-3=18!", id="wrong first value"),
-        pytest.param("17+4=21,22-4=18!", id="does not continue"),
-        pytest.param("17+4=22,22-4=18!", id="wrong arithmetic"),
-        pytest.param("17+1=18!", id="operand not in the prompt"),
-        pytest.param("17/1=17,17+4=21,21-3=18!", id="operator not in the prompt"),
-        pytest.param("17+4=21!", id="not the goal"),
-        pytest.param("17+04=21,21-3=18!", id="leading zero of an operand"),
-        pytest.param("017+4=21,21-3=18!", id="leading zero of a value"),
-        pytest.param("\uff11\uff17+4=21,21-3=18!", id="full-width digits"),
-        pytest.param("17+4=21,21-3=\u0661\u0668!", id="arabic digits"),
-        pytest.param("17+4=21,21\u22123=18!", id="typographic minus"),
-        pytest.param("17+4=21,21-3=18,18*3=54,54-3=51!", id="beyond 50"),
-        pytest.param("17+4=21;21-3=18!", id="another separator"),
-        pytest.param("17>18 +4-3*3:" + GOOD, id="prompt repeated"),
-        pytest.param("__import__('os').abort()!", id="code"),
+        pytest.param(lambda good: "", id="empty"),
+        pytest.param(lambda good: "!", id="no steps"),
+        pytest.param(lambda good: good[:-1], id="no verdict"),
+        pytest.param(lambda good: good[:-1] + "?", id="gave up at the goal"),
+        pytest.param(lambda good: good + "!", id="two verdicts"),
+        pytest.param(lambda good: good + "\n", id="newline after"),
+        pytest.param(lambda good: " " + good, id="space before"),
+        pytest.param(lambda good: good.replace(",", ", "), id="space within"),
+        pytest.param(lambda good: good.partition(",")[2], id="wrong first value"),
     ],
 )
-def test_verifier_is_strict(response):
-    assert PUZZLE.solved_by(GOOD)
-    assert not PUZZLE.solved_by(response)
+def test_what_is_not_a_whole_chain_is_wrong(puzzle, good, change):
+    assert puzzle.solved_by(good)
+    assert not puzzle.solved_by(change(good))
+
+
+@pytest.mark.parametrize(
+    ("puzzle", "response"),
+    [
+        pytest.param(PUZZLE, "17+4=21,,21-3=18!", id="empty step"),
+        pytest.param(PUZZLE, "17+4=21,22-4=18!", id="does not continue"),
+        pytest.param(PUZZLE, "17+4=22,22-4=18!", id="wrong arithmetic"),
+        pytest.param(PUZZLE, "17+1=18!", id="operand not in the prompt"),
+        pytest.param(PUZZLE, "17/1=17,17+4=21,21-3=18!", id="operator not in the prompt"),
+        pytest.param(PUZZLE, "17+4=21!", id="not the goal"),
+        pytest.param(PUZZLE, "17+04=21,21-3=18!", id="leading zero of an operand"),
+        pytest.param(PUZZLE, "017+4=21,21-3=18!", id="leading zero of a value"),
+        pytest.param(PUZZLE, "\uff11\uff17+4=21,21-3=18!", id="full-width digits"),
+        pytest.param(PUZZLE, "17+4=21,21-3=\u0661\u0668!", id="arabic digits"),
+        pytest.param(PUZZLE, "17+4=21,21\u22123=18!", id="typographic minus"),
+        pytest.param(PUZZLE, "17+4=21,21-3=18,18*3=54,54-3=51!", id="beyond 50"),
+        pytest.param(PUZZLE, "17+4=21;21-3=18!", id="another separator"),
+        pytest.param(PUZZLE, "17>18 +4-3*3:" + GOOD, id="prompt repeated"),
+        pytest.param(PUZZLE, "__import__('os').abort()!", id="code"),
+        pytest.param(LONG, "17+7=24,25+2=27!", id="long, does not continue"),
+        pytest.param(LONG, "17+7=24,24+2=27!", id="long, wrong arithmetic"),
+        pytest.param(
+            LONG, LONG_GOOD.replace("+7=24", "+6=23"), id="long, operand not in the prompt"
+        ),
+        pytest.param(
+            LONG, "17*2=34,34+7=41,41+07=48,48-7=41!", id="long, operand of another symbol"
+        ),
+        pytest.param(LONG, "17*2=34,34+07=41!", id="long, leading zero"),
+        pytest.param(LONG, "17*2=34!", id="long, not the goal"),
+        pytest.param(LONG, "17+2=19,19-2=17," * 5 + "17*2=34,34+7=41!", id="long, too long"),
+    ],
+)
+def test_verifier_is_strict(puzzle, response):
+    assert not puzzle.solved_by(response)
 
 
 def test_verifier_counts_steps_and_bounds():
@@ -91,27 +145,30 @@ def test_verifier_counts_steps_and_bounds():
     assert around.solved_by(detour * 2 + "10+2=12!")  # 5 steps, through the goal
     assert not around.solved_by(detour * 3 + "10+2=12!")  # 7 steps
     assert around.solved_by("10-2=8,8-2=6,6*2=12!")
+    assert LONG.solved_by("17*2=34,34+7=41!")
     low = Puzzle(1, 3, {"+": 4, "-": 2, "*": 2})
     assert not low.solved_by("1-2=-1,-1+4=3!")
 
 
-@given(st.integers(0, 2**32), st.integers(1, 6), st.data())
-def test_replay_of_random_chains(seed, length, data):
+@given(st.sampled_from([Ladder(0), LongLadder(0)]), st.integers(0, 2**32), st.data())
+def test_replay_of_random_chains(task, seed, data):
     """A chain built step by step is right exactly when the puzzle's goal is where it ends."""
-    puzzle = draw_puzzle(random.Random(seed), "train")
+    puzzle = task.draw(random.Random(seed), "train")
     value, chain = puzzle.start, []
-    for _ in range(length):
-        symbol, result = data.draw(st.sampled_from(sorted(puzzle.steps(value).items())))
-        chain.append(f"{value}{symbol}{puzzle.operands[symbol]}={result}")
+    most = LONG_STEPS if isinstance(task, LongLadder) else MAX_STEPS
+    for _ in range(data.draw(st.integers(1, most))):
+        move, result = data.draw(st.sampled_from(sorted(puzzle.steps(value).items())))
+        symbol, operand = move if isinstance(move, tuple) else (move, puzzle.operands[move])
+        chain.append(f"{value}{symbol}{operand}={result}")
         value = result
     assert puzzle.solved_by(",".join(chain) + "!") == (value == puzzle.goal)
-    assert Puzzle(puzzle.start, value, puzzle.operands).solved_by(",".join(chain) + "!")
+    assert replace(puzzle, goal=value).solved_by(",".join(chain) + "!")
 
 
 @given(st.text(alphabet="0123456789+-*=,!?>: ", max_size=60))
 def test_replay_never_fails(response):
-    task = Ladder(0)
-    assert task.reward(Problem("", vars(PUZZLE)), response) in (0.0, 1.0)
+    for task, puzzle in ((Ladder(0), PUZZLE), (LongLadder(0), LONG)):
+        assert task.reward(Problem("", vars(puzzle)), response) in (0.0, 1.0)
 
 
 def test_problems_are_within_the_rules():
@@ -130,22 +187,23 @@ def test_problems_are_within_the_rules():
         assert min(chain.count("=") for chain in chains) in (2, 3)
 
 
-def test_splits_are_disjoint_and_fixed_by_index():
-    task, other = Ladder(0), Ladder(1)
-    test = [task.problem("test", i) for i in range(task.num_test)]
-    train = [task.problem("train", i) for i in range(4096)]
-    demonstrated = {prompt for prompt, _ in task.demonstrations(2000, seed=3)}
-    held_out = {problem.prompt for problem in test}
-    assert len(held_out) > task.num_test / 2
-    assert not held_out & {problem.prompt for problem in train}
-    assert not held_out & demonstrated
-    assert test[77] == Ladder(0).problem("test", 77) == other.problem("test", 77)
-    assert train[77] == Ladder(0).problem("train", 77) != other.problem("train", 77)
-    assert train[0].prompt == "11>24 +2-3*3:"  # the same in every process and version
+@pytest.mark.parametrize(("kind", "count", "least"), [(Ladder, 4096, 2048), (LongLadder, 500, 490)])
+def test_splits_are_disjoint_and_fixed_by_index(kind, count, least):
+    task, other = kind(0), kind(1)
+    held_out = {task.problem("test", i).prompt for i in range(count)}
+    assert len(held_out) > least
+    assert not held_out & {task.problem("train", i).prompt for i in range(count)}
+    assert not held_out & {prompt for prompt, _ in task.demonstrations(count // 2, seed=3)}
+    assert task.problem("test", 77) == kind(0).problem("test", 77) == other.problem("test", 77)
+    train = task.problem("train", 77)
+    assert train == kind(0).problem("train", 77) != other.problem("train", 77)
+    with pytest.raises(ValueError, match="0 to 4095"):
+        task.problem("test", 4096)
 
 
 def test_index_and_split_are_checked():
     task = Ladder(0, num_test=10)
+    assert task.problem("train", 0).prompt == "11>24 +2-3*3:"  # in every process and version
     with pytest.raises(ValueError, match="0 to 9"):
         task.problem("test", 10)
     with pytest.raises(ValueError, match="-1"):
@@ -171,13 +229,40 @@ def test_demonstrations_succeed_as_often_as_the_best_of_three_walks():
     assert 0.62 < arrived / len(pairs) < 0.74
 
 
-def test_answer_survives_json():
-    task = make_task(Data(), 0)
-    problem = task.problem("train", 5)
-    puzzle = Puzzle(**problem.answer)
-    right = right_chains(puzzle.start, puzzle.goal, *puzzle.operands.values()).pop()
+def test_demonstrations_of_the_long_ladder_lean_towards_the_goal():
+    task = LongLadder(0)
+    pairs = task.demonstrations(1000, seed=0)
+    assert pairs[:100] == task.demonstrations(100, seed=0)
+    ends = Counter(response[-1] for _, response in pairs)
+    rng = random.Random(0)
+    blind = Counter(draw_long_puzzle(rng, "train").walk(rng, 0.0)[-1] for _ in range(1000))
+    assert ends["!"] > 2 * blind["!"]
+    assert max(response.count("=") for _, response in pairs) == LONG_STEPS
+    assert all(r.count("=") == LONG_STEPS for _, r in pairs if r.endswith("?"))
+
+
+def test_a_sure_walk_is_a_shortest_way():
+    rng = random.Random(1)
+    for _ in range(50):
+        puzzle = draw_long_puzzle(rng, "train")
+        chain = puzzle.walk(rng, 1.0)
+        assert puzzle.solved_by(chain)
+        assert chain.count("=") == puzzle.distances()[puzzle.start]
+
+
+@pytest.mark.parametrize("name", ["ladder", "ladder:long"])
+def test_answer_survives_json_and_tokens(name):
+    task = make_task(Data(task=name), 0)
+    problem, tokenizer = task.problem("train", 5), build_tokenizer()
+    puzzle = task.puzzle(problem.answer)
+    if name == "ladder":
+        right = right_chains(puzzle.start, puzzle.goal, *puzzle.operands.values()).pop()
+    else:
+        right = puzzle.walk(random.Random(0), 1.0)
     again = Problem(problem.prompt, json.loads(json.dumps(problem.answer, sort_keys=True)))
     assert task.reward(again, right) == 1.0
+    for text in (problem.prompt, right):
+        assert tokenizer.decode(tokenizer(text).input_ids) == text
 
 
 @pytest.mark.parametrize("name", ["ladders", "", "gym:", "file:", "maze:3"])
