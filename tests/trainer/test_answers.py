@@ -41,6 +41,8 @@ def test_final_answers_of_long_texts_take_no_time():
         ("\\boxed{\\{1, 2\\right.}", "\\{1, 2\\right."),
         ("\\boxed{1\\\\} 2", "1\\\\"),
         ("\\boxedx{1}", None),
+        ("no box, \\boxed{open", None),
+        ("\\boxed{}", ""),
     ],
 )
 def test_last_boxed(text, boxed):
@@ -65,10 +67,13 @@ def test_last_tagged(text, tagged):
     ("response", "marked", "final"),
     [
         ("\\boxed{1} <answer> 2 </answer> \\boxed{3}", "2", "2"),
+        ("<answer>1</answer> or <answer> 2\n3 </answer>\n\\boxed{4}", "2\n3", "2\n3"),
+        ("so \\boxed{\\frac{1}{2}} or \\boxed{\\text{a {b}}} end\nlast", *["\\text{a {b}}"] * 2),
         ("<answer>so \\boxed{ 1 }</answer>", "1", "1"),
         ("<answer></answer> \\boxed{3}", "", ""),
         ("\\boxed{3} <answer>4", "3", "3"),
-        ("a\nb\n", None, "b"),
+        ("first\n the last \n\n", None, "the last"),
+        ("\n", None, ""),
     ],
 )
 def test_the_tag_comes_before_the_box(response, marked, final):

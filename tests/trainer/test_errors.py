@@ -23,15 +23,15 @@ from trainer.config import Config, Optimizer
 # The command line.
 
 
-@pytest.mark.parametrize("arguments", ["train", "watch", "report", "export", "compare", "plan"])
-def test_each_command_has_help(capsys, arguments):
-    status, lines = said(capsys, arguments, "--help")
-    assert (status, lines) == (0, [])
-
-
-@pytest.mark.parametrize("what", ["patterns", "temperatures", "evolution"])
-def test_each_analysis_has_help(capsys, what):
-    assert said(capsys, "analyze", what, "--help") == (0, [])
+@pytest.mark.parametrize(
+    "command",
+    [
+        *("train", "watch", "report", "export", "compare", "plan"),
+        *("analyze patterns", "analyze temperatures", "analyze evolution"),
+    ],
+)
+def test_each_command_has_help(capsys, command):
+    assert said(capsys, *command.split(), "--help") == (0, [])
 
 
 @pytest.mark.parametrize(
@@ -142,15 +142,6 @@ def test_what_is_a_line_and_what_a_traceback(error, text):
     assert errors.line(error) == text
 
 
-def test_an_error_of_our_own_keeps_its_traceback(monkeypatch):
-    def plan(_):
-        raise KeyError("ours")
-
-    monkeypatch.setattr("trainer.plan.command.main", plan)
-    with pytest.raises(KeyError, match="ours"):
-        main(["plan"])
-
-
 def test_of_several_ranks_one_tells(monkeypatch, capsys):
     def plan(_):
         raise error
@@ -183,14 +174,17 @@ def test_a_reader_who_has_gone_is_no_error(here, monkeypatch, capfd, arguments):
     assert capfd.readouterr().err == ""
 
 
-def test_another_broken_pipe_keeps_its_traceback(monkeypatch):
+@pytest.mark.parametrize("error", [BrokenPipeError, KeyError])
+def test_an_error_of_our_own_keeps_its_traceback(monkeypatch, error):
+    """Another broken pipe than that of a reader who has gone, too."""
+
     def plan(_):
-        raise BrokenPipeError
+        raise error("ours")
 
     monkeypatch.setattr("trainer.plan.command.main", plan)
     with open(os.devnull, "w") as read, monkeypatch.context() as patch:
         patch.setattr(sys, "stdout", read)
-        with pytest.raises(BrokenPipeError):
+        with pytest.raises(error, match="ours"):
             main(["plan"])
 
 

@@ -11,9 +11,8 @@ import torch
 
 import trainer.evaluation.command
 import trainer.run
-from tests.processes import forkserver
 from tests.trainer.small import Even, save_folder, settings, use_task
-from tests.trainer.worlds import meeting, place
+from tests.trainer.worlds import run_ranks
 from trainer.__main__ import main
 from trainer.checkpoint.export import export
 from trainer.evaluation.command import INSTRUCTION, Evaluation, evaluate_model
@@ -280,24 +279,9 @@ def test_what_is_wrong_is_said_in_a_line(arguments, says, capsys):
     assert says in " ".join(capsys.readouterr().err.split()).replace(" │ ", " ")
 
 
-def evaluate_on_a_rank(rank, port, settings):
-    os.environ |= place(rank, 2, port)
-    torch.set_num_threads(1)
-    evaluate_model(settings)
-
-
 def test_two_ranks_sample_what_one_does(tmp_path):
     out = [str(tmp_path / name) for name in ("one", "two")]
     one = Evaluation("tiny", ("ladder",), samples=3, problems=5, max_new_tokens=6, out=out[0])
     evaluate_model(one)
-    store = meeting()
-    two = replace(one, out=out[1], batch_size=9)
-    ranks = [
-        forkserver().Process(target=evaluate_on_a_rank, args=(r, store.port, two)) for r in (0, 1)
-    ]
-    for rank in ranks:
-        rank.start()
-    for rank in ranks:
-        rank.join(900)
-    assert [rank.exitcode for rank in ranks] == [0, 0]
-    assert texts(two.out) == texts(one.out)
+    run_ranks(2, evaluate_model, tmp_path / "ranks", replace(one, out=out[1], batch_size=9))
+    assert texts(out[1]) == texts(out[0])

@@ -9,9 +9,15 @@ from pathlib import Path
 import pytest
 import torch
 
-import trainer.run
-from tests.trainer.small import Even, build_model, build_policy, save_folder, settings, use_task
-from tests.trainer.update_cases import ALONE, configure, on_policy
+import trainer.update
+from tests.trainer.small import (  # noqa: F401
+    build_model,
+    build_policy,
+    on_even,
+    save_folder,
+    settings,
+)
+from tests.trainer.update_cases import ALONE, CONFIG, configure, on_policy
 from tests.trainer.worlds import run_ranks
 from trainer import checkpoint
 from trainer import train as loop
@@ -28,14 +34,6 @@ from trainer.tiny.model import build_tiny
 from trainer.tiny.warm_start import warm_start
 from trainer.train import train
 from trainer.update import update
-
-
-@pytest.fixture(autouse=True)
-def _even():
-    before = trainer.run.make_task
-    use_task(Even())
-    yield
-    trainer.run.make_task = before
 
 
 def read_state(config):
@@ -69,6 +67,22 @@ def moved_policy():
     batch, _ = on_policy(policy)
     update(policy, optimizer, batch, configure(), ALONE)
     return policy, optimizer, batch
+
+
+def skipped(algorithm=CONFIG.algorithm, **changes):
+    """The metrics of an update on a batch with `changes`, which moves nothing."""
+    policy, optimizer, batch = moved_policy()
+    before = state(policy, optimizer)
+    changed = dataclasses.replace(
+        batch, **{name: change(getattr(batch, name)) for name, change in changes.items()}
+    )
+    metrics, _ = update(policy, optimizer, changed, configure(algorithm), ALONE)
+    assert equal(state(policy, optimizer), before)
+    assert all(p.grad is None for p in policy.model.parameters())
+    return metrics
+
+
+NO_TOKEN = {"selected_T": torch.zeros_like, "threshold": lambda _: torch.tensor(1e9)}
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
@@ -164,44 +178,27 @@ def test_a_statistic_that_is_not_finite_skips_its_step(model, tmp_path, monkeypa
 
 @pytest.mark.parametrize("source", ["old", "current"])
 def test_an_update_without_a_selected_token_changes_nothing(source):
-    policy, optimizer, batch = moved_policy()
-    batch = dataclasses.replace(
-        batch,
-        selected_T=torch.zeros_like(batch.selected_T),
-        threshold=torch.tensor(1e9),
-    )
-    before = state(policy, optimizer)
-    config = configure(Algorithm(entropy_source=source, fraction=0.5))
-    metrics, _ = update(policy, optimizer, batch, config, ALONE)
-    assert metrics["skipped/no_tokens"] == 1
-    assert equal(state(policy, optimizer), before)
-    assert all(p.grad is None for p in policy.model.parameters())
+    algorithm = Algorithm(entropy_source=source, fraction=0.5)
+    assert skipped(algorithm, **NO_TOKEN)["skipped/no_tokens"] == 1
 
 
 def test_an_update_without_an_advantage_changes_nothing():
-    policy, optimizer, batch = moved_policy()
-    before = state(policy, optimizer)
-    batch = dataclasses.replace(batch, advantage_B=torch.zeros_like(batch.advantage_B))
-    metrics, _ = update(policy, optimizer, batch, configure(), ALONE)
-    assert metrics["skipped/no_advantage"] == 1
-    assert equal(state(policy, optimizer), before)
+    assert skipped(advantage_B=torch.zeros_like)["skipped/no_advantage"] == 1
 
 
 def test_a_loss_that_is_not_finite_changes_nothing(monkeypatch):
     """Though its gradient is."""
-    policy, optimizer, batch = moved_policy()
-    before = state(policy, optimizer)
-    plain = trainer.update._loss
+    plain, calls = trainer.update._loss, []
 
     def infinite(*arguments):
         loss, metrics = plain(*arguments)
-        return loss + math.inf, metrics
+        calls.append(loss)
+        return loss + (math.inf if len(calls) > 1 else 0), metrics
 
     monkeypatch.setattr(trainer.update, "_loss", infinite)
-    metrics, _ = update(policy, optimizer, batch, configure(), ALONE)
+    metrics = skipped()
     assert metrics["skipped/nonfinite_loss"] == 1
     assert metrics["skipped/nonfinite_gradient"] == 0
-    assert equal(state(policy, optimizer), before)
 
 
 def test_mini_batches_without_tokens_are_no_updates(model, tmp_path):

@@ -9,7 +9,6 @@ from reasoning_gym.factory import DATASETS
 
 from trainer.config import Data
 from trainer.tasks import make_task
-from trainer.tasks.answers import final_answer, last_boxed
 from trainer.tasks.gym import Gym
 from trainer.tasks.harmless import FORMULA_SCORERS, TEXT_SCORERS, harmless
 from trainer.tasks.problem import Problem
@@ -118,25 +117,6 @@ def test_instruction_and_template():
     assert plain.endswith("\n\nThink.")
     chat = make_task(data, 0, Tokenizer()).problem("train", 0).prompt
     assert chat == f"<user>{plain}<assistant>"
-
-
-@pytest.mark.parametrize(
-    ("response", "answer"),
-    [
-        ("<answer>1</answer> or <answer> 2\n3 </answer>\n\\boxed{4}", "2\n3"),
-        ("so \\boxed{\\frac{1}{2}} or \\boxed{\\text{a {b}}} end\nlast", "\\text{a {b}}"),
-        ("so \\boxed{1} and \\boxed{2", "1"),
-        ("first\n the last \n\n", "the last"),
-        ("\n", ""),
-    ],
-)
-def test_final_answer(response, answer):
-    assert final_answer(response) == answer
-
-
-def test_last_boxed_of_none():
-    assert last_boxed("no box, \\boxed{open") is None
-    assert last_boxed("\\boxed{}") == ""
 
 
 def test_another_version_of_the_library_is_other_data(monkeypatch):

@@ -10,8 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
-from tests.trainer.small import Even, build_tokenizer, save_folder, settings, use_task
-from trainer import run as run_module
+from tests.trainer.small import build_tokenizer, on_even, save_folder, settings  # noqa: F401
 from trainer.__main__ import main
 from trainer.config import Model
 from trainer.policy import read_policy
@@ -120,13 +119,8 @@ def test_what_is_damaged_is_told_in_a_line(model, damage, says):
     assert says in said(model)
 
 
-def test_the_folder_of_a_run_says_how_to_make_a_model_of_it(model, monkeypatch):
-    before = run_module.make_task
-    use_task(Even())
-    try:
-        train(settings(Path("runs"), str(model), steps=2))
-    finally:
-        run_module.make_task = before
+def test_the_folder_of_a_run_says_how_to_make_a_model_of_it(model):
+    train(settings(Path("runs"), str(model), steps=2))
     text = said("runs/run")
     assert text == (
         "it is the folder of a run: `python -m trainer export runs/run FOLDER` makes a model of "
@@ -162,13 +156,8 @@ def source(model):
 
 
 def test_checkpoints_and_exports_have_the_settings_of_the_source(source):
-    before = run_module.make_task
-    use_task(Even())
-    try:
-        train(settings(Path("runs"), str(source), steps=2))
-        train(settings(Path("runs"), str(source), steps=4))  # goes on from its own checkpoint
-    finally:
-        run_module.make_task = before
+    train(settings(Path("runs"), str(source), steps=2))
+    train(settings(Path("runs"), str(source), steps=4))  # goes on from its own checkpoint
     assert main(["export", "runs/run", "out", "--dtype", "bfloat16"]) == 0
     files = {p.name for p in source.iterdir()} - {WEIGHTS}
     for folder, dtype in (("runs/run/checkpoints/step-000004", "float32"), ("out", "bfloat16")):
