@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-import trainer.evaluation.command
+import trainer.evaluation.answers
 import trainer.run
 from tests.trainer.small import Even, save_folder, settings, use_task
 from tests.trainer.worlds import run_ranks
@@ -103,7 +103,7 @@ def test_a_stopped_evaluation_goes_on_as_if_it_had_not(asked, tmp_path, monkeypa
     whole = texts(asked.out)
     other = replace(asked, out=str(tmp_path / "other"))
     path = Path(other.out) / "generations.jsonl"
-    real, calls = trainer.evaluation.command.sample, []
+    real, calls = trainer.evaluation.answers.sample, []
 
     def dies(*arguments, **options):
         if len(calls) == 2:
@@ -111,7 +111,7 @@ def test_a_stopped_evaluation_goes_on_as_if_it_had_not(asked, tmp_path, monkeypa
         calls.append(options["first"])
         return real(*arguments, **options)
 
-    monkeypatch.setattr(trainer.evaluation.command, "sample", dies)
+    monkeypatch.setattr(trainer.evaluation.answers, "sample", dies)
     with pytest.raises(KeyboardInterrupt):
         evaluate_model(other)
     assert texts(other.out) == whole[:6]
@@ -122,7 +122,7 @@ def test_a_stopped_evaluation_goes_on_as_if_it_had_not(asked, tmp_path, monkeypa
         evaluate_model(replace(other, batch_size=1))
     assert calls[1:] == [5]
     assert texts(other.out) == whole[:6]
-    monkeypatch.setattr(trainer.evaluation.command, "sample", real)
+    monkeypatch.setattr(trainer.evaluation.answers, "sample", real)
     evaluate_model(other)
     assert texts(other.out) == whole
     sets = [json.loads((Path(x.out) / "results.json").read_text())["sets"] for x in (asked, other)]
@@ -147,7 +147,7 @@ def test_a_finished_one_samples_nothing_and_more_data_is_added(asked, monkeypatc
     for words in ("acc@4", "95% interval", "len@4", "pass@2", "maj@4", "minerva", "average"):
         assert words in printed
     assert f"{parts[1]:.2%}" in printed
-    monkeypatch.delattr(trainer.evaluation.command, "sample")
+    monkeypatch.delattr(trainer.evaluation.answers, "sample")
     assert json.loads(evaluate_model(asked).read_text())["sets"].keys() == {"amc23"}
     few = json.loads(evaluate_model(replace(asked, problems=4)).read_text())
     assert few["sets"]["amc23"]["problems"] == 4

@@ -2,17 +2,19 @@
 
 import re
 import sys
-from collections.abc import Mapping
-from contextlib import ExitStack, closing
-from dataclasses import asdict, replace
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Generic, Literal, TypeVar
 
 from trainer import checkpoint
+from trainer.batch import Rollouts
 from trainer.checkpoint.source_run import SourceRun, source_run
 from trainer.config import Config, Data, Engine, Eval, Model, Reward, Rollout
 from trainer.engines import make_engine
 from trainer.engines.engine import Engine as Sampler
+from trainer.evaluation.answers import answers
 from trainer.evaluation.generations import append, open_folder, rows
 from trainer.evaluation.results import Tally, show, write_results
 from trainer.evaluation.sets import HELD_OUT, EvaluationSet, make_set, warn_of_repeats
@@ -24,7 +26,6 @@ from trainer.policy import Policy, read_policy
 from trainer.presets import QUESTION
 from trainer.ranks import Ranks, join
 from trainer.report.progress import Columns, progress
-from trainer.sampling import sample
 from trainer.tasks import make_task
 from trainer.tasks.benchmarks import check_sets, has_own_columns, make_benchmark, short_name
 from trainer.tasks.lengths import check_prompts
@@ -52,6 +53,56 @@ _FREE = {"data", "problems", "out", "batch_size", "device", "workers", "right"}
 Settings = TypeVar("Settings", bound=Evaluation)
 
 
+@dataclass(frozen=True)
+class Opened(Generic[Settings]):
+    """An evaluation, or an analysis, that has begun."""
+
+    settings: Settings
+    """The settings, with defaults resolved."""
+    policy: Policy
+    sets: Sets
+    ranks: Ranks
+
+    @property
+    def folder(self) -> Path:
+        """The folder of its results."""
+        return Path(self.settings.out)
+
+    def answers(self, engine: Sampler, one: EvaluationSet, first: int = 0) -> Iterator[Rollouts]:
+        """The responses of `engine` to the problems of `one`: see `answers`."""
+        settings = self.settings
+        return answers(
+            one,
+            engine,
+            self.policy,
+            self.ranks,
+            samples=samples_of(settings),
+            max_new_tokens=settings.max_new_tokens,
+            temperature=temperature_of(settings),
+            at_once=settings.batch_size,
+            seed=settings.seed,
+            first=first,
+        )
+
+
+@contextmanager
+def opened(settings: Settings) -> Iterator[Opened[Settings]]:
+    """The model and problems of `settings`, and a folder for the results that nobody else uses.
+
+    Raises ValueError for a model or data that cannot be read, and a folder that is in use.
+    """
+    with ExitStack() as stack:
+        ranks = stack.enter_context(join(settings.device))
+        asked, settings = settings, resolved(settings, ranks)
+        check_needs(as_run(settings))
+        stack.enter_context(owned(Path(settings.out), ranks))
+        policy = load(settings, ranks)
+        sets = sets_of(settings, asked, policy)
+        for one in sets.values():
+            stack.callback(one.verifier.close)
+        yield Opened(with_limit(settings, policy, sets), policy, sets, ranks)
+
+
 def evaluate_model(settings: Evaluation) -> Path:
     """Sample and verify the responses that the folder lacks, then write and print the results.
 
@@ -62,22 +113,15 @@ def evaluate_model(settings: Evaluation) -> Path:
         ValueError: a model or data that cannot be read, a folder with another evaluation, or one
             that is in use.
     """
-    with ExitStack() as stack:
-        ranks = stack.enter_context(join(settings.device))
-        asked, settings = settings, resolved(settings, ranks)
-        check_needs(as_run(settings))
-        stack.enter_context(owned(Path(settings.out), ranks))
-        policy = load(settings, ranks)
-        sets = sets_of(settings, asked, policy)
-        settings = with_limit(settings, policy, sets)
+    with opened(settings) as work:
+        folder, ranks, plain = work.folder, work.ranks, asdict(work.settings)
         if ranks.first:
-            warn_of_repeats(sets.values())
-        folder, plain = Path(settings.out), asdict(settings)
-        problems = {name: one.problems for name, one in sets.items()}
+            warn_of_repeats(work.sets.values())
+        problems = {name: one.problems for name, one in work.sets.items()}
         found = ranks.on_first(lambda: open_folder(folder, plain, _FREE, problems))
-        _generate(folder, settings, policy, sets, found, ranks)
+        _generate(work, found)
         if ranks.first:
-            show(write_results(folder, plain, sets, str(ranks.device)))
+            show(write_results(folder, plain, work.sets, str(ranks.device)))
             print(f"results: {folder / 'results.json'}")
     return folder / "results.json"
 
@@ -230,62 +274,34 @@ def with_limit(settings: Settings, policy: Policy, sets: Sets) -> Settings:
     return replace(settings, max_new_tokens=min(left, MAX_NEW_TOKENS))
 
 
-def _generate(
-    folder: Path,
-    settings: Evaluation,
-    policy: Policy,
-    sets: Sets,
-    found: Mapping[str, int],
-    ranks: Ranks,
-) -> None:
+def _generate(work: Opened, found: Mapping[str, int]) -> None:
     """Append the missing responses to generations.jsonl, some problems at a time."""
-    missing = [one for one in sets.values() if found.get(one.name, 0) < len(one.problems)]
+    missing = [one for one in work.sets.values() if found.get(one.name, 0) < len(one.problems)]
     if not missing:
         return
     for one in missing:
         one.verifier.start()  # early, as its processes take a while
-    engine = make_engine(engine_config(settings), policy)
-    engine.update_weights(policy.weights())
+    engine = make_engine(engine_config(work.settings), work.policy)
+    engine.update_weights(work.policy.weights())
     with closing(engine):
         for one in missing:
-            _answer(folder, settings, policy, engine, one, found.get(one.name, 0), ranks)
-            one.verifier.close()
+            _answer(work, engine, one, found.get(one.name, 0))
 
 
-def _answer(
-    folder: Path,
-    settings: Evaluation,
-    policy: Policy,
-    engine: Sampler,
-    one: EvaluationSet,
-    begin: int,
-    ranks: Ranks,
-) -> None:
+def _answer(work: Opened, engine: Sampler, one: EvaluationSet, begin: int) -> None:
     """Answer the problems of `one` from number `begin` on; the bar shows all that are answered."""
-    total, size = len(one.problems), max(settings.batch_size // samples_of(settings), 1)
-    answered = Tally(one.reward)
-    if ranks.first and begin:
-        for row in rows(folder, {one.name: begin}):
+    first, done, answered = work.ranks.first, begin, Tally(one.reward)
+    if first and begin:
+        for row in rows(work.folder, {one.name: begin}):
             answered.add(row)
-    with progress(f"{one.name}: problems", total, begin, _COLUMNS, shown=ranks.first) as bar:
-        for first in range(begin, total, size):
-            portion = one.problems[first : first + size]
-            rollouts = sample(
-                engine,
-                policy,
-                one.verifier,
-                portion,
-                group_size=samples_of(settings),
-                max_new_tokens=settings.max_new_tokens,
-                temperature=temperature_of(settings),
-                seed=one.seed(settings.seed),
-                first=first,
-                ranks=ranks,
-            )
-            if ranks.first:
-                for row in append(folder, one.name, first, rollouts):
+    total = len(one.problems)
+    with progress(f"{one.name}: problems", total, begin, _COLUMNS, shown=first) as bar:
+        for rollouts in work.answers(engine, one, begin):
+            if first:
+                for row in append(work.folder, one.name, done, rollouts):
                     answered.add(row)
-            bar.update(first + len(portion), answered.metrics() if ranks.first else {})
+            done += len(rollouts) // samples_of(work.settings)
+            bar.update(done, answered.metrics() if first else {})
 
 
 def as_run(settings: Evaluation) -> Config:

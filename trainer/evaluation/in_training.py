@@ -1,29 +1,12 @@
 """Evaluation while a run trains: its held-out problems, and the sets of `eval.data`."""
 
-from collections.abc import Sequence
 from statistics import fmean
-from typing import NamedTuple
 
+from trainer.batch import Rollouts
+from trainer.evaluation.answers import answers
 from trainer.evaluation.estimates import estimate, standard_error
 from trainer.evaluation.sets import HELD_OUT, EvaluationSet, metric_names
 from trainer.run import Run
-from trainer.sampling import sample
-
-
-class _Answers(NamedTuple):
-    """`samples` responses to each problem of one set, in the order of the problems."""
-
-    samples: int
-    rewards: list[float]
-    lengths: list[float]
-    truncated: list[bool]
-    failures: tuple[int, int]
-    """How often the verifier timed out, and how often it crashed."""
-
-    def shares(self, one: EvaluationSet) -> list[float]:
-        """The share of right responses to each problem."""
-        right = [float(one.reward.is_right(reward)) for reward in self.rewards]
-        return [fmean(right[i : i + self.samples]) for i in range(0, len(right), self.samples)]
 
 
 def evaluate(run: Run) -> dict[str, float]:
@@ -53,10 +36,9 @@ def _on(run: Run, one: EvaluationSet) -> dict[str, float]:
     asked = run.settings.eval
     sampled = _answers(run, one, asked.samples, asked.temperature)
     greedy = _answers(run, one, 1, 0.0)
-    shares = sampled.shares(one)
+    shares = one.shares(sampled, asked.samples)
     accuracy = estimate(shares, asked.samples)
-    best = estimate(greedy.shares(one), 1)
-    timeouts, crashes = map(sum, zip(sampled.failures, greedy.failures, strict=True))
+    best = estimate(one.shares(greedy, 1), 1)
     return {
         "accuracy": accuracy.value,
         "low": accuracy.low,
@@ -66,37 +48,25 @@ def _on(run: Run, one: EvaluationSet) -> dict[str, float]:
         "greedy_low": best.low,
         "greedy_high": best.high,
         "problems": float(len(shares)),
-        "reward": fmean(sampled.rewards),
-        "length": fmean(sampled.lengths),
-        "truncated": fmean(sampled.truncated),
-        "timeouts": float(timeouts),
-        "crashes": float(crashes),
+        "reward": fmean(sampled.reward_B.tolist()),
+        "length": fmean(sampled.response_length_B.tolist()),
+        "truncated": fmean(sampled.truncated_B.tolist()),
+        "timeouts": float(sampled.timed_out_B.sum() + greedy.timed_out_B.sum()),
+        "crashes": float(sampled.crashed_B.sum() + greedy.crashed_B.sum()),
     }
 
 
-def _answers(run: Run, one: EvaluationSet, samples: int, temperature: float) -> _Answers:
-    """Sample some problems at a time, with no more responses than a step samples."""
-    rollout, asked = run.settings.rollout, run.settings.eval
-    size = max(rollout.prompts * rollout.group_size // samples, 1)
-    found = _Answers(samples, [], [], [], (0, 0))
-    for first in range(0, len(one.problems), size):
-        rollouts = sample(
-            run.engine,
-            run.policy,
-            one.verifier,
-            one.problems[first : first + size],
-            group_size=samples,
-            max_new_tokens=asked.max_new_tokens or rollout.max_new_tokens,
-            temperature=temperature,
-            seed=one.seed(),
-            first=first,
-            ranks=run.ranks,
-        )
-        found.rewards.extend(rollouts.reward_B.tolist())
-        found.lengths.extend(rollouts.response_length_B.tolist())
-        found.truncated.extend(rollouts.truncated_B.tolist())
-        failed: Sequence[int] = (int(rollouts.timed_out_B.sum()), int(rollouts.crashed_B.sum()))
-        found = found._replace(
-            failures=(found.failures[0] + failed[0], found.failures[1] + failed[1])
-        )
-    return found
+def _answers(run: Run, one: EvaluationSet, samples: int, temperature: float) -> Rollouts:
+    """`samples` responses to each problem, no more at a time than a step samples."""
+    rollout = run.settings.rollout
+    portions = answers(
+        one,
+        run.engine,
+        run.policy,
+        run.ranks,
+        samples=samples,
+        max_new_tokens=run.settings.eval.max_new_tokens or rollout.max_new_tokens,
+        temperature=temperature,
+        at_once=rollout.prompts * rollout.group_size,
+    )
+    return Rollouts.concatenate(list(portions))

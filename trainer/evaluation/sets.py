@@ -5,6 +5,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
+from trainer.batch import Rollouts
 from trainer.config import Config, Reward
 from trainer.launch.limits import check_length
 from trainer.model.tokens import prompt_ids
@@ -40,6 +41,10 @@ class EvaluationSet:
     def seed(self, base: int = 0) -> int:
         """The seed of its responses: the same in every run and evaluation."""
         return stable_hash(f"{base}/{self.name}")
+
+    def shares(self, rollouts: Rollouts, samples: int) -> list[float]:
+        """The share of right responses among the `samples` to each problem."""
+        return self.reward.is_right(rollouts.reward_B).double().view(-1, samples).mean(1).tolist()
 
 
 def make_set(

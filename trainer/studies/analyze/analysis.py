@@ -1,17 +1,15 @@
 """The settings that all analyses share, and what they work with."""
 
+import json
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import Any, TypeVar
 
-from trainer.evaluation.command import Evaluation, Sets, as_run, load, resolved, sets_of, with_limit
-from trainer.launch.lock import owned
-from trainer.launch.needs import check_needs
-from trainer.policy import Policy
-from trainer.ranks import Ranks, join
+from trainer.evaluation import command
+from trainer.evaluation.command import Evaluation, Opened
+from trainer.log import provenance, replace_text
 
 
 @dataclass(frozen=True)
@@ -34,38 +32,21 @@ class Analysis(Evaluation):
 Settings = TypeVar("Settings", bound=Analysis)
 
 
-@dataclass(frozen=True)
-class Opened(Generic[Settings]):
-    """An analysis that has begun."""
-
-    settings: Settings
-    """The settings, with defaults resolved."""
-    policy: Policy
-    sets: Sets
-    ranks: Ranks
-
-    @property
-    def folder(self) -> Path:
-        """The folder of its results, which exists."""
-        return Path(self.settings.out)
-
-
-@contextmanager
-def opened(settings: Settings) -> Iterator[Opened[Settings]]:
+def opened(settings: Settings) -> AbstractContextManager[Opened[Settings]]:
     """The model and problems of `settings`; results go to `analyses`, by the model's name.
 
     Raises ValueError for a model or data that cannot be read, and a folder that is in use.
     """
     name = re.sub(r"[^\w.-]+", "-", settings.model).strip("-.")
-    settings = replace(settings, out=settings.out or str(Path("analyses") / name))
-    with join(settings.device) as ranks, owned(Path(settings.out)):
-        asked, settings = settings, resolved(settings, ranks)
-        check_needs(as_run(settings))
-        policy = load(settings, ranks)
-        sets = sets_of(settings, asked, policy)
-        settings = with_limit(settings, policy, sets)
-        try:
-            yield Opened(settings, policy, sets, ranks)
-        finally:
-            for one in sets.values():
-                one.verifier.close()
+    return command.opened(replace(settings, out=settings.out or str(Path("analyses") / name)))
+
+
+def write(work: Opened[Settings], name: str, found: dict[str, Any], svg: str) -> Path:
+    """Put `found`, with the settings and versions, into OUT/`name`.json, and `svg` beside it."""
+    made = provenance(str(work.ranks.device))
+    path = work.folder / f"{name}.json"
+    whole = {"settings": asdict(work.settings), "made": made, **found}
+    replace_text(path, json.dumps(whole, indent=1) + "\n")
+    replace_text(path.with_suffix(".svg"), svg)
+    print(f"results: {path}")
+    return path

@@ -3,10 +3,9 @@
 C checkpoints, T response tokens of all responses.
 """
 
-import json
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +16,9 @@ from rich.table import Table
 from torch import Tensor
 
 from trainer.batch import Rollouts
-from trainer.evaluation.command import engine_config, load
-from trainer.log import provenance, replace_text
+from trainer.evaluation.command import Opened, engine_config, load
 from trainer.report.charts import Mark, Panel, Series, figure
-from trainer.studies.analyze.analysis import Analysis, Opened, opened
+from trainer.studies.analyze.analysis import Analysis, opened, write
 from trainer.studies.analyze.overlap import change_by_bin, overlap, rank_correlation, top_mask
 from trainer.studies.analyze.responses import scored_responses
 from trainer.update import score
@@ -165,12 +163,7 @@ def _percentiles(entropy_T: Tensor) -> dict[str, float]:
 
 
 def _write(work: Opened[Evolution], found: dict[str, Any]) -> Path:
-    folder, settings = work.folder, work.settings
-    whole = {"settings": asdict(settings), "made": provenance(str(work.ranks.device)), **found}
-    path = folder / "evolution.json"
-    replace_text(path, json.dumps(whole, indent=1) + "\n")
-    replace_text(folder / "evolution.svg", draw(found, "evolution.json"))
-    table = Table(title=f"top {settings.fraction:.0%} of {found['tokens']:,} tokens")
+    table = Table(title=f"top {work.settings.fraction:.0%} of {found['tokens']:,} tokens")
     for title in ("checkpoint", "overlap with base", "with last", "mean entropy", "below 0.01"):
         table.add_column(title, justify="left" if title == "checkpoint" else "right")
     for c, name in enumerate(found["names"]):
@@ -178,5 +171,4 @@ def _write(work: Opened[Evolution], found: dict[str, Any]) -> Path:
         mean, below = found["mean"][c], found["below_0.01"][c]
         table.add_row(name, f"{shares[0]:.2%}", f"{shares[-1]:.2%}", f"{mean:.3f}", f"{below:.1%}")
     Console().print(table)
-    print(f"results: {path}")
-    return path
+    return write(work, "evolution", found, draw(found, "evolution.json"))

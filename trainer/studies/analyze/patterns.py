@@ -1,23 +1,22 @@
 """Entropy patterns of a model's responses: section 3 of "Beyond the 80/20 Rule"."""
 
-import json
 import math
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from trainer.evaluation.command import engine_config, samples_of
+from trainer.evaluation.command import Opened, engine_config, samples_of
 from trainer.evaluation.estimates import estimate
-from trainer.log import Sample, provenance, replace_text
+from trainer.log import Sample
 from trainer.model.tokens import pieces
 from trainer.policy import Policy
 from trainer.report.charts import Mark, Panel, Series, figure
 from trainer.report.progress import Columns, progress
-from trainer.studies.analyze.analysis import Analysis, Opened, opened
-from trainer.studies.analyze.responses import Scored, right_shares, scored_responses
+from trainer.studies.analyze.analysis import Analysis, opened, write
+from trainer.studies.analyze.responses import Scored, scored_responses
 from trainer.studies.analyze.statistics import EntropyStatistics
 from trainer.studies.analyze.tokens_page import write_tokens_page
 
@@ -65,7 +64,7 @@ def analyze_patterns(settings: Patterns) -> Path:
             for scored in scored_responses(work):
                 statistics.update(scored.rollouts.response_T, scored.entropy_T)
                 samples += _samples(scored, work.policy, settings.coloured - len(samples))
-                shares += right_shares(scored.asked, scored.rollouts, samples_of(work.settings))
+                shares += scored.asked.shares(scored.rollouts, samples_of(work.settings))
                 p80 = statistics.percentile(80)
                 bar.update(len(shares), {"mean": statistics.mean(), "p80": p80})
         accuracy = estimate(shares, samples_of(work.settings))
@@ -159,17 +158,12 @@ def _samples(scored: Scored, policy: Policy, wanted: int) -> list[Sample]:
 
 
 def _write(work: Opened[Patterns], found: dict[str, Any], samples: list[Sample]) -> Path:
-    folder, settings, threshold = work.folder, work.settings, found["threshold"]
+    settings, threshold = work.settings, found["threshold"]
     marked = [replace(s, selected=[entropy >= threshold for entropy in s.entropy]) for s in samples]
     reward = engine_config(settings).reward
-    write_tokens_page(folder / "tokens.html", marked, threshold, settings.model, reward)
-    replace_text(folder / "patterns.svg", draw(found, "patterns.json"))
-    whole = {"settings": asdict(settings), "made": provenance(str(work.ranks.device)), **found}
-    path = folder / "patterns.json"
-    replace_text(path, json.dumps(whole, indent=1) + "\n")
+    write_tokens_page(work.folder / "tokens.html", marked, threshold, settings.model, reward)
     _show(found, settings)
-    print(f"results: {path}")
-    return path
+    return write(work, "patterns", found, draw(found, "patterns.json"))
 
 
 def _show(found: dict[str, Any], settings: Patterns) -> None:

@@ -12,10 +12,8 @@ from torch import Tensor
 from trainer.batch import Rollouts
 from trainer.engines import make_engine
 from trainer.engines.engine import Engine
-from trainer.evaluation.command import engine_config, samples_of, temperature_of
+from trainer.evaluation.command import Opened, engine_config
 from trainer.evaluation.sets import EvaluationSet
-from trainer.sampling import sample
-from trainer.studies.analyze.analysis import Opened
 from trainer.update import score
 
 
@@ -31,31 +29,11 @@ class Scored(NamedTuple):
 
 
 def responses(opened: Opened, engine: Engine) -> Iterator[tuple[EvaluationSet, Rollouts]]:
-    """`samples` verified responses of `engine` to each problem of each set, a portion of whole
-    problems at a time: about `batch_size` responses. The same settings give the same responses."""
-    settings = opened.settings
-    size = max(settings.batch_size // samples_of(settings), 1)
+    """Verified responses of `engine` to the problems of each set, a portion at a time."""
     for one in opened.sets.values():
         one.verifier.start()
-        for first in range(0, len(one.problems), size):
-            rollouts = sample(
-                engine,
-                opened.policy,
-                one.verifier,
-                one.problems[first : first + size],
-                group_size=samples_of(settings),
-                max_new_tokens=settings.max_new_tokens,
-                temperature=temperature_of(settings),
-                seed=one.seed(settings.seed),
-                first=first,
-                ranks=opened.ranks,
-            )
+        for rollouts in opened.answers(engine, one):
             yield one, rollouts
-
-
-def right_shares(one: EvaluationSet, rollouts: Rollouts, samples: int) -> list[float]:
-    """The share of right responses among the `samples` to each problem."""
-    return one.reward.is_right(rollouts.reward_B).double().view(-1, samples).mean(1).tolist()
 
 
 def scored_responses(opened: Opened) -> Iterator[Scored]:

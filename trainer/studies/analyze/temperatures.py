@@ -13,13 +13,13 @@ from rich.table import Table
 
 import entropy_kernels as ek
 from trainer.engines.engine import Engine
-from trainer.evaluation.command import engine_config, samples_of
+from trainer.evaluation.command import Opened, engine_config, samples_of
 from trainer.evaluation.estimates import estimate
 from trainer.log import provenance, replace_text
 from trainer.report.charts import Mark, Panel, Series, figure
 from trainer.report.progress import progress
-from trainer.studies.analyze.analysis import Analysis, Opened, opened
-from trainer.studies.analyze.responses import responses, right_shares, scored_responses
+from trainer.studies.analyze.analysis import Analysis, opened
+from trainer.studies.analyze.responses import responses, scored_responses
 from trainer.studies.two_temperature_engines import make_engine
 from trainer.studies.two_temperatures import TwoTemperatures
 
@@ -149,7 +149,7 @@ def _points(work: Opened[Temperatures], found: dict[str, Any]) -> Iterator[dict[
 def _accuracy(work: Opened[Temperatures], engine: Engine) -> dict[str, Any]:
     shares, lengths, truncated = [], [], []
     for one, rollouts in responses(work, engine):
-        shares += right_shares(one, rollouts, samples_of(work.settings))
+        shares += one.shares(rollouts, samples_of(work.settings))
         lengths += rollouts.response_length_B.tolist()
         truncated += rollouts.truncated_B.tolist()
     return {
