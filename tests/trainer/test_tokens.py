@@ -9,7 +9,7 @@ import torch
 from tokenizers import processors
 
 from tests.trainer.small import Even, build_policy, build_tokenizer
-from tests.trainer.tokenizer_kinds import KINDS, Kind, byte_level, pieces_of_sentences
+from tests.trainer.tokenizer_kinds import KINDS, byte_level, pieces_of_sentences
 from trainer.config import Data, Reward
 from trainer.engines.engine import Sampled
 from trainer.model.tokens import end_ids, pieces, prompt_ids, response_ids, response_text
@@ -25,8 +25,8 @@ def tokens_of(tokenizer, problem):
     return tokenizer.convert_ids_to_tokens(prompt_ids(tokenizer, [problem])[0])
 
 
-def model_of(kind, default=None):
-    ids = kind.tokenizer.convert_tokens_to_ids(list(kind.generation)) or None
+def model_of(tokenizer, generation=(), default=None):
+    ids = tokenizer.convert_tokens_to_ids(list(generation)) or None
     config = SimpleNamespace(eos_token_id=default)
     config.get_text_config = lambda: config
     generation = SimpleNamespace(eos_token_id=ids)
@@ -57,8 +57,9 @@ def test_a_chat_templates_special_tokens_are_those_it_writes(name):
 def test_what_ends_a_response(name):
     kind, to_ids = KINDS[name], KINDS[name].tokenizer.convert_tokens_to_ids
     # 2 is the default of many configurations, and the first letter of these tokenizers.
+    model = model_of(kind.tokenizer, kind.generation, 2)
     for chat, ends in ((False, kind.ends), (True, kind.chat_ends or kind.ends)):
-        assert end_ids(kind.tokenizer, model_of(kind, 2), chat) == sorted(to_ids(ends))
+        assert end_ids(kind.tokenizer, model, chat) == sorted(to_ids(ends))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -96,7 +97,7 @@ def test_a_template_that_changes_words_tells_no_end_of_turn():
     """The start of a turn, which comes first in its text, ends nothing."""
     template = "{% for m in messages %}<s>{{ m['content'] | upper }}<t>{% endfor %}"
     tokenizer = byte_level(eos_token="<e>", special=["<s>", "<t>"], template=template)
-    ends = end_ids(tokenizer, model_of(Kind(tokenizer, [], [])), True)
+    ends = end_ids(tokenizer, model_of(tokenizer), True)
     assert tokenizer.convert_ids_to_tokens(ends) == ["<e>"]
 
 
