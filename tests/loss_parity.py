@@ -16,10 +16,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-import entropy_kernels as ek
 from entropy_kernels import losses
 from tests import loss_formulas, peer_losses
-from tests.loss_cases import B, gradient, make_case, ratio_loss
+from tests.loss_cases import B, gradient, make_case
 
 DOCS = Path(__file__).parents[1] / "docs" / "losses.md"
 BEGIN, END = "<!-- parity:begin -->\n", "<!-- parity:end -->\n"
@@ -36,9 +35,8 @@ class Pair(NamedTuple):
 
 
 def ours(loss_type: str, **options) -> Callable:
-    return lambda c, x: ratio_loss(x, c.old, c.advantage_B, c.mask, loss_type=loss_type, **options)[
-        0
-    ]
+    own = {"loss_type": loss_type, "selected": None} | options
+    return lambda c, x: c._replace(advantage=c.advantage_B).loss(x, **own)
 
 
 def _formulas() -> Iterator[Pair]:
@@ -47,9 +45,7 @@ def _formulas() -> Iterator[Pair]:
         yield Pair(
             name,
             "written formula",
-            lambda c, x, n=name, o=options: ek.ratio_loss(
-                x, c.old, c.advantage, c.mask, selected=c.selected, loss_type=n, **o
-            )[0],
+            lambda c, x, n=name, o=options: c.loss(x, loss_type=n, **o),
             lambda c, x, n=name: loss_formulas.loss(n, x, c.old, c.advantage, c.mask, c.selected),
         )
 
