@@ -5,9 +5,7 @@ T tokens, D hidden, V vocabulary.
 
 import torch
 
-import entropy_kernels as ek
-from entropy_kernels import device, reference
-from entropy_kernels.testing import worst_of_orders
+from entropy_kernels import device
 from tests import head_cases
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -44,26 +42,9 @@ def active_numbers(grads, y):
     return ((sum(g != 0 for g in grads) > 0) & (y != IGNORE)).nonzero().squeeze(1)
 
 
-def in_dtype(dtype, grads, h, w, y, b=None, temperature=None, softcap=None, **_):
-    """The reference's gradients, by autograd."""
-    leaves = [None if x is None else x.detach().to(dtype).requires_grad_() for x in (h, w, b)]
-    temperature = 1.0 if temperature is None else temperature.to(dtype)
-    head = ek.Head(leaves[0], leaves[1], y, leaves[2], temperature, softcap, IGNORE)
-    outputs = reference.linear_logprob_entropy(head)
-    torch.autograd.backward(
-        list(outputs), [g.to(o.dtype) for g, o in zip(grads, outputs, strict=True)]
-    )
-    return [None if x is None else x.grad for x in leaves]
-
-
-@head_cases.remembered
-def three_of(*inputs, **options):
-    """In fp64, in the dtype of the inputs, and in fp32 by its worst order."""
-    truth = in_dtype(torch.float64, *inputs, **options)
-    plain = worst_of_orders(lambda: in_dtype(torch.float32, *inputs, **options), truth)
-    dtype = inputs[1].dtype
-    eager = plain if dtype == torch.float32 else in_dtype(dtype, *inputs, **options)
-    return truth, eager, plain
+def three_of(grads, h, w, y, b=None, **options):
+    """The gradients of head_cases.three_of."""
+    return [x[3:] for x in head_cases.three_of((h, w, y, b), grads, **options)]
 
 
 def options_of(inputs, bias=False, temperature=False, softcap=None):

@@ -76,14 +76,21 @@ def bend(rows: str, h, w, y):
     return h, w, y
 
 
-def run(function, inputs, grads, **options):
-    """Outputs and gradients (hidden, weight, bias) of a head."""
+def run(function, inputs, grads=None, **options):
+    """The outputs of a head, then its gradients (hidden, weight, bias) for `grads`.
+
+    Each of `grads` is a tensor, or None where none arrives; without `grads` nothing is
+    differentiated.
+    """
     h, w, y, b = inputs
     h, w = h.detach().clone().requires_grad_(), w.detach().clone().requires_grad_()
     b = None if b is None else b.detach().clone().requires_grad_()
     outputs = list(function(h, w, y, bias=b, **options)[:3])
-    torch.autograd.backward(outputs, [g.to(o.dtype) for g, o in zip(grads, outputs, strict=True)])
-    return [o.detach() for o in outputs], [x.grad for x in (h, w, b) if x is not None]
+    if grads is None:
+        return [x.detach() for x in outputs]
+    pairs = [(x, g.to(x.dtype)) for x, g in zip(outputs, grads, strict=True) if g is not None]
+    torch.autograd.backward(*zip(*pairs, strict=True))
+    return [*(x.detach() for x in outputs), *(x.grad for x in (h, w, b) if x is not None)]
 
 
 def in_dtype(dtype):
@@ -97,7 +104,7 @@ def in_dtype(dtype):
 
 
 @remembered
-def three_of(inputs, grads, orders=4, **options):
+def three_of(inputs, grads=None, orders=4, **options):
     """run() by the reference: in fp64, in the dtype of the inputs, and in fp32 by its worst order.
 
     Gradients have the dtype of their formula. An eager path in fp32 is the last.
@@ -105,13 +112,24 @@ def three_of(inputs, grads, orders=4, **options):
 
     def typed(dtype):
         upcast = [x if x is None or x.dtype == torch.int64 else x.to(dtype) for x in inputs]
-        outputs, gradients = run(in_dtype(dtype), upcast, grads, **options)
-        return [*outputs, *gradients]
+        return run(in_dtype(dtype), upcast, grads, **options)
 
     truth, dtype = typed(torch.float64), inputs[0].dtype
     plain = worst_of_orders(lambda: typed(torch.float32), truth, orders)
     eager = plain if dtype == torch.float32 else typed(dtype)
-    return [(found[:3], found[3:]) for found in (truth, eager, plain)]
+    return truth, eager, plain
+
+
+def dtype_of_products(impl, dtype):
+    """What dz is rounded to for its products, in 16 bits as eager's."""
+    rounds = impl == "triton" or (impl == "cpu" and dtype == torch.bfloat16)
+    return dtype if rounds else torch.float32
+
+
+def assert_as_reference(got, inputs, grads=None, *, operands=torch.float32, **options):
+    """Both bounds for outputs and gradients; the products of backward round dz to `operands`."""
+    for number, quartet in enumerate(zip(got, *three_of(inputs, grads, **options), strict=True)):
+        assert_within_two_bounds(*quartet, operands=torch.float32 if number < 3 else operands)
 
 
 def statistics_in(dtype, h, w, y, *, bias=None, **options):

@@ -161,11 +161,11 @@ def _fitting(tile: Any, inputs: Inputs) -> Any:
 
 def _references(
     inputs: Inputs, gradients: list[Tensor], options: dict[str, Any]
-) -> list[list[Tensor]]:
+) -> tuple[list[Tensor], ...]:
     """Outputs and gradients in fp64, in the dtype of the inputs, and in fp32."""
     names = ("temperature", "softcap", "ignore_index")
     head = {name: options[name] for name in names if name in options}
-    return [[*outputs, *found] for outputs, found in three_of(inputs, gradients, **head)]
+    return three_of(inputs, gradients, **head)
 
 
 def _gradients(tokens: int, device: torch.device) -> list[Tensor]:
@@ -173,7 +173,7 @@ def _gradients(tokens: int, device: torch.device) -> list[Tensor]:
     return list(torch.randn(3, tokens, device=device) * some)
 
 
-def _check(got: list[Tensor], references: list[list[Tensor]], dtype: torch.dtype) -> None:
+def _check(got: list[Tensor], references: tuple[list[Tensor], ...], dtype: torch.dtype) -> None:
     """Both bounds, for outputs and gradients; 16-bit kernels round dz for its products."""
     for number, quartet in enumerate(zip(got, *references, strict=True)):
         assert_within_two_bounds(*quartet, operands=torch.float32 if number < 3 else dtype)

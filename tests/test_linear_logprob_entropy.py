@@ -7,9 +7,19 @@ import pytest
 import torch
 
 import entropy_kernels as ek
-from entropy_kernels import reference
-from entropy_kernels.testing import assert_within_two_bounds, worst_of_orders
-from tests.head_cases import BLOCK_V, DTYPES, ROWS, make, run, three_of
+from entropy_kernels._rows import STATISTICS
+from entropy_kernels.testing import assert_within_two_bounds
+from tests.head_cases import (
+    BLOCK_V,
+    DTYPES,
+    ROWS,
+    assert_as_reference,
+    check_statistics,
+    dtype_of_products,
+    make,
+    run,
+    three_of,
+)
 from tests.marks import nan_is_meant, not_interpreted
 
 # Blocks of rows, of the vocabulary, and what is beyond them.
@@ -23,6 +33,7 @@ SHAPES = {
 }
 
 
+OUTPUTS = ek.LogprobEntropy._fields[:3]
 # Sizes of models, and one, each with a dtype; the largest have 16 bits.
 VOCABULARIES = [
     *((50257, torch.float32), (129920, torch.float16), (151936, torch.bfloat16)),
@@ -31,31 +42,33 @@ VOCABULARIES = [
 
 
 def check(head, inputs, device, keep=0.5, orders=4, **options):
-    """Both bounds, for the three outputs and every gradient; for low entropies by themselves too.
-
-    The compiled kernels with bf16 inputs, and Triton's with 16 bits, round dz for its products, as
-    eager does.
-    """
+    """Both bounds for the outputs and every gradient, and for low entropies by themselves too."""
     T = inputs[2].numel()
     grads = [torch.randn(T, device=device) * (torch.rand(T, device=device) < keep) for _ in "abc"]
     got = run(head, inputs, grads, **options)
-    truth, eager, plain = three_of(inputs, grads, orders, **options)
-    impl, dtype = head.keywords["impl"], inputs[0].dtype
-    rounds = impl == "triton" or (impl == "cpu" and dtype == torch.bfloat16)
-    for side, operands in ((0, torch.float32), (1, dtype if rounds else torch.float32)):
-        for quartet in zip(got[side], truth[side], eager[side], plain[side], strict=True):
-            assert_within_two_bounds(*quartet, operands=operands)
-    entropies = got[0][1], truth[0][1], eager[0][1], plain[0][1]
+    operands = dtype_of_products(head.keywords["impl"], inputs[0].dtype)
+    assert_as_reference(got, inputs, grads, operands=operands, orders=orders, **options)
+    entropies = [x[1] for x in (got, *three_of(inputs, grads, orders=orders, **options))]
     # What high entropies err hides what low ones do.
     low = entropies[1] < 0.01
     if low.any():
         assert_within_two_bounds(*(x[low] for x in entropies))
 
 
+def check_with_statistics(head, inputs, device, **options):
+    """Both bounds for the statistics too."""
+    check(head, inputs, device, **options)
+    h, w, y, b = inputs
+    found = head(h, w, y, bias=b, statistics=STATISTICS, **options)
+    assert not any(x[y == options.get("ignore_index", -100)].any() for x in found)
+    check_statistics(found[3:], h, w, y, bias=b, **options)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("rows", ROWS)
 def test_rows_of_every_kind(head, rows, dtype, block, device):
-    check(head, (*make(rows, (67, 40, 2 * block[1] + 7), dtype, device), None), device)
+    inputs = (*make(rows, (67, 40, 2 * block[1] + 7), dtype, device), None)
+    check_with_statistics(head, inputs, device)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -98,23 +111,32 @@ def test_options(head, options, dtype, block, device):
         options["ignore_index"] = -1
     if options.get("temperature") == "per token":
         options["temperature"] = torch.rand(67, device=device) + 0.5
-    check(head, (h, w, y, b), device, **options)
+    check_with_statistics(head, (h, w, y, b), device, **options)
 
 
 def test_entropies_keep_their_digits_down_to_1e_12(head, impl):
-    """Two words g nats apart: s = exp(-g), logprob = -log1p(s), H = log1p(s) + g s / (1 + s).
+    """Two words g nats apart, s = exp(-g): outputs and statistics in closed form.
 
     With D = 1 and h = 1 the weight is the logits. log_softmax in fp64 could not tell.
     """
     for gap in (0.5, 1.0, 5.0, 10.0, 15.0, 20.0, 25.0, 30.0):
         z = torch.tensor([[-100.0], [-gap], [-100.0], [0.0], [-100.0]])
         s = torch.tensor(-gap, dtype=torch.float64).exp()
-        got = head(torch.ones(1, 1), z, torch.tensor([3]))
-        entropy = s.log1p() + gap * s / (1 + s)
-        # On a GPU the exponent is taken to base 2, in fp32: it is rounded once more.
-        digits = 3e-7 + (gap * 2**-24 if impl == "triton" else 0)
-        assert abs(got.entropy.double() - entropy) <= digits * entropy
-        assert abs(got.logprob.double() + s.log1p()) <= digits * s.log1p()
+        outputs = {"logprob": -s.log1p(), "entropy": s.log1p() + gap * s / (1 + s)}
+        statistics = {
+            "varentropy": gap**2 * s / (1 + s) ** 2,
+            "max_prob": 1 / (1 + s),
+            "sum_p2": (1 + s**2) / (1 + s) ** 2,
+            "sum_p2_logp": -(gap * s**2 + s.log1p() * (1 + s**2)) / (1 + s) ** 2,
+        }
+        for wanted, digits, rounding in ((outputs, 3e-7, 2**-24), (statistics, 4e-7, 2**-23)):
+            asked = STATISTICS if wanted is statistics else ()
+            found = head(torch.ones(1, 1), z, torch.tensor([3]), statistics=asked)
+            # On a GPU the exponent is taken to base 2, in fp32: it is rounded once more.
+            digits += gap * rounding if impl == "triton" else 0
+            for name, want in wanted.items():
+                error = abs(getattr(found, name).double() - want)
+                assert error <= digits * abs(want), (name, gap)
 
 
 def test_entropy_is_never_negative_and_logprob_never_positive(head, block, device):
@@ -126,31 +148,24 @@ def test_entropy_is_never_negative_and_logprob_never_positive(head, block, devic
     assert (head(h * 3, w, best).logprob <= 0).all()
 
 
-@pytest.mark.parametrize("used", ["logprob", "entropy", "logsumexp"])
+@pytest.mark.parametrize("used", OUTPUTS)
 def test_each_output_alone(head, used):
     """The other outputs' gradients never arrive."""
-    h, w, y = make("peaked", (33, 24, 1031), torch.float32)
-    h.requires_grad_()
-    getattr(head(h, w, y), used).square().sum().backward()
-
-    def formula(dtype):
-        x = h.detach().to(dtype).requires_grad_()
-        outputs = reference.linear_logprob_entropy(ek.Head(x, w.to(dtype), y))
-        outputs[ek.LogprobEntropy._fields.index(used)].square().sum().backward()
-        return [x.grad]
-
-    truth = formula(torch.float64)
-    (plain,) = worst_of_orders(lambda: formula(torch.float32), truth)
-    assert_within_two_bounds(h.grad, *truth, plain, plain)
+    inputs = (*make("peaked", (33, 24, 1031), torch.float32), None)
+    grads = [torch.randn(33) if name == used else None for name in OUTPUTS]
+    assert_as_reference(run(head, inputs, grads), inputs, grads)
 
 
 @pytest.mark.parametrize("tokens", [0, 5])
-def test_nothing_to_do(head, tokens, device):
+@pytest.mark.parametrize(
+    "options", [{}, {"keep_logits_above": 0.0}, {"statistics": STATISTICS}], ids=str
+)
+def test_nothing_to_do(head, tokens, options, device):
     """No token at all, or every token ignored."""
     h = torch.randn(tokens, 8, device=device, requires_grad=True)
     w = torch.randn(33, 8, device=device, requires_grad=True)
-    found = head(h, w, torch.full((tokens,), -100, device=device))
-    assert found.logprob.shape == (tokens,)
+    found = head(h, w, torch.full((tokens,), -100, device=device), **options)
+    assert all(x is None or (x.shape == (tokens,) and not x.any()) for x in found)
     found.logprob.sum().backward()
     assert (h.grad == 0).all()
     assert (w.grad == 0).all()
@@ -158,12 +173,13 @@ def test_nothing_to_do(head, tokens, device):
 
 def test_leading_dimensions_and_strides(head, device):
     h, w, y = make("peaked", (24, 16, 257), torch.float32, device)
-    flat = head(h, w, y)
+    flat = head(h, w, y, statistics=STATISTICS)
     strided_h = h.T.contiguous().T.reshape(2, 3, 4, 16)
     strided_w = torch.stack([w, w], dim=1)[:, 0]
     assert not strided_w.is_contiguous()
-    found = head(strided_h, strided_w, y.reshape(2, 3, 4).to(torch.int32))
-    for got, want in zip(found[:3], flat[:3], strict=True):
+    targets = y.reshape(2, 3, 4).to(torch.int32)
+    found = head(strided_h, strided_w, targets, statistics=STATISTICS)
+    for got, want in zip(found, flat, strict=True):
         assert got.shape == (2, 3, 4)
         assert torch.equal(got.flatten(), want)
 
@@ -192,22 +208,26 @@ def test_the_same_bits_twice(head, block, device):
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 def test_a_bad_row_poisons_itself_alone(head, value, device):
     h, w, y = make("peaked", (9, 16, 1031), torch.float32, device)
-    clean = head(h, w, y)
+    clean = head(h, w, y, statistics=STATISTICS)
     h[4, 3] = value
-    for got, want in zip(head(h, w, y)[:3], clean[:3], strict=True):
+    for got, want in zip(head(h, w, y, statistics=STATISTICS), clean, strict=True):
         assert got[4].isnan()
         others = [0, 1, 2, 3, 5, 6, 7, 8]
         torch.testing.assert_close(got[others], want[others], rtol=1e-6, atol=1e-6)
 
 
-def test_a_bad_weight_poisons_every_row(head, device):
+@nan_is_meant
+@pytest.mark.parametrize("keep_logits", [False, True])
+def test_a_bad_weight_poisons_every_row_but_the_ignored(head, keep_logits, device):
     h, w, y = make("peaked", (9, 16, 1031), torch.float32, device)
     w[1030, 2] = torch.nan
-    for x in head(h, w, y)[:3]:
-        assert x.isnan().all()
+    y[3] = -100
     h.requires_grad_()
-    head(h, w, y).logprob.sum().backward()
-    assert h.grad.isnan().all()
+    found = head(h, w, y, keep_logits=keep_logits, statistics=STATISTICS)
+    found.logprob.sum().backward()
+    for x in (*found, *h.grad.T):
+        assert x.isnan().sum() == 8
+        assert x[3] == 0
 
 
 @nan_is_meant
@@ -243,19 +263,20 @@ def test_a_masked_vocabulary_is_legal(head, device):
     y = torch.where((y >= 100) & (y < 1500), 3, y)
     keep = b == 0
     w.requires_grad_()
-    found = head(h, w, y, bias=b)
+    found = head(h, w, y, bias=b, statistics=STATISTICS)
     (found.logprob + found.entropy).sum().backward()
     assert (w.grad[~keep] == 0).all()
     assert w.grad.isfinite().all()
 
     dense = w.detach()[keep].clone().requires_grad_()
     renumbered = (keep.cumsum(0) - 1)[y]
-    want = head(h, dense, renumbered)
+    want = head(h, dense, renumbered, statistics=STATISTICS)
     (want.logprob + want.entropy).sum().backward()
+    torch.testing.assert_close(found[3:], want[3:], rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(found.entropy, want.entropy, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(found.logprob, want.logprob, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(w.grad[keep], dense.grad, rtol=1e-4, atol=1e-5)
     masked_target = head(h, w, torch.full_like(y, 200), bias=b)
     assert (masked_target.logprob == -torch.inf).all()
-    nowhere = head(h, w, y, bias=torch.full_like(b, -torch.inf))
-    assert nowhere.entropy.isnan().all()
+    nowhere = head(h, w, y, bias=torch.full_like(b, -torch.inf), statistics=STATISTICS)
+    assert all(x.isnan().all() for x in nowhere[1:])

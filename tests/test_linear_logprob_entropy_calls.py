@@ -3,6 +3,8 @@
 T tokens, D hidden, V vocabulary.
 """
 
+import itertools
+
 import pytest
 import torch
 
@@ -18,39 +20,51 @@ def test_opcheck(impl, device, unchecked_shapes):
     w.requires_grad_()
     b = torch.randn(67, device=device, requires_grad=True)
     temperature = torch.rand(9, device=device) + 0.5
-    forward = torch.ops.entropy_kernels.linear_logprob_entropy.default
-    for keep_logits in (False, True):
+    ops = torch.ops.entropy_kernels
+    forward, backward = ops.linear_logprob_entropy, ops.linear_logprob_entropy_backward
+    for keep_logits, statistics in itertools.product((False, True), repeat=2):
         arguments = (h, w, y, b, temperature, 5.0, -100, keep_logits, None, None, impl)
-        torch.library.opcheck(forward, arguments)
-    found = forward(h, w, y, b, temperature, 5.0, -100, False, None, None, impl)
-    statistics = [x.detach() for x in (found[1], *found[3:6])]
+        torch.library.opcheck(forward.default, arguments, {"with_statistics": statistics})
     grads = [torch.randn(9, device=device), torch.randn(9, device=device), None]
     leaves = [x.detach() for x in (h, w, y, b, temperature)]
-    torch.library.opcheck(
-        torch.ops.entropy_kernels.linear_logprob_entropy_backward.default,
-        (*grads, *leaves, 5.0, -100, *statistics, True, False, True, None, None, impl),
-    )
     main_grad = torch.ones(67, 8, device=device)
-    torch.library.opcheck(
-        torch.ops.entropy_kernels.linear_logprob_entropy_backward.default,
-        (*grads, *leaves, 5.0, -100, *statistics, True, True, True, 9, main_grad, impl),
-    )
+    # One backend alone stores the logits of some rows.
+    for stored in ((), (torch.tensor(0.1, device=device), 4))[: 1 + (impl == "triton")]:
+        arguments = (h, w, y, b, temperature, 5.0, -100, False, None, None, impl, *stored)
+        torch.library.opcheck(forward.default, arguments)
+        found = [x.detach() for x in forward(*arguments)]
+        rows, places = (found[1], *found[3:6]), found[6] if stored else None
+        for needs in ((True, False, True, None, None), (True, True, True, 9, main_grad)):
+            arguments = (*grads, *leaves, 5.0, -100, *rows, *needs, impl, places)
+            torch.library.opcheck(backward.default, arguments)
 
 
-def test_compiles_into_one_graph(head, unchecked_shapes):
-    h, w, y = make("peaked", (9, 8, 67), torch.float32)
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("more", ["nothing", "statistics", "keep_logits_above"])
+def test_compiles_into_one_graph(head, more, dynamic, device, unchecked_shapes):
+    h, w, y = make("peaked", (9, 8, 67), torch.float32, device)
+    options = {
+        "nothing": {},
+        "statistics": {"statistics": _rows.STATISTICS},
+        "keep_logits_above": {"keep_logits_above": torch.tensor(0.1, device=device)},
+    }[more]
 
     def step(h, w):
-        found = head(h, w, y, temperature=0.7, softcap=5.0, logit_scale=0.5)
-        return (found.logprob - 0.1 * found.entropy).sum()
+        found = head(h, w, y, temperature=0.7, softcap=5.0, logit_scale=0.5, **options)
+        weight = 1.0 + sum(x for x in found[3:] if x is not None)
+        return (found.logprob * weight - 0.1 * found.entropy).sum()
 
-    grads = []
-    for function in (step, torch.compile(step, fullgraph=True, backend="aot_eager")):
+    results = []
+    for function in (
+        step,
+        torch.compile(step, fullgraph=True, dynamic=dynamic, backend="aot_eager"),
+    ):
         x, weight = h.clone().requires_grad_(), w.clone().requires_grad_()
-        function(x, weight).backward()
-        grads.append((x.grad, weight.grad))
-    for eager, compiled in zip(*grads, strict=True):
-        torch.testing.assert_close(compiled, eager, rtol=1e-6, atol=1e-7)
+        loss = function(x, weight)
+        loss.backward()
+        results.append((loss, x.grad, weight.grad))
+    for eager, got in zip(*results, strict=True):
+        torch.testing.assert_close(got, eager, rtol=1e-6, atol=1e-7)
 
 
 def test_autocast_casts_as_linear_does_and_stays_fp32_inside(head, device):

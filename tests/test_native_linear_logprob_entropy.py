@@ -12,15 +12,15 @@ import pytest
 import torch
 
 import entropy_kernels as ek
-from entropy_kernels import _native, backends, reference
-from entropy_kernels.testing import assert_within_two_bounds, peaked_head, worst_of_orders
+from entropy_kernels import _native, backends
+from entropy_kernels.testing import peaked_head
+from tests.head_cases import DTYPES, assert_as_reference
 
 WHY = _native.why_missing("cpu")
 pytestmark = pytest.mark.skipif(WHY is not None, reason=WHY or "built")
 INSTRUCTION_SETS = _native.cpu().instruction_sets(models=True) if WHY is None else []
 # Whose products of bf16 heads take dz as bf16.
 OF_BF16 = {"amx", "amx_model", "avx512_bf16", "neon_bf16"}
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 CPUINFO = Path("/proc/cpuinfo")
 
 
@@ -31,17 +31,7 @@ def run(isa, h, w, y, grads, **options):
     found = _native.forward(head, keep_logits=options.get("keep_logits", False), isa=isa)
     needs = (True, True, bias is not None)
     gradients = _native.backward(tuple(grads), head, found, needs, isa=isa)
-    return [*found[:3], *gradients]
-
-
-def truth(dtype, h, w, y, grads, bias=None, temperature=None, softcap=None):
-    leaves = [None if x is None else x.detach().to(dtype).requires_grad_() for x in (h, w, bias)]
-    temperature = 1.0 if temperature is None else temperature.to(dtype)
-    outputs = reference.linear_logprob_entropy(
-        ek.Head(leaves[0], leaves[1], y, leaves[2], temperature, softcap)
-    )
-    torch.autograd.backward(list(outputs), [g.to(dtype) for g in grads])
-    return [*(o.detach() for o in outputs), *(None if x is None else x.grad for x in leaves)]
+    return [*found[:3], *(x for x in gradients if x is not None)]
 
 
 @pytest.mark.skipif(not CPUINFO.exists(), reason=f"no {CPUINFO} says what the machine has")
@@ -65,12 +55,9 @@ def test_instruction_sets_agree_with_the_reference(isa, shape, dtype):
     grads = [torch.randn(T) * (torch.rand(T) < 0.9) for _ in range(3)]
     options = {"bias": torch.randn(V), "temperature": torch.rand(T) + 0.5, "softcap": 12.0}
     got = run(isa, h, w, y, grads, **options)
-    want = truth(torch.float64, h, w, y, grads, **options)
-    plain = worst_of_orders(lambda: truth(torch.float32, h, w, y, grads, **options), want)
-    eager = plain if dtype == torch.float32 else truth(dtype, h, w, y, grads, **options)
     operands = torch.bfloat16 if dtype == torch.bfloat16 and isa in OF_BF16 else torch.float32
-    for i, quartet in enumerate(zip(got, want, eager, plain, strict=True)):
-        assert_within_two_bounds(*quartet, operands=operands if i >= 3 else torch.float32)
+    inputs = h, w, y, options.pop("bias")
+    assert_as_reference(got, inputs, grads, operands=operands, **options)
 
 
 class Timed(ModuleType):
@@ -115,8 +102,7 @@ def test_the_environment_overrules_what_is_faster(monkeypatch, anew, isa):
     want = run(isa, h, w, y, grads)
     monkeypatch.setenv("EK_CPU_ISA", isa)
     assert all(_native.instruction_set(dtype) == isa for dtype in DTYPES)
-    got = run(None, h, w, y, grads)
-    assert all(torch.equal(a, b) for a, b in zip(got[:5], want[:5], strict=True))
+    assert all(map(torch.equal, run(None, h, w, y, grads), want))
 
 
 def test_an_unknown_set_in_the_environment_is_refused(monkeypatch, anew):
@@ -174,8 +160,7 @@ def test_kept_logits_give_the_same_gradients(isa, active):
     kept, recomputed = (
         run(isa, h, w, y, grads, keep_logits=keep, softcap=9.0) for keep in (True, False)
     )
-    for got, want in zip(kept, recomputed, strict=True):
-        assert (got is None and want is None) or torch.equal(got, want)
+    assert all(map(torch.equal, kept, recomputed))
 
 
 def test_the_thread_count_moves_the_last_bits_only():

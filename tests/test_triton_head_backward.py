@@ -27,14 +27,6 @@ from tests.backward_cases import (
 )
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-SHAPES = {
-    "one": (1, 1, 1),
-    "two words": (3, 1, 2),
-    "prime": (31, 37, 151),
-    "tiles": (32, 64, 128),
-    "one more": (33, 65, 129),
-    "several chunks": (67, 24, 201),
-}
 # NumPy computes in the interpreter, and warns of the infinities and NaN that these tests need.
 infinities = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 interpreted = pytest.mark.skipif(DEVICE != "cpu", reason="counts products as on a CPU")
@@ -56,12 +48,10 @@ def run(grads, h, w, y, b=None, temperature=None, softcap=None, keep=False, **kw
 
 def check(got, inputs, **options):
     """Both bounds for every gradient; 16-bit inputs round dz to 16 bits, as in eager."""
-    dtype = inputs[1].dtype
-    for result, *others in zip(got, *three_of(*inputs, **options), strict=True):
-        assert (result is None) == (others[0] is None)
-        if result is not None:
-            assert result.isfinite().all()
-            assert_within_two_bounds(result, *others, operands=dtype)
+    got = [x for x in got if x is not None]
+    for quartet in zip(got, *three_of(*inputs, **options), strict=True):
+        assert quartet[0].isfinite().all()
+        assert_within_two_bounds(*quartet, operands=inputs[1].dtype)
 
 
 @pytest.mark.parametrize("tile", tiles_here(), ids=lambda tile: tile.variant)

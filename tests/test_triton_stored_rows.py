@@ -89,9 +89,8 @@ def check(got, inputs, found, bound=None, tile=None, **options):
     assert torch.equal(got[0][numbers[front:]], recomputed[0][numbers[front:]])
     dtype = head[0].dtype
     truth, *others = three_of(*inputs, **options)
+    got, recomputed = ([x for x in found if x is not None] for found in (got, recomputed))
     for result, true, *pair, other in zip(got, truth, *others, recomputed, strict=True):
-        if result is None:
-            continue
         errors = [(x.double() - true).abs().max() for x in (*pair, other)]
         if front < len(numbers):
             pair = [x if e > errors[2] else other for x, e in zip(pair, errors[:2], strict=True)]
@@ -261,17 +260,6 @@ def test_the_front_ends_at_the_first_row_without_logits(count, gap):
     assert found.place[:count].tolist() == places_T[index_C[:count].long()].tolist()
 
 
-@pytest.mark.parametrize("tokens", [0, 5])
-def test_nothing_to_do(tokens):
-    h = torch.randn(tokens, 8, device=DEVICE, requires_grad=True)
-    w = torch.randn(33, 8, device=DEVICE, requires_grad=True)
-    y = torch.full((tokens,), IGNORE, device=DEVICE)
-    found = ek.linear_logprob_entropy(ek.Head(h, w, y), keep_logits_above=0.0, impl="triton")
-    found.logprob.sum().backward()
-    assert (h.grad == 0).all()
-    assert (w.grad == 0).all()
-
-
 def test_the_same_bits_twice():
     inputs = (gradients_of(T), *make(SHAPE, torch.bfloat16))
     options = options_of(inputs[1:], **OPTIONS["all"])
@@ -335,41 +323,3 @@ def test_without_a_backward_nothing_is_stored(monkeypatch):
     assert asked == [(h.device, h.dtype, D)]
     rows = int(((y != IGNORE) & (found.entropy >= 0.1)).sum())
     assert watch.products == (T + 2 * rows) * V * D
-
-
-def test_opcheck(unchecked_shapes):
-    h, w, y = make((9, 8, 67))
-    h, w = h.requires_grad_(), w.requires_grad_()
-    above = torch.tensor(0.1, device=DEVICE)
-    head = (h, w, y, None, None, 5.0, IGNORE, False, None, None, "triton")
-    op = torch.ops.entropy_kernels.linear_logprob_entropy.default
-    torch.library.opcheck(op, (*head, above, 4))
-    found = [x.detach() for x in op(*head, above, 4)]
-    grads = [torch.randn(9, device=DEVICE) for _ in range(3)]
-    leaves = (h.detach(), w.detach(), y, None, None, 5.0, IGNORE)
-    needs = (True, True, False)
-    torch.library.opcheck(
-        torch.ops.entropy_kernels.linear_logprob_entropy_backward.default,
-        (*grads, *leaves, found[1], *found[3:6], *needs, 9, None, "triton", found[6]),
-    )
-
-
-@pytest.mark.parametrize("dynamic", [False, True])
-def test_compiles_into_one_graph(dynamic, unchecked_shapes):
-    h, w, y = make((9, 8, 67))
-    threshold = torch.tensor(0.1, device=DEVICE)
-
-    def step(h, w):
-        found = ek.linear_logprob_entropy(
-            ek.Head(h, w, y), keep_logits_above=threshold, impl="triton"
-        )
-        return (found.logprob - 0.1 * found.entropy).sum()
-
-    compiled = torch.compile(step, fullgraph=True, backend="aot_eager", dynamic=dynamic)
-    grads = []
-    for function in (step, compiled):
-        x, weight = h.clone().requires_grad_(), w.clone().requires_grad_()
-        function(x, weight).backward()
-        grads.append((x.grad, weight.grad))
-    for eager, got in zip(*grads, strict=True):
-        torch.testing.assert_close(got, eager, rtol=1e-6, atol=1e-7)

@@ -11,8 +11,7 @@ import torch.distributed as dist
 
 import entropy_kernels as ek
 from entropy_kernels import _rows
-from entropy_kernels.testing import assert_within_two_bounds
-from tests.head_cases import check_statistics, make, three_of
+from tests.head_cases import assert_as_reference, check_statistics, dtype_of_products, make
 from tests.loss_cases import policy_loss
 from tests.processes import meeting, results_by_rank, spawn
 from tests.vocab_parallel_cases import (
@@ -55,18 +54,12 @@ def test_shards_find_what_one_rank_finds(ranks, impl, name):
     inputs, options, grads = case(name)
     for other in found:
         assert other["same bits"]
-        assert all(map(torch.equal, other["outputs"], found[0]["outputs"]))
-        assert torch.equal(other["gradients"][0], found[0]["gradients"][0])
-    gradients = [found[0]["gradients"][0]]
-    gradients += [torch.cat(x) for x in zip(*(x["gradients"][1:] for x in found), strict=True)]
-    dtype = inputs[0].dtype
-    three = three_of(inputs, grads, **options)
-    rounds = impl == "triton" or (impl == "cpu" and dtype == torch.bfloat16)
-    for got, *wanted in zip(found[0]["outputs"], *(x[0] for x in three), strict=True):
-        assert_within_two_bounds(got, *wanted)
-    for got, *wanted in zip(gradients, *(x[1] for x in three), strict=True):
-        operands = dtype if rounds else torch.float32
-        assert_within_two_bounds(got, *wanted, operands=operands)
+        # All but the gradients of this rank's weight and bias.
+        assert all(map(torch.equal, other["results"][:4], found[0]["results"][:4]))
+    got = found[0]["results"][:4]
+    got += [torch.cat(x) for x in zip(*(rank["results"][4:] for rank in found), strict=True)]
+    operands = dtype_of_products(impl, inputs[0].dtype)
+    assert_as_reference(got, inputs, grads, operands=operands, **options)
     h, w, y, bias = inputs
     check_statistics(found[0]["statistics"], h, w, y, bias=bias, **options)
 
