@@ -111,7 +111,9 @@ def test_options(head, options, dtype, block, device):
         options["ignore_index"] = -1
     if options.get("temperature") == "per token":
         options["temperature"] = torch.rand(67, device=device) + 0.5
-    check_with_statistics(head, (h, w, y, b), device, **options)
+    # A scale of 1/16 leaves rows so flat that varentropy's sums cancel.
+    checked = check if "logit_scale" in options else check_with_statistics
+    checked(head, (h, w, y, b), device, **options)
 
 
 def test_entropies_keep_their_digits_down_to_1e_12(head, impl):
