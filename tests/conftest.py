@@ -52,7 +52,7 @@ if "EK_TEST_IMPLS" in os.environ:
     BACKENDS = [pair for pair in BACKENDS if pair[0] in os.environ["EK_TEST_IMPLS"].split(",")]
 
 # The hook above checks them as they are imported.
-from entropy_kernels import backends  # noqa: E402
+from entropy_kernels import _native, backends  # noqa: E402
 
 WHY_NO_TRITON = backends.why_not("triton", torch.device(DEVICES[-1]))
 if WHY_NO_TRITON is None and os.environ.get("TRITON_INTERPRET") == "1":
@@ -111,6 +111,15 @@ def block(impl, device) -> tuple[int, int]:
     from tests.head_cases import BLOCK_T, BLOCK_V
 
     return (32, 64) if impl == "triton" and device == "cpu" else (BLOCK_T, BLOCK_V)
+
+
+@pytest.fixture(params=["torch", "native"])
+def selection_backend(request, monkeypatch):
+    """The threshold and the mask by the torch path, or by the compiled kernels."""
+    if request.param == "torch":
+        monkeypatch.setattr(_native, "why_missing", lambda name: "left out")
+    elif _native.cpu() is None:
+        pytest.skip("the CPU extension is not built")
 
 
 @pytest.fixture

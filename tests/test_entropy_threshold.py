@@ -12,21 +12,10 @@ from torch import Tensor
 
 from entropy_kernels import _native, entropy_threshold, ops, reference
 from entropy_kernels._torch import selection
+from tests.selection_cases import FRACTIONS, VALUES
 
 INF = float("inf")
 NAN = float("nan")
-FRACTIONS = [0.2, 0.1, 0.55, 1.0, 1e-9]
-# Ties, both zeros and infinities; then any fp32 at all.
-TIED = st.sampled_from([-INF, -1.5, -1e-45, -0.0, 0.0, 1e-45, 0.25, 1.0, 3.0, INF, NAN])
-VALUES = TIED | st.floats(width=32)
-
-
-@pytest.fixture(params=["torch", "native"])
-def backend(request, monkeypatch):
-    if request.param == "torch":
-        monkeypatch.setattr(_native, "why_missing", lambda name: "left out")
-    elif _native.cpu() is None:
-        pytest.skip("the CPU extension is not built")
 
 
 def assert_same(actual: Tensor, expected: Tensor) -> None:
@@ -48,7 +37,7 @@ def test_equals_the_sort(tokens, fraction):
         )
 
 
-@pytest.mark.usefixtures("backend")
+@pytest.mark.usefixtures("selection_backend")
 @pytest.mark.parametrize("fraction", FRACTIONS)
 @pytest.mark.parametrize("n", [0, 1, 2, 100, 10007])
 def test_sizes(n, fraction):
@@ -64,7 +53,7 @@ def test_sizes(n, fraction):
             )
 
 
-@pytest.mark.usefixtures("backend")
+@pytest.mark.usefixtures("selection_backend")
 def test_more_than_a_slice():
     entropy = torch.empty(selection.CPU_SLICE + 1).exponential_()
     for valid in (None, torch.rand(entropy.shape) < 0.7):
@@ -107,7 +96,7 @@ def test_no_valid_token_gives_infinity(name):
     assert threshold == INF
 
 
-@pytest.mark.usefixtures("backend")
+@pytest.mark.usefixtures("selection_backend")
 def test_nan_of_either_sign_ranks_above_infinity():
     nans = torch.tensor([0x7FC00000, 0x7F800001, -1, -0x400000], dtype=torch.int32)
     nans = nans.view(torch.float32)
@@ -118,7 +107,7 @@ def test_nan_of_either_sign_ranks_above_infinity():
     assert entropy_threshold(entropy, None, 6 / 8) == 2.0
 
 
-@pytest.mark.usefixtures("backend")
+@pytest.mark.usefixtures("selection_backend")
 def test_zeros_of_both_signs_are_equal():
     prefix = torch.tensor(0)
     counts = [

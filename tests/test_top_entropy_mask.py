@@ -6,22 +6,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.distributed import ProcessGroup
 
-from entropy_kernels import _native, entropy_threshold, ops, reference, top_entropy_mask
+from entropy_kernels import entropy_threshold, ops, reference, top_entropy_mask
 from entropy_kernels._torch import selection
+from tests.selection_cases import FRACTIONS, VALUES
 
 INF = float("inf")
 NAN = float("nan")
-FRACTIONS = [0.2, 0.1, 0.55, 1.0, 1e-9]
-TIED = st.sampled_from([-INF, -1.5, -0.0, 0.0, 0.25, 1.0, 3.0, INF, NAN])
-VALUES = TIED | st.floats(width=32)
-
-
-@pytest.fixture(params=["torch", "native"])
-def backend(request, monkeypatch):
-    if request.param == "torch":
-        monkeypatch.setattr(_native, "why_missing", lambda name: "left out")
-    elif _native.cpu() is None:
-        pytest.skip("the CPU extension is not built")
 
 
 def assert_as_reference(entropy, mask, fraction, **options):
@@ -47,7 +37,7 @@ def test_equals_the_sort(tokens, fraction, which, ties, scope):
         assert_as_reference(entropy, valid, fraction, which=which, ties=ties, scope=scope)
 
 
-@pytest.mark.usefixtures("backend")
+@pytest.mark.usefixtures("selection_backend")
 @pytest.mark.parametrize("fraction", FRACTIONS)
 @pytest.mark.parametrize("shape", [(0,), (1, 1), (7, 0), (3, 101)])
 def test_shapes(shape, fraction):
@@ -62,7 +52,7 @@ def test_shapes(shape, fraction):
                 assert_as_reference(tied, valid, fraction, which=which, scope="sequence")
 
 
-@pytest.mark.usefixtures("backend")
+@pytest.mark.usefixtures("selection_backend")
 def test_more_than_a_slice():
     tied = torch.randint(0, 9, (5, selection.CPU_SLICE // 4 + 1)).float()
     for which in ("top", "bottom"):

@@ -21,6 +21,7 @@ from entropy_kernels._torch import selection
 from entropy_kernels._triton.common import partition
 from entropy_kernels._triton.selection import launch
 from tests import token_kernel_cases as cases
+from tests.selection_cases import VALUES
 from tests.token_kernel_cases import KINDS, assert_same_bits
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -28,8 +29,6 @@ needs_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="needs CUDA")
 
 INF = float("inf")
 NAN = float("nan")
-TIED = st.sampled_from([-INF, -1.5, -1e-45, -0.0, 0.0, 1e-45, 0.25, 1.0, 3.0, INF, NAN])
-VALUES = TIED | st.floats(width=32)
 select = partial(selected_by, "triton")
 assert_as_the_sort = partial(cases.assert_as_the_sort, "triton")
 values_of, masks_of = (partial(f, device=DEVICE) for f in (cases.values_of, cases.masks_of))
