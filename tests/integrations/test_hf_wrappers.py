@@ -45,47 +45,28 @@ def prepared_and_unwrapped(model):
     return accelerator().unwrap_model(prepared(model), keep_fp32_wrapper=False)
 
 
-def decorated(model):
-    forward = model.forward
-    model.forward = functools.wraps(forward)(lambda *args, **options: forward(*args, **options))
+def replaced(model, make):
+    model.forward = make(model, model.forward)
     return model
 
 
-def replaced_by_a_closure(model):
-    forward = model.forward
-    model.forward = lambda *args, **options: forward(*args, **options)
-    return model
+def bound(function, model):
+    return types.MethodType(function, model)
 
 
-def decorated_and_bound(model):
-    forward = model.forward
-
-    @functools.wraps(forward)
-    def method(self, *args, **options):
-        return forward(*args, **options)
-
-    model.forward = types.MethodType(method, model)
-    return model
+def closure(forward):
+    return lambda *args, **options: forward(*args, **options)
 
 
-def bound_again(model):
-    model.forward = types.MethodType(getattr(model.forward, "__func__", model.forward), model)
-    return model
+def method(forward):
+    """`forward` as a function of the model too."""
+    return functools.wraps(forward)(lambda self, *args, **options: forward(*args, **options))
 
 
-def under_autocast(model):
-    model.forward = torch.autocast("cpu", dtype=torch.bfloat16)(model.forward)
-    return model
-
-
-def with_grad(model):
-    model.forward = torch.enable_grad()(model.forward)
-    return model
-
-
-def compiled_forward(model):
-    model.forward = torch.compile(model.forward, **COMPILE)
-    return model
+def liger_forward():
+    return pytest.importorskip(
+        "liger_kernel.transformers.model.qwen3", reason="Liger's forward"
+    ).lce_forward
 
 
 def compiled_in_place(model):
@@ -129,51 +110,41 @@ def with_a_hook_of_options(model):
     return model
 
 
-def of_the_class(model):
-    """As by a library that brings a forward of its own, such as Liger."""
-    model.forward = types.MethodType(type(model).forward, model)
-    return model
-
-
-def of_liger(model):
-    qwen3 = pytest.importorskip("liger_kernel.transformers.model.qwen3", reason="Liger's forward")
-    model.forward = types.MethodType(qwen3.lce_forward, model)
-    return model
-
-
 def of_trl(model):
     utils = pytest.importorskip("trl.trainer.utils", reason="TRL's forward")
     utils.add_fused_lm_head(model, outputs=("log_probs",))
     return model
 
 
-WRAPPERS = (
-    prepared,
-    prepared_and_unwrapped,
-    decorated,
-    replaced_by_a_closure,
-    decorated_and_bound,
-    bound_again,
-    under_autocast,
-    with_grad,
-    compiled_forward,
-    compiled_in_place,
-    compiled_head_in_place,
-    compiled,
-    compiled_regions,
-    dispatched,
-    dispatched_and_freed,
-    hooked_twice,
-    with_a_hook_of_options,
-    of_the_class,
-    of_liger,
-    of_trl,
+# What is put in the place of a model's forward. "of the class" is as by a library that brings a
+# forward of its own, such as Liger.
+FORWARDS = {
+    "decorated": lambda model, forward: functools.wraps(forward)(closure(forward)),
+    "replaced_by_a_closure": lambda model, forward: closure(forward),
+    "decorated_and_bound": lambda model, forward: bound(method(forward), model),
+    "bound_again": lambda model, forward: bound(getattr(forward, "__func__", forward), model),
+    "under_autocast": lambda model, forward: torch.autocast("cpu", torch.bfloat16)(forward),
+    "with_grad": lambda model, forward: torch.enable_grad()(forward),
+    "compiled_forward": lambda model, forward: torch.compile(forward, **COMPILE),
+    "of_the_class": lambda model, forward: bound(type(model).forward, model),
+    "of_liger": lambda model, forward: bound(liger_forward(), model),
+}
+OTHERS = (
+    *(prepared, prepared_and_unwrapped, dispatched, dispatched_and_freed, hooked_twice),
+    *(compiled_in_place, compiled_head_in_place, compiled, compiled_regions),
+    *(with_a_hook_of_options, of_trl),
 )
+WRAPPERS = {wrapper.__name__: wrapper for wrapper in OTHERS} | {
+    name: functools.partial(replaced, make=make) for name, make in FORWARDS.items()
+}
 # Errors of those that come after the patch, and before it.
 REPLACED = "was replaced since patch_lm_head and does not know `target`"
-AFTER = {of_the_class: REPLACED, of_liger: REPLACED}
-BEFORE = {compiled: "give patch_lm_head its `_orig_mod`", compiled_regions: "got OptimizedModule"}
-SIXTEEN_BITS = (prepared, under_autocast)
+AFTER = {"of_the_class": REPLACED, "of_liger": REPLACED}
+BEFORE = {
+    "compiled": "give patch_lm_head its `_orig_mod`",
+    "compiled_regions": "got OptimizedModule",
+}
+SIXTEEN_BITS = ("prepared", "under_autocast")
 
 
 def inputs(tokens):
@@ -192,11 +163,11 @@ def check(wrapper, found, model):
     model.zero_grad()
 
 
-@pytest.mark.parametrize("wrapper", WRAPPERS, ids=lambda f: f.__name__)
+@pytest.mark.parametrize("wrapper", WRAPPERS)
 def test_after_the_patch(wrapper):
     model, tokens = make(), batch()
     patch = patch_lm_head(model)
-    called = wrapper(model)
+    called = WRAPPERS[wrapper](model)
     if wrapper in AFTER:
         with pytest.raises(ValueError, match=AFTER[wrapper]):
             called(**tokens)
@@ -206,15 +177,15 @@ def test_after_the_patch(wrapper):
         assert isinstance(found, LogprobEntropyOutput)
         check(wrapper, found.logprob, model)
     assert called(**inputs(tokens)).logits is not None
-    if wrapper not in (replaced_by_a_closure, of_trl, *AFTER):
+    if wrapper not in ("replaced_by_a_closure", "of_trl", *AFTER):
         assert patch_lm_head(model) is patch
 
 
-@pytest.mark.parametrize("wrapper", WRAPPERS, ids=lambda f: f.__name__)
+@pytest.mark.parametrize("wrapper", WRAPPERS)
 def test_before_the_patch(wrapper):
     tokens = batch()
     model = make()
-    called = wrapper(model)
+    called = WRAPPERS[wrapper](model)
     if wrapper in BEFORE:
         with pytest.raises(ValueError, match=BEFORE[wrapper]):
             patch_lm_head(called)
@@ -227,11 +198,11 @@ def test_before_the_patch(wrapper):
     assert not isinstance(called(**inputs(tokens)), LogprobEntropyOutput)
 
 
-@pytest.mark.parametrize("wrapper", WRAPPERS, ids=lambda f: f.__name__)
+@pytest.mark.parametrize("wrapper", WRAPPERS)
 def test_of_the_head_alone(wrapper):
     tokens = batch()
     model = make()
-    called = wrapper(model)
+    called = WRAPPERS[wrapper](model)
     if wrapper in BEFORE:
         with pytest.raises(ValueError, match=BEFORE[wrapper]):
             lm_head(called)
@@ -247,7 +218,7 @@ def test_mixed_precision_is_taken_off_below_the_patch():
     model, tokens = make(), batch()
     model = prepared(model)
     with patch_lm_head(model) as patch:
-        check(prepared, model(**tokens).logprob, model)
+        check("prepared", model(**tokens).logprob, model)
         model = accelerator().unwrap_model(model, keep_fp32_wrapper=False)
         check(None, model(**tokens).logprob, model)
         assert patch_lm_head(model) is patch
