@@ -26,7 +26,7 @@ from benchmarks.head_tables import OURS
 from benchmarks.linear_logprob_entropy import FLOOR_VOCABULARY, FRACTION, Problem, head_of
 from benchmarks.runner import Contestant, Results
 from entropy_kernels import backends
-from entropy_kernels._bench.step import products_by_onednn
+from entropy_kernels._bench.step import our_forward, products_by_onednn
 
 QUICK = (64, 32, 512), 2
 # Rows of hidden states in a block of a bare product, at most.
@@ -86,7 +86,7 @@ def _runs(problem: Problem, direction: str) -> dict[str, Callable[[Problem], Res
         runs["mm-onednn"] = functools.partial(bare, onednn=True)
     impl = OURS if OURS in backends.available() else "torch"
     if direction == "forward":
-        runs[impl] = functools.partial(_forward, impl=impl)
+        runs[impl] = functools.partial(our_forward, impl=impl)
     else:
         runs[impl] = _backward(problem, impl, torch.zeros_like(problem.weight))
         runs[f"{impl}-fresh"] = _backward(problem, impl, None)
@@ -151,14 +151,6 @@ def _bare(
                     torch.mm(tile.T, hidden, out=dweight)
                     torch.mm(tile, weight, out=dhidden_RD[: len(hidden)])
     return {"product": tile}
-
-
-def _forward(problem: Problem, *, impl: str) -> Results:
-    with torch.no_grad():
-        found = ek.linear_logprob_entropy(
-            ek.Head(problem.hidden, problem.weight, problem.target), impl=impl
-        )
-    return {"logprob": found.logprob, "entropy": found.entropy}
 
 
 def _backward(problem: Problem, impl: str, buffer: Tensor | None) -> Callable[[Problem], Results]:

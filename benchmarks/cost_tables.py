@@ -1,6 +1,7 @@
 """Tables and figures of the growth of cost."""
 
 import math
+from statistics import linear_regression
 
 from benchmarks.tables import DTYPES, Run, about, cell, named, processor_of, quantile, table
 from trainer.report.charts import Mark, Panel, Series
@@ -69,20 +70,11 @@ def cost_panels(runs: list[Run]) -> list[Panel]:
 
 def exponent(points: Points) -> float:
     """b of the least-squares fit time = a * value^b, in logarithms, of the medians."""
-    _, slope = _line([(math.log(x), math.log(y)) for x, _, y, _ in points])
-    return slope
+    logs = [(math.log(x), math.log(y)) for x, _, y, _ in points]
+    return linear_regression(*zip(*logs, strict=True)).slope
 
 
 def deviation(points: Points) -> float:
     """The largest relative distance of a median from the least-squares line through all."""
-    start, slope = _line([(x, y) for x, _, y, _ in points])
+    slope, start = linear_regression(*zip(*((x, y) for x, _, y, _ in points), strict=True))
     return max(abs(y / (start + slope * x) - 1) for x, _, y, _ in points)
-
-
-def _line(points: list[tuple[float, float]]) -> tuple[float, float]:
-    """Intercept and slope."""
-    mean_x = sum(x for x, _ in points) / len(points)
-    mean_y = sum(y for _, y in points) / len(points)
-    covariance = sum((x - mean_x) * (y - mean_y) for x, y in points)
-    slope = covariance / sum((x - mean_x) ** 2 for x, _ in points)
-    return mean_y - slope * mean_x, slope

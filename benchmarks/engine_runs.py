@@ -19,8 +19,10 @@ import sys
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
+from benchmarks import tables
 from entropy_kernels._bench.machine import processor
 from entropy_kernels._bench.result_text import result_text
 from trainer.log import read_rows
@@ -159,11 +161,9 @@ def parted(one: list[dict[str, Any]], other: list[dict[str, Any]]) -> int | None
 
 def table(result: dict[str, Any]) -> str:
     """A Markdown table with one row per run; the mismatch is the largest of all steps."""
-    lines = [
-        "| run | accuracy before | accuracy after | reward | length | "
-        "largest KL | largest ratio | tokens/s | seconds |",
-        "|---|--:|--:|--:|--:|--:|--:|--:|--:|",
-    ]
+    columns = ["run", "accuracy before", "accuracy after", "reward", "length"]
+    columns += ["largest KL", "largest ratio", "tokens/s", "seconds"]
+    rows = []
     for run in result["runs"]:
         series, evaluation = run["series"], run["evaluations"]
         percent = [
@@ -183,8 +183,8 @@ def table(result: dict[str, Any]) -> str:
             f"{_mean(series['tokens_per_second']):,.0f}",
             f"{run['seconds']:.0f}",
         ]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+        rows.append(cells)
+    return tables.table(columns, rows)
 
 
 def panels(result: dict[str, Any]) -> list[Panel]:
@@ -216,7 +216,7 @@ def _smooth(values: list[float | None], window: int) -> list[Mark]:
     points = []
     for step in range(window, len(values) + 1):
         if known := _known(values[step - window : step]):
-            points.append(Mark(step, *[sum(known) / len(known)] * 3))
+            points.append(Mark(step, *[fmean(known)] * 3))
     return points
 
 
@@ -302,8 +302,7 @@ def _known(values: list[float | None]) -> list[float]:
 
 
 def _mean(values: list[float | None]) -> float:
-    known = _known(values)
-    return sum(known) / len(known)
+    return fmean(_known(values))
 
 
 if __name__ == "__main__":

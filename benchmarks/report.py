@@ -23,7 +23,6 @@ from trainer.report.charts import figure
 
 ROOT = Path(__file__).parent.parent
 RESULTS = "benchmarks/results"
-BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
 FIGURE = "![CPU time of a step against eager, by fraction of tokens](benchmarks.svg)"
 COST_FIGURE = "![Time of a step against tokens, vocabulary and fraction of tokens](linear_cost.svg)"
 POINTER = (
@@ -89,13 +88,14 @@ def read(folder: Path) -> dict[str, list[Run]]:
     return found
 
 
-def between_markers(path: Path, block: str) -> str:
-    """The file's text with `block` between its markers."""
+def between_markers(path: Path, block: str, name: str = "benchmarks") -> str:
+    """The file's text with `block` between its markers of `name`."""
     text = path.read_text()
-    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-        raise SystemExit(f"{path.name} needs one line {BEGIN} and, after it, one line {END}")
-    before, after = text.split(BEGIN)[0], text.split(END)[1]
-    return f"{before}{BEGIN}\n{block}\n{END}{after}"
+    begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+    if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
+        raise SystemExit(f"{path.name} needs one line {begin} and, after it, one line {end}")
+    before, after = text.split(begin)[0], text.split(end)[1]
+    return f"{before}{begin}\n{block}\n{end}{after}"
 
 
 def _in_short(runs: dict[str, list[Run]]) -> str:

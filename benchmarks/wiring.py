@@ -18,9 +18,10 @@ from torch import Tensor
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 import entropy_kernels as ek
+from benchmarks import tables
+from benchmarks.report import between_markers
 
 PAGE = Path(__file__).parents[1] / "docs" / "method.md"
-BEGIN, END = "<!-- wiring:begin -->\n", "<!-- wiring:end -->\n"
 METRICS = ("ratio/mean", "ratio/max", "kl/k1", "kl/k3", "entropy/mean")
 
 PAD, EOS, FIRST, V = 0, 1, 2, 34  # FIRST to 17 are words of responses, 18 to 33 of prompts.
@@ -192,11 +193,8 @@ def measure() -> dict[str, dict[str, float]]:
 
 def table(found: dict[str, dict[str, float]]) -> str:
     """A Markdown table with one row per mistake."""
-    lines = [f"| what is wrong | {' | '.join(f'`{name}`' for name in METRICS)} |"]
-    lines.append(f"| --- |{' --: |' * len(METRICS)}")
-    for name, row in found.items():
-        lines.append(f"| {name} | {' | '.join(number(row[metric]) for metric in METRICS)} |")
-    return "\n".join(lines) + "\n"
+    rows = [[name, *(number(row[metric]) for metric in METRICS)] for name, row in found.items()]
+    return tables.table(["what is wrong", *(f"`{name}`" for name in METRICS)], rows)
 
 
 def number(value: float) -> str:
@@ -211,9 +209,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--write", action="store_true", help="rewrite the table in docs/method.md")
     block = table(measure())
     if parser.parse_args(arguments).write:
-        page = PAGE.read_text()
-        before, after = page.split(BEGIN)[0], page.split(END)[1]
-        PAGE.write_text(f"{before}{BEGIN}{block}{END}{after}")
+        PAGE.write_text(between_markers(PAGE, block, "wiring"))
     print(block)
 
 

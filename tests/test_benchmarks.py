@@ -14,20 +14,13 @@ from benchmarks import bench_head_floor as floor
 from benchmarks import bench_linear_cost as cost
 from benchmarks import bench_linear_logprob_entropy as bench
 from benchmarks import bench_ratio_loss as ratio
+from benchmarks import bench_trl_step as trl_step
+from benchmarks import linear_logprob_entropy as op
 from benchmarks import (
-    bench_train_step,
-    chunked_head,
-    cost_tables,
-    head_tables,
     peers,
     report,
     runner,
-    step_tables,
-    tables,
-    train_step,
 )
-from benchmarks import bench_trl_step as trl_step
-from benchmarks import linear_logprob_entropy as op
 from benchmarks.runner import Contestant
 from entropy_kernels import _native
 from entropy_kernels._bench import machine
@@ -86,11 +79,12 @@ def test_contestants_alternate_and_each_round_starts_with_another():
     }
 
 
-def write_pages(root, text):
+def write_pages(root):
     """The pages that the report fills."""
     (root / "docs").mkdir()
+    markers = "<!-- benchmarks:begin -->\nstale\n<!-- benchmarks:end -->"
     for page in ("README.md", "docs/benchmarks.md"):
-        (root / page).write_text(text)
+        (root / page).write_text(f"before\n{markers}\nafter\n")
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +110,7 @@ def tree(tmp_path_factory):
         threshold.measure(20_000, 2, results, log=_quiet)
         ratio.measure((8, 64), 2, results, log=_quiet)
         trl_step.measure(*trl_step.QUICK, results, log=_quiet)
-    write_pages(root, f"before\n{report.BEGIN}\nstale\n{report.END}\nafter\n")
+    write_pages(root)
     return root
 
 
@@ -164,25 +158,6 @@ def test_the_head_and_its_bare_products_do_the_same_work(tree):
         assert abs(entries[f"{backward}-mm-1"]["flops"] / active - rows) <= 1
 
 
-def test_the_ratio_of_the_tables_is_to_the_faster_library():
-    def entry(direction, name, threads, wall, cpu):
-        samples = {"wall_s": [wall] * 3, "cpu_s": [cpu] * 3, "flops": 6e9}
-        return {"name": f"{direction}-{name}-{threads}", "label": "", **samples}
-
-    run = {
-        "contestants": [
-            entry("forward", "mm", 1, 9.0, 2.0),
-            entry("forward", "mm-onednn", 1, 9.0, 1.0),
-            entry("forward", "cpu", 1, 1.0, 1.5),
-            entry("forward", "mm", 2, 0.5, 9.0),
-            entry("forward", "cpu", 2, 0.6, 1.0),
-        ]
-    }
-    assert head_tables.over_the_best(run, "forward", 1) == 1.5
-    assert head_tables.over_the_best(run, "forward", 2) == pytest.approx(1.2)
-    assert head_tables.over_the_best(run, "backward", 1) is None
-
-
 def test_threshold_and_ratio_loss_contestants_agree(tree):
     (run,) = _runs(tree, "entropy_threshold")
     exact = {entry["name"] for entry in run["contestants"] if entry["error"] == 0}
@@ -205,14 +180,6 @@ def test_cost_is_measured_at_all_points_of_its_sweeps(tree):
         assert {v for sweep, v in points if sweep == "vocabulary"} == set(sweeps.vocabularies)
         assert points["fraction", 1.0] == pytest.approx(4, rel=0.05)
         assert points["fraction", 0.2] == pytest.approx(1.6, rel=0.05)
-
-
-def test_fits_find_exponents_and_straight_lines():
-    power = [(x, 0.0, 3 * x**1.5, 0.0) for x in (1.0, 2.0, 8.0, 64.0)]
-    assert cost_tables.exponent(power) == pytest.approx(1.5)
-    straight = [(x, 0.0, 1 + 3 * x, 0.0) for x in (0.1, 0.5, 1.0)]
-    assert cost_tables.deviation(straight) == pytest.approx(0.0, abs=1e-12)
-    assert cost_tables.deviation([*straight, (2.0, 0.0, 14.0, 0.0)]) > 0.1
 
 
 def test_report_renders_every_result_file(tree):
@@ -277,7 +244,7 @@ def test_every_make_that_has_result_files_has_its_tables(tree, tmp_path):
             del run[key]
         run["date"] = "2001-01-01"
         (results / f"{run['op']}-cpu-{path.name[-60:]}-older.json").write_text(json.dumps(run))
-    write_pages(tmp_path, f"{report.BEGIN}\n{report.END}")
+    write_pages(tmp_path)
     texts = {path.relative_to(tmp_path): text for path, text in report.render(tmp_path).items()}
     here = machine.processor().make
     for text in (texts[Path("docs/benchmarks.md")], texts[Path("benchmarks/results/README.md")]):
@@ -310,7 +277,7 @@ def test_report_has_no_section_without_a_result_file(tree, tmp_path):
     results.mkdir(parents=True)
     for path in tree.glob("benchmarks/results/linear_logprob*.json"):
         (results / path.name).write_text(path.read_text())
-    write_pages(tmp_path, f"{report.BEGIN}\n{report.END}")
+    write_pages(tmp_path)
     texts = report.render(tmp_path)
     assert {path.name for path in texts} == {"README.md", "benchmarks.md", "benchmarks.svg"}
     assert not any("exponent" in text or "entropies |" in text for text in texts.values())
@@ -320,71 +287,6 @@ def _refuse_one(path):
     run = json.loads(path.read_text())
     run["contestants"][-1] = {"name": "floor", "label": "floor", "refused": "on purpose"}
     path.write_text(json.dumps(run))
-
-
-def test_peers_that_are_installed_compute_the_step(monkeypatch):
-    monkeypatch.setattr(chunked_head, "TOKENS", 16)
-    monkeypatch.setattr(chunked_head, "VOCABULARY", 40)
-    problem = op.make_problem(40, 16, 96, torch.float32)
-    truth = op.truth(problem, op.FRACTION)
-    checked = []
-    for contestant in op.contestants(impls=()):
-        if all(runner.find_spec(name) for name in contestant.needs):
-            # A compiler takes longer than all the rest.
-            results = (contestant.uncompiled or contestant.run)(problem)
-            errors = runner.check(results, truth, torch.float32, exact=contestant.exact)
-            assert max(errors.values(), default=0.0) < 1e-5
-            checked.append(contestant.name)
-    assert {"eager", "chunked", "checkpoint", "floor"} <= set(checked)
-
-
-@pytest.mark.filterwarnings("ignore")
-def test_both_heads_compute_the_step_of_trls_trainer():
-    """TRL's head multiplies prompts and all of backward; its trainer's warnings are its own."""
-    pytest.importorskip("trl", reason="the step is that of TRL's trainer")
-    shape, rounds = trl_step.QUICK
-    contestants, problem = trl_step.contestants(), trl_step.make_problem(*shape)
-    entries = runner.run_suite(
-        contestants, problem, trl_step.truth, rounds=rounds, dtype=torch.float32, log=_quiet
-    )
-    assert all(entry["error"] < 1e-4 for entry in entries), entries
-    flops = {entry["name"]: entry["flops"] for entry in entries}
-    assert flops["ours"] < flops["trl-labels"] < flops["trl"]
-    assert flops["ours-all"] == flops["trl-labels"]
-
-
-def test_every_step_of_the_trainer_finds_the_same_loss_and_gradient():
-    shape, _ = bench_train_step.QUICK
-    found = {
-        name: train_step.Step(shape, name, changes).run()
-        for name, (_, changes) in bench_train_step.CONTESTANTS.items()
-    }
-    eager = found["eager"]["sums"]
-    assert found["ours"]["sums"] == pytest.approx(eager, rel=1e-5)
-    assert found["ours-known"]["sums"] == pytest.approx(eager, rel=1e-5)
-    assert found["ours-all"]["sums"] != pytest.approx(eager, rel=1e-2)
-    assert all(run["head_s"] > 0 for run in found.values())
-
-
-def test_a_wrong_step_of_the_trainer_is_refused():
-    run = {"wall_s": 2.0, "cpu_s": 2.0, "head_s": 0.5, "peak_bytes": 9}
-    run |= {"weights_bytes": 2, "gradients_bytes": 2, "moments_bytes": 4}
-
-    def entry(name, loss):
-        return {"name": name, "label": name, "runs": [run | {"sums": {"loss": loss}}]}
-
-    eager, ours = entry("eager", 1.0), entry("ours", 1.00001)
-    bench_train_step.join(eager, {"loss": 1.0})
-    bench_train_step.join(ours, {"loss": 1.0})
-    shape = bench_train_step.QUICK[0]._asdict()
-    versions = {"torch": "2"}
-    about = {"shape": shape, "dtype": "float32", "machine": "m", "threads": 1, "rounds": 2}
-    about |= {"versions": versions, "commit": "c", "date": "d", "contestants": [eager, ours]}
-    table = step_tables.train_step_tables([about])
-    assert "| ours | 16.0 | 1.00 | 25.0% | 0 | 0 | 0 | 0 |" in table
-    assert "| ours | 0 | 0 | 0 | 0 |" in step_tables.train_step_tables([about | {"rounds": 1}])
-    with pytest.raises(runner.WrongResultError, match=r"wrong: .*1\.01"):
-        bench_train_step.join(entry("wrong", 1.01), {"loss": 1.0})
 
 
 @pytest.mark.slow
@@ -402,11 +304,6 @@ def test_a_page_without_markers_fails_with_their_names(tmp_path):
     (tmp_path / "page.md").write_text("no markers")
     with pytest.raises(SystemExit, match=r"page\.md needs .*benchmarks:begin"):
         report.between_markers(tmp_path / "page.md", "block")
-
-
-def test_quantiles_and_ratios_are_taken_within_rounds():
-    assert tables.quantile([4.0, 1.0, 2.0, 3.0, 5.0], 0.2) == pytest.approx(1.8)
-    assert tables.ratios({"wall_s": [2.0, 20.0]}, {"wall_s": [1.0, 10.0]}) == [2.0, 2.0]
 
 
 def test_readme_says_what_the_result_files_say():

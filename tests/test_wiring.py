@@ -16,7 +16,8 @@ def measured():
 
 @pytest.fixture(scope="module")
 def documented():
-    block = wiring.PAGE.read_text().split(wiring.BEGIN)[1].split(wiring.END)[0]
+    page = wiring.PAGE.read_text()
+    block = page.partition("<!-- wiring:begin -->\n")[2].partition("<!-- wiring:end -->")[0]
     head, _, *lines = [line.strip("| ").split(" | ") for line in block.splitlines()]
     assert [name.strip("`") for name in head[1:]] == list(wiring.METRICS)
     return {name: dict(zip(wiring.METRICS, map(float, row), strict=True)) for name, *row in lines}

@@ -15,6 +15,7 @@ import entropy_kernels as ek
 from benchmarks.gpu.contestant import Contestant, Results, step
 from benchmarks.gpu.problem import FRACTION, Problem
 from entropy_kernels import _radix, backends, ops
+from entropy_kernels._bench.step import our_forward
 from entropy_kernels._rows import ForwardRows
 
 Inputs = tuple[Tensor, Tensor, Tensor, Tensor | None]
@@ -48,7 +49,7 @@ def contestants(
             label = f"ours ({impl}), {label}"
             found.append(Contestant(f"{impl}-{way}", label, run, units, exact=True))
         label = f"ours ({impl}), forward alone"
-        run = partial(_forward, impl=impl)
+        run = partial(our_forward, impl=impl)
         found.append(Contestant(f"{impl}-forward", label, run, 1.0, exact=True))
     return found
 
@@ -107,14 +108,6 @@ def _loss(problem: Problem, *, impl: str, way: str) -> Results:
             **ways[way],
         )
     return step(problem, loss)
-
-
-def _forward(problem: Problem, *, impl: str) -> Results:
-    with torch.no_grad():
-        found = ek.linear_logprob_entropy(
-            ek.Head(problem.hidden, problem.weight, problem.target), impl=impl
-        )
-    return {"logprob": found.logprob, "entropy": found.entropy}
 
 
 def torch_logprob(hidden_TD: Tensor, weight_VD: Tensor, target_T: Tensor) -> Tensor:
