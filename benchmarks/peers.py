@@ -43,7 +43,7 @@ def heads() -> list[Peer]:
         eager,
         Peer("eager-batch", batch, many, ("trl",)),
         Peer("trl", "TRL's fused head", _trl_fused_head, ("trl",)),
-        Peer("liger", "Liger's fused head, its fallback for CPUs", _liger_head, ("liger_kernel",)),
+        Peer("liger", "Liger's fused head, its fallback for CPUs", liger_head, ("liger_kernel",)),
         Peer("chunked", "prime-rl's scheme: chunked, logits recomputed", ChunkedHead.apply),
         Peer("checkpoint", f"chunks of {CHUNK} tokens, checkpointed", _checkpointed_head),
         Peer("cce", cce, _cce_head, ("cut_cross_entropy", "triton"), compiled=True),
@@ -103,7 +103,7 @@ def _trl_fused_head(
     return found[0], found[1]
 
 
-def _liger_head(hidden_TD: Tensor, weight_VD: Tensor, target_T: Tensor) -> tuple[Tensor, Tensor]:
+def liger_head(hidden_TD: Tensor, weight_VD: Tensor, target_T: Tensor) -> tuple[Tensor, Tensor]:
     from liger_kernel.ops import LigerFusedLinearScaledCrossEntropyFunction as Head
 
     nll_T, entropy_T = Head.apply(hidden_TD, weight_VD, target_T, 1.0, -100, 1, True)

@@ -19,7 +19,7 @@ from torch import Tensor
 import entropy_kernels as ek
 from benchmarks.gpu.contestant import Contestant, Results, step
 from benchmarks.gpu.problem import FRACTION, Problem
-from benchmarks.peers import liger_grpo_loss
+from benchmarks.peers import liger_grpo_loss, liger_head
 from entropy_kernels._bench.step import Head, plain_head, policy_loss
 
 
@@ -56,11 +56,7 @@ def verl_contestants() -> list[Contestant]:
 def flsce(hidden_TD: Tensor, weight_VD: Tensor, target_T: Tensor) -> tuple[Tensor, Tensor]:
     # Its own check of targets waits for the GPU; ours are right.
     os.environ["LIGER_SCALED_CE_SM90_VALIDATE_TARGETS"] = "0"
-    function = importlib.import_module(
-        "liger_kernel.ops"
-    ).LigerFusedLinearScaledCrossEntropyFunction
-    nll_T, entropy_T = function.apply(hidden_TD, weight_VD, target_T, 1.0, -100, 1, True)
-    return -nll_T, entropy_T
+    return liger_head(hidden_TD, weight_VD, target_T)
 
 
 def cce(

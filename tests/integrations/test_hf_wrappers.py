@@ -181,15 +181,17 @@ def test_after_the_patch(wrapper):
         assert patch_lm_head(model) is patch
 
 
-@pytest.mark.parametrize("wrapper", WRAPPERS)
+@pytest.mark.parametrize("wrapper", BEFORE)
+@pytest.mark.parametrize("function", [lm_head, patch_lm_head])
+def test_refused_before_the_patch(function, wrapper):
+    with pytest.raises(ValueError, match=BEFORE[wrapper]):
+        function(WRAPPERS[wrapper](make()))
+
+
+@pytest.mark.parametrize("wrapper", [name for name in WRAPPERS if name not in BEFORE])
 def test_before_the_patch(wrapper):
-    tokens = batch()
-    model = make()
+    model, tokens = make(), batch()
     called = WRAPPERS[wrapper](model)
-    if wrapper in BEFORE:
-        with pytest.raises(ValueError, match=BEFORE[wrapper]):
-            patch_lm_head(called)
-        return
     with patch_lm_head(called) as patch:
         for _ in range(2):
             check(wrapper, called(**tokens).logprob, model)
@@ -198,15 +200,10 @@ def test_before_the_patch(wrapper):
     assert not isinstance(called(**inputs(tokens)), LogprobEntropyOutput)
 
 
-@pytest.mark.parametrize("wrapper", WRAPPERS)
+@pytest.mark.parametrize("wrapper", [name for name in WRAPPERS if name not in BEFORE])
 def test_of_the_head_alone(wrapper):
-    tokens = batch()
-    model = make()
+    model, tokens = make(), batch()
     called = WRAPPERS[wrapper](model)
-    if wrapper in BEFORE:
-        with pytest.raises(ValueError, match=BEFORE[wrapper]):
-            lm_head(called)
-        return
     head = lm_head(called)
     for _ in range(2):
         hidden = head.hidden_states(**inputs(tokens))

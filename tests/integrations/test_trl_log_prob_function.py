@@ -152,37 +152,30 @@ def test_a_weight_of_another_dtype_is_cast_to_that_of_the_hidden_states():
     torch.testing.assert_close(entropy.detach(), wanted.entropy, rtol=0, atol=0)
 
 
-def assert_goes_to_trl(arguments):
+OTHERS = {
+    "is_top1": {"outputs": ("log_probs", "is_top1")},
+    "mean_logits": {"outputs": ("entropy", "mean_logits")},
+    "negative scale": {"scale": -1.0, "outputs": ("entropy",)},
+    "negative temperature": {"temperature": -0.5},
+    "negative softcap": {"softcap": -5.0},
+    "softcap 0": {"softcap": 0.0},
+    "fp64": {"dtype": torch.float64},
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_what_the_head_does_not_compute_goes_to_trl(name):
+    plain = {"temperature": 0.7, "softcap": None, "scale": 1.0, "dtype": torch.float32}
+    given = plain | {"outputs": ("log_probs", "entropy")} | OTHERS[name]
+    h, w, y = peaked_head(13, 24, 101)
+    h, w = h.to(given["dtype"]), w.to(given["dtype"])
+    options = (given[key] for key in ("softcap", "scale", "outputs"))
+    arguments = (h, w, None, y, given["temperature"], 64, *options)
     for ours, theirs in zip(
         LogProbFunction.apply(*arguments), ChunkedLogProbFunction.apply(*arguments), strict=True
     ):
         assert (ours is None) == (theirs is None)
         assert ours is None or torch.equal(ours, theirs)
-
-
-@pytest.mark.parametrize(
-    ("scale", "outputs"),
-    [(1.0, ("log_probs", "is_top1")), (1.0, ("entropy", "mean_logits")), (-1.0, ("entropy",))],
-)
-def test_what_the_head_does_not_compute_goes_to_trl(scale, outputs):
-    h, w, y = peaked_head(13, 24, 101)
-    arguments = (h, w, None, y, 0.7, 64, None, scale, outputs)
-    assert_goes_to_trl(arguments)
-
-
-@pytest.mark.parametrize(
-    ("dtype", "temperature", "softcap"),
-    [
-        (torch.float32, -0.5, None),
-        (torch.float32, 0.7, -5.0),
-        (torch.float32, 0.7, 0.0),
-        (torch.float64, 0.7, None),
-    ],
-)
-def test_numbers_and_dtypes_that_the_head_does_not_take_go_to_trl(dtype, temperature, softcap):
-    h, w, y = peaked_head(13, 24, 101)
-    outputs = ("log_probs", "entropy")
-    assert_goes_to_trl((h.to(dtype), w.to(dtype), None, y, temperature, 64, softcap, 1.0, outputs))
 
 
 def test_the_sum_of_squares_is_that_of_the_same_pass():
