@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+import trainer.checkpoint
 import trainer.checkpoint.export
 import trainer.evaluation.command
 import trainer.report.page
@@ -82,7 +83,7 @@ def _nothing_runs(monkeypatch):
         (trainer.studies.analyze.evolution, "analyze_evolution"),
     ]:
         monkeypatch.setattr(module, name, nothing)
-    monkeypatch.setattr(trainer.checkpoint.export, "find", lambda *_: Path())
+    monkeypatch.setattr(trainer.checkpoint, "find", lambda *_: Path())
     monkeypatch.setattr(
         trainer.checkpoint.export, "_write", lambda found, folder, dtype: folder.mkdir(parents=True)
     )

@@ -72,9 +72,9 @@ def test_what_cannot_be_exported_is_said(tmp_path, capsys):
         assert not out.exists() or out.is_file()
         return capsys.readouterr().err
 
-    assert "run is not the folder of a run with a checkpoint; --step N" in error()
+    assert f"{run} has no checkpoint" in error()
     save(run)
-    assert "step-000003 does not exist; there are: step-000002" in error("--step=3")
+    assert "run has no checkpoint of step 3; it has 2" in error("--step=3")
     (run / "checkpoints" / "step-000002" / "config.json").write_text("{}")
     assert "config.json is damaged" in error("--step=2")
     assert "no checkpoint of" in error()

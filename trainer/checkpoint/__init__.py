@@ -147,6 +147,25 @@ def latest(folder: Path, ranks: Ranks) -> Path | None:
     return None
 
 
+def find(folder: Path, step: int | None, ranks: Ranks) -> Path:
+    """The checkpoint of `step` of the run in `folder`, or the newest whole one; collective.
+
+    Raises:
+        ValueError: there is none, or it is damaged.
+    """
+    if step is None:
+        if (whole := latest(folder, ranks)) is None:
+            raise ValueError(f"{folder} has no checkpoint")
+        return whole
+    found = ranks.on_first(lambda: steps_of(folder))
+    if step not in found:
+        steps = ", ".join(map(str, found)) or "none"
+        raise ValueError(f"{folder} has no checkpoint of step {step}; it has {steps}")
+    if problem := check(found[step], ranks):
+        raise ValueError(problem)
+    return found[step]
+
+
 def newest(folder: Path) -> Path | None:
     """The newest checkpoint of the run in `folder`, whole or not; None where it has none."""
     return next(reversed(_checkpoints(folder / "checkpoints")), None)
@@ -187,12 +206,8 @@ def adopt(folder: Path, checkpoint: Path) -> None:
             os.link(path, copied)
         except OSError:
             shutil.copy2(path, copied)
-    if not any((unfinished / OPTIMIZER).iterdir()):
-        (unfinished / OPTIMIZER).rmdir()
-    for path in (*unfinished.rglob("*"), unfinished):
-        _sync(path)
-    unfinished.rename(root / checkpoint.name.removeprefix(_REPLACED))
-    _sync(root)
+    _drop_empty(unfinished)
+    _name(unfinished, root / checkpoint.name.removeprefix(_REPLACED))
 
 
 def steps_of(folder: Path) -> dict[int, Path]:
@@ -243,8 +258,7 @@ def _finish(
 ) -> None:
     """Add the files without shards and the manifest, wait for the disk, name the folder."""
     write_settings(unfinished, policy.model, policy.tokenizer, policy.files)
-    if not any((unfinished / OPTIMIZER).iterdir()):
-        (unfinished / OPTIMIZER).rmdir()
+    _drop_empty(unfinished)
     (unfinished / "state.json").write_text(json.dumps(asdict(progress)), "utf-8")
     files = {name: entry for part in entries for name, entry in part.items()}
     if lost := [name for name in files if not (unfinished / name).is_file()]:
@@ -257,6 +271,17 @@ def _finish(
         if path.is_file() and name not in files:
             files[name] = manifest.entry(path)
     manifest.write(unfinished, files)
+    _name(unfinished, final)
+
+
+def _drop_empty(unfinished: Path) -> None:
+    """Remove the folder of an optimizer that has no state."""
+    if not any((unfinished / OPTIMIZER).iterdir()):
+        (unfinished / OPTIMIZER).rmdir()
+
+
+def _name(unfinished: Path, final: Path) -> None:
+    """Wait for the disk, then give the folder its name, in the place of one that has it."""
     for path in (*unfinished.rglob("*"), unfinished):
         _sync(path)
     if final.exists():

@@ -54,7 +54,7 @@ def branch(text: str, settings: Config, ranks: Ranks) -> None:
     folder = settings.folder
     if ranks.on_first(lambda: _is_done(folder, origin)):
         return
-    path = _checkpoint(origin, ranks)
+    path = checkpoint.find(origin.run, origin.step, ranks)
     step = checkpoint.step_of(path)
     if settings.steps <= step:
         raise ValueError(f"steps must be more than the {step} of {path}; got {settings.steps}")
@@ -75,20 +75,6 @@ def _is_done(folder: Path, origin: Origin) -> bool:
             "--name"
         )
     return True
-
-
-def _checkpoint(origin: Origin, ranks: Ranks) -> Path:
-    if origin.step is None:
-        if (path := checkpoint.latest(origin.run, ranks)) is None:
-            raise ValueError(f"{origin.run} has no checkpoint to branch from")
-        return path
-    found = ranks.on_first(lambda: checkpoint.steps_of(origin.run))
-    if origin.step not in found:
-        steps = ", ".join(map(str, found)) or "none"
-        raise ValueError(f"{origin.run} has no checkpoint of step {origin.step}; it has {steps}")
-    if problem := checkpoint.check(found[origin.step], ranks):
-        raise ValueError(problem)
-    return found[origin.step]
 
 
 def _lay_out(folder: Path, run: Path, path: Path, step: int) -> None:

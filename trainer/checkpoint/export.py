@@ -41,7 +41,7 @@ def export(
         ValueError: there is no such checkpoint or it is damaged, `out` has files, or another export
             writes it.
     """
-    found = find(run, step)
+    found = checkpoint.find(run, step, _ALONE)
     with owned(out, beside=True):
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise ValueError(f"{out} is not empty; choose another folder")
@@ -53,28 +53,6 @@ def export(
         finally:
             shutil.rmtree(unfinished, ignore_errors=True)
     return out
-
-
-def find(run: Path, step: int | None = None) -> Path:
-    """The checkpoint of `step`, or the newest, of the run in the folder `run`; a whole one.
-
-    Raises:
-        ValueError: there is none, or it is damaged.
-    """
-    if step is None:
-        found = checkpoint.latest(run, _ALONE)
-        if found is None:
-            raise ValueError(
-                f"{run} is not the folder of a run with a checkpoint; --step N names one of a run"
-            )
-        return found
-    path = checkpoint.path_of(run, step)
-    if not path.exists():
-        others = ", ".join(other.name for other in sorted(path.parent.glob("step-*"))) or "none"
-        raise ValueError(f"{path} does not exist; there are: {others}")
-    if problem := checkpoint.check(path, _ALONE):
-        raise ValueError(problem)
-    return path
 
 
 def _write(found: Path, folder: Path, dtype: str | None) -> None:

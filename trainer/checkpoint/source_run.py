@@ -1,14 +1,14 @@
 """The run that a model comes from, and its settings."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 from trainer.checkpoint import run_of
 from trainer.config import Data, Engine, Eval, Model, Reward, Rollout
 from trainer.log import other_version, read_run
 
-Part = TypeVar("Part", Data, Engine, Eval, Model, Reward, Rollout)
+_PARTS = {kind.__name__.lower(): kind for kind in (Data, Reward, Model, Rollout, Eval, Engine)}
 
 
 @dataclass(frozen=True)
@@ -18,11 +18,11 @@ class SourceRun:
     folder: Path
     seed: int
     data: Data
-    reward: Reward
-    model: Model
-    rollout: Rollout
-    eval: Eval
-    engine: Engine
+    reward: Reward = field(default_factory=Reward)
+    model: Model = field(default_factory=Model)
+    rollout: Rollout = field(default_factory=Rollout)
+    eval: Eval = field(default_factory=Eval)
+    engine: Engine = field(default_factory=Engine)
     digest: str = ""
     """The digest of its data's contents at the last start."""
 
@@ -46,20 +46,13 @@ def source_run(model: str) -> SourceRun | None:
         return SourceRun(
             folder,
             config["seed"],
-            _part(config, Data),
-            _part(config, Reward),
-            _part(config, Model),
-            _part(config, Rollout),
-            _part(config, Eval),
-            _part(config, Engine),
-            inputs.get("data", ""),
+            **{name: _part(config.get(name, {}), kind) for name, kind in _PARTS.items()},
+            digest=inputs.get("data", ""),
         )
     except (KeyError, TypeError) as error:
         raise other_version(folder / "run.json", error) from error
 
 
-def _part(config: dict[str, Any], kind: type[Part]) -> Part:
+def _part(found: dict[str, Any], kind: type[Any]) -> Any:
     """The settings of `kind`; defaults stand for those that an earlier version lacked."""
-    found = config.get(kind.__name__.lower(), {})
-    values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in found.items()}
-    return kind(**values)
+    return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in found.items()})

@@ -11,7 +11,7 @@ from typing import Generic, Literal, TypeVar
 from trainer import checkpoint
 from trainer.batch import Rollouts
 from trainer.checkpoint.source_run import SourceRun, source_run
-from trainer.config import Config, Data, Engine, Eval, Model, Reward, Rollout
+from trainer.config import Config, Data, Eval, Model, Reward, Rollout
 from trainer.engines import make_engine
 from trainer.engines.engine import Engine as Sampler
 from trainer.evaluation.answers import answers
@@ -140,20 +140,9 @@ def resolved(settings: Settings, ranks: Ranks) -> Settings:
             f"which would have held-out problems of its own; got {list(settings.data)}"
         )
     if run is not None and Path(model) == run.folder:
-        found = checkpoint.latest(run.folder, ranks)
-        if found is None:
-            raise ValueError(f"the run in {model} has no checkpoint yet")
-        model = str(found)
-    own = run or SourceRun(
-        Path(model),
-        settings.seed,
-        Data(instruction=INSTRUCTION),
-        Reward(),
-        Model(attention="sdpa"),
-        Rollout(),
-        Eval(),
-        Engine(),
-    )
+        model = str(checkpoint.find(run.folder, None, ranks))
+    plain = Data(instruction=INSTRUCTION)
+    own = run or SourceRun(Path(model), settings.seed, plain, model=Model(attention="sdpa"))
     longest = settings.engine.max_model_len or own.engine.max_model_len
     reward, instruction = own.reward, settings.instruction
     if instruction == "auto":
