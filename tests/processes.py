@@ -3,6 +3,8 @@
 import contextlib
 import functools
 import multiprocessing
+import signal
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
@@ -73,3 +75,17 @@ def results_by_rank(folder: Path, size: int) -> list[Any]:
     """What `save_by_groups` saved for the group of `size` ranks."""
     files = [folder / f"{size}-{rank}.pt" for rank in range(size)]
     return [torch.load(file, weights_only=False) for file in files]
+
+
+def kill_after(operations: int) -> None:
+    """Kill this process with its first operation on files after so many from now on."""
+    left = operations
+
+    def count(event: str, arguments: tuple[Any, ...]) -> None:
+        nonlocal left
+        if event == "open" or event.startswith("os."):
+            left -= 1
+            if left < 0:
+                signal.raise_signal(signal.SIGKILL)
+
+    sys.addaudithook(count)

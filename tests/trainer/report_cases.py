@@ -1,16 +1,16 @@
-"""Synthetic runs for the tests of the report: `python -m tests.trainer.report_cases FOLDER`
-writes one that goes on, one of 5,000 steps and one that never updated, with their pages."""
+"""Synthetic runs for the tests of the report, and a terminal."""
 
-import argparse
+import io
 import json
 import math
 import random
-import time
+import sys
 from pathlib import Path
+
+import pytest
 
 from trainer.config import Config
 from trainer.log import RunLog, Sample
-from trainer.report.page import write_report
 
 WORDS = ["<think>", "\n", "Since", " the", " sum", " is", " 12", ",", " try", " 7", "+", "5", "."]
 PROMPT = "Reach 24 from 3, 5, 7 and 9 with + - * /.\nAnswer in one line."
@@ -165,20 +165,16 @@ def make_run(
     return log
 
 
-def main(root: Path) -> None:
-    """The three of them."""
-    three = ("", "aime24", "math500")
-    make_run(root / "running", done=60, names=three, every=5)
-    write_report(root / "running", running=True)
-    make_run(root / "long", 5000, names=three, skip=0.05)
-    began = time.process_time()
-    page = write_report(root / "long")
-    print(f"5,000 steps: {time.process_time() - began:.2f} s CPU, {page.stat().st_size:,} bytes")
-    make_run(root / "never", 6, every=3, skip=1.0)
-    write_report(root / "never")
+def terminal(monkeypatch: pytest.MonkeyPatch) -> io.StringIO:
+    """What is drawn on a terminal of 120 columns, which is stdout and stderr from now on."""
 
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser("python -m tests.trainer.report_cases", description=__doc__)
-    parser.add_argument("folder", type=Path, help="where the three runs and their pages go")
-    main(parser.parse_args().folder)
+    drawn = Terminal()
+    monkeypatch.setattr(sys, "stdout", drawn)
+    monkeypatch.setattr(sys, "stderr", drawn)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "120")
+    return drawn

@@ -225,19 +225,14 @@ def test_what_fits_is_one_micro_batch(ranks):
     assert partition(lengths, 1, 39) == [[list(range(8))]]
 
 
-def test_equal_sequences_are_dealt_evenly():
-    parts = partition([7] * 24, 2, 21)
-    assert [[len(rows) for rows in part] for part in parts] == [[3, 3]] * 4
-
-
-def test_ranks_without_a_sequence():
-    assert partition([4], 3, 10) == [[[0], [], []]]
-    assert partition([], 2, 10) == [[[], []]]
-
-
-def test_sequences_beyond_the_budget_come_alone():
-    assert sorted(rows for part in partition([30, 30, 30], 1, 10) for rows in part) == [
-        [0],
-        [1],
-        [2],
-    ]
+@pytest.mark.parametrize(
+    ("lengths", "ranks", "budget", "sizes"),
+    [
+        pytest.param([7] * 24, 2, 21, [[3, 3]] * 4, id="equal sequences are dealt evenly"),
+        pytest.param([4], 3, 10, [[1, 0, 0]], id="ranks without a sequence"),
+        pytest.param([], 2, 10, [[0, 0]], id="no sequence"),
+        pytest.param([30] * 3, 1, 10, [[1]] * 3, id="beyond the budget alone"),
+    ],
+)
+def test_how_many_sequences_are_dealt(lengths, ranks, budget, sizes):
+    assert [list(map(len, part)) for part in partition(lengths, ranks, budget)] == sizes

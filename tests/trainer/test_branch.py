@@ -5,13 +5,12 @@ import json
 import os
 import shutil
 import signal
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-from tests.processes import forkserver
+from tests.processes import forkserver, kill_after
 from tests.trainer.small import Even, on_even, save_folder, settings, use_task  # noqa: F401
 from tests.trainer.test_train import assert_same_run, metrics
 from tests.trainer.worlds import next_world, run_ranks
@@ -176,25 +175,14 @@ def test_a_checkpoint_that_its_run_deletes_meanwhile(parent, tmp_path, monkeypat
 
 
 def doomed(config, source, operations):
-    """A branch that is killed at so many operations on files."""
-
-    def count(event, arguments):
-        nonlocal operations
-        if counting and (event == "open" or event.startswith("os.")):
-            operations -= 1
-            if operations < 0:
-                signal.raise_signal(signal.SIGKILL)
-
-    counting, lay_out = False, branch._lay_out
+    """A branch that is killed after so many operations on files."""
+    lay_out = branch._lay_out
 
     def counted(*arguments):
-        nonlocal counting
-        counting = True
+        kill_after(operations)
         lay_out(*arguments)
-        counting = False
 
     branch._lay_out = counted
-    sys.addaudithook(count)
     use_task(Even())
     train(config, branch=source)
 

@@ -27,17 +27,11 @@ ALONE = Ranks(torch.device("cpu"))
 STEPS, KILLS = 12, 6  # of a run that is killed on the way
 
 
-@pytest.fixture(scope="module")
-def processes():
-    """Makes processes quickly: forked from one that has imported everything."""
-    return forkserver()
-
-
-def start(processes, folder, size, call, *arguments):
+def start(folder, size, call, *arguments):
     """Processes of `size` ranks that call `call(ranks, *arguments)`."""
     store = folder / f"store-{time.monotonic_ns()}"
     started = [
-        processes.Process(target=joined, args=(store, rank, size, call, arguments))
+        forkserver().Process(target=joined, args=(store, rank, size, call, arguments))
         for rank in range(size)
     ]
     for process in started:
@@ -113,7 +107,7 @@ def pass_on(ranks, folder, model, step):
     [(("qwen3", torch.float32), [2, 4, 5]), (("llama", torch.bfloat16), [3, 2])],
     ids=["tied fp32, 1 2 4 5 1", "bf16, 1 3 2 1"],
 )
-def test_another_number_of_ranks_goes_on_bit_for_bit(tmp_path, processes, model, sizes):
+def test_another_number_of_ranks_goes_on_bit_for_bit(tmp_path, model, sizes):
     """Shards are uneven, and on the last of five ranks some are empty."""
     policy, optimizer = build(ALONE, *model)
     for _ in range(2):
@@ -121,7 +115,7 @@ def test_another_number_of_ranks_goes_on_bit_for_bit(tmp_path, processes, model,
     save_file(state(policy, optimizer), tmp_path / "want.safetensors")
     checkpoint.save(tmp_path, policy, optimizer, Progress(1, 64, 5), 2, ALONE)
     for step, size in enumerate(sizes, start=2):
-        run(processes, tmp_path, size, pass_on, tmp_path, model, step)
+        run(tmp_path, size, pass_on, tmp_path, model, step)
         last = checkpoint.latest(tmp_path, ALONE)
         assert len(list(last.glob("shard-*"))) == len(list((last / "optimizer").iterdir())) == size
     exported = AutoModelForCausalLM.from_pretrained(export(tmp_path, tmp_path / "exported"))
@@ -146,8 +140,8 @@ def fill_the_disk_of_one(ranks, folder):
         checkpoint.save(folder, policy, optimizer, Progress(4), 2, ranks)
 
 
-def test_what_fails_on_one_rank_fails_on_all(tmp_path, processes):
-    run(processes, tmp_path, 2, fill_the_disk_of_one, tmp_path)
+def test_what_fails_on_one_rank_fails_on_all(tmp_path):
+    run(tmp_path, 2, fill_the_disk_of_one, tmp_path)
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-000002"]
 
 
@@ -157,8 +151,8 @@ def save_apart(ranks, folder):
         checkpoint.save(folder / str(ranks.rank), policy, optimizer, Progress(), 2, ranks)
 
 
-def test_ranks_without_a_common_file_system_are_refused(tmp_path, processes):
-    run(processes, tmp_path, 2, save_apart, tmp_path)
+def test_ranks_without_a_common_file_system_are_refused(tmp_path):
+    run(tmp_path, 2, save_apart, tmp_path)
     assert not list((tmp_path / "0" / "checkpoints").iterdir())
 
 
@@ -177,12 +171,12 @@ def save_three(ranks, folder):
         checkpoint.save(folder / str(ranks.rank), policy, optimizer, Progress(4), 3, ALONE)
 
 
-def test_ranks_agree_on_the_newest_whole_one(tmp_path, processes):
-    run(processes, tmp_path, 2, save_three, tmp_path)
+def test_ranks_agree_on_the_newest_whole_one(tmp_path):
+    run(tmp_path, 2, save_three, tmp_path)
     for step, kept in ((3, "step-000002"), (2, "step-000001")):
         shards = sorted((tmp_path / "checkpoints" / f"step-{step:06d}").rglob("shard-*"))
         shards[step % len(shards)].write_bytes(b"?")
-        run(processes, tmp_path, 2, agree_on, tmp_path, kept)
+        run(tmp_path, 2, agree_on, tmp_path, kept)
 
 
 def train(ranks, folder, through=True):
@@ -203,12 +197,12 @@ def train(ranks, folder, through=True):
         checkpoint.save(folder, policy, optimizer, progress, 2, ranks)
 
 
-def test_kill_9_of_any_rank_at_any_moment(tmp_path, processes):
+def test_kill_9_of_any_rank_at_any_moment(tmp_path):
     """Either rank or both, ever later; the other rank dies soon after. No clock decides."""
-    run(processes, tmp_path, 2, train, tmp_path / "whole")
+    run(tmp_path, 2, train, tmp_path / "whole")
     moments = random.Random(0)
     for step in sorted(moments.sample(range(STEPS - 1), KILLS)):
-        started = start(processes, tmp_path, 2, train, tmp_path / "run", False)
+        started = start(tmp_path, 2, train, tmp_path / "run", False)
         reached = checkpoint.path_of(tmp_path / "run", step)
         while all(process.is_alive() for process in started) and step and not reached.exists():
             time.sleep(0.001)
@@ -221,7 +215,7 @@ def test_kill_9_of_any_rank_at_any_moment(tmp_path, processes):
             process.join()
         assert all(process.exitcode != 0 for process in started)
         assert any(process.exitcode == -signal.SIGKILL for process in started)
-    run(processes, tmp_path, 2, train, tmp_path / "run")
+    run(tmp_path, 2, train, tmp_path / "run")
     got, want = (checkpoint.latest(tmp_path / name, ALONE) for name in ("run", "whole"))
     assert got.name == want.name == f"step-{STEPS:06d}"
     for part in (".", "optimizer"):

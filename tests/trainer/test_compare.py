@@ -13,11 +13,10 @@ from types import SimpleNamespace
 import psutil
 import pytest
 
-import trainer.studies.compare.driver
 from tests.trainer.small import save_folder, settings
 from trainer.config import Config, Data, Eval
 from trainer.presets import PRESETS
-from trainer.studies.compare import Comparison, compare, runs
+from trainer.studies.compare import Comparison, compare, driver, runs
 from trainer.studies.compare.arms import ARMS, STUDIES, arm_config
 from trainer.studies.compare.driver import drive, is_finished
 from trainer.train import train
@@ -145,10 +144,8 @@ def test_no_run_is_started_that_would_end_after_the_budget(tmp_path, monkeypatch
         clock.now += 1200.0
         return ""
 
-    monkeypatch.setattr(trainer.studies.compare.driver._State, "_run", a_third_of_an_hour)
-    monkeypatch.setattr(
-        trainer.studies.compare.driver, "time", SimpleNamespace(monotonic=lambda: clock.now)
-    )
+    monkeypatch.setattr(driver._State, "_run", a_third_of_an_hour)
+    monkeypatch.setattr(driver, "time", SimpleNamespace(monotonic=lambda: clock.now))
     outcome = drive(configs, jobs=1, hours=0.5)
     assert outcome.finished == [configs[0].name]
     assert outcome.left == [config.name for config in configs[1:]]
@@ -157,9 +154,7 @@ def test_no_run_is_started_that_would_end_after_the_budget(tmp_path, monkeypatch
 @pytest.mark.parametrize("jobs", [1, 2])
 def test_an_error_of_the_results_ends_the_comparison(tmp_path, monkeypatch, jobs):
     configs = [arm_config(small(tmp_path), "x", arm, 0) for arm in ("all", "top-20", "top-5")]
-    monkeypatch.setattr(
-        trainer.studies.compare.driver._State, "_run", lambda *_: time.sleep(0.1) or ""
-    )
+    monkeypatch.setattr(driver._State, "_run", lambda *_: time.sleep(0.1) or "")
 
     def full(done):
         raise OSError(28, "No space left on device")
@@ -178,9 +173,8 @@ def test_an_error_of_the_results_ends_the_comparison(tmp_path, monkeypatch, jobs
 
 
 def test_a_run_whose_driver_has_ended_does_not_start():
-    code = trainer.studies.compare.driver._CHILD
     run = subprocess.run(
-        [sys.executable, "-c", code, "1"],
+        [sys.executable, "-c", driver._CHILD, "1"],
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
@@ -211,12 +205,12 @@ from tests.trainer.test_compare import small
 from trainer.studies.compare.driver import drive
 drive([small(Path({str(tmp_path)!r}), steps=100_000)], jobs=1)
 """
-    driver = subprocess.Popen([sys.executable, "-c", code], cwd=Path(__file__).parents[2])
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=Path(__file__).parents[2])
     log = tmp_path / "run" / "metrics.jsonl"
     wait_for(log.exists)
-    (run,) = psutil.Process(driver.pid).children()
-    driver.send_signal(signal.SIGKILL)
-    driver.wait()
+    (run,) = psutil.Process(process.pid).children()
+    process.send_signal(signal.SIGKILL)
+    process.wait()
     wait_for(lambda: not run.is_running() or run.status() == psutil.STATUS_ZOMBIE)
 
 

@@ -33,11 +33,13 @@ DAMAGED = {
 }
 
 
+def write(path, content):
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+
+
 @pytest.mark.parametrize("what", DAMAGED)
 def test_a_damaged_run_json_is_named(tmp_path, what):
-    content = DAMAGED[what]
-    path = tmp_path / "run.json"
-    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    write(tmp_path / "run.json", DAMAGED[what])
     with pytest.raises(ValueError, match=r"run\.json is damaged, or of another version .* copy"):
         read_run(tmp_path)
 
@@ -51,74 +53,58 @@ READERS = [
 ]
 
 
-@pytest.mark.parametrize("command", READERS, ids=lambda command: command[0])
-def test_every_reader_of_a_damaged_run_json_says_so(here, capsys, command):  # noqa: F811
-    Path("run/run.json").write_text("{")
-    status, (line,) = said(capsys, *command)
-    assert status == 1
-    assert line.startswith("error: run/run.json is damaged, or of another version")
-
-
-@pytest.mark.parametrize("command", [READERS[0], READERS[3]], ids=["report", "evaluate"])
-def test_a_run_of_another_version_says_so(here, capsys, command):  # noqa: F811
-    Path("run/run.json").write_text(json.dumps(RUN))
+@pytest.mark.parametrize(
+    ("command", "content"),
+    [*((reader, "{") for reader in READERS), *((READERS[i], json.dumps(RUN)) for i in (0, 3))],
+    ids=lambda value: value[0],
+)
+def test_every_reader_of_a_run_json_that_is_not_ours_says_so(here, capsys, command, content):  # noqa: F811
+    Path("run/run.json").write_text(content)
     status, (line,) = said(capsys, *command)
     assert status == 1
     assert re.match(r"error: run\S* is damaged, or of another version of the trainer", line)
+    assert content != "{" or line.startswith("error: run/run.json ")
+
+
+READ = {
+    "run": ["report", "run"],
+    "evaluation": [*EVALUATE, "--out=evaluation"],
+    "sweep": ["analyze", "temperatures", *EVALUATE[1:], "--out=sweep"],
+}
 
 
 @pytest.mark.parametrize(
     ("name", "content", "says"),
     [
-        ("metrics.jsonl", "{\n" + ROW, "run/metrics.jsonl, line 1: not JSON"),
-        ("metrics.jsonl", ROW + '{"loss": 1}\n', "line 2: a row needs an integer step"),
-        ("metrics.jsonl", '{"step": 1, "loss": "x"}\n', "line 1: loss is no number, but 'x'"),
-        ("metrics.jsonl", b"\xff\n\n", "run/metrics.jsonl is damaged"),
-        ("metrics.jsonl", "", "run/metrics.jsonl is empty"),
-        ("samples.jsonl", "{\n{}\n", "run/samples.jsonl, line 1: not JSON"),
+        ("run/metrics.jsonl", "{\n" + ROW, "run/metrics.jsonl, line 1: not JSON"),
+        ("run/metrics.jsonl", ROW + '{"loss": 1}\n', "line 2: a row needs an integer step"),
+        ("run/metrics.jsonl", '{"step": 1, "loss": "x"}\n', "line 1: loss is no number, but 'x'"),
+        ("run/metrics.jsonl", b"\xff\n\n", "run/metrics.jsonl is damaged"),
+        ("run/metrics.jsonl", "", "run/metrics.jsonl is empty"),
+        ("run/samples.jsonl", "{\n{}\n", "run/samples.jsonl, line 1: not JSON"),
         (
-            "samples.jsonl",
+            "run/samples.jsonl",
             '{"step": 1, "tokens": ["a"], "entropy": [], "selected": []}\n',
             "run/samples.jsonl, line 1: lists of different lengths, [0, 1]",
         ),
-        ("samples.jsonl", '{"step": 1}\n', "run is damaged, or of another version"),
-        ("samples.jsonl", b"\xff\n\n", "run/samples.jsonl is damaged"),
+        ("run/samples.jsonl", '{"step": 1}\n', "run is damaged, or of another version"),
+        ("run/samples.jsonl", b"\xff\n\n", "run/samples.jsonl is damaged"),
+        ("evaluation/settings.json", "{", "settings.json is damaged"),
+        ("evaluation/settings.json", "[1]", "settings.json is damaged"),
+        ("evaluation/generations.jsonl", "{\n{}\n", "generations.jsonl, line 1 is damaged"),
+        ("evaluation/generations.jsonl", "[]\n", "generations.jsonl, line 1 is damaged"),
+        ("evaluation/generations.jsonl", b"\xff\n", "generations.jsonl, line 1 is damaged"),
+        (f"sweep/{TEMPERATURES}", '{"settings": {}}', "json is damaged: KeyError('threshold'); "),
     ],
 )
-def test_a_damaged_row_is_named(here, capsys, name, content, says):  # noqa: F811
-    path = Path("run", name)
-    path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    status, (line,) = said(capsys, "report", "run")
+def test_a_damaged_file_is_named(here, capsys, name, content, says):  # noqa: F811
+    path = Path(name)
+    path.parent.mkdir(exist_ok=True)
+    write(path, content)
+    status, (line,) = said(capsys, *READ[str(path.parent)])
     assert status == 1
     assert says in line
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "says"),
-    [
-        ("settings.json", "{", "evaluation/settings.json is damaged"),
-        ("settings.json", "[1]", "evaluation/settings.json is damaged"),
-        ("generations.jsonl", "{\n{}\n", "evaluation/generations.jsonl, line 1 is damaged"),
-        ("generations.jsonl", "[]\n", "evaluation/generations.jsonl, line 1 is damaged"),
-        ("generations.jsonl", b"\xff\n", "evaluation/generations.jsonl, line 1 is damaged"),
-    ],
-)
-def test_a_damaged_evaluation_is_named(here, capsys, name, content, says):  # noqa: F811
-    path = Path("evaluation", name)
-    path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    status, (line,) = said(capsys, *EVALUATE, "--out=evaluation")
-    assert status == 1
-    assert says in line
-    assert "another --out" in line
-
-
-def test_a_damaged_sweep_is_named(here, capsys):  # noqa: F811
-    Path("sweep").mkdir()
-    Path("sweep", TEMPERATURES).write_text('{"settings": {}}')
-    arguments = [*EVALUATE[1:], "--out=sweep"]
-    status, (line,) = said(capsys, "analyze", "temperatures", *arguments)
-    assert status == 1
-    assert f"sweep/{TEMPERATURES} is damaged: KeyError('threshold'); choose another --out" in line
+    assert path.parent.name == "run" or ("another --out" in line and name in line)
 
 
 def test_an_evaluation_that_failed_before_any_answer_binds_nothing(here, capsys):  # noqa: F811

@@ -9,16 +9,6 @@ from pathlib import Path
 
 import pytest
 
-import trainer.checkpoint
-import trainer.checkpoint.export
-import trainer.evaluation.command
-import trainer.report.page
-import trainer.report.watch
-import trainer.studies.analyze.evolution
-import trainer.studies.analyze.patterns
-import trainer.studies.analyze.temperatures
-import trainer.studies.compare
-import trainer.train
 from trainer.__main__ import main
 from trainer.presets import PRESETS
 
@@ -72,20 +62,17 @@ def _nothing_runs(monkeypatch):
     def nothing(*arguments, **options):
         return 0
 
-    for module, name in [
-        (trainer.train, "train"),
-        (trainer.evaluation.command, "evaluate_model"),
-        (trainer.studies.compare, "compare"),
-        (trainer.report.watch, "watch"),
-        (trainer.report.page, "write_report"),
-        (trainer.studies.analyze.patterns, "analyze_patterns"),
-        (trainer.studies.analyze.temperatures, "analyze_temperatures"),
-        (trainer.studies.analyze.evolution, "analyze_evolution"),
-    ]:
-        monkeypatch.setattr(module, name, nothing)
-    monkeypatch.setattr(trainer.checkpoint, "find", lambda *_: Path())
+    for name in (
+        *("train.train", "evaluation.command.evaluate_model", "studies.compare.compare"),
+        *("report.watch.watch", "report.page.write_report"),
+        "studies.analyze.patterns.analyze_patterns",
+        "studies.analyze.temperatures.analyze_temperatures",
+        "studies.analyze.evolution.analyze_evolution",
+    ):
+        monkeypatch.setattr(f"trainer.{name}", nothing)
+    monkeypatch.setattr("trainer.checkpoint.find", lambda *_: Path())
     monkeypatch.setattr(
-        trainer.checkpoint.export, "_write", lambda found, folder, dtype: folder.mkdir(parents=True)
+        "trainer.checkpoint.export._write", lambda found, folder, dtype: folder.mkdir(parents=True)
     )
 
 

@@ -1,13 +1,12 @@
 """The files of a run: valid JSON whatever happens, and the same after a kill and a resume."""
 
-import io
 import json
 import math
-import sys
 
 import pytest
 import torch
 
+from tests.trainer.report_cases import terminal
 from trainer.config import Config
 from trainer.log import RunLog, Sample, read_rows
 from trainer.report.progress import WARM_START, progress
@@ -160,20 +159,11 @@ def test_plain_lines_where_no_terminal_is(capsys):
 
 
 def test_a_live_bar_on_a_terminal(monkeypatch):
-    class Terminal(io.StringIO):
-        def isatty(self):
-            return True
-
-    monkeypatch.setattr(sys, "stdout", Terminal())
-    monkeypatch.setattr(sys, "stderr", Terminal())
-    monkeypatch.setenv("TERM", "xterm")
-    monkeypatch.setenv("COLUMNS", "120")
+    drawn = terminal(monkeypatch)
     with progress("warm start", 10, start=4, columns=WARM_START) as bar:
         bar.update(5, {"loss": 0.75})
-    drawn = sys.stderr.getvalue()
-    assert "warm start" in drawn
-    assert "5/10" in drawn
-    assert "loss 0.750" in drawn
+    for text in ("warm start", "5/10", "loss 0.750"):
+        assert text in drawn.getvalue()
 
 
 def test_a_start_counts_the_steps_of_earlier_ones(capsys):

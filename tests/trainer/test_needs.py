@@ -5,8 +5,6 @@ from dataclasses import replace
 import pytest
 import torch
 
-import trainer.launch.needs
-import trainer.studies.compare.driver
 from tests.trainer.small import settings
 from trainer.__main__ import main
 from trainer.config import Config, Data, Engine, Eval, Model, Tracking
@@ -14,14 +12,14 @@ from trainer.launch.needs import BASE, check_needs, needs
 from trainer.presets import PRESETS
 from trainer.train import train
 
+NEEDS = "trainer.launch.needs."
+
 
 @pytest.fixture
 def _bare(monkeypatch):
     """A machine without any of the optional libraries, and without a GPU."""
-    monkeypatch.setattr(
-        trainer.launch.needs, "find_spec", lambda name: True if name in BASE else None
-    )
-    monkeypatch.setattr(trainer.launch.needs, "_version", lambda name: None)
+    monkeypatch.setattr(NEEDS + "find_spec", lambda name: True if name in BASE else None)
+    monkeypatch.setattr(NEEDS + "_version", lambda name: None)
     monkeypatch.setattr("transformers.utils.is_kernels_available", lambda: False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
 
@@ -64,7 +62,7 @@ def test_a_run_says_what_it_needs_before_it_starts(changes, says, tmp_path):
 @pytest.mark.usefixtures("_bare")
 def test_every_command_that_runs_a_model_says_the_same_line(capsys, tmp_path, monkeypatch):
     monkeypatch.setattr(
-        trainer.studies.compare.driver, "drive", lambda *_: pytest.fail("runs began")
+        "trainer.studies.compare.driver.drive", lambda *_: pytest.fail("runs began")
     )
     commands = [
         ["train", "qwen3-14b", "--root", str(tmp_path)],
@@ -81,7 +79,7 @@ def test_every_command_that_runs_a_model_says_the_same_line(capsys, tmp_path, mo
 
 
 def test_libraries_of_every_command_are_one_line(capsys, monkeypatch):
-    monkeypatch.setattr(trainer.launch.needs, "find_spec", lambda name: None)
+    monkeypatch.setattr(NEEDS + "find_spec", lambda name: None)
     monkeypatch.setattr("trainer.train.train", lambda *_: pytest.fail("the run began"))
     assert main(["train"]) == 1
     (line,) = capsys.readouterr().err.splitlines()
@@ -105,7 +103,7 @@ def test_a_gpu_without_bfloat16_is_named(monkeypatch):
 
 
 def test_the_plan_lists_them_and_starts_without(capsys, monkeypatch):
-    monkeypatch.setattr(trainer.launch.needs, "_version", lambda name: None)
+    monkeypatch.setattr(NEEDS + "_version", lambda name: None)
     assert main(["plan", "qwen3-14b", "--gpus", "128", "--gpu", "h200"]) == 0
     lines = capsys.readouterr().out.splitlines()
     asked = [line for line in lines if line.startswith("needs ")]

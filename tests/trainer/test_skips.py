@@ -1,16 +1,14 @@
 """Steps that update nothing: counted, told with their reason, and loudly where they go on."""
 
 import dataclasses
-import io
 import math
-import sys
 from random import Random
 
 import pytest
 
 import trainer.run
 import trainer.train
-from tests.trainer.report_cases import metrics_row, skipped_row
+from tests.trainer.report_cases import metrics_row, skipped_row, terminal
 from tests.trainer.small import Even, save_folder, settings
 from trainer.log import read_rows
 from trainer.report.progress import progress
@@ -136,18 +134,11 @@ def test_a_run_that_never_updated_ends_with_it(capsys, random, steps):
 
 
 def test_a_warning_stands_above_a_live_bar(monkeypatch, random):
-    class Terminal(io.StringIO):
-        def isatty(self):
-            return True
-
-    monkeypatch.setattr(sys, "stdout", Terminal())
-    monkeypatch.setattr(sys, "stderr", Terminal())
-    monkeypatch.setenv("TERM", "xterm")
-    monkeypatch.setenv("COLUMNS", "120")
+    drawn = terminal(monkeypatch)
     with progress("RL", 10) as bar:
         for step in range(1, 6):
             bar.update(step, skipped_row(random, step))
-    assert "warning: No step updated the weights: 5 of 5 skipped" in sys.stderr.getvalue()
+    assert "warning: No step updated the weights: 5 of 5 skipped" in drawn.getvalue()
 
 
 def test_a_run_whose_gradients_are_not_finite_never_updates(tmp_path, monkeypatch, capsys):

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import trainer.run
-from tests.processes import forkserver
+from tests.processes import forkserver, kill_after
 from tests.trainer.small import Even, on_even, save_folder, settings, use_task  # noqa: F401
 from trainer.__main__ import main
 from trainer.checkpoint.sharded import read_whole
@@ -135,26 +135,18 @@ def doomed(config, step, operations):
     With a number of `operations` on files: so many after the row of a checkpoint from `step` on.
     """
 
-    def count(event, arguments):
-        nonlocal operations
-        if counting and (event == "open" or event.startswith("os.")):
-            operations -= 1
-            if operations < 0:
-                signal.raise_signal(signal.SIGKILL)
-
     def write(run, row):
-        nonlocal counting
         written(run, row)
         saved = row["step"] >= step and row["step"] % config.checkpoint_every == 0
-        counting = counting or (saved and operations is not None)
+        if saved and operations is not None:
+            kill_after(operations)
 
     def on_step(done):
         if done == config.steps - 1:
             signal.raise_signal(signal.SIGKILL)
 
-    counting, written = False, trainer.run.Run.write
+    written = trainer.run.Run.write
     trainer.run.Run.write = write
-    sys.addaudithook(count)
     use_task(Even())
     train(config, on_step)
 

@@ -13,6 +13,7 @@ import pytest
 from rich.console import Console
 
 import trainer.report.watch
+from tests.trainer.report_cases import terminal
 from trainer.__main__ import main
 from trainer.config import Config
 from trainer.log import RunLog, read_rows
@@ -142,17 +143,11 @@ def test_a_torn_line_waits_and_a_null_is_no_number(log, capsys, watching, monkey
 
 
 def test_a_terminal_shows_the_last_numbers_and_their_course(log, monkeypatch):
-    class Terminal(io.StringIO):
-        def isatty(self):
-            return True
-
     for step in range(4):
         log.write(row(step, **({"eval/accuracy": 0.1 * step} if step % 2 else {})))
-    shown = Terminal()
-    monkeypatch.setenv("TERM", "xterm")
-    monkeypatch.setattr(sys, "stdout", shown)
+    drawn = terminal(monkeypatch)
     watch(log.folder)
-    text = shown.getvalue()
+    text = drawn.getvalue()
     assert "run  step 3/3  ended 0:00:00 ago" in text
     assert "reward     0.75  ▁▃▆█" in text.replace("\x1b[2K", "")
     assert "tokens/s  3,000  ▁▃▆█" in text

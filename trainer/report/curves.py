@@ -8,6 +8,7 @@ from markupsafe import Markup
 
 from trainer.report.figures import COLORS, REWARDS, SECTIONS, Curve, Figure
 from trainer.report.plots import MAX_SHADES, Line, Point, plot, shaded
+from trainer.report.progress import evaluated
 from trainer.report.skips import reasons
 
 SETS_A_FIGURE = 5
@@ -97,11 +98,7 @@ def _band(
 
 def _sets(columns: Columns) -> list[Figure]:
     """Accuracy on each named set, "eval/NAME.accuracy", a few of them a figure."""
-    names = [
-        key.removeprefix("eval/").removesuffix(".accuracy")
-        for key in columns
-        if key.startswith("eval/") and key.endswith(".accuracy")
-    ]
+    names = list(evaluated(columns))
     figures = []
     for start in range(0, len(names), SETS_A_FIGURE):
         some = names[start : start + SETS_A_FIGURE]
@@ -110,7 +107,7 @@ def _sets(columns: Columns) -> list[Figure]:
             for n, color in zip(some, COLORS, strict=False)
         )
         note = "Sampled responses. Shaded: 95% interval of the mean over problems."
-        figures.append(Figure(f"Accuracy on {', '.join(some)}", note, "%", curves, scale=100))
+        figures.append(Figure(f"Accuracy on {', '.join(some)}", note, "%", curves))
     return figures
 
 

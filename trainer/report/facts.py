@@ -6,6 +6,7 @@ from datetime import datetime
 from typing import Any
 
 from trainer.report.curves import Columns
+from trainer.report.progress import evaluated
 from trainer.report.skips import KINDS, Skips, advice, plain
 from trainer.report.standing import passed
 
@@ -65,12 +66,11 @@ def facts(run: Mapping[str, Any], rows: Sequence[Row], skips: Skips) -> list[tup
 
 def tiles(rows: Sequence[Row], columns: Columns) -> list[dict[str, str]]:
     """The headline numbers."""
-    sets = [key for key in columns if key.startswith("eval/") and key.endswith(".accuracy")]
-    names = [(key, key.removeprefix("eval/").removesuffix(".accuracy")) for key in sets[:4]]
+    names = list(evaluated(columns))[:4]
     return [
         _accuracy("Held-out accuracy", rows, "eval/accuracy", "eval/"),
         _accuracy("Held-out accuracy, greedy", rows, "eval/greedy", "eval/", "greedy_"),
-        *(_accuracy(f"Accuracy on {name}", rows, key, f"eval/{name}.") for key, name in names),
+        *(_accuracy(f"Accuracy on {n}", rows, f"eval/{n}.accuracy", f"eval/{n}.") for n in names),
         _share("Time in the LM head", rows, "time/head", "time/step", "of step time"),
         _share("Rows in backward", rows, "head/active_rows", "head/rows", "of head rows"),
     ]

@@ -28,13 +28,17 @@ class Figure:
     note: str
     unit: str
     curves: tuple[Curve, ...]
-    scale: float = 1.0
     zero: bool = True
-    smooth: bool = False
+    smooth: bool = True
     events: bool = False
     """Whether it shows events that need not happen: curves that are 0 throughout are left out."""
     group: str = ""
     """A prefix of metrics, each of which is a curve, in the place of `curves`."""
+
+    @property
+    def scale(self) -> float:
+        """What the metrics are multiplied by: shares are shown in percent."""
+        return 100.0 if self.unit.startswith("%") else 1.0
 
 
 REWARDS = (
@@ -48,14 +52,12 @@ REWARDS = (
                 "eval/greedy", "greedy", "c2", True, ends=("eval/greedy_low", "eval/greedy_high")
             ),
         ),
-        scale=100,
     ),
     Figure(
         "Training reward",
         "Mean verdict on the step's responses.",
         "reward",
         (Curve("reward/mean", "mean", "c1"),),
-        smooth=True,
     ),
 )
 RESPONSES = (
@@ -67,8 +69,6 @@ RESPONSES = (
         tuple(
             Curve(f"kind/{kind}", kind, color) for kind, color in zip(KINDS, COLORS, strict=True)
         ),
-        scale=100,
-        smooth=True,
         events=True,
     ),
     Figure(
@@ -77,15 +77,12 @@ RESPONSES = (
         "tokens",
         (Curve("response/length", "training", "c1"), Curve("eval/length", "held out", "c2", True)),
         zero=False,
-        smooth=True,
     ),
     Figure(
         "Truncated responses",
         "Stopped by the length limit.",
         "% of responses",
         (Curve("response/truncated", "truncated", "c1"),),
-        scale=100,
-        smooth=True,
     ),
     Figure(
         "Groups",
@@ -96,7 +93,6 @@ RESPONSES = (
             Curve("groups/all_right", "all right", "c3"),
             Curve("groups/all_wrong", "all wrong", "c2"),
         ),
-        smooth=True,
     ),
     Figure(
         "Skipped steps",
@@ -105,6 +101,7 @@ RESPONSES = (
         (),
         events=True,
         group="skips/",
+        smooth=False,
     ),
     Figure(
         "Verifier failures",
@@ -115,6 +112,7 @@ RESPONSES = (
             Curve("failures/crashes", "crashes", "c2"),
         ),
         events=True,
+        smooth=False,
     ),
 )
 UPDATES = (
@@ -124,21 +122,18 @@ UPDATES = (
         "loss",
         (Curve("loss", "loss", "c1"),),
         zero=False,
-        smooth=True,
     ),
     Figure(
         "Gradient norm",
         "Before clipping.",
         "norm",
         (Curve("grad_norm", "norm", "c1"),),
-        smooth=True,
     ),
     Figure(
         "Sampler and trainer: KL",
         "Estimate of KL(sampler || old policy) per token; rounding alone keeps it small.",
         "nats",
         (Curve("mismatch/kl", "KL", "c1"),),
-        smooth=True,
     ),
     Figure(
         "Sampler and trainer: largest ratio",
@@ -146,15 +141,12 @@ UPDATES = (
         "ratio",
         (Curve("mismatch/max_ratio", "largest", "c1"),),
         zero=False,
-        smooth=True,
     ),
     Figure(
         "Clipped tokens",
         "Share of the selected tokens whose ratio left the clip range.",
         "% of selected tokens",
         (Curve("clip/high", "high", "c1"), Curve("clip/low", "low", "c2")),
-        scale=100,
-        smooth=True,
     ),
 )
 TOKENS = (
@@ -168,6 +160,7 @@ TOKENS = (
             Curve("entropy/p50", "p50", "s1"),
             Curve("entropy/mean", "mean", "ink", dashed=True),
         ),
+        smooth=False,
     ),
     Figure(
         "Entropy threshold",
@@ -177,13 +170,14 @@ TOKENS = (
             Curve("entropy/selected_mean", "mean of selected", "c2"),
             Curve("entropy/threshold", "threshold", "c1"),
         ),
+        smooth=False,
     ),
     Figure(
         "Kept tokens",
         "Share of the response tokens that the loss is taken over.",
         "% of tokens",
         (Curve("entropy/selected_fraction", "selected", "c1"),),
-        scale=100,
+        smooth=False,
     ),
 )
 COST = (
@@ -192,6 +186,7 @@ COST = (
         "All rows given to the head, and those that carry gradient in backward.",
         "rows per step",
         (Curve("head/rows", "all", "c2"), Curve("head/active_rows", "in backward", "c1")),
+        smooth=False,
     ),
     Figure(
         "Time of a step",
@@ -202,15 +197,12 @@ COST = (
             Curve("time/update", "update", "c2"),
             Curve("time/score", "score", "ink"),
         ),
-        smooth=True,
     ),
     Figure(
         "LM head in the step",
         "Time in the head over the time of the whole step.",
         "% of step time",
         (Curve("head/share", "head", "c1"),),
-        scale=100,
-        smooth=True,
     ),
 )
 

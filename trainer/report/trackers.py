@@ -140,29 +140,27 @@ class Trackers:
     def write(self, step: int, metrics: Mapping[str, float | None]) -> None:
         """Add the metrics of `step` that are finite to each."""
         finite = {key: value for key, value in metrics.items() if value is not None}
-        for name, tracker in self._open.items():
-            try:
-                tracker.write(step, finite)
-            except Exception as error:
-                self._failed(name, error)
+        self._each(lambda tracker: tracker.write(step, finite))
 
     def close(self) -> None:
         """The run has ended."""
+        self._each(lambda tracker: tracker.close())
+
+    def _each(self, call: Callable[[Tracker], None]) -> None:
         for name, tracker in self._open.items():
             try:
-                tracker.close()
+                call(tracker)
             except Exception as error:
-                self._failed(name, error)
-
-    def _failed(self, name: str, error: Exception) -> None:
-        self.failures += 1
-        if name not in self._told:
-            self._told.add(name)
-            warnings.warn(
-                f"tracker {name!r} failed, which is told once: {error!r}. metrics.jsonl has all",
-                RuntimeWarning,
-                stacklevel=3,
-            )
+                self.failures += 1
+                if name in self._told:
+                    continue
+                self._told.add(name)
+                warnings.warn(
+                    f"tracker {name!r} failed, which is told once: {error!r}. metrics.jsonl has "
+                    "all",
+                    RuntimeWarning,
+                    stacklevel=3,
+                )
 
 
 def _id(folder: Path, step: int) -> str:
