@@ -1,7 +1,8 @@
 """Models, a tokenizer and a task so small that an RL step takes milliseconds."""
 
+import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,12 @@ from transformers import PreTrainedTokenizerFast
 import trainer.run
 from trainer.batch import Rollouts
 from trainer.config import Algorithm, Config, Eval, Model, Optimizer, Reward, Rollout
+from trainer.engines.engine import Engine
+from trainer.engines.transformers import TransformersEngine
+from trainer.log import read_rows
 from trainer.policy import Policy, check_policy, read_policy
 from trainer.rewards.verifier import Verifier
+from trainer.sampling import sample
 from trainer.tasks.problem import Problem
 from trainer.train import train
 
@@ -149,9 +154,23 @@ class Even:
         return float(response[:1] in tuple("02468"))
 
 
-def even_verifier() -> Verifier:
-    """A verifier of Even, in this process."""
-    return Verifier(Even(), Reward())
+EVEN = [Even().problem("train", index) for index in range(32)]
+
+
+def sampled(
+    policy: Policy,
+    problems: Sequence[Problem],
+    engine: Engine | None = None,
+    verifier: Verifier | None = None,
+    **options: Any,
+) -> Rollouts:
+    """Responses to `problems`, by default of transformers' engine and verified as Even does."""
+    engine, verifier = (
+        engine or TransformersEngine(policy, 64),
+        verifier or Verifier(Even(), Reward()),
+    )
+    asked: dict[str, Any] = {"group_size": 4, "temperature": 1.0, "seed": 0} | options
+    return sample(engine, policy, verifier, problems, **asked)
 
 
 def settings(root: Path, model: str = "tiny", **changes: Any) -> Config:
@@ -204,6 +223,19 @@ def sequences(rollouts: Rollouts) -> list[tuple[Tensor, Tensor]]:
     parts = torch.stack([rollouts.prompt_length_B, rollouts.response_length_B], 1).flatten()
     tokens = rollouts.tokens_N.split(parts.tolist())
     return list(zip(tokens[::2], tokens[1::2], strict=True))
+
+
+def metrics(folder: Path) -> list[dict[str, Any]]:
+    """The rows of metrics.jsonl without what a clock says."""
+    return [
+        {k: v for k, v in row.items() if not k.startswith("time/") and k != "tokens_per_second"}
+        for row in read_rows(folder / "metrics.jsonl")
+    ]
+
+
+def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Write `rows` as JSON lines."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def use_task(task: Any) -> None:

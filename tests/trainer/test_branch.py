@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from tests.processes import forkserver, kill_after
-from tests.trainer.small import Even, on_even, save_folder, settings, use_task  # noqa: F401
-from tests.trainer.test_train import assert_same_run, metrics
+from tests.trainer.small import Even, metrics, on_even, save_folder, settings, use_task  # noqa: F401
+from tests.trainer.test_train import assert_same_run
 from tests.trainer.worlds import next_world, run_ranks
 from trainer import checkpoint
 from trainer.__main__ import main

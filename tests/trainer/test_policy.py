@@ -8,25 +8,22 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 import entropy_kernels as ek
 from tests.trainer.small import (
     EOS,
+    EVEN,
     FAMILIES,
     WORDS,
-    Even,
     build_model,
     build_policy,
     build_tokenizer,
-    even_verifier,
     load_policy,
+    sampled,
     save_folder,
     sequences,
 )
 from trainer import policy as module
 from trainer.batch import pack
 from trainer.config import Model
-from trainer.engines.transformers import TransformersEngine
 from trainer.policy import Policy, read_policy
-from trainer.sampling import sample
 
-PROMPTS = [Even().problem("train", index) for index in range(6)]
 CPU = torch.device("cpu")
 
 
@@ -43,16 +40,7 @@ def test_log_probs_are_those_of_the_unpadded_sequence(family, attention):
     """Position and padding by position: each response alone, through the model's own logits."""
     policy = build_policy(family, attention=attention)
     policy.model.generation_config.eos_token_id = [1, 4, 7]
-    rollouts = sample(
-        TransformersEngine(policy, batch_size=64),
-        policy,
-        even_verifier(),
-        PROMPTS,
-        group_size=2,
-        max_new_tokens=9,
-        temperature=1.0,
-        seed=2,
-    )
+    rollouts = sampled(policy, EVEN[:6], group_size=2, max_new_tokens=9, seed=2)
     assert len(rollouts.response_length_B.unique()) >= 3
     with torch.no_grad():
         packed = pack(rollouts, policy.layout)

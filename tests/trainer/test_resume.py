@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.trainer.small import Even, on_even, settings, use_task  # noqa: F401
-from tests.trainer.test_train import assert_same_run, metrics
+from tests.trainer.small import Even, metrics, on_even, settings, use_task  # noqa: F401
+from tests.trainer.test_train import assert_same_run
 from trainer import checkpoint
 from trainer.checkpoint.sharded import read_whole
 from trainer.config.files import fill

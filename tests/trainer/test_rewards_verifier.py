@@ -5,11 +5,9 @@ import logging
 import pytest
 import torch
 
-from tests.trainer.small import Even, build_policy, settings
+from tests.trainer.small import EVEN, Even, build_policy, sampled, settings
 from trainer.config import Data, Reward
-from trainer.engines.transformers import TransformersEngine
 from trainer.rewards.verifier import Verifier
-from trainer.sampling import sample
 from trainer.tasks import make_task
 from trainer.tasks.problem import Problem
 from trainer.train import train
@@ -102,19 +100,9 @@ def test_a_run_does_not_start_with_a_function_that_cannot_be_imported(tmp_path):
 
 def test_rollouts_tell_what_failed():
     policy = build_policy(spread=0.1)
-    verifier = Verifier(
-        Even(), Reward(function="tests.trainer.verifiers:even_or_worse", seconds=3.0)
-    )
-    rollouts = sample(
-        TransformersEngine(policy, 64),
-        policy,
-        verifier,
-        [Even().problem("train", i) for i in range(4)],
-        group_size=8,
-        max_new_tokens=4,
-        temperature=1.0,
-        seed=1,
-    )
+    reward = Reward(function="tests.trainer.verifiers:even_or_worse", seconds=3.0)
+    options = {"group_size": 8, "max_new_tokens": 4, "seed": 1}
+    rollouts = sampled(policy, EVEN[:4], verifier=Verifier(Even(), reward), **options)
     first = [response[:1] for response in rollouts.responses]
     assert rollouts.timed_out_B.tolist() == [one in ("7", "=") for one in first]
     assert rollouts.crashed_B.tolist() == [one in ("9", "+") for one in first]

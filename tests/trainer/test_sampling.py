@@ -7,34 +7,29 @@ from transformers import Qwen3NextConfig, Qwen3NextForCausalLM
 import entropy_kernels as ek
 from tests.trainer.small import (
     EOS,
+    EVEN,
     PAD,
     POSITIONS,
     WORDS,
     Even,
     build_policy,
     build_tokenizer,
-    even_verifier,
+    sampled,
     sequences,
 )
 from trainer.batch import pack
 from trainer.engines.transformers import TransformersEngine
 from trainer.policy import Policy
-from trainer.sampling import sample
 from trainer.tasks.problem import Problem
 
-PROMPTS = [Even().problem("train", index) for index in range(8)]
+PROMPTS = EVEN[:8]
 WIDTH = 10
-OPTIONS = {
-    "group_size": 1,
-    "max_new_tokens": WIDTH,
-    "temperature": 1.0,
-    "seed": 5,
-}
+OPTIONS = {"group_size": 1, "max_new_tokens": WIDTH, "seed": 5}
 
 
 def draw(policy, problems=PROMPTS, batch_size=64, **changes):
     engine = TransformersEngine(policy, batch_size)
-    return sample(engine, policy, even_verifier(), problems, **OPTIONS | changes)
+    return sampled(policy, problems, engine, **OPTIONS | changes)
 
 
 def set_eos(policy, ids):
@@ -49,9 +44,8 @@ def test_greedy_is_generate(family, attention):
     # A tied head would repeat the last token.
     built = build_policy(family, attention=attention, tie_word_embeddings=False)
     policy = set_eos(built, [1, 4, 7, 9])
-    problems = [Even().problem("train", index) for index in range(32)]
-    rollouts = draw(policy, problems, temperature=0.0)
-    encoded = policy.tokenizer([p.prompt for p in problems], padding=True, return_tensors="pt")
+    rollouts = draw(policy, EVEN, temperature=0.0)
+    encoded = policy.tokenizer([p.prompt for p in EVEN], padding=True, return_tensors="pt")
     want = policy.model.generate(
         input_ids=encoded["input_ids"],
         attention_mask=encoded["attention_mask"],

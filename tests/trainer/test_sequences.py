@@ -7,16 +7,14 @@ import pytest
 import torch
 import transformers
 
-from tests.trainer.small import WORDS, Even, build_model, build_tokenizer, even_verifier, settings
+from tests.trainer.small import EVEN, WORDS, build_model, build_tokenizer, sampled, settings
 from tests.trainer.update_cases import ALONE
 from trainer.advantages import group_advantages
 from trainer.batch import Batch, pack
 from trainer.config import Algorithm, Optimizer
-from trainer.engines.transformers import TransformersEngine
 from trainer.model.modes import checkpoint_activations
 from trainer.model.rope import fixed_configuration
 from trainer.policy import Policy, check_policy
-from trainer.sampling import sample
 from trainer.update import score, update
 
 COMMON = {
@@ -118,9 +116,7 @@ def make_policy(model):
 
 def roll(policy):
     """Responses of 1 to 40 tokens."""
-    problems = [Even().problem("train", index) for index in range(6)]
-    options = {"group_size": 4, "max_new_tokens": 40, "temperature": 1.0, "seed": 2}
-    return sample(TransformersEngine(policy, 64), policy, even_verifier(), problems, **options)
+    return sampled(policy, EVEN[:6], max_new_tokens=40, seed=2)
 
 
 def scores(policy, rollouts, tokens):

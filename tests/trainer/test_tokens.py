@@ -8,13 +8,12 @@ import pytest
 import torch
 from tokenizers import processors
 
-from tests.trainer.small import Even, build_policy, build_tokenizer
+from tests.trainer.small import Even, build_policy, build_tokenizer, sampled
 from tests.trainer.tokenizer_kinds import KINDS, byte_level, pieces_of_sentences
 from trainer.config import Data, Reward
 from trainer.engines.engine import Sampled
 from trainer.model.tokens import end_ids, pieces, prompt_ids, response_ids, response_text
 from trainer.rewards.verifier import Verifier
-from trainer.sampling import sample
 from trainer.tasks.problem import Problem
 from trainer.tasks.render import pose, render
 
@@ -155,9 +154,9 @@ def test_a_verifier_may_read_special_tokens(keep, text):
     policy = build_policy()
     policy.tokenizer = build_tokenizer(extra_special_tokens=["<user>", "<assistant>"])
     words = policy.tokenizer.convert_tokens_to_ids(["<user>", "1", "1", "<assistant>", "<eos>"])
-    options = {"group_size": 1, "max_new_tokens": 5, "temperature": 1.0, "seed": 0}
+    options = {"group_size": 1, "max_new_tokens": 5}
     verifier = Verifier(Even(), Reward(keep_special_tokens=keep))
-    rollouts = sample(Fixed(words), policy, verifier, [Problem("1", None)], **options)
+    rollouts = sampled(policy, [Problem("1", None)], Fixed(words), verifier, **options)
     assert rollouts.responses == [text]
 
 
@@ -171,7 +170,6 @@ def test_a_run_begins_its_prompts_as_the_tokenizer_does():
     policy.tokenizer = tokenizer
     engine = Fixed([5, 1])
     problems = [Problem("1", None), Problem("<user> 1", None, templated=True)]
-    options = {"group_size": 1, "max_new_tokens": 5, "temperature": 1.0, "seed": 0}
-    rollouts = sample(engine, policy, Verifier(Even(), Reward()), problems, **options)
+    rollouts = sampled(policy, problems, engine, group_size=1, max_new_tokens=5)
     assert engine.prompts == [[15, 4], [15, 4]]
     assert rollouts.tokens_N.tolist() == [15, 4, 5, 1] * 2

@@ -16,7 +16,7 @@ import torch
 
 import trainer.run
 from tests.processes import forkserver, kill_after
-from tests.trainer.small import Even, on_even, save_folder, settings, use_task  # noqa: F401
+from tests.trainer.small import Even, metrics, on_even, save_folder, settings, use_task  # noqa: F401
 from trainer.__main__ import main
 from trainer.checkpoint.sharded import read_whole
 from trainer.config import Algorithm, Eval, Model
@@ -41,14 +41,6 @@ def whole(model, tmp_path_factory):
 def processes(tmp_path_factory):
     """Makes processes quickly: forked from one that has imported everything."""
     return forkserver()
-
-
-def metrics(folder):
-    """The rows without what a clock says."""
-    return [
-        {k: v for k, v in row.items() if not k.startswith("time/") and k != "tokens_per_second"}
-        for row in read_rows(folder / "metrics.jsonl")
-    ]
 
 
 def assert_same_run(got, want):

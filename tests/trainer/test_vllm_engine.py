@@ -5,14 +5,13 @@ import itertools
 import pytest
 import torch
 
-from tests.trainer.small import WORDS, Even, build_model, build_tokenizer, even_verifier, settings
+from tests.trainer.small import EVEN, WORDS, build_model, build_tokenizer, sampled, settings
 from tests.trainer.update_cases import ALONE
 from tests.trainer.vllm_cases import IGNORED  # first: it skips where vLLM is missing
 from trainer.config import Engine, Rollout
 from trainer.engines.transformers import TransformersEngine
 from trainer.engines.vllm import VllmEngine
 from trainer.policy import Policy
-from trainer.sampling import sample
 from trainer.update import score
 
 pytestmark = IGNORED
@@ -102,9 +101,7 @@ def test_forgets_the_cached_prompt_of_older_weights(pair, monkeypatch):
 
 def test_log_probs_are_those_that_the_trainer_scores(pair, tmp_path):
     engine, policy = pair
-    problems = [Even().problem("train", index) for index in range(4)]
-    options = {"group_size": 4, "max_new_tokens": 16, "temperature": 0.7, "seed": 1}
-    rollouts = sample(engine, policy, even_verifier(), problems, **options)
+    rollouts = sampled(policy, EVEN[:4], engine, max_new_tokens=16, temperature=0.7, seed=1)
     logprob_T = score(policy, rollouts, configure(tmp_path), ALONE).logprob_T
     torch.testing.assert_close(rollouts.sampler_logprob_T, logprob_T, atol=1e-5, rtol=0)
     ended = ~rollouts.truncated_B

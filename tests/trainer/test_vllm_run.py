@@ -10,7 +10,7 @@ import psutil
 import pytest
 
 import trainer.run
-from tests.trainer.small import Even, use_task
+from tests.trainer.small import Even, metrics, use_task
 from tests.trainer.vllm_cases import IGNORED, configure  # first: it skips where vLLM is missing
 from trainer.checkpoint.sharded import read_whole
 from trainer.config import Model
@@ -29,14 +29,6 @@ def _even():
     trainer.run.make_task = before
 
 
-def rows(config):
-    """The metrics without what a clock says."""
-    return [
-        {k: v for k, v in row.items() if not k.startswith("time/") and k != "tokens_per_second"}
-        for row in read_rows(Path(config.root) / config.name / "metrics.jsonl")
-    ]
-
-
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     """A run of four steps inside."""
@@ -46,7 +38,7 @@ def whole(tmp_path_factory):
 
 
 def test_in_fp32_there_is_no_mismatch(whole):
-    updates = [row for row in rows(whole) if "loss" in row]
+    updates = [row for row in metrics(whole.folder) if "loss" in row]
     assert len(updates) >= 2
     for row in updates:
         assert row["mismatch/max_ratio"] == pytest.approx(1, abs=1e-4)
@@ -61,7 +53,7 @@ def test_a_stopped_run_ends_as_one_that_was_not(whole, placement, tmp_path):
     config = configure(tmp_path, placement, steps=2)
     train(config)
     train(dataclasses.replace(config, steps=4))
-    assert rows(config) == rows(whole)
+    assert metrics(config.folder) == metrics(whole.folder)
     last = Path("run") / "checkpoints" / "step-000004"
     found, wanted = read_whole(tmp_path / last), read_whole(Path(whole.root) / last)
     assert found.keys() == wanted.keys()
@@ -72,7 +64,7 @@ def test_in_bf16_the_mismatch_is_seen_and_corrected(tmp_path):
     config = configure(tmp_path, "inside", steps=2)
     config = dataclasses.replace(config, model=Model(dtype="bfloat16"))
     train(config)
-    updates = [row for row in rows(config) if "loss" in row]
+    updates = [row for row in metrics(config.folder) if "loss" in row]
     assert updates
     for row in updates:
         assert 1e-9 < row["mismatch/kl"] < 0.1
@@ -90,7 +82,7 @@ def test_two_sharded_ranks_with_an_engine_each_are_as_one(whole, placement, tmp_
     got = read_rows(tmp_path / "run" / "metrics.jsonl")
     assert [row["step"] for row in got] == [0, 1, 2]
     assert any("loss" in row for row in got)
-    for one, other in zip(got, rows(whole), strict=False):
+    for one, other in zip(got, metrics(whole.folder), strict=False):
         for name in other.keys() - {"mismatch/kl", "mismatch/difference"}:
             assert one[name] == pytest.approx(other[name], rel=1e-4, abs=1e-5), name
 

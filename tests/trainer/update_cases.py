@@ -7,14 +7,12 @@ from pathlib import Path
 
 import torch
 
-from tests.trainer.small import Even, even_verifier, settings
+from tests.trainer.small import EVEN, sampled, settings
 from trainer.advantages import group_advantages
 from trainer.batch import Batch
 from trainer.config import Optimizer, Rollout
-from trainer.engines.transformers import TransformersEngine
 from trainer.fsdp import whole
 from trainer.ranks import Ranks
-from trainer.sampling import sample
 from trainer.update import at_least, score, update
 
 ALONE = Ranks(torch.device("cpu"))
@@ -45,10 +43,7 @@ def configure(algorithm=CONFIG.algorithm, tokens=10**6, grad_clip=1e9):
 def roll(policy):
     """Twelve responses of different lengths to three prompts of different lengths."""
     policy.model.generation_config.eos_token_id = [1, 4]
-    problems = [Even().problem("train", index) for index in range(3)]
-    options = {"group_size": 4, "max_new_tokens": 8, "seed": 0}
-    engine = TransformersEngine(policy, batch_size=64)
-    return sample(engine, policy, even_verifier(), problems, temperature=TEMPERATURE, **options)
+    return sampled(policy, EVEN[:3], max_new_tokens=8, temperature=TEMPERATURE)
 
 
 def on_policy(policy, config=CONFIG):
