@@ -87,24 +87,34 @@ def test_grpo_takes_dapos_changes_back():
     assert replace(grpo, name=dapo.name, algorithm=dapo.algorithm) == dapo
 
 
-@pytest.mark.usefixtures("own_cache")
-def test_the_papers_prompt_from_rows_of_its_data(tmp_path):
-    """A file with the columns of open-r1/DAPO-Math-17k-Processed; the hub is out of reach here."""
+def dapo_task(folder, prompts, repeats=1, **data):
+    """The task of the paper's settings on 400 rows with the columns of DAPO's copies.
+
+    `prompts` makes the columns of a row's prompt. The hub is out of reach here.
+    """
     rows = [
         {
-            "prompt": f"Find ${i} + {i}$.",
-            "solution": str(2 * i),
             "data_source": "math_dapo",
-            "source_prompt": [{"role": "user", "content": f"Solve: {i} + {i}"}],
             "ability": "MATH",
             "reward_model": {"ground_truth": str(2 * i), "style": "rule-lighteval/MATH_v2"},
             "extra_info": {"index": str(i)},
+            **prompts(i, [{"role": "user", "content": f"Solve: {i} + {i}"}]),
         }
         for i in range(400)
     ]
-    file = tmp_path / "dapo.parquet"
-    Dataset.from_list(rows).to_parquet(str(file))
-    task = make_task(replace(PRESETS["qwen3-14b"]().data, task=f"file:{file}"), 0)
+    file = folder / "dapo.parquet"
+    Dataset.from_list(rows * repeats).to_parquet(str(file))
+    return make_task(replace(PRESETS["qwen3-14b"]().data, task=f"file:{file}", **data), 0)
+
+
+@pytest.mark.usefixtures("own_cache")
+def test_the_papers_prompt_from_rows_of_its_data(tmp_path):
+    """A file with the columns of open-r1/DAPO-Math-17k-Processed."""
+
+    def prompts(i, chat):
+        return {"prompt": f"Find ${i} + {i}$.", "solution": str(2 * i), "source_prompt": chat}
+
+    task = dapo_task(tmp_path, prompts)
     assert 0 < task.num_test < 20
     problem = task.problem("train", 0)
     number = int(problem.answer) // 2
@@ -118,25 +128,8 @@ def test_the_papers_prompt_from_rows_of_its_data(tmp_path):
 @pytest.mark.usefixtures("own_cache")
 def test_dapos_own_copy_can_be_named(tmp_path):
     """A file with the columns of BytedTsinghua-SIA/DAPO-Math-17k, in which each prompt repeats."""
-    rows = [
-        {
-            "data_source": "math_dapo",
-            "prompt": [{"role": "user", "content": f"Solve: {i} + {i}"}],
-            "ability": "MATH",
-            "reward_model": {"ground_truth": str(2 * i), "style": "rule-lighteval/MATH_v2"},
-            "extra_info": {"index": str(i)},
-        }
-        for i in range(400)
-    ]
-    file = tmp_path / "dapo.parquet"
-    Dataset.from_list(rows * 3).to_parquet(str(file))
-    data = replace(
-        PRESETS["qwen3-14b"]().data,
-        task=f"file:{file}",
-        answer_field="reward_model.ground_truth",
-        test_fraction=0.1,
-    )
-    task = make_task(data, 0)
+    data = {"answer_field": "reward_model.ground_truth", "test_fraction": 0.1}
+    task = dapo_task(tmp_path, lambda _, chat: {"prompt": chat}, 3, **data)
     prompts = {task.problem("train", i).prompt for i in range(400 - task.num_test)}
     assert len(prompts) == 400 - task.num_test
     problem = task.problem("train", 7)

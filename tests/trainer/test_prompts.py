@@ -123,48 +123,40 @@ def test_repeated_prompts_count_once(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        pytest.param("", "it is empty", id="empty"),
-        pytest.param("\n\n", "cannot be read", id="blank"),
-        pytest.param(
-            '{"prompt": "a", "answer": "1"}\n{"prompt": \n', "line 2 is not JSON", id="bad"
-        ),
-        pytest.param('{"prompt": "a", "answer": "1"}\n7\n', "line 2 is not a JSON object", id="7"),
-        pytest.param(
+        ("", "it is empty"),
+        ("\n\n", "cannot be read"),
+        ('{"prompt": "a", "answer": "1"}\n{"prompt": \n', "line 2 is not JSON"),
+        ('{"prompt": "a", "answer": "1"}\n7\n', "line 2 is not a JSON object"),
+        (
             '{"question": "a", "answer": "1"}\n',
             "row 0 has nothing in column 'prompt'; the columns are answer, question",
-            id="no prompt",
         ),
-        pytest.param(
+        (
             '{"problem": "a", "solution": "1"}\n',
             "row 0 has nothing in column 'prompt'; the columns are problem, solution",
-            id="neither",
         ),
-        pytest.param(
+        (
             '{"prompt": "a", "info": {"gold": "1"}}\n',
             "nothing in column 'answer'; the columns are info, info.gold, prompt",
-            id="no answer",
         ),
-        pytest.param(
+        (
             '{"prompt": "a", "answer": "1"}\n{"prompt": "b"}\n',
             "row 1 has nothing in column 'answer'",
-            id="a row without an answer",
         ),
-        pytest.param(
+        (
             '{"prompt": "a", "answer": [{"b": 1}]}\n',
             "column 'answer' must hold text, finite numbers or lists of them; got {'b': 1}",
-            id="no answer is an object",
         ),
-        pytest.param(
+        (
             '{"prompt": "a", "answer": 1.5}\n{"prompt": "b", "answer": NaN}\n',
             "row 1: column 'answer' must hold text, finite numbers or lists of them; got nan",
-            id="nan",
         ),
-        pytest.param(
+        (
             '{"prompt": "a", "answer": "1"}\n',
             "to hold out; both need 1, and data.test_fraction is",
-            id="too few",
         ),
     ],
+    ids=lambda text: text[:50],
 )
 def test_bad_files_are_named(content, message, tmp_path):
     path = tmp_path / "set.jsonl"
