@@ -89,7 +89,7 @@ def looked_twice(monkeypatch):
 
 
 @pytest.fixture
-def watching(log):
+def watching(log, capsys):
     """A thread that watches the run, once the test starts it: before, nothing is captured."""
     thread = threading.Thread(target=watch, args=(log.folder,), daemon=True)
     yield thread
@@ -122,7 +122,6 @@ def test_a_run_that_goes_back_to_its_checkpoint_is_followed(log, capsys, watchin
     log.write(row(2, **{"reward/mean": 0.75}))
     assert wait_for(capsys, "\n").startswith("2/3  reward 0.75")
     log.write(row(3))
-    watching.join(300)
 
 
 def test_a_torn_line_waits_and_a_null_is_no_number(log, capsys, watching, monkeypatch):
@@ -139,7 +138,6 @@ def test_a_torn_line_waits_and_a_null_is_no_number(log, capsys, watching, monkey
         file.write('/mean": 0.5}\n')
     assert wait_for(capsys, "\n") == "2/3  reward 0.50\n"
     log.write(row(3))
-    watching.join(300)
 
 
 def test_a_terminal_shows_the_last_numbers_and_their_course(log, monkeypatch):
@@ -251,7 +249,6 @@ def test_a_run_that_is_killed_has_stopped(log, capsys, watching):
     lock(log.folder, pid=process.pid)
     assert wait_for(capsys, "stopped").startswith("stopped at step 1 of 3")
     log.write(row(3))
-    watching.join(300)
 
 
 def test_a_silent_run_is_told_once_and_again_after_twice_the_time(log, capsys, watching):
@@ -264,7 +261,6 @@ def test_a_silent_run_is_told_once_and_again_after_twice_the_time(log, capsys, w
     past(log, 300)
     assert wait_for(capsys, "ago").startswith("last step 0:05:00 ago")
     log.write(row(3))
-    watching.join(300)
 
 
 def test_a_run_on_another_machine_is_one_that_writes(log):
