@@ -1,6 +1,5 @@
 """Prompts that cannot be trained on are found at the start, by row, and not when they are drawn."""
 
-import dataclasses
 import json
 import re
 
@@ -33,17 +32,19 @@ def prompts(path, count=40, long=LONG, **other):
     path.write_text("".join(json.dumps({"prompt": t, "answer": "7"}) + "\n" for t in texts))
 
 
-def made(tmp_path, tokenizer=None, **data):
-    data = Data(task=f"file:{tmp_path}/a.jsonl", test_fraction=0.2, **data)
-    return make_task(data, 0, tokenizer or build_tokenizer())
+def data_of(tmp_path, longest=0):
+    return Data(f"file:{tmp_path}/a.jsonl", test_fraction=0.2, max_prompt_tokens=longest)
+
+
+def made(tmp_path, tokenizer=None):
+    return make_task(data_of(tmp_path), 0, tokenizer or build_tokenizer())
 
 
 def test_what_is_too_long_for_the_model_ends_the_start(tmp_path):
     """One such row used to end a run at the step that drew it, for ever."""
     prompts(tmp_path / "a.jsonl")
     model = save_folder(tmp_path / "model")
-    data = Data(task=f"file:{tmp_path}/a.jsonl", test_fraction=0.2)
-    config = settings(tmp_path, model, data=data)
+    config = settings(tmp_path, model, data=data_of(tmp_path))
     says = (
         r"a.jsonl: 2 of 40 prompts are longer than the 58 tokens that rollout.max_new_tokens of 6 "
         r"leaves of the model's 64 positions; the longest, row 23 of train, has 62\. Lower "
@@ -57,8 +58,8 @@ def test_what_is_too_long_for_the_model_ends_the_start(tmp_path):
 def test_longer_ones_are_left_out_where_asked(tmp_path, capsys):
     prompts(tmp_path / "a.jsonl")
     model = save_folder(tmp_path / "model")
-    data = Data(task=f"file:{tmp_path}/a.jsonl", test_fraction=0.2, max_prompt_tokens=40)
-    config = fill(settings(tmp_path, model, data=data), {"steps": 5, "rollout.max_new_tokens": 2})
+    config = settings(tmp_path, model, data=data_of(tmp_path, 40))
+    config = fill(config, {"steps": 5, "rollout.max_new_tokens": 2})
     train(config)
     printed = capsys.readouterr().out
     for split in ("train", "test"):
@@ -133,29 +134,20 @@ def test_a_row_that_the_template_cannot_render_is_named(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("engine", "new", "tokens", "reason"),
+    ("longest", "new", "tokens", "limit"),
     [
-        (Engine(), 6, 58, "rollout.max_new_tokens of 6 leaves of the model's 64 positions"),
-        (
-            Engine(max_model_len=32),
-            6,
-            26,
-            "rollout.max_new_tokens of 6 leaves of engine.max_model_len of 32",
-        ),
-        (
-            Engine(max_model_len=99),
-            6,
-            58,
-            "rollout.max_new_tokens of 6 leaves of the model's 64 positions",
-        ),
-        (Engine(), 64, 0, "rollout.max_new_tokens of 64 leaves of the model's 64 positions"),
+        (0, 6, 58, "the model's 64 positions"),
+        (32, 6, 26, "engine.max_model_len of 32"),
+        (99, 6, 58, "the model's 64 positions"),
+        (0, 64, 0, "the model's 64 positions"),
     ],
 )
-def test_room_is_what_the_response_leaves(tmp_path, engine, new, tokens, reason):
+def test_room_is_what_the_response_leaves(tmp_path, longest, new, tokens, limit):
+    engine = Engine(max_model_len=longest)
     config = settings(tmp_path, engine=engine, rollout=Rollout(max_new_tokens=new))
     policy = Policy(build_model(), build_tokenizer(), engine.max_model_len)
     room = Room.of(policy.longest, config)
-    assert room == Room(tokens, reason)
+    assert room == Room(tokens, f"rollout.max_new_tokens of {new} leaves of {limit}")
     if tokens < 1:
         with pytest.raises(ValueError, match=r"no prompt fits into the 0 tokens that rollout\."):
             check_prompts(Even(), build_tokenizer(), room, 0)
@@ -191,11 +183,10 @@ def test_the_first_problems_of_an_endless_task(tmp_path, monkeypatch):
 def test_the_option_itself_is_kept(tmp_path):
     """Another order of the data than before, so it needs leave."""
     prompts(tmp_path / "a.jsonl")
-    data = Data(task=f"file:{tmp_path}/a.jsonl", test_fraction=0.2, max_prompt_tokens=40)
-    config = settings(tmp_path, save_folder(tmp_path / "model"), data=data, steps=1)
-    config = fill(config, {"rollout.max_new_tokens": 2})
+    config = settings(tmp_path, save_folder(tmp_path / "model"), data=data_of(tmp_path, 40))
+    config = fill(config, {"steps": 1, "rollout.max_new_tokens": 2})
     train(config)
-    other = dataclasses.replace(fill(config, {"data.max_prompt_tokens": 30}), steps=2)
+    other = fill(config, {"data.max_prompt_tokens": 30, "steps": 2})
     with pytest.raises(ValueError, match=r"data.max_prompt_tokens was 40, now 30"):
         train(other)
     train(other, allow_changes=["data.max_prompt_tokens"])

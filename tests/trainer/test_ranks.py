@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -46,15 +47,12 @@ CASES = {
     "bf16": ("qwen3", Algorithm(fraction=1.0), {"compute_dtype": torch.bfloat16}),
 }
 # Runs: name -> objective.
+ROUNDS = partial(Algorithm, min_groups=1, max_rounds=2)
 RUNS = {
-    "dapo": Algorithm(),
-    "grpo": Algorithm(loss_type="grpo", entropy_source="current", denominator="all"),
-    "bottom": Algorithm(which="bottom"),
-    "random": Algorithm(which="random", fraction=0.5),
-}
-RUNS = {
-    name: dataclasses.replace(algorithm, min_groups=1, max_rounds=2)
-    for name, algorithm in RUNS.items()
+    "dapo": ROUNDS(),
+    "grpo": ROUNDS(loss_type="grpo", entropy_source="current", denominator="all"),
+    "bottom": ROUNDS(which="bottom"),
+    "random": ROUNDS(which="random", fraction=0.5),
 }
 
 

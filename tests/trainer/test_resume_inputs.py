@@ -19,9 +19,10 @@ from trainer.train import train
 pytestmark = pytest.mark.usefixtures("own_cache")
 
 
-def sums(path, count=40, wrong=0):
+def sums(path, count=40, wrong=0, **columns):
     rows = [
-        {"prompt": f"{i % 10} + {i // 10} =", "answer": str(7 + (i < wrong))} for i in range(count)
+        {"prompt": f"{i % 10} + {i // 10} =", "answer": str(7 + (i < wrong)), **columns}
+        for i in range(count)
     ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
@@ -67,9 +68,8 @@ def test_data_is_known_by_its_contents(model, tmp_path, monkeypatch, capsys):
 
 
 def test_other_columns_are_named_and_not_their_contents(model, tmp_path):
-    rows = [{"prompt": f"{i % 10} + {i // 10} =", "answer": "7", "b": "8"} for i in range(40)]
     file = tmp_path / "sums.jsonl"
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    sums(file, b="8")
     config = on_sums(tmp_path, model, file)
     crash(config, step=2)
     other = fill(config, {"data.answer_field": "b"})

@@ -7,7 +7,7 @@ import torch
 
 from tests.trainer.small import EVEN, WORDS, build_model, build_tokenizer, sampled, settings
 from tests.trainer.update_cases import ALONE
-from tests.trainer.vllm_cases import IGNORED  # first: it skips where vLLM is missing
+from tests.trainer.vllm_cases import IGNORED, SHAPE  # first: it skips where vLLM is missing
 from trainer.config import Engine, Rollout
 from trainer.engines.transformers import TransformersEngine
 from trainer.engines.vllm import VllmEngine
@@ -15,8 +15,6 @@ from trainer.policy import Policy
 from trainer.update import score
 
 pytestmark = IGNORED
-# A width of heads that vLLM has on a CPU, and positions for two blocks of its cache and more.
-SHAPE = {"hidden_size": 64, "head_dim": 32, "max_position_embeddings": 512}
 EOS = [WORDS.index("<eos>"), WORDS.index("4")]
 PROMPTS = [[3, 4, 13, 5, 14], [7], [3, 4, 13, 5, 14], list(range(3, 15)) * 2]
 LONG = [3 + 7 * i % 11 for i in range(300)]

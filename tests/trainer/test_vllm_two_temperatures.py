@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.trainer.small import build_model, build_tokenizer, settings
-from tests.trainer.vllm_cases import IGNORED  # first: it skips where vLLM is missing
+from tests.trainer.vllm_cases import IGNORED, SHAPE  # first: it skips where vLLM is missing
 from trainer.config import Engine, Rollout
 from trainer.engines.transformers import TransformersEngine
 from trainer.policy import Policy
@@ -18,7 +18,6 @@ from vllm import SamplingParams  # isort: skip
 from vllm.v1.sample.logits_processor import BatchUpdate, MoveDirectionality  # isort: skip
 
 pytestmark = IGNORED
-SHAPE = {"hidden_size": 64, "head_dim": 32, "max_position_embeddings": 512}
 PROMPTS = [[3, 4, 13, 5, 14], [7], list(range(3, 15)) * 2]
 ASKED = {"threshold": 0.9, "low": 0.5, "high": 2.0}
 

@@ -19,6 +19,10 @@ IGNORED = [
 ]
 
 
+# A width of heads that vLLM has on a CPU, and positions for two blocks of its cache and more.
+SHAPE = {"hidden_size": 64, "head_dim": 32, "max_position_embeddings": 512}
+
+
 def configure(root: Path, placement: str, **changes: Any) -> Config:
     """A run that evaluates every two steps."""
     engine = Engine(kind="vllm", placement=placement, kv_cache_bytes=2**26)
