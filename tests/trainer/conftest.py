@@ -7,7 +7,9 @@ import pytest
 import torch
 
 import trainer.run
-from tests.trainer.small import save_folder
+from tests.trainer.small import save_folder, settings
+from trainer.config import Config
+from trainer.train import train
 
 
 def _one_thread() -> Iterator[None]:
@@ -33,3 +35,11 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     """The folder of a small model."""
     return save_folder(tmp_path_factory.mktemp("model"), spread=0.2)
+
+
+@pytest.fixture(scope="module")
+def whole(model: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Config]:
+    """The folder of an uninterrupted run of six steps, and its settings."""
+    config = settings(tmp_path_factory.mktemp("whole"), model)
+    train(config)
+    return config.folder, config

@@ -1,8 +1,7 @@
 """Models, a tokenizer and a task so small that an RL step takes milliseconds."""
 
-import json
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -63,7 +62,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "bloom": ("Bloom", {}),
     "gpt2": ("GPT2", {}),
     "llama4": (
-        "Llama4",
+        "Llama4Text",
         {
             "num_key_value_heads": 1,
             "head_dim": 8,
@@ -95,9 +94,15 @@ def build_model(
     `changes` are settings of its configuration.
     """
     name, own = FAMILIES[family]
-    config = "Llama4TextConfig" if name == "Llama4" else f"{name}Config"
-    settings = getattr(transformers, config)(
-        **_COMMON | own | changes,
+    return make_model(name, seed, spread, attention, **own | changes)
+
+
+def make_model(
+    name: str, seed: int = 0, spread: float = 0.5, attention: str = "eager", **own: Any
+) -> Any:
+    """A model of the classes that transformers calls `name`, with settings of its `own`."""
+    settings = getattr(transformers, f"{name}Config")(
+        **_COMMON | own,
         initializer_range=spread,
         bos_token_id=None,
         pad_token_id=WORDS.index(PAD),
@@ -106,8 +111,8 @@ def build_model(
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = getattr(transformers, "GPT2LMHeadModel" if name == "GPT2" else f"{name}ForCausalLM")
-        built = model(settings).eval()
+        suffix = "LMHeadModel" if name == "GPT2" else "ForCausalLM"
+        built = getattr(transformers, name.removesuffix("Text") + suffix)(settings).eval()
         bias = getattr(built.get_output_embeddings(), "bias", None)
         if bias is not None:
             torch.nn.init.normal_(bias)
@@ -165,10 +170,8 @@ def sampled(
     **options: Any,
 ) -> Rollouts:
     """Responses to `problems`, by default of transformers' engine and verified as Even does."""
-    engine, verifier = (
-        engine or TransformersEngine(policy, 64),
-        verifier or Verifier(Even(), Reward()),
-    )
+    engine = engine or TransformersEngine(policy, 64)
+    verifier = verifier or Verifier(Even(), Reward())
     asked: dict[str, Any] = {"group_size": 4, "temperature": 1.0, "seed": 0} | options
     return sample(engine, policy, verifier, problems, **asked)
 
@@ -233,9 +236,9 @@ def metrics(folder: Path) -> list[dict[str, Any]]:
     ]
 
 
-def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Write `rows` as JSON lines."""
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+def elsewhere(config: Config, root: Path, **changes: Any) -> Config:
+    """The same run in another place."""
+    return replace(config, root=str(root), **changes)
 
 
 def use_task(task: Any) -> None:

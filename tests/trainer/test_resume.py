@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.trainer.small import Even, metrics, on_even, settings, use_task  # noqa: F401
+from tests.trainer.small import Even, elsewhere, metrics, on_even, settings, use_task  # noqa: F401
 from tests.trainer.test_train import assert_same_run
 from trainer import checkpoint
 from trainer.checkpoint.sharded import read_whole
@@ -16,14 +16,6 @@ from trainer.tasks.problem import Problem
 from trainer.train import train
 
 ROOT = Path(__file__).parents[2]
-
-
-@pytest.fixture(scope="module")
-def whole(model, tmp_path_factory):
-    """An uninterrupted run of six steps on Even, and its settings."""
-    config = settings(tmp_path_factory.mktemp("whole"), model)
-    train(config)
-    return Path(config.root) / "run", config
 
 
 def crash(config, step=3):
@@ -39,10 +31,6 @@ def crash(config, step=3):
 
 def run_json(config):
     return json.loads((Path(config.root) / config.name / "run.json").read_text())
-
-
-def elsewhere(config, root, **changes):
-    return dataclasses.replace(config, root=str(root), **changes)
 
 
 SAME = {

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from transformers import Qwen3NextConfig, Qwen3NextForCausalLM
 
 import entropy_kernels as ek
 from tests.trainer.small import (
@@ -19,7 +18,6 @@ from tests.trainer.small import (
 )
 from trainer.batch import pack
 from trainer.engines.transformers import TransformersEngine
-from trainer.policy import Policy
 from trainer.tasks.problem import Problem
 
 PROMPTS = EVEN[:8]
@@ -173,30 +171,6 @@ def test_padding_may_be_the_end_of_sequence():
 def test_token_0_may_be_the_end_of_sequence():
     policy = set_eos(build_policy(), 0)
     assert policy.eos_ids.tolist() == [0, 1]
-
-
-def test_a_cache_that_cannot_drop_rows_is_refused():
-    """Linear attention keeps a state in place of keys and values."""
-    settings = Qwen3NextConfig(
-        vocab_size=len(WORDS),
-        hidden_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=8,
-        intermediate_size=32,
-        num_experts=0,
-        layer_types=["linear_attention", "full_attention"],
-        linear_num_key_heads=2,
-        linear_num_value_heads=2,
-        linear_key_head_dim=8,
-        linear_value_head_dim=8,
-        pad_token_id=0,
-        eos_token_id=1,
-    )
-    policy = Policy(Qwen3NextForCausalLM(settings), build_tokenizer())
-    with pytest.raises(ValueError, match=r"Qwen3NextForCausalLM cannot be sampled: .*LinearAtten"):
-        draw(policy)
 
 
 def test_prompts_beyond_the_positions_are_refused():

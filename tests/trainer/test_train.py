@@ -16,7 +16,7 @@ import torch
 
 import trainer.run
 from tests.processes import forkserver, kill_after
-from tests.trainer.small import Even, metrics, on_even, save_folder, settings, use_task  # noqa: F401
+from tests.trainer.small import Even, elsewhere, metrics, on_even, save_folder, settings, use_task  # noqa: F401
 from trainer.__main__ import main
 from trainer.checkpoint.sharded import read_whole
 from trainer.config import Algorithm, Eval, Model
@@ -27,14 +27,6 @@ from trainer.train import train
 ROOT = Path(__file__).parents[2]
 LONG, KILLS = 30, 8  # steps of a run that is killed on the way
 OPERATIONS = 77  # on files that a checkpoint takes
-
-
-@pytest.fixture(scope="module")
-def whole(model, tmp_path_factory):
-    """The folder of an uninterrupted run of six steps, and its settings."""
-    config = settings(tmp_path_factory.mktemp("whole"), model)
-    train(config)
-    return Path(config.root) / "run", config
 
 
 @pytest.fixture(scope="module")
@@ -53,10 +45,6 @@ def assert_same_run(got, want):
         found, wanted = read_whole(got / part), read_whole(want / part)
         assert found.keys() == wanted.keys()
         assert all(torch.equal(value, wanted[name]) for name, value in found.items())
-
-
-def elsewhere(config, root, **changes):
-    return dataclasses.replace(config, root=str(root), **changes)
 
 
 def test_a_run_writes_what_it_did(whole, model):
