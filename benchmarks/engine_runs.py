@@ -23,6 +23,7 @@ from statistics import fmean
 from typing import Any
 
 from benchmarks import tables
+from benchmarks.sources import processes
 from entropy_kernels._bench.machine import processor
 from entropy_kernels._bench.result_text import result_text
 from trainer.log import read_rows
@@ -60,12 +61,9 @@ class Way:
 
     def command(self, preset: str = "tiny") -> list[str]:
         """Arguments of the Python interpreter."""
-        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
         engine = [] if self.engine == "transformers" else ["--engine.kind", self.engine]
-        return [
-            *([*launcher, str(self.processes)] if self.processes > 1 else []),
-            *["-m", "trainer", "train", preset, "--name", self.name, *engine],
-        ]
+        named = ["trainer", "train", preset, "--name", self.name]
+        return [*processes(self.processes), *named, *engine]
 
 
 WAYS = (

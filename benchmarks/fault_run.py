@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.sources import processes
 from entropy_kernels._bench.result_text import result_text
 from trainer import checkpoint
 from trainer.checkpoint.sharded import read_whole
@@ -97,8 +98,7 @@ def digests(run: Path) -> dict[str, str]:
 
 
 def _command(ranks: int, root: Path, rest: list[str]) -> list[str]:
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-    module = [sys.executable, *(launcher if ranks > 1 else []), "-m", "trainer", "train"]
+    module = [sys.executable, *processes(ranks), "trainer", "train"]
     preset = [rest[0]] if rest and not rest[0].startswith("-") else []
     return [*module, *preset, "--root", str(root), *rest[len(preset) :]]
 

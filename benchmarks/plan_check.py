@@ -22,6 +22,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from benchmarks.sources import processes
 from entropy_kernels._bench.result_text import result_text
 from entropy_kernels._bench.rounds import status
 from trainer.config import Algorithm, Config, Eval, Model, Optimizer, Rollout
@@ -220,14 +221,11 @@ def _compare(job: Job, probe: Probe) -> dict[str, dict[str, float]]:
 
 def in_processes(name: str) -> dict[str, dict[str, float]]:
     """`measure` of a case in processes of its own, whose malloc gives back what is freed."""
-    ranks = CASES[name].ranks
-    program = [sys.executable] if ranks == 1 else ["torchrun", f"--nproc-per-node={ranks}"]
-    if ranks > 1:
-        program[0] = str(Path(sys.executable).parent / program[0])
+    program = [sys.executable, *processes(CASES[name].ranks)]
     with tempfile.TemporaryDirectory() as folder:
         build(CASES[name].architecture, Path(folder) / "model")
         done = subprocess.run(
-            [*program, "-m", "benchmarks.plan_check", name, folder],
+            [*program, "benchmarks.plan_check", name, folder],
             cwd=Path(__file__).parent.parent,
             env=os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"},
             stdout=subprocess.PIPE,

@@ -1,4 +1,4 @@
-"""What a result was measured with: versions of libraries, and the commit of the code."""
+"""What a result was measured with: processes, versions of libraries, the commit of the code."""
 
 import platform
 import subprocess
@@ -7,6 +7,12 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
+
+
+def processes(count: int) -> list[str]:
+    """Arguments of the Python interpreter that start `count` processes of a module."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
+    return [*(launcher if count > 1 else []), "-m"]
 
 
 def versions(packages: Iterable[str]) -> dict[str, str]:
