@@ -47,8 +47,8 @@ test-aarch64: $(VENV)/.dev
 
 # In an environment of its own, on top of $(VENV).
 test-verl: $(VERL)/.installed
-	@echo "Running the tests of the adapter to verl ..."
-	@$(VERL)/bin/python -m pytest tests/integrations/test_verl*.py $(ARGS)
+	@echo "Running the tests of the adapter to verl, and of losses against its own ..."
+	@$(VERL)/bin/python -m pytest tests/integrations/test_verl*.py tests/test_loss_parity.py $(ARGS)
 
 # In an environment of its own. One thread, since two that share a core wait for each other. Without
 # torch.compile, whose time vLLM's one compiled kernel is not worth here.
