@@ -5,6 +5,8 @@ import re
 import pytest
 
 from trainer.report.charts import ticks
+from trainer.report.curves import columns_of, draw
+from trainer.report.figures import REWARDS
 from trainer.report.plots import MAX_POINTS, Line, plot
 
 
@@ -54,3 +56,8 @@ def test_ticks_enclose_the_range(low, high):
 def test_a_plot_without_values_is_refused():
     with pytest.raises(ValueError, match="nothing to plot"):
         plot([Line("a", [(1, None)], "c1")], "unit")
+
+
+def test_shares_are_drawn_in_percent():
+    svg, _ = draw(REWARDS[0], columns_of([{"step": 1, "eval/accuracy": 0.25}]))
+    assert "sampled 25 at last" in svg
