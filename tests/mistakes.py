@@ -94,13 +94,6 @@ def mask(right: Tensor, optional: bool = False) -> Mistakes:
     return tensor(right, torch.int64, torch.float32, torch.uint8, optional=optional)
 
 
-def per_sequence(right: Tensor) -> Mistakes:
-    """A tensor that may be [B] too, where `right` is [B, L]."""
-    return {k: x for k, x in floats(right).items() if k != "elsewhere"} | {
-        "elsewhere": (right.detach().to("meta"), "meta")
-    }
-
-
 def number(*outside: float, optional: bool = False, of: tuple[int, ...] | None = None) -> Mistakes:
     """No number, NaN, and what lies outside of the range; a tensor, but one of that shape."""
     found = _without(_OTHERS, optional)
