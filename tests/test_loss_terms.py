@@ -7,8 +7,7 @@ import pytest
 import torch
 
 from entropy_kernels import loss_terms, losses
-from entropy_kernels.testing import peaked_head
-from tests.loss_cases import L, gradient, make_case, policy_loss, ratio_loss
+from tests.loss_cases import L, gradient, make_case, ratio_loss
 from tests.loss_formulas import LENGTH
 
 KINDS = {
@@ -18,7 +17,6 @@ KINDS = {
     "abs": lambda d, r: d.abs(),
     "k3_corrected": lambda d, r: r * ((-d).exp() - 1 + d),
 }
-SEQUENCES = ["seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm"]
 
 
 @pytest.fixture
@@ -91,23 +89,6 @@ def test_only_k2_has_the_gradient_of_the_kl():
         torch.testing.assert_close(expected(kind), x.grad, rtol=1e-12, atol=1e-14)
     assert expected("k1").abs().max() < 1e-15
     assert (expected("k3") - x.grad).abs().max() > 0.01
-
-
-def test_a_kl_coefficient_a_token(case, reference):
-    some = torch.rand(case.mask.shape) < 0.5
-    got = gradient(
-        case.logprob,
-        loss_of(case, reference_logprob=reference, kl_coef=torch.where(some, 0.25, 0.0)),
-    )
-    kept = case.mask & case.selected
-
-    def written(x):
-        kl = (reference - x).exp() - 1 - (reference - x)
-        return loss_of(case)(x) + 0.25 * kl[kept & some].sum() / kept.sum()
-
-    assert_gradients_equal(got, gradient(case.logprob, written))
-    without = gradient(case.logprob, loss_of(case))
-    assert torch.equal(got[1][~some], without[1][~some])
 
 
 def test_a_far_reference_stays_finite(case):
@@ -259,28 +240,6 @@ def test_the_entropy_bonus_is_on_its_tokens(case, on):
     torch.testing.assert_close(dirty.grad, want, rtol=1e-12, atol=0)
 
 
-def test_the_bonus_goes_through_the_head_and_respects_the_mask():
-    """Its gradient is exact, and rows that get neither loss nor bonus are dropped."""
-    h, w, y = peaked_head(40, 16, 301)
-    mask, selected = torch.rand(40) < 0.8, torch.rand(40) < 0.4
-    advantage = torch.zeros(40)
-
-    def bonus(x, fused):
-        if fused:
-            options = {"entropy_coef": 0.5, "selected": selected}
-            return policy_loss(x, w, y, None, advantage, mask, **options)[0]
-        logp = (x @ w.double().T).log_softmax(1)
-        entropy = -(logp.exp() * logp).sum(1)
-        return -0.5 * entropy[mask & selected].mean()
-
-    got = gradient(h, lambda x: bonus(x, True))
-    want = gradient(h.double(), lambda x: bonus(x, False))
-    for g, t in zip(got, want, strict=True):
-        torch.testing.assert_close(g.double(), t, rtol=1e-4, atol=1e-7)
-    assert (got[1][~(mask & selected)] == 0).all()
-    assert (got[1][mask & selected] != 0).any(1).all()
-
-
 def steps(case, **more):
     """The whole batch in one call, and in three: both sum to the step's loss."""
     rows = [slice(0, 1), slice(1, 4), slice(4, 6)]
@@ -316,18 +275,6 @@ def test_accumulation_and_sharding_change_nothing(case, reference, loss_type, ag
     if not terms:
         own = {k: v for k, v in options.items() if k != "num_sequences" and v != kept}
         torch.testing.assert_close(case.both(**own)[0], whole[0])
-
-
-@pytest.mark.parametrize("aggregation", SEQUENCES)
-def test_aggregations_are_what_their_names_say(case, aggregation):
-    advantage = -torch.arange(1, 7)[:, None] * torch.ones_like(case.logprob)
-    options = {"denominator": LENGTH} if aggregation.endswith("norm") else {}
-    options |= {"old_logprob": None, "selected": None, "aggregation": aggregation}
-    loss = case._replace(advantage=advantage).both(**options)[0]
-    sums = torch.tensor([9 * 1, 7 * 2, 8 * 3, 4 * 4, 2 * 5.0])
-    counts = {"mean": torch.tensor([9, 7, 8, 4, 2]), "sum": 1, "norm": LENGTH}
-    want = (sums / counts[aggregation.rsplit("-", 1)[1]]).mean()
-    torch.testing.assert_close(loss, want.double())
 
 
 @pytest.mark.parametrize("over", ["all", "selected"])
