@@ -218,27 +218,13 @@ def backward(
         return run(gradients, head, rows, needs, main_grad=main_grad, reduce_hidden=reduce_hidden)
 
 
-def ratio_loss(
-    impl: str,
-    logprob_BL: Tensor,
-    old_logprob_BL: Tensor,
-    advantage_BL: Tensor,
-    selected_BL: Tensor,
-    weight_B: Tensor,
-    clip_low: float,
-    clip_high: float,
-    dual_clip: float | None,
-    log_ratio_bound: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The clipped policy loss with its gradient; `_torch.ratio_loss` says what it returns."""
-    tokens = logprob_BL, old_logprob_BL, advantage_BL, selected_BL
-    clips = clip_low, clip_high, dual_clip, log_ratio_bound
+def ratio_loss(impl: str) -> Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """The backend's clipped policy loss; all take and return what `_torch.ratio_loss` does."""
     if impl == "triton":
         from ._triton.ratio_loss.launch import ratio_loss as triton_ratio_loss
 
-        return triton_ratio_loss(*tokens, weight_B, *clips)
-    run = _native.ratio_loss if impl == "cpu" else torch_ratio_loss.ratio_loss
-    return run(*tokens, weight_B, *clips)
+        return triton_ratio_loss
+    return _native.ratio_loss if impl == "cpu" else torch_ratio_loss.ratio_loss
 
 
 def radix_histogram(

@@ -230,18 +230,9 @@ def _ratio_loss(
     logprob, old_logprob, advantage [B, L], fp32, with impl "torch" also fp64; selected bool [B, L];
     weight [B] multiplies the losses of a sequence's tokens.
     """
-    return backends.ratio_loss(
-        impl,
-        logprob,
-        old_logprob,
-        advantage,
-        selected,
-        weight,
-        clip_low=clip_low,
-        clip_high=clip_high,
-        dual_clip=dual_clip,
-        log_ratio_bound=log_ratio_bound,
-    )
+    tokens = logprob, old_logprob, advantage, selected
+    clips = clip_low, clip_high, dual_clip, log_ratio_bound
+    return backends.ratio_loss(impl)(*tokens, weight, *clips)
 
 
 ratio_loss = torch.library.custom_op(
