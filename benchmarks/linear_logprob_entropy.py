@@ -135,7 +135,7 @@ def _our_contestants(impl: str) -> list[Contestant]:
     label = f"ours ({impl}), forward alone"
     for name, more, statistics in (
         (f"{impl}-forward", "", ()),
-        (f"{impl}-forward-statistics", ", with all statistics", _rows.STATISTICS),
+        (f"{impl}-forward-statistics", ", with all statistics", _rows.filled(impl)),
     ):
         run = partial(our_forward, impl=impl, statistics=statistics)
         found.append(Contestant(name, label + more, run, setting, exact=True))

@@ -77,7 +77,8 @@ def is_number(x: object) -> bool:
 def check_number(name: str, x: object, wanted: str, holds: Callable[..., bool]) -> None:
     """A number for which `holds`, which no comparison does for NaN."""
     if not is_number(x) or not holds(x):
-        raise ValueError(f"{name} must be {wanted}; got {shown(x)}")
+        kind = "a number " if wanted.startswith((">", "in ")) else ""
+        raise ValueError(f"{name} must be {kind}{wanted}; got {shown(x)}")
 
 
 def check_whole(name: str, x: object, least: int | None = None, wanted: str = "an int") -> None:

@@ -51,6 +51,11 @@ class ForwardRows(NamedTuple):
         return cls(entropy, entropy, entropy, max, log_sum, logits, places)
 
 
+def filled(backend: str) -> tuple[str, ...]:
+    """The statistics that a backend computes."""
+    return STATISTICS[: FILLED[backend]]
+
+
 def check_statistics(names: Collection[str], backend: str | None = None) -> None:
     """A collection of names out of STATISTICS, no bare name, that the backend (if known) fills."""
     several = isinstance(names, Collection) and not isinstance(names, (str, Tensor))
@@ -58,11 +63,13 @@ def check_statistics(names: Collection[str], backend: str | None = None) -> None
         known = ", ".join(STATISTICS)
         got = repr(names) if several else shown(names)
         raise ValueError(f"statistics must be a collection of names out of {known}; got {got}")
-    filled = STATISTICS if backend is None else STATISTICS[: FILLED[backend]]
-    if not set(names) <= set(filled):
+    if backend is not None and (missing := set(names) - set(filled(backend))):
+        others = {name: filled(name) for name in FILLED if name != "vocab_group"}
+        fuller = " or ".join(f'impl="{name}"' for name in others if missing <= set(others[name]))
         where = backend if backend == "vocab_group" else f'impl="{backend}"'
         raise ValueError(
-            f"with {where}, statistics must be out of {', '.join(filled)}; got {names}"
+            f"with {where}, statistics must be out of {', '.join(filled(backend))}; got "
+            f"{', '.join(sorted(missing))}, which {fuller or 'no backend'} computes"
         )
 
 

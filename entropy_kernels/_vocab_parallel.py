@@ -214,10 +214,10 @@ def _merge(
 def _statistics_terms(
     statistics: Tensor, mass_T: Tensor, mean_T: Tensor, log_mass_T: Tensor
 ) -> list[Tensor]:
-    """This rank's part of u, 1 + s2 and t2, from its statistics [4, T]."""
+    """This rank's part of u, 1 + s2 and t2, from the first of its statistics [S, T]."""
     if statistics.numel() == 0:
         return []
-    varentropy_T, _, sum_p2_T, sum_p2_logp_T = statistics.double()
+    varentropy_T, _, sum_p2_T, sum_p2_logp_T = statistics[: _rows.FILLED["vocab_group"]].double()
     return [
         mass_T * (varentropy_T + mean_T.square()),
         mass_T.square() * sum_p2_T,

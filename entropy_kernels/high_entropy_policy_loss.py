@@ -59,6 +59,7 @@ def high_entropy_policy_loss(
 
     - `fraction` (default): by the entropies of the current policy, among the tokens of this call,
       or of all ranks of the group. Forward runs on the mask's tokens, backward on the selected.
+      With one of the other two `fraction` has no effect.
     - `threshold`: by the entropies of the current policy, against a tau known beforehand, such as
       that of the whole step from StreamingThreshold. It is also the head's `keep_logits_above`.
     - `selected`: beforehand, such as by the old policy's entropies. The head runs on the selected

@@ -202,10 +202,11 @@ def test_does_not_wait_for_the_gpu():
             (torch.rand(3), torch.ones(3, dtype=torch.bool, device="meta")),
             "mask must be on cpu, like entropy; got meta",
         ),
-        ((torch.rand(3), None, 0.0), r"fraction must be in \(0, 1\]; got 0.0"),
-        ((torch.rand(3), None, -0.2), r"fraction must be in \(0, 1\]; got -0.2"),
-        ((torch.rand(3), None, 1.5), r"fraction must be in \(0, 1\]; got 1.5"),
-        ((torch.rand(3), None, NAN), r"fraction must be in \(0, 1\]; got nan"),
+        ((torch.rand(3), None, 0.0), r"fraction must be a number in \(0, 1\]; got 0.0"),
+        ((torch.rand(3), None, -0.2), r"fraction must be a number in \(0, 1\]; got -0.2"),
+        ((torch.rand(3), None, 1.5), r"fraction must be a number in \(0, 1\]; got 1.5"),
+        ((torch.rand(3), None, NAN), r"fraction must be a number in \(0, 1\]; got nan"),
+        ((torch.rand(3), None, "0.2"), r"fraction must be a number in \(0, 1\]; got '0.2'"),
     ],
 )
 def test_bad_arguments(arguments, message):

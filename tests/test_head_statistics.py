@@ -5,6 +5,8 @@ T tokens, D hidden, V vocabulary.
 """
 
 import functools
+from dataclasses import fields
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +14,15 @@ from torch import Tensor
 
 import entropy_kernels as ek
 from entropy_kernels import _native, _rows
-from tests.head_cases import ROWS, check_statistics, logprob_entropy, make, statistics_in
+from entropy_kernels.integrations.hf import LogprobEntropyOutput
+from tests.head_cases import (
+    ROWS,
+    check_statistics,
+    logprob_entropy,
+    make,
+    statistics_in,
+    with_statistics,
+)
 
 NAMES = _rows.STATISTICS
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -23,7 +33,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*encountered:RuntimeWarning")
 
 @pytest.fixture
 def head(impl):
-    return functools.partial(logprob_entropy, impl=impl, statistics=NAMES)
+    return functools.partial(logprob_entropy, impl=impl)
 
 
 @pytest.fixture
@@ -35,7 +45,7 @@ def vocabulary(impl, device) -> int:
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_shapes(head, shape, device):
     inputs = make("peaked", shape, torch.float32, device)
-    check_statistics(head(*inputs)[3:], *inputs)
+    check_statistics(with_statistics(head, *inputs)[3:], *inputs)
 
 
 def rows_of_logits(V: int) -> dict[str, Tensor]:
@@ -70,12 +80,13 @@ def test_each_row_keeps_its_digits(head, vocabulary, device, impl):
     # No 0 * inf.
     w = w.clamp_min(torch.finfo(torch.float32).min)
     T = len(z)
-    found = head(torch.eye(T, device=device), w, torch.zeros(T, dtype=torch.int64, device=device))
+    y = torch.zeros(T, dtype=torch.int64, device=device)
+    found = with_statistics(head, torch.eye(T, device=device), w, y)[3:]
     h64 = torch.eye(T, dtype=torch.float64, device=device)
-    wanted = statistics_in(torch.float64, h64, w, torch.zeros(T, dtype=torch.int64, device=device))
-    for name, want in zip(NAMES, wanted, strict=True):
+    wanted = statistics_in(torch.float64, h64, w, y)[: len(found)]
+    for name, got, want in zip(_rows.filled(impl), found, wanted, strict=True):
         digits = 5e-6 if name == "varentropy" else 1e-6
-        error = (getattr(found, name).double() - want).abs()
+        error = (got.double() - want).abs()
         # fp64 itself leaves 1e-30 where all logits are equal.
         bad = error > digits * want.abs() + 1e-13
         assert not bad.any(), f"{name}: {dict(zip(z, (error / want.abs()).tolist(), strict=True))}"
@@ -84,7 +95,7 @@ def test_each_row_keeps_its_digits(head, vocabulary, device, impl):
 @pytest.mark.parametrize("keep_logits", [False, True])
 def test_no_other_bit_changes(impl, device, vocabulary, keep_logits):
     results = []
-    for names in ((), NAMES):
+    for names in ((), _rows.filled(impl)):
         h, w, y = make("peaked", (67, 40, vocabulary), torch.bfloat16, device)
         y[::5] = -100
         h, w = h.requires_grad_(), w.requires_grad_()
@@ -99,13 +110,13 @@ def test_no_other_bit_changes(impl, device, vocabulary, keep_logits):
 
 @pytest.mark.parametrize(
     "names",
-    [(), ("max_prob",), ["sum_p2", "varentropy"], {*NAMES}],
+    [(), ("max_prob",), ["sum_p2", "varentropy"], {"sum_p2", "max_prob"}],
     ids=["none", "one", "list", "set"],
 )
 def test_what_is_not_asked_for_is_none(impl, device, names):
     h, w, y = make("peaked", (9, 8, 67), torch.float32, device)
     found = ek.linear_logprob_entropy(ek.Head(h, w, y), statistics=names, impl=impl)
-    every = ek.linear_logprob_entropy(ek.Head(h, w, y), statistics=NAMES, impl=impl)
+    every = ek.linear_logprob_entropy(ek.Head(h, w, y), statistics=_rows.filled(impl), impl=impl)
     for name in NAMES:
         got = getattr(found, name)
         if name in names:
@@ -117,21 +128,23 @@ def test_what_is_not_asked_for_is_none(impl, device, names):
 @pytest.mark.parametrize("names", [("entropy",), ["max_prob", "top2"], "max_prob"], ids=str)
 def test_unknown_names_are_refused(names):
     h, w, y = make("peaked", (3, 8, 11), torch.float32)
-    with pytest.raises(ValueError, match="varentropy, max_prob, sum_p2, sum_p2_logp; got"):
+    with pytest.raises(ValueError, match=f"{', '.join(NAMES)}; got"):
         ek.linear_logprob_entropy(ek.Head(h, w, y), statistics=names)
 
 
 def test_a_name_that_a_backend_does_not_fill_is_refused(impl, device, monkeypatch):
-    monkeypatch.setattr(_rows, "STATISTICS", (*NAMES, "sum_p3"))
-    monkeypatch.setitem(_rows.FILLED, "torch" if impl != "torch" else "cpu", 5)
+    own, other = _rows.filled(impl), "torch" if impl != "torch" else "cpu"
+    monkeypatch.setattr(_rows, "STATISTICS", (*NAMES, "another"))
+    monkeypatch.setattr(_rows, "FILLED", _rows.FILLED | {other: len(NAMES) + 1})
     h, w, y = make("peaked", (3, 8, 11), torch.float32, device)
-    with pytest.raises(ValueError, match=f'with impl="{impl}", .* sum_p2_logp; got'):
-        ek.linear_logprob_entropy(ek.Head(h, w, y), statistics=("sum_p3",), impl=impl)
+    words = f'with impl="{impl}", .* {own[-1]}; got another, which impl="{other}" computes'
+    with pytest.raises(ValueError, match=words):
+        ek.linear_logprob_entropy(ek.Head(h, w, y), statistics=("another", "max_prob"), impl=impl)
 
 
 def test_a_row_of_the_buffer_that_no_kernel_fills_is_never_returned(impl, device, monkeypatch):
     """A number of FILLED that is raised alone."""
-    monkeypatch.setitem(_rows.FILLED, impl, 5)
+    monkeypatch.setitem(_rows.FILLED, impl, _rows.FILLED[impl] + 1)
     h, w, y = make("peaked", (3, 8, 11), torch.float32, device)
     with pytest.raises((AssertionError, RuntimeError)):
         ek.linear_logprob_entropy(ek.Head(h, w, y), statistics=("max_prob",), impl=impl)
@@ -139,6 +152,13 @@ def test_a_row_of_the_buffer_that_no_kernel_fills_is_never_returned(impl, device
 
 def test_every_statistic_is_a_field_of_the_output():
     assert ek.LogprobEntropy._fields[3:] == NAMES
+    assert {field.name for field in fields(LogprobEntropyOutput)} >= set(NAMES)
+
+
+def test_every_statistic_is_in_the_docs():
+    usage = (Path(__file__).parents[1] / "docs" / "usage.md").read_text()
+    assert [n for n in NAMES if f"`{n}`" not in usage] == []
+    assert [n for n in NAMES if f'"{n}"' not in ek.linear_logprob_entropy.__doc__] == []
 
 
 def test_reference_implementation_takes_fp64():

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import entropy_kernels as ek
-from entropy_kernels._rows import STATISTICS
+from entropy_kernels import _rows
 from entropy_kernels.testing import assert_within_two_bounds
 from tests.head_cases import (
     BLOCK_V,
@@ -19,6 +19,7 @@ from tests.head_cases import (
     make,
     run,
     three_of,
+    with_statistics,
 )
 from tests.marks import nan_is_meant, not_interpreted
 
@@ -59,7 +60,7 @@ def check_with_statistics(head, inputs, device, **options):
     """Both bounds for the statistics too."""
     check(head, inputs, device, **options)
     h, w, y, b = inputs
-    found = head(h, w, y, bias=b, statistics=STATISTICS, **options)
+    found = with_statistics(head, h, w, y, bias=b, **options)
     assert not any(x[y == options.get("ignore_index", -100)].any() for x in found)
     check_statistics(found[3:], h, w, y, bias=b, **options)
 
@@ -132,11 +133,12 @@ def test_entropies_keep_their_digits_down_to_1e_12(head, impl):
             "sum_p2_logp": -(gap * s**2 + s.log1p() * (1 + s**2)) / (1 + s) ** 2,
         }
         for wanted, digits, rounding in ((outputs, 3e-7, 2**-24), (statistics, 4e-7, 2**-23)):
-            asked = STATISTICS if wanted is statistics else ()
+            asked = _rows.filled(impl) if wanted is statistics else ()
             found = head(torch.ones(1, 1), z, torch.tensor([3]), statistics=asked)
             # On a GPU the exponent is taken to base 2, in fp32: it is rounded once more.
             digits += gap * rounding if impl == "triton" else 0
-            for name, want in wanted.items():
+            for name in asked or wanted:
+                want = wanted[name]
                 error = abs(getattr(found, name).double() - want)
                 assert error <= digits * abs(want), (name, gap)
 
@@ -159,13 +161,13 @@ def test_each_output_alone(head, used):
 
 
 @pytest.mark.parametrize("tokens", [0, 5])
-@pytest.mark.parametrize(
-    "options", [{}, {"keep_logits_above": 0.0}, {"statistics": STATISTICS}], ids=str
-)
-def test_nothing_to_do(head, tokens, options, device):
+@pytest.mark.parametrize("more", ["nothing", "keep_logits_above", "statistics"])
+def test_nothing_to_do(head, impl, tokens, more, device):
     """No token at all, or every token ignored."""
     h = torch.randn(tokens, 8, device=device, requires_grad=True)
     w = torch.randn(33, 8, device=device, requires_grad=True)
+    options = {"keep_logits_above": 0.0, "statistics": _rows.filled(impl)}
+    options = {name: value for name, value in options.items() if name == more}
     found = head(h, w, torch.full((tokens,), -100, device=device), **options)
     assert all(x is None or (x.shape == (tokens,) and not x.any()) for x in found)
     found.logprob.sum().backward()
@@ -175,12 +177,12 @@ def test_nothing_to_do(head, tokens, options, device):
 
 def test_leading_dimensions_and_strides(head, device):
     h, w, y = make("peaked", (24, 16, 257), torch.float32, device)
-    flat = head(h, w, y, statistics=STATISTICS)
+    flat = with_statistics(head, h, w, y)
     strided_h = h.T.contiguous().T.reshape(2, 3, 4, 16)
     strided_w = torch.stack([w, w], dim=1)[:, 0]
     assert not strided_w.is_contiguous()
     targets = y.reshape(2, 3, 4).to(torch.int32)
-    found = head(strided_h, strided_w, targets, statistics=STATISTICS)
+    found = with_statistics(head, strided_h, strided_w, targets)
     for got, want in zip(found, flat, strict=True):
         assert got.shape == (2, 3, 4)
         assert torch.equal(got.flatten(), want)
@@ -210,9 +212,9 @@ def test_the_same_bits_twice(head, block, device):
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 def test_a_bad_row_poisons_itself_alone(head, value, device):
     h, w, y = make("peaked", (9, 16, 1031), torch.float32, device)
-    clean = head(h, w, y, statistics=STATISTICS)
+    clean = with_statistics(head, h, w, y)
     h[4, 3] = value
-    for got, want in zip(head(h, w, y, statistics=STATISTICS), clean, strict=True):
+    for got, want in zip(with_statistics(head, h, w, y), clean, strict=True):
         assert got[4].isnan()
         others = [0, 1, 2, 3, 5, 6, 7, 8]
         torch.testing.assert_close(got[others], want[others], rtol=1e-6, atol=1e-6)
@@ -225,8 +227,8 @@ def test_a_bad_weight_poisons_every_row_but_the_ignored(head, keep_logits, devic
     w[1030, 2] = torch.nan
     y[3] = -100
     h.requires_grad_()
-    found = head(h, w, y, keep_logits=keep_logits, statistics=STATISTICS)
-    found.logprob.sum().backward()
+    found = with_statistics(head, h, w, y, keep_logits=keep_logits)
+    found[0].sum().backward()
     for x in (*found, *h.grad.T):
         assert x.isnan().sum() == 8
         assert x[3] == 0
@@ -265,20 +267,20 @@ def test_a_masked_vocabulary_is_legal(head, device):
     y = torch.where((y >= 100) & (y < 1500), 3, y)
     keep = b == 0
     w.requires_grad_()
-    found = head(h, w, y, bias=b, statistics=STATISTICS)
-    (found.logprob + found.entropy).sum().backward()
+    found = with_statistics(head, h, w, y, bias=b)
+    (found[0] + found[1]).sum().backward()
     assert (w.grad[~keep] == 0).all()
     assert w.grad.isfinite().all()
 
     dense = w.detach()[keep].clone().requires_grad_()
     renumbered = (keep.cumsum(0) - 1)[y]
-    want = head(h, dense, renumbered, statistics=STATISTICS)
-    (want.logprob + want.entropy).sum().backward()
+    want = with_statistics(head, h, dense, renumbered)
+    (want[0] + want[1]).sum().backward()
     torch.testing.assert_close(found[3:], want[3:], rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(found.entropy, want.entropy, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(found.logprob, want.logprob, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found[1], want[1], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(found[0], want[0], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(w.grad[keep], dense.grad, rtol=1e-4, atol=1e-5)
     masked_target = head(h, w, torch.full_like(y, 200), bias=b)
     assert (masked_target.logprob == -torch.inf).all()
-    nowhere = head(h, w, y, bias=torch.full_like(b, -torch.inf), statistics=STATISTICS)
+    nowhere = with_statistics(head, h, w, y, bias=torch.full_like(b, -torch.inf))
     assert all(x.isnan().all() for x in nowhere[1:])

@@ -262,7 +262,7 @@ def test_exact_mode_keeps_four_bytes_a_valid_token():
 
 @pytest.mark.usefixtures("unchecked_shapes")
 def test_bad_arguments():
-    with pytest.raises(ValueError, match=r"fraction must be in \(0, 1\]; got 0.0"):
+    with pytest.raises(ValueError, match=r"fraction must be a number in \(0, 1\]; got 0.0"):
         StreamingThreshold(0.0)
     with pytest.raises(ValueError, match=r"mode must be one of exact, sketch; got 'fast'"):
         StreamingThreshold(mode="fast")

@@ -184,7 +184,7 @@ def test_does_not_wait_for_the_gpu(scope, ties):
     [
         ({"entropy": torch.rand(3).half()}, "entropy must be torch.float32; got torch.float16"),
         ({"mask": torch.ones(3)}, "mask must be a bool tensor; got torch.float32"),
-        ({"fraction": 2.0}, r"fraction must be in \(0, 1\]; got 2.0"),
+        ({"fraction": 2.0}, r"fraction must be a number in \(0, 1\]; got 2.0"),
         ({"scope": "row"}, r"scope must be one of batch, sequence; got 'row'"),
         ({"which": "best"}, r"which must be one of .*random; got 'best'"),
         ({"ties": "all"}, r"ties must be one of exact, threshold; got 'all'"),

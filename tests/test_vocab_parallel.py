@@ -10,7 +10,6 @@ import torch
 import torch.distributed as dist
 
 import entropy_kernels as ek
-from entropy_kernels import _rows
 from tests.head_cases import assert_as_reference, check_statistics, dtype_of_products, make
 from tests.loss_cases import policy_loss
 from tests.processes import meeting, results_by_rank, spawn
@@ -18,6 +17,7 @@ from tests.vocab_parallel_cases import (
     BEST,
     CASES,
     GAPS,
+    MERGED,
     MISSING,
     OF_TRITON,
     case,
@@ -89,7 +89,7 @@ def test_a_shard_may_be_masked_throughout(ranks):
     keep, kept = bias == 0, torch.arange(9) != 5
     x, few = h.clone().requires_grad_(), w[keep].clone().requires_grad_()
     own = torch.where(kept, (keep.cumsum(0) - 1)[y], 0)
-    want = ek.linear_logprob_entropy(ek.Head(x, few, own), statistics=_rows.STATISTICS)
+    want = ek.linear_logprob_entropy(ek.Head(x, few, own), statistics=MERGED)
     (want.logprob[kept].sum() + want.entropy.sum()).backward()
     for rank in ranks:
         found = rank["masked"]["found"]

@@ -280,8 +280,8 @@ def test_the_workers_copy_of_ppo_loss_is_replaced_too(monkeypatch):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"fraction": 0.0}, r"fraction must be in \(0, 1\]; got 0.0"),
-        ({"fraction": 1.5}, r"fraction must be in \(0, 1\]; got 1.5"),
+        ({"fraction": 0.0}, r"fraction must be a number in \(0, 1\]; got 0.0"),
+        ({"fraction": 1.5}, r"fraction must be a number in \(0, 1\]; got 1.5"),
         ({"denominator": "some"}, "denominator must be .* got 'some'"),
     ],
 )
