@@ -115,7 +115,7 @@ def test_without_a_compiler_the_wheel_says_so_where_a_user_sees_it(bare, bare_py
         import entropy_kernels as ek
         warnings.simplefilter("always")
         for _ in range(2):
-            ek.linear_logprob_entropy(torch.ones(3, 2), torch.ones(5, 2), torch.arange(3))
+            ek.linear_logprob_entropy(ek.Head(torch.ones(3, 2), torch.ones(5, 2), torch.arange(3)))
     """
     printed = run(bare_python, "-c", textwrap.dedent(call), cwd=tmp_path)
     assert printed.count("takes the torch path, which is slower: " + why) == 1
