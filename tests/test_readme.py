@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import entropy_kernels as ek
+from entropy_kernels._rows import STATISTICS
 from entropy_kernels.integrations.hf import lm_head
 from tests.integrations.small_models import assert_same_gradients, batch, build
 
@@ -140,3 +141,9 @@ def test_the_loop_that_keeps_the_head_s_gradient():
             found.append([p.detach() for p in model.parameters()])
         for got, want in zip(*found, strict=True):
             torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+
+
+def test_every_statistic_of_the_head_is_in_the_docs():
+    usage, docstring = (ROOT / "docs" / "usage.md").read_text(), ek.linear_logprob_entropy.__doc__
+    assert [name for name in STATISTICS if f"`{name}`" not in usage] == []
+    assert [name for name in STATISTICS if f'"{name}"' not in docstring] == []
