@@ -10,6 +10,7 @@ import torch
 import entropy_kernels as ek
 from entropy_kernels._rows import STATISTICS
 from entropy_kernels.integrations.hf import lm_head
+from entropy_kernels.losses import LOSSES
 from tests.integrations.small_models import assert_same_gradients, batch, build
 
 ROOT = Path(__file__).parents[1]
@@ -147,3 +148,10 @@ def test_every_statistic_of_the_head_is_in_the_docs():
     usage, docstring = (ROOT / "docs" / "usage.md").read_text(), ek.linear_logprob_entropy.__doc__
     assert [name for name in STATISTICS if f"`{name}`" not in usage] == []
     assert [name for name in STATISTICS if f'"{name}"' not in docstring] == []
+
+
+def test_every_loss_is_in_the_docs():
+    page = (ROOT / "docs" / "losses.md").read_text()
+    rows = "\n".join(line.split("|")[1] for line in page.splitlines() if line.startswith("| `"))
+    assert [name for name in LOSSES if f"`{name}`" not in rows] == []
+    assert [name for name in LOSSES if f'"{name}"' not in ek.ratio_loss.__doc__] == []

@@ -20,6 +20,7 @@ from tests.installed import (
     build_sdist,
     build_wheel,
     copy_checkout,
+    copy_tests,
     environment,
     install,
     pip,
@@ -119,6 +120,14 @@ def test_without_a_compiler_the_wheel_says_so_where_a_user_sees_it(bare, bare_py
     """
     printed = run(bare_python, "-c", textwrap.dedent(call), cwd=tmp_path)
     assert printed.count("takes the torch path, which is slower: " + why) == 1
+
+
+def test_the_package_s_tests_import_nothing_of_the_checkout(bare_python, tmp_path):
+    """`python -m tests.installed` runs them beside an installed wheel."""
+    files = copy_tests(tmp_path)
+    assert len(files) > 30
+    options = "--collect-only", "-q", "-p", "no:cacheprovider"
+    run(bare_python, "-m", "pytest", *options, *files, cwd=tmp_path, env=environment())
 
 
 def test_sources_that_cannot_be_written_to_install(checkout, tmp_path):
