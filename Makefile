@@ -30,7 +30,7 @@ test: lint
 	@EK_REQUIRE_NATIVE=$(EK_REQUIRE_NATIVE) $(BIN)/python -m pytest $(BUILDS:%=--ignore=%) \
 		-m "not slow" -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
-# Training runs of the studies and the planner, programs of several processes.
+# Training runs of the studies and the planner, programs of several processes, examples, pins.
 test-slow: $(VENV)/.dev
 	@echo "Running the slow tests ..."
 	@EK_REQUIRE_NATIVE=$(EK_REQUIRE_NATIVE) $(BIN)/python -m pytest -m slow $(ARGS)

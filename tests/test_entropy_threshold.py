@@ -250,6 +250,7 @@ assert not keep[: n // 10].any()
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="ru_maxrss is in KB on Linux")
 def test_hundred_million_tokens_in_bounded_memory():
     """Beyond torch.quantile's 2**24; the mask that is returned is 100 MB of the 200 MB."""

@@ -337,6 +337,7 @@ def averaged(rank: int, folder: str) -> None:
         dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_ddp_averages_weight_grad_whoever_has_written_it(tmp_path):
     spawn(averaged, (str(tmp_path),), nprocs=2)
     (ordinary_0, kept_0), (_, kept_1) = (torch.load(tmp_path / f"{i}.pt") for i in range(2))

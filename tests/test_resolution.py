@@ -37,6 +37,7 @@ def index():
         pytest.skip(f"the ordinary index is not reached: {why}")
 
 
+@pytest.mark.slow
 def test_a_pin_that_torch_does_not_allow_is_a_conflict(index, tmp_path, capsys):
     wrong = tmp_path / "constraints.txt"
     wrong.write_text(f"torch=={pins()['torch']}\ntriton==3.9.0\n")
@@ -45,6 +46,7 @@ def test_a_pin_that_torch_does_not_allow_is_a_conflict(index, tmp_path, capsys):
     assert "CONFLICT" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_an_index_that_is_not_reached_is_no_conflict(monkeypatch):
     monkeypatch.setenv("HTTPS_PROXY", "http://127.0.0.1:9")
     monkeypatch.setenv("HOME", "/nowhere")

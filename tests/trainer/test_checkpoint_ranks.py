@@ -197,6 +197,7 @@ def train(ranks, folder, through=True):
         checkpoint.save(folder, policy, optimizer, progress, 2, ranks)
 
 
+@pytest.mark.slow
 def test_kill_9_of_any_rank_at_any_moment(tmp_path):
     """Either rank or both, ever later; the other rank dies soon after. No clock decides."""
     run(tmp_path, 2, train, tmp_path / "whole")

@@ -302,6 +302,7 @@ def test_mixed_precision_of_one_process(model, tmp_path, monkeypatch):
     assert 0 < distance(after.values(), before.values()) < 1e-2
 
 
+@pytest.mark.slow
 def test_torchrun_and_python_are_one_program(tmp_path):
     """By the command line, resumed with torchrun; one process writes."""
     options = ["--name", "run", "--steps", "2", "--eval.problems", "4", "--threads", "1"]
