@@ -77,8 +77,7 @@ def is_number(x: object) -> bool:
 def check_number(name: str, x: object, wanted: str, holds: Callable[..., bool]) -> None:
     """A number for which `holds`, which no comparison does for NaN."""
     if not is_number(x) or not holds(x):
-        kind = "a number " if wanted.startswith((">", "in ")) else ""
-        raise ValueError(f"{name} must be {kind}{wanted}; got {shown(x)}")
+        raise ValueError(f"{name} must be {wanted}; got {shown(x)}")
 
 
 def check_whole(name: str, x: object, least: int | None = None, wanted: str = "an int") -> None:
@@ -89,7 +88,7 @@ def check_whole(name: str, x: object, least: int | None = None, wanted: str = "a
 
 
 def check_fraction(fraction: object) -> None:
-    check_number("fraction", fraction, "in (0, 1]", lambda x: 0 < x <= 1)
+    check_number("fraction", fraction, "a number in (0, 1]", lambda x: 0 < x <= 1)
 
 
 def check_threshold(name: str, threshold: float | Tensor | None) -> None:
@@ -120,7 +119,7 @@ def check_clip(name: str, clip: object) -> None:
     if isinstance(clip, Tensor):
         check_tensor(name, clip, "floating-point")
     else:
-        check_number(name, clip, ">= 0 or a tensor", lambda x: x >= 0)
+        check_number(name, clip, "a number >= 0 or a tensor", lambda x: x >= 0)
 
 
 def check_loss_option(name: str, value: Any, logprob: Tensor) -> None:
@@ -130,11 +129,11 @@ def check_loss_option(name: str, value: Any, logprob: Tensor) -> None:
         if isinstance(value, Tensor) and value.ndim > 0:
             check_tensor(name, value, "any", logprob, "logprob")
     elif name == "dual_clip" and value is not None:
-        check_number(name, value, "> 1 or None", lambda x: x > 1)
+        check_number(name, value, "a number > 1 or None", lambda x: x > 1)
     elif name == "sequence_group":
         check_group(name, value)
     elif name in ("tau_pos", "tau_neg", "cap"):
-        check_number(name, value, "> 0", lambda x: x > 0)
+        check_number(name, value, "a number > 0", lambda x: x > 0)
     elif name.startswith(("k_", "lambda_")):
         check_finite(name, value)
 
@@ -148,7 +147,7 @@ def check_count(name: str, count: object, words: str = "") -> None:
     elif not is_number(count):
         raise ValueError(f"{name} must be {words}a count; got {shown(count)}")
     else:
-        check_number(name, count, "> 0 and finite", lambda x: 0 < x < math.inf)
+        check_number(name, count, "a finite number > 0", lambda x: 0 < x < math.inf)
 
 
 def check_finite(name: str, x: object) -> None:

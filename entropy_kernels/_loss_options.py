@@ -196,7 +196,7 @@ def _check_clips(options: LossOptions) -> None:
         if clip is not None:
             check_clip(name, clip)
     if options.dual_clip is not None:
-        check_number("dual_clip", options.dual_clip, "> 1 or None", lambda x: x > 1)
+        check_number("dual_clip", options.dual_clip, "a number > 1 or None", lambda x: x > 1)
     clips = {"clip_low": clip_low, "clip_high": clip_high, "dual_clip": options.dual_clip}
     clips_taken = _CLIPS[loss_type] if isinstance(loss_type, str) else ()
     for name, value in clips.items():

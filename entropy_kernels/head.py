@@ -56,7 +56,7 @@ class Head:
             ValueError: names the field, what came and what was wanted.
         """
         check_softcap(self.softcap)
-        positive = "finite and > 0"
+        positive = "a finite number > 0"
         check_number("logit_scale", self.logit_scale, positive, lambda x: 0 < x < math.inf)
         check_whole("ignore_index", self.ignore_index)
         _check_tensors(self)
@@ -137,14 +137,14 @@ class Head:
 
 def check_softcap(softcap: object) -> None:
     if softcap is not None:
-        wanted = "finite and > 0 or None"
+        wanted = "a finite number > 0 or None"
         check_number("softcap", softcap, wanted, lambda x: 0 < x < math.inf)
 
 
 def check_temperature(temperature: object, target: Tensor | None = None) -> None:
     """A number, or a tensor of one value or one per token; the op checks the tensor's values."""
     if not isinstance(temperature, Tensor):
-        finite = "a tensor, or finite and > 0"
+        finite = "a tensor, or a finite number > 0"
         check_number("temperature", temperature, finite, lambda x: 0 < x < math.inf)
         return
     check_tensor("temperature", temperature, "floating-point")

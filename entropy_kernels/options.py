@@ -40,7 +40,7 @@ class Selection:
     def __post_init__(self) -> None:
         check_choice("Selection.which", self.which, ("top", "bottom", "random"))
         check_choice("Selection.scope", self.scope, ("batch", "sequence"))
-        wanted = "in [0, 1)"
+        wanted = "a number in [0, 1)"
         check_number(
             "Selection.threshold_tolerance", self.threshold_tolerance, wanted, lambda x: 0 <= x < 1
         )
@@ -119,7 +119,7 @@ class Correction:
         check_choice("Correction.type", self.type, (None, *CORRECTIONS))
         for name, bound in {"cap": self.cap, "floor": self.floor}.items():
             if bound is not None:
-                check_number(f"Correction.{name}", bound, ">= 0 or None", lambda x: x >= 0)
+                check_number(f"Correction.{name}", bound, "a number >= 0 or None", lambda x: x >= 0)
         if self.floor is not None and self.cap is not None and self.floor > self.cap:
             raise ValueError(
                 f"Correction.floor must be at most Correction.cap; got {self.floor} and {self.cap}"

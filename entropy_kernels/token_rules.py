@@ -100,7 +100,7 @@ def entropy_advantage(
     """
     _check({"entropy": entropy})
     check_finite("alpha", alpha)
-    check_number("kappa", kappa, "> 0", lambda x: x > 0)
+    check_number("kappa", kappa, "a number > 0", lambda x: x > 0)
     advantage = _per_token(advantage, entropy, "entropy")
     return advantage + torch.minimum(alpha * entropy.detach(), advantage.abs() / kappa)
 
@@ -186,7 +186,7 @@ def clip_discriminator(
     """
     centres = {} if centre is None else {"centre": centre}
     _check({"score": score} | centres, {"mask": mask})
-    check_number("mu", mu, ">= 0", lambda x: x >= 0)
+    check_number("mu", mu, "a number >= 0", lambda x: x >= 0)
     a_token = _per_token(advantage, score, "score")
     z = score - (_mean(score, mask) if centre is None else centre)
     deviation = _mean((z - _mean(z, mask)).square(), mask).sqrt()

@@ -119,7 +119,7 @@ def selection_backend(request, monkeypatch):
     if request.param == "torch":
         monkeypatch.setattr(_native, "why_missing", lambda name: "left out")
     elif _native.cpu() is None:
-        pytest.skip("the CPU extension is not built")
+        pytest.skip(_native.why_missing("cpu"))
 
 
 @pytest.fixture

@@ -1,4 +1,6 @@
-"""The training loops of README and docs, as they are printed: gradients are those of logits."""
+"""README and docs: their training loops, as printed, give the gradients of logits, and their tables
+name every loss and statistic.
+"""
 
 import re
 from pathlib import Path
