@@ -11,8 +11,9 @@ import torch
 
 import entropy_kernels as ek
 from entropy_kernels import _rows, reference
+from entropy_kernels._bounds import assert_within_two_bounds, worst_of_orders
 from entropy_kernels._torch import blocks
-from entropy_kernels.testing import assert_within_two_bounds, peaked_head, worst_of_orders
+from entropy_kernels.testing import peaked_head
 
 BLOCK_T, BLOCK_V = blocks._SIZES["cpu"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

@@ -19,8 +19,8 @@ from benchmarks.gpu import environment
 from benchmarks.gpu.ours import Inputs, launch_backward, launch_forward
 from entropy_kernels import reference
 from entropy_kernels._bench.step import peaked_head
+from entropy_kernels._bounds import assert_within_two_bounds
 from entropy_kernels._rows import ForwardRows
-from entropy_kernels.testing import assert_within_two_bounds
 from tests.head_cases import ROWS, bend, check_statistics, three_of
 
 SHAPES = {

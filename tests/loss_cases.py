@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 import entropy_kernels as ek
-from entropy_kernels.testing import worst_elements
+from entropy_kernels._bounds import worst_elements
 
 B, L = 6, 9
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from entropy_kernels.testing import OtherOrder, worst_of_orders
+from entropy_kernels._bounds import OtherOrder, worst_of_orders
 from tests.head_cases import DTYPES, ROWS, make
 from tests.test_linear_logprob_entropy import check
 

@@ -8,12 +8,8 @@ import torch
 
 import entropy_kernels as ek
 from entropy_kernels import backends, reference
-from entropy_kernels.testing import (
-    Watch,
-    assert_within_two_bounds,
-    peaked_head,
-    worst_of_orders,
-)
+from entropy_kernels._bounds import assert_within_two_bounds, worst_of_orders
+from entropy_kernels.testing import Watch, peaked_head
 from tests.loss_cases import policy_loss
 
 B, L, D, V = 4, 50, 48, 1031

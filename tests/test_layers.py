@@ -21,6 +21,7 @@ ALLOWED = {
     "losses": {"distributed"},
     "loss_terms": {"distributed", "losses"},
     "token_rules": set(),
+    "_bounds": set(),
     "_rows": {"head"},
     "_main_grad": {"head"},
     "_build_record": set(),

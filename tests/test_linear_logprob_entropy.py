@@ -8,7 +8,7 @@ import torch
 
 import entropy_kernels as ek
 from entropy_kernels import _rows
-from entropy_kernels.testing import assert_within_two_bounds
+from entropy_kernels._bounds import assert_within_two_bounds
 from tests.head_cases import (
     BLOCK_V,
     DTYPES,

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from entropy_kernels import losses
-from entropy_kernels.testing import assert_within_two_bounds
+from entropy_kernels._bounds import assert_within_two_bounds
 from tests import loss_formulas
 from tests.loss_cases import gradient, make_case, ratio_loss, worst_of_shuffles
 

@@ -7,7 +7,7 @@ import torch
 
 import entropy_kernels as ek
 from entropy_kernels import _native, backends, ops, reference
-from entropy_kernels.testing import assert_within_two_bounds
+from entropy_kernels._bounds import assert_within_two_bounds
 from tests import loss_cases
 from tests.loss_cases import gradient, worst_of_shuffles
 

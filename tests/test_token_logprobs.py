@@ -7,13 +7,9 @@ import pytest
 import torch
 
 import entropy_kernels as ek
+from entropy_kernels._bounds import assert_within_two_bounds, worst_of_orders
 from entropy_kernels._token_logprobs import linear_token_logprobs
-from entropy_kernels.testing import (
-    Watch,
-    assert_within_two_bounds,
-    peaked_head,
-    worst_of_orders,
-)
+from entropy_kernels.testing import Watch, peaked_head
 from tests.marks import nan_is_meant
 
 pytestmark = nan_is_meant

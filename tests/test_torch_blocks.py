@@ -3,8 +3,9 @@
 import pytest
 import torch
 
+from entropy_kernels._bounds import assert_within_two_bounds, worst_of_orders
 from entropy_kernels._torch.blocks import ONEDNN_LEAST, product
-from entropy_kernels.testing import Watch, assert_within_two_bounds, worst_of_orders
+from entropy_kernels.testing import Watch
 
 
 @pytest.mark.parametrize("inner", [1, ONEDNN_LEAST - 1, ONEDNN_LEAST, ONEDNN_LEAST + 1, 1024])

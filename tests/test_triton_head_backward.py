@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from entropy_kernels import device
+from entropy_kernels._bounds import assert_within_two_bounds
 from entropy_kernels._triton.common import products
 from entropy_kernels._triton.head_backward import launch
 from entropy_kernels._triton.head_forward.launch import forward
 from entropy_kernels.head import Head
-from entropy_kernels.testing import assert_within_two_bounds
 from tests.backward_cases import (
     DEVICE,
     IGNORE,

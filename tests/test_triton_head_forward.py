@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from entropy_kernels import device
+from entropy_kernels._bounds import assert_within_two_bounds, worst_of_orders
 from entropy_kernels._triton.common import tiles
 from entropy_kernels._triton.common.tiles import Tile
 from entropy_kernels._triton.head_forward import launch, launch_variants
 from entropy_kernels.head import Head
-from entropy_kernels.testing import assert_within_two_bounds, worst_of_orders
 from tests.head_cases import assert_as_reference, make
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -11,12 +11,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import entropy_kernels as ek
 from entropy_kernels import backends, device
+from entropy_kernels._bounds import assert_within_two_bounds
 from entropy_kernels._triton.head_backward import launch, launch_rows
 from entropy_kernels._triton.head_backward.launch import backward
 from entropy_kernels._triton.head_forward import launch_store, launch_variants
 from entropy_kernels._triton.head_forward.launch import forward
 from entropy_kernels.head import Head
-from entropy_kernels.testing import Watch, assert_within_two_bounds
+from entropy_kernels.testing import Watch
 from tests.backward_cases import (
     DEVICE,
     IGNORE,

@@ -13,7 +13,7 @@ from torch import Tensor
 import entropy_kernels as ek
 from benchmarks.gpu.ours import selected_by
 from entropy_kernels import reference
-from entropy_kernels.testing import assert_within_two_bounds
+from entropy_kernels._bounds import assert_within_two_bounds
 from tests.kernel_cases import Case
 from tests.loss_cases import worst_of_shuffles
 

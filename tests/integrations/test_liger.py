@@ -7,8 +7,8 @@ fallback for CPUs is what ours may not be worse than.
 import pytest
 import torch
 
+from entropy_kernels._bounds import assert_within_two_bounds, worst_of_orders
 from entropy_kernels.integrations.liger import LinearScaledCrossEntropy
-from entropy_kernels.testing import assert_within_two_bounds, worst_of_orders
 from tests.integrations.counted import Counted
 
 # [T, D, V]: of Liger's tests aligned, ragged, more than one of its chunks, tiny, prime.

@@ -10,8 +10,9 @@ from trl.kernels import ChunkedLogProbFunction
 from trl.trainer import utils
 
 import entropy_kernels as ek
+from entropy_kernels._bounds import assert_within_two_bounds, worst_of_orders
 from entropy_kernels.integrations.trl import LogProbFunction, patch_trl
-from entropy_kernels.testing import assert_within_two_bounds, peaked_head, worst_of_orders
+from entropy_kernels.testing import peaked_head
 from tests.trainer.small import WORDS, build_model
 
 V = len(WORDS)

@@ -14,14 +14,10 @@ import torch
 
 import entropy_kernels as ek
 from entropy_kernels import reference
+from entropy_kernels._bounds import assert_within_two_bounds, worst_of_orders
 from entropy_kernels.integrations import verl as adapter
 from entropy_kernels.integrations.verl import patch_verl
-from entropy_kernels.testing import (
-    Watch,
-    assert_within_two_bounds,
-    peaked_head,
-    worst_of_orders,
-)
+from entropy_kernels.testing import Watch, peaked_head
 from tests.integrations.small_models import VOCABULARY, build
 from tests.integrations.small_verl import core_algos, fused, heads, losses, monkey_patch
 
