@@ -18,6 +18,7 @@ from torch.distributed import ProcessGroup
 
 from ._arguments import check_tensor
 from ._torch.selection import (
+    PASSES,
     SIGN,
     masked_sort_keys,
     pick_digit,
@@ -28,8 +29,6 @@ from ._torch.selection import (
 from .distributed import all_reduce_sum
 from .ops import radix_histogram, radix_pick
 
-# (shift, bits) of each digit.
-PASSES = ((21, 11), (10, 11), (0, 10))
 # The digit of the sketch: sign, exponent and the highest 10 bits of the mantissa.
 SKETCH_SHIFT, SKETCH_BITS = 13, 19
 LOWEST_KEY = 0x007FFFFF  # of -inf

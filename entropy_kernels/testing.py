@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from . import backends, ops
 from ._ops import add_op_namespace_prefix
+from .verification.truth import entropy_quantiles, scale_to_entropy
 
 _NAMESPACE = add_op_namespace_prefix("").removesuffix("::")
 _LINEAR = "mkldnn._linear_pointwise.default"
@@ -82,36 +83,16 @@ def peaked_head(
 
     hidden_TD = torch.empty(tokens, hidden)
     target_T = torch.empty(tokens, dtype=torch.int64)
-    wanted_T = _entropy_quantiles(tokens)[torch.randperm(tokens, generator=generator)]
+    wanted_T = entropy_quantiles(tokens)[torch.randperm(tokens, generator=generator)]
     wanted_T = wanted_T.clamp_max(0.9 * torch.tensor(float(vocabulary)).log())
     for start in range(0, tokens, 64):
         rows = slice(start, start + 64)
         z_TV = direction_TD[rows] @ weight_VD.T
-        scale = _scale_to_entropy(z_TV, wanted_T[rows])
+        scale = scale_to_entropy(z_TV, wanted_T[rows])
         hidden_TD[rows] = direction_TD[rows] * scale
         p_TV = (z_TV * scale).softmax(1)
         target_T[rows] = torch.multinomial(p_TV, 1, generator=generator).squeeze(1)
     return hidden_TD.to(dtype), weight_VD.to(dtype), target_T
-
-
-def _entropy_quantiles(count: int) -> Tensor:
-    """Half log-uniform in [1e-6, 0.01], then log-linear to 0.672 at 0.8, then linear to 3.5."""
-    q = (torch.arange(count) + 0.5) / max(count, 1)
-    low = 10 ** (-6 + 8 * q)
-    middle = 10 ** (-2 + (q - 0.5) / 0.3 * (torch.tensor(0.672).log10() + 2))
-    high = 0.672 + (q - 0.8) / 0.2 * (3.5 - 0.672)
-    return torch.where(q < 0.5, low, torch.where(q < 0.8, middle, high))
-
-
-def _scale_to_entropy(z_TV: Tensor, wanted_T: Tensor) -> Tensor:
-    """The factor [T, 1] that gives each row of logits the wanted entropy, by bisection."""
-    low, high = torch.zeros_like(wanted_T), 60 / z_TV.abs().amax(1)
-    for _ in range(30):
-        middle = (low + high) / 2
-        p_TV = (z_TV * middle.unsqueeze(1)).softmax(1)
-        flat = torch.special.entr(p_TV).sum(1) > wanted_T
-        low, high = torch.where(flat, middle, low), torch.where(flat, high, middle)
-    return high.unsqueeze(1)
 
 
 def mend_interpreter() -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 import entropy_kernels as ek
-from entropy_kernels._bounds import worst_elements
+from entropy_kernels.verification import truth
 
 B, L = 6, 9
 
@@ -121,18 +121,13 @@ def gradient(logprob: Tensor, loss_of) -> tuple[Tensor, Tensor]:
     return loss.detach(), x.grad
 
 
-def worst_of_shuffles(loss_of, logprob: Tensor, others, truths, orders: int = 16) -> list[Tensor]:
+def worst_of_shuffles(loss_of, logprob: Tensor, others, truths) -> list[Tensor]:
     """The loss and its gradient [B, L], each element from the worst of several orders of tokens.
 
-    loss_of: of log-probs and `others`, [B, L] or None. The terms of a loss cancel, so that its
-    error in one order may be anything down to none.
+    loss_of: of log-probs and `others`, [B, L] or None.
     """
-    generator, found = torch.Generator().manual_seed(0), []
-    for _ in range(orders):
-        rows, columns = (torch.randperm(n, generator=generator) for n in logprob.shape)
-        x, *rest = (None if x is None else x[rows][:, columns] for x in (logprob, *others))
-        loss, mixed = gradient(x, lambda x, rest=rest: loss_of(x, *rest))
-        slope = torch.empty_like(mixed)
-        slope[rows[:, None], columns] = mixed
-        found.append([loss, slope])
-    return worst_elements(found, truths)
+
+    def both(x, *rest):
+        return gradient(x, lambda x: loss_of(x, *rest))
+
+    return truth.worst_of_shuffles(both, logprob, others, truths)

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from entropy_kernels._bounds import OtherOrder, worst_of_orders
-from tests.head_cases import DTYPES, ROWS, make
+from entropy_kernels.verification.truth import ROWS
+from tests.head_cases import DTYPES, make
 from tests.test_linear_logprob_entropy import check
 
 SHAPE = (67, 40, 2055)

@@ -14,12 +14,11 @@ from torch import Tensor
 import entropy_kernels as ek
 from entropy_kernels import _native, _rows
 from entropy_kernels.integrations.hf import LogprobEntropyOutput
+from entropy_kernels.verification.truth import ROWS, statistics_in
 from tests.head_cases import (
-    ROWS,
     check_statistics,
     logprob_entropy,
     make,
-    statistics_in,
     with_statistics,
 )
 

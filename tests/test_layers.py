@@ -30,6 +30,7 @@ ALLOWED = {
     "_torch": {"_rows", "head"},
     "device": set(),
     "_triton": {"_rows", "device", "head"},
+    "verification": {"_bounds", "_rows", "_torch", "_triton", "device", "head", "reference"},
     "backends": {"_native", "_rows", "_torch", "_triton", "device", "head"},
     "ops": {"_native", "_rows", "_torch", "backends", "head"},
     "_radix": {"_torch", "distributed", "ops"},
@@ -55,10 +56,10 @@ ALLOWED = {
         *("linear_logprob_entropy", "options", "ratio_loss", "top_entropy_mask"),
     },
     "nn": {"_loss_options", "head", "high_entropy_policy_loss", "options"},
-    "testing": {"backends", "ops"},
+    "testing": {"backends", "ops", "verification"},
     "_bench": {
         *("_native", "backends", "head", "high_entropy_policy_loss", "linear_logprob_entropy"),
-        *("options", "testing", "top_entropy_mask"),
+        *("options", "testing", "top_entropy_mask", "verification"),
     },
     "integrations": {
         *("_rows", "_token_logprobs", "backends", "head", "linear_logprob_entropy"),

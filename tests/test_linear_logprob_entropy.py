@@ -9,10 +9,10 @@ import torch
 import entropy_kernels as ek
 from entropy_kernels import _rows
 from entropy_kernels._bounds import assert_within_two_bounds
+from entropy_kernels.verification.truth import ROWS
 from tests.head_cases import (
     BLOCK_V,
     DTYPES,
-    ROWS,
     assert_as_reference,
     check_statistics,
     dtype_of_products,

@@ -14,7 +14,7 @@ import entropy_kernels as ek
 from entropy_kernels import backends, losses, ops
 from entropy_kernels._triton.common import partition
 from entropy_kernels._triton.ratio_loss import launch
-from tests.token_kernel_cases import ratio_batch
+from entropy_kernels.verification.token_cases import ratio_batch
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 

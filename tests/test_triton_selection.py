@@ -20,9 +20,9 @@ from entropy_kernels import (
 from entropy_kernels._torch import selection
 from entropy_kernels._triton.common import partition
 from entropy_kernels._triton.selection import launch
-from tests import token_kernel_cases as cases
+from entropy_kernels.verification import token_cases as cases
+from entropy_kernels.verification.token_cases import KINDS, assert_same_bits
 from tests.selection_cases import VALUES
-from tests.token_kernel_cases import KINDS, assert_same_bits
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 needs_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="needs CUDA")
@@ -125,7 +125,7 @@ def test_ranks_select_together(kind, shares):
     ranks = [*zip(values.split(shares), mask.split(shares), strict=True)]
     found = [(torch.zeros((), dtype=torch.int64, device=DEVICE), None, None, None)] * len(ranks)
     prefix_bits = 0
-    for shift, bits in _radix.PASSES:
+    for shift, bits in selection.PASSES:
         digit = (shift, bits, prefix_bits, "triton")
         local = [
             ops.radix_histogram(*rank, state[0], *digit)

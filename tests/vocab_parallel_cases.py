@@ -14,7 +14,8 @@ import torch.distributed as dist
 import entropy_kernels as ek
 from entropy_kernels import _native, _rows, backends, testing
 from entropy_kernels.testing import Watch, peaked_head
-from tests.head_cases import logprob_entropy, make, run
+from entropy_kernels.verification.truth import run
+from tests.head_cases import logprob_entropy, make
 from tests.loss_cases import policy_loss
 from tests.processes import meeting, save_by_groups
 

@@ -15,8 +15,8 @@ from benchmarks.gpu import candidates, ours
 from benchmarks.gpu.rows import FATAL, Rows, reason
 from benchmarks.gpu.setting import Setting
 from entropy_kernels._bench.result_text import result_text
-from tests import kernel_cases, token_kernel_cases
-from tests.kernel_cases import Case
+from entropy_kernels.verification import head_cases, token_cases
+from entropy_kernels.verification.head_cases import Case
 
 STAGE = "correctness"
 SUMMARY = "summary"
@@ -78,14 +78,14 @@ def _all_cases(setting: Setting) -> Iterator[Case]:
             first = (forward, dlogits) == candidates.pairs(device, quick)[0]
             dtypes = DTYPES if first and not quick else [setting.dtype]
             for dtype in dtypes:
-                cases = kernel_cases.head_cases((forward, dlogits), dtype, device, quick)
+                cases = head_cases.head_cases((forward, dlogits), dtype, device, quick)
                 if first:
-                    cases += kernel_cases.offset_cases((forward, dlogits), dtype, device, quick)
+                    cases += head_cases.offset_cases((forward, dlogits), dtype, device, quick)
                 name = f"{candidates.name(forward)} + {candidates.name(dlogits)} {dtype}"
                 yield from (case._replace(name=f"{name}: {case.name}") for case in cases[every])
     for impl in ours.elementwise_implementations(device):
-        yield from token_kernel_cases.ratio_loss_cases(impl, device, quick)[every]
-        yield from token_kernel_cases.selection_cases(impl, device, quick)[every]
+        yield from token_cases.ratio_loss_cases(impl, device, quick)[every]
+        yield from token_cases.selection_cases(impl, device, quick)[every]
 
 
 def _record(setting: Setting, rows: dict[str, Any], failed: list[str]) -> None:

@@ -7,6 +7,7 @@ import torch
 
 import entropy_kernels as ek
 from benchmarks.gpu import ours
+from entropy_kernels.verification.launches import launch_backward, launch_forward
 
 LAUNCHES = ("forward", "backward", "stored_rows", "selection", "ratio_loss")
 # Room for the logits that are stored: fewer rows than there are.
@@ -31,11 +32,11 @@ def main(name: str, size: str, device: str = "cuda") -> None:
     options: dict[str, Any] = {}
     if name == "stored_rows":
         options = {"store_above": torch.zeros((), device=device), "store_rows": STORED_ROWS[size]}
-    found = ours.launch_forward(inputs, None, options)
+    found = launch_forward(inputs, None, options)
     if name != "forward":
         gradient = (entropy > 0.8).float()
         options = {"max_active_rows": int(gradient.sum())}
-        ours.launch_backward([gradient, None, None], inputs, found, None, options)
+        launch_backward([gradient, None, None], inputs, found, None, options)
     if device == "cuda":
         torch.cuda.synchronize()
 

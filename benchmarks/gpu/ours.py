@@ -1,4 +1,4 @@
-"""Our own contestants, by the public names; and the launchers that tiles are tried with.
+"""Our own contestants, by the public names.
 
 T tokens, D hidden, V vocabulary.
 """
@@ -16,9 +16,6 @@ from benchmarks.gpu.contestant import Contestant, Results, step
 from benchmarks.gpu.problem import FRACTION, Problem
 from entropy_kernels import _radix, backends, ops
 from entropy_kernels._bench.step import our_forward
-from entropy_kernels._rows import ForwardRows
-
-Inputs = tuple[Tensor, Tensor, Tensor, Tensor | None]
 
 
 def contestants(
@@ -122,45 +119,3 @@ def has_triton() -> bool:
     except ImportError:
         return False
     return True
-
-
-def launch_forward(inputs: Inputs, tile: Any, options: dict[str, Any]) -> ForwardRows:
-    """The forward by one tile; None stands for the table's."""
-    from entropy_kernels._triton.head_forward.launch import forward
-
-    return forward(
-        _make_head(inputs, options),
-        keep_logits=options.get("keep_logits", False),
-        store_above=options.get("store_above"),
-        store_rows=options.get("store_rows", 0),
-        statistics=options.get("statistics"),
-        tile=tile,
-    )
-
-
-def launch_backward(
-    gradients: list[Tensor | None],
-    inputs: Inputs,
-    found: ForwardRows,
-    tile: Any,
-    options: dict[str, Any],
-) -> list[Tensor]:
-    """The backward of one tile; the gradients of hidden, weight and, where there is one, bias."""
-    from entropy_kernels._triton.head_backward.launch import backward
-
-    got = backward(
-        tuple(gradients),
-        _make_head(inputs, options),
-        found,
-        (True, True, inputs[-1] is not None),
-        max_active_rows=options.get("max_active_rows"),
-        tile=tile,
-    )
-    return [x for x in got if x is not None]
-
-
-def _make_head(inputs: Inputs, options: dict[str, Any]) -> ek.Head:
-    """The head in the form that backends take."""
-    names = ("temperature", "softcap", "ignore_index")
-    chosen = {name: options[name] for name in names if name in options}
-    return ek.Head(*inputs, **{"temperature": None} | chosen)

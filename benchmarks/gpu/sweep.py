@@ -18,6 +18,7 @@ from benchmarks.gpu.rows import Row, reason
 from benchmarks.gpu.setting import Setting
 from entropy_kernels import backends
 from entropy_kernels._triton.common.tiles import Tile
+from entropy_kernels.verification.launches import launch_backward, launch_forward
 
 STAGE = "sweep"
 OPS = ("forward", "forward_store", "dlogits")
@@ -70,20 +71,20 @@ def _measure(
 def _call(op: str, tile: Tile, problem: Problem) -> Callable[[], Any]:
     inputs = (problem.hidden.detach(), problem.weight.detach(), problem.target, None)
     if op == "forward":
-        return lambda: ours.launch_forward(inputs, tile, {})
+        return lambda: launch_forward(inputs, tile, {})
     gradients = [problem.advantage * problem.selected, None, None]
     options: dict[str, Any] = {"max_active_rows": int(problem.selected.sum())}
     if op == "dlogits":
-        found = ours.launch_forward(inputs, None, {})
-        return lambda: ours.launch_backward(gradients, inputs, found, tile, options)
+        found = launch_forward(inputs, None, {})
+        return lambda: launch_backward(gradients, inputs, found, tile, options)
     if tile.variant == "cublas":
         most = backends.STORED_LOGITS_BYTES[problem.hidden.device.type]
         rows = min(options["max_active_rows"], most // (4 * problem.weight.shape[0]))
         options |= {"store_above": problem.threshold, "store_rows": rows}
 
     def step() -> list[torch.Tensor]:
-        found = ours.launch_forward(inputs, tile, options)
-        return ours.launch_backward(gradients, inputs, found, None, options)
+        found = launch_forward(inputs, tile, options)
+        return launch_backward(gradients, inputs, found, None, options)
 
     return step
 

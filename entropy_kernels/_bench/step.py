@@ -11,7 +11,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ from ..high_entropy_policy_loss import high_entropy_policy_loss
 from ..linear_logprob_entropy import linear_logprob_entropy
 from ..options import Backend
 from ..top_entropy_mask import top_entropy_mask
+from ..verification.truth import peaked_head
 from .contestant import RefusedError, Results
 
 SEQUENCES = 8
@@ -87,39 +88,6 @@ def make_problem(
         entropy_T,
         {f: top_entropy_mask(entropy_T.float(), fraction=f) for f in fractions},
     )
-
-
-def peaked_head(
-    tokens: int,
-    hidden: int,
-    vocabulary: int,
-    dtype: torch.dtype,
-    device: torch.device,
-    seed: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """`testing.peaked_head`, drawn on the device and in larger blocks."""
-    generator = torch.Generator(device).manual_seed(seed)
-    on: dict[str, Any] = {"device": device, "generator": generator}
-    weight_VD = torch.randn(vocabulary, hidden, **on).div_(hidden**0.5)
-    candidates = torch.randint(vocabulary, (tokens, min(6, vocabulary)), **on)
-    gaps = (0.3 + torch.rand(candidates.shape, **on)).cumsum(1)
-    wanted_T = testing._entropy_quantiles(tokens).to(device)
-    wanted_T = wanted_T[torch.randperm(tokens, **on)]
-    wanted_T = wanted_T.clamp_max(0.9 * torch.tensor(float(vocabulary)).log().item())
-
-    hidden_TD = torch.empty(tokens, hidden, device=device)
-    target_T = torch.empty(tokens, dtype=torch.int64, device=device)
-    for start in range(0, tokens, ROWS):
-        rows = slice(start, start + ROWS)
-        words = weight_VD[candidates[rows]]
-        direction = torch.einsum("tc,tcd->td", (-gaps[rows]).exp(), words)
-        direction += 0.01 * torch.randn(direction.shape, **on)
-        z_RV = direction @ weight_VD.T
-        scale = testing._scale_to_entropy(z_RV, wanted_T[rows])
-        hidden_TD[rows] = direction * scale
-        p_RV = z_RV.mul_(scale).softmax(1)
-        target_T[rows] = torch.multinomial(p_RV, 1, generator=generator).squeeze(1)
-    return hidden_TD.to(dtype), weight_VD.to(dtype), target_T
 
 
 def statistics(hidden_TD: Tensor, weight_VD: Tensor, target_T: Tensor) -> tuple[Tensor, Tensor]:

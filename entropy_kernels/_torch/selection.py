@@ -12,6 +12,8 @@ from torch import Tensor
 
 KEY_BITS = 32
 SIGN = -(1 << 31)
+# (shift, bits) of each digit of a key, the highest first.
+PASSES = ((21, 11), (10, 11), (0, 10))
 # 0.55 * 100 is 55.000000000000007 in fp64: the error of an fp64 product is below this share of it.
 COUNT_SLACK = 2.0**-48
 # Elements per slice: temporaries stay in the L2 cache of a CPU, and below 128 MB on a GPU.

@@ -14,14 +14,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-import entropy_kernels as ek
-from benchmarks.gpu import environment
-from benchmarks.gpu.ours import Inputs, launch_backward, launch_forward
-from entropy_kernels import reference
-from entropy_kernels._bench.step import peaked_head
-from entropy_kernels._bounds import assert_within_two_bounds
-from entropy_kernels._rows import ForwardRows
-from tests.head_cases import ROWS, bend, check_statistics, three_of
+from .. import device as gpu
+from .. import reference
+from .._bounds import assert_within_two_bounds
+from .._rows import ForwardRows
+from ..head import Head
+from .launches import Inputs, launch_backward, launch_forward
+from .truth import ROWS, Results, bend, check_statistics, peaked_head, three_of, three_statistics
 
 SHAPES = {
     "one": (1, 1, 1),
@@ -71,7 +70,7 @@ def head_cases(
     """The cases of a forward and a dlogits tile in one dtype; every one draws new numbers."""
     shape = (33, 24, 201) if small else (200, 128, 5003)
     shapes = SMALL_SHAPES if small else SHAPES
-    found = [
+    found: list[tuple[Any, ...]] = [
         *((f"shape: {name}", _compare, x) for name, x in shapes.items()),
         *((f"rows: {rows}", _compare, shape, rows) for rows in ROWS),
         *((f"options: {name}", _compare, shape, "peaked", x) for name, x in OPTIONS.items()),
@@ -153,15 +152,15 @@ def _forward(tiles: Tiles, inputs: Inputs, options: dict[str, Any]) -> ForwardRo
 
 def _fitting(tile: Any, inputs: Inputs) -> Any:
     """`tile`; or None, for the table to choose, where its variant cannot take these matrices."""
-    from entropy_kernels._triton.common import tiles
+    from .._triton.common import tiles
 
-    usable = tiles.variants(environment.architecture(inputs[0].device), *inputs[:2])
+    usable = tiles.variants(gpu.architecture(inputs[0].device), *inputs[:2])
     return tile if tile is None or tile.variant in usable else None
 
 
 def _references(
     inputs: Inputs, gradients: list[Tensor], options: dict[str, Any]
-) -> tuple[list[Tensor], ...]:
+) -> tuple[Results, ...]:
     """Outputs and gradients in fp64, in the dtype of the inputs, and in fp32."""
     names = ("temperature", "softcap", "ignore_index")
     head = {name: options[name] for name in names if name in options}
@@ -173,7 +172,7 @@ def _gradients(tokens: int, device: torch.device) -> list[Tensor]:
     return list(torch.randn(3, tokens, device=device) * some)
 
 
-def _check(got: list[Tensor], references: tuple[list[Tensor], ...], dtype: torch.dtype) -> None:
+def _check(got: list[Tensor], references: tuple[Results, ...], dtype: torch.dtype) -> None:
     """Both bounds, for outputs and gradients; 16-bit kernels round dz for its products."""
     for number, quartet in enumerate(zip(got, *references, strict=True)):
         assert_within_two_bounds(*quartet, operands=torch.float32 if number < 3 else dtype)
@@ -240,7 +239,7 @@ def _check_statistics(tiles: Tiles, dtype: torch.dtype, device: torch.device, sh
     forward = None if tiles[0] is not None and tiles[0].variant == "tma_ws" else tiles[0]
     _forward((forward, tiles[1]), inputs, options | {"statistics": got})
     # A largest p of 1/2 is off by a whole rounding of a logit.
-    check_statistics(got, *inputs[:3], factor=3.0, **options)
+    check_statistics(got, three_statistics(*inputs[:3], **options), factor=3.0)
 
 
 def _twice(tiles: Tiles, dtype: torch.dtype, device: torch.device, shape: Shape) -> None:
@@ -312,7 +311,7 @@ def _blocked_reference(inputs: Inputs, gradients: list[Tensor]) -> list[Tensor]:
     z = torch.cat([h.double() @ block.double().T for block in blocks], 1).requires_grad_()
     eye = torch.eye(z.shape[1], dtype=z.dtype, device=z.device) if z.shape[1] < 4096 else None
     outputs = (
-        _statistics(z, y) if eye is None else reference.linear_logprob_entropy(ek.Head(z, eye, y))
+        _statistics(z, y) if eye is None else reference.linear_logprob_entropy(Head(z, eye, y))
     )
     torch.autograd.backward(outputs, [g.double() for g in gradients])
     dz = z.grad

@@ -1,6 +1,6 @@
 """The cases that decide whether a GPU's kernels of the ratio loss and the selection are right.
 
-As those of the head in kernel_cases.py, pytest and `python -m benchmarks.gpu` run them.
+As those of the head in head_cases.py, pytest and `python -m benchmarks.gpu` run them.
 """
 
 import math
@@ -10,13 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import entropy_kernels as ek
-from benchmarks.gpu.ours import selected_by
-from entropy_kernels import reference
-from entropy_kernels._bounds import assert_within_two_bounds
-from tests.kernel_cases import Case
-from tests.loss_cases import worst_of_shuffles
+from .. import reference
+from .._bounds import assert_within_two_bounds
+from .._torch import ratio_loss as torch_ratio_loss
+from .._torch import selection as torch_selection
+from .head_cases import Case
+from .truth import worst_of_shuffles
 
+# Lower and upper clip, the largest log of a ratio.
+CLIPS = (0.2, 0.28)
+LOG_RATIO_BOUND = 20.0
 RATIO_SHAPES = [(1, 1), (1, 64), (1, 65), (1, 700), (3, 7), (65, 1), (2, 130)]
 KINDS = ["distinct", "tied", "equal", "zeros", "negative", "broken"]
 
@@ -25,11 +28,11 @@ def ratio_loss_cases(impl: str, device: torch.device, small: bool = False) -> li
     """The loss, its gradient and its metrics within two bounds of fp64."""
     return [
         Case(
-            f"ratio_loss {impl} {shape} {loss_type} dual_clip={dual_clip}",
-            partial(_ratio_loss, impl, device, shape, loss_type, dual_clip),
+            f"ratio_loss {impl} {shape} per_sequence={per_sequence} dual_clip={dual_clip}",
+            partial(_ratio_loss, impl, device, shape, per_sequence, dual_clip),
         )
         for shape in (RATIO_SHAPES if small else [*RATIO_SHAPES, (64, 8191)])
-        for loss_type in ("dapo", "grpo")
+        for per_sequence in (False, True)
         for dual_clip in (None, 2.0)
     ]
 
@@ -52,40 +55,44 @@ def ratio_batch(shape: tuple[int, int], device: torch.device | str) -> list[Tens
     return [x.to(device) for x in (logprob, old, advantage, mask, selected)]
 
 
-def loss_and_gradient(op: Any, logprob: Tensor, *rest: Tensor, **options: Any) -> Any:
-    """Loss, its gradient and the metrics."""
-    x = logprob.detach().clone().requires_grad_()
-    loss, metrics = op(x, *rest, **options)
-    (grad,) = torch.autograd.grad(loss, x)
-    return loss.detach(), grad, metrics
-
-
 def _ratio_loss(
     impl: str,
     device: torch.device,
     shape: tuple[int, int],
-    loss_type: str,
+    per_sequence: bool,
     dual_clip: float | None,
 ) -> None:
     *values, mask, selected = ratio_batch(shape, device)
-    options = {"selected": selected, "loss_type": loss_type, "dual_clip": dual_clip}
-    got = loss_and_gradient(partial(ek.ratio_loss, impl=impl), *values, mask, **options)
-    in_torch = partial(ek.ratio_loss, impl="torch")
-    plain = loss_and_gradient(in_torch, *values, mask, **options)
-    truth = loss_and_gradient(in_torch, *(x.double() for x in values), mask, **options)
+    selected &= mask
+    counts_B = selected.sum(1) if per_sequence else selected.sum().reshape(1)
+    weight_B = counts_B.clamp_min(1).reciprocal() / len(counts_B)
+    if not per_sequence:
+        *values, selected = (x.reshape(1, -1) for x in (*values, selected))
+    clips: Any = (*CLIPS, dual_clip, LOG_RATIO_BOUND)
+    in_torch: Any = torch_ratio_loss.ratio_loss
+    truth = in_torch(*(x.double() for x in values), selected, weight_B.double(), *clips)
+    plain = in_torch(*values, selected, weight_B, *clips)
+    got = _ratio_loss_by(impl)(*values, selected, weight_B, *clips)
 
-    def loss(x: Tensor, *rest: Tensor) -> Tensor:
-        return in_torch(x, *rest[:-1], **(options | {"selected": rest[-1]}))[0]
+    def both(x: Tensor, old: Tensor, advantage: Tensor, selected: Tensor, weight: Tensor) -> Any:
+        return in_torch(x, old, advantage, selected, weight[:, 0], *clips)[:2]
 
-    worst = worst_of_shuffles(loss, values[0], (*values[1:], mask, selected), truth[:2])
+    others = (*values[1:], selected, weight_B[:, None].expand_as(selected))
+    worst = worst_of_shuffles(both, values[0], others, truth[:2])
     for g, t, p in zip(got[:2], truth[:2], worst, strict=True):
         assert_within_two_bounds(g, t, p, p)
-    for name in ("ratio/mean", "ratio/max", "kl/k1", "kl/k3"):
-        g, t, p = (metrics[name] for _, _, metrics in (got, truth, plain))
+    for g, t, p in zip(got[2], truth[2], plain[2], strict=True):
         assert_within_two_bounds(g, t, p, p)
-    for name in ("clip/low", "clip/high", "head/active_rows", "tokens/all", "tokens/selected"):
-        assert torch.equal(got[2][name], plain[2][name]), name
+    assert torch.equal(got[3], plain[3]), "clipped tokens, or those with a gradient"
     assert torch.equal(got[1] == 0, plain[1] == 0)
+
+
+def _ratio_loss_by(impl: str) -> Any:
+    if impl == "torch":
+        return torch_ratio_loss.ratio_loss
+    from .._triton.ratio_loss.launch import ratio_loss
+
+    return ratio_loss
 
 
 def values_of(kind: str, count: int, device: torch.device | str) -> Tensor:
@@ -116,8 +123,33 @@ def assert_same_bits(got: Tensor, want: Tensor) -> None:
     torch.testing.assert_close(got, want, rtol=0, atol=0, equal_nan=True)
 
 
+def _selection_by(impl: str) -> Any:
+    """A module with `radix_histogram`, `radix_pick` and `select_largest`."""
+    if impl == "torch":
+        return torch_selection
+    from .._triton.selection import launch
+
+    return launch
+
+
+def select(
+    impl: str, values: Tensor, mask: Tensor | None, fraction: float
+) -> tuple[Tensor, Tensor]:
+    """The threshold and the mask of exactly k values, by one backend's kernels."""
+    by, share = _selection_by(impl), torch_selection.exact_share(fraction)
+    prefix = torch.zeros((), dtype=torch.int64, device=values.device)
+    remaining, threshold, known = None, prefix, 0
+    for shift, bits in torch_selection.PASSES:
+        counts = by.radix_histogram(values, mask, prefix, shift, bits, known)
+        prefix, remaining, _, threshold = by.radix_pick(
+            counts, counts, prefix, remaining, share, shift
+        )
+        known += bits
+    return threshold, by.select_largest(values, mask, threshold, remaining)
+
+
 def assert_as_the_sort(impl: str, values: Tensor, mask: Tensor | None, fraction: float) -> None:
-    threshold, selected = selected_by(impl, values, mask, fraction)
+    threshold, selected = select(impl, values, mask, fraction)
     values, mask = values.cpu(), None if mask is None else mask.cpu()
     assert_same_bits(threshold.cpu(), reference.entropy_threshold(values, mask, fraction))
     assert torch.equal(selected.cpu(), reference.top_entropy_mask(values, mask, fraction))

@@ -1,0 +1,202 @@
+"""Heads of every kind, and their results by the specification in three precisions.
+
+T tokens, D hidden, V vocabulary, B sequences, L their length.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import reference
+from .._bounds import assert_within_two_bounds, worst_elements, worst_of_orders
+from ..head import Head
+from .launches import Inputs
+
+ROWS = ["peaked", "uniform", "tied", "very negative", "large"]
+# Rows of a block whose logits are held.
+BLOCK = 256
+# Tensors, and None for what is not there.
+Results = list[Any]
+
+
+def peaked_head(
+    tokens: int,
+    hidden: int,
+    vocabulary: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    seed: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`testing.peaked_head`, drawn on the device and in larger blocks."""
+    generator = torch.Generator(device).manual_seed(seed)
+    on: dict[str, Any] = {"device": device, "generator": generator}
+    weight_VD = torch.randn(vocabulary, hidden, **on).div_(hidden**0.5)
+    candidates = torch.randint(vocabulary, (tokens, min(6, vocabulary)), **on)
+    gaps = (0.3 + torch.rand(candidates.shape, **on)).cumsum(1)
+    wanted_T = entropy_quantiles(tokens).to(device)
+    wanted_T = wanted_T[torch.randperm(tokens, **on)]
+    wanted_T = wanted_T.clamp_max(0.9 * torch.tensor(float(vocabulary)).log().item())
+
+    hidden_TD = torch.empty(tokens, hidden, device=device)
+    target_T = torch.empty(tokens, dtype=torch.int64, device=device)
+    for start in range(0, tokens, BLOCK):
+        rows = slice(start, start + BLOCK)
+        words = weight_VD[candidates[rows]]
+        direction = torch.einsum("tc,tcd->td", (-gaps[rows]).exp(), words)
+        direction += 0.01 * torch.randn(direction.shape, **on)
+        z_RV = direction @ weight_VD.T
+        scale = scale_to_entropy(z_RV, wanted_T[rows])
+        hidden_TD[rows] = direction * scale
+        p_RV = z_RV.mul_(scale).softmax(1)
+        target_T[rows] = torch.multinomial(p_RV, 1, generator=generator).squeeze(1)
+    return hidden_TD.to(dtype), weight_VD.to(dtype), target_T
+
+
+def entropy_quantiles(count: int) -> Tensor:
+    """Half log-uniform in [1e-6, 0.01], then log-linear to 0.672 at 0.8, then linear to 3.5."""
+    q = (torch.arange(count) + 0.5) / max(count, 1)
+    low = 10 ** (-6 + 8 * q)
+    middle = 10 ** (-2 + (q - 0.5) / 0.3 * (torch.tensor(0.672).log10() + 2))
+    high = 0.672 + (q - 0.8) / 0.2 * (3.5 - 0.672)
+    return torch.where(q < 0.5, low, torch.where(q < 0.8, middle, high))
+
+
+def scale_to_entropy(z_TV: Tensor, wanted_T: Tensor) -> Tensor:
+    """The factor [T, 1] that gives each row of logits the wanted entropy, by bisection."""
+    low, high = torch.zeros_like(wanted_T), 60 / z_TV.abs().amax(1)
+    for _ in range(30):
+        middle = (low + high) / 2
+        p_TV = (z_TV * middle.unsqueeze(1)).softmax(1)
+        flat = torch.special.entr(p_TV).sum(1) > wanted_T
+        low, high = torch.where(flat, middle, low), torch.where(flat, high, middle)
+    return high.unsqueeze(1)
+
+
+def bend(rows: str, h: Tensor, w: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """A head whose logits are peaked, changed so that they are of kind `rows`."""
+    V = len(w)
+    if rows == "uniform":
+        h = torch.zeros_like(h)
+    elif rows == "tied":
+        w = w[: max(V // 2, 1)].repeat(3, 1)[:V]
+    elif rows == "very negative":
+        h[:, 0], w[:, 0] = 20.0, -20.0
+    elif rows == "large":
+        h = h / h.norm(dim=1, keepdim=True).clamp_min(1e-6) * 200
+    return h, w, y
+
+
+def run(
+    function: Callable[..., Sequence[Tensor]],
+    inputs: Inputs,
+    grads: Sequence[Tensor | None] | None = None,
+    **options: Any,
+) -> Results:
+    """The outputs of a head, then its gradients (hidden, weight, bias) for `grads`.
+
+    Each of `grads` is a tensor, or None where none arrives; without `grads` nothing is
+    differentiated.
+    """
+    h, w, y, b = inputs
+    h, w = h.detach().clone().requires_grad_(), w.detach().clone().requires_grad_()
+    b = None if b is None else b.detach().clone().requires_grad_()
+    outputs = list(function(h, w, y, bias=b, **options)[:3])
+    if grads is None:
+        return [x.detach() for x in outputs]
+    pairs = [(x, g.to(x.dtype)) for x, g in zip(outputs, grads, strict=True) if g is not None]
+    torch.autograd.backward([x for x, _ in pairs], [g for _, g in pairs])
+    return [*(x.detach() for x in outputs), *(x.grad for x in (h, w, b) if x is not None)]
+
+
+def in_dtype(dtype: torch.dtype) -> Callable[..., tuple[Tensor, ...]]:
+    """The specification in one precision, as a function of what a Head holds."""
+
+    def function(
+        h: Tensor, w: Tensor, y: Tensor, bias: Tensor | None = None, **options: Any
+    ) -> tuple[Tensor, ...]:
+        bias = None if bias is None else bias.to(dtype)
+        return reference.linear_logprob_entropy(Head(h.to(dtype), w.to(dtype), y, bias, **options))
+
+    return function
+
+
+def three_of(
+    inputs: Inputs,
+    grads: Sequence[Tensor | None] | None = None,
+    orders: int = 4,
+    **options: Any,
+) -> tuple[Results, Results, Results]:
+    """run() by the reference: in fp64, in the dtype of the inputs, and in fp32 by its worst order.
+
+    Gradients have the dtype of their formula. An eager path in fp32 is the last.
+    """
+
+    def typed(dtype: torch.dtype) -> Results:
+        h, w, y, b = inputs
+        upcast = h.to(dtype), w.to(dtype), y, None if b is None else b.to(dtype)
+        return run(in_dtype(dtype), upcast, grads, **options)
+
+    truth, dtype = typed(torch.float64), inputs[0].dtype
+    plain = worst_of_orders(lambda: typed(torch.float32), truth, orders)
+    eager = plain if dtype == torch.float32 else typed(dtype)
+    return truth, eager, plain
+
+
+def statistics_in(
+    dtype: torch.dtype,
+    h: Tensor,
+    w: Tensor,
+    y: Tensor,
+    *,
+    bias: Tensor | None = None,
+    **options: Any,
+) -> tuple[Tensor, ...]:
+    """The statistics by the specification in one precision."""
+    b = None if bias is None else bias.to(dtype)
+    return reference.head_statistics(Head(h.to(dtype), w.to(dtype), y, b, **options))
+
+
+def three_statistics(
+    h: Tensor, w: Tensor, y: Tensor, **options: Any
+) -> tuple[Sequence[Tensor | None], ...]:
+    """Statistics by the reference as `three_of` has outputs."""
+    truths = statistics_in(torch.float64, h, w, y, **options)
+    eager = statistics_in(h.dtype, h, w, y, **options) if h.dtype != torch.float32 else None
+    formula = partial(statistics_in, torch.float32, h, w, y, **options)
+    worst = worst_of_orders(formula, truths, orders=8)
+    return truths, eager or worst, worst
+
+
+def check_statistics(
+    got: Tensor | Sequence[Tensor], three: tuple[Sequence[Any], ...], factor: float = 2.0
+) -> None:
+    """Both bounds for each statistic of `got`, the first of _rows.STATISTICS."""
+    for one, *others in zip(got, *(x[: len(got)] for x in three), strict=True):
+        assert one.dtype == torch.float32
+        assert_within_two_bounds(one, *others, factor=factor)
+
+
+def worst_of_shuffles(
+    both: Callable[..., tuple[Tensor, Tensor]],
+    logprob: Tensor,
+    others: Sequence[Tensor | None],
+    truths: Sequence[Tensor],
+    orders: int = 16,
+) -> Results:
+    """The loss and its gradient [B, L], each element from the worst of several orders of tokens.
+
+    both: loss and gradient of log-probs and `others`, [B, L] or None. The terms of a loss cancel,
+    so that its error in one order may be anything down to none.
+    """
+    generator, found = torch.Generator().manual_seed(0), []
+    for _ in range(orders):
+        rows, columns = (torch.randperm(n, generator=generator) for n in logprob.shape)
+        x, *rest = (None if x is None else x[rows][:, columns] for x in (logprob, *others))
+        loss, mixed = both(x, *rest)
+        slope = torch.empty_like(mixed)
+        slope[rows[:, None], columns] = mixed
+        found.append([loss, slope])
+    return worst_elements(found, truths)
