@@ -194,10 +194,10 @@ def test_splits_cover_the_vocabulary_and_none_is_empty(processors, count, vocabu
 def test_every_architecture_has_a_tile(op, arch, dtype):
     matrix = torch.empty(8, 64, dtype=dtype, device="meta")
     for usable in (tiles.variants(arch, matrix), {"pointer"}):
-        tile = tiles.lookup(op, arch, dtype, 4096, 8192, usable)
-        assert tile.variant in usable
-        if tile.variant in tiles.TMA:
-            assert arch in ("sm_90", "sm_100")
+        for tile in tiles.row(op, arch, dtype, 4096, 8192, usable):
+            assert tile.variant in usable
+            if tile.variant in tiles.TMA:
+                assert arch in ("sm_90", "sm_100")
 
 
 def test_the_smallest_shape_that_holds_this_one_is_taken(monkeypatch):
@@ -208,12 +208,12 @@ def test_the_smallest_shape_that_holds_this_one_is_taken(monkeypatch):
     }
     monkeypatch.setattr(tiles, "TILES", table)
     found = [
-        tiles.lookup("forward", "sm_90", torch.float16, hidden, tokens, {"pointer"})
+        tiles.row("forward", "sm_90", torch.float16, hidden, tokens, {"pointer"})
         for hidden, tokens in [(1024, 8192), (1025, 8192), (1024, 8193)]
     ]
-    assert found == [small, large, large]
+    assert found == [(small,), (large,), (large,)]
     with pytest.raises(ValueError, match="no tile of 'forward'"):
-        tiles.lookup("forward", "sm_90", torch.bfloat16, 1, 1, {"tma"})
+        tiles.row("forward", "sm_90", torch.bfloat16, 1, 1, {"tma"})
 
 
 def test_warp_specialisation_is_for_hopper_and_one_version(monkeypatch):

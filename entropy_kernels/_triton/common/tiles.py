@@ -8,7 +8,7 @@ T tokens or active rows, D hidden, V vocabulary.
 """
 
 import itertools
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -129,7 +129,10 @@ TILES: dict[Key, tuple[Tile, ...]] = {
         Tile("pointer", 128, 64, 64, 8, 3),
         Tile("cublas", 4, 1024, 1, 4, 1),
     ),
-    Key("forward", "gfx942", "bfloat16", ANY, ANY): (Tile("pointer", 128, 128, 32, 8, 2),),
+    Key("forward", "gfx942", "bfloat16", ANY, ANY): (
+        Tile("pointer", 128, 128, 32, 8, 2),
+        Tile("cublas", 4, 1024, 1, 4, 1),
+    ),
     Key("forward", "any", "bfloat16", ANY, ANY): (
         Tile("pointer", 64, 128, 32, 4, 3),
         Tile("cublas", 4, 1024, 1, 4, 1),
@@ -233,18 +236,16 @@ def _fits_descriptor(matrix: Tensor) -> bool:
     return matrix.stride(1) == 1 and row_bytes > 0 and aligned
 
 
-def lookup(
+def row(
     op: str, arch: str, dtype: torch.dtype, hidden: int, tokens: int, variants: Collection[str]
-) -> Tile:
-    """The preferred tile among `variants`, by the smallest shape in the table that holds this one.
+) -> tuple[Tile, ...]:
+    """The tiles among `variants` in order of preference, of the smallest shape that holds this one.
 
-    op may end in "_statistics", "_softcap" or both. fp16 takes the tiles of bf16. An unknown
-    architecture takes tiles that fit everywhere.
+    op may have several endings, such as "_statistics_softcap". fp16 takes the tiles of bf16. An
+    unknown architecture takes tiles that fit everywhere.
     """
     name = "float32" if dtype == torch.float32 else "bfloat16"
-    uncapped = op.removesuffix("_softcap")
-    ops = (op, uncapped, uncapped.removesuffix("_statistics"))
-    for candidate in itertools.product((arch, _LIKE.get(arch), "any"), ops):
+    for candidate in itertools.product((arch, _LIKE.get(arch), "any"), _plainer(op)):
         fitting = [
             key
             for key in TILES
@@ -254,10 +255,17 @@ def lookup(
             and tokens <= key.tokens
         ]
         for key in sorted(fitting, key=lambda key: (key.hidden, key.tokens)):
-            for tile in TILES[key]:
-                if tile.variant in variants:
-                    return tile
+            if found := tuple(tile for tile in TILES[key] if tile.variant in variants):
+                return found
     raise ValueError(f"no tile of {op!r} for {arch}, {name}, D={hidden}, T={tokens}, {variants}")
+
+
+def _plainer(op: str) -> Iterator[str]:
+    """The op, then with fewer and fewer of its endings, the last ones dropped first."""
+    name, *endings = op.split("_")
+    for number in range(len(endings), -1, -1):
+        for kept in itertools.combinations(endings, number):
+            yield "_".join((name, *kept))
 
 
 def stores_rows(on: torch.device, dtype: torch.dtype, hidden: int) -> bool:
@@ -267,5 +275,5 @@ def stores_rows(on: torch.device, dtype: torch.dtype, hidden: int) -> bool:
     logits, which "cublas" writes and reads.
     """
     everywhere = {"pointer", "cublas", *TMA}
-    tile = lookup("forward_store", device.architecture(on), dtype, hidden, ANY, everywhere)
-    return tile.variant == "cublas"
+    first, *_ = row("forward_store", device.architecture(on), dtype, hidden, ANY, everywhere)
+    return first.variant == "cublas"

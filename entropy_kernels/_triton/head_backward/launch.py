@@ -110,7 +110,7 @@ def backward(
             rows.logits,
             stored,
             gradients[1] is not None,
-            None if all_stored else tile or _choose(compacted.hidden, head),
+            None if all_stored else tile or preferred(compacted.hidden, head)[0],
         )
         dhidden_CD, dweight_VD, dbias_V = _gradients(dlogits, needs, main_grad)
         if dhidden_CD is not None and reduce_hidden is not None:
@@ -143,12 +143,13 @@ def _stored(active: ActiveRows, rows: ForwardRows) -> StoredRows | None:
     return active.stored
 
 
-def _choose(hidden_CD: Tensor, head: Head) -> Tile:
+def preferred(hidden_CD: Tensor, head: Head) -> tuple[Tile, ...]:
+    """The tiles that can recompute logits of these rows, the table's first choice first."""
     arch = device.architecture(hidden_CD.device)
     usable = tiles.variants(arch, hidden_CD, head.weight)
     count, hidden = hidden_CD.shape
     name = "dlogits" if head.softcap is None else "dlogits_softcap"
-    return tiles.lookup(name, arch, hidden_CD.dtype, hidden, count, usable)
+    return tiles.row(name, arch, hidden_CD.dtype, hidden, count, usable)
 
 
 def _zeros(head: Head, needs: _Needs, main_grad: Tensor | None) -> Gradients:

@@ -63,7 +63,13 @@ def forward(
         return rows
 
     if tile is None:
-        tile = _choose(head, keep_logits, store_above is not None, statistics is not None, variant)
+        found = preferred(
+            head,
+            keep_logits=keep_logits,
+            stores_rows=store_above is not None,
+            statistics=statistics is not None,
+        )
+        tile = _of_variant(found, variant)
     if store_above is not None and tile.variant != "cublas":
         raise ValueError(f'store_above needs the variant "cublas"; got {tile.variant!r}')
     store = LogitStore.room(store_above, store_rows, count, vocabulary)
@@ -102,9 +108,10 @@ def _empty(shape: tuple[int, ...], like: Tensor) -> Tensor:
     return torch.empty(shape, dtype=torch.float32, device=like.device)
 
 
-def _choose(
-    head: Head, keep_logits: bool, stores_rows: bool, statistics: bool, variant: str | None
-) -> Tile:
+def preferred(
+    head: Head, *, keep_logits: bool = False, stores_rows: bool = False, statistics: bool = False
+) -> tuple[Tile, ...]:
+    """The tiles that can run such a forward of `head`, the table's first choice first."""
     arch = device.architecture(head.hidden.device)
     usable = tiles.variants(arch, head.hidden, head.weight)
     if keep_logits:
@@ -114,14 +121,18 @@ def _choose(
         usable -= {"tma_ws"}
     if stores_rows:
         usable &= {"cublas"}
-    if variant is not None:
-        if variant not in usable:
-            raise ValueError(f"variant must be one of {sorted(usable)} here; got {variant!r}")
-        usable = {variant}
     count, hidden = head.hidden.shape
     op = "forward" + "_store" * stores_rows + "_statistics" * statistics
     op += "_softcap" * (head.softcap is not None)
-    return tiles.lookup(op, arch, head.hidden.dtype, hidden, count, usable)
+    return tiles.row(op, arch, head.hidden.dtype, hidden, count, usable)
+
+
+def _of_variant(found: tuple[Tile, ...], variant: str | None) -> Tile:
+    for tile in found:
+        if variant in (None, tile.variant):
+            return tile
+    names = sorted({tile.variant for tile in found})
+    raise ValueError(f"variant must be one of {names} here; got {variant!r}")
 
 
 def splits(tile: Tile, count: int, vocabulary: int, processors: int) -> tuple[int, int]:
