@@ -1,4 +1,4 @@
-"""What GPU this is, and what Triton can do on it: asked here and nowhere else.
+"""What GPU this is, and what Triton and torch can do on it: asked here and nowhere else.
 
 An architecture is a string: "sm_90", "gfx942", or "interpreter" where kernels run on the CPU.
 Triton is imported when it is first asked for: this module loads without it.
@@ -6,8 +6,10 @@ Triton is imported when it is first asked for: this module loads without it.
 
 import contextlib
 import functools
+from collections.abc import Callable
 
 import torch
+from torch import Tensor
 
 INTERPRETER = "interpreter"
 # Where every kernel has passed its correctness run. Each has a record under benchmarks/results/,
@@ -62,6 +64,37 @@ def processors(device: torch.device) -> int:
 @functools.cache
 def _processors_of(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@functools.cache
+def widens(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether torch returns fp32 products of matrices of `dtype` there: it is asked for two, once.
+
+    A CPU refuses; so does ROCm up to torch 2.9, and later where it takes its CK backend.
+    """
+    matrix = torch.zeros(16, 16, dtype=dtype, device=device)
+    batch = matrix.unsqueeze(0)
+    return _succeeds(torch.mm, matrix, matrix) and _succeeds(torch.bmm, batch, batch)
+
+
+@functools.cache
+def adds_products(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether a GPU adds such a product to an fp32 matrix in place: 16 bits from torch 2.12 on."""
+    if device.type != "cuda" or dtype == torch.float32:
+        return device.type == "cuda"
+    matrix = torch.zeros(16, 16, dtype=dtype, device=device)
+    return _succeeds(torch.addmm, matrix.float(), matrix, matrix)
+
+
+def _succeeds(product: Callable[..., Tensor], *matrices: Tensor) -> bool:
+    out = matrices[0].float()
+    try:
+        product(*matrices, out_dtype=out.dtype, out=out)
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, TypeError):
+        return False
+    return True
 
 
 def shared_memory(arch: str) -> int:

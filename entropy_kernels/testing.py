@@ -20,7 +20,7 @@ _LINEAR = "mkldnn._linear_pointwise.default"
 _PRODUCTS = {
     *("aten.mm.default", "aten.mm.out", "aten.mm.dtype", "aten.mm.dtype_out"),
     *("aten.bmm.default", "aten.bmm.out", "aten.bmm.dtype", "aten.bmm.dtype_out"),
-    *("aten.addmm_.default", _LINEAR),
+    *("aten.addmm.out", "aten.addmm.dtype_out", "aten.addmm_.default", _LINEAR),
 }
 
 

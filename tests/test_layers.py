@@ -27,7 +27,7 @@ ALLOWED = {
     "_build_record": set(),
     "_processor": set(),
     "_native": {"_build_record", "_processor", "_rows", "head"},
-    "_torch": {"_rows", "head"},
+    "_torch": {"_rows", "device", "head"},
     "device": set(),
     "_triton": {"_rows", "device", "head"},
     "verification": {"_bounds", "_rows", "_torch", "_triton", "device", "head", "reference"},

@@ -6,6 +6,7 @@ T tokens (or R active rows), D hidden, V vocabulary.
 import torch
 from torch import Tensor
 
+from .. import device
 from ..head import Head
 
 # (rows, vocabulary) of one block of logits.
@@ -44,8 +45,8 @@ def slices(length: int, block: int) -> list[slice]:
 
 
 def compute_dtype(x: Tensor) -> Tensor:
-    """fp32; but 16-bit inputs stay as they are on CUDA, where torch.mm can return fp32 logits."""
-    return x if x.is_cuda else x.float()
+    """fp32; but 16-bit inputs stay as they are on a GPU where torch.mm can return fp32 logits."""
+    return x if x.is_cuda and device.widens(x.device, x.dtype) else x.float()
 
 
 def product(left: Tensor, right: Tensor) -> Tensor:

@@ -1,12 +1,19 @@
 """Matrix products by torch, and a count of the products in the kernels.
 
 Products accumulate in fp32 whatever the inputs. The user's settings of TF32 hold for fp32 inputs.
-Only mm and bmm are used: addmm takes an fp32 addend of 16-bit products from torch 2.12 on. A CPU,
-where kernels are interpreted, has no fp32 products of 16-bit matrices: these are upcast there.
+Where torch has no fp32 products of 16-bit matrices, they are upcast: on some builds for ROCm, and
+on a CPU, where kernels are interpreted.
 """
+
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from ... import device
+
+# fp32 copies of blocks of each operand, where these are upcast.
+UPCAST_BYTES = 1 << 27
 
 _counted = 0
 
@@ -24,19 +31,41 @@ def counted() -> int:
 
 def mm(left: Tensor, right: Tensor, out: Tensor) -> None:
     """out = left @ right, rounded once to the dtype of `out`: fp32 or the inputs'."""
-    if left.device.type == "cpu" and left.dtype != torch.float32:
-        out.copy_(torch.mm(left.float(), right.float()))
-    elif out.dtype == left.dtype:
+    if left.dtype == torch.float32 or (left.is_cuda and out.dtype == left.dtype):
         torch.mm(left, right, out=out)
-    else:
+    elif device.widens(left.device, left.dtype):
         torch.mm(left, right, out_dtype=out.dtype, out=out)
+    else:
+        _upcast(left, right, out)
 
 
 def bmm(left: Tensor, right: Tensor, out: Tensor) -> None:
     """out = left @ right for every pair of a batch, in fp32."""
     if left.dtype == torch.float32:
         torch.bmm(left, right, out=out)
-    elif left.device.type == "cpu":
-        torch.bmm(left.float(), right.float(), out=out)
-    else:
+    elif device.widens(left.device, left.dtype):
         torch.bmm(left, right, out_dtype=torch.float32, out=out)
+    else:
+        for triple in zip(left, right, out, strict=True):
+            _upcast(*triple)
+
+
+def add_mm(left: Tensor, right: Tensor, total: Tensor) -> bool:
+    """total += left @ right, rounded once, in one pass; False where torch has none for that."""
+    if total.dtype != torch.float32 or not device.adds_products(left.device, left.dtype):
+        return False
+    widened: dict[str, Any] = {} if left.dtype == total.dtype else {"out_dtype": total.dtype}
+    torch.addmm(total, left, right, **widened, out=total)
+    return True
+
+
+def _upcast(left: Tensor, right: Tensor, out: Tensor) -> None:
+    """mm in fp32, by blocks of rows and columns that take UPCAST_BYTES each."""
+    step = max(1, UPCAST_BYTES // (4 * left.shape[1]))
+    for columns, part in zip(right.split(step, 1), out.split(step, 1), strict=True):
+        upcast = columns.float()
+        for rows, block in zip(left.split(step), part.split(step), strict=True):
+            if block.dtype == torch.float32:
+                torch.mm(rows.float(), upcast, out=block)
+            else:
+                block.copy_(torch.mm(rows.float(), upcast))

@@ -85,7 +85,8 @@ def backward(
         + S C D 4         the splits of a term, if tiles are fewer than processors: <= 17 MB on 132
         + 36 C + 12 T     the numbers of the rows, and numbers per active row
         + N C / 3         the bias's gradient, where needed
-        + STAGING_BYTES   where there is a `main_grad`
+        + STAGING_BYTES   where there is a `main_grad`, and torch cannot add a product to it
+        + 2 UPCAST_BYTES  where torch has no fp32 products of 16-bit matrices (products.py)
 
     Raises:
         ValueError: a negative max_active_rows; a main_grad that is not [V, D] on the device of
@@ -202,7 +203,9 @@ def _chunk_columns(count: int, vocabulary: int, element_size: int) -> int:
 
 
 def _add_weight_gradient(dz_CN: Tensor, hidden_CD: Tensor, out_ND: Tensor) -> None:
-    """out += dz^T hidden, through a buffer of bounded size."""
+    """out += dz^T hidden: at once where torch can, else through a buffer of bounded size."""
+    if products.add_mm(dz_CN.T, hidden_CD, out_ND):
+        return
     columns, hidden = out_ND.shape
     step = min(columns, max(1, STAGING_BYTES // (4 * hidden)))
     staging = torch.empty(step, hidden, dtype=torch.float32, device=out_ND.device)
