@@ -35,6 +35,7 @@ interpreted = pytest.mark.skipif(DEVICE != "cpu", reason="counts products as on 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
     monkeypatch.setattr(launch, "CHUNK_V", 64)
+    monkeypatch.setattr(launch, "DZ_BYTES", 0)
 
 
 def run(grads, h, w, y, b=None, temperature=None, softcap=None, keep=False, **kwargs):
@@ -228,12 +229,21 @@ def test_a_nan_reaches_what_it_has_a_part_in_and_no_other_row():
 
 @pytest.mark.parametrize(
     ("count", "element_size", "columns"),
-    [(1638, 2, 16384), (8192, 2, 16384), (8193, 2, 8192), (6554, 4, 8192), (1 << 20, 2, 1024)],
+    [(879, 2, 151936), (1638, 2, 76800), (8192, 2, 15360), (6554, 4, 9216), (1 << 20, 2, 1024)],
 )
-def test_chunks_shrink_until_dz_fits(count, element_size, columns, monkeypatch):
+def test_chunks_are_as_few_as_the_room_for_dz_allows(count, element_size, columns, monkeypatch):
     monkeypatch.undo()
     assert launch._chunk_columns(count, 151936, element_size) == columns
     assert launch._chunk_columns(1, 301, element_size) == 304
+    assert columns == 1024 or count * columns * element_size <= launch.DZ_BYTES
+
+
+def test_a_dz_that_fits_is_one_chunk(monkeypatch):
+    monkeypatch.undo()
+    grads, h, w, y = gradients_of(39), *make((39, 16, 3000))
+    with CountProducts(monkeypatch, products) as count:
+        run(grads, h, w, y)
+    assert count.calls == 2
 
 
 def test_bad_options_say_what_came_and_what_was_wanted():

@@ -29,7 +29,7 @@ def small_blocks(monkeypatch):
         (launch_variants, {"WORKSPACE_BYTES": 0, "WORKSPACE_BLOCK": 32}),
         (launch_store, {"BLOCK": 16}),
         (launch_rows, {"BLOCK": 16}),
-        (head_backward, {"CHUNK_V": 64}),
+        (head_backward, {"CHUNK_V": 64, "DZ_BYTES": 0}),
         (ratio_loss, {"BLOCK": 64}),
         (selection, {"HISTOGRAM_BLOCK": 128, "LARGEST_BLOCK": 128}),
         (partition, {"MAX_PROGRAMS": 2}),

@@ -42,6 +42,7 @@ infinities = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 def small_sizes(monkeypatch):
     """Several chunks of rows and of columns, and blocks of rows."""
     monkeypatch.setattr(launch, "CHUNK_V", 64)
+    monkeypatch.setattr(launch, "DZ_BYTES", 0)
     monkeypatch.setattr(launch_variants, "WORKSPACE_BYTES", 0)
     monkeypatch.setattr(launch_variants, "WORKSPACE_BLOCK", 32)
     for module in (launch_store, launch_rows):

@@ -118,9 +118,9 @@ def test_memory_of_14b_on_128_gpus():
     # Its hidden states, their gradient and the last norm's; dz of 4,506 rows needs less than the
     # forward's workspace.
     assert memory["head"]["head's workspace"] == 10 * TOKENS * 5120 + (1 << 29)
-    # With all rows, dz has 4,096 columns.
+    # With all rows, dz has 5,120 columns.
     everything = step_memory(job_of("qwen3-14b-dapo", 128))["head"]["head's workspace"]
-    assert everything == 10 * TOKENS * 5120 + TOKENS * (10 * 5120 + 2 * 4096)
+    assert everything == 10 * TOKENS * 5120 + TOKENS * (10 * 5120 + 2 * 5120)
 
 
 def test_vllm_takes_its_share_of_a_gpu():

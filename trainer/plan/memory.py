@@ -10,10 +10,10 @@ from trainer.plan.job import Job
 Memory = dict[str, dict[str, float]]
 """Phase -> part -> bytes."""
 
-# What entropy_kernels allocates on a GPU: forward's workspace, and dz, of DZ_COLUMNS columns that
-# are halved, down to DZ_LEAST, until dz has no more than DZ_BYTES.
+# What entropy_kernels allocates on a GPU: forward's workspace, and dz, whose columns are the most
+# multiples of DZ_COLUMNS that fit its bytes, at least one.
 FORWARD_WORKSPACE = 1 << 29
-DZ_COLUMNS, DZ_BYTES, DZ_LEAST = 16_384, 1 << 28, 1024
+DZ_COLUMNS, DZ_BYTES = 1024, 1 << 28
 
 
 def step_memory(job: Job) -> Memory:
@@ -141,9 +141,8 @@ def _head(job: Job) -> float:
     hidden = (2.0 * E + 4 + E) * job.micro_batch * model.hidden
     if not job.device.is_gpu:
         return hidden + job.stored_logits + rows * model.hidden * (E + 4)
-    columns = DZ_COLUMNS
-    while columns > DZ_LEAST and rows * columns * E > DZ_BYTES:
-        columns //= 2
+    columns = max(DZ_BYTES // (rows * E) // DZ_COLUMNS, 1) * DZ_COLUMNS
+    columns = min(columns, model.vocabulary)
     backward = rows * (model.hidden * (E + 4 + 4) + columns * E) + job.stored_logits
     return hidden + max(FORWARD_WORKSPACE, backward)
 

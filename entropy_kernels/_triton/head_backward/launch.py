@@ -31,9 +31,8 @@ from .launch_rows import (
     spread,
 )
 
-# Columns of a chunk. They are halved, but not below the least, until dz fits its bytes.
-CHUNK_V = 16384
-LEAST_CHUNK_V = 1024
+# A chunk has a multiple of so many columns: as many as dz has room for in its bytes, at least one.
+CHUNK_V = 1024
 DZ_BYTES = 1 << 28
 # Tile of cuBLAS: a product of fewer tiles than processors is split along its depth.
 PRODUCT_TILE = (128, 256)
@@ -80,7 +79,7 @@ def backward(
     Beyond its results a call allocates at most, with E bytes per element of the inputs,
 
         C D (E + 4)       the active rows of the hidden states, and their gradient in fp32
-        + N C E           dz; N = CHUNK_V, halved until this is <= DZ_BYTES or N = LEAST_CHUNK_V
+        + N C E           dz; N <= V the columns for which this is <= DZ_BYTES, or N = CHUNK_V
         + C D 4           a term of that gradient, where a second chunk follows
         + S C D 4         the splits of a term, if tiles are fewer than processors: <= 17 MB on 132
         + 36 C + 12 T     the numbers of the rows, and numbers per active row
@@ -195,10 +194,13 @@ def _gradients(dlogits: Dlogits, needs: _Needs, main_grad: Tensor | None) -> Gra
 
 
 def _chunk_columns(count: int, vocabulary: int, element_size: int) -> int:
-    """Columns of a chunk, a multiple of 8: rows of dz begin at 16 bytes then."""
-    columns = CHUNK_V
-    while columns > LEAST_CHUNK_V and count * columns * element_size > DZ_BYTES:
-        columns //= 2
+    """Columns of a chunk, a multiple of 8: rows of dz begin at 16 bytes then.
+
+    Few chunks, all but the last of one size: each chunk reads and writes dhidden once more.
+    """
+    fitting = max(DZ_BYTES // (count * element_size) // CHUNK_V, 1) * CHUNK_V
+    chunks = triton.cdiv(vocabulary, fitting)
+    columns = triton.cdiv(vocabulary, chunks * CHUNK_V) * CHUNK_V
     return min(columns, triton.cdiv(vocabulary, 8) * 8)
 
 
