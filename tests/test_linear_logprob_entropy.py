@@ -9,7 +9,7 @@ import torch
 import entropy_kernels as ek
 from entropy_kernels import _rows
 from entropy_kernels._bounds import assert_within_two_bounds
-from entropy_kernels.verification.truth import ROWS
+from entropy_kernels.verification.truth import ROWS, run
 from tests.head_cases import (
     BLOCK_V,
     DTYPES,
@@ -17,7 +17,6 @@ from tests.head_cases import (
     check_statistics,
     dtype_of_products,
     make,
-    run,
     three_of,
     with_statistics,
 )
