@@ -1,143 +1,173 @@
-"""The launches that tests/test_triton_compile.py compiles: every launcher, every tile we ship.
+"""The launches that tests/test_triton_compile.py compiles: every op with every tile it can meet.
+
+The launchers say which tiles a call can meet. Of their options, forward and dlogits in 16 bits and
+in fp32 get every combination. fp16 takes the tiles and the code of bf16, so it gets none and all.
+Left out: matrices whose rows are not dense, and hidden sizes that no block divides: both are loaded
+number by number.
 
 T tokens, R active rows, D hidden, V vocabulary, B sequences, L their length.
 """
 
+import itertools
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from entropy_kernels._rows import ForwardRows
-from entropy_kernels._triton.common import tiles
-from entropy_kernels._triton.head_backward.launch import backward
-from entropy_kernels._triton.head_forward.launch import forward
+from entropy_kernels._triton.common.tiles import Tile
+from entropy_kernels._triton.head_backward import launch as head_backward
+from entropy_kernels._triton.head_forward import launch as head_forward
 from entropy_kernels._triton.ratio_loss.launch import ratio_loss
 from entropy_kernels._triton.selection.launch import radix_histogram, radix_pick, select_largest
 from entropy_kernels.head import Head
 
-T, R, V = 8192, 1639, 151936
-# D changes no kernel while it is a multiple of every block, so these stand for all. Each takes
-# another entry of the table.
-HIDDEN = (2048, 4096)
-# Options are compiled with the tile that launchers choose for them. Only softcap has tiles of its
-# own, so one case has all the other options and one has all. To save time, other combinations are
-# left out. So are matrices whose rows are not dense: they are loaded number by number.
-OPTIONS = (("bias", "temperature"), ("bias", "temperature", "softcap"))
-
-Cases = dict[str, Callable[[], object]]
+# Each D takes other entries of the table; beyond that it changes no kernel while every block
+# divides it.
+HIDDEN = (1024, 2048, 4096)
+# T, R and V. Compilers know which of them are multiples of 16; "odd" sizes are not.
+SIZES = {False: (8192, 1640, 32768), True: (8191, 1639, 50257)}
+FORWARD = ("bias", "temperature", "softcap", "statistics", "keep_logits")
+DLOGITS = ("bias", "bias_gradient", "softcap", "entropy", "stored")
+Flags = tuple[str, ...]
 
 
-def cases(arch: str) -> Cases:
-    """The calls for an architecture, by name."""
-    return dict([*_head(arch), *_selection(), *_ratio_loss()])
+class Case(NamedTuple):
+    """One call of a launcher. Several may launch the same kernel."""
+
+    op: str
+    dtype: str
+    tile: Tile | None
+    flags: Flags
+    launch: Callable[[], object]
+
+
+def cases() -> Iterator[Case]:
+    """The calls that are possible on the architecture that `device` tells."""
+    seen = set()
+    for case in itertools.chain(_forwards(), _backwards(), _selection(), _ratio_loss()):
+        if case[:4] not in seen:
+            seen.add(case[:4])
+            yield case
+
+
+def combinations(names: Flags, dtype: torch.dtype) -> Iterator[Flags]:
+    """Every set of options; then those without and with all of them at odd sizes."""
+    if dtype == torch.float16:
+        yield from ((), names)
+        return
+    for number in range(len(names) + 1):
+        yield from itertools.combinations(names, number)
+    yield from (("odd",), (*names, "odd"))
+
+
+def _heads(names: Flags) -> Iterator[tuple[torch.dtype, Flags, Head]]:
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        for flags, hidden in itertools.product(combinations(names, dtype), HIDDEN):
+            yield dtype, flags, _make_head(dtype, hidden, flags)
 
 
 def _empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def _head(arch: str) -> Iterator[tuple[str, Callable[[], object]]]:
-    """Every tile of the table that this architecture can run; then what launchers choose."""
-    launches: dict[str, Callable[..., None]] = {"forward": _forward, "dlogits": _backward}
-    statistics = partial(_forward, statistics=True)
-    bf16, fp16 = torch.bfloat16, torch.float16
-    for key, entries in tiles.TILES.items():
-        if key.architecture in (arch, "any"):
-            dtype = torch.float32 if key.dtype == "float32" else bf16
-            for tile in entries:
-                if tile.variant in usable(arch):
-                    name = f"{key.op} {describe(tile)} {key.dtype}"
-                    launch = launches[key.op.split("_")[0]]
-                    launch = statistics if "_statistics" in key.op else launch
-                    yield name, partial(launch, dtype, HIDDEN[-1], (), tile)
-    for op, launch in (launches | {"forward_statistics": statistics}).items():
-        for hidden in HIDDEN:
-            for options in OPTIONS:
-                yield f"{op} D={hidden} {'+'.join(options)}", partial(launch, bf16, hidden, options)
-        yield f"{op} float16", partial(launch, fp16, HIDDEN[-1], ())
-    # Without an entry of its own in the table, it takes a plainer op's.
-    yield "forward_statistics float32", partial(statistics, torch.float32, HIDDEN[-1], ())
-    for options in ((), *OPTIONS):
-        yield f"stored rows {'+'.join(options)}", partial(_stored_rows, bf16, HIDDEN[-1], options)
-
-
-def usable(arch: str) -> set[str]:
-    """The variants that this architecture and this version of Triton can run."""
-    return tiles.variants(arch)
-
-
-def describe(tile: tiles.Tile) -> str:
-    blocks = f"{tile.block_t}x{tile.block_v}x{tile.block_d}"
-    return f"{tile.variant} {blocks} warps={tile.num_warps} stages={tile.num_stages}"
-
-
-def _make_head(dtype: torch.dtype, hidden: int, options: tuple[str, ...]) -> Head:
+def _make_head(dtype: torch.dtype, hidden: int, flags: Flags) -> Head:
+    count, _, vocabulary = SIZES["odd" in flags]
     return Head(
-        _empty(T, hidden, dtype=dtype),
-        _empty(V, hidden, dtype=dtype),
-        _empty(T, dtype=torch.int64),
-        _empty(V, dtype=dtype) if "bias" in options else None,
-        _empty(T) if "temperature" in options else None,
-        30.0 if "softcap" in options else None,
+        _empty(count, hidden, dtype=dtype),
+        _empty(vocabulary, hidden, dtype=dtype),
+        _empty(count, dtype=torch.int64),
+        _empty(vocabulary, dtype=dtype) if "bias" in flags else None,
+        _empty(count) if "temperature" in flags else None,
+        30.0 if "softcap" in flags else None,
     )
 
 
-def _forward(
-    dtype: torch.dtype,
-    hidden: int,
-    options: tuple[str, ...],
-    tile: tiles.Tile | None = None,
-    *,
-    statistics: bool = False,
-) -> None:
-    head, filled = _make_head(dtype, hidden, options), _empty(4, T) if statistics else None
-    forward(head, keep_logits=False, statistics=filled, tile=tile)
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
-def _stored_rows(dtype: torch.dtype, hidden: int, options: tuple[str, ...]) -> None:
-    """A forward that stores the logits of rows above a threshold, and its backward."""
-    head = _make_head(dtype, hidden, options)
-    rows = forward(head, keep_logits=False, store_above=_empty(), store_rows=R)
-    _backward(dtype, hidden, options, rows=rows)
+def _forwards() -> Iterator[Case]:
+    for dtype, flags, head in _heads(FORWARD):
+        options = {name: name in flags for name in ("keep_logits", "statistics")}
+        for tile in head_forward.preferred(head, **options):
+            yield Case("forward", _name(dtype), tile, flags, partial(_forward, head, flags, tile))
+    # What stores rows has no options of its own.
+    head = _make_head(torch.bfloat16, HIDDEN[-1], ())
+    for tile in head_forward.preferred(head, stores_rows=True):
+        launch = partial(_forward, head, ("stored",), tile)
+        yield Case("forward", "bfloat16", tile, ("stored",), launch)
 
 
-def _backward(
-    dtype: torch.dtype,
-    hidden: int,
-    options: tuple[str, ...],
-    tile: tiles.Tile | None = None,
-    rows: ForwardRows | None = None,
-) -> None:
-    rows = rows or ForwardRows(*(_empty(T) for _ in range(5)), _empty(0))
-    # With options, entropies are differentiated too; a policy loss needs log-probs alone.
-    gradients = (_empty(T), _empty(T), _empty(T)) if options else (_empty(T), None, None)
-    backward(
-        gradients,
-        _make_head(dtype, hidden, options),
-        rows,
-        (True, True, "bias" in options),
-        max_active_rows=R,
+def _forward(head: Head, flags: Flags, tile: Tile) -> None:
+    head_forward.forward(
+        head,
+        keep_logits="keep_logits" in flags,
+        store_above=_empty() if "stored" in flags else None,
+        store_rows=1,
+        statistics=_empty(4, head.hidden.shape[0]) if "statistics" in flags else None,
         tile=tile,
     )
 
 
-def _selection() -> Iterator[tuple[str, Callable[[], object]]]:
-    values, mask, scalar = _empty(T), _empty(T, dtype=torch.bool), _empty(dtype=torch.int64)
-    for digit in ((21, 11, 0), (10, 11, 11), (0, 10, 22), (13, 19, 0)):
-        yield f"radix_histogram {digit}", partial(radix_histogram, values, mask, scalar, *digit)
-    for bits, before, shift in ((11, None, 21), (11, scalar, 10), (10, scalar, 0)):
-        counts = _empty(1 << bits, dtype=torch.int64)
-        launch = partial(radix_pick, counts, counts, scalar, before, 0.2, shift)
-        yield f"radix_pick shift={shift}", launch
-    yield "select_largest", partial(select_largest, values, mask, _empty(), scalar)
+def _backwards() -> Iterator[Case]:
+    for dtype, flags, head in _heads(DLOGITS):
+        if "bias_gradient" in flags and head.bias is None:
+            continue
+        for tile in head_backward.preferred(head.hidden, head):
+            launch = partial(_backward, head, flags, tile)
+            yield Case("dlogits", _name(dtype), tile, flags, launch)
+    for flags in combinations(("softcap", "entropy", "bias", "temperature"), torch.bfloat16):
+        flags = (*flags, "keep_logits", *("bias_gradient",) * ("bias" in flags))
+        head = _make_head(torch.bfloat16, HIDDEN[-1], flags)
+        yield Case("dlogits", "bfloat16", None, flags, partial(_backward, head, flags, None))
 
 
-def _ratio_loss() -> Iterator[tuple[str, Callable[[], object]]]:
-    for sequences, dual_clip in ((8, None), (1, 3.0)):
-        tokens = [_empty(sequences, T // sequences) for _ in range(3)]
-        selected = _empty(sequences, T // sequences, dtype=torch.bool)
+def _backward(head: Head, flags: Flags, tile: Tile | None) -> None:
+    """Of the gradient with respect to logprob, and with "entropy" of all three."""
+    (count, active, vocabulary), places, logits = SIZES["odd" in flags], None, _empty(0)
+    if "stored" in flags:
+        logits, places = _empty(active, vocabulary), _empty(count, dtype=torch.int32)
+    if "keep_logits" in flags:
+        logits = _empty(count, vocabulary)
+    others = _empty(count) if "entropy" in flags else None
+    head_backward.backward(
+        (_empty(count), others, others),
+        head,
+        ForwardRows(*(_empty(count) for _ in range(5)), logits, places),
+        (True, True, "bias_gradient" in flags),
+        max_active_rows=active,
+        tile=tile,
+    )
+
+
+def _selection() -> Iterator[Case]:
+    """With and without a mask; the second number of values takes several blocks per program."""
+    scalar = _empty(dtype=torch.int64)
+    for count, flags in itertools.product((8192, 1 << 22), ((), ("mask",))):
+        values = _empty(count)
+        mask = _empty(count, dtype=torch.bool) if flags else None
+        launches = [partial(select_largest, values, mask, _empty(), scalar)]
+        for digit in ((21, 11, 0), (10, 11, 11), (0, 10, 22), (13, 19, 0)):
+            launches.append(partial(radix_histogram, values, mask, scalar, *digit))
+        for bits, before, shift in ((11, None, 21), (11, scalar, 10), (10, scalar, 0)):
+            counts = _empty(1 << bits, dtype=torch.int64)
+            launches.append(partial(radix_pick, counts, counts, scalar, before, 0.2, shift))
+        size = (f"N={count}",)
+        yield Case("selection", "float32", None, size + flags, partial(_all, launches))
+
+
+def _all(launches: list[Callable[[], object]]) -> None:
+    for launch in launches:
+        launch()
+
+
+def _ratio_loss() -> Iterator[Case]:
+    for sequences, length, dual_clip in itertools.product((1, 8), (1024, 1 << 18), (None, 3.0)):
+        tokens = [_empty(sequences, length) for _ in range(3)]
+        selected = _empty(sequences, length, dtype=torch.bool)
         arguments: list[Any] = [*tokens, selected, _empty(sequences), 0.2, 0.28, dual_clip, 20.0]
-        yield f"ratio_loss sequences={sequences}", partial(ratio_loss, *arguments)
+        flags = (f"B={sequences}", f"L={length}", *("dual_clip",) * (dual_clip is not None))
+        yield Case("ratio_loss", "float32", None, flags, partial(ratio_loss, *arguments))
