@@ -15,19 +15,20 @@ comma := ,
 INPUTS := pyproject.toml constraints.txt setup.py CMakeLists.txt $(wildcard csrc/*/*)
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: train test test-slow test-builds test-aarch64 test-verl test-vllm test-wheel lint bench sanitize
-.PHONY: compile docs resolve clean FORCE
+.PHONY: train test test-slow test-builds test-compile test-aarch64 test-verl test-vllm test-wheel lint
+.PHONY: bench sanitize docs resolve clean FORCE
 
 train: $(VENV)/.trainer
 	@echo "Training ..."
 	@$(BIN)/python -m trainer train $(ARGS)
 
-# Tests of builds: kernels for every GPU, wheels, csrc/ without Python.
-BUILDS := tests/test_triton_compile.py tests/test_wheel.py tests/test_cpp.py
+# Tests of builds: wheels, csrc/ without Python. And kernels for every GPU, compiled ahead of time.
+BUILDS := tests/test_wheel.py tests/test_cpp.py
+COMPILED := tests/test_triton_compile.py
 
 test: lint
 	@echo "Running the tests ..."
-	@EK_REQUIRE_NATIVE=$(EK_REQUIRE_NATIVE) $(BIN)/python -m pytest $(BUILDS:%=--ignore=%) \
+	@EK_REQUIRE_NATIVE=$(EK_REQUIRE_NATIVE) $(BIN)/python -m pytest $(patsubst %,--ignore=%,$(BUILDS) $(COMPILED)) \
 		-m "not slow" -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 # Training runs of the studies and the planner, programs of several processes, examples, pins.
@@ -38,6 +39,17 @@ test-slow: $(VENV)/.dev
 test-builds: $(VENV)/.dev
 	@echo "Running the tests of what is built ..."
 	@EK_REQUIRE_NATIVE=$(EK_REQUIRE_NATIVE) $(BIN)/python -m pytest $(BUILDS) $(ARGS)
+
+# With the environment's Triton, or with another version of it.
+TRITON ?=
+test-compile: $(VENV)/.dev $(if $(TRITON),build/triton-$(TRITON)/.installed)
+	@echo "Compiling the kernels for every GPU with $(if $(TRITON),Triton $(TRITON),the pinned Triton) ..."
+	@$(if $(TRITON),PYTHONPATH=build/triton-$(TRITON)) $(BIN)/python -m pytest $(COMPILED) $(ARGS)
+
+build/triton-%/.installed: | $(VENV)/.dev
+	@echo "Installing Triton $* into build/triton-$* ..."
+	@$(BIN)/python -m pip install -q --no-deps --upgrade --target build/triton-$* triton==$*
+	@touch $@
 
 # The kernels of aarch64, cross-compiled and run in an emulator, also under sanitizers. It fails if
 # the cross-compiler or the emulator is missing.
@@ -77,16 +89,6 @@ docs: $(VENV)/.dev
 bench: $(VENV)/.dev
 	@echo "Running the benchmarks ..."
 	@$(BIN)/python -m pytest benchmarks/ --benchmark-only $(ARGS)
-
-# Compiles the kernels ahead of time with other versions of Triton than the environment's.
-TRITONS ?= 3.6.0 3.8.0 3.9.0
-compile: $(VENV)/.dev
-	@set -e; for version in $(TRITONS); do \
-		echo "Compiling the kernels with Triton $$version ..."; \
-		$(BIN)/python -m pip install -q --no-deps --upgrade --target build/triton-$$version \
-			triton==$$version; \
-		PYTHONPATH=build/triton-$$version $(BIN)/python -m pytest tests/test_triton_compile.py $(ARGS); \
-	done
 
 # Resolves, without installing, what a user's first command takes from the ordinary index.
 resolve: $(VENV)/.dev

@@ -185,3 +185,19 @@ def test_csrc_includes_no_torch_header():
     for path in sorted((ROOT / "csrc").rglob("*.*")):
         for header in ("torch", "ATen", "c10"):
             assert f"#include <{header}/" not in path.read_text(), f"{relative(path)}: {header}"
+
+
+@pytest.mark.parametrize("path", python_files(PACKAGE / "_triton"), ids=relative)
+def test_names_tell_launchers_kernels_and_device_functions_apart(path: Path):
+    functions = [x for x in ast.parse(path.read_text()).body if isinstance(x, ast.FunctionDef)]
+    jitted = [x.name for x in functions if "triton.jit" in map(ast.unparse, x.decorator_list)]
+    kernels = {name for name in jitted if name.endswith("_kernel")}
+    private = {name for name in jitted if name.startswith("_")}
+    if path.stem.endswith(("kernel", "kernels")):
+        assert kernels
+        assert set(jitted) == {x.name for x in functions} == kernels | private
+    elif path.stem.endswith("_functions"):
+        assert set(jitted) == {x.name for x in functions}
+        assert not kernels
+    else:
+        assert not jitted
