@@ -273,7 +273,7 @@ def _on_rows(
         main_grad=backend.main_grad,
         impl=backend.impl,
     )
-    # Padding rows are zero and point at any token: adding them changes nothing.
+    # Padding rows are zero: adding them changes nothing.
     zeros = [x.new_zeros(target.numel()).index_add(0, index_R, x) for x in outputs[:3]]
     if most is not None:
         # A factor, which where() would keep from the gradients.
@@ -283,12 +283,15 @@ def _on_rows(
 
 
 def _compact(rows_T: Tensor, most: int | None) -> tuple[Tensor, Tensor | None]:
-    """The numbers of the tokens of `rows_T`, filled up to `most`, and which of them are real."""
+    """The numbers of the tokens of `rows_T`, filled up to `most`, and which of them are real.
+
+    Each token comes once: where one came often, its gradients would be added one after the other.
+    """
     if most is None:
         return rows_T.nonzero().squeeze(1), None
     if _rows.sees_values(rows_T.device) and (count := int(rows_T.sum())) > most:
         raise ValueError(f"max_active_rows is {most}; got {count} selected tokens")
     # At least one, so that what is beyond a bound of 0 has a row to be seen at.
     most = min(max(most, 1), rows_T.numel())
-    index_R = torch.nonzero_static(rows_T, size=most, fill_value=0).squeeze(1)
+    index_R = rows_T.byte().argsort(descending=True, stable=True)[:most]
     return index_R, torch.arange(most, device=rows_T.device) < rows_T.sum()

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import entropy_kernels as ek
-from entropy_kernels import backends, reference
+from entropy_kernels import _rows, backends, reference
 from entropy_kernels._bounds import assert_within_two_bounds, worst_of_orders
 from entropy_kernels.testing import Watch, peaked_head
 from tests.loss_cases import policy_loss
@@ -125,6 +125,17 @@ def test_a_bound_of_the_selected_tokens_changes_nothing(batch, room):
         options = {"max_active_rows": bound, "temperature": temperature, "selected": selected}
         results.append(gradients(lambda h, w, o=options: policy_loss(h, w, *rest, mask, **o), h, w))
     torch.testing.assert_close(results[1][:3], results[0][:3], rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("most", [0, 3, 4, 9, 100])
+def test_places_left_over_take_other_tokens_each_once(most, monkeypatch):
+    """A token that came often would have its gradients added one after the other."""
+    rows = torch.rand(30) < 0.1
+    numbers = rows.nonzero().squeeze(1)
+    monkeypatch.setattr(_rows, "sees_values", lambda device: False)
+    index, real = loss._compact(rows, most)
+    assert len(index) == len(set(index.tolist())) == min(max(most, 1), 30)
+    assert index[real].tolist() == numbers[: len(index)].tolist()
 
 
 def test_more_selected_tokens_than_their_bound_are_an_error(batch):
