@@ -13,6 +13,7 @@ from entropy_kernels._triton.common.tiles import Tile
 from entropy_kernels._triton.head_forward import launch, launch_variants
 from entropy_kernels.head import Head
 from tests.head_cases import assert_as_reference, make
+from tests.traffic import Traffic
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 VARIANTS = ["pointer", "tma", "tma_split", "tma_ws", "cublas"]
@@ -64,13 +65,23 @@ def test_dtypes(variant, dtype):
 
 
 @pytest.mark.parametrize("variant", ["pointer", "cublas", None])
-def test_stored_logits_are_the_product_with_bias(variant):
+def test_stored_logits_are_the_product_without_bias(variant):
     h, w, y = head(dtype=torch.bfloat16)
     bias = torch.randn(w.shape[0], device=DEVICE).bfloat16()
     got = forward(h, w, y, bias=bias, softcap=5.0, keep=True, variant=variant or "pointer")
-    truth = h.double() @ w.double().T + bias
-    (plain,) = worst_of_orders(lambda: [h.float() @ w.float().T + bias], [truth])
+    truth = h.double() @ w.double().T
+    (plain,) = worst_of_orders(lambda: [h.float() @ w.float().T], [truth])
     assert_within_two_bounds(got.logits, truth, plain, plain)
+
+
+@pytest.mark.parametrize("keep", [False, True], ids=["workspace", "kept"])
+def test_torch_touches_the_logits_once_to_multiply(keep):
+    """A bias is added by the kernel that reads them."""
+    h, w, y = head()
+    with Traffic(h.shape[0] * w.shape[0]) as traffic:
+        forward(h, w, y, bias=torch.randn(w.shape[0], device=DEVICE), keep=keep, variant="cublas")
+    # The interpreter copies.
+    assert {*traffic.names} - {"set_", "copy_", "_to_copy"} == {"mm"}
 
 
 def test_stored_logits_need_a_variant_that_has_them():

@@ -210,8 +210,9 @@ def dlogits_tma_kernel(
 
 @triton.jit
 def dlogits_read_kernel(
-    logits_ptr,  # fp32 [rows, V], bias included
+    logits_ptr,  # fp32 [rows, V], without bias
     index_ptr,  # [C], the row of each
+    bias_ptr,
     fields_ptr,  # [FIELDS, C]
     target_ptr,
     number_ptr,
@@ -223,6 +224,7 @@ def dlogits_read_kernel(
     start,
     stop,
     softcap,
+    HAS_BIAS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     HAS_ENTROPY: tl.constexpr,
     NEEDS_BIAS: tl.constexpr,
@@ -247,15 +249,15 @@ def dlogits_read_kernel(
         n_rows,
         fields_ptr,
         target_ptr,
-        None,
+        bias_ptr,
         stop,
         capacity,
         softcap,
-        False,
+        HAS_BIAS,
         HAS_SOFTCAP,
     )
     store_gradient(
-        z,
+        add_bias(z, bias_ptr, offs_v, stop, HAS_BIAS),
         target,
         dz_target,
         block,

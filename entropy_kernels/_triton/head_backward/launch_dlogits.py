@@ -84,6 +84,7 @@ class Dlogits(NamedTuple):
         dlogits_read_kernel[(triton.cdiv(capacity, block_c) * blocks_v,)](
             self.logits,
             stored.place,
+            self.bias_V,
             self.rows.fields,
             self.rows.target,
             stored.number,
@@ -156,6 +157,7 @@ class Dlogits(NamedTuple):
 
     def _flags(self, chunk: Chunk) -> dict[str, Any]:
         return {
+            "HAS_BIAS": self.bias_V is not None,
             "HAS_SOFTCAP": self.softcap is not None,
             "HAS_ENTROPY": self.has_entropy,
             "NEEDS_BIAS": chunk.bias_partials is not None,
@@ -165,7 +167,6 @@ class Dlogits(NamedTuple):
         return {
             **self._flags(chunk),
             "HAS_FIRST": self.stored is not None,
-            "HAS_BIAS": self.bias_V is not None,
             "UPCAST": device.interpreting(),
             "BLOCK_C": tile.block_t,
             "BLOCK_V": tile.block_v,

@@ -6,14 +6,15 @@ T tokens, V vocabulary, S vocabulary splits.
 import triton
 import triton.language as tl
 
-from ..common.logit_functions import LOG2E, LOWEST, cap, inverse_temperature
+from ..common.logit_functions import LOG2E, LOWEST, add_bias, cap, inverse_temperature
 from .row_sum_functions import empty_sums, store_sums, update_statistics, update_sums
 from .statistics_functions import store_statistics
 
 
 @triton.jit
 def forward_cublas_kernel(
-    logits_ptr,  # [rows, V], of tokens first_t and on; with bias, not capped
+    logits_ptr,  # [rows, V], of tokens first_t and on; without bias, not capped
+    bias_ptr,
     target_ptr,  # [T]
     temperature_ptr,
     partials_ptr,  # [4, S, T]; with statistics [7, S, T]
@@ -25,6 +26,7 @@ def forward_cublas_kernel(
     V,
     n_split,
     softcap,
+    HAS_BIAS: tl.constexpr,
     HAS_TEMPERATURE: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     STATISTICS: tl.constexpr,
@@ -47,7 +49,8 @@ def forward_cublas_kernel(
         offs_v = (split * TILES + tile) * BLOCK_V + tl.arange(0, BLOCK_V)
         mask = mask_t[:, None] & (offs_v < V)[None, :]
         z = tl.load(row_ptrs[:, None] + offs_v[None, :], mask=mask, other=0.0)
-        z = tl.where(mask, cap(z, softcap, HAS_SOFTCAP), LOWEST)
+        z = cap(add_bias(z, bias_ptr, offs_v, V, HAS_BIAS), softcap, HAS_SOFTCAP)
+        z = tl.where(mask, z, LOWEST)
         if STATISTICS:
             m, n, s, u, w, q, r = update_statistics(m, n, s, u, w, q, r, z, scale)
         else:
@@ -60,4 +63,6 @@ def forward_cublas_kernel(
     start_v = split * TILES * BLOCK_V
     here = mask_t & (target >= start_v) & (target < start_v + TILES * BLOCK_V) & (target < V)
     z = tl.load(row_ptrs + target, mask=here, other=0.0)
+    if HAS_BIAS:
+        z += tl.load(bias_ptr + target, mask=here, other=0.0).to(tl.float32)
     tl.store(target_logit_ptr + offs_t, cap(z, softcap, HAS_SOFTCAP), mask=here)

@@ -26,7 +26,7 @@ class LogitStore(NamedTuple):
     """Where forward stores logits.
 
     above: fp32 [], the least entropy of a row that is stored, in nats.
-    logits: fp32 [places, V], as the product with the bias gives them.
+    logits: fp32 [places, V], as the product gives them, without the bias.
     places: int32 [T], the place of each row; -1 for those without.
     used: int32 [1], how many rows had that entropy so far.
     """

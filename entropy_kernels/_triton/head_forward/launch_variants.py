@@ -69,6 +69,7 @@ class Work(NamedTuple):
     def constants(self) -> dict[str, Any]:
         """What the kernels of the partial sums have in common."""
         return {
+            "HAS_BIAS": self.bias_V is not None,
             "HAS_TEMPERATURE": self.temperature_T is not None,
             "HAS_SOFTCAP": self.head.softcap is not None,
             "STATISTICS": self.statistics is not None,
@@ -82,7 +83,6 @@ class Work(NamedTuple):
     def product_constants(self) -> dict[str, Any]:
         """And those that multiply as well."""
         return {
-            "HAS_BIAS": self.bias_V is not None,
             "UPCAST": device.interpreting(),
             "BLOCK_D": self.tile.block_d,
             "GROUP_T": self.tile.group_t,
@@ -152,10 +152,9 @@ def chunks_of_logits(work: Work) -> Iterator[tuple[Tensor, int]]:
         end = min(start + rows, count)
         z = workspace[start:end] if stored else workspace[: end - start]
         products.mm(head.hidden[start:end], head.weight.T, out=z)
-        if work.bias_V is not None:
-            z += work.bias_V
         forward_cublas_kernel[(triton.cdiv(end - start, work.tile.block_t) * work.n_split,)](
             z,
+            work.bias_V,
             work.target_T,
             work.temperature_T,
             work.partials,

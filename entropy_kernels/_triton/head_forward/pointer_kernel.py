@@ -18,7 +18,7 @@ def forward_pointer_kernel(
     bias_ptr,
     temperature_ptr,
     partials_ptr,  # [4, S, T]; with statistics [7, S, T]
-    logits_ptr,  # [T, V]
+    logits_ptr,  # [T, V], without bias
     stride_ht,
     stride_hd,
     stride_wv,
@@ -74,12 +74,12 @@ def forward_pointer_kernel(
             a_ptrs += BLOCK_D * stride_hd
             b_ptrs += BLOCK_D * stride_wd
 
-        z = add_bias(acc, bias_ptr, offs_v, V, HAS_BIAS)
         if STORE_LOGITS:
             inside = (offs_t < T)[:, None] & (offs_v < V)[None, :]
             ptrs = logits_ptr + offs_t.to(tl.int64)[:, None] * V + offs_v[None, :]
-            tl.store(ptrs, z, mask=inside)
-        z = tl.where((offs_v < V)[None, :], cap(z, softcap, HAS_SOFTCAP), LOWEST)
+            tl.store(ptrs, acc, mask=inside)
+        z = cap(add_bias(acc, bias_ptr, offs_v, V, HAS_BIAS), softcap, HAS_SOFTCAP)
+        z = tl.where((offs_v < V)[None, :], z, LOWEST)
         if STATISTICS:
             m, n, s, u, w, q, r = update_statistics(m, n, s, u, w, q, r, z, scale)
         else:
