@@ -82,7 +82,7 @@ class Head:
         device = hidden.device.type
         if torch.is_autocast_enabled(device):
             dtype = torch.get_autocast_dtype(device)
-            hidden, weight = hidden.to(dtype), weight.to(dtype)
+            hidden, weight = hidden.to(dtype), _cast_once(weight, dtype)
             bias = None if bias is None else bias.to(dtype)
         _check_dtypes(hidden, weight, bias, fp64)
         return replace(
@@ -212,6 +212,22 @@ def _check_dtypes(hidden: Tensor, weight: Tensor, bias: Tensor | None, fp64: boo
                 f"{name} must have hidden's dtype {hidden.dtype}; got {x.dtype} "
                 "(under autocast both are cast)"
             )
+
+
+def _cast_once(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """The weight as autocast's region has it for `linear`: cast at its first use, then remembered.
+
+    Only products reach that memory. One without a column costs nothing, and saves what it casts.
+    """
+    trained = weight.is_leaf and weight.requires_grad and torch.is_grad_enabled()
+    if not trained or weight.dtype != torch.float32 or torch.compiler.is_compiling():
+        return weight.to(dtype)
+    no_columns = weight.new_empty(weight.shape[1], 0, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x):
+        product = torch.mm(weight, no_columns)
+        cast = product.grad_fn._saved_self  # type: ignore[union-attr]
+    # A region that began without gradients may remember a weight without them.
+    return cast if cast.requires_grad else weight.to(dtype)
 
 
 def _flat_temperature(

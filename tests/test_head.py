@@ -3,6 +3,7 @@
 T tokens, D hidden, V vocabulary.
 """
 
+from contextlib import contextmanager
 from dataclasses import fields, replace
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 import entropy_kernels as ek
 from entropy_kernels import ops
 from entropy_kernels.testing import peaked_head
+from tests.traffic import Traffic
 
 DEFAULTS = {field.name: field.default for field in fields(ek.Head)}
 
@@ -62,6 +64,44 @@ def test_the_head_at_some_tokens_gives_their_outputs(temperature):
     head, index_R = replace(full(), temperature=temperature), torch.tensor([4, 0, 3])
     for every, some in zip(outputs(head)[:3], outputs(head.at(index_R))[:3], strict=True):
         torch.testing.assert_close(every.reshape(-1)[index_R], some)
+
+
+@pytest.mark.parametrize("cache", [True, False], ids=["cached", "not cached"])
+def test_a_region_of_autocast_casts_a_trained_weight_once(cache):
+    """As torch's own layers have it, which share the cast; its gradient is fp32."""
+    head = make()
+    head.weight.requires_grad_()
+    regions = []
+    for _ in range(2):
+        head.weight.grad = None
+        region = torch.autocast("cpu", dtype=torch.bfloat16, cache_enabled=cache)
+        with Traffic(head.weight.numel()) as traffic, count_unpacked() as unpacked, region:
+            with torch.no_grad():
+                outputs(head)
+            for _ in range(3):
+                torch.nn.functional.linear(head.hidden, head.weight)
+                assert head.flat().weight.requires_grad
+        regions.append(traffic.names.count("_to_copy"))
+        assert unpacked == []
+        with torch.autocast("cpu", dtype=torch.bfloat16, cache_enabled=cache):
+            for _ in range(3):
+                outputs(head).logprob.sum().backward()
+    # One without gradients, which no layer may find; the others', and those of 3 layers.
+    assert regions == [1 + (1 if cache else 6)] * 2
+    assert head.weight.grad.dtype == torch.float32
+    alone = head.weight.detach().bfloat16().requires_grad_()
+    for _ in range(3):
+        hidden = head.hidden.bfloat16()
+        outputs(replace(head, hidden=hidden, weight=alone)).logprob.sum().backward()
+    torch.testing.assert_close(head.weight.grad, alone.grad.float(), rtol=2**-6, atol=1e-3)
+
+
+@contextmanager
+def count_unpacked():
+    """What hooks of saved tensors, such as those of activation checkpointing, give back."""
+    seen = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: seen.append(x) or x):
+        yield seen
 
 
 @pytest.mark.parametrize("head", [{}, None, torch.ones(2, 3)], ids=["dict", "None", "tensor"])
