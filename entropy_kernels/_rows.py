@@ -23,8 +23,8 @@ class ForwardRows(NamedTuple):
     """What forward computes of each row, fp32 [T], and the logits that it stores.
 
     `logits` is empty where none are stored. All rows' are [T, V], or in an order that the backend
-    alone knows, with bias or without. Where some rows' are stored, `places`, int32 [T], gives each token's row of
-    `logits`, and -1 where it has none.
+    alone knows, with bias or without. Where some rows' are stored, `places`, int32 [T], gives each
+    token's row of `logits`, and -1 where it has none.
 
     Backward takes the log-sum-exp as two floats, (max, log_sum). Their rounded sum alone would
     give the gradient 25 times its error at |z| = 6e3.

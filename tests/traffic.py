@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-# They write to one of their arguments without reading it; and touch as many values as the index has.
+# They write to their first argument without reading it, and touch as many values as the index has.
 _ONLY_WRITE = {"copy_", "fill_", "zero_"}
 _BY_INDEX = {"gather", "scatter_"}
 
