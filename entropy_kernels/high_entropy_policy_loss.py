@@ -3,6 +3,7 @@
 T tokens, D hidden, V vocabulary, B sequences, L their length.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -64,8 +65,9 @@ def high_entropy_policy_loss(
       that of the whole step from StreamingThreshold. It is also the head's `keep_logits_above`.
     - `selected`: beforehand, such as by the old policy's entropies. The head runs on the selected
       tokens alone: three products (logits, two gradients) of `fraction` of the rows, while their
-      fp32 logits fit into 256 MiB (on a GPU 1 GiB). Beyond that they are recomputed, which is a
-      fourth product. A CPU also recomputes them where D is below 512 (with 16-bit inputs 1024), as
+      fp32 logits fit into 256 MiB (on a GPU 1 GiB). Beyond that the rows that do not fit are
+      recomputed, which is a fourth product; or all rows, where `keep_logits_above` stores none. A
+      CPU also recomputes them where D is below 512 (with 16-bit inputs 1024), as
       memory costs more than products there.
 
     Args:
@@ -265,10 +267,12 @@ def _on_rows(
     weight = head.weight
     fits = 4 * index_R.shape[0] * weight.shape[0] <= backends.STORED_LOGITS_BYTES[device]
     pays = weight.shape[1] * weight.element_size() >= LEAST_ROW_BYTES[device]
+    keeps = torch.is_grad_enabled() and pays
     outputs = linear_logprob_entropy(
         some,
         vocab_group=vocab_group,
-        keep_logits=torch.is_grad_enabled() and fits and pays,
+        keep_logits=keeps and fits,
+        keep_logits_above=-math.inf if keeps and not fits else None,
         max_active_rows=most,
         main_grad=backend.main_grad,
         impl=backend.impl,

@@ -3,6 +3,7 @@
 T tokens, C compact rows, D hidden, V vocabulary.
 """
 
+import sys
 from itertools import cycle
 
 import pytest
@@ -33,6 +34,8 @@ from tests.backward_cases import (
 from tests.loss_cases import policy_loss
 
 T, D, V = SHAPE = (75, 8, 100)
+# The module, whose name in the package is the function's.
+loss = sys.modules["entropy_kernels.high_entropy_policy_loss"]
 ROWS = {"all": (0.0, T), "none": (100.0, 9), "some": (0.1, T), "too many": (0.0, 50)}
 # NumPy computes in the interpreter, and warns of the infinities and NaN that these tests need.
 infinities = pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -309,6 +312,29 @@ def test_a_known_threshold_costs_two_products_of_the_rows_above_it(room, monkeyp
     bounded, _ = loss_and_gradients(*inputs, threshold=threshold, max_active_rows=selected)
     for result in (got, bounded):
         torch.testing.assert_close(result, want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("bounded", [False, True], ids=["counted", "bounded"])
+@pytest.mark.parametrize("room", [1.0, 0.7, 0.0], ids=["all fit", "some fit", "none fits"])
+def test_of_a_known_selection_the_rows_that_do_not_fit_alone_are_recomputed(
+    room, bounded, monkeypatch
+):
+    """3 products of the selected rows, and a fourth of those that do not fit."""
+    monkeypatch.setattr(loss, "LEAST_ROW_BYTES", {"cpu": 0, "cuda": 0})
+    inputs = make(SHAPE)
+    selected = torch.arange(T, device=DEVICE) % 5 > 0
+    want, metrics = loss_and_gradients(*inputs, selected=selected)
+    count = int(metrics["tokens/selected"])
+    fitting = int(room * count)
+    bytes_of = dict.fromkeys(("cpu", "cuda"), 4 * V * fitting)
+    monkeypatch.setattr(backends, "STORED_LOGITS_BYTES", bytes_of)
+    bound = {"max_active_rows": count} if bounded else {}
+    with Watch() as watch:
+        got, _ = loss_and_gradients(*inputs, selected=selected, **bound)
+    read = count if room == 1 else fitting // launch_rows.STEP * launch_rows.STEP
+    if not bounded:
+        assert watch.products == (4 * count - read) * V * D
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
 
 
 def test_without_a_backward_nothing_is_stored(monkeypatch):
