@@ -78,11 +78,16 @@ def active_rows(gradients: Iterable[Tensor | None], target_T: Tensor, ignore_ind
 
     On CUDA the host waits for their count: one synchronisation.
     """
+    return is_active(gradients, target_T, ignore_index).nonzero().squeeze(1)
+
+
+def is_active(gradients: Iterable[Tensor | None], target_T: Tensor, ignore_index: int) -> Tensor:
+    """Which rows those are, bool [T]."""
     active_T = torch.zeros_like(target_T, dtype=torch.bool)
     for grad_T in gradients:
         if grad_T is not None:
             active_T |= grad_T != 0
-    return (active_T & (target_T != ignore_index)).nonzero().squeeze(1)
+    return active_T & (target_T != ignore_index)
 
 
 def spread(rows_RD: Tensor, index_R: Tensor, like_TD: Tensor) -> Tensor:

@@ -6,13 +6,13 @@ Triton is imported when it is first asked for: a machine without it has the othe
 import functools
 import warnings
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.torch_version import TorchVersion
 
-from . import _native, device
+from . import _native, _rows, device
 from ._arguments import check_choice
 from ._compiler import constant
 from ._rows import ForwardRows, check_active_rows
@@ -212,10 +212,14 @@ def backward(
                 main_grad=main_grad,
                 reduce_hidden=reduce_hidden,
             )
-        if max_active_rows is not None:
+        counts = impl == "cpu" or _rows.sees_values(head.hidden.device)
+        if max_active_rows is not None and counts:
             check_active_rows(gradients, head, max_active_rows)
-        run = _native.backward if impl == "cpu" else head_backward.backward
-        return run(gradients, head, rows, needs, main_grad=main_grad, reduce_hidden=reduce_hidden)
+        into: dict[str, Any] = {"main_grad": main_grad, "reduce_hidden": reduce_hidden}
+        if impl == "cpu":
+            return _native.backward(gradients, head, rows, needs, **into)
+        most = None if counts else max_active_rows
+        return head_backward.backward(gradients, head, rows, needs, **into, max_active_rows=most)
 
 
 def ratio_loss(impl: str) -> Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .._rows import ForwardRows, active_rows, spread
+from .._rows import ForwardRows, is_active, spread
 from ..head import Head
 from .blocks import (
     LOWEST_EXPONENT,
@@ -29,11 +29,17 @@ from .blocks import (
     workspace,
 )
 
+Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
+
 
 class _Active(NamedTuple):
-    """The active rows: their numbers, the gradients that arrive, and forward's results, all [R]."""
+    """The active rows: their numbers, the gradients that arrive, and forward's results, all [R].
+
+    With a bound for them some may be none; `real` says which are rows.
+    """
 
     number: Tensor
+    real: Tensor | None
     grad_logprob: Tensor | None
     grad_entropy: Tensor | None
     grad_logsumexp: Tensor | None
@@ -56,45 +62,83 @@ class _Needs(NamedTuple):
 
 
 def backward(
-    gradients: tuple[Tensor | None, Tensor | None, Tensor | None],
+    gradients: Gradients,
     head: Head,
     rows: ForwardRows,
     needs: tuple[bool, bool, bool],
     *,
     main_grad: Tensor | None = None,
     reduce_hidden: Callable[[Tensor], None] | None = None,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    max_active_rows: int | None = None,
+) -> Gradients:
     """Gradients of hidden, weight and bias, from those of logprob, entropy and log-sum-exp.
 
     A gradient that `needs` does not ask for is None, and so is the weight's where it is added to
-    `main_grad`, [V, D] of any dtype. On CUDA the host waits for the number of active rows.
+    `main_grad`, [V, D] of any dtype. On CUDA the host waits for the number of active rows, unless
+    `max_active_rows` bounds it. More of them then make every gradient NaN.
 
     `reduce_hidden` changes the hidden states' gradient of the active rows, fp32 [R, D], in place
     before it is rounded. It adds what ranks with other rows of the weight have.
     """
-    index_R = active_rows(gradients, head.target, head.ignore_index)
-    grad_logprob_R, grad_entropy_R, grad_logsumexp_R = (
-        None if grad_T is None else grad_T[index_R].float() for grad_T in gradients
-    )
-    active = _Active(
-        index_R,
-        grad_logprob_R,
-        grad_entropy_R,
-        grad_logsumexp_R,
-        head.target[index_R],
-        at(head.temperature_T, index_R),
-        rows.entropy[index_R],
-        rows.max[index_R],
-        rows.log_sum[index_R],
-    )
+    active_T = is_active(gradients, head.target, head.ignore_index)
+    hidden_RD, active, poison = _gather(active_T, max_active_rows, gradients, head, rows)
     logits_TV = rows.logits if rows.logits.numel() else None
     dhidden_RD, dweight_VD, dbias_V = _gradients(
-        head.hidden[index_R], active, head, logits_TV, _Needs(*needs), main_grad
+        hidden_RD, active, head, logits_TV, _Needs(*needs), main_grad
     )
-    if dhidden_RD is not None and reduce_hidden is not None:
+    if dhidden_RD is None:
+        return None, dweight_VD, dbias_V
+    if reduce_hidden is not None:
         reduce_hidden(dhidden_RD)
-    dhidden_TD = None if dhidden_RD is None else spread(dhidden_RD, index_R, head.hidden)
+    if poison is None:
+        return spread(dhidden_RD, active.number, head.hidden), dweight_VD, dbias_V
+    dhidden_TD = torch.zeros_like(head.hidden, memory_format=torch.contiguous_format)
+    dhidden_TD.index_add_(0, active.number, dhidden_RD.to(dhidden_TD.dtype)).mul_(poison)
     return dhidden_TD, dweight_VD, dbias_V
+
+
+def _gather(
+    active_T: Tensor, most: int | None, gradients: Gradients, head: Head, rows: ForwardRows
+) -> tuple[Tensor, _Active, Tensor | None]:
+    """The hidden states and all else of the active rows.
+
+    With a bound they are filled up to it by row 0, with numbers that make its gradient zero
+    whatever that row holds. Then also a factor of every gradient, 0-dim: NaN beyond the bound.
+    """
+    if most is None:
+        index_R, real_R, poison = active_T.nonzero().squeeze(1), None, None
+    else:
+        # At least one, so that what is beyond a bound of 0 has a row to be seen at.
+        room = min(max(most, 1), active_T.numel())
+        index_R = torch.nonzero_static(active_T, size=room).squeeze(1)
+        index_R, real_R = index_R.clamp_min(0), index_R >= 0
+        poison = torch.where(active_T.sum() <= most, 1.0, torch.nan)
+
+    def pick(x_T: Tensor | None, other: float = 0) -> Any:
+        x_R = at(x_T, index_R)
+        return x_R if x_R is None or real_R is None else x_R.where(real_R, other)
+
+    def arriving(grad_T: Tensor | None) -> Tensor | None:
+        grad_R = None if grad_T is None else pick(grad_T).float()
+        return grad_R if grad_R is None or poison is None else grad_R * poison
+
+    grad_logprob_T, grad_entropy_T, grad_logsumexp_T = gradients
+    hidden_RD = head.hidden[index_R]
+    if real_R is not None:
+        hidden_RD = hidden_RD.masked_fill_(~real_R.unsqueeze(1), 0)
+    active = _Active(
+        index_R,
+        real_R,
+        arriving(grad_logprob_T),
+        arriving(grad_entropy_T),
+        arriving(grad_logsumexp_T),
+        pick(head.target),
+        pick(head.temperature_T, 1),
+        pick(rows.entropy),
+        pick(rows.max, torch.inf),
+        pick(rows.log_sum),
+    )
+    return hidden_RD, active, poison
 
 
 def _gradients(
@@ -104,7 +148,7 @@ def _gradients(
     logits_TV: Tensor | None,
     needs: _Needs,
     main_grad: Tensor | None,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+) -> Gradients:
     """One pass over the vocabulary, and a product of [R, V, D] for each gradient that is needed."""
     count, vocabulary = hidden_RD.shape[0], head.weight.shape[0]
     block_t, block_v = sizes(hidden_RD)
@@ -121,6 +165,8 @@ def _gradients(
         for chunk in slices(count, block_t):
             some, hidden = active.chunk(chunk), compute_dtype(hidden_RD[chunk])
             stored = None if logits_TV is None else logits_TV[some.number, v]
+            if stored is not None and some.real is not None:
+                stored.masked_fill_(~some.real.unsqueeze(1), 0)
             z = logits(hidden, weight, head, v) if stored is None else stored
             dz = _dlogits(z, some, head.softcap, v, p_buffer)
             if dbias_V is not None:
