@@ -185,6 +185,15 @@ def check_generator(generator: object, like: Tensor, of: str) -> None:
         )
 
 
+def as_scalar(x: float | Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """One value, detached, as a 0-dim tensor. Nothing waits for a GPU, not for a CPU's value."""
+    if not isinstance(x, Tensor):
+        return torch.full((), x, dtype=dtype, device=device)
+    x = x.detach().reshape(())
+    x = torch.ones((), dtype=dtype, device=device) * x if x.device.type == "cpu" else x
+    return x.to(device, dtype)
+
+
 def readable(x: object) -> bool:
     """Whether values of `x` are at hand: those of a plain tensor on a CPU, outside of a graph."""
     plain = type(x) in (Tensor, torch.nn.Parameter) and not torch.compiler.is_compiling()

@@ -12,7 +12,14 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from . import _rows, backends
-from ._arguments import check_fraction, check_masks, check_tensor, check_threshold, shown
+from ._arguments import (
+    as_scalar,
+    check_fraction,
+    check_masks,
+    check_tensor,
+    check_threshold,
+    shown,
+)
 from ._loss_options import LossOptions, check_kinds
 from ._loss_tokens import read_tokens
 from ._main_grad import check_main_grad
@@ -138,7 +145,7 @@ def high_entropy_policy_loss(
     mask = mask & head.valid
     least = None
     if threshold is not None:
-        threshold = torch.as_tensor(threshold, dtype=torch.float32, device=mask.device)
+        threshold = as_scalar(threshold, torch.float32, mask.device)
         least = threshold * (1 - selection.threshold_tolerance)
     if selected is None:
         found = _on_mask(head, mask, least, parallel.vocab_group, backend)

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from . import _vocab_parallel, backends, ops, reference
-from ._arguments import check_flag, check_group, check_threshold, check_whole, shown
+from ._arguments import as_scalar, check_flag, check_group, check_threshold, check_whole, shown
 from ._main_grad import GradientInto, check_main_grad
 from ._rows import STATISTICS, check_statistics, check_values
 from ._shapes import Float
@@ -198,9 +198,7 @@ def _room(
     # An index is a constant to torch.compile, the size of a dynamic shape is not.
     if not backends.stores_rows(device, head.hidden.dtype, operator.index(head.hidden.shape[1])):
         return None, 0
-    if isinstance(above, Tensor):
-        return above.detach().reshape(()).float(), rows
-    return torch.full((), above, dtype=torch.float32, device=device), rows
+    return as_scalar(above, torch.float32, device), rows
 
 
 def _reference(

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from ._arguments import as_scalar
 from ._shapes import Bool, Float
 from .distributed import all_reduce_mean, all_reduce_sum, world_size
 from .losses import bounded
@@ -131,7 +132,5 @@ def aggregation_weight(
 
 def _not_zero(count: float | Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
     """[1]; 1 in place of 0. A mean count per rank may lie between."""
-    if isinstance(count, Tensor):
-        count = count.detach().to(device, dtype).reshape(1)
-        return count.masked_fill(count <= 0, 1)
-    return torch.full((1,), count, device=device, dtype=dtype)
+    count = as_scalar(count, dtype, device).reshape(1)
+    return count.masked_fill(count <= 0, 1)

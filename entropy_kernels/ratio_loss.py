@@ -258,7 +258,8 @@ def _kl(
     new, old, reference = (torch.where(on, x, 0.0) for x in (new, old, reference))
     kl = kl_divergence(new, reference, kind, old)
     mean = torch.where(on, kl.detach(), 0.0).sum() / on.sum().clamp_min(1)
-    coef = torch.as_tensor(tokens.kl_coef, dtype=new.dtype, device=new.device).detach()
+    coef = tokens.kl_coef
+    coef = coef.detach().to(new.dtype) if isinstance(coef, Tensor) else coef
     term = torch.where(on & (coef != 0), coef * kl, 0.0)
     return _sum(term + poison(new, term.isnan()), scale_B), mean
 
