@@ -8,9 +8,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ._arguments import LARGEST, check_advantage, check_logprobs, check_tensor, check_values
+from ._arguments import (
+    LARGEST,
+    check_advantage,
+    check_logprobs,
+    check_tensor,
+    check_values,
+    readable,
+)
 from ._loss_options import LossOptions
-from ._ragged import check_lengths, in_rows, rows, sequence_numbers
+from ._ragged import check_lengths, in_rows, on_device, rows, sequence_numbers
 
 
 class Tokens(NamedTuple):
@@ -127,13 +134,16 @@ def _check_shapes(tokens: Tokens) -> None:
 
 
 def _per_token(advantage: Tensor, logprob: Tensor, lengths: Tensor | None) -> Tensor:
-    """The advantage of each token, from one per token or per sequence."""
+    """The advantage of each token, from one per token or per sequence; NaN where, unseen by
+    `_check_advantage`, it could be either."""
     advantage, shape = advantage.detach(), logprob.shape
-    if advantage.shape == shape:
-        return advantage
     if lengths is None:
-        return advantage.unsqueeze(1).expand(shape)
-    return advantage[sequence_numbers(lengths.to(advantage.device), shape[0])]
+        return advantage if advantage.shape == shape else advantage.unsqueeze(1).expand(shape)
+    if advantage.shape != shape:
+        return advantage[sequence_numbers(on_device(lengths, logprob), shape[0])]
+    if lengths.shape != shape or lengths.device != logprob.device:
+        return advantage
+    return advantage.where((lengths == 1).all(), torch.nan)
 
 
 def _check_advantage(advantage: Tensor, logprob: Tensor, lengths: Tensor | None) -> None:
@@ -151,10 +161,8 @@ def _check_advantage(advantage: Tensor, logprob: Tensor, lengths: Tensor | None)
             f"advantage must be one per token, {tuple(logprob.shape)}, or per sequence, "
             f"{tuple(lengths.shape)}; got {tuple(advantage.shape)}"
         )
-    if logprob.shape != lengths.shape or torch.compiler.is_compiling():
-        return
     # Sequences of one token each have one advantage either way.
-    if not bool((lengths == 1).all()):
+    if logprob.shape == lengths.shape and readable(lengths) and not bool((lengths == 1).all()):
         raise ValueError(
             f"advantage {tuple(advantage.shape)} is one per token and one per sequence: leave out "
             f"the sequences without a token; got lengths={lengths.tolist()}"

@@ -30,11 +30,16 @@ def in_rows(lengths_B: Tensor, like_T: Tensor) -> Ragged:
     longest = tokens
     if not torch.compiler.is_compiling():
         longest = int(lengths_B.max()) if sequences else 0
-    lengths_B = lengths_B.to(like_T.device)
+    lengths_B = on_device(lengths_B, like_T)
     sequence_T = sequence_numbers(lengths_B, tokens)
     begin_B = lengths_B.cumsum(0) - lengths_B
     place_T = torch.arange(tokens, device=like_T.device) - begin_B[sequence_T]
     return Ragged(sequence_T * longest + place_T, (sequences, longest))
+
+
+def on_device(lengths_B: Tensor, like: Tensor) -> Tensor:
+    """`lengths_B` where `like` is; from a CPU by a copy that does not wait for a GPU."""
+    return lengths_B.to(like.device, non_blocking=True)
 
 
 def rows(x: Any, ragged: Ragged) -> Any:

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import entropy_kernels as ek
+from entropy_kernels import _loss_tokens
 from entropy_kernels.loss_terms import AGGREGATIONS, CORRECTIONS
 from entropy_kernels.losses import LOSSES
 from entropy_kernels.testing import peaked_head
@@ -220,3 +221,14 @@ def test_sequences_of_one_token_have_either_kind_of_advantage():
     loss, _ = ek.ratio_loss(X, X, torch.arange(5.0), M, loss_type="grpo", lengths=lengths)
     assert loss == -2
     assert math.isclose(loss, ek.ratio_loss(X, X, torch.arange(5.0), M)[0], rel_tol=1e-6)
+
+
+def test_an_advantage_of_two_meanings_is_nan_where_nobody_reads_the_lengths(monkeypatch):
+    """As on a GPU, which would have to be waited for."""
+    monkeypatch.setattr(_loss_tokens, "readable", lambda x: False)
+    for lengths, wanted in ((torch.tensor([2, 0, 1, 1, 1]), math.nan), (torch.ones(5), -2.0)):
+        x = X.clone().requires_grad_()
+        loss, _ = ek.ratio_loss(x, X, torch.arange(5.0), M, lengths=lengths.long())
+        loss.backward()
+        torch.testing.assert_close(loss.item(), wanted, equal_nan=True)
+        assert bool(x.grad.isnan().any()) == math.isnan(wanted)
