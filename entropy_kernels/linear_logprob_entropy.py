@@ -75,9 +75,9 @@ def linear_logprob_entropy(
             max_active_rows of them. Backward recomputes from the first active row that was not
             stored. A row of NaN entropy is not stored, and a tensor of NaN stores none.
         max_active_rows: an upper bound, known to the host, of the rows that will get a gradient.
-            With it the Triton backward does not wait for the GPU to count them, and a CUDA graph
-            can hold it. If more rows get one, all gradients are NaN; the "cpu" and "torch"
-            backwards raise a ValueError instead, and the reference takes any number.
+            With it backward does not wait for a GPU to count them, and a CUDA graph can hold it. If
+            more rows get one, all gradients are NaN. On a CPU the "cpu" and "torch" backwards raise
+            a ValueError instead, and the reference takes any number.
         main_grad: the caller's contiguous buffer [V, D], fp32 or of weight's dtype. Backward adds
             the weight's gradient to it in fp32, rounds once, and allocates no [V, D] of its own.
             `weight.grad` fits if `zero_grad(set_to_none=False)` keeps it. So does a fp32 sum over

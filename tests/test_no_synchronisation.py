@@ -1,0 +1,370 @@
+"""Nothing waits for a GPU in forward, loss and backward with a bound, for every loss and option.
+
+What does wait, or copies, is in a list of its own, by name.
+
+T tokens, D hidden, V vocabulary, B sequences, L their length.
+"""
+
+import functools
+import itertools
+import re
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
+
+import entropy_kernels as ek
+from entropy_kernels import distributed, losses, ops, token_rules
+from entropy_kernels._radix import kth_largest
+from entropy_kernels._rows import STATISTICS
+from entropy_kernels.loss_terms import AGGREGATIONS, CORRECTIONS, KL_TYPES
+from entropy_kernels.top_entropy_mask import SCOPES, TIES, WHICH
+from tests.host_waits import HostWaits, backward, fake_gpu
+
+B, L, D, V = 4, 16, 64, 1000
+T, MOST = B * L, 13
+IMPLS = ("triton", "torch")
+Options = dict[str, Any]
+
+
+def floats(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(shape, dtype=dtype, device="cuda")
+
+
+def bools(*shape: int) -> Tensor:
+    return floats(*shape) > 0
+
+
+def make_head(*shape: int, **options: Any) -> ek.Head:
+    hidden, weight = floats(*shape, D, dtype=torch.bfloat16), floats(V, D, dtype=torch.bfloat16)
+    target = torch.randint(V, shape, device="cuda")
+    return ek.Head(hidden.requires_grad_(), weight.requires_grad_(), target, **options)
+
+
+def with_loss(name: str) -> Options:
+    numbers = {"dr_grpo": 8.0}
+    return {"loss_type": name, "denominator": numbers.get(name, "selected")}
+
+
+def with_aggregation(name: str) -> Options:
+    number = name == "seq-mean-token-sum-norm"
+    return {
+        "denominator": 8.0 if number else "selected",
+        "aggregation": ek.Aggregation(name),
+    }
+
+
+# The options of a loss; tensors are made as they are called for, on the fake GPU.
+LOSSES: dict[str, Callable[[], Options]] = {
+    **{f"loss_type={x}": functools.partial(with_loss, x) for x in losses.LOSSES},
+    **{f"aggregation={x}": functools.partial(with_aggregation, x) for x in AGGREGATIONS},
+    **{
+        f"kl={kind} on={on}": lambda kind=kind, on=on: {
+            "kl": ek.KL(0.1, kind, on, floats(B, L)),
+        }
+        for kind, on in itertools.product(KL_TYPES, ("selected", "all"))
+    },
+    **{
+        f"correction={kind}": lambda kind=kind: {
+            "correction": ek.Correction(kind, 2.0, 0.5, floats(B, L)),
+        }
+        for kind in (None, *CORRECTIONS)
+    },
+    "kl per token": lambda: {"kl": ek.KL(floats(B, L), reference_logprob=floats(B, L))},
+    "kl of one tensor": lambda: {"kl": ek.KL(floats(), reference_logprob=floats(B, L))},
+    "kl as a metric": lambda: {"kl": ek.KL(reference_logprob=floats(B, L))},
+    "own function": lambda: {"loss_type": lambda new, old, advantage, mask: -new * advantage},
+    "partial": lambda: {"loss_type": functools.partial(losses.sapo, tau_neg=1.1)},
+    "sequence_over=selected": lambda: {
+        "loss_type": "gspo",
+        "aggregation": ek.Aggregation(sequence_over="selected"),
+    },
+    "dual_clip": lambda: {"dual_clip": 3.0},
+    "clips": lambda: {"clip_low": 0.1, "clip_high": 0.3},
+    "clips per token": lambda: {"clip_low": floats(B, L), "clip_high": floats(B, L)},
+    "clips of one tensor": lambda: {"clip_low": floats(), "clip_high": 0.3},
+    "dual_clip with clips per token": lambda: {"dual_clip": 3.0, "clip_low": floats(B, L)},
+    "denominator=all": lambda: {"denominator": "all"},
+    "denominator=8": lambda: {"denominator": 8.0},
+    "denominator on the GPU": lambda: {"denominator": floats()},
+    "denominator on the CPU": lambda: {"denominator": torch.ones((), dtype=torch.int64)},
+    "num_sequences": lambda: {
+        "loss_type": "grpo",
+        "aggregation": ek.Aggregation(num_sequences=torch.ones(1)),
+    },
+    "token_weight": lambda: {"aggregation": ek.Aggregation(token_weight=floats(B, L))},
+    "soft mask": lambda: {"aggregation": ek.Aggregation(token_weight=bools(B, L))},
+    "entropy bonus": lambda: {"entropy_bonus": ek.EntropyBonus(0.01)},
+    "entropy bonus on all": lambda: {"entropy_bonus": ek.EntropyBonus(0.01, "all")},
+    "advantage per token": lambda: {"advantage": floats(B, L)},
+    "on-policy": lambda: {"old_logprob": None},
+}
+# How tokens are chosen and what the head is, beside the loss.
+CHOICES: dict[str, Callable[[], Options]] = {
+    **{
+        f"fraction which={which} scope={scope}": lambda which=which, scope=scope: {
+            "selection": ek.Selection(which, scope),
+        }
+        for which, scope in itertools.product(("top", "bottom", "random"), ("batch", "sequence"))
+    },
+    "threshold": lambda: {"threshold": 0.5},
+    "threshold with a tolerance": lambda: {
+        "threshold": 0.5,
+        "selection": ek.Selection(threshold_tolerance=1e-5),
+    },
+    "threshold on the GPU": lambda: {"threshold": floats()},
+    "threshold on the CPU": lambda: {"threshold": torch.ones((), dtype=torch.float64)},
+    "selected": lambda: {"selected": bools(B, L)},
+}
+HEADS: dict[str, Callable[[], Options]] = {
+    "plain": dict,
+    "temperature": lambda: {"temperature": 0.7},
+    "temperature of one tensor": lambda: {"temperature": floats(1).abs()},
+    "temperature per token": lambda: {"temperature": floats(B, L).abs()},
+    "softcap": lambda: {"softcap": 30.0},
+    "logit_scale": lambda: {"logit_scale": 0.5},
+    "bias": lambda: {"bias": floats(V, dtype=torch.bfloat16).requires_grad_()},
+    "ignore_index": lambda: {"ignore_index": 0},
+}
+
+
+CALLS: dict[str, Callable[[], Options]] = {
+    "keep_logits": lambda: {"keep_logits": True},
+    "keep_logits_above": lambda: {"keep_logits_above": 0.5},
+    "keep_logits_above on the GPU": lambda: {"keep_logits_above": floats()},
+    "statistics": lambda: {"statistics": STATISTICS},
+    "a bound of no row": lambda: {"max_active_rows": 0},
+}
+
+
+def selected_beyond_the_tokens() -> None:
+    backend = ek.Backend("triton", max_active_rows=T + 1)
+    policy_loss("triton", {"selected": bools(B, L), "backend": backend})
+
+
+def selection(impl: str) -> None:
+    """Every launch of the threshold and of the mask."""
+    kth = kth_largest([(floats(T), bools(T)), (floats(T), None)], 0.2, None, impl)
+    ops.select_largest(floats(T), bools(T), kth.value, kth.quota, impl)
+
+
+def top_of(scope: str, which: str, ties: str) -> None:
+    ek.top_entropy_mask(floats(B, L), bools(B, L), scope=scope, which=which, ties=ties)
+
+
+def streaming(mode: str, **options: Any) -> ek.StreamingThreshold:
+    threshold = ek.StreamingThreshold(mode=mode, **options)
+    threshold.update(floats(B, L), bools(B, L))
+    threshold.update(floats(B, L))
+    return threshold
+
+
+def stream(mode: str) -> None:
+    threshold = streaming(mode)
+    threshold.mask(floats(B, L), bools(B, L))
+    _ = threshold.count, threshold.value(), threshold.selected_count(), threshold.denominator()
+    other = ek.StreamingThreshold(mode=mode)
+    state = {"mode": mode, "fraction": 0.2}
+    if mode == "sketch":
+        state = threshold.state_dict()
+    else:
+        state["entropies"] = floats(T)
+    other.load_state_dict(state)
+    threshold.reset()
+    threshold.value()
+
+
+def steps_of_one_mean() -> None:
+    """Counts of a step before it, and its metrics after it."""
+    masks = [bools(B, L), bools(B, L)]
+    loss, metrics = ek.ratio_loss(
+        floats(B, L).requires_grad_(),
+        None,
+        floats(B),
+        masks[0],
+        denominator=distributed.mean_count(masks),
+    )
+    distributed.join_metrics([metrics | {"loss": loss.detach()}] * 2)
+
+
+# What is no loss: the selection, and rules that pick tokens.
+RULES: dict[str, Callable[[], object]] = {
+    "selection triton": lambda: selection("triton"),
+    "selection torch": lambda: selection("torch"),
+    **{
+        " ".join(choice): functools.partial(top_of, *choice)
+        for choice in itertools.product(SCOPES, WHICH, TIES)
+    },
+    "selected with a bound beyond T": selected_beyond_the_tokens,
+    "entropy_threshold": lambda: ek.entropy_threshold(floats(B, L), bools(B, L)),
+    "streaming exact": lambda: stream("exact"),
+    "streaming sketch": lambda: stream("sketch"),
+    "counts and metrics of a step": steps_of_one_mean,
+    "covariance": lambda: token_rules.covariance(floats(B, L), floats(B), bools(B, L)),
+    "clip_cov": lambda: token_rules.clip_cov(
+        floats(B, L), floats(B), bools(B, L), clipped=bools(B, L)
+    ),
+    "kl_cov": lambda: token_rules.kl_cov(floats(B, L), floats(B), bools(B, L)),
+    "entropy_advantage": lambda: token_rules.entropy_advantage(floats(B), floats(B, L)),
+    "two_clip_ranges": lambda: token_rules.two_clip_ranges(bools(B, L)),
+    "select_token": lambda: token_rules.select_token(
+        floats(B, L), floats(B, L), floats(B, L), bools(B, L)
+    ),
+    "discriminator": lambda: token_rules.discriminator(floats(B, L), floats(B, L)),
+    "expected_discriminator": lambda: token_rules.expected_discriminator(
+        floats(B, L), floats(B, L), floats(B, L)
+    ),
+    "clip_discriminator": lambda: token_rules.clip_discriminator(
+        floats(B, L), floats(B), bools(B, L), centre=floats(B, L)
+    ),
+    "lengths on the GPU, a loss of tokens": lambda: ratio_loss(
+        {"lengths": lengths("cuda"), "advantage": floats(B)}, T
+    ),
+    "one length per token": lambda: ratio_loss({"lengths": lengths("cuda")}, B),
+}
+
+
+def lengths(device: str) -> Tensor:
+    # The fake CPU keeps the values of a list.
+    on_gpu = device == "cuda"
+    return torch.full((B,), L, device="cuda") if on_gpu else torch.tensor([L] * B)
+
+
+def of_sequences(device: str) -> Options:
+    return {"lengths": lengths(device), "advantage": floats(B), "loss_type": "gspo"}
+
+
+# What waits, or copies without waiting, as its documentation says.
+WAITS: dict[str, tuple[Callable[[], object], set[str]]] = {
+    "backward without a bound, triton": (
+        lambda: head_alone("triton", {"max_active_rows": None}),
+        {"item at launch_rows.py"},
+    ),
+    "backward without a bound, torch": (
+        lambda: head_alone("torch", {"max_active_rows": None}),
+        {"nonzero at head_backward.py"},
+    ),
+    "selected without a bound": (
+        lambda: policy_loss("torch", {"selected": bools(B, L), "backend": ek.Backend("torch")}),
+        {"nonzero at high_entropy_policy_loss.py"},
+    ),
+    "values checked by the specification": (
+        lambda: head_alone("reference", {}),
+        {"item at _rows.py"},
+    ),
+    "lengths on the GPU, a loss of sequences": (
+        lambda: ratio_loss(of_sequences("cuda"), T),
+        {"item at _ragged.py"},
+    ),
+    "lengths on the CPU": (
+        lambda: ratio_loss(of_sequences("cpu"), T),
+        {"copy, _to_copy at _ragged.py"},
+    ),
+    "state_dict of entropies": (
+        lambda: streaming("exact").state_dict(),
+        {"index at streaming_threshold.py"},
+    ),
+    "a state on the CPU": (
+        lambda: ek.StreamingThreshold(device="cuda").load_state_dict(
+            {"mode": "exact", "fraction": 0.2, "entropies": torch.ones(3)}
+        ),
+        {"_to_copy at streaming_threshold.py"},
+    ),
+}
+
+
+def count(run: Callable[[], object]) -> dict[str, int]:
+    """What waits or copies within `run` on the fake GPU, which ends where a value is needed."""
+    with HostWaits() as waits, suppress(DataDependentOutputException, DynamicOutputShapeException):
+        run()
+    return dict(waits.found)
+
+
+def policy_loss(impl: str, options: Options, head: ek.Head | None = None) -> None:
+    """Forward and backward of the loss on a head."""
+    tokens = {"old_logprob": floats(B, L), "advantage": floats(B), "mask": bools(B, L)}
+    backend = ek.Backend(impl, max_active_rows=MOST)
+    tokens |= {"backend": backend} | options
+    loss, _ = ek.high_entropy_policy_loss(make_head(B, L) if head is None else head, **tokens)
+    backward(loss)
+
+
+def head_alone(impl: str, options: Options, **of_head: Any) -> None:
+    """Forward and backward of the head, all outputs with a gradient."""
+    bound = {"max_active_rows": MOST} | options
+    found = ek.linear_logprob_entropy(make_head(B, L, **of_head), **bound, impl=impl)
+    backward(sum(x.sum() for x in found[:3]))
+
+
+def ratio_loss(options: Options, *shape: int) -> None:
+    logprob = floats(*shape).requires_grad_()
+    tokens = {"old_logprob": floats(*shape), "advantage": floats(*shape), "mask": bools(*shape)}
+    loss, _ = ek.ratio_loss(logprob, **tokens | options)
+    backward(loss)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_no_loss_waits(name):
+    with fake_gpu() as launches:
+        options = {"threshold": floats()} | LOSSES[name]()
+        assert count(lambda: policy_loss("triton", options)) == {}
+        assert launches
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("name", CHOICES)
+def test_no_choice_of_tokens_waits(name, impl):
+    with fake_gpu() as launches:
+        options = CHOICES[name]()
+        assert count(lambda: policy_loss(impl, options)) == {}
+        assert bool(launches) == (impl == "triton")
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "gfx942"])
+@pytest.mark.parametrize("name", HEADS)
+def test_no_head_waits_whatever_its_architecture(name, arch):
+    with fake_gpu(arch):
+        of_head = HEADS[name]()
+        for impl in IMPLS:
+            assert count(lambda impl=impl: head_alone(impl, {}, **of_head)) == {}
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("name", CALLS)
+def test_no_option_of_the_head_waits(name, impl):
+    with fake_gpu():
+        options = CALLS[name]()
+        assert count(lambda: head_alone(impl, options)) == {}
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_no_weights_gradient_into_a_buffer_waits(impl):
+    with fake_gpu():
+        for dtype in (torch.float32, torch.bfloat16):
+            backend = ek.Backend(impl, floats(V, D, dtype=dtype), MOST)
+            assert count(lambda backend=backend: policy_loss(impl, {"backend": backend})) == {}
+
+
+def test_the_module_does_not_wait():
+    with fake_gpu():
+        module = ek.nn.HighEntropyPolicyLoss(backend=ek.Backend("triton"))
+        tokens = make_head(B, L), floats(B, L), floats(B), bools(B, L)
+        assert count(lambda: backward(module(*tokens, max_active_rows=MOST)[0])) == {}
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_no_rule_waits(name):
+    with fake_gpu():
+        assert count(RULES[name]) == {}
+
+
+@pytest.mark.parametrize("name", WAITS)
+def test_what_waits_or_copies_is_listed_by_name(name):
+    """By these the detector is seen to see."""
+    run, expected = WAITS[name]
+    with fake_gpu():
+        assert {re.sub(r":\d+$", "", key) for key in count(run)} == expected
