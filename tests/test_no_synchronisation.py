@@ -1,8 +1,6 @@
 """Nothing waits for a GPU in forward, loss and backward with a bound, for every loss and option.
 
 What does wait, or copies, is in a list of its own, by name.
-
-T tokens, D hidden, V vocabulary, B sequences, L their length.
 """
 
 import functools
@@ -14,131 +12,64 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import entropy_kernels as ek
-from entropy_kernels import distributed, losses, ops, token_rules
+from entropy_kernels import distributed, ops, token_rules
 from entropy_kernels._radix import kth_largest
-from entropy_kernels._rows import STATISTICS
-from entropy_kernels.loss_terms import AGGREGATIONS, CORRECTIONS, KL_TYPES
 from entropy_kernels.top_entropy_mask import SCOPES, TIES, WHICH
+from tests.gpu_options import (
+    CALLS,
+    CHOICES,
+    HEADS,
+    LOSSES,
+    MOST,
+    B,
+    D,
+    L,
+    Options,
+    T,
+    V,
+    bools,
+    floats,
+    make_head,
+)
 from tests.host_waits import HostWaits, backward, fake_gpu
 
-B, L, D, V = 4, 16, 64, 1000
-T, MOST = B * L, 13
 IMPLS = ("triton", "torch")
-Options = dict[str, Any]
 
 
-def floats(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.randn(shape, dtype=dtype, device="cuda")
+def count(run: Callable[[], object]) -> dict[str, int]:
+    """What waits or copies within `run` on the fake GPU, which ends where a value is needed."""
+    with HostWaits() as waits, suppress(DataDependentOutputException, DynamicOutputShapeException):
+        run()
+    return dict(waits.found)
 
 
-def bools(*shape: int) -> Tensor:
-    return floats(*shape) > 0
+def policy_loss(impl: str, options: Options, head: ek.Head | None = None) -> None:
+    """Forward and backward of the loss on a head."""
+    tokens = {"old_logprob": floats(B, L), "advantage": floats(B), "mask": bools(B, L)}
+    backend = ek.Backend(impl, max_active_rows=MOST)
+    tokens |= {"backend": backend} | options
+    loss, _ = ek.high_entropy_policy_loss(make_head(B, L) if head is None else head, **tokens)
+    backward(loss)
 
 
-def make_head(*shape: int, **options: Any) -> ek.Head:
-    hidden, weight = floats(*shape, D, dtype=torch.bfloat16), floats(V, D, dtype=torch.bfloat16)
-    target = torch.randint(V, shape, device="cuda")
-    return ek.Head(hidden.requires_grad_(), weight.requires_grad_(), target, **options)
+def head_alone(impl: str, options: Options, **of_head: Any) -> None:
+    """Forward and backward of the head, all outputs with a gradient."""
+    bound = {"max_active_rows": MOST} | options
+    found = ek.linear_logprob_entropy(make_head(B, L, **of_head), **bound, impl=impl)
+    backward(sum(x.sum() for x in found[:3]))
 
 
-def with_loss(name: str) -> Options:
-    numbers = {"dr_grpo": 8.0}
-    return {"loss_type": name, "denominator": numbers.get(name, "selected")}
-
-
-def with_aggregation(name: str) -> Options:
-    number = name == "seq-mean-token-sum-norm"
-    return {
-        "denominator": 8.0 if number else "selected",
-        "aggregation": ek.Aggregation(name),
-    }
-
-
-# The options of a loss; tensors are made as they are called for, on the fake GPU.
-LOSSES: dict[str, Callable[[], Options]] = {
-    **{f"loss_type={x}": functools.partial(with_loss, x) for x in losses.LOSSES},
-    **{f"aggregation={x}": functools.partial(with_aggregation, x) for x in AGGREGATIONS},
-    **{
-        f"kl={kind} on={on}": lambda kind=kind, on=on: {
-            "kl": ek.KL(0.1, kind, on, floats(B, L)),
-        }
-        for kind, on in itertools.product(KL_TYPES, ("selected", "all"))
-    },
-    **{
-        f"correction={kind}": lambda kind=kind: {
-            "correction": ek.Correction(kind, 2.0, 0.5, floats(B, L)),
-        }
-        for kind in (None, *CORRECTIONS)
-    },
-    "kl per token": lambda: {"kl": ek.KL(floats(B, L), reference_logprob=floats(B, L))},
-    "kl of one tensor": lambda: {"kl": ek.KL(floats(), reference_logprob=floats(B, L))},
-    "kl as a metric": lambda: {"kl": ek.KL(reference_logprob=floats(B, L))},
-    "own function": lambda: {"loss_type": lambda new, old, advantage, mask: -new * advantage},
-    "partial": lambda: {"loss_type": functools.partial(losses.sapo, tau_neg=1.1)},
-    "sequence_over=selected": lambda: {
-        "loss_type": "gspo",
-        "aggregation": ek.Aggregation(sequence_over="selected"),
-    },
-    "dual_clip": lambda: {"dual_clip": 3.0},
-    "clips": lambda: {"clip_low": 0.1, "clip_high": 0.3},
-    "clips per token": lambda: {"clip_low": floats(B, L), "clip_high": floats(B, L)},
-    "clips of one tensor": lambda: {"clip_low": floats(), "clip_high": 0.3},
-    "dual_clip with clips per token": lambda: {"dual_clip": 3.0, "clip_low": floats(B, L)},
-    "denominator=all": lambda: {"denominator": "all"},
-    "denominator=8": lambda: {"denominator": 8.0},
-    "denominator on the GPU": lambda: {"denominator": floats()},
-    "denominator on the CPU": lambda: {"denominator": torch.ones((), dtype=torch.int64)},
-    "num_sequences": lambda: {
-        "loss_type": "grpo",
-        "aggregation": ek.Aggregation(num_sequences=torch.ones(1)),
-    },
-    "token_weight": lambda: {"aggregation": ek.Aggregation(token_weight=floats(B, L))},
-    "soft mask": lambda: {"aggregation": ek.Aggregation(token_weight=bools(B, L))},
-    "entropy bonus": lambda: {"entropy_bonus": ek.EntropyBonus(0.01)},
-    "entropy bonus on all": lambda: {"entropy_bonus": ek.EntropyBonus(0.01, "all")},
-    "advantage per token": lambda: {"advantage": floats(B, L)},
-    "on-policy": lambda: {"old_logprob": None},
-}
-# How tokens are chosen and what the head is, beside the loss.
-CHOICES: dict[str, Callable[[], Options]] = {
-    **{
-        f"fraction which={which} scope={scope}": lambda which=which, scope=scope: {
-            "selection": ek.Selection(which, scope),
-        }
-        for which, scope in itertools.product(("top", "bottom", "random"), ("batch", "sequence"))
-    },
-    "threshold": lambda: {"threshold": 0.5},
-    "threshold with a tolerance": lambda: {
-        "threshold": 0.5,
-        "selection": ek.Selection(threshold_tolerance=1e-5),
-    },
-    "threshold on the GPU": lambda: {"threshold": floats()},
-    "threshold on the CPU": lambda: {"threshold": torch.ones((), dtype=torch.float64)},
-    "selected": lambda: {"selected": bools(B, L)},
-}
-HEADS: dict[str, Callable[[], Options]] = {
-    "plain": dict,
-    "temperature": lambda: {"temperature": 0.7},
-    "temperature of one tensor": lambda: {"temperature": floats(1).abs()},
-    "temperature per token": lambda: {"temperature": floats(B, L).abs()},
-    "softcap": lambda: {"softcap": 30.0},
-    "logit_scale": lambda: {"logit_scale": 0.5},
-    "bias": lambda: {"bias": floats(V, dtype=torch.bfloat16).requires_grad_()},
-    "ignore_index": lambda: {"ignore_index": 0},
-}
-
-
-CALLS: dict[str, Callable[[], Options]] = {
-    "keep_logits": lambda: {"keep_logits": True},
-    "keep_logits_above": lambda: {"keep_logits_above": 0.5},
-    "keep_logits_above on the GPU": lambda: {"keep_logits_above": floats()},
-    "statistics": lambda: {"statistics": STATISTICS},
-    "a bound of no row": lambda: {"max_active_rows": 0},
-}
+def ratio_loss(options: Options, *shape: int) -> None:
+    logprob = floats(*shape).requires_grad_()
+    tokens = {"old_logprob": floats(*shape), "advantage": floats(*shape), "mask": bools(*shape)}
+    loss, _ = ek.ratio_loss(logprob, **tokens | options)
+    backward(loss)
 
 
 def selected_beyond_the_tokens() -> None:
@@ -277,36 +208,6 @@ WAITS: dict[str, tuple[Callable[[], object], set[str]]] = {
 }
 
 
-def count(run: Callable[[], object]) -> dict[str, int]:
-    """What waits or copies within `run` on the fake GPU, which ends where a value is needed."""
-    with HostWaits() as waits, suppress(DataDependentOutputException, DynamicOutputShapeException):
-        run()
-    return dict(waits.found)
-
-
-def policy_loss(impl: str, options: Options, head: ek.Head | None = None) -> None:
-    """Forward and backward of the loss on a head."""
-    tokens = {"old_logprob": floats(B, L), "advantage": floats(B), "mask": bools(B, L)}
-    backend = ek.Backend(impl, max_active_rows=MOST)
-    tokens |= {"backend": backend} | options
-    loss, _ = ek.high_entropy_policy_loss(make_head(B, L) if head is None else head, **tokens)
-    backward(loss)
-
-
-def head_alone(impl: str, options: Options, **of_head: Any) -> None:
-    """Forward and backward of the head, all outputs with a gradient."""
-    bound = {"max_active_rows": MOST} | options
-    found = ek.linear_logprob_entropy(make_head(B, L, **of_head), **bound, impl=impl)
-    backward(sum(x.sum() for x in found[:3]))
-
-
-def ratio_loss(options: Options, *shape: int) -> None:
-    logprob = floats(*shape).requires_grad_()
-    tokens = {"old_logprob": floats(*shape), "advantage": floats(*shape), "mask": bools(*shape)}
-    loss, _ = ek.ratio_loss(logprob, **tokens | options)
-    backward(loss)
-
-
 @pytest.mark.parametrize("name", LOSSES)
 def test_no_loss_waits(name):
     with fake_gpu() as launches:
@@ -368,3 +269,29 @@ def test_what_waits_or_copies_is_listed_by_name(name):
     run, expected = WAITS[name]
     with fake_gpu():
         assert {re.sub(r":\d+$", "", key) for key in count(run)} == expected
+
+
+@pytest.fixture
+def two_ranks():
+    """A group of two ranks, of which this process is one and the other does nothing."""
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    yield dist.group.WORLD
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("loss_type", ["dapo", "grpo", "gspo"])
+def test_no_collective_of_a_loss_waits(loss_type, two_ranks):
+    with fake_gpu():
+        for name in ("group", "sequence_group", "vocab_group"):
+            for impl in IMPLS:
+                options = {"loss_type": loss_type, "parallel": ek.Parallel(**{name: two_ranks})}
+                assert count(lambda: policy_loss(impl, options)) == {}  # noqa: B023
+
+
+def test_no_collective_of_a_selection_waits(two_ranks):
+    with fake_gpu():
+        for mode in ("exact", "sketch"):
+            threshold = streaming(mode, group=two_ranks)
+            assert count(threshold.denominator) == {}
+        assert count(lambda: distributed.mean_count(bools(B, L), two_ranks)) == {}
+        assert count(lambda: ek.top_entropy_mask(floats(T), group=two_ranks)) == {}
