@@ -1,11 +1,96 @@
-"""Whether a result errs no more than fp32 does: two bounds, element by element, against fp64."""
+"""Whether a result errs no more than fp32 does: two bounds, element by element, against fp64.
+
+A GPU's own arithmetic errs more than fp32 in any order. What it may add is an allowance.
+
+T tokens, D hidden, V vocabulary.
+"""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+
+# Units of the last place that ex2.approx and div.full may be off, 2 each, in one result.
+APPROXIMATE = 4 * torch.finfo(torch.float32).eps
+# Terms that a tensor core adds before it cuts the sum.
+TERMS = 16
+
+
+class GpuArithmetic(NamedTuple):
+    """What a GPU's arithmetic may add to the errors of fp32 in the head, to first order.
+
+    depth: D, the terms of a logit.
+    largest: the largest |logit|, without bias and softcap, over its temperature.
+    dtype: what the matrices hold.
+    capped: the softcap over the least temperature; 0 without a softcap.
+
+    Tensor cores align 16-bit products to the largest exponent. They cut them, and the accumulator
+    every 16 terms or fewer, to 24 bits and a few more (arXiv 2512.07004). Models of these
+    (tests/hardware_model.py) lose up to 2^-23 of the largest logit per 16 terms. fp32 products are
+    chains of FMA, which `worst_of_orders` has. Softmax and softcap use ex2.approx and div.full.
+    """
+
+    depth: int
+    largest: float
+    dtype: torch.dtype
+    capped: float = 0.0
+
+    @classmethod
+    def of(
+        cls,
+        hidden_TD: Tensor,
+        weight_VD: Tensor,
+        temperature: Tensor | float | None = None,
+        softcap: float | None = None,
+        **others: Any,
+    ) -> "GpuArithmetic":
+        """That of a head, whose logits it computes: fp32 [T, V]. `others` change nothing.
+
+        temperature: a number, [1] or [T].
+        """
+        z_TV = hidden_TD.detach().float() @ weight_VD.detach().float().T
+        scale = torch.as_tensor(1.0 if temperature is None else temperature, device=z_TV.device)
+        largest = (z_TV / scale.reshape(-1, 1)).abs().amax()
+        capped = 0.0 if softcap is None else softcap / float(scale.min())
+        return cls(hidden_TD.shape[1], float(largest), hidden_TD.dtype, capped)
+
+    @property
+    def logit(self) -> float:
+        """What a logit over its temperature may err more."""
+        steps = 0 if self.dtype == torch.float32 else -(-self.depth // TERMS)
+        return steps * torch.finfo(torch.float32).eps * self.largest + APPROXIMATE * self.capped
+
+    @property
+    def probability(self) -> float:
+        """What a probability may, relative. Logits of one sign shrink together."""
+        return self.logit + APPROXIMATE
+
+    def outputs(self, logprob: Tensor, entropy: Tensor, logsumexp: Tensor) -> list[Tensor]:
+        """What each of these may; those of a nearly certain row next to nothing."""
+        return [
+            self.probability * -logprob.expm1() + APPROXIMATE * logprob.abs(),
+            (self.probability + APPROXIMATE) * entropy,
+            self.logit + APPROXIMATE * logsumexp.abs().clamp_min(1),
+        ]
+
+    def statistics(
+        self, varentropy: Tensor, max_prob: Tensor, sum_p2: Tensor, sum_p2_logp: Tensor
+    ) -> list[Tensor]:
+        """What each of these may."""
+        squares = torch.minimum(sum_p2, 2 * (1 - sum_p2))
+        each = [
+            varentropy + 2 * varentropy.sqrt(),
+            max_prob * (1 - max_prob),
+            2 * squares,
+            2 * sum_p2_logp.abs() + squares,
+        ]
+        return [self.probability * x for x in each]
+
+    def gradient(self, truth: Tensor) -> Tensor:
+        """What a gradient of hidden states, weight or bias may; its terms err to either side."""
+        return self.probability / 4 * truth.abs().amax()
 
 
 class OtherOrder(TorchDispatchMode):
@@ -126,12 +211,14 @@ def assert_within_two_bounds(
     *,
     factor: float = 2.0,
     operands: torch.dtype = torch.float32,
+    allowance: Tensor | float = 0.0,
 ) -> None:
     """Bounds |got - truth|, element by element, by the worst errors of two others, plus rounding.
 
     truth: fp64. eager: the formula in the dtype of the inputs. plain: the same in fp32 on upcast
     inputs. fp32 results come from `worst_of_orders`. A 16-bit path must meet plain's bound too. It
     may add the rounding of its output, and of its products' operands if they have dtype `operands`.
+    allowance: what the arithmetic of a GPU may add, from `GpuArithmetic`; nothing on a CPU.
     """
     truth = truth.double()
     error = (got.double() - truth).abs()
@@ -142,7 +229,7 @@ def assert_within_two_bounds(
         if operands == torch.float32
         else torch.finfo(operands).eps / 2
     )
-    rounding = rounding + unit * truth.abs().amax()
+    rounding = rounding + unit * truth.abs().amax() + allowance
     for name, other in {"eager": eager, "plain fp32": plain}.items():
         bound = factor * (other.double() - truth).abs().amax() + rounding
         excess = (error - bound).amax() if error.numel() else torch.tensor(-1.0)

@@ -47,6 +47,12 @@ def three_of(grads, h, w, y, b=None, **options):
     return [x[3:] for x in head_cases.three_of((h, w, y, b), grads, **options)]
 
 
+def allowed(truths, h, w, **options):
+    """What each gradient may err beyond both bounds."""
+    arithmetic = head_cases.arithmetic_of(h, w, **options)
+    return [0.0 if arithmetic is None else arithmetic.gradient(x) for x in truths]
+
+
 def options_of(inputs, bias=False, temperature=False, softcap=None):
     _, w, y = inputs
     b = torch.randn(w.shape[0]).to(w) if bias else None

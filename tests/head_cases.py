@@ -11,7 +11,7 @@ import torch
 
 import entropy_kernels as ek
 from entropy_kernels import _rows
-from entropy_kernels._bounds import assert_within_two_bounds
+from entropy_kernels._bounds import GpuArithmetic
 from entropy_kernels._torch import blocks
 from entropy_kernels.testing import peaked_head
 from entropy_kernels.verification import truth
@@ -80,12 +80,18 @@ def dtype_of_products(impl, dtype):
     return dtype if rounds else torch.float32
 
 
+def arithmetic_of(h, w, **options):
+    """What computes this head: None where that is no GPU."""
+    return GpuArithmetic.of(h, w, **options) if h.is_cuda else None
+
+
 def assert_as_reference(got, inputs, grads=None, *, operands=torch.float32, **options):
     """Both bounds for outputs and gradients; the products of backward round dz to `operands`."""
-    for number, quartet in enumerate(zip(got, *three_of(inputs, grads, **options), strict=True)):
-        assert_within_two_bounds(*quartet, operands=torch.float32 if number < 3 else operands)
+    three = three_of(inputs, grads, **options)
+    truth.check_results(got, three, arithmetic_of(*inputs[:2], **options), operands)
 
 
 def check_statistics(got, h, w, y, factor=2.0, **options):
     """Both bounds for each statistic of `got`, the first of _rows.STATISTICS."""
-    truth.check_statistics(got, three_statistics(h, w, y, **options), factor)
+    three = three_statistics(h, w, y, **options)
+    truth.check_statistics(got, three, arithmetic_of(h, w, **options), factor)

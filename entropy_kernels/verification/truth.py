@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from .._bounds import assert_within_two_bounds, worst_elements, worst_of_orders
+from .._bounds import GpuArithmetic, assert_within_two_bounds, worst_elements, worst_of_orders
 from ..head import Head
 from .launches import Inputs
 
@@ -170,13 +170,37 @@ def three_statistics(
     return truths, eager or worst, worst
 
 
+def allowances(arithmetic: GpuArithmetic | None, truths: Results) -> Results:
+    """What each output and gradient of a head may err beyond both bounds."""
+    if arithmetic is None:
+        return [torch.zeros_like(x) for x in truths]
+    return [*arithmetic.outputs(*truths[:3]), *map(arithmetic.gradient, truths[3:])]
+
+
+def check_results(
+    got: Results,
+    three: tuple[Results, ...],
+    arithmetic: GpuArithmetic | None,
+    operands: torch.dtype = torch.float32,
+) -> None:
+    """Both bounds for outputs and gradients; the products of backward round dz to `operands`."""
+    more = allowances(arithmetic, three[0])
+    for number, (*quartet, allowance) in enumerate(zip(got, *three, more, strict=True)):
+        own = torch.float32 if number < 3 else operands
+        assert_within_two_bounds(*quartet, operands=own, allowance=allowance)
+
+
 def check_statistics(
-    got: Tensor | Sequence[Tensor], three: tuple[Sequence[Any], ...], factor: float = 2.0
+    got: Tensor | Sequence[Tensor],
+    three: tuple[Sequence[Any], ...],
+    arithmetic: GpuArithmetic | None,
+    factor: float = 2.0,
 ) -> None:
     """Both bounds for each statistic of `got`, the first of _rows.STATISTICS."""
-    for one, *others in zip(got, *(x[: len(got)] for x in three), strict=True):
+    more = [0.0] * len(got) if arithmetic is None else arithmetic.statistics(*three[0])
+    for one, *others, allowance in zip(got, *(x[: len(got)] for x in (*three, more)), strict=True):
         assert one.dtype == torch.float32
-        assert_within_two_bounds(one, *others, factor=factor)
+        assert_within_two_bounds(one, *others, factor=factor, allowance=allowance)
 
 
 def worst_of_shuffles(
