@@ -14,7 +14,8 @@ from entropy_kernels._triton.head_backward import launch_rows
 from entropy_kernels._triton.head_forward import launch_store, launch_variants
 from entropy_kernels._triton.ratio_loss import launch as ratio_loss
 from entropy_kernels._triton.selection import launch as selection
-from entropy_kernels.verification.head_cases import head_cases, offset_cases
+from entropy_kernels.verification.head_cases import head_cases
+from entropy_kernels.verification.offset_cases import offset_cases
 from entropy_kernels.verification.token_cases import ratio_loss_cases, selection_cases
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -15,7 +15,7 @@ from benchmarks.gpu import candidates, ours
 from benchmarks.gpu.rows import FATAL, Rows, reason
 from benchmarks.gpu.setting import Setting
 from entropy_kernels._bench.result_text import result_text
-from entropy_kernels.verification import head_cases, token_cases
+from entropy_kernels.verification import head_cases, offset_cases, token_cases
 from entropy_kernels.verification.head_cases import Case
 
 STAGE = "correctness"
@@ -80,7 +80,7 @@ def _all_cases(setting: Setting) -> Iterator[Case]:
             for dtype in dtypes:
                 cases = head_cases.head_cases((forward, dlogits), dtype, device, quick)
                 if first:
-                    cases += head_cases.offset_cases((forward, dlogits), dtype, device, quick)
+                    cases += offset_cases.offset_cases((forward, dlogits), dtype, device, quick)
                 name = f"{candidates.name(forward)} + {candidates.name(dlogits)} {dtype}"
                 yield from (case._replace(name=f"{name}: {case.name}") for case in cases[every])
     for impl in ours.elementwise_implementations(device):

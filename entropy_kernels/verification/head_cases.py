@@ -15,10 +15,9 @@ import torch
 from torch import Tensor
 
 from .. import device as gpu
-from .. import reference
 from .._bounds import GpuArithmetic
 from .._rows import ForwardRows
-from ..head import Head
+from .._triton.common.tiles import TMA, variants
 from . import truth
 from .launches import Inputs, launch_backward, launch_forward
 from .truth import ROWS, Results, bend, peaked_head, three_of
@@ -72,43 +71,23 @@ def head_cases(
     shape = (33, 24, 201) if small else (200, 128, 5003)
     shapes = SMALL_SHAPES if small else SHAPES
     found: list[tuple[Any, ...]] = [
-        *((f"shape: {name}", _compare, x) for name, x in shapes.items()),
-        *((f"rows: {rows}", _compare, shape, rows) for rows in ROWS),
-        *((f"options: {name}", _compare, shape, "peaked", x) for name, x in OPTIONS.items()),
-        ("rows without an answer", _no_answer, shape),
-        ("a masked vocabulary", _masked, shape),
-        ("statistics", _check_statistics, shape),
-        ("same bits twice", _twice, shape),
+        *((f"shape: {name}", compare, x) for name, x in shapes.items()),
+        *((f"rows: {rows}", compare, shape, rows) for rows in ROWS),
+        *((f"options: {name}", compare, shape, "peaked", x) for name, x in OPTIONS.items()),
+        ("rows without an answer", no_answer, shape, ("bias", "temperatures")),
+        ("a masked vocabulary", masked, shape),
+        ("statistics", compare, shape, "peaked", ("temperatures", "ignore", "statistics"), False),
+        ("same bits twice", twice, shape),
     ]
     if tiles[0] is None or tiles[0].variant == "cublas":
         found += [
-            ("stored rows", _stored_rows, shape, False),
-            ("stored rows, bounded", _stored_rows, shape, True),
+            ("stored rows", stored_rows, shape, False),
+            ("stored rows, bounded", stored_rows, shape, True),
         ]
     return [Case(name, partial(run, tiles, dtype, device, *rest)) for name, run, *rest in found]
 
 
-def offset_cases(
-    tiles: Tiles, dtype: torch.dtype, device: torch.device, small: bool = False
-) -> list[Case]:
-    """Tensors of more than 2^31 elements: an address in 32 bits reads elsewhere, or nothing."""
-    big = 1 << (12 if small else 31)
-    found = []
-    for name, shape in {
-        "hidden": (big // 32 + 3, 32, 40) if small else (big // 4096 + 3, 4096, 264),
-        "weight": (9, 32, big // 32 + 5) if small else (130, 16384, big // 16384 + 5),
-        "logits": (67, 32, 61) if small else (big // 65536 + 70, 64, 65537),
-        "stored rows": (67, 32, 61) if small else (big // 65536 + 70, 64, 65537),
-    }.items():
-        options: dict[str, Any] = {"keep_logits": name == "logits"}
-        if name == "stored rows":
-            options |= {"store_above": torch.zeros((), device=device), "store_rows": shape[0]}
-        run = partial(_last_rows, tiles, dtype, device, shape, options)
-        found.append(Case(f"2^31: {name}", run, 7 * 2 * big))
-    return found
-
-
-def _inputs(
+def make_inputs(
     shape: Shape,
     dtype: torch.dtype,
     device: torch.device,
@@ -118,11 +97,15 @@ def _inputs(
     """Hidden states, weight, targets and bias of one kind of rows, and the options of the head."""
     T, D, V = shape
     seed = int(torch.randint(1 << 30, ()))
-    h, w, y = bend(rows, *peaked_head(T, D, V, torch.float32, device, seed))
+    h, w, y = bend(rows, *peaked_head(T, D, V, torch.float32, device, seed, rows == "wide"))
     h, w = h.to(dtype), w.to(dtype)
     if "strided" in options:
         h, w = (torch.stack([x, x.neg()], 2).flatten(1)[:, ::2] for x in (h, w))
     chosen: dict[str, Any] = {"keep_logits": True} if "keep" in options else {}
+    if "store" in options:
+        chosen |= {"store_above": torch.zeros((), device=device), "store_rows": T}
+    if "statistics" in options:
+        chosen["statistics"] = torch.full((4, T), math.nan, device=device)
     if "ignore" in options:
         y[::3] = chosen["ignore_index"] = -1
     if "softcap" in options:
@@ -135,42 +118,55 @@ def _inputs(
     return (h, w, y, bias), chosen
 
 
-def _ours(
-    tiles: Tiles, inputs: Inputs, gradients: list[Tensor], options: dict[str, Any]
+def ours(
+    tiles: Tiles,
+    inputs: Inputs,
+    gradients: list[Tensor | None] | None,
+    options: dict[str, Any],
 ) -> list[Tensor]:
-    """Three outputs and the gradients of hidden, weight and bias."""
+    """Three outputs and, for `gradients`, those of hidden, weight and bias."""
     found = _forward(tiles, inputs, options)
-    got = launch_backward(list(gradients), inputs, found, _fitting(tiles[1], inputs), options)
-    return [found.logprob, found.entropy, found.logsumexp, *got]
+    got = [found.logprob, found.entropy, found.logsumexp]
+    if gradients is None:
+        return got
+    tile = _fitting(tiles[1], inputs)
+    return got + launch_backward(gradients, inputs, found, tile, options)
 
 
 def _forward(tiles: Tiles, inputs: Inputs, options: dict[str, Any]) -> ForwardRows:
-    # Few variants can keep logits.
-    keeps = options.get("keep_logits") or "store_above" in options
-    tile = None if keeps else _fitting(tiles[0], inputs)
+    tile = _fitting(tiles[0], inputs)
+    # Few variants can keep logits, and specialised warps have no room for statistics.
+    without = {"keep_logits": TMA, "store_above": (*TMA, "pointer"), "statistics": ("tma_ws",)}
+    if any(tile and options.get(x) is not None and tile.variant in without[x] for x in without):
+        tile = None
     return launch_forward(inputs, tile, options)
 
 
 def _fitting(tile: Any, inputs: Inputs) -> Any:
     """`tile`; or None, for the table to choose, where its variant cannot take these matrices."""
-    from .._triton.common import tiles
-
-    usable = tiles.variants(gpu.architecture(inputs[0].device), *inputs[:2])
+    usable = variants(gpu.architecture(inputs[0].device), *inputs[:2])
     return tile if tile is None or tile.variant in usable else None
 
 
 def _references(
-    inputs: Inputs, gradients: list[Tensor], options: dict[str, Any]
+    inputs: Inputs, gradients: list[Tensor | None] | None, options: dict[str, Any]
 ) -> tuple[Results, ...]:
     """Outputs and gradients in fp64, in the dtype of the inputs, and in fp32."""
+    return three_of(inputs, gradients, **_of_head(options))
+
+
+def _of_head(options: dict[str, Any]) -> dict[str, Any]:
     names = ("temperature", "softcap", "ignore_index")
-    head = {name: options[name] for name in names if name in options}
-    return three_of(inputs, gradients, **head)
+    return {name: options[name] for name in names if name in options}
 
 
-def _gradients(tokens: int, device: torch.device) -> list[Tensor]:
+def make_gradients(
+    tokens: int, device: torch.device, names: tuple[str, ...] = ()
+) -> list[Tensor | None]:
+    """What arrives at log-prob, entropy and log-sum-exp."""
     some = torch.rand(3, tokens, device=device) < ACTIVE
-    return list(torch.randn(3, tokens, device=device) * some)
+    logprob, *others = torch.randn(3, tokens, device=device) * some
+    return [logprob, None, None] if "logprob alone" in names else [logprob, *others]
 
 
 def _check(
@@ -182,46 +178,67 @@ def _check(
     truth.check_results(got, references, arithmetic, inputs[0].dtype)
 
 
-def _compare(
+def compare(
     tiles: Tiles,
     dtype: torch.dtype,
     device: torch.device,
     shape: Shape,
     rows: str = "peaked",
     names: tuple[str, ...] = (),
+    backward: bool = True,
+    **launch: Any,
 ) -> None:
-    inputs, options = _inputs(shape, dtype, device, rows, names)
-    gradients = _gradients(shape[0], device)
-    got = _ours(tiles, inputs, gradients, options)
+    """Outputs within both bounds, with statistics, stored logits and gradients where asked for.
+
+    launch: further options of the launches.
+    """
+    inputs, options = make_inputs(shape, dtype, device, rows, names)
+    gradients = make_gradients(shape[0], device, names) if backward else None
+    got = ours(tiles, inputs, gradients, options | launch)
     _check(got, _references(inputs, gradients, options), inputs, options)
     if "ignore" in names:
-        assert not any(x[::3].any() for x in got[:4])
+        assert not any(x[::3].any() for x in got[:4]), "an ignored row is not zero"
+    if "statistics" in names:
+        three = truth.three_statistics(*inputs[:3], bias=inputs[3], **_of_head(options))
+        # A largest p of 1/2 is off by a whole rounding of a logit.
+        arithmetic = GpuArithmetic.of(*inputs[:2], **options)
+        truth.check_statistics(options["statistics"], three, arithmetic, factor=3.0)
 
 
-def _no_answer(tiles: Tiles, dtype: torch.dtype, device: torch.device, shape: Shape) -> None:
+def no_answer(
+    tiles: Tiles,
+    dtype: torch.dtype,
+    device: torch.device,
+    shape: Shape,
+    names: tuple[str, ...] = (),
+    **launch: Any,
+) -> None:
     """NaN and infinities, targets outside [0, V) and temperatures that are not positive make NaN
-    of their rows, and of theirs alone. An ignored row among them is 0."""
-    (h, w, y, b), _ = _inputs(shape, dtype, device)
-    temperature = torch.ones(shape[0], device=device)
+    of their rows, and of theirs alone. An ignored row among them is 0. No logit at all is NaN.
+    """
+    (h, w, y, bias), options = make_inputs(shape, dtype, device, "peaked", names)
     h[3, 0], h[5, 1], h[6, 2], y[7], y[9] = math.nan, math.inf, -math.inf, shape[2], -1
-    temperature[11], temperature[14], y[8] = 0, -1, -100
-    h[8, 0] = math.nan
+    h[8, 0], y[8] = math.nan, -100
+    # A softcap bounds infinities, too.
+    broken = [3, 7, 9] if "softcap" in names else [3, 5, 6, 7, 9]
+    if "temperatures" in names:
+        options["temperature"][[11, 14]] = torch.tensor([0.0, -1.0], device=device)
+        broken += [11, 14]
     wrong = torch.zeros(shape[0], dtype=torch.bool, device=device)
-    wrong[[3, 5, 6, 7, 9, 11, 14]] = True
-    options = {"temperature": temperature}
-    found = _forward(tiles, (h, w, y, b), options)
-    for name, x in found._asdict().items():
-        if name not in ("logits", "places"):
-            assert torch.equal(x.isnan(), wrong), f"{name}: rows {x.isnan().nonzero().flatten()}"
-            assert x[8] == 0, name
-    nothing = torch.full((shape[2],), -math.inf, dtype=dtype, device=device)
-    for x in _forward(tiles, (h, w, y, nothing), options)[:3]:
-        assert x.isnan().sum() == len(x) - 1
+    wrong[broken] = True
+    found = _forward(tiles, (h, w, y, bias), options | launch)
+    for name, x in zip(found._fields[:5], found[:5], strict=True):
+        assert torch.equal(x.isnan(), wrong), f"{name}: rows {x.isnan().nonzero().flatten()}"
+        assert x[8] == 0, name
+    if bias is not None:
+        nothing = torch.full_like(bias, -math.inf)
+        for x in _forward(tiles, (h, w, y, nothing), options | launch)[:3]:
+            assert x.isnan().sum() == len(x) - 1, "a row without a logit has an answer"
 
 
-def _masked(tiles: Tiles, dtype: torch.dtype, device: torch.device, shape: Shape) -> None:
+def masked(tiles: Tiles, dtype: torch.dtype, device: torch.device, shape: Shape) -> None:
     """A masked vocabulary: as if its columns, whole splits and the tail, were not there."""
-    (h, w, y, _), options = _inputs(shape, dtype, device)
+    (h, w, y, _), options = make_inputs(shape, dtype, device)
     allowed = shape[2] // 3
     y = y % allowed
     want = _forward(tiles, (h, w[:allowed].contiguous(), y, None), options)
@@ -235,43 +252,68 @@ def _masked(tiles: Tiles, dtype: torch.dtype, device: torch.device, shape: Shape
             )
 
 
-def _check_statistics(tiles: Tiles, dtype: torch.dtype, device: torch.device, shape: Shape) -> None:
-    """Varentropy, largest probability, and the sums of p^2 and p^2 log p."""
-    inputs, options = _inputs(shape, dtype, device, "peaked", ("temperatures", "ignore"))
-    got = torch.full((4, shape[0]), math.nan, device=device)
-    # Without the variant that the table has no use for here.
-    forward = None if tiles[0] is not None and tiles[0].variant == "tma_ws" else tiles[0]
-    _forward((forward, tiles[1]), inputs, options | {"statistics": got})
-    # A largest p of 1/2 is off by a whole rounding of a logit.
-    three = truth.three_statistics(*inputs[:3], **options)
-    truth.check_statistics(got, three, GpuArithmetic.of(*inputs[:2], **options), factor=3.0)
-
-
-def _twice(tiles: Tiles, dtype: torch.dtype, device: torch.device, shape: Shape) -> None:
-    inputs, options = _inputs(shape, dtype, device)
-    gradients = _gradients(shape[0], device)
-    first, second = (_ours(tiles, inputs, gradients, options) for _ in range(2))
+def twice(
+    tiles: Tiles,
+    dtype: torch.dtype,
+    device: torch.device,
+    shape: Shape,
+    names: tuple[str, ...] = (),
+    backward: bool = True,
+    **launch: Any,
+) -> None:
+    """The same bits each time."""
+    inputs, options = make_inputs(shape, dtype, device, "peaked", names)
+    gradients = make_gradients(shape[0], device) if backward else None
+    first, second = (ours(tiles, inputs, gradients, options | launch) for _ in range(2))
     for x, y in zip(first, second, strict=True):
         assert torch.equal(x, y), "two runs differ"
 
 
-def _stored_rows(
-    tiles: Tiles, dtype: torch.dtype, device: torch.device, shape: Shape, bounded: bool
+def too_many(
+    tiles: Tiles,
+    dtype: torch.dtype,
+    device: torch.device,
+    shape: Shape,
+    names: tuple[str, ...] = (),
+    **launch: Any,
+) -> None:
+    """With a bound that holds the gradients are those without; beyond it all of them are NaN."""
+    inputs, options = make_inputs(shape, dtype, device, "peaked", names)
+    options |= launch
+    gradients = make_gradients(shape[0], device)
+    exact = ours(tiles, inputs, gradients, options)[3:]
+    options["max_active_rows"] = shape[0]
+    for x, y in zip(exact, ours(tiles, inputs, gradients, options)[3:], strict=True):
+        close(x, y, dtype)
+    options["max_active_rows"] = shape[0] // 8
+    for x in ours(tiles, inputs, gradients, options)[3:]:
+        assert x.isnan().all(), "a gradient of more rows than allowed is not NaN"
+
+
+def stored_rows(
+    tiles: Tiles,
+    dtype: torch.dtype,
+    device: torch.device,
+    shape: Shape,
+    bounded: bool,
+    names: tuple[str, ...] = ("bias", "temperatures"),
+    **launch: Any,
 ) -> None:
     """The logits of all rows, of none, of some, and of more than fit are stored for backward.
 
     A row that is recomputed has sums of another order than forward's, so only where all are read
     both bounds hold; otherwise each row of the gradient is one of the two, to the bit.
     """
-    inputs, options = _inputs(shape, dtype, device, "peaked", ("bias", "temperatures", "ignore"))
-    gradients = _gradients(shape[0], device)
+    inputs, options = make_inputs(shape, dtype, device, "peaked", (*names, "ignore"))
+    gradients = make_gradients(shape[0], device)
+    options |= launch
     if bounded:
         options["max_active_rows"] = shape[0]
     references = _references(inputs, gradients, options)
 
     def storing(above: float | Tensor, rows: int) -> list[Tensor]:
         store = {"store_above": torch.as_tensor(above, device=device), "store_rows": rows}
-        return _ours(tiles, inputs, gradients, options | store)
+        return ours(tiles, inputs, gradients, options | store)
 
     read, recomputed = storing(0.0, shape[0]), storing(math.inf, 3)
     _check(read, references, inputs, options)
@@ -280,64 +322,10 @@ def _stored_rows(
         either = (got[3] == read[3]).all(1) | (got[3] == recomputed[3]).all(1)
         assert either.all(), f"rows {(~either).nonzero().flatten().tolist()}"
         for x, wanted in zip(got[3:], references[0][3:], strict=True):
-            _close(x, wanted, dtype)
+            close(x, wanted, dtype)
 
 
-def _last_rows(
-    tiles: Tiles, dtype: torch.dtype, device: torch.device, shape: Shape, options: dict[str, Any]
-) -> None:
-    """The rows whose offsets pass 2^31 against fp64, with a gradient at the last ones only."""
-    T, D, V = shape
-    generator = torch.Generator(device).manual_seed(int(torch.randint(1 << 30, ())))
-    h = torch.empty(T, D, dtype=dtype, device=device).normal_(generator=generator)
-    w = torch.empty(V, D, dtype=dtype, device=device).normal_(generator=generator).mul_(D**-0.5)
-    y = torch.randint(V, (T,), device=device, generator=generator)
-    last = slice(max(T - 64, 0), T)
-    y[last] = V - 1 - torch.arange(T - last.start, device=device) % V
-    gradients = [torch.zeros(T, device=device) for _ in range(3)]
-    for gradient in gradients:
-        gradient[last] = torch.randn(T - last.start, device=device)
-    got = _ours(tiles, (h, w, y, None), gradients, options)
-    # Few rows and few columns of the weight's gradient are enough, and fp64 of all would not fit.
-    rows = (h[last].contiguous(), w, y[last], None)
-    kept = [g[last] for g in gradients]
-    want = _blocked_reference(rows, kept)
-    for x, wanted in zip([g[last] for g in got[:4]], want[:4], strict=True):
-        _close(x, wanted, dtype)
-    assert not got[3][: last.start].any(), "a row without gradient has one"
-    columns = slice(max(V - 256, 0), V)
-    _close(got[4][columns], want[4][columns], dtype)
-
-
-def _blocked_reference(inputs: Inputs, gradients: list[Tensor]) -> list[Tensor]:
-    """fp64 results of few rows without fp64 copies of the whole weight."""
-    h, w, y, _ = inputs
-    blocks = w.split(1 << 13)
-    z = torch.cat([h.double() @ block.double().T for block in blocks], 1).requires_grad_()
-    eye = torch.eye(z.shape[1], dtype=z.dtype, device=z.device) if z.shape[1] < 4096 else None
-    outputs = (
-        _statistics(z, y) if eye is None else reference.linear_logprob_entropy(Head(z, eye, y))
-    )
-    torch.autograd.backward(outputs, [g.double() for g in gradients])
-    dz = z.grad
-    assert dz is not None
-    starts = range(0, w.shape[0], 1 << 13)
-    dh = torch.zeros(h.shape, dtype=torch.float64, device=h.device)
-    for start, block in zip(starts, blocks, strict=True):
-        dh += dz[:, start : start + len(block)] @ block.double()
-    dw = torch.zeros(w.shape, dtype=torch.float32, device=w.device)
-    tail = slice(max(w.shape[0] - 256, 0), w.shape[0])
-    dw[tail] = (dz[:, tail].T @ h.double()).float()
-    return [*(x.detach() for x in outputs), dh, dw]
-
-
-def _statistics(z: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    logp = z.log_softmax(1)
-    entropy = -(logp.exp() * logp).sum(1)
-    return logp.gather(1, y.unsqueeze(1)).squeeze(1), entropy, z.logsumexp(1)
-
-
-def _close(got: Tensor, truth: Tensor, dtype: torch.dtype) -> None:
+def close(got: Tensor, truth: Tensor, dtype: torch.dtype) -> None:
     allowed = 1e-5 if got.dtype == torch.float32 else 4 * torch.finfo(dtype).eps
     error = float((got.double() - truth.double()).norm() / truth.double().norm())
     assert error <= allowed, f"off by {error:.1e} of the norm; {allowed:.1e} is allowed"

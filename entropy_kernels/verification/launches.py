@@ -26,6 +26,7 @@ def launch_forward(inputs: Inputs, tile: Any, options: dict[str, Any]) -> Forwar
         store_rows=options.get("store_rows", 0),
         statistics=options.get("statistics"),
         tile=tile,
+        per_split=options.get("per_split"),
     )
 
 

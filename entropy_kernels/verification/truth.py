@@ -29,15 +29,19 @@ def peaked_head(
     dtype: torch.dtype,
     device: torch.device,
     seed: int,
+    wide: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`testing.peaked_head`, drawn on the device and in larger blocks."""
+    """`testing.peaked_head`, drawn on the device and in larger blocks.
+
+    wide: entropies from 1e-9 to 10 nats, log-uniform, in place of a reasoning model's.
+    """
     generator = torch.Generator(device).manual_seed(seed)
     on: dict[str, Any] = {"device": device, "generator": generator}
     weight_VD = torch.randn(vocabulary, hidden, **on).div_(hidden**0.5)
     candidates = torch.randint(vocabulary, (tokens, min(6, vocabulary)), **on)
     gaps = (0.3 + torch.rand(candidates.shape, **on)).cumsum(1)
-    wanted_T = entropy_quantiles(tokens).to(device)
-    wanted_T = wanted_T[torch.randperm(tokens, **on)]
+    wanted_T = 10 ** torch.linspace(-9, 1, tokens) if wide else entropy_quantiles(tokens)
+    wanted_T = wanted_T.to(device)[torch.randperm(tokens, **on)]
     wanted_T = wanted_T.clamp_max(0.9 * torch.tensor(float(vocabulary)).log().item())
 
     hidden_TD = torch.empty(tokens, hidden, device=device)

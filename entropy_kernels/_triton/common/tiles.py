@@ -8,7 +8,7 @@ T tokens or active rows, D hidden, V vocabulary.
 """
 
 import itertools
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -266,6 +266,11 @@ def _plainer(op: str) -> Iterator[str]:
     for number in range(len(endings), -1, -1):
         for kept in itertools.combinations(endings, number):
             yield "_".join((name, *kept))
+
+
+def first(found: tuple[Tile, ...], refused: Callable[[Tile], bool] | None) -> Tile:
+    """The first tile of a row that is not refused; where all are, the first."""
+    return next((tile for tile in found if refused is None or not refused(tile)), found[0])
 
 
 def stores_rows(on: torch.device, dtype: torch.dtype, hidden: int) -> bool:

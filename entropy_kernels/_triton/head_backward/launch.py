@@ -60,6 +60,7 @@ def backward(
     reduce_hidden: Callable[[Tensor], None] | None = None,
     max_active_rows: int | None = None,
     tile: Tile | None = None,
+    refused: Callable[[Tile], bool] | None = None,
 ) -> Gradients:
     """Gradients of hidden states, weight and bias; None for what `needs` does not ask for.
 
@@ -71,6 +72,7 @@ def backward(
         nothing, and a CUDA graph can hold the call. More active rows make every gradient NaN.
         Without it the host reads their number, one synchronisation, and C is exact.
     tile: overrules the table, for tests and tuning.
+    refused: which tiles are known to be wrong here. One is taken only if there is no other.
 
     Where `rows` has the logits of all rows, nothing is recomputed. Where it has those of some, the
     active rows are recomputed from the first that is not among them. dz is rounded to the dtype of
@@ -110,7 +112,7 @@ def backward(
             rows.logits,
             stored,
             gradients[1] is not None,
-            None if all_stored else tile or preferred(compacted.hidden, head)[0],
+            None if all_stored else tile or tiles.first(preferred(compacted.hidden, head), refused),
         )
         dhidden_CD, dweight_VD, dbias_V = _gradients(dlogits, needs, main_grad)
         if dhidden_CD is not None and reduce_hidden is not None:

@@ -11,6 +11,8 @@ hand, so only it can store those of some rows for backward.
 T tokens, D hidden, V vocabulary, S vocabulary splits.
 """
 
+from collections.abc import Callable
+
 import torch
 import triton
 from torch import Tensor
@@ -40,6 +42,8 @@ def forward(
     statistics: Tensor | None = None,
     variant: str | None = None,
     tile: Tile | None = None,
+    per_split: int | None = None,
+    refused: Callable[[Tile], bool] | None = None,
 ) -> ForwardRows:
     """What backward and the caller need of every row; zeros where the target is ignored.
 
@@ -50,6 +54,8 @@ def forward(
     store_above, store_rows: the variant "cublas" stores the logits [store_rows, V] of the first
         valid rows whose entropy is at least store_above, fp32 [].
     statistics: fp32 [4, T], contiguous; filled with what _rows.STATISTICS names.
+    per_split: blocks of columns in each split, for tests; by default `splits` chooses.
+    refused: which tiles are known to be wrong here. One is taken only if there is no other.
     """
     (count, _), vocabulary = head.hidden.shape, head.weight.shape[0]
     logits = _empty((count, vocabulary) if keep_logits else (0,), head.hidden)
@@ -69,11 +75,13 @@ def forward(
             stores_rows=store_above is not None,
             statistics=statistics is not None,
         )
-        tile = _of_variant(found, variant)
+        tile = tiles.first(_of_variant(found, variant), refused)
     if store_above is not None and tile.variant != "cublas":
         raise ValueError(f'store_above needs the variant "cublas"; got {tile.variant!r}')
     store = LogitStore.room(store_above, store_rows, count, vocabulary)
-    n_split, per_split = splits(tile, count, vocabulary, device.processors(head.hidden.device))
+    if per_split is None:
+        _, per_split = splits(tile, count, vocabulary, device.processors(head.hidden.device))
+    n_split = triton.cdiv(vocabulary, tile.block_v * per_split)
     work = Work(
         head,
         tile,
@@ -127,10 +135,9 @@ def preferred(
     return tiles.row(op, arch, head.hidden.dtype, hidden, count, usable)
 
 
-def _of_variant(found: tuple[Tile, ...], variant: str | None) -> Tile:
-    for tile in found:
-        if variant in (None, tile.variant):
-            return tile
+def _of_variant(found: tuple[Tile, ...], variant: str | None) -> tuple[Tile, ...]:
+    if fitting := tuple(tile for tile in found if variant in (None, tile.variant)):
+        return fitting
     names = sorted({tile.variant for tile in found})
     raise ValueError(f"variant must be one of {names} here; got {variant!r}")
 

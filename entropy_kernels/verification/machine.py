@@ -1,0 +1,54 @@
+"""What an answer about a kernel holds for: one kind of GPU, with its driver and compilers."""
+
+import functools
+import hashlib
+import importlib.metadata
+import json
+import re
+from pathlib import Path
+
+import torch
+
+from .. import device
+
+_PACKAGE = Path(__file__).parents[1]
+# What decides an answer: the kernels, and the cases that judge them.
+_SOURCES = ("_triton/**/*.py", "verification/*.py", "_bounds.py")
+_DRIVERS = ("/proc/driver/nvidia/version", "/sys/module/amdgpu/version")
+
+
+def machine(where: torch.device) -> dict[str, str]:
+    """All that an answer depends on; another value of any is another machine."""
+    return {
+        "gpu": torch.cuda.get_device_name(where) if where.type == "cuda" else where.type,
+        "architecture": device.architecture(where),
+        "driver": _driver(),
+        "torch": torch.__version__,
+        "triton": importlib.metadata.version("triton"),
+        "cuda": str(torch.version.cuda or torch.version.hip),
+        "kernels": sources(),
+    }
+
+
+def folder_name(about: dict[str, str]) -> str:
+    """The name of the machine's folder of answers: the GPU's, and a digest of all."""
+    digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
+    return f"{re.sub(r'[^a-z0-9]+', '-', about['gpu'].lower()).strip('-')}-{digest[:16]}"
+
+
+@functools.cache
+def sources() -> str:
+    """A digest of the kernels' and the cases' files."""
+    found = hashlib.sha256()
+    for pattern in _SOURCES:
+        for path in sorted(_PACKAGE.glob(pattern)):
+            found.update(path.relative_to(_PACKAGE).as_posix().encode() + path.read_bytes())
+    return found.hexdigest()[:16]
+
+
+@functools.cache
+def _driver() -> str:
+    for path in map(Path, _DRIVERS):
+        if path.exists():
+            return path.read_text().splitlines()[0].strip()
+    return "unknown"

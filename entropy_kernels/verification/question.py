@@ -1,0 +1,64 @@
+"""What is asked about a kernel before "auto" takes it, and the text that the record keeps it by."""
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import torch
+
+from .._triton.common.tiles import Tile
+from ..head import Head
+
+OPS = ("forward", "dlogits", "ratio_loss", "selection")
+# Options of a call that its forward or its backward is compiled for, in the order of the texts.
+FLAGS = {
+    "forward": ("bias", "temperature", "softcap", "statistics", "keep_logits", "stored"),
+    "dlogits": ("bias", "temperature", "softcap", "keep_logits", "stored"),
+}
+
+
+class Question(NamedTuple):
+    """Whether the kernels of one op compute rightly, compiled for one dtype, tile and flags.
+
+    op: one of OPS; ratio_loss and selection are one question each, without tile and flags.
+    tile: None too where a backward reads all logits.
+    flags: options of the call out of FLAGS; "ragged" where a block of depth reaches beyond D.
+    """
+
+    op: str
+    dtype: torch.dtype
+    tile: Tile | None = None
+    flags: tuple[str, ...] = ()
+
+    @property
+    def text(self) -> str:
+        """The same for the same question, whoever measured the tile."""
+        words = [self.op, str(self.dtype).removeprefix("torch.")]
+        if self.tile is not None:
+            fields = self.tile._replace(source="")._asdict()
+            words += [str(x) for x in fields.values() if x != ""]
+        return " ".join([*words, *self.flags])
+
+
+def ask(
+    op: str, dtype: torch.dtype, hidden: int, options: Iterable[str], tile: Tile | None
+) -> Question:
+    """The question about one tile of a call of the head with D = hidden and these options."""
+    flags = [name for name in FLAGS[op] if name in options]
+    if tile is not None and tile.variant != "cublas" and hidden % tile.block_d:
+        flags.append("ragged")
+    return Question(op, dtype, tile, tuple(flags))
+
+
+def options_of(
+    head: Head, *, keep_logits: bool = False, stored: bool = False, statistics: bool = False
+) -> tuple[str, ...]:
+    """The options of a call, by the names of FLAGS, of a flat head."""
+    there = {
+        "bias": head.bias is not None,
+        "temperature": head.temperature is not None,
+        "softcap": head.softcap is not None,
+        "statistics": statistics,
+        "keep_logits": keep_logits,
+        "stored": stored,
+    }
+    return tuple(name for name in there if there[name])
