@@ -5,6 +5,7 @@ T tokens, D hidden, V vocabulary.
 
 import pytest
 import torch
+import triton
 
 from entropy_kernels import device
 from entropy_kernels._bounds import assert_within_two_bounds, worst_of_orders
@@ -193,6 +194,28 @@ def test_splits_cover_the_vocabulary_and_none_is_empty(processors, count, vocabu
     assert 1 <= per_split * tile.block_v <= max(tile.split_v, tile.block_v)
     assert (n_split - 1) * per_split * tile.block_v < vocabulary
     assert vocabulary <= n_split * per_split * tile.block_v
+
+
+@pytest.mark.parametrize("processors", [84, 108, 128, 132, 148, 170, 304])
+@pytest.mark.parametrize("vocabulary", [32000, 151936, 262144])
+@pytest.mark.parametrize("block_v", [64, 128, 256])
+def test_splits_are_nearly_best_and_of_few_sizes(processors, vocabulary, block_v):
+    tile, sizes = Tile("tma", 128, block_v, 64, 8, 3), set()
+    for count in range(2000, 40001, 250):
+        blocks = triton.cdiv(count, tile.block_t)
+        _, per_split = launch.splits(tile, count, vocabulary, processors)
+        steps = {
+            size: triton.cdiv(blocks * triton.cdiv(vocabulary, size * block_v), processors) * size
+            for size in range(1, tile.split_v // block_v + 1)
+        }
+        assert steps[per_split] <= 1.01 * min(steps.values())
+        sizes.add(per_split)
+    assert len(sizes) <= 5, "each is compiled"
+
+
+def test_splits_are_not_read_again_for_a_thousandth_of_the_time():
+    tile = Tile("tma_split", 128, 128, 64, 8, 3)
+    assert launch.splits(tile, 32768, 151936, 132) == (149, 8)
 
 
 @pytest.mark.parametrize(

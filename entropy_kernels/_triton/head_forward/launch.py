@@ -32,6 +32,9 @@ from .launch_variants import (
     target_logits,
 )
 
+# Steps of a forward, of the fewest possible.
+TOLERANCE = 1.01
+
 
 def forward(
     head: Head,
@@ -145,8 +148,9 @@ def _of_variant(found: tuple[Tile, ...], variant: str | None) -> tuple[Tile, ...
 def splits(tile: Tile, count: int, vocabulary: int, processors: int) -> tuple[int, int]:
     """How many splits keep all processors busy longest, and blocks of columns in each split.
 
-    The least of equally good numbers wins, because splits are read again. Specialised warps cannot
-    carry sums from one block of columns to the next.
+    Splits are read again, so the largest within TOLERANCE of the best is taken. Kernels are
+    compiled for the blocks of a split: only powers of two are, at most five of them. Specialised
+    warps cannot carry sums from one block of columns to the next.
     """
     blocks_t, blocks_v = triton.cdiv(count, tile.block_t), triton.cdiv(vocabulary, tile.block_v)
 
@@ -155,6 +159,7 @@ def splits(tile: Tile, count: int, vocabulary: int, processors: int) -> tuple[in
         return triton.cdiv(units, processors) * per_split
 
     most = 1 if tile.variant == "tma_ws" else max(tile.split_v // tile.block_v, 1)
-    sizes = range(min(most, blocks_v), 0, -1)
-    per_split = min(sizes, key=steps)
+    sizes = [1 << i for i in range(min(most, blocks_v).bit_length())]
+    enough = TOLERANCE * min(map(steps, sizes))
+    per_split = max(size for size in sizes if steps(size) <= enough)
     return triton.cdiv(blocks_v, per_split), per_split
