@@ -187,11 +187,17 @@ def check_results(
     arithmetic: GpuArithmetic | None,
     operands: torch.dtype = torch.float32,
 ) -> None:
-    """Both bounds for outputs and gradients; the products of backward round dz to `operands`."""
+    """Both bounds for outputs and gradients; the products of backward round dz to `operands`.
+
+    An error begins with the op that is wrong.
+    """
     more = allowances(arithmetic, three[0])
     for number, (*quartet, allowance) in enumerate(zip(got, *three, more, strict=True)):
-        own = torch.float32 if number < 3 else operands
-        assert_within_two_bounds(*quartet, operands=own, allowance=allowance)
+        op, own = ("forward", torch.float32) if number < 3 else ("dlogits", operands)
+        try:
+            assert_within_two_bounds(*quartet, operands=own, allowance=allowance)
+        except AssertionError as error:
+            raise AssertionError(f"{op}: {error}") from error
 
 
 def check_statistics(
