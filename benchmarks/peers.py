@@ -18,6 +18,9 @@ from benchmarks.chunked_head import ChunkedHead
 from entropy_kernels._bench.step import SEQUENCES, Head, plain_head
 
 CHUNK = 512
+# The vocabulary of a block of TRL 1.16: trl.trainer.utils._CHUNKED_LOGPROB_CHUNK_SIZE, whose module
+# imports a whole trainer.
+TRL_CHUNK = 32768
 
 
 class Peer(NamedTuple):
@@ -42,7 +45,7 @@ def heads() -> list[Peer]:
     return [
         eager,
         Peer("eager-batch", batch, many, ("trl",)),
-        Peer("trl", "TRL's fused head", _trl_fused_head, ("trl",)),
+        Peer("trl", "TRL's fused head", trl_head, ("trl",)),
         Peer("liger", "Liger's fused head, its fallback for CPUs", liger_head, ("liger_kernel",)),
         Peer("chunked", "prime-rl's scheme: chunked, logits recomputed", ChunkedHead.apply),
         Peer("checkpoint", f"chunks of {CHUNK} tokens, checkpointed", _checkpointed_head),
@@ -91,14 +94,11 @@ def _trl_head(
     return found[0].flatten(), found[1].flatten()
 
 
-def _trl_fused_head(
-    hidden_TD: Tensor, weight_VD: Tensor, target_T: Tensor
-) -> tuple[Tensor, Tensor]:
+def trl_head(hidden_TD: Tensor, weight_VD: Tensor, target_T: Tensor) -> tuple[Tensor, Tensor]:
     from trl.kernels import ChunkedLogProbFunction
-    from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE as vocabulary_chunk
 
     found = ChunkedLogProbFunction.apply(
-        hidden_TD, weight_VD, None, target_T, 1.0, vocabulary_chunk, None, 1.0, ("entropy",)
+        hidden_TD, weight_VD, None, target_T, 1.0, TRL_CHUNK, None, 1.0, ("entropy",)
     )
     return found[0], found[1]
 
