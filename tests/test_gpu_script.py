@@ -1,10 +1,7 @@
-"""The GPU benchmarks refuse what is wrong, go on where they stopped, and every stage runs."""
+"""The GPU benchmarks refuse what is wrong, and set their tables beside the predictions."""
 
-import json
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -12,55 +9,26 @@ import torch
 
 pytest.importorskip("triton")
 
-import benchmarks.gpu  # noqa: F401
-from benchmarks.gpu import correctness, one_launch, predictions, steps, tune
-from benchmarks.gpu.__main__ import STAGES, main
+from benchmarks import peers
+from benchmarks.gpu import contest, correctness, one_launch, predictions, steps, tune
+from benchmarks.gpu.__main__ import main
+from benchmarks.gpu.contest import Entry
 from benchmarks.gpu.contestant import Contestant, relative_error
 from benchmarks.gpu.problem import make_problem
-from benchmarks.gpu.rows import Rows, limited
-from benchmarks.gpu.setting import quick_setting
+from benchmarks.gpu.rows import LostError, OutOfTimeError, Rows
+from benchmarks.gpu.setting import Setting
 from entropy_kernels._triton.common import tiles
 from entropy_kernels._triton.common.tiles import ANY, Key, Tile
+from entropy_kernels.verification import head_cases
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
 ABOUT = {"gpu": None, "driver": None, "versions": {}, "source": "s", "quick": True}
 
 
-def _quiet(line: str) -> None:
-    pass
-
-
 @pytest.fixture
 def rows(tmp_path) -> Rows:
-    return Rows(tmp_path / "rows.jsonl", ABOUT, _quiet)
-
-
-def _run(out: Path, *stages: str) -> "subprocess.CompletedProcess[str]":
-    command = [sys.executable, "-m", "benchmarks.gpu", *stages, "--quick", "--out", str(out)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-
-
-@pytest.mark.slow
-def test_every_stage_runs_and_a_second_run_measures_nothing_again(tmp_path):
-    done = _run(tmp_path)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    lines = (tmp_path / "rows.jsonl").read_text().splitlines()
-    found = [json.loads(line) for line in lines]
-    assert {row["stage"] for row in found} == set(STAGES) - {"tune", "table"}
-    record = json.loads(next(tmp_path.glob("correctness-interpreter-*.json")).read_text())
-    assert record["failed"] == []
-    assert record["passed"]
-    for row in found:
-        if row["name"].startswith(("triton", "torch", "eager")) and row["stage"] == "peers":
-            assert row["p50_ms"] > 0, row
-    compile((tmp_path / "tiles.py").read_text(), "tiles.py", "exec")
-    table = (tmp_path / "table.md").read_text()
-    assert "torch.compile of the same" in table
-    assert "0 failed" in table
-    again = _run(tmp_path, "environment", "floors", "peers", "threshold")
-    assert again.returncode == 0
-    assert (tmp_path / "rows.jsonl").read_text().splitlines() == lines
+    return Rows(tmp_path / "rows.jsonl", ABOUT)
 
 
 def test_without_a_gpu_only_quick_runs(capsys):
@@ -74,10 +42,19 @@ def test_without_a_gpu_only_quick_runs(capsys):
     assert "no stage warp" in capsys.readouterr().err
 
 
-def test_package_imports_where_jaxtyping_is_missing():
+def test_package_and_script_import_where_other_modules_are_missing():
+    """A borrowed machine has torch and Triton: no git, no test tools, no compiled module."""
     code = (
-        "import sys; sys.modules['jaxtyping'] = None\n"
-        "import benchmarks.gpu, torch, entropy_kernels as ek\n"
+        "import sys\n"
+        "for name in ('jaxtyping', 'pytest', 'hypothesis', 'entropy_kernels._cpu'):\n"
+        "    sys.modules[name] = None\n"
+        "import os; os.environ['PATH'] = ''\n"
+        "import benchmarks.gpu.__main__, benchmarks.gpu.tools, benchmarks.gpu.table\n"
+        "from benchmarks.gpu.__main__ import IMPORTS\n"
+        "import importlib; [importlib.import_module(x) for x in IMPORTS]\n"
+        "import torch, entropy_kernels as ek\n"
+        "from benchmarks.gpu import environment\n"
+        "assert environment.about(torch.device('cpu'), True, None)['commit'] == 'unknown'\n"
         "print(ek.entropy_threshold(torch.tensor([1.0, 2.0, 3.0]), fraction=0.5))"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
@@ -86,41 +63,28 @@ def test_package_imports_where_jaxtyping_is_missing():
 
 def test_rows_of_another_run_count_as_not_there(rows):
     rows.add("stage", "it", tokens=1, p50_ms=2.0)
-    assert Rows(rows.path, ABOUT, _quiet).has("stage", "it", tokens=1)
-    assert not Rows(rows.path, ABOUT, _quiet).has("stage", "it", tokens=2)
+    assert Rows(rows.path, ABOUT).has("stage", "it", tokens=1)
+    assert not Rows(rows.path, ABOUT).has("stage", "it", tokens=2)
     for change in ({"gpu": "H200"}, {"source": "t"}, {"versions": {"torch": "2"}}):
-        assert not Rows(rows.path, ABOUT | change, _quiet).has("stage", "it", tokens=1)
+        assert not Rows(rows.path, ABOUT | change).has("stage", "it", tokens=1)
 
 
-def test_failures_are_rows_and_a_lost_gpu_ends_the_run(rows):
+def test_failures_are_rows_and_a_lost_gpu_ends_the_process(rows):
     def fail(message: str) -> dict:
         raise RuntimeError(message)
 
     assert "out of memory" in rows.measure("s", "a", lambda: fail("out of\nmemory"))["error"]
     assert rows.measure("s", "a", lambda: {"p50_ms": 1.0}).get("p50_ms") is None
-    with pytest.raises(RuntimeError, match="illegal"):
+    with pytest.raises(LostError, match="illegal"):
         rows.measure("s", "b", lambda: fail("an illegal memory access was encountered"))
     assert rows.has("s", "b")
+    rows.until = 0.0
+    with pytest.raises(OutOfTimeError):
+        rows.measure("s", "c", dict)
+    assert rows.measure("s", "b", dict)["error"]
 
 
-def test_a_stage_stops_at_its_limit_and_keeps_what_it_has(rows):
-    def last_minute() -> dict:
-        assert 0 < signal.setitimer(signal.ITIMER_REAL, 0.01)[0] <= 600
-        time.sleep(30)
-        return {}
-
-    def work() -> None:
-        rows.measure("s", "first", dict)
-        rows.measure("s", "second", last_minute)
-
-    assert not limited(600, work)
-    assert rows.has("s", "first")
-    assert not rows.has("s", "second")
-    assert limited(600, lambda: None)
-    assert signal.getitimer(signal.ITIMER_REAL)[0] == 0
-
-
-def test_wrong_contestant_is_refused_and_never_timed(rows, tmp_path):
+def test_wrong_contestant_is_refused_and_never_timed(rows):
     calls = []
 
     def wrong(problem):
@@ -131,18 +95,62 @@ def test_wrong_contestant_is_refused_and_never_timed(rows, tmp_path):
         Contestant("wrong", "wrong", wrong, 1.0),
         Contestant("nan", "nan", lambda p: {"entropy": p.truth["entropy"] * torch.nan}, 1.0),
         Contestant("right", "right", lambda p: {"entropy": p.truth["entropy"]}, 1.0),
-        Contestant("triton-x", "unchecked", lambda p: {"entropy": p.truth["entropy"]}, 1.0),
     ]
-    setting = quick_setting(rows, CPU, tmp_path)
-    steps.measure(setting, "peers", 16, 8, 61, contestants)
-    found = {row["name"]: row for row in rows.of("peers")}
+    steps.measure(Setting(rows, CPU, quick=True), "base", 16, 8, 61, contestants)
+    found = {row["name"]: row for row in rows.of("steps")}
     assert len(calls) == 1
-    assert "logprob is off by 0.01" in found["wrong"]["refused"]
-    assert "entropy is off by nan" in found["nan"]["refused"]
+    assert "logprob is off by 0.01" in found["wrong"]["error"]
+    assert "entropy is off by nan" in found["nan"]["error"]
     assert found["right"]["p50_ms"] > 0
-    assert "no complete correctness run" in found["triton-x"]["refused"]
-    rows.add(correctness.STAGE, correctness.SUMMARY, count=2, failed=["a case"])
-    assert "a case" in correctness.refusal(rows)
+    assert found["right"]["alternated"] == "base 16x8"
+
+
+def test_failed_kernel_is_not_timed_and_every_other_one_is(rows):
+    rows.add("correctness", "a case", kernels=["forward tma bfloat16"], error="off")
+    rows.add("correctness", "another", kernels=["forward pointer bfloat16"], passed=True)
+    entries = [
+        Entry("x", dict, int, ("forward tma bfloat16", "dlogits tma bfloat16")),
+        *(Entry(x, dict, int, (f"forward {x}",)) for x in ("tma float32", "pointer bfloat16")),
+        Entry("untested", dict, int, ("dlogits tma bfloat16",)),
+        Entry("eager", dict, int),
+    ]
+    contest.hold(Setting(rows, CPU, quick=True), "sweep", "group", entries, {"hidden": 8})
+    found = {row["name"]: row for row in rows.of("sweep")}
+    refused = found.pop("x")["refused"]
+    assert refused == "forward tma bfloat16 failed correctness: a case"
+    assert found.pop("alternation group")["entries"] == 4
+    assert all("p50_ms" in row for row in found.values())
+    assert len(found) == 4
+
+
+@pytest.mark.parametrize(
+    ("wrong", "shape", "blamed"),
+    [
+        ("forward", "a tile", "forward tma float32"),
+        ("dlogits", "a tile", "dlogits tma float32"),
+        # Its rows of 37 words fit no descriptor, so that another tile runs.
+        ("forward", "prime", "forward pointer float32"),
+    ],
+)
+def test_failed_case_blames_the_kernel_that_ran_and_was_wrong(
+    rows, monkeypatch, wrong, shape, blamed
+):
+    group = next(x for x in correctness.groups("interpreter", True) if x.name.startswith("tma "))
+    case = next(x for x in correctness.cases(group, CPU, True) if x.name.endswith(f": {shape}"))
+    launch = f"launch_{'forward' if wrong == 'forward' else 'backward'}"
+    right = getattr(head_cases, launch)
+
+    def broken(*arguments):
+        found = right(*arguments)
+        (found.logprob if wrong == "forward" else found[0])[0] += 1
+        return found
+
+    monkeypatch.setattr(head_cases, launch, broken)
+    correctness.run_case(rows, CPU, case, ["forward tma float32", "dlogits tma float32"], 0)
+    (row,) = rows.of("correctness")
+    assert row["kernels"] == [blamed]
+    assert correctness.refusal(rows, [blamed, "x"]) == f"{blamed} failed correctness: {case.name}"
+    assert correctness.refusal(rows, ["x"]) == ""
 
 
 def test_truth_is_that_of_the_definition():
@@ -189,11 +197,11 @@ def test_tuner_keeps_the_fastest_of_each_variant_and_what_was_not_measured():
     small, large = (Key("forward", "sm_90", "bfloat16", x, ANY) for x in (1024, ANY))
     assert measured[small] == (fast._replace(source="a GPU, a date"),)
     assert [tile.variant for tile in measured[large]] == ["pointer", "tma"]
-    table = tune.merged(tiles.TILES, measured)
-    assert table[small][0].source == "a GPU, a date"
-    assert "cublas" in {tile.variant for tile in table[large]}
+    merged = tune.merged(tiles.TILES, measured)
+    assert merged[small][0].source == "a GPU, a date"
+    assert "cublas" in {tile.variant for tile in merged[large]}
     others = {key: x for key, x in tiles.TILES.items() if key[:3] != small[:3]}
-    assert {key: x for key, x in table.items() if key[:3] != small[:3]} == others
+    assert {key: x for key, x in merged.items() if key[:3] != small[:3]} == others
 
 
 def test_predictions_scale_with_the_tokens_and_say_nothing_of_other_shapes():
@@ -204,6 +212,11 @@ def test_predictions_scale_with_the_tokens_and_say_nothing_of_other_shapes():
     assert predictions.milliseconds("eager", 8192, 333) is None
     forward = predictions.milliseconds("triton-forward", 8192, 4096)
     assert forward == pytest.approx(16.4, rel=0.01)
+
+
+def test_chunk_of_trl_is_its_own():
+    utils = pytest.importorskip("trl.trainer.utils")
+    assert utils._CHUNKED_LOGPROB_CHUNK_SIZE == peers.TRL_CHUNK
 
 
 @pytest.mark.parametrize("name", ["stored_rows", "selection", "ratio_loss"])

@@ -1,109 +1,118 @@
-"""python -m benchmarks.gpu [STAGE...] [--out FOLDER] [--limit SECONDS] [--quick]
+"""python -m benchmarks.gpu [STAGE...] [--out FOLDER] [--seconds N] [--resume] [--quick]
 
-Stages in the order to run them; README.md says what each costs. A stage stops at its limit and,
-run again, goes on where it stopped. Without a GPU only --quick runs, on tiny shapes.
+One run measures a GPU within its seconds; without stages it takes all but `profile`. README.md says
+what each costs. Without a GPU only --quick runs, on tiny shapes; --plan, --tables and --check need
+none.
 """
 
 import argparse
-import dataclasses
 import os
 import sys
-from collections.abc import Callable
-from functools import partial
-from importlib.util import find_spec
+import time
 from pathlib import Path
 
-import torch
+from benchmarks.gpu.conductor import Conductor, ask
+from benchmarks.gpu.plan import ALONGSIDE, PROFILE, STAGES, Shard
+from benchmarks.gpu.rows import Rows, read
 
-STAGES = (
-    "environment",
-    "floors",
-    "correctness",
-    "sweep",
-    "tune",
-    "peers",
-    "verl",
-    "threshold",
-    "graphs",
-    "profile",
-    "table",
-)
-LIMIT = 470
+SECONDS = 480
+# Of every worker before its job comes.
+IMPORTS = ("benchmarks.gpu.steps", "benchmarks.gpu.sweep", "benchmarks.gpu.selection")
 
 
 def main(arguments: list[str]) -> int:
-    """The exit status: 1 where a stage stopped at its limit."""
+    """The exit status: 1 where time was over before the last shard, or a file is refused."""
+    began = time.monotonic()
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("stages", nargs="*", metavar="STAGE", help=", ".join(STAGES))
     parser.add_argument("--out", type=Path, default=Path("runs/gpu"))
-    parser.add_argument("--limit", type=int, default=LIMIT, help="seconds a stage may take")
-    parser.add_argument("--tokens", type=int, nargs="+", help="tokens instead of 8192 and 32768")
-    parser.add_argument("--hidden", type=int, nargs="+", help="widths instead of 1024 to 5120")
+    parser.add_argument("--seconds", type=float, default=SECONDS, help="of the whole run")
+    parser.add_argument("--resume", action="store_true", help="goes on with the run in --out")
     parser.add_argument("--commit", help="commit of the sources, where there is no .git")
     parser.add_argument("--quick", action="store_true", help="tiny shapes, to see that it runs")
+    parser.add_argument("--plan", action="store_true", help="prints the shards, measures nothing")
+    parser.add_argument("--tables", type=Path, nargs="+", metavar="FILE", help="of measured rows")
+    parser.add_argument(
+        "--check", type=Path, nargs="+", metavar="FILE", help="whether rows are fit"
+    )
     given = parser.parse_args(arguments)
     unknown = set(given.stages) - set(STAGES)
     if unknown:
         parser.error(f"no stage {', '.join(sorted(unknown))}; stages are {', '.join(STAGES)}")
-    if not torch.cuda.is_available():
-        if not given.quick:
-            parser.error("no GPU is here; --quick runs tiny shapes on the CPU")
-        # Read as the files of the kernels load, which is after this line.
-        os.environ["TRITON_INTERPRET"] = "1"
-        if find_spec("triton") is not None:
-            from entropy_kernels.testing import mend_interpreter
-
-            mend_interpreter()
-    os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
-    return _run(given)
+    if given.tables:
+        return _tables(given.tables)
+    if given.check:
+        return _check(given.check)
+    path = given.out / "rows.jsonl"
+    if not given.plan and not given.resume and path.exists():
+        parser.error(f"{path} has the rows of a run; --resume goes on, or give another --out")
+    return _run(given, path, began + given.seconds)
 
 
-def _run(given: argparse.Namespace) -> int:
-    from benchmarks.gpu.environment import about
-    from benchmarks.gpu.rows import Rows, limited
-    from benchmarks.gpu.setting import Setting, quick_setting
-
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    given.out.mkdir(parents=True, exist_ok=True)
-    rows = Rows(given.out / "rows.jsonl", about(device, given.quick, given.commit))
+def _run(given: argparse.Namespace, path: Path, end: float) -> int:
     if given.quick:
-        setting = quick_setting(rows, device, given.out)
-    else:
-        setting = Setting(rows, device, given.out, quick=False)
-    setting = dataclasses.replace(
-        setting,
-        tokens=tuple(given.tokens or setting.tokens),
-        hidden=tuple(given.hidden or setting.hidden),
-    )
-    status = 0
-    for name in given.stages or STAGES:
-        print(f"== {name}", flush=True)
-        work = _stages()[name]
-        if not limited(given.limit, partial(work, setting)):
-            print(f"{name} stopped at its limit of {given.limit} s; run it again to go on")
-            status = 1
-    return status
+        # Read as the files of the kernels load. A GPU's own rows are never of the interpreter.
+        os.environ |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+    os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
+    job = {
+        "out": str(given.out.resolve()),
+        "quick": given.quick,
+        "plan": given.plan,
+        "commit": given.commit,
+        "about": {},
+    }
+    found = ask("benchmarks.gpu.plan:describe", job, min(60.0, given.seconds))
+    wanted = given.stages or [stage for stage in STAGES if stage != PROFILE]
+    shards = [Shard(**x) for x in found["shards"]]
+    shards = [shard for shard in shards if shard.stage in wanted]
+    if given.plan:
+        _print_plan(shards, found["processes"])
+        return 0
+    given.out.mkdir(parents=True, exist_ok=True)
+    left_out = Conductor(
+        Rows(path, found["about"]),
+        shards,
+        end,
+        job | {"about": found["about"]},
+        found["processes"],
+        found["memory"],
+        IMPORTS,
+    ).run()
+    print(f"{given.seconds - (end - time.monotonic()):.0f} s; {path}")
+    if left_out:
+        print(f"no time for {', '.join(left_out)}; --resume goes on")
+    return int(bool(left_out))
 
 
-def _stages() -> dict[str, Callable[..., None]]:
-    from benchmarks.gpu import correctness, floors, selection, steps, sweep, table, tools, tune
+def _print_plan(shards: list[Shard], processes: int) -> None:
+    """Seconds are predictions."""
+    whole = 0.0
+    for shard in shards:
+        share = shard.seconds / (processes if shard.stage in ALONGSIDE else 1)
+        whole += share
+        print(f"{shard.stage:12} {share:6.1f} s at {whole:5.0f} s  {shard.name}")
+    print(f"predicted: {whole:.0f} s, with {processes} processes beside each other")
 
-    works = (
-        floors.run_environment,
-        floors.run_floors,
-        correctness.run,
-        sweep.run,
-        tune.run,
-        steps.run_peers,
-        steps.run_verl,
-        selection.run_threshold,
-        selection.run_graphs,
-        tools.run,
-        table.run,
-    )
-    return dict(zip(STAGES, works, strict=True))
+
+def _tables(paths: list[Path]) -> int:
+    from benchmarks.gpu import table
+
+    for path in paths:
+        for rows in table.runs(path):
+            print(f"{table.in_short(rows)}\n\n{table.whole(rows)}\n")
+    return 0
+
+
+def _check(paths: list[Path]) -> int:
+    from benchmarks.gpu import schema
+
+    wrong = [f"{path}: {complaint}" for path in paths for complaint in schema.complaints(path)]
+    for path in paths:
+        print(f"{path}: {len(read(path)[0])} rows")
+    print("\n".join(wrong) or "fit for benchmarks/results/gpu/")
+    return int(bool(wrong))
 
 
 if __name__ == "__main__":

@@ -1,12 +1,9 @@
 """Tiles that are worth trying, by architecture: chosen by ahead-of-time compilation without spills.
 
-At most a dozen an op: half an hour of a GPU has to hold them all. A warp-specialised program takes
-one block of columns: a loop over blocks becomes an empty kernel there.
+At most a dozen per op: forty seconds have to hold them all. A warp-specialised program takes one
+block of columns: a loop over blocks becomes an empty kernel there.
 """
 
-import torch
-
-from benchmarks.gpu.environment import architecture
 from entropy_kernels._triton.common import tiles
 from entropy_kernels._triton.common.tiles import Tile
 
@@ -49,9 +46,8 @@ INTERPRETER = (
 DLOGITS_VARIANTS = ("tma", "pointer")
 
 
-def forward(device: torch.device) -> tuple[Tile, ...]:
-    """To try on the architecture of this device."""
-    arch = architecture(device)
+def forward(arch: str) -> tuple[Tile, ...]:
+    """To try on this architecture."""
     if arch == "interpreter":
         return INTERPRETER
     if not arch.startswith("sm_"):
@@ -60,23 +56,23 @@ def forward(device: torch.device) -> tuple[Tile, ...]:
     return tuple(tile for tile in found if tile.variant in tiles.variants(arch))
 
 
-def dlogits(device: torch.device) -> tuple[Tile, ...]:
-    return tuple(tile for tile in forward(device) if tile.variant in DLOGITS_VARIANTS)
+def dlogits(arch: str) -> tuple[Tile, ...]:
+    return tuple(tile for tile in forward(arch) if tile.variant in DLOGITS_VARIANTS)
 
 
-def forward_store(device: torch.device) -> tuple[Tile, ...]:
+def forward_store(arch: str) -> tuple[Tile, ...]:
     """One a variant: whether it pays to store logits, which "cublas" does, depends on that."""
-    return tuple(_one_a_variant(forward(device)))
+    return tuple(_one_a_variant(forward(arch)))
 
 
-def pairs(device: torch.device, quick: bool) -> list[tuple[Tile | None, Tile | None]]:
+def pairs(arch: str, quick: bool) -> list[tuple[Tile | None, Tile | None]]:
     """(forward, dlogits) for correctness: the table's own choice, then one tile a variant.
 
     The tuner checks every other tile on its own before it is timed.
     """
     found: list[tuple[Tile | None, Tile | None]] = [(None, None)]
-    gradients = _one_a_variant(dlogits(device))
-    for number, tile in enumerate(_one_a_variant(forward(device))):
+    gradients = _one_a_variant(dlogits(arch))
+    for number, tile in enumerate(_one_a_variant(forward(arch))):
         found.append((tile, gradients[number % len(gradients)]))
     return found[1:3] if quick else found
 

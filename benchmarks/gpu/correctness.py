@@ -1,104 +1,166 @@
 """Stage `correctness`: every kernel and variant against fp64, before anything is timed.
 
-New random numbers each run; uninitialised memory is NaN, so that what is not written shows. When
-all passed, correctness-ARCHITECTURE-GPU.json is written: committed under benchmarks/results/gpu/,
-it is the reason for an entry in entropy_kernels.device.VERIFIED.
+New random numbers each run; uninitialised memory is NaN, so that what is not written shows. A
+failure refuses its kernels alone: op, variant and dtype.
 """
 
-import re
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 
 from benchmarks.gpu import candidates, ours
-from benchmarks.gpu.rows import FATAL, Rows, reason
-from benchmarks.gpu.setting import Setting
-from entropy_kernels._bench.result_text import result_text
+from benchmarks.gpu.rows import Row, Rows, reason
+from benchmarks.gpu.setting import setting_of
+from entropy_kernels._triton.common import tiles
+from entropy_kernels._triton.common.tiles import Tile
 from entropy_kernels.verification import head_cases, offset_cases, token_cases
 from entropy_kernels.verification.head_cases import Case
 
 STAGE = "correctness"
-SUMMARY = "summary"
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+QUICK_EVERY = 6
+DTYPES = ("bfloat16", "float16", "float32")
 
 
-def run(setting: Setting) -> None:
+class Group(NamedTuple):
+    """Cases of the same kernels."""
+
+    name: str
+    dtype: str
+    forward: Tile | None = None
+    dlogits: Tile | None = None
+    impl: str = ""
+    """Whose selection and loss; empty for the head."""
+    large: bool = False
+    """Tensors of more than 2^31 elements."""
+
+
+def groups(architecture: str, quick: bool) -> Iterator[Group]:
+    """In the order to run them: what people use first, what may hang last."""
+    if ours.has_triton():
+        pairs = candidates.pairs(architecture, quick)
+        first, *others = pairs
+        others.sort(key=lambda pair: pair[0].variant == "tma_ws")
+        dtypes = ("float32",) if quick else DTYPES
+        yield _head_group(first, dtypes[0])
+        yield _head_group(first, dtypes[0], large=True)
+        yield from (Group(f"tokens {impl}", "", impl=impl) for impl in ("triton", "torch"))
+        yield from (_head_group(first, dtype) for dtype in dtypes[1:])
+        yield from (_head_group(pair, dtypes[0]) for pair in others)
+    else:
+        yield Group("tokens torch", "", impl="torch")
+
+
+def _head_group(pair: tuple[Tile | None, Tile | None], dtype: str, large: bool = False) -> Group:
+    name = f"{candidates.name(pair[0])} + {candidates.name(pair[1])} {dtype}"
+    return Group(name + " 2^31" * large, dtype, *pair, large=large)
+
+
+def run(rows: Rows, job: Row) -> None:
+    """A part of the cases of one group."""
+    setting = setting_of(rows, job)
     seed = 0 if setting.quick else torch.seed() % (1 << 31)
     torch.manual_seed(seed)
-    expected = []
-    for case in _all_cases(setting):
-        expected.append(case.name)
-        if not setting.rows.has(STAGE, case.name):
-            _run_case(setting, case)
-    rows = {row["name"]: row for row in setting.rows.of(STAGE) if row["name"] != SUMMARY}
-    failed = [name for name in expected if not rows[name]["passed"]]
-    left_out = [name for name in expected if "left_out" in rows[name]]
-    found = {"count": len(expected), "failed": failed, "left_out": left_out, "seed": seed}
-    setting.rows.add(STAGE, SUMMARY, **found)
-    _record(setting, rows, failed)
+    architecture = rows.about["architecture"]
+    group = next(x for x in groups(architecture, setting.quick) if x.name == job["group"])
+    found = cases(group, setting.device, setting.quick)
+    # pytest runs all of the small ones.
+    every = QUICK_EVERY if setting.quick else 1
+    for case in found[job["part"] * every :: job["parts"] * every]:
+        run_case(rows, setting.device, case, _kernels(group, case, architecture), seed)
 
 
-def refusal(rows: Rows) -> str:
-    """Why Triton kernels are not timed; empty where they may be."""
-    found = rows.of(STAGE, name=SUMMARY)
-    if not found:
-        return "no complete correctness run of these sources; run the stage `correctness`"
-    failed = found[0]["failed"]
-    return f"{len(failed)} failed correctness, the first of them {failed[0]}" if failed else ""
+def refusal(rows: Rows, kernels: Collection[str]) -> str:
+    """Why these are not timed; empty where none of them has failed."""
+    for row in rows.of(STAGE):
+        failed = {*row["kernels"]} & {*kernels} if "error" in row else set()
+        if failed:
+            return f"{', '.join(sorted(failed))} failed correctness: {row['name']}"
+    return ""
 
 
-def _run_case(setting: Setting, case: Case) -> None:
-    memory = 0
-    if setting.device.type == "cuda":
-        memory = torch.cuda.get_device_properties(setting.device).total_memory
-    if memory and case.bytes > 0.8 * memory:
-        setting.rows.add(STAGE, case.name, passed=True, left_out=f"wants {case.bytes:.1e} bytes")
-        return
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    try:
-        case.run()
-    except Exception as error:
-        # One wrong kernel must not hide another.
-        setting.rows.add(STAGE, case.name, passed=False, error=reason(error))
-        if any(words in str(error) for words in FATAL):
-            raise
+def kernel(op: str, variant: str, dtype: str) -> str:
+    """How rows name a kernel of the head."""
+    return f"{op} {variant} {dtype}"
+
+
+def _kernels(group: Group, case: Case, architecture: str) -> list[str]:
+    """What a case runs, unless its matrices do not fit: what is blamed where it hangs."""
+    if group.impl:
+        return [f"{case.name.split()[0]} {group.impl}"]
+    found = []
+    for op, tile in (("forward", group.forward), ("dlogits", group.dlogits)):
+        if tile is None:
+            dtype, usable = getattr(torch, group.dtype), tiles.variants(architecture)
+            tile = tiles.row(op, architecture, dtype, 128, 128, usable)[0]
+        found.append(kernel(op, tile.variant, group.dtype))
+    return found
+
+
+def cases(group: Group, device: torch.device, quick: bool) -> list[Case]:
+    """Names are unique; `quick` makes them small."""
+    if group.impl:
+        found = token_cases.ratio_loss_cases(group.impl, device, quick)
+        found += token_cases.selection_cases(group.impl, device, quick)
     else:
-        setting.rows.add(STAGE, case.name, passed=True)
-    finally:
-        torch.use_deterministic_algorithms(False)
+        make = offset_cases.offset_cases if group.large else head_cases.head_cases
+        dtype = getattr(torch, group.dtype)
+        found = make((group.forward, group.dlogits), dtype, device, quick)
+        found = [case._replace(name=f"{group.name}: {case.name}") for case in found]
+    return found
 
 
-def _all_cases(setting: Setting) -> Iterator[Case]:
-    """Names are unique. --quick takes every fourth case: pytest runs all of them."""
-    device, quick = setting.device, setting.quick
-    every = slice(None, None, 4 if quick else 1)
-    if ours.has_triton():
-        for forward, dlogits in candidates.pairs(device, quick):
-            first = (forward, dlogits) == candidates.pairs(device, quick)[0]
-            dtypes = DTYPES if first and not quick else [setting.dtype]
-            for dtype in dtypes:
-                cases = head_cases.head_cases((forward, dlogits), dtype, device, quick)
-                if first:
-                    cases += offset_cases.offset_cases((forward, dlogits), dtype, device, quick)
-                name = f"{candidates.name(forward)} + {candidates.name(dlogits)} {dtype}"
-                yield from (case._replace(name=f"{name}: {case.name}") for case in cases[every])
-    for impl in ours.elementwise_implementations(device):
-        yield from token_cases.ratio_loss_cases(impl, device, quick)[every]
-        yield from token_cases.selection_cases(impl, device, quick)[every]
+def run_case(rows: Rows, device: torch.device, case: Case, kernels: list[str], seed: int) -> None:
+    memory = 0
+    if device.type == "cuda":
+        memory = torch.cuda.get_device_properties(device).total_memory
+    if memory and case.bytes > 0.8 * memory:
+        if not rows.has(STAGE, case.name):
+            wanted = f"wants {case.bytes:.1e} bytes"
+            rows.add(STAGE, case.name, kernels=kernels, left_out=wanted)
+        return
+
+    def run() -> Row:
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        try:
+            with _launched(kernels) as launched:
+                case.run()
+                if device.type == "cuda":
+                    torch.cuda.synchronize(device)
+        except AssertionError as error:
+            blamed = [x for x in launched if f"{x.split()[0]}: " in str(error)] or launched
+            return {"error": reason(error), "kernels": blamed or kernels, "seed": seed}
+        finally:
+            torch.use_deterministic_algorithms(False)
+        return {"passed": True, "seed": seed}
+
+    rows.measure(STAGE, case.name, run, kernels=kernels)
 
 
-def _record(setting: Setting, rows: dict[str, Any], failed: list[str]) -> None:
-    about = setting.rows.about
-    gpu = re.sub(r"\W+", "-", (about["gpu"] or "interpreter").lower())
-    path = setting.out / f"correctness-{about['architecture']}-{gpu}.json"
-    cases = {name: row.get("left_out", row["passed"]) for name, row in rows.items()}
-    found = {
-        "architecture": about["architecture"],
-        "passed": ours.has_triton() and not failed,
-        "failed": failed,
-        **about,
-        "cases": cases,
-    }
-    path.write_text(result_text(found))
-    setting.rows.log(f"wrote {path}; commit it under benchmarks/results/gpu/ if all passed")
+@contextmanager
+def _launched(kernels: list[str]) -> Iterator[list[str]]:
+    """The kernels of the head that run inside: a tile that does not fit gives way to another."""
+    found: list[str] = []
+
+    def noting(op: str, make: Callable[..., Any]) -> Callable[..., Any]:
+        def noted(*arguments: Any, **named: Any) -> Any:
+            made = make(*arguments, **named)
+            if made.tile is not None:
+                found.append(kernel(op, made.tile.variant, kernels[0].split()[-1]))
+            return made
+
+        return noted
+
+    if not ours.has_triton():
+        yield found
+        return
+    from entropy_kernels._triton.head_backward import launch as backward
+    from entropy_kernels._triton.head_forward import launch as forward
+
+    with (
+        mock.patch.object(forward, "Work", noting("forward", forward.Work)),
+        mock.patch.object(backward, "Dlogits", noting("dlogits", backward.Dlogits)),
+    ):
+        yield found

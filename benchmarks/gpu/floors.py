@@ -1,4 +1,4 @@
-"""Stages `environment` and `floors`: the GPU, what it copies, and what its library multiplies.
+"""Stage `floors`: what the GPU is, what it copies, and what its library multiplies.
 
 T tokens, D hidden, V vocabulary, R rows with a gradient.
 """
@@ -12,36 +12,30 @@ from torch import Tensor
 from benchmarks.gpu import timing
 from benchmarks.gpu.environment import properties
 from benchmarks.gpu.problem import FRACTION
-from benchmarks.gpu.rows import Row
-from benchmarks.gpu.setting import Setting
+from benchmarks.gpu.rows import Row, Rows
+from benchmarks.gpu.setting import Setting, setting_of
 
 ROWS = 2048
 SPLITS = (4, 16)
 COPY_BYTES = 1 << 31
 
 
-def run_environment(setting: Setting) -> None:
-    setting.rows.measure("environment", "machine", lambda: properties(setting.device))
-    setting.rows.measure("environment", "copy", lambda: _copy(setting))
-
-
-def run_floors(setting: Setting) -> None:
-    tokens = setting.tokens[0]
-    for hidden in setting.hidden:
-        shape = {"tokens": tokens, "hidden": hidden, "vocabulary": setting.vocabulary}
-        wanted = ["logits, 16-bit out", "logits, fp32 out", "logsumexp of a chunk", "dW", "dH"]
-        wanted += [f"dH, split {count}" for count in SPLITS]
-        if all(setting.rows.has("floors", name, **shape) for name in wanted):
-            continue
+def run(rows: Rows, job: Row) -> None:
+    setting = setting_of(rows, job)
+    rows.measure("environment", "machine", lambda: properties(setting.device))
+    rows.measure("environment", "copy", lambda: _copy(setting))
+    tokens = setting.sizes.base[0]
+    for hidden in setting.sizes.hidden:
+        shape = {"tokens": tokens, "hidden": hidden, "vocabulary": setting.sizes.vocabulary}
         for name, (call, units) in _products(setting, tokens, hidden).items():
-            run = partial(_timed, setting, call, units, shape)
-            setting.rows.measure("floors", name, run, **shape)
+            measure = partial(_timed, setting, call, units, shape)
+            rows.measure("floors", name, measure, **shape)
 
 
 def _timed(
     setting: Setting, call: Callable[[], object], units: float, shape: dict[str, int]
 ) -> Row:
-    row = timing.timed(call, setting.device, setting.rounds)
+    row = timing.timed(call, setting.device, setting.sizes.rounds)
     return timing.rate(row, units, **shape) if units else row
 
 
@@ -50,7 +44,7 @@ def _copy(setting: Setting) -> Row:
     size = COPY_BYTES if not setting.quick else 1 << 16
     a = torch.empty(size, dtype=torch.uint8, device=setting.device).random_()
     b = torch.empty_like(a)
-    row = timing.timed(lambda: b.copy_(a), setting.device, setting.rounds)
+    row = timing.timed(lambda: b.copy_(a), setting.device, setting.sizes.rounds)
     return row | {"gb_per_s": 2 * size / row["p50_ms"] / 1e6}
 
 
@@ -58,7 +52,7 @@ def _products(
     setting: Setting, tokens: int, hidden: int
 ) -> dict[str, tuple[Callable[[], object], float]]:
     """Calls and their units; all inputs random, for zeros multiply faster than data."""
-    vocabulary, dtype = setting.vocabulary, setting.dtype
+    vocabulary, dtype = setting.sizes.vocabulary, setting.sizes.dtype
 
     def random(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
         return torch.randn(shape, device=setting.device, dtype=dtype)

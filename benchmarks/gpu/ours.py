@@ -57,6 +57,29 @@ def _stored(device: torch.device, tokens: int, vocabulary: int) -> float:
     return min(FRACTION, room / tokens)
 
 
+def kernels(name: str, problem: Problem) -> tuple[str, ...]:
+    """The Triton kernels that a contestant of ours runs, as correctness.py names them."""
+    impl, _, way = name.partition("-")
+    if impl != "triton":
+        return ()
+    from entropy_kernels._triton.head_backward import launch as backward
+    from entropy_kernels._triton.head_forward import launch as forward
+
+    head = ek.Head(problem.hidden, problem.weight, problem.target)
+    # Logits of rows known beforehand are kept; those above a threshold are stored.
+    found = {
+        "forward": forward.preferred(
+            head, keep_logits=way == "known", stores_rows=way == "threshold"
+        )
+    }
+    if way != "forward":
+        found["dlogits"] = backward.preferred(problem.hidden, head)
+    dtype = str(problem.hidden.dtype).removeprefix("torch.")
+    named = [f"{op} {row[0].variant} {dtype}" for op, row in found.items()]
+    selects = ["selection triton"] if way == "0.2" else []
+    return (*named, *selects, *(["ratio_loss triton"] if way != "forward" else []))
+
+
 def implementations(device: torch.device) -> list[str]:
     """The backends of the public functions on this device."""
     here = [x for x in backends.available() if x != "cpu" or device.type == "cpu"]

@@ -19,20 +19,30 @@ from torch import Tensor
 import entropy_kernels as ek
 from benchmarks.gpu.contestant import Contestant, Results, step
 from benchmarks.gpu.problem import FRACTION, Problem
-from benchmarks.peers import liger_grpo_loss, liger_head
+from benchmarks.peers import liger_grpo_loss, liger_head, trl_head
 from entropy_kernels._bench.step import Head, plain_head, policy_loss
 
 
-def contestants(quick: bool) -> list[Contestant]:
-    """All peers without verl's, whose vocabulary must be a multiple of 1024."""
+def baselines(quick: bool) -> list[Contestant]:
+    """The definition, and what the compiler makes of it."""
     backend = "eager" if quick else "inductor"
-    found = [
+    return [
         Contestant("eager", "eager: all logits, fp32 softmax", partial(_dense, plain_head), 3.0),
         Contestant("compile", "torch.compile of the same", partial(_compiled, backend), 3.0),
+    ]
+
+
+def contestants(quick: bool) -> list[Contestant]:
+    """Other libraries'; verl's is wrong where the vocabulary is no multiple of 1024."""
+    found = [
+        Contestant("trl", "TRL's chunked head", partial(_dense, trl_head), 4.0),
+        Contestant("torch-lce", "torch's linear_cross_entropy, no entropy", _torch_lce, 4.0),
         Contestant("flsce", "Liger FLSCE, all rows", partial(_dense, flsce), 4.0),
         Contestant("flsce-composed", "Liger FLSCE, all rows, top 20%, again", _composed, 1.8),
         Contestant("flsce-known", "Liger FLSCE, mask known", _known, 4 * FRACTION),
         Contestant("flsce-forward", "Liger FLSCE, forward alone", partial(_forward, flsce), 1.0),
+        Contestant("verl", "verl's Triton kernel", partial(_dense, verl), 4.0),
+        Contestant("verl-forward", "verl's, forward alone", partial(_forward, verl), 1.0),
     ]
     for tf32 in (False, True):
         label = f"Liger GRPO loss, {'TF32' if tf32 else 'fp32'} products, no entropy"
@@ -46,13 +56,6 @@ def contestants(quick: bool) -> list[Contestant]:
     return found
 
 
-def verl_contestants() -> list[Contestant]:
-    return [
-        Contestant("verl", "verl's Triton kernel", partial(_dense, verl), 4.0),
-        Contestant("verl-forward", "verl's, forward alone", partial(_forward, verl), 1.0),
-    ]
-
-
 def flsce(hidden_TD: Tensor, weight_VD: Tensor, target_T: Tensor) -> tuple[Tensor, Tensor]:
     # Its own check of targets waits for the GPU; ours are right.
     os.environ["LIGER_SCALED_CE_SM90_VALIDATE_TARGETS"] = "0"
@@ -64,6 +67,19 @@ def cce(
 ) -> tuple[Tensor, None]:
     head = importlib.import_module("cut_cross_entropy").linear_cross_entropy
     return -head(hidden_TD, weight_VD, target_T, reduction="none", filter_eps=filter_eps), None
+
+
+def _torch_lce(problem: Problem) -> Results:
+    """Its chunked form, by torch's own choice of chunks."""
+    head = getattr(torch.nn.functional, "linear_cross_entropy", None)
+    if head is None:
+        raise ImportError(f"torch {torch.__version__} has no linear_cross_entropy")
+    options = torch.nn.LinearCrossEntropyOptions()
+
+    def logprob(hidden_TD: Tensor, weight_VD: Tensor, target_T: Tensor) -> tuple[Tensor, None]:
+        return -head(hidden_TD, weight_VD, target_T, reduction="none", options=options), None
+
+    return _dense(logprob, problem)
 
 
 def verl(hidden_TD: Tensor, weight_VD: Tensor, target_T: Tensor) -> tuple[Tensor, Tensor]:

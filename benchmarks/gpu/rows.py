@@ -1,111 +1,142 @@
-"""The result rows: JSON lines that a run appends to and a later run skips what they hold.
+"""The result rows: JSON lines, each on the disk before the next measurement starts.
 
 A row belongs to the GPU, versions and sources it was measured with. Rows of others stay in the
-file and count as not there.
+file and count as not there. Several processes may append to one file.
 """
 
+import fcntl
 import json
-import signal
+import os
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 Row = dict[str, Any]
 
 # Rows that differ in these belong to another run.
 SAME = ("gpu", "driver", "versions", "source", "quick")
+# What makes a row another one: everything else is its result.
+IDENTITY = ("stage", "name", "tokens", "hidden", "vocabulary", "dtype", "alternated")
 # After these the process has lost its GPU.
 FATAL = ("illegal memory access", "unspecified launch failure", "device-side assert")
+# Before the line that names what is measured next, so that a killed process has said it.
+STARTED = "started "
 
 
-class LimitReached(BaseException):
-    """The stage's time is over. Not an Exception, so that nothing takes it for a failed peer."""
+class OutOfTimeError(BaseException):
+    """A shard's time is over. Not an Exception, so that nothing takes it for a failed peer."""
+
+
+class LostError(BaseException):
+    """The process has lost its GPU; the row that did it is written."""
+
+
+def _silent(line: str) -> None:
+    pass
 
 
 @dataclass
 class Rows:
-    """The measured rows, in a file."""
+    """The measured rows, in a file. `log` gets a line before a measurement and one after it."""
 
     path: Path
     about: Row
     """Written into every row: GPU, versions, sources, commit, date."""
-    log: Callable[[str], None] = print
+    log: Callable[[str], None] = _silent
+    until: float = float("inf")
+    """By time.monotonic(), when no more measurements start."""
     rows: list[Row] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        if self.path.exists():
-            lines = self.path.read_text().splitlines()
-            self.rows = [row for row in map(json.loads, lines) if self._ours(row)]
+        self.rows = [row for row in read(self.path)[0] if self._ours(row)]
 
     def _ours(self, row: Row) -> bool:
         return all(row["about"].get(key) == self.about.get(key) for key in SAME)
 
     def of(self, stage: str, **wanted: Any) -> list[Row]:
-        """The rows of a stage that have these values; of two with one name the later."""
+        """The rows of a stage that have these values; of one thing measured twice, the later."""
         found = {}
         for row in self.rows:
             if row["stage"] == stage and all(row.get(key) == x for key, x in wanted.items()):
-                found[_identity(row)] = row
+                found[tuple(row.get(key) for key in IDENTITY[:-1])] = row
         return list(found.values())
 
-    def has(self, stage: str, name: str, **shape: int) -> bool:
+    def has(self, stage: str, name: str, **shape: Any) -> bool:
         return bool(self.of(stage, name=name, **shape))
 
     def add(self, stage: str, name: str, **values: Any) -> Row:
         row = {"stage": stage, "name": name, **values, "about": self.about}
         self.rows.append(row)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+        append(self.path, row)
         self.log(_line(row))
         return row
 
     def measure(self, stage: str, name: str, run: Callable[[], Row], **shape: Any) -> Row:
-        """The row of that name and shape, measured unless it is there.
+        """The row of that name and shape, measured unless it is there; more values are kept.
 
         What fails is a result too: its row has the reason. A GPU that is lost ends the process.
         """
-        for row in self.of(stage, name=name, **shape):
+        known = {key: x for key, x in shape.items() if key in IDENTITY}
+        for row in self.of(stage, name=name, **known):
             return row
+        self.start(stage, name, **shape)
         try:
             values = run()
         except Exception as error:
             row = self.add(stage, name, **shape, error=reason(error))
             if any(words in str(error) for words in FATAL):
-                raise
+                raise LostError(row["error"]) from error
             return row
-        return self.add(stage, name, **shape, **values)
+        return self.add(stage, name, **(shape | values))
+
+    def start(self, stage: str, name: str, **shape: Any) -> None:
+        """Says what comes next: whoever ends this process writes its row."""
+        if time.monotonic() > self.until:
+            raise OutOfTimeError
+        self.log(STARTED + json.dumps({"stage": stage, "name": name, **shape}))
+
+
+def append(path: Path, row: Row) -> None:
+    """Writes a row and waits for the disk. A line that was cut off before it stays alone."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("ab+") as file:
+        # Let go of by the end of the process too, however it ends.
+        fcntl.flock(file, fcntl.LOCK_EX)
+        torn = file.tell() and os.pread(file.fileno(), 1, file.tell() - 1) != b"\n"
+        file.write(b"\n" * torn + json.dumps(row).encode() + b"\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read(path: Path) -> tuple[list[Row], list[int]]:
+    """The rows of a file, and the numbers of the lines that are none: cut off by a kill."""
+    found, torn = [], []
+    lines = path.read_bytes().splitlines() if path.exists() else []
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line)
+        except ValueError:
+            torn.append(number)
+            continue
+        whole = isinstance(row, dict) and isinstance(row.get("about"), dict)
+        if whole and {"stage", "name"} <= row.keys():
+            found.append(row)
+        else:
+            torn.append(number)
+    return found, torn
+
+
+def identity(row: Row) -> tuple[Any, ...]:
+    """Equal for rows of the same measurement."""
+    return tuple(row.get(key) for key in IDENTITY)
 
 
 def reason(error: Exception) -> str:
     """One line of at most 300 characters."""
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text[:300]}"
-
-
-def limited(seconds: int, work: Callable[[], None]) -> bool:
-    """Whether `work` ended by itself within `seconds`; what it had added by then is kept."""
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        raise LimitReached
-
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.alarm(seconds)
-    try:
-        work()
-    except LimitReached:
-        return False
-    finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
-    return True
-
-
-def _identity(row: Row) -> tuple[Any, ...]:
-    shape = tuple(row.get(key) for key in ("tokens", "hidden", "vocabulary", "dtype"))
-    return row["stage"], row["name"], *shape
 
 
 def _line(row: Row) -> str:

@@ -1,23 +1,22 @@
 """The setting of every stage: its device, its sizes, and the rows."""
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
-from benchmarks.gpu.rows import Rows
+from benchmarks.gpu.rows import Row, Rows
 
 
 @dataclass(frozen=True)
-class Setting:
-    rows: Rows
-    device: torch.device
-    out: Path
-    """Where the rows, the tools' logs and the records go."""
-    quick: bool
-    """Tiny shapes, to see that every stage runs; no result of it means anything."""
-    tokens: tuple[int, ...] = (8192, 32768)
-    hidden: tuple[int, ...] = (1024, 2048, 4096, 5120)
+class Sizes:
+    """Of a run: T tokens, D hidden."""
+
+    base: tuple[int, int] = (8192, 4096)
+    """(T, D) of every contestant."""
+    more: tuple[tuple[int, int], ...] = ((8192, 1024), (32768, 4096))
+    """(T, D) of ours, eager and torch.compile besides."""
+    hidden: tuple[int, ...] = (4096, 1024)
+    """D of the floors and of the sweep of tiles."""
     vocabulary: int = 151936
     divided_vocabulary: int = 151552
     """The largest multiple of 1024 below: what verl's kernel computes rightly."""
@@ -26,24 +25,34 @@ class Setting:
     rounds: int = 12
     dtype: torch.dtype = torch.bfloat16
 
+
+# To see that every stage runs; no result of them means anything.
+QUICK = Sizes((16, 32), ((8, 32), (24, 16)), (32,), 97, 1024, 3000, 1, torch.float32)
+
+
+@dataclass(frozen=True)
+class Setting:
+    rows: Rows
+    device: torch.device
+    quick: bool = False
+
     @property
-    def shapes(self) -> list[tuple[int, int]]:
-        """(tokens, hidden), the models that most people train first."""
-        order = sorted(self.hidden, key=lambda d: (d != 4096, d != 1024, d))
-        return [(t, d) for t in self.tokens for d in order]
+    def sizes(self) -> Sizes:
+        return sizes(self.quick)
 
 
-def quick_setting(rows: Rows, device: torch.device, out: Path) -> Setting:
-    return Setting(
-        rows,
-        device,
-        out,
-        quick=True,
-        tokens=(24,),
-        hidden=(32,),
-        vocabulary=301,
-        divided_vocabulary=1024,
-        entropies=5000,
-        rounds=1,
-        dtype=torch.float32,
-    )
+def sizes(quick: bool) -> Sizes:
+    return QUICK if quick else Sizes()
+
+
+def setting_of(rows: Rows, job: Row) -> Setting:
+    """The setting of a worker's job; its share of the GPU's memory is not passed."""
+    device = here()
+    if device.type == "cuda" and job.get("bytes"):
+        whole = torch.cuda.get_device_properties(device).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, job["bytes"] / whole))
+    return Setting(rows, device, job["quick"])
+
+
+def here() -> torch.device:
+    return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")

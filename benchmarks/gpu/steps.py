@@ -1,110 +1,56 @@
-"""Stages `peers` and `verl`: every contestant checked, timed in alternation, and its peak memory.
-
-All of one shape are measured together, so that whatever drifts drifts for all; the rows of a shape
-are written when it is done.
-"""
-
-import gc
-from collections.abc import Callable, Sequence
+"""Steps of all contestants: each checked against fp64, timed, and its peak memory."""
 
 import torch
 
-from benchmarks.gpu import correctness, ours, peers, timing
-from benchmarks.gpu.contestant import Contestant, WrongResultError, check
+from benchmarks.gpu import contest, ours, peers, timing
+from benchmarks.gpu.contest import Entry
+from benchmarks.gpu.contestant import Contestant, check
+from benchmarks.gpu.plan import OURS, PEERS
 from benchmarks.gpu.problem import Problem, make_problem
-from benchmarks.gpu.rows import Row, reason
-from benchmarks.gpu.setting import Setting
+from benchmarks.gpu.rows import Row, Rows
+from benchmarks.gpu.setting import Setting, setting_of
 
-# Beyond this share of the memory a contestant's blocks would push the others' out: timed alone.
-CROWDED = 0.4
-
-
-def run_peers(setting: Setting) -> None:
-    for tokens, hidden in setting.shapes:
-        own = ours.contestants(setting.device, tokens, setting.vocabulary)
-        found = [*peers.contestants(setting.quick), *own]
-        measure(setting, "peers", tokens, hidden, setting.vocabulary, found)
+STAGE = "steps"
 
 
-def run_verl(setting: Setting) -> None:
-    """verl's kernel and ours, at a vocabulary that it computes rightly."""
-    for tokens, hidden in setting.shapes:
-        only = "triton" if "triton" in ours.implementations(setting.device) else "torch"
-        own = ours.contestants(setting.device, tokens, setting.divided_vocabulary, only)
-        found = [*peers.verl_contestants(), *own]
-        measure(setting, "verl", tokens, hidden, setting.divided_vocabulary, found)
+def run(rows: Rows, job: Row) -> None:
+    """One group at one shape."""
+    setting = setting_of(rows, job)
+    tokens, hidden, vocabulary = (job[name] for name in ("tokens", "hidden", "vocabulary"))
+    own = ours.contestants(setting.device, tokens, vocabulary)
+    if job["group"] == "base":
+        found = [*own, *peers.baselines(setting.quick)]
+    else:
+        known = {x.name: x for x in [*own, *peers.contestants(setting.quick)]}
+        found = [known[name] for name in (OURS, *PEERS[job["group"]]) if name in known]
+    measure(setting, job["group"], tokens, hidden, vocabulary, found)
 
 
 def measure(
     setting: Setting,
-    stage: str,
+    group: str,
     tokens: int,
     hidden: int,
     vocabulary: int,
-    contestants: Sequence[Contestant],
+    contestants: list[Contestant],
 ) -> None:
     shape = {"tokens": tokens, "hidden": hidden, "vocabulary": vocabulary}
-    if all(setting.rows.has(stage, c.name, **shape) for c in contestants):
-        return
-    setting.rows.log(f"{stage}: T={tokens} D={hidden} V={vocabulary} ...")
     # Shapes are fixed within a measurement; the compiler would make the second one dynamic.
     torch.compiler.reset()
-    problem = make_problem(tokens, hidden, vocabulary, setting.dtype, setting.device, seed=tokens)
-    found = {c.name: _first_look(setting, c, problem) for c in contestants}
-    together: dict[str, Callable[[], None]] = {}
-    alone: dict[str, Callable[[], None]] = {}
-    for contestant in contestants:
-        row = found[contestant.name]
-        if "error" in row or "refused" in row:
-            continue
-        group = alone if _is_crowded(setting, row["peak_bytes"]) else together
-        group[contestant.name] = _call(contestant, problem)
-    samples = timing.alternate(together, setting.device, setting.rounds)
-    for name, call in alone.items():
-        _clear(setting.device)
-        samples |= timing.alternate({name: call}, setting.device, setting.rounds // 2)
-        found[name]["alone"] = True
-    for contestant in contestants:
-        row = {"label": contestant.label, **found[contestant.name]}
-        if contestant.name in samples:
-            row |= timing.spread(samples[contestant.name])
-            row = timing.rate(row, contestant.units, tokens, hidden, vocabulary)
-        setting.rows.add(stage, contestant.name, **shape, **row)
+    dtype, device = setting.sizes.dtype, setting.device
+    problem = make_problem(tokens, hidden, vocabulary, dtype, device, seed=tokens)
+    entries = [_entry(device, one, problem) for one in contestants]
+    contest.hold(setting, STAGE, f"{group} {tokens}x{hidden}", entries, shape, OURS)
 
 
-def _first_look(setting: Setting, contestant: Contestant, problem: Problem) -> Row:
-    """Its error and peak memory, or why it is not timed."""
-    if contestant.name.startswith("triton"):
-        refusal = correctness.refusal(setting.rows)
-        if refusal:
-            return {"refused": refusal}
-    try:
-        row: Row = {"error_of_norm": check(contestant, problem)}
-        row["peak_bytes"] = timing.peak_bytes(_call(contestant, problem), setting.device)
-    except WrongResultError as wrong:
-        return {"refused": str(wrong)}
-    except Exception as error:
-        # A peer that does not import, compile or fit is a result.
-        return {"error": reason(error)}
-    finally:
-        _clear(setting.device)
-    return row
-
-
-def _call(contestant: Contestant, problem: Problem) -> Callable[[], None]:
+def _entry(device: torch.device, one: Contestant, problem: Problem) -> Entry:
     def call() -> None:
-        contestant.run(problem)
+        one.run(problem)
 
-    return call
+    def look() -> Row:
+        found: Row = {"label": one.label, "error_of_norm": check(one, problem)}
+        contest.clear(device)
+        return found | {"peak_bytes": timing.peak_bytes(call, device)}
 
-
-def _is_crowded(setting: Setting, peak: int | None) -> bool:
-    if peak is None:
-        return False
-    return peak > CROWDED * torch.cuda.get_device_properties(setting.device).total_memory
-
-
-def _clear(device: torch.device) -> None:
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
+    kernels = ours.kernels(one.name, problem)
+    return Entry(one.name, look, call, kernels, one.units)

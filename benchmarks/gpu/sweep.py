@@ -11,11 +11,12 @@ from typing import Any
 
 import torch
 
-from benchmarks.gpu import candidates, correctness, ours, timing
+from benchmarks.gpu import candidates, contest, correctness, ours
+from benchmarks.gpu.contest import Entry
 from benchmarks.gpu.contestant import FP32, ROUNDED_ONCE, WrongResultError, relative_error
 from benchmarks.gpu.problem import Problem, make_problem
-from benchmarks.gpu.rows import Row, reason
-from benchmarks.gpu.setting import Setting
+from benchmarks.gpu.rows import Row, Rows
+from benchmarks.gpu.setting import setting_of
 from entropy_kernels import backends
 from entropy_kernels._triton.common.tiles import Tile
 from entropy_kernels.verification.launches import launch_backward, launch_forward
@@ -24,48 +25,31 @@ STAGE = "sweep"
 OPS = ("forward", "forward_store", "dlogits")
 
 
-def run(setting: Setting) -> None:
-    refusal = "" if ours.has_triton() else "the package has no Triton kernels of the head"
-    refusal = refusal or correctness.refusal(setting.rows)
-    if refusal:
-        setting.rows.log(f"{STAGE}: {refusal}")
+def run(rows: Rows, job: Row) -> None:
+    """All ops at one hidden size."""
+    if not ours.has_triton():
+        rows.log(f"{STAGE}: no Triton is here")
         return
-    tokens = setting.tokens[0]
-    for hidden in setting.hidden:
-        shape = {"tokens": tokens, "hidden": hidden, "vocabulary": setting.vocabulary}
-        problem: Problem | None = None
-        for op in OPS:
-            tiles = getattr(candidates, op)(setting.device)
-            names = [f"{op} {candidates.name(tile)}" for tile in tiles]
-            if all(setting.rows.has(STAGE, name, **shape) for name in names):
-                continue
-            if problem is None:
-                sizes = (tokens, hidden, setting.vocabulary)
-                problem = make_problem(*sizes, setting.dtype, setting.device, seed=hidden)
-            _measure(setting, op, tiles, problem, shape)
+    setting = setting_of(rows, job)
+    sizes = (setting.sizes.base[0], job["hidden"], setting.sizes.vocabulary)
+    shape = dict(zip(("tokens", "hidden", "vocabulary"), sizes, strict=True))
+    problem = make_problem(*sizes, setting.sizes.dtype, setting.device, seed=job["hidden"])
+    for op in OPS:
+        tiles = getattr(candidates, op)(rows.about["architecture"])
+        entries = [_entry(op, tile, problem) for tile in tiles]
+        contest.hold(setting, STAGE, f"{op} D={job['hidden']}", entries, shape)
 
 
-def _measure(
-    setting: Setting, op: str, tiles: tuple[Tile, ...], problem: Problem, shape: dict[str, int]
-) -> None:
-    found: dict[Tile, Row] = {}
-    calls: dict[str, Callable[[], None]] = {}
-    for tile in tiles:
-        call = _call(op, tile, problem)
-        try:
-            found[tile] = {"error_of_norm": _check(op, call, problem)}
-            calls[candidates.name(tile)] = call
-        except Exception as error:
-            # A tile that does not compile or is wrong is a result.
-            found[tile] = {"refused": reason(error)}
-    samples = timing.alternate(calls, setting.device, setting.rounds)
-    for tile, row in found.items():
-        name = candidates.name(tile)
-        if name in samples:
-            row |= timing.spread(samples[name])
-        if name in samples and op == "forward":
-            row = timing.rate(row, 1.0, **shape)
-        setting.rows.add(STAGE, f"{op} {name}", **shape, **row, op=op, tile=list(tile[:8]))
+def _entry(op: str, tile: Tile, problem: Problem) -> Entry:
+    call = _call(op, tile, problem)
+
+    def look() -> Row:
+        return {"op": op, "tile": list(tile[:8]), "error_of_norm": _check(op, call(), problem)}
+
+    named = "dlogits" if op == "dlogits" else "forward"
+    dtype = str(problem.hidden.dtype).removeprefix("torch.")
+    kernels = (correctness.kernel(named, tile.variant, dtype),)
+    return Entry(f"{op} {candidates.name(tile)}", look, call, kernels, float(op == "forward"))
 
 
 def _call(op: str, tile: Tile, problem: Problem) -> Callable[[], Any]:
@@ -75,8 +59,14 @@ def _call(op: str, tile: Tile, problem: Problem) -> Callable[[], Any]:
     gradients = [problem.advantage * problem.selected, None, None]
     options: dict[str, Any] = {"max_active_rows": int(problem.selected.sum())}
     if op == "dlogits":
-        found = launch_forward(inputs, None, {})
-        return lambda: launch_backward(gradients, inputs, found, tile, options)
+        found: list[Any] = []
+
+        def backward() -> list[torch.Tensor]:
+            # Within the first call, where a failure is a row.
+            found[:] = found or [launch_forward(inputs, None, {})]
+            return launch_backward(gradients, inputs, found[0], tile, options)
+
+        return backward
     if tile.variant == "cublas":
         most = backends.STORED_LOGITS_BYTES[problem.hidden.device.type]
         rows = min(options["max_active_rows"], most // (4 * problem.weight.shape[0]))
@@ -89,9 +79,8 @@ def _call(op: str, tile: Tile, problem: Problem) -> Callable[[], Any]:
     return step
 
 
-def _check(op: str, call: Callable[[], Any], problem: Problem) -> float:
+def _check(op: str, got: Any, problem: Problem) -> float:
     """Against the truth; a backward against that of the torch path, which the tests hold to it."""
-    got = call()
     if op == "forward":
         pairs = [(got.logprob, "logprob"), (got.entropy, "entropy")]
         errors = [relative_error(x, problem.truth[name]) for x, name in pairs]

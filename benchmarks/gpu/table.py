@@ -1,45 +1,82 @@
-"""Stage `table` writes table.md: measurements beside predictions and targets.
+"""Tables of measured rows beside what was predicted; no GPU is needed for them.
 
-A share is of p50s that were measured in alternation.
+A share is of times that were measured in alternation.
 """
 
+from pathlib import Path
+
 from benchmarks.gpu import predictions
-from benchmarks.gpu.rows import Row, Rows
-from benchmarks.gpu.setting import Setting
+from benchmarks.gpu.plan import OURS
+from benchmarks.gpu.rows import SAME, Row, Rows, read
 
 Line = list[str]
+# What a contestant without a label in its rows is called: the same as in the predictions' table.
+IN_SHORT = (
+    *("eager", "compile", "trl", "torch-lce", "flsce", "flsce-composed", "cce-exact", "verl"),
+    *("triton-0.2", "triton-threshold", "triton-known", "torch-0.2"),
+)
 
 
-def run(setting: Setting) -> None:
-    text = "\n\n".join(section for section in sections(setting.rows, setting) if section)
-    path = setting.out / "table.md"
-    path.write_text(text + "\n")
-    setting.rows.log(text)
-    setting.rows.log(f"wrote {path}")
+def run(rows: Rows, job: Row) -> None:
+    """Writes table.md and, where tiles were timed, a proposal of tiles.py into the folder."""
+    from benchmarks.gpu import tune
+
+    out = Path(job["out"])
+    text = "\n\n".join([in_short(rows), whole(rows)])
+    (out / "table.md").write_text(text + "\n")
+    rows.log(f"{text}\nwrote {out / 'table.md'}")
+    rows.log(tune.propose(rows, out / "tiles.py") or "no tile was timed")
 
 
-def sections(rows: Rows, setting: Setting) -> list[str]:
-    return [
-        _about(rows),
-        _small(rows),
-        *(_steps(rows, stage, t, d) for t, d in setting.shapes for stage in ("peers", "verl")),
-        _tiles(rows),
-        _tools(rows),
-    ]
+def runs(path: Path) -> list[Rows]:
+    """The runs of a file: rows of one GPU, driver, versions and sources."""
+    abouts = {repr([row["about"].get(key) for key in SAME]): row["about"] for row in read(path)[0]}
+    return [Rows(path, about) for about in abouts.values()]
 
 
-def _about(rows: Rows) -> str:
-    about = rows.about
-    versions = ", ".join(f"{name} {number}" for name, number in about["versions"].items())
-    summary = rows.of("correctness", name="summary")
-    checked = "correctness: not run"
-    if summary:
-        failed = summary[0]["failed"]
-        checked = f"correctness: {summary[0]['count']} cases, {len(failed)} failed"
-        checked += "".join(f"; FAILED {name}" for name in failed[:5])
+def in_short(rows: Rows) -> str:
+    """What people compare: milliseconds of a step by shape, beside their predictions."""
+    found = rows.of("steps")
+    shapes = sorted({(row["tokens"], row["hidden"]) for row in found if "p50_ms" in row})
+    lines = []
+    for name in IN_SHORT:
+        of_name = {(x["tokens"], x["hidden"]): x for x in found if x["name"] == name}
+        if any("p50_ms" in x for x in of_name.values()):
+            label = next(x.get("label", name) for x in of_name.values())
+            lines.append([label, *(_beside(name, of_name.get(at), at) for at in shapes)])
+    columns = [f"T={tokens:,} D={hidden:,}" for tokens, hidden in shapes]
+    head = "Milliseconds of forward and backward, p50; in brackets what was predicted."
+    return "\n\n".join([about(rows), head, _table(["", *columns], lines)])
+
+
+def _beside(name: str, row: Row | None, at: tuple[int, int]) -> str:
+    if row is None or "p50_ms" not in row:
+        return "" if row is None else "failed"
+    predicted = predictions.milliseconds(name, *at)
+    return f"{row['p50_ms']:.3g}" + (f" ({predicted:.3g})" if predicted else "")
+
+
+def whole(rows: Rows) -> str:
+    """Every row."""
+    shapes = {
+        (x["tokens"], x["hidden"], x["vocabulary"]): None for x in rows.of("steps") if "tokens" in x
+    }
+    sections = [_small(rows), *(_steps(rows, *shape) for shape in shapes), _tiles(rows)]
+    return "\n\n".join(section for section in [*sections, _tools(rows), _shards(rows)] if section)
+
+
+def about(rows: Rows) -> str:
+    """The conditions, and what correctness found."""
+    given = rows.about
+    versions = ", ".join(f"{name} {number}" for name, number in given["versions"].items())
+    cases = rows.of("correctness")
+    failed = [row["name"] for row in cases if "error" in row]
+    left_out = sum("left_out" in row for row in cases)
+    checked = f"correctness: {len(cases)} cases, {len(failed)} failed, {left_out} left out"
+    checked += "".join(f"; FAILED {name}" for name in failed[:5])
     return (
-        f"{about['gpu'] or 'no GPU'}, driver {about['driver']}; {versions}; commit "
-        f"{about['commit']}, sources {about['source']}; {about['date']}; {checked}. "
+        f"{given['gpu'] or 'no GPU'}, driver {given['driver']}; {versions}; commit "
+        f"{given['commit']}, sources {given['source']}; {given['date']}; {checked}. "
         "Predictions are of a cost model, made before any measurement."
     )
 
@@ -66,44 +103,40 @@ def _small(rows: Rows) -> str:
     return _table(["", "at", "measured", "predicted", ""], lines)
 
 
-def _steps(rows: Rows, stage: str, tokens: int, hidden: int) -> str:
-    found = {row["name"]: row for row in rows.of(stage, tokens=tokens, hidden=hidden)}
-    if not found:
-        return ""
-    ours = found.get("triton-0.2", found.get("torch-0.2", {})).get("p50_ms")
+def _steps(rows: Rows, tokens: int, hidden: int, vocabulary: int) -> str:
+    shape = {"tokens": tokens, "hidden": hidden, "vocabulary": vocabulary}
+    found = {row["name"]: row for row in rows.of("steps", **shape)}
     lines = []
     for name, row in found.items():
-        p50, predicted = row.get("p50_ms"), predictions.milliseconds(name, tokens, hidden)
         lines.append(
             [
                 row.get("label", name),
                 f"{row['units']:.2g}" if "units" in row else "",
                 _ms(row),
-                _number(predicted, "ms"),
-                f"{ours / p50:.2f}" if ours and p50 else "",
+                _number(predictions.milliseconds(name, tokens, hidden), "ms"),
+                f"{row['base_share']:.2f}" if "base_share" in row else "",
                 _number(row.get("tflops"), ""),
                 _gigabytes(row.get("peak_bytes")),
                 _failure(row),
             ]
         )
-    head = f"**T={tokens}, D={hidden}, V={row['vocabulary']}**"
-    columns = ["", "units", "p50 (p20-p80)", "predicted", "ours / it", "TF/s", "peak GB", ""]
-    return "\n\n".join([head, _table(columns, lines), *_targets(rows, stage, found)])
+    head = f"**T={tokens}, D={hidden}, V={vocabulary}**"
+    columns = ["", "units", "p50 (p20-p80)", "predicted", f"{OURS} / it", "TF/s", "peak GB", ""]
+    return "\n\n".join([head, _table(columns, lines), *_targets(rows, found)])
 
 
-def _targets(rows: Rows, stage: str, found: dict[str, Row]) -> list[str]:
+def _targets(rows: Rows, found: dict[str, Row]) -> list[str]:
     """The targets, and whether they are met."""
     times = {name: row["p50_ms"] for name, row in found.items() if "p50_ms" in row}
     said = []
-    wanted = predictions.VERL_TARGETS if stage == "verl" else predictions.TARGETS
-    for ours, other, share in wanted:
+    for ours, other, share in (*predictions.TARGETS, *predictions.VERL_TARGETS):
         if ours in times and other in times:
             got = times[ours] / times[other]
             said.append(f"{ours} / {other}: {got:.2f}, wanted {share:g}: {_verdict(got <= share)}")
     forward = found.get("triton-forward", {}).get("tflops")
     hidden = next(iter(found.values()))["hidden"]
     floors = rows.of("floors", name="logits, 16-bit out", hidden=hidden)
-    if forward and floors and stage == "peers":
+    if forward and floors and "tflops" in floors[0]:
         got = forward / floors[0]["tflops"]
         share = predictions.FORWARD_SHARE_OF_CUBLAS
         said.append(f"forward / cuBLAS: {got:.2f}, wanted {share:g}: {_verdict(got >= share)}")
@@ -120,9 +153,11 @@ def _targets(rows: Rows, stage: str, found: dict[str, Row]) -> list[str]:
 
 def _tiles(rows: Rows) -> str:
     lines = []
-    for row in sorted(rows.of("sweep"), key=lambda r: (r["op"], r["hidden"], r.get("p50_ms", 1e9))):
-        found = [row["name"], f"D={row['hidden']}", _ms(row), _number(row.get("tflops"), "TF/s")]
-        lines.append([*found, _failure(row)])
+    found = [row for row in rows.of("sweep") if "hidden" in row]
+    found.sort(key=lambda row: (row["name"].split()[0], row["hidden"], row.get("p50_ms", 1e9)))
+    for row in found:
+        cells = [row["name"], f"D={row['hidden']}", _ms(row), _number(row.get("tflops"), "TF/s")]
+        lines.append([*cells, _failure(row)])
     return _table(["tile", "at", "p50 (p20-p80)", "rate", ""], lines)
 
 
@@ -132,6 +167,14 @@ def _tools(rows: Rows) -> str:
         values = {k: v for k, v in row.items() if k not in ("stage", "name", "about", "error")}
         lines.append([row["name"], ", ".join(f"{k} {v}" for k, v in values.items()), _failure(row)])
     return _table(["tool", "found", ""], lines)
+
+
+def _shards(rows: Rows) -> str:
+    lines = [
+        [x["name"], f"{x['seconds']:g}", f"{x['predicted_s']:.3g}", _failure(x)]
+        for x in rows.of("run")
+    ]
+    return _table(["shard", "s", "predicted s", ""], lines)
 
 
 def _predicted_copy() -> str:

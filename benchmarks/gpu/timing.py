@@ -1,5 +1,6 @@
 """Times on a GPU by events, on a CPU by the clock; contestants alternate."""
 
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -10,18 +11,27 @@ from benchmarks.tables import quantile
 from entropy_kernels._bench import rounds as rounds_of
 
 WARM_UP = 2
+# Fewer have no spread.
+LEAST_ROUNDS = 3
 Run = Callable[[], Any]
 
 
-def alternate(runs: dict[str, Run], device: torch.device, rounds: int) -> dict[str, list[float]]:
-    """Milliseconds of each in every round; each round starts with another one."""
-    names = list(runs)
-    samples: dict[str, list[float]] = {name: [] for name in names}
-    for name in names:
+def alternate(
+    runs: dict[str, Run], device: torch.device, rounds: int, until: float = float("inf")
+) -> dict[str, list[float]]:
+    """Milliseconds of each in every round; each round starts with another one.
+
+    The rounds end at `until`, by time.monotonic(), but not before the least number of them.
+    """
+    samples: dict[str, list[float]] = {name: [] for name in runs}
+    for run in runs.values():
         for _ in range(WARM_UP):
-            runs[name]()
+            run()
     for name, sample in rounds_of.alternate(runs, device, rounds):
         samples[name].append(1e3 * sample.wall_s)
+        counts = [len(x) for x in samples.values()]
+        if min(counts) == max(counts) >= LEAST_ROUNDS and time.monotonic() > until:
+            break
     return samples
 
 
@@ -32,7 +42,7 @@ def spread(samples: list[float]) -> Row:
 
 
 def timed(run: Run, device: torch.device, rounds: int) -> Row:
-    """The spread of one that has no competitor."""
+    """The spread of one by itself."""
     return spread(alternate({"it": run}, device, rounds)["it"])
 
 

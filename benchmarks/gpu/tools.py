@@ -1,7 +1,7 @@
 """Stage `profile`: compute-sanitizer and Nsight Compute on one launch of each kernel.
 
-Where a tool is not there, or cannot read this GPU, the row says so. What they print is kept in
-files beside the rows. `python -m benchmarks.gpu.one_launch` is what they watch.
+It is no part of a run by default. Where a tool is not there, or cannot read this GPU, the row says
+so. What they print is kept in one file beside the rows. They watch `benchmarks.gpu.one_launch`.
 """
 
 import os
@@ -10,12 +10,12 @@ import shutil
 import subprocess
 import sys
 from functools import partial
+from pathlib import Path
 
-from benchmarks.gpu import correctness, ours
+from benchmarks.gpu import ours
 from benchmarks.gpu.environment import ROOT
 from benchmarks.gpu.one_launch import LAUNCHES
-from benchmarks.gpu.rows import Row
-from benchmarks.gpu.setting import Setting
+from benchmarks.gpu.rows import Row, Rows
 
 SECTIONS = (
     "SpeedOfLight",
@@ -39,50 +39,46 @@ REPORTED = re.compile(
     r"(\S+)\s+([\d.,]+)$",
     re.MULTILINE,
 )
-SECONDS = 150
+# Less than a conductor waits for a measurement.
+SECONDS = 50
+LOG_CHARACTERS = 1 << 18
 CHECKS = ("memcheck", "racecheck")
 
 
-def run(setting: Setting) -> None:
+def run(rows: Rows, job: Row) -> None:
     if not ours.has_triton():
-        setting.rows.log("profile: the package has no Triton kernels of the head")
+        rows.log("profile: no Triton is here")
         return
+    log = Path(job["out"]) / "profile.txt"
     for launch in LAUNCHES:
         for check in CHECKS:
             command = ["compute-sanitizer", "--tool", check, "--error-exitcode", "1"]
-            name = f"{check} {launch}"
-            watch = partial(_sanitized, setting, command, name, launch)
-            setting.rows.measure("profile", name, watch)
-        refusal = correctness.refusal(setting.rows)
-        if refusal:
-            setting.rows.log(f"profile: ncu {launch}: {refusal}")
-            continue
+            rows.measure("profile", f"{check} {launch}", partial(_sanitized, log, command, launch))
         sections = [x for section in SECTIONS for x in ("--section", section)]
         command = ["ncu", "--clock-control", "none", "--launch-count", "1", *sections]
         command += ["--kernel-name", KERNELS[launch]]
-        name = f"ncu {launch}"
-        setting.rows.measure("profile", name, partial(_profiled, setting, command, name, launch))
+        rows.measure("profile", f"ncu {launch}", partial(_profiled, log, command, launch))
 
 
-def _sanitized(setting: Setting, command: list[str], name: str, launch: str) -> Row:
-    done = _watch(setting, command, name, launch, "small")
+def _sanitized(log: Path, command: list[str], launch: str) -> Row:
+    done = _watch(log, command, launch, "small")
     errors = re.findall(r"ERROR SUMMARY: (\d+) errors?", done.stdout)
     hazards = re.findall(r"RACECHECK SUMMARY: (\d+) hazards?", done.stdout)
     assert errors or hazards, f"exit status {done.returncode}: {done.stdout[-200:]}"
     return {"errors": int((errors or hazards)[-1]), "exit_status": done.returncode}
 
 
-def _profiled(setting: Setting, command: list[str], name: str, launch: str) -> Row:
-    done = _watch(setting, command, name, launch, "full")
+def _profiled(log: Path, command: list[str], launch: str) -> Row:
+    done = _watch(log, command, launch, "full")
     found = {key: f"{value} {unit}" for key, unit, value in REPORTED.findall(done.stdout)}
     assert found, f"exit status {done.returncode}: {done.stdout[-200:]}"
     return found
 
 
 def _watch(
-    setting: Setting, command: list[str], name: str, launch: str, size: str
+    log: Path, command: list[str], launch: str, size: str
 ) -> "subprocess.CompletedProcess[str]":
-    """Runs one launch under a tool; its output goes into a file."""
+    """Runs one launch under a tool; the end of its output is added to `log`."""
     tool = shutil.which(command[0])
     if tool is None:
         raise FileNotFoundError(f"{command[0]} is not on the PATH")
@@ -97,5 +93,6 @@ def _watch(
         text=True,
         timeout=SECONDS,
     )
-    (setting.out / f"{name.replace(' ', '-')}.txt").write_text(done.stdout)
+    with log.open("a") as file:
+        file.write(f"== {' '.join(command)}: {launch}\n{done.stdout[-LOG_CHARACTERS:]}\n")
     return done

@@ -1,4 +1,4 @@
-"""Stage `tune`: rewrites the table of entropy_kernels/_triton/common/tiles.py from sweep's rows.
+"""Proposes a table of tiles from the sweep's rows: entropy_kernels/_triton/common/tiles.py anew.
 
 The fastest tile of each variant stays, the fastest variant first. What the sweep did not measure
 stays as it is.
@@ -8,8 +8,7 @@ from pathlib import Path
 
 from benchmarks.gpu import sweep
 from benchmarks.gpu.environment import ROOT
-from benchmarks.gpu.rows import Row
-from benchmarks.gpu.setting import Setting
+from benchmarks.gpu.rows import Row, Rows
 from entropy_kernels._triton.common import tiles
 from entropy_kernels._triton.common.tiles import ANY, Key, Tile
 
@@ -20,20 +19,18 @@ END = "}\n"
 Table = dict[Key, tuple[Tile, ...]]
 
 
-def run(setting: Setting) -> None:
-    rows = [row for row in setting.rows.of(sweep.STAGE) if "p50_ms" in row]
-    if not rows:
-        setting.rows.log("tune: no tile was timed; run the stage `sweep`")
-        return
-    about = setting.rows.about
+def propose(rows: Rows, path: Path) -> str:
+    """Writes the proposal where any tile was timed; what to read about it."""
+    timed = [row for row in rows.of(sweep.STAGE) if "p50_ms" in row and "op" in row]
+    if not timed:
+        return ""
+    about = rows.about
     source = f"{about['gpu'] or 'interpreter'}, {about['date']}"
     dtype = "any" if about["architecture"] == "interpreter" else "bfloat16"
-    measured = best(rows, about["architecture"], dtype, source)
-    path = setting.out / "tiles.py" if setting.quick else PATH
+    measured = best(timed, about["architecture"], dtype, source)
     write(merged(tiles.TILES, measured), PATH, path)
-    for key, entries in measured.items():
-        setting.rows.log(f"tune: {key.op} D<={_number(key.hidden)}: {entries[0]}")
-    setting.rows.log(f"wrote {path}")
+    fastest = [f"{key.op} D<={_number(key.hidden)}: {x[0]}" for key, x in measured.items()]
+    return "\n".join([*fastest, f"wrote {path}: a proposal for {PATH.relative_to(ROOT)}"])
 
 
 def best(rows: list[Row], architecture: str, dtype: str, source: str) -> Table:

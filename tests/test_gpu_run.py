@@ -1,0 +1,212 @@
+"""A run of the GPU's measurements loses what fails, and nothing else; it keeps its seconds."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from benchmarks.gpu import conductor, plan
+from benchmarks.gpu.conductor import Conductor
+from benchmarks.gpu.plan import SECONDS, STAGES, Shard
+from benchmarks.gpu.rows import Rows, append, identity, read
+
+ROOT = Path(__file__).parents[1]
+WORK = "tests.gpu_shards:work"
+ABOUT = {"gpu": None, "driver": None, "versions": {}, "source": "s", "quick": True}
+
+
+@pytest.fixture
+def conduct(tmp_path, monkeypatch):
+    """Runs shards of tests.gpu_shards, given as {name: what it does}, and gives its rows."""
+    # With it a worker imports torch.
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(conductor, "RESERVE", 0.1)
+    monkeypatch.setattr(conductor, "GRACE", 0.3)
+    monkeypatch.setattr(conductor, "LEAST", 0.1)
+
+    def run(shards, *, seconds=30.0, hang=1.5, stage="floors", predicted=1.0, work=WORK):
+        path = tmp_path / "rows.jsonl"
+        plan = [
+            Shard(stage, name, work, predicted, {"shard": name, "does": does})
+            for name, does in shards.items()
+        ]
+        job = {"out": str(tmp_path), "about": ABOUT}
+        end = time.monotonic() + seconds
+        left_out = Conductor(Rows(path, ABOUT), plan, end, job, 2, 0, hang=hang).run()
+        assert time.monotonic() <= end
+        return read(path)[0], left_out
+
+    return run
+
+
+def by_name(rows):
+    found = {row["name"]: row for row in rows}
+    assert len(found) == len(rows)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("trouble", "why"),
+    [
+        ("crash", "died by SIGSEGV: a reason"),
+        ("lost", "RuntimeError: an illegal memory access was encountered"),
+        ("hang", "hung: killed after"),
+        ("fail", "ValueError: out of memory"),
+    ],
+)
+@pytest.mark.parametrize("stage", ["floors", "correctness"])
+def test_trouble_costs_its_measurement_alone(conduct, trouble, why, stage):
+    shards = {"a": f"ok {trouble} ok", "b": "ok ok"}
+    rows, left_out = conduct(shards, stage=stage)
+    found = by_name(rows)
+    assert found[f"a 1 {trouble}"]["error"].startswith(why)
+    assert found[f"a 1 {trouble}"]["kernels"] == ["op 1"]
+    for name in ("a 0 ok", "a 2 ok", "b 0 ok", "b 1 ok"):
+        assert found[name]["p50_ms"] == 1.0
+    assert {name for name, row in found.items() if row["stage"] == "run"} == {"a", "b"}
+    assert left_out == []
+    assert conduct(shards, stage=stage)[0] == rows
+
+
+def test_shard_that_dies_before_it_measures_is_not_tried_again(conduct):
+    shards = {"a": "ok", "b": "ok"}
+    found = by_name(conduct(shards, work="tests.gpu_shards:nothing")[0])
+    assert list(found) == ["a", "b"]
+    assert all(row["error"].startswith("exit status 1: AttributeError") for row in found.values())
+    assert by_name(conduct(shards)[0]) == found
+
+
+def test_shards_that_are_late_leave_the_later_ones_their_share(conduct):
+    slow = " ".join(["slow0.4"] * 8)
+    rows, left_out = conduct({"a": slow, "b": slow}, seconds=5.0, predicted=5.0)
+    counts = Counter(row["name"].split()[0] for row in rows)
+    assert left_out == ["a", "b"]
+    assert counts["a"] >= 1
+    assert counts["b"] >= 1
+    more, left_out = conduct({"a": slow, "b": slow}, predicted=6.0)
+    assert left_out == []
+    assert len(by_name(more)) == 18
+    assert more[: len(rows)] == rows
+
+
+def test_late_shard_that_hangs_is_killed_with_its_children(conduct, tmp_path):
+    rows, left_out = conduct({"a": "ok hang"}, seconds=5.0, hang=60.0)
+    assert left_out == ["a"]
+    assert list(by_name(rows)) == ["a 0 ok"]
+    child = Path("/proc", (tmp_path / "child").read_text())
+    assert not child.exists() or ") Z " in (child / "stat").read_text()
+
+
+def test_rows_survive_a_line_that_was_cut_off(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    append(path, {"stage": "s", "name": "a", "about": ABOUT})
+    for torn in (b'{"stage": "s", "na', b'{"stage": "s", "name": "x"}', b"3"):
+        with path.open("ab") as file:
+            file.write(torn)
+        append(path, {"stage": "s", "name": "b", "about": ABOUT})
+    rows, lost = read(path)
+    assert [row["name"] for row in rows] == ["a", "b", "b", "b"]
+    assert lost == [2, 4, 6]
+
+
+def test_plan_fits_its_seconds_and_tma_ws_comes_last(monkeypatch):
+    pytest.importorskip("triton")
+    from benchmarks.gpu.setting import Sizes
+    from entropy_kernels import device
+
+    # Triton 3.6 alone has it.
+    monkeypatch.setattr(device, "has_warp_specialization", lambda arch: True)
+
+    found = plan.shards("sm_90", Sizes(), quick=False, processes=14)
+    assert len({shard.name for shard in found}) == len(found)
+    assert list(dict.fromkeys(shard.stage for shard in found)) == [
+        *(stage for stage in STAGES if stage not in (plan.TABLE, plan.PROFILE)),
+        plan.PROFILE,
+        plan.TABLE,
+    ]
+    wall = sum(
+        shard.seconds / (14 if shard.stage in plan.ALONGSIDE else 1)
+        for shard in found
+        if shard.stage != plan.PROFILE
+    )
+    assert wall == pytest.approx(sum(SECONDS.values()) - SECONDS[plan.PROFILE])
+    assert wall <= 450
+    names = [shard.name for shard in found if shard.stage == "correctness"]
+    assert all("tma_ws" in name for name in names[-plan.PARTS :])
+    assert not any("tma_ws" in name for name in names[: -plan.PARTS])
+    assert "bfloat16" in names[0]
+
+
+def start(out: Path, *options: str) -> "subprocess.Popen[bytes]":
+    command = [sys.executable, "-m", "benchmarks.gpu", "--quick", "--out", str(out), *options]
+    return subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
+    )
+
+
+def kill_all(process: "subprocess.Popen[bytes]") -> None:
+    """SIGKILL to the whole tree at once."""
+    tree, parents = {process.pid}, {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            parents[int(path.parent.name)] = int(path.read_text().rpartition(")")[2].split()[1])
+        except (OSError, ValueError):
+            continue
+    while more := {pid for pid, parent in parents.items() if parent in tree} - tree:
+        tree |= more
+    for pid in tree:
+        try:
+            os.kill(pid, signal.SIGKILL)
+        except ProcessLookupError:
+            continue
+    process.wait()
+
+
+def count(path: Path) -> int:
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+@pytest.mark.slow
+def test_dry_run_that_is_killed_twenty_times_measures_everything_once(tmp_path):
+    pytest.importorskip("triton")
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert start(whole, "--seconds", "1500").wait() == 0
+    wanted, torn = read(whole / "rows.jsonl")
+    assert torn == []
+    stages = {row["stage"] for row in wanted}
+    assert stages == {
+        *("environment", "floors", "correctness", "steps", "threshold", "graphs", "sweep", "run")
+    }
+    assert len(list(whole.iterdir())) <= 8
+    table = (whole / "table.md").read_text()
+    assert "0 failed" in table
+    assert "torch.compile of the same" in table
+    compile((whole / "tiles.py").read_text(), "tiles.py", "exec")
+
+    seeded = random.Random(0)
+    path = killed / "rows.jsonl"
+    for moment in sorted(seeded.sample(range(len(wanted) - 1), 20)):
+        process = start(killed, "--resume", "--seconds", "1500")
+        while count(path) < moment:
+            assert process.poll() is None
+            time.sleep(0.01)
+        time.sleep(seeded.random())
+        before = path.read_bytes() if path.exists() else b""
+        kill_all(process)
+        rows, torn = read(path)
+        assert torn == []
+        assert path.exists() is False or path.read_bytes().startswith(before)
+        assert len({identity(row) for row in rows}) == len(rows)
+    assert start(killed, "--resume", "--seconds", "1500").wait() == 0
+    rows, torn = read(path)
+    assert torn == []
+    assert Counter(map(identity, rows)) == Counter(map(identity, wanted))
+    assert json.loads(path.read_text().splitlines()[0])["stage"] == "environment"
+    assert len(list(killed.iterdir())) <= 8
