@@ -11,12 +11,14 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from importlib import metadata
 from pathlib import Path
 
 import pytest
 
 pytest.importorskip("triton")
 
+from benchmarks.gpu import costs
 from entropy_kernels import device
 from tests.ahead_of_time import PROCESSORS, TARGETS, Launch
 
@@ -46,12 +48,16 @@ def compiled(request: pytest.FixtureRequest) -> Iterator[Compiled]:
 
 
 def _compile(name: str, cache: Path) -> list[Launch]:
-    environment = os.environ | {"TRITON_CACHE_DIR": str(cache), "TRITON_DEFAULT_FP_FUSION": "1"}
-    environment.pop("TRITON_INTERPRET", None)
-    command = [sys.executable, "-m", "tests.ahead_of_time", name]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    done = _run(cache, "tests.ahead_of_time", name)
     assert done.returncode == 0, done.stderr[-4000:]
     return [Launch(**json.loads(line)) for line in done.stdout.splitlines()]
+
+
+def _run(cache: Path, *module: str) -> "subprocess.CompletedProcess[str]":
+    environment = os.environ | {"TRITON_CACHE_DIR": str(cache), "TRITON_DEFAULT_FP_FUSION": "1"}
+    environment.pop("TRITON_INTERPRET", None)
+    command = [sys.executable, "-m", *module]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
 
 
 def _assert_all(target: str, launches: list[Launch], good: Callable[[Launch], bool]) -> None:
@@ -136,3 +142,15 @@ def test_two_programs_of_the_split_kernel_fit_one_multiprocessor(compiled: Compi
 
 def test_targets_are_those_that_launchers_know():
     assert set(PROCESSORS) == set(TARGETS)
+
+
+@pytest.mark.parametrize(
+    "words", ["sm_90 forward tma_split", "sm_80 dlogits pointer", "sm_100 forward tma"]
+)
+def test_instructions_are_those_of_the_file_of_costs(pytestconfig: pytest.Config, words: str):
+    """Where it fails, `python -m benchmarks.gpu.costs` writes the file anew."""
+    if costs.version() != (here := metadata.version("triton")):
+        pytest.skip(f"the file counts code of Triton {costs.version()}; this is {here}")
+    cache = pytestconfig.cache.mkdir("triton")
+    done = _run(cache, "benchmarks.gpu.costs", "--check", *words.split())
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]

@@ -1,0 +1,125 @@
+"""Counts the instructions of a compiled kernel per step of its product, and per tile beside it.
+
+A kernel's main loop walks over the depth D: it is the smallest loop that holds matrix instructions,
+or, without any, most of the fused multiply-adds. What is executed once per tile is its epilogue:
+the softmax's sums and the addresses of the next tile. It lies beside the main loop in the next
+larger loop, or beside it in the program. Where two loops were flattened into one, it lies inside
+the main loop behind a branch.
+"""
+
+import re
+from collections.abc import Iterable
+from typing import NamedTuple
+
+# Instructions by the unit that executes them. Products of fp32 have no matrix instructions.
+MATRIX = re.compile(r"HMMA|HGMMA|IMMA|QGMMA|UTC\w*MMA")
+SPECIAL = re.compile(r"MUFU")
+FMA = re.compile(r"FFMA")
+
+_LINE = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+\s+)?(\w+)(\S*)\s*([^;]*);", re.MULTILINE)
+_LABEL = re.compile(r"^(\.L_x_\d+):", re.MULTILINE)
+_TARGET = re.compile(r"`\((\.L_x_\d+)\)")
+
+
+class Counts(NamedTuple):
+    """Instructions of one warp: in products, in special functions, and all others."""
+
+    product: int
+    special: int
+    other: int
+
+    @property
+    def all(self) -> int:
+        return sum(self)
+
+
+class Kernel(NamedTuple):
+    """Instructions per step of the main loop, and per tile outside of it."""
+
+    step: Counts
+    tile: Counts
+
+
+class _Instruction(NamedTuple):
+    address: int
+    name: str
+    conditional: bool
+    target: int | None
+
+
+def count(text: str) -> Kernel:
+    """The counts of a kernel, from the output of `nvdisasm -c`."""
+    code = _instructions(text)
+    loops = sorted(_loops(code), key=lambda loop: loop[1] - loop[0])
+    matrix = _number(MATRIX, code) > 0
+    product = MATRIX if matrix else FMA
+    least = 1 if matrix else _number(FMA, code) // 2 + 1
+    main = next(x for x in loops if _number(product, _within(code, x)) >= least)
+    body = _within(code, main)
+    behind = _behind_branches(body, product)
+    step = [x for x in body if x.address not in behind]
+    if _number(SPECIAL, step) < _number(SPECIAL, body):
+        return Kernel(_counts(step, product), _counts(x for x in body if x.address in behind))
+    around = next((x for x in loops if x[0] <= main[0] and x[1] >= main[1] and x != main), None)
+    program = code if around is None else _within(code, around)
+    inside = {x.address for x in body}
+    return Kernel(_counts(body, product), _counts(x for x in program if x.address not in inside))
+
+
+def count_of_values(text: str) -> Counts:
+    """The same per tile of a kernel without products: in the loop of its exponentials, if any."""
+    code = _instructions(text)
+    loops = sorted(_loops(code), key=lambda loop: loop[1] - loop[0])
+    bodies = (_within(code, loop) for loop in loops)
+    most = _number(SPECIAL, code)
+    return _counts(next((x for x in bodies if 2 * _number(SPECIAL, x) > most), code))
+
+
+def _instructions(text: str) -> list[_Instruction]:
+    labels, code = {}, []
+    for match in re.finditer(f"{_LABEL.pattern}|{_LINE.pattern}", text, re.MULTILINE):
+        label, address, predicate, name, _, operands = match.groups()
+        if label:
+            labels[label] = len(code)
+        else:
+            target = _TARGET.search(operands)
+            code.append((int(address, 16), name, bool(predicate), target and target[1], operands))
+    found = []
+    for address, name, predicate, target, operands in code:
+        place = labels.get(target, len(code)) if target and name == "BRA" else None
+        goes = code[place][0] if place is not None and place < len(code) else None
+        # BRA.U takes its predicate as an operand.
+        conditional = predicate or bool(re.match(r"!?UP\d", operands))
+        found.append(_Instruction(address, name, conditional, goes))
+    return found
+
+
+def _loops(code: list[_Instruction]) -> Iterable[tuple[int, int]]:
+    """First and last address of every backward branch's way; a trap branches to itself."""
+    return {(x.target, x.address) for x in code if x.target is not None and x.target < x.address}
+
+
+def _within(code: list[_Instruction], loop: tuple[int, int]) -> list[_Instruction]:
+    return [x for x in code if loop[0] <= x.address <= loop[1]]
+
+
+def _behind_branches(body: list[_Instruction], product: re.Pattern[str]) -> set[int]:
+    """Addresses that a forward branch leaves out, without those of products."""
+    behind: set[int] = set()
+    last = body[-1].address
+    for x in body:
+        if x.conditional and x.target is not None and x.address < x.target <= last:
+            left_out = [y for y in body if x.address < y.address < x.target]
+            if not _number(product, left_out):
+                behind.update(y.address for y in left_out)
+    return behind
+
+
+def _number(pattern: re.Pattern[str], code: Iterable[_Instruction]) -> int:
+    return sum(bool(pattern.match(x.name)) for x in code)
+
+
+def _counts(code: Iterable[_Instruction], product: re.Pattern[str] = MATRIX) -> Counts:
+    code = [x for x in code if x.name != "NOP"]
+    products, special = _number(product, code), _number(SPECIAL, code)
+    return Counts(products, special, len(code) - products - special)
