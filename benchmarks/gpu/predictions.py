@@ -1,38 +1,65 @@
 """Predictions made before any measurement. They are not results.
 
-From a cost model for an H200 at V = 151936, bf16, 20% of the tokens: products of 2 T D V at the
-rates of their kernels, copies at 4.3 TB/s. Uncertain by 15% for ours, by 25% for eager, CCE and
-Liger's GRPO loss. Milliseconds of forward and backward, by contestant and tokens, for the hidden
-sizes of HIDDEN.
+V = 151936, bf16, 20% of the tokens. Ours: the launches of a step (launches.py), each by the time
+that its work takes (model.py) with the instructions of its machine code (costs.json). Others: the
+products and the memory traffic that their sources show, below. hardware.py has every constant of a
+GPU and every assumed rate. Uncertain by 15% for ours on an H200, and by 25% for all else.
+
+T tokens, D hidden, V vocabulary. A unit is one product of 2 T D V flops.
 """
 
-HIDDEN = (1024, 2048, 4096, 5120)
-GPU = "NVIDIA H200"
-VOCABULARY = 151936
+import math
+from functools import cache
 
-STEP_MS: dict[str, dict[int, tuple[float, ...]]] = {
-    "eager": {8192: (39.0, 48.5, 66.9, 76.5), 32768: (156, 194, 268, 306)},
-    "compile": {8192: (15.8, 25.3, 43.8, 53.4), 32768: (63, 101, 175, 214)},
-    "liger-grpo": {8192: (112, 217, 427, 532)},
-    "liger-grpo-tf32": {8192: (27.8, 48.2, 88.6, 109)},
-    "cce-exact": {8192: (30, 55, 104, 128)},
-    "cce-filtered": {8192: (20, 35, 63, 77)},
-    "verl": {8192: (34.0, 54.3, 83.3, 102.8), 32768: (136, 217, 333, 411)},
-    "flsce": {8192: (16.7, 29.5, 53.1, 66.1), 32768: (67, 118, 212, 265)},
-    "flsce-composed": {8192: (7.8, 13.8, 25.4, 31.7), 32768: (30, 53, 97, 122)},
-    "triton-0.2": {8192: (7.7, 13.9, 26.0, 32.0), 32768: (30.3, 54.4, 101.7, 125.4)},
-    # Forward by cuBLAS: 1 unit, its logits read; of the rows stored, a copy and another read.
-    "triton-threshold": {8192: (7.6, 12.3, 21.3, 26.0), 32768: (30.9, 51.4, 91.5, 112.2)},
-    "triton-known": {8192: (3.3, 5.6, 9.9, 12.2), 32768: (12.4, 20.6, 36.5, 44.8)},
+from benchmarks.gpu.hardware import COPY, LAUNCH, Gpu, gpu
+from benchmarks.gpu.launches import Shape, forward_of, step_of
+from benchmarks.gpu.model import library, seconds
+
+HIDDEN = (1024, 2048, 4096, 5120)
+GPU = "H200"
+VOCABULARY = 151936
+FRACTION = 0.2
+WAYS = {
+    "triton-0.2": "0.2",
+    "triton-threshold": "threshold",
+    "triton-recomputed": "recomputed",
+    "triton-known": "known",
 }
-# TF/s of forward alone.
-FORWARD_TFLOPS: dict[str, tuple[float, ...]] = {
-    "logits, 16-bit out": (650, 720, 770, 775),
-    "triton-forward": (520, 580, 620, 630),
-    "flsce-forward": (650, 747, 789, 789),
-    "verl-forward": (300, 372, 460, 470),
+# Selection and ratio loss: bytes per token of their tensors, and launches.
+LOSS_BYTES, LOSS_LAUNCHES = 43, 40
+
+# Others on any GPU: (units of 16-bit products, units of fp32 products, bytes per logit and pass).
+# Traffic that a product itself causes is left out: it is hidden under the product.
+# eager: fp32 copy 6, log_softmax 16, since a row is read three times, exp 8, product 12, sum 4;
+#   backward zeros 4, log_softmax 20, 16-bit copy 6, and what autograd adds to and scales, 12.
+# compile: two passes over 16-bit logits, and one that writes their gradient.
+# trl: kernels/chunked_logprob.py of TRL 1.16: a pass over each 16-bit tile; again, in backward, one
+#   that overwrites it. flsce of Liger: the same three products after a recomputation.
+# torch-lce: F.linear_cross_entropy in chunks. Gradients in forward; log_softmax in fp32 as eager's.
+# liger-grpo: chunks of 2048 x 4096; two products in fp32 with their copies (fused_linear_ppo.py).
+_TRAFFIC: dict[str, tuple[float, float, float]] = {
+    "eager": (3, 0, 88),
+    "compile": (3, 0, 8),
+    "trl": (4, 0, 6),
+    "torch-lce": (3, 0, 40),
+    "liger-grpo": (2, 2, 24),
+    "liger-grpo-tf32": (2, 2, 24),
 }
-COPY_GB_PER_S = 4300.0
+# Others by the rates of their kernels on an H200, TF/s at D of HIDDEN: forward, backward. Those of
+# FLSCE and verl at 2048 and 4096 are of Liger-Kernel#1422, forward without entropy. The rest, and
+# all of cut-cross-entropy's, which is a kernel like verl's, are assumed.
+_RATES: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
+    "flsce": ((650, 747, 789, 789), (600, 675, 762, 765)),
+    "verl": ((300, 372, 460, 470), (300, 377, 500, 505)),
+    "cce": ((330, 390, 450, 460), (330, 390, 450, 460)),
+}
+# The share of its blocks that cut-cross-entropy keeps where it filters: peaked logits, assumed.
+CCE_KEPT = 0.3
+# FLSCE on a few rows, relative to all of them.
+FEW_ROWS = {8192: 0.85, 32768: 0.93}
+# The share of fp32 multiply-adds at their peak that a library reaches; TF32 on an H200 in TF/s.
+FP32, TF32_TFLOPS = 0.75, 400
+
 THRESHOLD_MS = 2.0
 # Bytes above inputs and gradients at 32768 tokens.
 PEAK_BYTES = 0.6e9
@@ -49,16 +76,77 @@ VERL_TARGETS = (("triton-0.2", "verl", 0.30),)
 FORWARD_SHARE_OF_CUBLAS = 0.85
 
 
-def milliseconds(name: str, tokens: int, hidden: int) -> float | None:
-    """Predicted for a contestant; times scale with the tokens where no others are given."""
-    if hidden not in HIDDEN:
-        return None
-    at = HIDDEN.index(hidden)
-    if name in FORWARD_TFLOPS:
-        return 2 * tokens * hidden * VOCABULARY / FORWARD_TFLOPS[name][at] / 1e9
-    by_tokens = STEP_MS.get(name, {})
-    if tokens in by_tokens:
-        return by_tokens[tokens][at]
-    if 8192 in by_tokens:
-        return by_tokens[8192][at] * tokens / 8192
+@cache
+def milliseconds(name: str, tokens: int, hidden: int, on: str = GPU) -> float | None:
+    """Predicted for a contestant; None where nothing is."""
+    where = gpu(on)
+    if name in WAYS:
+        return _ours(WAYS[name], tokens, hidden, where)
+    if name == "triton-forward":
+        found = forward_of(shape(where, tokens, hidden))
+        return 1e3 * sum(seconds(launch, where) for launch in found)
+    if name == "logits, 16-bit out":
+        return 1e3 * library(_unit(tokens, hidden), hidden, where)
+    if name in _TRAFFIC:
+        return _by_traffic(name, tokens, hidden, where)
+    if on == GPU and hidden in HIDDEN:
+        return _by_rates(name, tokens, hidden)
     return None
+
+
+def forward_tflops(name: str, hidden: int) -> float | None:
+    """The rate of a forward, or of the library's product."""
+    tokens = 8192
+    found = milliseconds(name, tokens, hidden)
+    return found and _unit(tokens, hidden) / found / 1e9
+
+
+def copy_gb_per_s(on: str = GPU) -> float:
+    return COPY * gpu(on).memory / 1e9
+
+
+def shape(where: Gpu, tokens: int, hidden: int) -> Shape:
+    active = math.ceil(FRACTION * tokens)
+    return Shape(where.architecture, where.processors, tokens, hidden, VOCABULARY, active)
+
+
+def _unit(tokens: int, hidden: int) -> float:
+    return 2 * tokens * hidden * VOCABULARY
+
+
+def _ours(way: str, tokens: int, hidden: int, where: Gpu) -> float:
+    step = shape(where, tokens, hidden)
+    found, rows = step_of(step, way), step.active if way == "known" else tokens
+    loss = LOSS_BYTES * rows / (COPY * where.memory) + LOSS_LAUNCHES * LAUNCH
+    return 1e3 * (loss + sum(seconds(launch, where) for launch in found))
+
+
+def _by_traffic(name: str, tokens: int, hidden: int, where: Gpu) -> float | None:
+    units, fp32_units, per_logit = _TRAFFIC[name]
+    total = units * library(_unit(tokens, hidden), hidden, where)
+    total += per_logit * tokens * VOCABULARY / (COPY * where.memory)
+    if fp32_units:
+        if name.endswith("tf32") and where.name != GPU:
+            return None
+        fma = 2 * where.processors * where.fma * where.gigahertz * 1e9
+        rate = TF32_TFLOPS * 1e12 if name.endswith("tf32") else FP32 * fma
+        total += fp32_units * _unit(tokens, hidden) / rate
+    return 1e3 * total
+
+
+def _by_rates(name: str, tokens: int, hidden: int) -> float | None:
+    kernel, _, part = name.partition("-")
+    if kernel not in _RATES:
+        return None
+    unit, at = _unit(tokens, hidden), HIDDEN.index(hidden)
+    forward, backward = (1e3 * unit / (1e12 * rates[at]) for rates in _RATES[kernel])
+    few = FRACTION * (forward + 3 * backward) / FEW_ROWS.get(tokens, 1.0)
+    found = {
+        "": forward + 3 * backward,
+        "forward": forward,
+        "composed": forward + few,
+        "known": few,
+        "exact": forward + 3 * backward,
+        "filtered": forward + (1 + 2 * CCE_KEPT) * backward,
+    }
+    return found.get(part)

@@ -87,10 +87,8 @@ def _small(rows: Rows) -> str:
     for row in rows.of("environment", name="copy"):
         lines.append(["copy", "", _number(row.get("gb_per_s"), "GB/s"), _predicted_copy(), ""])
     for row in rows.of("floors"):
-        predicted = predictions.FORWARD_TFLOPS.get(row["name"])
         hidden = row["hidden"]
-        known = predicted and hidden in predictions.HIDDEN
-        wanted = predicted[predictions.HIDDEN.index(hidden)] if predicted and known else None
+        wanted = predictions.forward_tflops(row["name"], hidden)
         found = _number(row.get("tflops"), "TF/s") or _ms(row)
         lines.append([row["name"], f"D={hidden}", found, _number(wanted, "TF/s"), _failure(row)])
     for row in rows.of("threshold"):
@@ -178,7 +176,7 @@ def _shards(rows: Rows) -> str:
 
 
 def _predicted_copy() -> str:
-    return _number(predictions.COPY_GB_PER_S, "GB/s")
+    return _number(predictions.copy_gb_per_s(), "GB/s")
 
 
 def _verdict(good: bool) -> str:

@@ -1,0 +1,132 @@
+"""Instructions are counted where they are executed, and predictions by what is launched."""
+
+import pytest
+
+pytest.importorskip("triton")
+
+from benchmarks import gpu_page
+from benchmarks.gpu import costs, model, sass
+from benchmarks.gpu.hardware import GPUS, gpu
+from benchmarks.gpu.launches import Shape, forward_of, step_of
+from benchmarks.gpu.sass import Counts
+
+H200 = gpu("H200")
+
+
+def _listing(text: str) -> str:
+    """As nvdisasm prints it: labels, and an address before each instruction."""
+    lines = []
+    for place, line in enumerate(text.split("\n")):
+        label = line.endswith(":")
+        lines.append(line if label else f"        /*{16 * place:04x}*/                   {line} ;")
+    return "\n".join(lines)
+
+
+NESTED = """\
+LDC R1, c[0x0][0x28]
+.L_x_3:
+IMAD R2, R2, R3, R4
+@P0 BRA `(.L_x_0)
+.L_x_1:
+LDGSTS.E [R5], [R6]
+HMMA.16816.F32.BF16 R60, R84, R104, R60
+HMMA.16816.F32.BF16 R64, R84, R106, R64
+@!P1 BRA `(.L_x_1)
+.L_x_0:
+FADD R2, R60, R3
+MUFU.EX2 R2, R2
+@P0 BRA `(.L_x_3)
+STG.E [R8], R2
+EXIT
+.L_x_4:
+BRA `(.L_x_4)
+NOP"""
+FLATTENED = """\
+.L_x_4:
+IMAD R2, R2, R3, R4
+.L_x_5:
+HGMMA.64x256x16.F32.BF16 R24, gdesc[UR28], R24, gsb0
+BRA.U UP0, `(.L_x_3)
+FADD R2, R60, R3
+MUFU.EX2 R2, R2
+STG.E [R8], R2
+.L_x_3:
+@P0 BRA `(.L_x_4)
+EXIT
+.L_x_2:
+SYNCS R1
+@!P0 BRA `(.L_x_2)
+BRA `(.L_x_5)"""
+ONE_TILE = """\
+S2R R0, SR_TID.X
+.L_x_1:
+FFMA R2, R3, R4, R2
+FFMA R5, R6, R7, R5
+FFMA R8, R6, R7, R8
+LDS R3, [R9]
+@!P0 BRA `(.L_x_1)
+FFMA R2, R3, R4, R2
+MUFU.EX2 R2, R2
+EXIT"""
+
+
+@pytest.mark.parametrize(
+    ("text", "step", "tile"),
+    [
+        pytest.param(NESTED, (2, 0, 2), (0, 1, 4), id="the sums follow the loop over depth"),
+        pytest.param(FLATTENED, (1, 0, 3), (0, 1, 2), id="one loop, the sums behind a branch"),
+        pytest.param(ONE_TILE, (3, 0, 2), (0, 1, 3), id="no loop over tiles, fp32 products"),
+    ],
+)
+def test_instructions_are_counted_per_step_and_per_tile(text, step, tile):
+    found = sass.count(_listing(text))
+    assert found.step == Counts(*step)
+    assert found.tile == Counts(*tile)
+
+
+def test_kernel_without_products_is_counted_in_the_loop_of_its_exponentials():
+    text = NESTED.replace("HMMA.16816.F32.BF16", "FADD")
+    assert sass.count_of_values(_listing(text)) == Counts(0, 1, 8)
+
+
+def test_each_logit_has_one_exponential_and_its_epilogue_is_counted_once():
+    for found in costs.read().values():
+        plain = [x for x in found if x.dtype == "bf16" and "softcap" not in x.flags]
+        assert plain
+        for cost in plain:
+            # Sums that move to a larger maximum take a few per row besides.
+            assert 1.0 <= cost.per_element[1] < 1.3, cost
+            assert cost.step.product > 0
+
+
+def test_a_product_that_covers_the_epilogue_hides_it_only_where_two_can_run():
+    alone, paired = (_forward(hidden) for hidden in (4096, 1024))
+    assert model.blocks(alone) == 1
+    assert not model.overlaps(alone)
+    assert model.overlaps(paired)
+    for cost, hidden in ((alone, 4096), (paired, 1024)):
+        found = model.clocks(cost, hidden, H200)
+        serial = max(found.product / H200.sustained, found.feed) + found.epilogue
+        assert (model.tile_clocks(cost, hidden, H200) < serial) == model.overlaps(cost)
+
+
+def _forward(hidden: int) -> costs.Cost:
+    launches = forward_of(Shape("sm_90", 132, 8192, hidden, 151936, 1639))
+    return next(model.cost_of(x, H200) for x in launches if x.constants is not None)
+
+
+@pytest.mark.parametrize("where", GPUS, ids=lambda x: x.name)
+def test_a_step_launches_the_products_that_it_is_said_to(where):
+    """In units of T x D x V; the host knows neither more active rows nor more stored ones."""
+    shape = Shape(where.architecture, where.processors, 8192, 4096, 151936, 1639)
+    rho, stored = 1639 / 8192, min(1639, (1 << 30) // (4 * 151936)) / 8192
+    wanted = {"0.2": 1 + 3 * rho, "threshold": 1 + 3 * rho - stored, "known": 3 * rho}
+    for way, units in wanted.items():
+        products = [x.product for x in step_of(shape, way) if x.product is not None]
+        got = sum(a * b * d for a, b, d in products) / (8192 * 4096 * 151936)
+        assert got == pytest.approx(units, rel=1e-6), way
+
+
+def test_page_of_gpus_is_current():
+    """`python -m benchmarks.gpu_page` writes it."""
+    assert gpu_page.render() == gpu_page.PATH.read_text()
