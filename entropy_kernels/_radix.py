@@ -65,7 +65,7 @@ def flat(score: Tensor, mask: Tensor | None) -> Chunk:
 
 
 def kth_largest(
-    chunks: Sequence[Chunk], fraction: float, group: ProcessGroup | None, impl: str = "auto"
+    chunks: Sequence[Chunk], fraction: float, group: ProcessGroup | None, impl: str
 ) -> KthLargest:
     """The k-th largest of all valid values of `chunks`, on all ranks, k = ceil(fraction * n).
 
@@ -86,10 +86,10 @@ def kth_largest(
     return KthLargest(value, remaining, equal)
 
 
-def sketch_histogram(values: Tensor, mask: Tensor | None) -> Tensor:
+def sketch_histogram(values: Tensor, mask: Tensor | None, impl: str) -> Tensor:
     """How many valid values share each 19 highest bits of the key: int64 [1 << 19], 4 MB."""
     prefix = torch.zeros((), dtype=torch.int64, device=values.device)
-    return radix_histogram(values, mask, prefix, SKETCH_SHIFT, SKETCH_BITS, 0)
+    return radix_histogram(values, mask, prefix, SKETCH_SHIFT, SKETCH_BITS, 0, impl)
 
 
 def sketch_kth_largest(counts: Tensor, fraction: float) -> Tensor:

@@ -42,11 +42,14 @@ def linear_token_logprobs(
     rounded once.
 
     Holds a few [T, U] and, for backward, fp32 [T, D], beside what the head does. The caller has
-    checked the head and the ids.
+    checked the head and the ids. Raises ValueError for an `impl` that cannot run there, and for the
+    reference, which has no such function.
     """
     assert head.bias is None
     assert head.softcap is None
     name = backends.resolve("linear_logprob_entropy", impl, head.hidden.device)
+    if name == "reference":
+        raise ValueError('impl="reference" has no log-probs of selected_token_ids')
     head = head.flat()
     return _TokenLogprobs.apply(head.hidden, head.weight, head, ids, name)
 

@@ -48,6 +48,14 @@ def check_impl(impl: object, op: str = "linear_logprob_entropy") -> None:
     check_choice("impl", impl, OPS[op].impls)
 
 
+def beside_head(impl: str) -> str:
+    """What a loss and a selection take beside a head of `impl`: the reference is the head's alone.
+
+    Those of them that are plain PyTorch take "auto".
+    """
+    return "torch" if impl == "reference" else impl
+
+
 def resolve(op: str, impl: str, where: torch.device, dtype: torch.dtype | None = None) -> str:
     """The backend that runs `op` on tensors of that device and dtype.
 

@@ -6,6 +6,7 @@ from torch.distributed import ProcessGroup
 from ._arguments import check_fraction, check_group
 from ._radix import check_tokens, flat, kth_largest
 from ._shapes import Bool, Float
+from .backends import check_impl
 
 
 def entropy_threshold(
@@ -14,6 +15,7 @@ def entropy_threshold(
     fraction: float = 0.2,
     *,
     group: ProcessGroup | None = None,
+    impl: str = "auto",
 ) -> Float[Tensor, ""]:
     """The entropy of the k-th highest valid token, k = max(1, ceil(fraction * n)).
 
@@ -26,13 +28,17 @@ def entropy_threshold(
         mask: bool, the valid tokens; None for all.
         group: the ranks whose tokens count; None is this process alone. Every rank calls, also one
             without a token. Only 40 KB of histograms per rank are summed.
+        impl: the histograms' kernel. "cpu", compiled, takes a CPU; "triton" a GPU; "torch" any
+            device. "auto" is the fastest one known to be right there.
 
     Returns a 0-dim fp32 on the device of `entropy`; +inf without a valid token.
 
     Raises:
-        ValueError: another dtype, a mask of another shape or device, a fraction outside (0, 1].
+        ValueError: another dtype, a mask of another shape or device, a fraction outside (0, 1], an
+            unknown `impl` or one that cannot run there.
     """
     check_tokens(entropy, mask)
     check_fraction(fraction)
     check_group("group", group)
-    return kth_largest([flat(entropy, mask)], fraction, group).value
+    check_impl(impl, "selection")
+    return kth_largest([flat(entropy, mask)], fraction, group, impl).value

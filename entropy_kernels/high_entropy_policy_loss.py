@@ -6,6 +6,7 @@ T tokens, D hidden, V vocabulary, B sequences, L their length.
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -151,7 +152,8 @@ def high_entropy_policy_loss(
         found = _on_mask(head, mask, least, parallel.vocab_group, backend)
         entropy = found.entropy.detach()
         if least is None:
-            selected = _top(entropy, mask, fraction, selection, lengths, options)
+            ways = fraction, selection, lengths, options, backend.impl
+            selected = _top(entropy, mask, *ways)
         else:
             selected = mask & ~(entropy < least)
             poison = torch.where(selected & least.isnan(), torch.nan, 1.0)
@@ -165,7 +167,7 @@ def high_entropy_policy_loss(
     if not options.counts_left:
         options = replace(options, parallel=replace(parallel, group=None))
     given = found.logprob, old_logprob, advantage, mask, selected, found.entropy
-    impl = _loss_impl(backend.impl, options)
+    impl = backends.beside_head(backend.impl) if options.has_kernel else "auto"
     loss, metrics = loss_of_tokens(read_tokens(*given, lengths, options), options, impl)
     lowest = entropy.masked_fill(~selected, torch.inf).flatten()
     lowest = torch.cat([lowest, lowest.new_full((1,), torch.inf)]).min()
@@ -219,25 +221,23 @@ def _top(
     selection: Selection,
     lengths: Tensor | None,
     options: LossOptions,
+    impl: str,
 ) -> Tensor:
     """The tokens that `fraction` selects."""
     which, scope, parallel = selection.which, selection.scope, options.parallel
     group = parallel.sequence_group if parallel.group is None else parallel.group
     # A sequence lives on one rank: the group is for the counts alone.
     group = None if scope == "sequence" and options.counts_left else group
+    # The sort of a sequence has no kernel.
+    impl = backends.beside_head(impl) if scope == "batch" else "auto"
+    pick = partial(
+        top_entropy_mask, fraction=fraction, which=which, scope=scope, group=group, impl=impl
+    )
     if scope == "batch" or lengths is None:
-        return top_entropy_mask(entropy, mask, fraction, which=which, scope=scope, group=group)
+        return pick(entropy, mask)
     ragged = in_rows(lengths, entropy)
-    tokens = rows(entropy, ragged), rows(mask, ragged)
-    chosen_BL = top_entropy_mask(*tokens, fraction, which=which, scope=scope, group=group)
+    chosen_BL = pick(rows(entropy, ragged), rows(mask, ragged))
     return chosen_BL.reshape(-1)[ragged.index_T]
-
-
-def _loss_impl(impl: str, options: LossOptions) -> str:
-    """`impl` names the head's; the reference has no ratio loss with gradient, others no kernel."""
-    if not options.has_kernel:
-        return "auto"
-    return "torch" if impl == "reference" else impl
 
 
 def _on_mask(

@@ -24,6 +24,7 @@ from ._radix import (
     sketch_kth_largest,
 )
 from ._shapes import Bool, Float, Int
+from .backends import check_impl, resolve
 from .distributed import all_reduce_sum, world_size
 
 MODES = ("exact", "sketch")
@@ -49,9 +50,10 @@ class StreamingThreshold:
         device: where the tokens are, and what a rank without a token gives to the collectives. NCCL
             needs it named. None is the device of the last tokens, also after `reset`, and torch's
             default before the first.
+        impl: as in `entropy_threshold`.
 
     Raises:
-        ValueError: a fraction outside (0, 1], an unknown mode.
+        ValueError: a fraction outside (0, 1], an unknown mode or `impl`.
     """
 
     def __init__(
@@ -61,13 +63,16 @@ class StreamingThreshold:
         mode: str = "exact",
         group: ProcessGroup | None = None,
         device: torch.device | str | None = None,
+        impl: str = "auto",
     ) -> None:
         check_fraction(fraction)
         check_choice("mode", mode, MODES)
         check_group("group", group)
+        check_impl(impl, "selection")
         self.fraction = fraction
         self.mode = mode
         self.group = group
+        self.impl = impl
         self._device_is_given = device is not None
         self._device = torch.empty(0, device=device).device
         self.reset()
@@ -90,10 +95,11 @@ class StreamingThreshold:
         if not self._takes(entropy.device):
             why = "as device= says" if self._device_is_given else "as in earlier updates"
             raise ValueError(f"entropy must be on {self._device}, {why}; got {entropy.device}")
+        resolve("selection", self.impl, entropy.device)
         values, valid = flat(entropy, mask)
         self._value = self._totals = None
         if self.mode == "sketch":
-            counts = sketch_histogram(values, valid)
+            counts = sketch_histogram(values, valid, self.impl)
             self._histogram = counts if self._histogram is None else self._histogram + counts
         elif valid is not None and values.device.type == "cpu":
             self._chunks.append((values[valid], None))
@@ -117,7 +123,7 @@ class StreamingThreshold:
             self._value = sketch_kth_largest(counts, self.fraction)
         elif self._value is None:
             chunks = self._chunks or [(torch.empty(0, device=self._device), None)]
-            self._value = kth_largest(chunks, self.fraction, self.group).value
+            self._value = kth_largest(chunks, self.fraction, self.group, self.impl).value
         return self._value
 
     def mask(

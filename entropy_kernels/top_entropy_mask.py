@@ -21,6 +21,7 @@ from torch.distributed import ProcessGroup
 from ._arguments import check_choice, check_fraction, check_generator, check_group, shown
 from ._radix import check_tokens, flat, kth_largest, select_largest_of_rows, select_threshold
 from ._shapes import Bool, Float
+from .backends import check_impl
 from .distributed import rank_offset
 from .ops import select_largest
 
@@ -39,6 +40,7 @@ def top_entropy_mask(
     ties: str = "exact",
     group: ProcessGroup | None = None,
     generator: Generator | None = None,
+    impl: str = "auto",
 ) -> Bool[Tensor, "*shape"]:
     """The k valid tokens with the highest entropy, k = max(1, ceil(fraction * n)), as a mask.
 
@@ -54,6 +56,8 @@ def top_entropy_mask(
             "threshold" selects every token that ranks there or above, the paper's indicator.
         group: as in `entropy_threshold`; "exact" ties move one more int64 per rank.
         generator: what "random" draws from, by torch.rand; seed the ranks differently.
+        impl: as in `entropy_threshold`. The sort of scope="sequence" is plain PyTorch: "auto" or
+            "torch".
 
     Returns a bool tensor of entropy's shape, false wherever `mask` is.
 
@@ -64,17 +68,17 @@ def top_entropy_mask(
     """
     check_tokens(entropy, mask)
     check_fraction(fraction)
-    _check_options(entropy, scope, which, ties, group, generator)
+    _check_options(entropy, scope, which, ties, group, generator, impl)
     score = _score(entropy.detach(), which, generator)
     if scope == "sequence":
         return select_largest_of_rows(score, mask, fraction, ties)
     values, valid = flat(score, mask)
-    kth = kth_largest([(values, valid)], fraction, group)
+    kth = kth_largest([(values, valid)], fraction, group, impl)
     if ties == "threshold":
         selected = select_threshold(values, valid, kth.value)
     else:
         quota = kth.quota - rank_offset(kth.equal, group)
-        selected = select_largest(values, valid, kth.value, quota)
+        selected = select_largest(values, valid, kth.value, quota, impl)
     return selected.view(entropy.shape)
 
 
@@ -95,6 +99,7 @@ def _check_options(
     ties: str,
     group: ProcessGroup | None,
     generator: Generator | None,
+    impl: str,
 ) -> None:
     check_choice("scope", scope, SCOPES)
     check_choice("which", which, WHICH)
@@ -103,6 +108,7 @@ def _check_options(
     if generator is not None and which != "random":
         raise ValueError(f'generator is for which="random"; got which={which!r}')
     check_generator(generator, entropy, "entropy")
+    check_impl(impl, "selection")
     if scope == "batch":
         return
     if entropy.dim() != 2:
@@ -110,4 +116,8 @@ def _check_options(
     if group is not None:
         raise ValueError(
             f'scope="sequence" takes no group, as a sequence lives on one rank; got {shown(group)}'
+        )
+    if impl not in ("auto", "torch"):
+        raise ValueError(
+            f'scope="sequence" is a sort in plain PyTorch, impl "auto" or "torch"; got {impl=}'
         )

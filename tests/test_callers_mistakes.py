@@ -187,7 +187,7 @@ CALLS = {
     "entropy_threshold": Call(
         ek.entropy_threshold,
         {"entropy": ENTROPY, "mask": MASK},
-        WRONG_TOKENS | SELECT | {"group": mistakes.group()},
+        WRONG_TOKENS | SELECT | {"group": mistakes.group(), "impl": mistakes.word()},
     ),
     "top_entropy_mask": Call(
         ek.top_entropy_mask,
@@ -195,7 +195,7 @@ CALLS = {
         WRONG_TOKENS
         | SELECT
         | WHICH
-        | {"ties": mistakes.word(), "generator": mistakes.generator()},
+        | {"ties": mistakes.word(), "generator": mistakes.generator(), "impl": mistakes.word()},
     ),
 }
 

@@ -34,9 +34,9 @@ ALLOWED = {
     "backends": {"_native", "_rows", "_torch", "_triton", "device", "head"},
     "ops": {"_native", "_rows", "_torch", "backends", "head"},
     "_radix": {"_torch", "distributed", "ops"},
-    "entropy_threshold": {"_radix"},
-    "top_entropy_mask": {"_radix", "distributed", "ops"},
-    "streaming_threshold": {"_radix", "distributed"},
+    "entropy_threshold": {"_radix", "backends"},
+    "top_entropy_mask": {"_radix", "backends", "distributed", "ops"},
+    "streaming_threshold": {"_radix", "backends", "distributed"},
     "options": {"backends", "loss_terms"},
     "_loss_options": {"losses", "options"},
     "_ragged": set(),
@@ -70,7 +70,7 @@ ALLOWED = {
 }
 # integrations.hf is what knows the head of a model: a trainer that looked for it itself would be
 # a second place to know it.
-PUBLIC_MODULES = {"distributed", "integrations.hf", "nn", "reference", "testing"}
+PUBLIC_MODULES = {"backends", "distributed", "integrations.hf", "nn", "reference", "testing"}
 PUBLIC_NAMES = {*entropy_kernels.__all__, *PUBLIC_MODULES, "__version__"}
 
 

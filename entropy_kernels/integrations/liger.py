@@ -2,7 +2,8 @@
 
 What takes `LigerFusedLinearScaledCrossEntropyFunction` takes `LinearScaledCrossEntropy` in its
 place: the same arguments, outputs and exceptions as in liger-kernel 0.8.5, which need not be
-installed, but for the table of `apply`. Backward runs on the rows with gradient alone.
+installed, but for the table of `apply`. Backward runs on the rows with gradient alone. The keyword
+`impl` is ours.
 
 T tokens, D hidden, V vocabulary, K selected ids.
 """
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from .._shapes import Float, Int
 from .._token_logprobs import linear_token_logprobs
+from ..backends import check_impl
 from ..head import Head
 from ..linear_logprob_entropy import linear_logprob_entropy
 
@@ -35,6 +37,8 @@ class LinearScaledCrossEntropy:
         m_tiles_per_cluster: int = 1,
         return_entropy: bool = False,
         selected_token_ids: Int[Tensor, " K"] | None = None,
+        *,
+        impl: str = "auto",
     ) -> Any:
         """nll = -log softmax(h W^T / temperature)[target]; its entropy in nats.
 
@@ -52,6 +56,7 @@ class LinearScaledCrossEntropy:
             selected_token_ids: int64 [K], tokens whose log-probabilities are wanted in every row,
                 in any order, repeats allowed. Their gradients and those of nll and entropy are
                 added in fp32 and rounded once; only K columns of logits are held.
+            impl: as in `linear_logprob_entropy`; the reference has no `selected_token_ids`.
 
         Returns:
             nll [T]; (nll, entropy [T]) with `return_entropy`; the log-probabilities [T, K] come
@@ -59,7 +64,8 @@ class LinearScaledCrossEntropy:
 
         Raises:
             TypeError: an argument of another type or dtype than above.
-            ValueError: shapes or devices that do not fit; no D or no V; a value out of range.
+            ValueError: shapes or devices that do not fit; no D or no V; a value out of range; an
+                `impl` that is unknown or cannot run there.
             OverflowError: a number beyond int64 or fp64.
 
         Liger raises the same, for the same one of several wrong arguments. It only reads the values
@@ -77,6 +83,7 @@ class LinearScaledCrossEntropy:
             fp32 or fp16 on a Hopper GPU       TypeError              computed
             target out of range on a GPU       ValueError             NaN in its row
         """
+        check_impl(impl)
         _check_options(m_tiles_per_cluster, return_entropy)
         _check_inputs(_input, weight, target)
         _check_temperature(temperature)
@@ -85,10 +92,10 @@ class LinearScaledCrossEntropy:
         outputs: tuple[Tensor, ...]
         head = Head(_input, weight, target, temperature=float(temperature), ignore_index=ignored)
         if selected_token_ids is None:
-            found = linear_logprob_entropy(head)
+            found = linear_logprob_entropy(head, impl=impl)
             outputs = found.logprob, found.entropy
         else:
-            outputs = linear_token_logprobs(head, selected_token_ids)
+            outputs = linear_token_logprobs(head, selected_token_ids, impl=impl)
         logprob, entropy, *selected = outputs
         outputs = (-logprob, *([entropy] if return_entropy else []), *selected)
         return outputs if len(outputs) > 1 else outputs[0]
