@@ -204,7 +204,7 @@ CALLS = {f"losses.{name}": of_loss(name) for name in LOSSES} | {
     "StreamingThreshold": Call(
         lambda **options: ek.StreamingThreshold(**options),
         {},
-        {"fraction": FRACTION, "mode": mistakes.word(), "group": mistakes.group()},
+        {"fraction": FRACTION, "mode": mistakes.word(), "group": mistakes.group(), **IMPL},
     ),
     "update": Call(streaming("update"), SELECT, WRONG_SELECT),
     "mask": Call(streaming("mask"), SELECT, WRONG_SELECT),
@@ -217,7 +217,9 @@ CALLS = {f"losses.{name}": of_loss(name) for name in LOSSES} | {
         {"state": wrong_state("sketch")},
     ),
     **{name: of_ranks(name, argument) for name, argument in OF_RANKS.items()},
-    "patch_trl": Call(lambda **o: trl.patch_trl(**o).undo(), {}, {"scope": mistakes.word()}),
+    "patch_trl": Call(
+        lambda **o: trl.patch_trl(**o).undo(), {}, {"scope": mistakes.word(), **IMPL}
+    ),
     "patch_lm_head": Call(patch_head, {}, {"model": mistakes.not_tensors(), **IMPL}),
     "a patched model": Call(
         patched_model,

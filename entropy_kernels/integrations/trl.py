@@ -8,6 +8,7 @@ n scored tokens, D hidden, V vocabulary, B sequences, L their length.
 """
 
 import inspect
+from collections.abc import Callable
 from decimal import Decimal
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -17,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .._arguments import check_choice
+from ..backends import beside_head, check_impl
 from ..head import Head
 from ..linear_logprob_entropy import linear_logprob_entropy
 from ..streaming_threshold import StreamingThreshold
@@ -30,12 +32,12 @@ SCOPES = ("micro-batch", "step")
 _OPTIONAL = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
 _COMPUTED = {"log_probs", "entropy", "log_sum_sq_probs"}
 
-_in_force: tuple[str, Patch] | None = None
+_in_force: tuple[dict[str, str], Patch] | None = None
 # Scale and softcap of each model that came to its fused head.
 _measured: WeakKeyDictionary[Any, tuple[float, float | None]] = WeakKeyDictionary()
 
 
-def patch_trl(*, scope: str = "micro-batch") -> Patch:
+def patch_trl(*, scope: str = "micro-batch", impl: str = "auto") -> Patch:
     """Let TRL's trainers score tokens by `linear_logprob_entropy`, until the patch is undone.
 
     In fp32, and with `cast_lm_head_to_fp32`, losses, gradients and metrics stay what they were, to
@@ -77,6 +79,8 @@ def patch_trl(*, scope: str = "micro-batch") -> Patch:
             more forward pass of each, with dropout drawn anew, and none without gradient
             accumulation. In evaluation, and for a caller of `get_high_entropy_mask` that does not
             train, a step is one call; each call's own threshold is taken.
+        impl: as in `linear_logprob_entropy`. With scope="step" it also names the kernel of the
+            threshold, which beside the reference is torch's.
 
     Returns:
         The patch: `undo()` ends it, and so does the end of a `with` block. Called again while it
@@ -84,11 +88,12 @@ def patch_trl(*, scope: str = "micro-batch") -> Patch:
 
     Raises:
         ImportError: where TRL is not 1.16.
-        ValueError: an unknown scope, or another than that of the patch in force. The others come
-            while training. DeepSpeed ZeRO-3, which takes the head's weight apart before backward. A
-            head that is more than a linear layer with plain LoRA, layers between backbone and head,
-            or logits that no scale and softcap explain. With scope="step" an optimizer step whose
-            micro-batches were not generated together.
+        ValueError: an unknown scope or `impl`, or others than those of the patch in force. What
+            follows comes while training. An `impl` that cannot run where the model is. DeepSpeed
+            ZeRO-3, which takes the head's weight apart before backward. A head that is more than a
+            linear layer with plain LoRA, layers between backbone and head, or logits that no scale
+            and softcap explain. With scope="step" an optimizer step whose micro-batches were not
+            generated together.
     """
     global _in_force
     require("trl", "1.16", "1.17")
@@ -96,27 +101,31 @@ def patch_trl(*, scope: str = "micro-batch") -> Patch:
     from trl.trainer import utils
 
     check_choice("scope", scope, SCOPES)
+    check_impl(impl)
+    options = {"scope": scope, "impl": impl}
     if _in_force is not None and _in_force[1].active:
-        if _in_force[0] != scope:
-            raise ValueError(
-                f"patch_trl(scope={_in_force[0]!r}) is in force; undo it before scope={scope!r}"
-            )
+        if _in_force[0] != options:
+            raise ValueError(f"TRL is patched with {_in_force[0]}; undo that before {options}")
         return _in_force[1]
     replacements: list[tuple[Any, str, Any]] = [
-        (utils, "_ChunkedLogProbFunction", LogProbFunction),
+        (utils, "_ChunkedLogProbFunction", LogProbFunction(impl)),
         (utils, "_use_triton", _drops_unlabelled),
     ]
     if scope == "step":
-        replacements.append((GRPOTrainer, "get_high_entropy_mask", high_entropy_mask_of_step))
-    _in_force = scope, Patch(*replacements)
+        choose = _choice_of_step(beside_head(impl))
+        replacements.append((GRPOTrainer, "get_high_entropy_mask", choose))
+    _in_force = options, Patch(*replacements)
     return _in_force[1]
 
 
 class LogProbFunction:
     """Stands in for `trl.kernels.ChunkedLogProbFunction`."""
 
-    @staticmethod
+    def __init__(self, impl: str = "auto") -> None:
+        self.impl = impl
+
     def apply(
+        self,
         hidden: Tensor,
         weight: Tensor,
         bias: Tensor | None,
@@ -172,6 +181,7 @@ class LogProbFunction:
                 logit_scale=logit_scale,
             ),
             statistics=("sum_p2",) if "log_sum_sq_probs" in outputs else (),
+            impl=self.impl,
         )
         entropy = found.entropy if "entropy" in outputs else None
         log_sum_sq_probs = None if found.sum_p2 is None else found.sum_p2.log()
@@ -206,8 +216,19 @@ def _drops_unlabelled(device: torch.device) -> bool:
     return device.type == "cpu" or _use_triton(device)
 
 
+def _choice_of_step(impl: str) -> Callable[..., Tensor]:
+    """What stands in for GRPOTrainer.get_high_entropy_mask."""
+
+    def get_high_entropy_mask(
+        self: Any, entropies: Tensor, mask: Tensor, threshold: float
+    ) -> Tensor:
+        return high_entropy_mask_of_step(self, entropies, mask, threshold, impl)
+
+    return get_high_entropy_mask
+
+
 def high_entropy_mask_of_step(
-    self: Any, entropies: Tensor, mask: Tensor, threshold: float
+    self: Any, entropies: Tensor, mask: Tensor, threshold: float, impl: str = "auto"
 ) -> Tensor:
     """`GRPOTrainer.get_high_entropy_mask`, by the threshold of the whole optimizer step.
 
@@ -223,14 +244,18 @@ def high_entropy_mask_of_step(
     entropy_BL, valid_BL = entropies.detach().float(), mask.bool()
     group = dist.group.WORLD if dist.is_initialized() else None
     if getattr(self, "is_in_train", False) is not True or not self.model.training:
-        return top_entropy_mask(entropy_BL, valid_BL, fraction, ties="threshold", group=group)
+        return top_entropy_mask(
+            entropy_BL, valid_BL, fraction, ties="threshold", group=group, impl=impl
+        )
     none: tuple[range, dict[float, StreamingThreshold]] = (range(0), {})
     steps, found = getattr(self, "_threshold_of_step", none)
     if self._step not in steps:
         steps, found = _micro_batches(self), {}
         self._threshold_of_step = steps, found
     if fraction not in found:
-        found[fraction] = StreamingThreshold(fraction, group=group, device=entropy_BL.device)
+        found[fraction] = StreamingThreshold(
+            fraction, group=group, device=entropy_BL.device, impl=impl
+        )
         found[fraction].update(entropy_BL, valid_BL)
         for step in steps:
             if step != self._step:

@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from .._arguments import check_choice, check_flag, check_fraction
-from ..backends import check_impl
+from ..backends import beside_head, check_impl
 from ..head import Head
 from ..linear_logprob_entropy import linear_logprob_entropy
 from ..options import Aggregation
@@ -78,7 +78,8 @@ def patch_verl(
     micro-batch's selected tokens and weighs micro-batches by their sequences.
 
     Args:
-        impl: as in `linear_logprob_entropy`.
+        impl: as in `linear_logprob_entropy`; of the head, and of the selection and the loss of
+            "high_entropy", which beside the reference are torch's.
         fraction: of the response tokens, in (0, 1].
         over_ranks: take the threshold over the data-parallel ranks' micro-batches of the same
             number together: histograms of 40 KB are summed, no entropy moves.
@@ -222,7 +223,7 @@ class _HighEntropyLoss:
     def __init__(self, losses: Any, options: dict[str, Any]) -> None:
         self._ppo_loss, self._pad = losses.ppo_loss, losses.no_padding_2_padding
         self._fraction, self._denominator = options["fraction"], options["denominator"]
-        self._over_ranks = options["over_ranks"]
+        self._over_ranks, self._impl = options["over_ranks"], beside_head(options["impl"])
         self._entropy: Tensor | None = None
         self._group: Any = None
 
@@ -271,7 +272,9 @@ class _HighEntropyLoss:
         if self._entropy is None:
             raise ValueError(f"loss_mode={LOSS_MODE} runs inside verl's ppo_loss only")
         mask = response_mask.bool()
-        selected = top_entropy_mask(self._entropy, mask, self._fraction, group=self._group)
+        selected = top_entropy_mask(
+            self._entropy, mask, self._fraction, group=self._group, impl=self._impl
+        )
         low, high = config.clip_ratio_low, config.clip_ratio_high
         loss, found = ratio_loss(
             log_prob,
@@ -284,6 +287,7 @@ class _HighEntropyLoss:
             dual_clip=config.get("clip_ratio_c", 3.0),
             denominator=self._count(config.global_batch_info),
             aggregation=Aggregation(token_weight=rollout_is_weights),
+            impl=self._impl,
         )
         chosen, valid = (torch.where(of, self._entropy, 0).sum() for of in (selected, mask))
         metrics = {

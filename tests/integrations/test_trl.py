@@ -134,11 +134,11 @@ class StepByStep:
         self.seen = {}
         choose = adapter.high_entropy_mask_of_step
 
-        def chosen(trainer, entropies, mask, threshold):
+        def chosen(trainer, entropies, mask, threshold, impl):
             if besides is not None and trainer._step >= first:
-                choose(trainer, entropies, mask, threshold)
+                choose(trainer, entropies, mask, threshold, impl)
                 threshold = besides
-            keep = choose(trainer, entropies, mask, threshold)
+            keep = choose(trainer, entropies, mask, threshold, impl)
             if trainer.model.training:
                 row = (entropies.detach()[mask.bool()], keep[mask.bool()])
                 self.seen.setdefault(trainer.state.global_step, []).append(row)
@@ -269,7 +269,7 @@ def test_two_processes(tmp_path):
 def test_patching_can_be_undone_and_repeated():
     before = utils._ChunkedLogProbFunction, utils._use_triton
     patch = patch_trl()
-    assert utils._ChunkedLogProbFunction is LogProbFunction
+    assert isinstance(utils._ChunkedLogProbFunction, LogProbFunction)
     assert patch_trl() is patch
     patch.undo()
     patch.undo()
@@ -278,8 +278,10 @@ def test_patching_can_be_undone_and_repeated():
     with patch_trl(scope="step") as patch:
         assert patch.active
         assert GRPOTrainer.get_high_entropy_mask is not select
-        with pytest.raises(ValueError, match=r"scope='step'.* is in force"):
+        with pytest.raises(ValueError, match=r"patched with .*'scope': 'step'.* undo that before"):
             patch_trl()
+        with pytest.raises(ValueError, match=r"undo that before .*'impl': 'torch'"):
+            patch_trl(scope="step", impl="torch")
     assert not patch.active
     assert GRPOTrainer.get_high_entropy_mask is select
     assert (utils._ChunkedLogProbFunction, utils._use_triton) == before

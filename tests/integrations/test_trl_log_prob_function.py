@@ -16,6 +16,7 @@ from entropy_kernels.testing import peaked_head
 from tests.trainer.small import WORDS, build_model
 
 V = len(WORDS)
+OURS = LogProbFunction()
 
 
 @pytest.mark.parametrize("family", ["qwen3", "gemma2", "cohere", "granite", "phi"])
@@ -103,7 +104,7 @@ def test_scale_and_softcap_are_exact(name, autocast):
     truth = _outputs_and_gradients(
         lambda h, w, b: _exact(h, w, b, y, **options), h, w, b, torch.float64
     )
-    ours = _outputs_and_gradients(call(LogProbFunction), h, w, b, torch.float32)
+    ours = _outputs_and_gradients(call(OURS), h, w, b, torch.float32)
     theirs = worst_of_orders(
         lambda: _outputs_and_gradients(call(ChunkedLogProbFunction), h, w, b, torch.float32), truth
     )
@@ -130,13 +131,13 @@ def test_what_the_docstring_says_of_16_bits(name):
     truth = logp.gather(1, y[:, None]).squeeze(1), -(logp.exp() * logp).sum(1)
     assert logits.abs().max() > 55
     worst = {}
-    for function in (ChunkedLogProbFunction, LogProbFunction):
+    for function in (ChunkedLogProbFunction, OURS):
         outputs = ("log_probs", "entropy")
         with torch.autocast("cpu", cast or torch.bfloat16, enabled=cast is not None):
             found = function.apply(h, w, None, y, 1.0, 8192, None, 1.0, outputs)[:2]
         pairs = zip(found, truth, strict=True)
         worst[function] = [float((got - wanted).abs().max()) for got, wanted in pairs]
-    assert max(worst[LogProbFunction]) < most_of_ours
+    assert max(worst[OURS]) < most_of_ours
     assert min(worst[ChunkedLogProbFunction]) >= least_of_theirs
     assert max(worst[ChunkedLogProbFunction]) < max(1.5 * least_of_theirs, 2e-5) + 6e-3
 
@@ -145,7 +146,7 @@ def test_a_weight_of_another_dtype_is_cast_to_that_of_the_hidden_states():
     h, w, y = peaked_head(13, 24, 101)
     h, w = h.bfloat16(), w.requires_grad_()
     outputs = ("log_probs", "entropy")
-    logprob, entropy, *_ = LogProbFunction.apply(h, w, None, y, 1.0, 64, None, 1.0, outputs)
+    logprob, entropy, *_ = OURS.apply(h, w, None, y, 1.0, 64, None, 1.0, outputs)
     (logprob.sum() + entropy.sum()).backward()
     assert w.grad.dtype == torch.float32
     wanted = ek.linear_logprob_entropy(ek.Head(h, w.detach().bfloat16(), y))
@@ -173,7 +174,7 @@ def test_what_the_head_does_not_compute_goes_to_trl(name):
     options = (given[key] for key in ("softcap", "scale", "outputs"))
     arguments = (h, w, None, y, given["temperature"], 64, *options)
     for ours, theirs in zip(
-        LogProbFunction.apply(*arguments), ChunkedLogProbFunction.apply(*arguments), strict=True
+        OURS.apply(*arguments), ChunkedLogProbFunction.apply(*arguments), strict=True
     ):
         assert (ours is None) == (theirs is None)
         assert ours is None or torch.equal(ours, theirs)
@@ -182,7 +183,7 @@ def test_what_the_head_does_not_compute_goes_to_trl(name):
 def test_the_sum_of_squares_is_that_of_the_same_pass():
     h, w, y = peaked_head(57, 24, 301)
     outputs = ("log_probs", "log_sum_sq_probs")
-    *ours, mean, top = LogProbFunction.apply(h, w, None, y, 0.7, 64, None, 1.0, outputs)
+    *ours, mean, top = OURS.apply(h, w, None, y, 0.7, 64, None, 1.0, outputs)
     p = (h.double() @ w.double().T / 0.7).softmax(1)
     torch.testing.assert_close(ours[2].double(), p.square().sum(1).log(), rtol=1e-5, atol=1e-6)
     assert ours[1] is mean is top is None
@@ -193,4 +194,4 @@ def test_zero_3_is_refused(monkeypatch):
     monkeypatch.setattr(deepspeed, "is_deepspeed_zero3_enabled", lambda: True)
     h, w, y = peaked_head(3, 8, 11)
     with pytest.raises(ValueError, match="ZeRO-3"):
-        LogProbFunction.apply(h, w, None, y, 1.0, 64, None, 1.0, ("log_probs",))
+        OURS.apply(h, w, None, y, 1.0, 64, None, 1.0, ("log_probs",))
