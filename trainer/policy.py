@@ -139,10 +139,10 @@ def read_policy(
     return policy
 
 
-def check_policy(policy: Policy) -> None:
+def check_policy(policy: Policy, impl: str = "auto") -> None:
     """Check the head and the states of `policy`, and find how its micro-batches are packed.
 
-    Collective where the policy is sharded.
+    `impl` is the backend of the head. Collective where the policy is sharded.
 
     Raises:
         ValueError: a head that linear_logprob_entropy does not reproduce; states that are noise,
@@ -150,18 +150,18 @@ def check_policy(policy: Policy) -> None:
     """
     policy.train(False)
     check_states(policy)
-    _check_head(policy)
+    _check_head(policy, impl)
     policy.layout = choose_layout(policy)
     release(policy)
 
 
 @torch.no_grad()
-def _check_head(policy: Policy) -> None:
+def _check_head(policy: Policy, impl: str) -> None:
     """Our head must give the log-probabilities of the model's own logits."""
 
     def compare(head: ek.Head) -> None:
         logits = policy.model(input_ids=tokens[None], use_cache=False).logits[0]
-        got = ek.linear_logprob_entropy(head).logprob
+        got = ek.linear_logprob_entropy(head, impl=impl).logprob
         want = logits.float().log_softmax(1).gather(1, tokens.unsqueeze(1)).squeeze(1)
         # The model rounds its logits to its dtype, a few times with a softcap; all else is fp32.
         largest = logits.float().abs().max()

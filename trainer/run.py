@@ -132,7 +132,7 @@ def start(
     read = f"as it is read from {found or settings.model.path}"
     warm = " and warm-started" if fresh and settings.warm_start.steps else ""
     check_finite(tensors(policy.model).items(), ranks, read + warm)
-    check_policy(policy)
+    check_policy(policy, settings.model.impl)
     say_parts(settings, policy, task, ranks, left_out, changes)
     engine.update_weights(policy.weights())
     log = RunLog(folder)
@@ -196,7 +196,8 @@ def _warm_start(settings: Config, policy: Policy, task: Task, device: torch.devi
             made = True
             bar.update(step, metrics)
 
-        kept = load_or_warm_start(policy.model, policy.tokenizer, task, warm, settings.seed, report)
+        given = policy.model, policy.tokenizer, task, warm, settings.seed, report
+        kept = load_or_warm_start(*given, settings.model.impl)
     if not made:
         print(f"warm start: reused from an earlier run, {kept}")
 

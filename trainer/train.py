@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 import entropy_kernels as ek
+from entropy_kernels.backends import beside_head
 from trainer import checkpoint
 from trainer.advantages import group_advantages
 from trainer.batch import Batch
@@ -124,7 +125,10 @@ def _step(run: Run) -> dict[str, float]:
     else:
         torch.manual_seed(run.seed(-1))  # the same on every rank; rounds of sampling have others
         selected_T = ek.top_entropy_mask(
-            entropy_T, fraction=algorithm.fraction, which=algorithm.which
+            entropy_T,
+            fraction=algorithm.fraction,
+            which=algorithm.which,
+            impl=beside_head(settings.model.impl),
         )
     scored = clock(policy.device)
     metrics["time/score"] = scored - sampled

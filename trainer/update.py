@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import entropy_kernels as ek
+from entropy_kernels.backends import beside_head
 from trainer import config
 from trainer.batch import Batch, Rollouts, micro_batches, pack
 from trainer.finite import Guard, check_finite, first_nonfinite, nonfinite_statistic
@@ -46,14 +47,17 @@ def score(policy: Policy, rollouts: Rollouts, settings: config.Config, ranks: Ra
     """Log-probs and entropies under the current weights, in one pass, and their threshold."""
     policy.train(False)
     threshold = ek.StreamingThreshold(
-        settings.algorithm.fraction, group=ranks.group, device=policy.device
+        settings.algorithm.fraction,
+        group=ranks.group,
+        device=policy.device,
+        impl=beside_head(settings.model.impl),
     )
     score_2T = torch.zeros((2, len(rollouts.sampler_logprob_T)), device=policy.device)
     watch = Stopwatch(policy.device)
 
     def statistics(head: ek.Head) -> ek.LogprobEntropy:
         watch.start()
-        found = ek.linear_logprob_entropy(head)
+        found = ek.linear_logprob_entropy(head, impl=settings.model.impl)
         watch.stop()
         return found
 
@@ -233,6 +237,8 @@ def _loss(head: ek.Head, part: Batch, settings: config.Config) -> tuple[Tensor, 
         aggregation=ek.Aggregation(num_sequences=1.0 if by_sequence else None),
         correction=correction(settings, rollouts.sampler_logprob_T),
         # Later micro-batches add to the first one's gradient where it is; FSDP2 has it elsewhere.
-        backend=ek.Backend(main_grad=head.weight.grad if head.weight.is_leaf else None),
+        backend=ek.Backend(
+            settings.model.impl, main_grad=head.weight.grad if head.weight.is_leaf else None
+        ),
         **tokens,
     )

@@ -29,6 +29,7 @@ FREE: Mapping[str, str] = {
     "samples": "",
     "eval": "evaluations before and after may not compare",
     "model.attention": _ROUNDING,
+    "model.impl": _ROUNDING,
     "model.gradient_checkpointing": _ROUNDING,
     "warm_start.cache": "",
     "engine": "",

@@ -12,6 +12,10 @@ def is_flash(attention: str) -> bool:
     return attention.startswith("flash_attention") or ("/" in attention and "flash" in attention)
 
 
+Impl = Literal["auto", "reference", "torch", "cpu", "triton"]
+"""Backends of `entropy_kernels`."""
+
+
 @dataclass(frozen=True)
 class Model:
     """The policy."""
@@ -27,6 +31,9 @@ class Model:
     attention: str = "eager"
     """transformers' attn_implementation: eager, sdpa, flash_attention_2 (3, 4), or a kernel of the
     hub, such as kernels-community/flash-attn2."""
+    impl: Impl = "auto"
+    """The backend of head, selection and loss, as `impl` of `entropy_kernels`. "auto" is the
+    fastest one known to be right here; "reference" is slow and holds all logits."""
     gradient_checkpointing: bool = False
     """Recompute the backbone's activations in backward."""
 

@@ -42,7 +42,8 @@ class Need:
 
 def needs(config: Config) -> list[Need]:
     """What the run of `config` needs beyond what every command needs."""
-    return [*_device(config), *_attention(config), *_engine(config), *_data(config), *_told(config)]
+    of_model = [*_device(config), *_attention(config), *_head(config)]
+    return [*of_model, *_engine(config), *_data(config), *_told(config)]
 
 
 def check_needs(*configs: Config) -> None:
@@ -53,6 +54,11 @@ def check_needs(*configs: Config) -> None:
 def check_engine(config: Config) -> None:
     """Raise ValueError for what `config.engine` needs and this machine lacks."""
     _raise_for(_engine(config))
+
+
+def check_head(config: Config) -> None:
+    """Raise ValueError for what `config.model.impl` needs and this machine lacks."""
+    _raise_for(_head(config))
 
 
 def check_base() -> None:
@@ -103,6 +109,21 @@ def _attention(config: Config) -> list[Need]:
     there = kernels or _version(name) is not None
     remedy = f"{install}, or {hub} for one that the hub has compiled, {sdpa}"
     return [*found, Need(name, why, remedy, there)]
+
+
+def _head(config: Config) -> list[Need]:
+    """A backend of the head that is named, on the device of the run."""
+    impl = config.model.impl
+    if impl == "auto":
+        return []
+    import torch
+
+    from entropy_kernels.backends import why_not
+
+    on_gpu = torch.cuda.is_available() and config.device != "cpu"
+    why = why_not(impl, torch.device("cuda" if on_gpu else "cpu"))
+    remedy = f"{why}; or --model.impl auto"
+    return [Need(f"the backend {impl}", f"model.impl {impl}", remedy, why is None)]
 
 
 def _engine(config: Config) -> list[Need]:

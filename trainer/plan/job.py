@@ -86,6 +86,12 @@ class Job:
             raise ValueError(
                 f"machine_gpus must be at least gpus_per_node, {ranks}; got {self.machine_gpus}"
             )
+        impls = ("auto", "triton", "torch") if self.device.is_gpu else ("auto", "cpu", "torch")
+        if self.config.model.impl not in impls:
+            raise ValueError(
+                f"model.impl must be one of {', '.join(impls)} in a plan for this device; "
+                f"got {self.config.model.impl!r}"
+            )
         check_ranks(self.config, ranks, self.machine_gpus if self.device.is_gpu else 0)
         model = self.architecture
         check_model(self.config, model.heads, model.kv_heads, model.positions)

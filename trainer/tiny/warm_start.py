@@ -61,6 +61,7 @@ def load_or_warm_start(
     settings: WarmStart,
     seed: int,
     report: Report | None = None,
+    impl: str = "auto",
 ) -> Path:
     """Warm-start `model` in place, or load what an earlier run with the same inputs has kept.
 
@@ -75,7 +76,7 @@ def load_or_warm_start(
         kept = type(model).from_pretrained(folder, dtype=model.dtype)
         model.load_state_dict(kept.state_dict())
         return folder
-    warm_start(model, tokenizer, task, settings, seed, report)
+    warm_start(model, tokenizer, task, settings, seed, report, impl)
     cache.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=cache, prefix=".unfinished-") as unfinished:
         complete = Path(unfinished) / "model"
@@ -98,12 +99,13 @@ def warm_start(
     settings: WarmStart,
     seed: int,
     report: Report | None = None,
+    impl: str = "auto",
 ) -> None:
     """Train `model` in place on the responses of `settings.traces` demonstrations of `task`.
 
     The loss is the mean of -log p over the response tokens of a batch, end-of-sequence included.
     AdamW with linear warm-up and a cosine to a tenth of the peak. On a CPU `seed`, the number of
-    threads and the model's weights fix the result to the bit.
+    threads and the model's weights fix the result to the bit. `impl` is the backend of the head.
     Raises ValueError for a task without demonstrations and for steps, traces or batch size < 1.
     """
     for name in ("steps", "traces", "batch_size"):
@@ -125,7 +127,7 @@ def warm_start(
     began, tokens_done = time.monotonic(), 0
     for step in range(1, settings.steps + 1):
         batch = [examples[i] for i in islice(order, settings.batch_size)]
-        loss, tokens = _loss(head, batch)
+        loss, tokens = _loss(head, batch, impl)
         optimizer.zero_grad()
         loss.backward()
         _clip(model, step)
@@ -178,7 +180,7 @@ def _rate(step: int, settings: WarmStart) -> float:
     return FINAL_RATE + (1 - FINAL_RATE) * (1 + math.cos(math.pi * done)) / 2
 
 
-def _loss(head: LMHead, batch: list[Example]) -> tuple[Tensor, int]:
+def _loss(head: LMHead, batch: list[Example], impl: str = "auto") -> tuple[Tensor, int]:
     """The mean of -log p over the response tokens of `batch`, and their number."""
     # The last token predicts nothing, and a token is predicted by the one before it.
     read = [example.tokens[:-1] for example in batch]
@@ -193,7 +195,7 @@ def _loss(head: LMHead, batch: list[Example]) -> tuple[Tensor, int]:
         input_ids=packed.tokens_RW, attention_mask=packed.mask_RW.long(), use_cache=False
     )
     hidden_TD = hidden_RWD.flatten(0, 1)[packed.index_T[predicts_N]]
-    logprob_T = ek.linear_logprob_entropy(head(hidden_TD, target_T)).logprob
+    logprob_T = ek.linear_logprob_entropy(head(hidden_TD, target_T), impl=impl).logprob
     return -logprob_T.mean(), len(logprob_T)
 
 

@@ -16,9 +16,9 @@ from rich.table import Table
 from torch import Tensor
 
 from trainer.batch import Rollouts
-from trainer.evaluation.command import Opened, engine_config, load
+from trainer.evaluation.command import Opened, load
 from trainer.report.charts import Mark, Panel, Series, figure
-from trainer.studies.analyze.analysis import Analysis, opened, write
+from trainer.studies.analyze.analysis import Analysis, opened, scoring, write
 from trainer.studies.analyze.overlap import change_by_bin, overlap, rank_correlation, top_mask
 from trainer.studies.analyze.responses import scored_responses
 from trainer.update import score
@@ -140,7 +140,7 @@ def _scored(
     work: Opened[Evolution], names: Sequence[str], portions: Sequence[Rollouts]
 ) -> tuple[Tensor, Tensor]:
     """Log-probs and entropies [C, T] of the responses under each of the models in `names`."""
-    settings, config, found = work.settings, engine_config(work.settings), []
+    settings, config, found = work.settings, scoring(work.settings), []
     for name in names:
         other = load(replace(settings, model=name), work.ranks)
         if other.tokenizer.get_vocab() != work.policy.tokenizer.get_vocab():

@@ -12,8 +12,9 @@ from torch import Tensor
 from trainer.batch import Rollouts
 from trainer.engines import make_engine
 from trainer.engines.engine import Engine
-from trainer.evaluation.command import Opened, engine_config
+from trainer.evaluation.command import Opened
 from trainer.evaluation.sets import EvaluationSet
+from trainer.studies.analyze.analysis import Settings, scoring
 from trainer.update import score
 
 
@@ -36,9 +37,9 @@ def responses(opened: Opened, engine: Engine) -> Iterator[tuple[EvaluationSet, R
             yield one, rollouts
 
 
-def scored_responses(opened: Opened) -> Iterator[Scored]:
+def scored_responses(opened: Opened[Settings]) -> Iterator[Scored]:
     """The policy's own `responses`, scored by it."""
-    config, policy = engine_config(opened.settings), opened.policy
+    config, policy = scoring(opened.settings), opened.policy
     engine = make_engine(config, policy)
     engine.update_weights(policy.weights())
     with closing(engine):

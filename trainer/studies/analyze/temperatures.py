@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 import entropy_kernels as ek
+from entropy_kernels.backends import beside_head
 from trainer.engines.engine import Engine
 from trainer.evaluation.command import Opened, engine_config, samples_of
 from trainer.evaluation.estimates import estimate
@@ -93,7 +94,7 @@ def draw(found: dict[str, Any], source: str) -> str:
 
 def _plain(settings: Temperatures) -> dict[str, Any]:
     """The settings that must not change between calls: all but the sweep's and those of speed."""
-    free = ("low", "high", "out", "batch_size", "device", "workers")
+    free = ("low", "high", "out", "batch_size", "device", "impl", "workers")
     plain = {name: value for name, value in asdict(settings).items() if name not in free}
     return json.loads(json.dumps(plain))
 
@@ -124,7 +125,7 @@ def _found(work: Opened[Temperatures]) -> dict[str, Any] | None:
 
 
 def _threshold(work: Opened[Temperatures]) -> float:
-    threshold = ek.StreamingThreshold(work.settings.fraction)
+    threshold = ek.StreamingThreshold(work.settings.fraction, impl=beside_head(work.settings.impl))
     for scored in scored_responses(work):
         threshold.update(scored.entropy_T)
     return float(threshold.value())
