@@ -248,6 +248,18 @@ def test_missing_kernels_are_named(capsys, monkeypatch):
     assert "ours (torch), 20% of the tokens" in rows(printed)
 
 
+def test_a_backend_can_be_named(capsys, monkeypatch):
+    assert main.main([*TINY, "--impl", "torch"]) == 0
+    printed = capsys.readouterr().out
+    assert "ours (torch), 20% of the tokens" in rows(printed)
+    assert "takes here because" not in printed
+    monkeypatch.setattr(_native, "_load", lambda name: (None, "the kernels are not built"))
+    with pytest.raises(SystemExit):
+        main.main([*TINY, "--impl", "cpu"])
+    said = capsys.readouterr().err
+    assert 'argument --impl: impl="cpu" cannot run: the kernels are not built' in said
+
+
 def test_a_fraction_of_one_has_no_row_twice(capsys):
     names = [entrant.name for entrant in command.entrants("torch", CPU, torch.float32, 1.0)]
     assert sorted(names) == ["compile", "eager", "eager-onednn", "torch-1", "torch-1-known"]

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from .. import backends
+from ..backends import OPS
 from . import machine
 from .entrants import entrants, is_ours
 from .measure import Measured, measure
@@ -47,7 +48,9 @@ class Plan:
     device: torch.device
     rounds: int
     impl: str
-    """What "auto" stands for there."""
+    """The backend that was named, or what "auto" stands for there."""
+    why_torch: str
+    """Why "auto" stands for torch; empty where it does not."""
     too_large: str
     """Why what holds all logits is left out; empty where it is not."""
 
@@ -74,12 +77,17 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--fraction", type=_fraction, help=f"of the tokens, to train on (default: {FRACTION})"
     )
     group.add_argument("--device", type=_device, help="cpu or cuda[:N] (default: a GPU if any)")
+    group.add_argument(
+        "--impl",
+        choices=[name for name in OPS["linear_logprob_entropy"].impls if name != "reference"],
+        help="the backend of ours (default: auto, the fastest that is known to be right there)",
+    )
     group.add_argument("--rounds", type=_natural, help=f"of the alternation (default: {ROUNDS})")
     group.add_argument("--threads", type=_threads, help="of torch on a CPU (default: torch's own)")
     group.add_argument("--json", type=_new_file, metavar="FILE", help="writes all samples there")
 
 
-OPTIONS = ("shape", "dtype", "fraction", "device", "rounds", "threads", "json")
+OPTIONS = ("shape", "dtype", "fraction", "device", "impl", "rounds", "threads", "json")
 
 
 def main(options: argparse.Namespace, parser: argparse.ArgumentParser, version: str) -> int:
@@ -120,18 +128,23 @@ def _plan(options: argparse.Namespace, parser: argparse.ArgumentParser) -> Plan:
             f"not timed: with all logits it needs about {_gigabytes(eager)}; "
             f"{_gigabytes(free)} are available"
         )
-    with warnings.catch_warnings():
-        # It is printed with the rest.
-        warnings.simplefilter("ignore")
-        impl = backends.resolve("linear_logprob_entropy", "auto", device)
+    asked = options.impl or "auto"
+    try:
+        with warnings.catch_warnings():
+            # It is printed with the rest.
+            warnings.simplefilter("ignore")
+            impl = backends.resolve("linear_logprob_entropy", asked, device)
+    except ValueError as error:
+        parser.error(f"argument --impl: {error}")
+    why_torch = backends.why_torch(device) if (asked, impl) == ("auto", "torch") else ""
     fraction = FRACTION if options.fraction is None else options.fraction
-    return Plan(shape, dtype, fraction, device, options.rounds or ROUNDS, impl, too_large)
+    rounds = options.rounds or ROUNDS
+    return Plan(shape, dtype, fraction, device, rounds, impl, why_torch, too_large)
 
 
 def _run(plan: Plan, file: Path | None, version: str) -> int:
     device, dtype = plan.device, plan.dtype
-    why_torch = backends.why_torch(device) if plan.impl == "torch" else ""
-    print(header(version, device, dtype, plan.shape, plan.impl, why_torch) + "\n", flush=True)
+    print(header(version, device, dtype, plan.shape, plan.impl, plan.why_torch) + "\n", flush=True)
     everyone = [Measured(x) for x in entrants(plan.impl, device, dtype, plan.fraction)]
     for one in everyone:
         if not is_ours(one.contestant):
