@@ -8,6 +8,7 @@ from tests.marks import nan_is_meant
 pytest.importorskip("triton")
 
 from benchmarks.gpu import candidates
+from entropy_kernels import device
 from entropy_kernels._triton.common import partition
 from entropy_kernels._triton.head_backward import launch as head_backward
 from entropy_kernels._triton.head_backward import launch_rows
@@ -19,7 +20,7 @@ from entropy_kernels.verification.offset_cases import offset_cases
 from entropy_kernels.verification.token_cases import ratio_loss_cases, selection_cases
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-PAIRS = candidates.pairs(DEVICE, quick=False)
+PAIRS = candidates.pairs(device.architecture(DEVICE), quick=False)
 pytestmark = nan_is_meant
 
 
