@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from entropy_kernels._bounds import OtherOrder, worst_of_orders
+from entropy_kernels._bounds import GpuArithmetic, OtherOrder, worst_of_orders
 from entropy_kernels.verification.truth import ROWS
+from tests import head_cases
 from tests.head_cases import DTYPES, make
 from tests.test_linear_logprob_entropy import check
 
@@ -31,6 +32,16 @@ FAULTS = [("TF32", torch.float32)] + [
     )
 ]
 OPTIONS = {"softcap": 5.0, "ignore_index": -1}
+
+
+@pytest.fixture(params=["processor", "GPU"])
+def arithmetic(request, monkeypatch):
+    """The same is right and wrong with the allowance for a GPU."""
+    if request.param == "GPU":
+        monkeypatch.setattr(head_cases, "arithmetic_of", GpuArithmetic.of)
+
+
+arithmetics = pytest.mark.usefixtures("arithmetic")
 
 
 def tf32(x):
@@ -113,6 +124,7 @@ def checked(fault, dtype, rows="peaked", shape=SHAPE, order=None, **options):
     check(functools.partial(head, impl="torch"), (h, w, y, bias), "cpu", **options)
 
 
+@arithmetics
 @pytest.mark.parametrize("options", [{}, OPTIONS], ids=["plain", "all options"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_the_right_formula_passes_by_any_order(dtype, options):
@@ -121,18 +133,21 @@ def test_the_right_formula_passes_by_any_order(dtype, options):
         checked("", dtype, order=seed, **options)
 
 
+@arithmetics
 @pytest.mark.parametrize("rows", ROWS)
 def test_the_right_formula_passes_with_rows_of_every_kind(rows):
     checked("", torch.float32, rows)
 
 
-@pytest.mark.parametrize("shape", [SHAPE, (31, 37, 1021), (67, 40, 519)], ids=str)
+@arithmetics
+@pytest.mark.parametrize("shape", [SHAPE, (31, 37, 1021), (67, 40, 519), (31, 1024, 521)], ids=str)
 @pytest.mark.parametrize(("fault", "dtype"), FAULTS, ids=str)
 def test_a_wrong_formula_is_refused(fault, dtype, shape):
     with pytest.raises(AssertionError, match="exceeds"):
         checked(fault, dtype, shape=shape)
 
 
+@arithmetics
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
     "fault", ["no bias", "temperature twice", "no slope of the softcap", "ignored rows"]

@@ -8,17 +8,14 @@ import torch
 
 import entropy_kernels as ek
 from entropy_kernels import _rows
-from entropy_kernels._bounds import assert_within_two_bounds
-from entropy_kernels.verification.truth import ROWS, allowances, run
+from entropy_kernels.verification.truth import ROWS, run
 from tests.head_cases import (
     BLOCK_V,
     DTYPES,
-    arithmetic_of,
     assert_as_reference,
     check_statistics,
     dtype_of_products,
     make,
-    three_of,
     with_statistics,
 )
 from tests.marks import nan_is_meant, not_interpreted
@@ -43,19 +40,12 @@ VOCABULARIES = [
 
 
 def check(head, inputs, device, keep=0.5, orders=4, **options):
-    """Both bounds for the outputs and every gradient, and for low entropies by themselves too."""
+    """Both bounds for the outputs and every gradient."""
     T = inputs[2].numel()
     grads = [torch.randn(T, device=device) * (torch.rand(T, device=device) < keep) for _ in "abc"]
     got = run(head, inputs, grads, **options)
     operands = dtype_of_products(head.keywords["impl"], inputs[0].dtype)
     assert_as_reference(got, inputs, grads, operands=operands, orders=orders, **options)
-    three = three_of(inputs, grads, orders=orders, **options)
-    more = allowances(arithmetic_of(*inputs[:2], **options), three[0])
-    # What high entropies err hides what low ones do.
-    low = three[0][1] < 0.01
-    if low.any():
-        *quartet, allowance = (x[1][low] for x in (got, *three, more))
-        assert_within_two_bounds(*quartet, allowance=allowance)
 
 
 def check_with_statistics(head, inputs, device, **options):
