@@ -27,6 +27,7 @@ from . import (
 )
 from ._bench import command
 from .testing import peaked_head
+from .verification import first_use
 
 PACKAGES = ("torch", "triton")
 
@@ -101,9 +102,14 @@ def _instruction_sets() -> list[str]:
 
 
 def _triton_state(device: torch.device) -> str:
-    if backends.verified(device):
-        return "loaded"
-    return 'loaded; no recorded correctness run on this device, so impl="auto" leaves them out'
+    if not first_use.asks(device):
+        return 'loaded; impl="auto" takes them on a GPU'
+    answers = first_use.known(device).values()
+    wrong = sum(not answer.right for answer in answers)
+    return (
+        f"loaded; {len(answers)} questions about them are answered on this GPU, {wrong} of them by "
+        "a failure (--verify tells more)"
+    )
 
 
 def _version(name: str) -> str:

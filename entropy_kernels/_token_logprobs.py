@@ -47,10 +47,10 @@ def linear_token_logprobs(
     """
     assert head.bias is None
     assert head.softcap is None
-    name = backends.resolve("linear_logprob_entropy", impl, head.hidden.device)
-    if name == "reference":
+    if impl == "reference":
         raise ValueError('impl="reference" has no log-probs of selected_token_ids')
     head = head.flat()
+    name = backends.resolve_head(impl, head)
     return _TokenLogprobs.apply(head.hidden, head.weight, head, ids, name)
 
 

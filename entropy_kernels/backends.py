@@ -4,12 +4,14 @@ Triton is imported when it is first asked for: a machine without it has the othe
 """
 
 import functools
+import operator
 import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 from torch.torch_version import TorchVersion
 
 from . import _native, _rows, device
@@ -19,6 +21,8 @@ from ._rows import ForwardRows, check_active_rows
 from ._torch import head_backward, head_forward, selection
 from ._torch import ratio_loss as torch_ratio_loss
 from .head import Head
+from .verification import first_use
+from .verification.question import options_of
 
 # The first version that compiles every kernel.
 LEAST_TRITON = "3.6"
@@ -57,9 +61,10 @@ def beside_head(impl: str) -> str:
 
 
 def resolve(op: str, impl: str, where: torch.device, dtype: torch.dtype | None = None) -> str:
-    """The backend that runs `op` on tensors of that device and dtype.
+    """The backend that runs `op` on tensors of that device and dtype; of a head, `resolve_head`.
 
-    "auto" is the fastest one that is known to be right there.
+    "auto" is the fastest one that is known to be right there: the kernels of a GPU are checked at
+    their first use.
 
     Raises:
         ValueError: an unknown name; a backend that cannot run there.
@@ -68,18 +73,47 @@ def resolve(op: str, impl: str, where: torch.device, dtype: torch.dtype | None =
     known = OPS[op]
     fits = known.dtypes is None or dtype in known.dtypes
     if impl == "auto":
-        if fits and verified(where):
+        if fits and verified(op, where):
             return "triton"
-        if fits and why_not("cpu", where) is None:
-            return "cpu"
-        if known.warns:
-            _warn_of_the_torch_path(where)
-        return "torch"
+        return "cpu" if fits and why_not("cpu", where) is None else "torch"
     if (why := why_not(impl, where)) is not None:
         raise ValueError(f'impl="{impl}" cannot run: {why}')
     if impl in ("cpu", "triton") and not fits:
         raise ValueError(f'impl="{impl}" needs fp32 tensors; got {dtype}')
     return impl
+
+
+def resolve_head(
+    impl: str,
+    head: Head,
+    *,
+    keep_logits: bool = False,
+    stored: bool = False,
+    statistics: bool = False,
+    group: ProcessGroup | None = None,
+) -> str:
+    """The backend that runs a flat head; `stored` where rows above a threshold may be kept.
+
+    group: the ranks that share the vocabulary; "auto" is the same on all of them.
+    """
+    where = head.hidden.device
+    if impl != "auto":
+        return resolve("linear_logprob_entropy", impl, where)
+    gradient = torch.is_grad_enabled() and any(
+        x is not None and x.requires_grad for x in (head.hidden, head.weight, head.bias)
+    )
+    stored = stored and gradient and group is None
+    options = options_of(
+        head, keep_logits=keep_logits, stored=stored, statistics=statistics, gradient=gradient
+    )
+    # torch.compile takes these as constants, and no number of tokens is one.
+    sizes = (
+        (0, 0) if torch.compiler.is_compiling() else (head.hidden.shape[0], head.weight.shape[0])
+    )
+    hidden = operator.index(head.hidden.shape[1])
+    if verified("head", where, head.hidden.dtype, hidden, options, *sizes, group):
+        return "triton"
+    return "cpu" if why_not("cpu", where) is None else "torch"
 
 
 def available() -> tuple[str, ...]:
@@ -104,18 +138,16 @@ def why_torch(where: torch.device) -> str:
     if where.type == "cpu":
         return str(why_not("cpu", where))
     return why_not("triton", where) or (
-        f"the Triton kernels have no recorded correctness run on {device.architecture(where)}; "
-        'impl="triton" takes them'
+        "its Triton kernels are not known to be right; python -m entropy_kernels --verify tells why"
     )
 
 
-@constant
 @functools.cache
-def _warn_of_the_torch_path(where: torch.device) -> None:
+def _warn_of_the_torch_path(why: str) -> None:
     warnings.warn(
-        f"linear_logprob_entropy takes the torch path, which is slower: {why_torch(where)}",
+        f"linear_logprob_entropy takes the torch path, which is slower: {why}",
         RuntimeWarning,
-        stacklevel=5,
+        stacklevel=6,
     )
 
 
@@ -146,17 +178,44 @@ def _why_not_triton(where: torch.device) -> str | None:
 
 
 @constant
-def verified(where: torch.device) -> bool:
-    """Whether "auto" takes the Triton kernels: a GPU on which they were found to be right."""
-    return where.type == "cuda" and _why_no_triton() is None and device.verified(where)
+def verified(
+    op: str,
+    where: torch.device,
+    dtype: torch.dtype = torch.float32,
+    hidden: int = 0,
+    options: tuple[str, ...] = (),
+    tokens: int = 0,
+    vocabulary: int = 0,
+    group: ProcessGroup | None = None,
+) -> bool:
+    """Whether "auto" takes the Triton kernels: they are right there, as `first_use.right` finds.
+
+    A head tells why it takes the torch path.
+    """
+    if not first_use.asks(where):
+        why = why_not("cpu", where)
+    elif (why := why_not("triton", where)) is None:
+        found = first_use.right(op, where, dtype, hidden, options, tokens, vocabulary, group)
+        if found.right:
+            return True
+        why = found.reason
+    if why is not None and op == "head":
+        _warn_of_the_torch_path(why)
+    return False
 
 
 @constant
-def stores_rows(where: torch.device, dtype: torch.dtype, hidden: int) -> bool:
-    """Whether Triton's forward stores rows above a threshold. The caller has asked `why_not`."""
+def stores_rows(
+    where: torch.device, dtype: torch.dtype, hidden: int, options: tuple[str, ...]
+) -> bool:
+    """Whether Triton's forward stores rows above a threshold. The caller has asked `why_not`.
+
+    options: the call's, "stored" among them; a kernel that is known to be wrong stores none.
+    """
     from ._triton.common import tiles
 
-    return tiles.stores_rows(where, dtype, hidden)
+    wrong = first_use.refused("forward", where, dtype, hidden, options)
+    return tiles.stores_rows(where, dtype, hidden, wrong)
 
 
 def products() -> int:
@@ -182,8 +241,13 @@ def forward(
         if impl == "triton":
             from ._triton.head_forward.launch import forward as triton_forward
 
+            stored, statistics_too = store_above is not None, statistics is not None
+            options = options_of(
+                head, keep_logits=keep_logits, stored=stored, statistics=statistics_too
+            )
             return triton_forward(
                 head,
+                refused=_refused("forward", head, options),
                 keep_logits=keep_logits,
                 store_above=store_above,
                 store_rows=store_rows,
@@ -211,11 +275,13 @@ def backward(
         if impl == "triton":
             from ._triton.head_backward.launch import backward as triton_backward
 
+            options = options_of(head, stored=rows.places is not None)
             return triton_backward(
                 gradients,
                 head,
                 rows,
                 needs,
+                refused=_refused("dlogits", head, options),
                 max_active_rows=max_active_rows,
                 main_grad=main_grad,
                 reduce_hidden=reduce_hidden,
@@ -228,6 +294,11 @@ def backward(
             return _native.backward(gradients, head, rows, needs, **into)
         most = None if counts else max_active_rows
         return head_backward.backward(gradients, head, rows, needs, **into, max_active_rows=most)
+
+
+def _refused(op: str, head: Head, options: tuple[str, ...]) -> Callable[..., bool] | None:
+    hidden = head.hidden
+    return first_use.refused(op, hidden.device, hidden.dtype, hidden.shape[1], options)
 
 
 def ratio_loss(impl: str) -> Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]:

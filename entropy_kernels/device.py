@@ -12,9 +12,6 @@ import torch
 from torch import Tensor
 
 INTERPRETER = "interpreter"
-# Where every kernel has passed its correctness run. Each has a record under benchmarks/results/,
-# and "auto" takes the kernels on no other architecture.
-VERIFIED: frozenset[str] = frozenset()
 
 # Shared memory of one block, in KB.
 _SHARED_KB = {"sm_80": 163, "sm_87": 163, "sm_90": 227, "sm_100": 227, "sm_103": 227, "gfx942": 64}
@@ -44,11 +41,6 @@ def _architecture_of(device: torch.device) -> str:
     if torch.version.hip is not None:
         return properties.gcnArchName.split(":")[0]
     return f"sm_{properties.major}{properties.minor}"
-
-
-def verified(device: torch.device) -> bool:
-    """Whether kernels have passed their correctness run on the architecture of `device`."""
-    return device.type == "cuda" and architecture(device) in VERIFIED
 
 
 def on(device: torch.device) -> contextlib.AbstractContextManager[object]:

@@ -18,6 +18,7 @@ from ._main_grad import GradientInto, check_main_grad
 from ._rows import STATISTICS, check_statistics, check_values
 from ._shapes import Float
 from .head import Head
+from .verification.question import options_of
 
 
 class LogprobEntropy(NamedTuple):
@@ -125,10 +126,18 @@ def linear_logprob_entropy(
     )
     head.check(sharded=vocab_group is not None)
     check_main_grad(main_grad, head)
-    name = backends.resolve("linear_logprob_entropy", impl, head.hidden.device)
-    check_statistics(statistics, name)
+    check_statistics(statistics)
     shape = head.target.shape
-    head = head.flat(fp64=name == "reference")
+    head = head.flat(fp64=impl == "reference")
+    name = backends.resolve_head(
+        impl,
+        head,
+        keep_logits=keep_logits,
+        stored=keep_logits_above is not None,
+        statistics=bool(statistics),
+        group=vocab_group,
+    )
+    check_statistics(statistics, name)
     store_above, store_rows = _room(keep_logits_above, keep_logits, max_active_rows, name, head)
     run: dict[str, Any] = {
         "keep_logits": keep_logits,
@@ -196,7 +205,8 @@ def _room(
     if rows == 0 or impl != "triton" or not torch.is_grad_enabled():
         return None, 0
     # An index is a constant to torch.compile, the size of a dynamic shape is not.
-    if not backends.stores_rows(device, head.hidden.dtype, operator.index(head.hidden.shape[1])):
+    hidden, options = operator.index(head.hidden.shape[1]), options_of(head, stored=True)
+    if not backends.stores_rows(device, head.hidden.dtype, hidden, options):
         return None, 0
     return as_scalar(above, torch.float32, device), rows
 

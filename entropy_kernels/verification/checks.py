@@ -48,8 +48,8 @@ def check(
 ) -> str | None:
     """Why the kernels of `question` are not right on a device; None where they are.
 
-    It changes what `first_use.apart` and `first_use.neutral` keep from a caller: the random state
-    and the settings that it computes under.
+    It draws random numbers and computes under the settings that hold: `apart` keeps both from a
+    caller.
 
     forward: the tile of the forward whose backward is asked about; None for the table's.
 

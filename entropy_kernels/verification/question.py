@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from .._triton.common.tiles import Tile
 from ..head import Head
@@ -50,15 +51,34 @@ def ask(
 
 
 def options_of(
-    head: Head, *, keep_logits: bool = False, stored: bool = False, statistics: bool = False
+    head: Head,
+    *,
+    keep_logits: bool = False,
+    stored: bool = False,
+    statistics: bool = False,
+    gradient: bool = False,
 ) -> tuple[str, ...]:
-    """The options of a call, by the names of FLAGS, of a flat head."""
+    """The options of a call of a flat head: the names of FLAGS and "gradient" where a backward
+    follows; "strided hidden" and "strided weight" for matrices that tensor descriptors do not fit.
+    """
     there = {
+        **{
+            f"strided {name}": not _fits_descriptor(getattr(head, name))
+            for name in ("hidden", "weight")
+        },
         "bias": head.bias is not None,
         "temperature": head.temperature is not None,
         "softcap": head.softcap is not None,
         "statistics": statistics,
         "keep_logits": keep_logits,
         "stored": stored,
+        "gradient": gradient,
     }
     return tuple(name for name in there if there[name])
+
+
+def _fits_descriptor(matrix: Tensor) -> bool:
+    """As the table of tiles has it, by numbers that torch.compile knows."""
+    size, row = matrix.element_size(), matrix.stride(0)
+    aligned = row * size % 16 == 0 and matrix.storage_offset() * size % 16 == 0
+    return matrix.stride(1) == 1 and row > 0 and aligned

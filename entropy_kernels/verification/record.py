@@ -46,6 +46,7 @@ class Record:
 
     def __init__(self, about: dict[str, str]) -> None:
         self._about = about
+        self.gpu = about["gpu"]
         self.folder = cache_folder() / machine.folder_name(about)
 
     def read(self) -> dict[str, Answer]:

@@ -273,12 +273,17 @@ def first(found: tuple[Tile, ...], refused: Callable[[Tile], bool] | None) -> Ti
     return next((tile for tile in found if refused is None or not refused(tile)), found[0])
 
 
-def stores_rows(on: torch.device, dtype: torch.dtype, hidden: int) -> bool:
+def stores_rows(
+    on: torch.device,
+    dtype: torch.dtype,
+    hidden: int,
+    refused: Callable[[Tile], bool] | None = None,
+) -> bool:
     """Whether a forward stores the logits of rows above a threshold, as many as fit, for backward.
 
     The kernels that store nothing are faster where a product is short against the traffic of its
-    logits, which "cublas" writes and reads.
+    logits, which "cublas" writes and reads. A tile that is refused stores none.
     """
     everywhere = {"pointer", "cublas", *TMA}
-    first, *_ = row("forward_store", device.architecture(on), dtype, hidden, ANY, everywhere)
-    return first.variant == "cublas"
+    found, *_ = row("forward_store", device.architecture(on), dtype, hidden, ANY, everywhere)
+    return found.variant == "cublas" and not (refused and refused(found))
