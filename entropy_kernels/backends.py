@@ -4,7 +4,6 @@ Triton is imported when it is first asked for: a machine without it has the othe
 """
 
 import functools
-import operator
 import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -22,7 +21,7 @@ from ._torch import head_backward, head_forward, selection
 from ._torch import ratio_loss as torch_ratio_loss
 from .head import Head
 from .verification import first_use
-from .verification.question import options_of
+from .verification.question import call_of, options_of
 
 # The first version that compiles every kernel.
 LEAST_TRITON = "3.6"
@@ -37,11 +36,10 @@ class _Op(NamedTuple):
 
     impls: tuple[str, ...]
     dtypes: tuple[torch.dtype, ...] | None = None  # what its kernels take, if not every dtype
-    warns: bool = False  # where "auto" finds the torch path alone
 
 
 OPS = {
-    "linear_logprob_entropy": _Op(("auto", "reference", "torch", "cpu", "triton"), warns=True),
+    "linear_logprob_entropy": _Op(("auto", "reference", "torch", "cpu", "triton")),
     "ratio_loss": _Op(("auto", "torch", "cpu", "triton"), dtypes=(torch.float32,)),
     "selection": _Op(("auto", "torch", "cpu", "triton")),
 }
@@ -96,22 +94,12 @@ def resolve_head(
 
     group: the ranks that share the vocabulary; "auto" is the same on all of them.
     """
-    where = head.hidden.device
+    op, where = "linear_logprob_entropy", head.hidden.device
     if impl != "auto":
-        return resolve("linear_logprob_entropy", impl, where)
-    gradient = torch.is_grad_enabled() and any(
-        x is not None and x.requires_grad for x in (head.hidden, head.weight, head.bias)
-    )
-    stored = stored and gradient and group is None
-    options = options_of(
-        head, keep_logits=keep_logits, stored=stored, statistics=statistics, gradient=gradient
-    )
-    # torch.compile takes these as constants, and no number of tokens is one.
-    sizes = (
-        (0, 0) if torch.compiler.is_compiling() else (head.hidden.shape[0], head.weight.shape[0])
-    )
-    hidden = operator.index(head.hidden.shape[1])
-    if verified("head", where, head.hidden.dtype, hidden, options, *sizes, group):
+        return resolve(op, impl, where)
+    stored = stored and group is None
+    call = call_of(head, keep_logits=keep_logits, stored=stored, statistics=statistics)
+    if verified(op, where, *call, group):
         return "triton"
     return "cpu" if why_not("cpu", where) is None else "torch"
 
@@ -178,16 +166,7 @@ def _why_not_triton(where: torch.device) -> str | None:
 
 
 @constant
-def verified(
-    op: str,
-    where: torch.device,
-    dtype: torch.dtype = torch.float32,
-    hidden: int = 0,
-    options: tuple[str, ...] = (),
-    tokens: int = 0,
-    vocabulary: int = 0,
-    group: ProcessGroup | None = None,
-) -> bool:
+def verified(op: str, where: torch.device, *call: Any) -> bool:
     """Whether "auto" takes the Triton kernels: they are right there, as `first_use.right` finds.
 
     A head tells why it takes the torch path.
@@ -195,11 +174,11 @@ def verified(
     if not first_use.asks(where):
         why = why_not("cpu", where)
     elif (why := why_not("triton", where)) is None:
-        found = first_use.right(op, where, dtype, hidden, options, tokens, vocabulary, group)
+        found = first_use.right(op, where, *call)
         if found.right:
             return True
         why = found.reason
-    if why is not None and op == "head":
+    if why is not None and op == "linear_logprob_entropy":
         _warn_of_the_torch_path(why)
     return False
 
@@ -241,13 +220,10 @@ def forward(
         if impl == "triton":
             from ._triton.head_forward.launch import forward as triton_forward
 
-            stored, statistics_too = store_above is not None, statistics is not None
-            options = options_of(
-                head, keep_logits=keep_logits, stored=stored, statistics=statistics_too
-            )
+            stored, summed = store_above is not None, statistics is not None
             return triton_forward(
                 head,
-                refused=_refused("forward", head, options),
+                refused=_refused("forward", head, keep_logits, stored, summed),
                 keep_logits=keep_logits,
                 store_above=store_above,
                 store_rows=store_rows,
@@ -275,13 +251,12 @@ def backward(
         if impl == "triton":
             from ._triton.head_backward.launch import backward as triton_backward
 
-            options = options_of(head, stored=rows.places is not None)
             return triton_backward(
                 gradients,
                 head,
                 rows,
                 needs,
-                refused=_refused("dlogits", head, options),
+                refused=_refused("dlogits", head, stored=rows.places is not None),
                 max_active_rows=max_active_rows,
                 main_grad=main_grad,
                 reduce_hidden=reduce_hidden,
@@ -296,7 +271,10 @@ def backward(
         return head_backward.backward(gradients, head, rows, needs, **into, max_active_rows=most)
 
 
-def _refused(op: str, head: Head, options: tuple[str, ...]) -> Callable[..., bool] | None:
+def _refused(
+    op: str, head: Head, keep_logits: bool = False, stored: bool = False, statistics: bool = False
+) -> Callable[..., bool] | None:
+    options = options_of(head, keep_logits=keep_logits, stored=stored, statistics=statistics)
     hidden = head.hidden
     return first_use.refused(op, hidden.device, hidden.dtype, hidden.shape[1], options)
 

@@ -31,7 +31,7 @@ ALLOWED = {
     "device": set(),
     "_triton": {"_rows", "device", "head"},
     "verification": {"_bounds", "_rows", "_torch", "_triton", "device", "head", "reference"},
-    "backends": {"_native", "_rows", "_torch", "_triton", "device", "head"},
+    "backends": {"_native", "_rows", "_torch", "_triton", "device", "head", "verification"},
     "ops": {"_native", "_rows", "_torch", "backends", "head"},
     "_radix": {"_torch", "distributed", "ops"},
     "entropy_threshold": {"_radix", "backends"},
@@ -50,6 +50,7 @@ ALLOWED = {
     "_token_logprobs": {"_rows", "_torch", "backends", "head", "ops"},
     "linear_logprob_entropy": {
         *("_main_grad", "_rows", "_vocab_parallel", "backends", "head", "ops", "reference"),
+        "verification",
     },
     "high_entropy_policy_loss": {
         *("_loss_options", "_loss_tokens", "_main_grad", "_ragged", "_rows", "backends", "head"),

@@ -17,6 +17,7 @@ import torch
 
 from .. import backends
 from ..backends import OPS
+from ..head import Head
 from . import machine
 from .entrants import entrants, is_ours
 from .measure import Measured, measure
@@ -133,13 +134,19 @@ def _plan(options: argparse.Namespace, parser: argparse.ArgumentParser) -> Plan:
         with warnings.catch_warnings():
             # It is printed with the rest.
             warnings.simplefilter("ignore")
-            impl = backends.resolve("linear_logprob_entropy", asked, device)
+            impl = backends.resolve_head(asked, _head_like(shape[1], dtype, device))
     except ValueError as error:
         parser.error(f"argument --impl: {error}")
     why_torch = backends.why_torch(device) if (asked, impl) == ("auto", "torch") else ""
     fraction = FRACTION if options.fraction is None else options.fraction
     rounds = options.rounds or ROUNDS
     return Plan(shape, dtype, fraction, device, rounds, impl, why_torch, too_large)
+
+
+def _head_like(hidden: int, dtype: torch.dtype, device: torch.device) -> Head:
+    """One row of a head that is trained."""
+    x = torch.zeros(1, hidden, dtype=dtype, device=device).requires_grad_()
+    return Head(x, x, torch.zeros(1, dtype=torch.int64, device=device), temperature=None)
 
 
 def _run(plan: Plan, file: Path | None, version: str) -> int:

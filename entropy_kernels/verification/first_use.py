@@ -76,9 +76,9 @@ def right(
 ) -> Answer:
     """Whether all kernels of a call are right on `where`, or why they are not taken.
 
-    op: "head", "ratio_loss" or "selection".
+    op: "linear_logprob_entropy", "ratio_loss" or "selection".
     hidden, tokens, vocabulary: D, T and V; 0 where one is not known.
-    options: of `question.options_of`.
+    options: of `question.call_of`.
     group: the ranks that share a vocabulary. They agree, by one all-reduce per kind of call: one
         rank's torch is every rank's.
     """
@@ -180,7 +180,7 @@ def _decide(
     tokens: int,
     vocabulary: int,
 ) -> Answer:
-    if op != "head":
+    if op != "linear_logprob_entropy":
         return answer(Question(op, dtype), where)
     sizes = (hidden, tokens, vocabulary)
     forward = None

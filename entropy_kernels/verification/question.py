@@ -1,5 +1,6 @@
 """What is asked about a kernel before "auto" takes it, and the text that the record keeps it by."""
 
+import operator
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -50,29 +51,52 @@ def ask(
     return Question(op, dtype, tile, tuple(flags))
 
 
-def options_of(
-    head: Head,
-    *,
-    keep_logits: bool = False,
-    stored: bool = False,
-    statistics: bool = False,
-    gradient: bool = False,
-) -> tuple[str, ...]:
-    """The options of a call of a flat head: the names of FLAGS and "gradient" where a backward
-    follows; "strided hidden" and "strided weight" for matrices that tensor descriptors do not fit.
+class Call(NamedTuple):
+    """A call of the head, in numbers and names that are constants to torch.compile.
+
+    hidden, tokens, vocabulary: D, T and V; T and V are 0 where they may be dynamic.
     """
+
+    dtype: torch.dtype
+    hidden: int
+    options: tuple[str, ...]
+    tokens: int
+    vocabulary: int
+
+
+def call_of(head: Head, *, keep_logits: bool, stored: bool, statistics: bool) -> Call:
+    """The call of a flat head, whose gradients are wanted where autograd would ask for them.
+
+    Its options are those of `options_of`; "gradient"; and "strided hidden" and "strided weight" for
+    matrices that tensor descriptors do not fit.
+    """
+    gradient = torch.is_grad_enabled() and any(
+        x is not None and x.requires_grad for x in (head.hidden, head.weight, head.bias)
+    )
+    options = options_of(
+        head, keep_logits=keep_logits, stored=stored and gradient, statistics=statistics
+    )
+    options += ("gradient",) * gradient
+    for name, matrix in (("hidden", head.hidden), ("weight", head.weight)):
+        options += (f"strided {name}",) * (not _fits_descriptor(matrix))
+    tokens = vocabulary = 0
+    if not torch.compiler.is_compiling():
+        tokens, vocabulary = head.hidden.shape[0], head.weight.shape[0]
+    hidden = operator.index(head.hidden.shape[1])
+    return Call(head.hidden.dtype, hidden, options, tokens, vocabulary)
+
+
+def options_of(
+    head: Head, *, keep_logits: bool = False, stored: bool = False, statistics: bool = False
+) -> tuple[str, ...]:
+    """The options of a flat head's launches, by the names of FLAGS."""
     there = {
-        **{
-            f"strided {name}": not _fits_descriptor(getattr(head, name))
-            for name in ("hidden", "weight")
-        },
         "bias": head.bias is not None,
         "temperature": head.temperature is not None,
         "softcap": head.softcap is not None,
         "statistics": statistics,
         "keep_logits": keep_logits,
         "stored": stored,
-        "gradient": gradient,
     }
     return tuple(name for name in there if there[name])
 
