@@ -213,6 +213,18 @@ def test_splits_are_nearly_best_and_of_few_sizes(processors, vocabulary, block_v
     assert len(sizes) <= 5, "each is compiled"
 
 
+def test_programs_beside_a_collective_take_a_unit_each(monkeypatch):
+    where = torch.device(DEVICE)
+    processors = device.processors(where)
+    assert [device.programs(n, where) for n in (1, 1000)] == [1, processors]
+    monkeypatch.setenv("EK_PERSISTENT", "off")
+    assert [device.programs(n, where) for n in (1, 1000)] == [1, 1000]
+    check(*head(), variant="tma")
+    monkeypatch.setenv("EK_PERSISTENT", "maybe")
+    with pytest.raises(ValueError, match="EK_PERSISTENT must be on or off; got 'maybe'"):
+        device.programs(1, where)
+
+
 def test_splits_are_not_read_again_for_a_thousandth_of_the_time():
     tile = Tile("tma_split", 128, 128, 64, 8, 3)
     assert launch.splits(tile, 32768, 151936, 132) == (149, 8)

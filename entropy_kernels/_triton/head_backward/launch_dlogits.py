@@ -134,7 +134,7 @@ class Dlogits(NamedTuple):
         blocks_v = triton.cdiv(chunk.stop - chunk.start, tile.block_v)
         programs = n_tiles = triton.cdiv(capacity, tile.block_t) * blocks_v
         if tile.variant == "tma":
-            programs = min(n_tiles, device.processors(self.weight_VD.device))
+            programs = device.programs(n_tiles, self.weight_VD.device)
         dlogits_tma_kernel[(programs,)](
             TensorDescriptor.from_tensor(self.rows.hidden, [tile.block_t, tile.block_d]),
             TensorDescriptor.from_tensor(self.weight_VD, [tile.block_v, tile.block_d]),

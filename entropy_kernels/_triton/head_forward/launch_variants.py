@@ -118,9 +118,10 @@ def from_descriptors(work: Work) -> None:
     from triton.tools.tensor_descriptor import TensorDescriptor
 
     head, tile, (count, hidden, vocabulary) = work.head, work.tile, work.sizes
-    units = triton.cdiv(count, tile.block_t) * work.n_split
-    programs = min(units, device.processors(head.hidden.device))
-    forward_tma_kernel[(units if tile.variant == "tma_split" else programs,)](
+    programs = units = triton.cdiv(count, tile.block_t) * work.n_split
+    if tile.variant != "tma_split":
+        programs = device.programs(units, head.hidden.device)
+    forward_tma_kernel[(programs,)](
         TensorDescriptor.from_tensor(head.hidden, [tile.block_t, tile.block_d]),
         TensorDescriptor.from_tensor(head.weight, [tile.block_v, tile.block_d]),
         work.bias_V,
