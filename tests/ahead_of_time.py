@@ -36,7 +36,7 @@ PTX = {
     "tcgen05": "tcgen05.mma",
     "mma": "mma.sync",
     "bulk_copies": "cp.async.bulk.tensor",
-    "async_copies": "cp.async.c",
+    "async_copies": "cp.async.cg",
     "setmaxnreg": "setmaxnreg",
 }
 AMDGCN = {"mfma": "v_mfma", "lds_copies": " lds"}
@@ -68,8 +68,8 @@ class Launch(NamedTuple):
     unaligned: int = 0
     """Pointers whose address the compiler may not take as a multiple of 16 bytes."""
     figures: Mapping[str, int] = MappingProxyType({})
-    """Registers of a thread, bytes of shared memory, warps; bytes of a thread's stack or scratch
-    memory, which only spills need; blocks that fit one multiprocessor; counts of instructions."""
+    """Registers of a thread, bytes of shared memory, warps, and blocks that fit one multiprocessor.
+    Bytes of a thread's stack, which only spills need. Counts of instructions."""
     error: str = ""
     """Why it did not compile."""
 

@@ -27,8 +27,9 @@ from entropy_kernels.head import Head
 # Each D takes other entries of the table; beyond that it changes no kernel while every block
 # divides it.
 HIDDEN = (1024, 2048, 4096)
-# T, R and V. Compilers know which of them are multiples of 16; "odd" sizes are not.
-SIZES = {False: (8192, 1640, 32768), True: (8191, 1639, 50257)}
+# T, R and V. Compilers know which of them are multiples of 16; "odd" sizes are not. "narrow" is a
+# split of one block of columns.
+SIZES = {"": (8192, 1640, 32768), "odd": (8191, 1639, 50257), "narrow": (8192, 1640, 64)}
 FORWARD = ("bias", "temperature", "softcap", "statistics", "keep_logits")
 DLOGITS = ("bias", "bias_gradient", "softcap", "entropy", "stored")
 Flags = tuple[str, ...]
@@ -54,13 +55,18 @@ def cases() -> Iterator[Case]:
 
 
 def combinations(names: Flags, dtype: torch.dtype) -> Iterator[Flags]:
-    """Every set of options; then those without and with all of them at odd sizes."""
+    """Every set of options; then those without and with all of them at other sizes."""
     if dtype == torch.float16:
         yield from ((), names)
         return
     for number in range(len(names) + 1):
         yield from itertools.combinations(names, number)
-    yield from (("odd",), (*names, "odd"))
+    for size in ("odd", "narrow"):
+        yield from ((size,), (*names, size))
+
+
+def sizes(flags: Flags) -> tuple[int, int, int]:
+    return next(SIZES[name] for name in (*flags, "") if name in SIZES)
 
 
 def _heads(names: Flags) -> Iterator[tuple[torch.dtype, Flags, Head]]:
@@ -74,7 +80,7 @@ def _empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def _make_head(dtype: torch.dtype, hidden: int, flags: Flags) -> Head:
-    count, _, vocabulary = SIZES["odd" in flags]
+    count, _, vocabulary = sizes(flags)
     return Head(
         _empty(count, hidden, dtype=dtype),
         _empty(vocabulary, hidden, dtype=dtype),
@@ -126,8 +132,8 @@ def _backwards() -> Iterator[Case]:
 
 
 def _backward(head: Head, flags: Flags, tile: Tile | None) -> None:
-    """Of the gradient with respect to logprob, and with "entropy" of all three."""
-    (count, active, vocabulary), places, logits = SIZES["odd" in flags], None, _empty(0)
+    """Gradients arrive for logprob, and with "entropy" for all three results."""
+    (count, active, vocabulary), places, logits = sizes(flags), None, _empty(0)
     if "stored" in flags:
         logits, places = _empty(active, vocabulary), _empty(count, dtype=torch.int32)
     if "keep_logits" in flags:

@@ -133,11 +133,12 @@ def test_registers_move_between_warps_only_where_warps_are_specialised(
 
 
 @pytest.mark.parametrize("target", ["sm_90"])
-def test_two_programs_of_the_split_kernel_fit_one_multiprocessor(compiled: Compiled, target: str):
-    split = [x for x in _products(compiled(target)) if x.tile and x.tile["variant"] == "tma_split"]
-    described = [x for x in split if x.descriptors]
-    assert described
-    _assert_all(target, described, lambda x: x.figures.get("blocks", 0) >= 2)
+def test_tiles_of_few_registers_let_two_programs_share_a_multiprocessor(
+    compiled: Compiled, target: str
+):
+    small = [x for x in compiled(target) if x.descriptors and x.tile and x.tile["max_registers"]]
+    assert {x.tile["variant"] for x in small if x.tile} == {"tma_split"}
+    _assert_all(target, small, lambda x: x.figures.get("blocks", 0) >= 2)
 
 
 def test_targets_are_those_that_launchers_know():

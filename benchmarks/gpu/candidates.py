@@ -52,7 +52,8 @@ def forward(arch: str) -> tuple[Tile, ...]:
         return INTERPRETER
     if not arch.startswith("sm_"):
         return AMD
-    found = HOPPER if int(arch.removeprefix("sm_")) >= 90 else POINTERS
+    # From sm_120 on GPUs are consumers' again: 99 KB of shared memory, no asynchronous products.
+    found = HOPPER if 90 <= int(arch.removeprefix("sm_")) < 120 else POINTERS
     return tuple(tile for tile in found if tile.variant in tiles.variants(arch))
 
 

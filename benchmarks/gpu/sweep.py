@@ -44,7 +44,7 @@ def _entry(op: str, tile: Tile, problem: Problem) -> Entry:
     call = _call(op, tile, problem)
 
     def look() -> Row:
-        return {"op": op, "tile": list(tile[:8]), "error_of_norm": _check(op, call(), problem)}
+        return {"op": op, "tile": list(tile[:-1]), "error_of_norm": _check(op, call(), problem)}
 
     named = "dlogits" if op == "dlogits" else "forward"
     dtype = str(problem.hidden.dtype).removeprefix("torch.")

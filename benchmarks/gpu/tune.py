@@ -86,14 +86,13 @@ def _entry(item: tuple[Key, tuple[Tile, ...]]) -> str:
 
 def _tile(tile: Tile) -> str:
     """Defaults are left out; what comes after one is named."""
-    arguments = [f'"{tile.variant}"', *map(str, tile[1:6])]
-    named = ""
-    for name in ("group_t", "split_v"):
+    arguments, named = [f'"{tile.variant}"', *map(str, tile[1:6])], False
+    for name in ("group_t", "split_v", "max_registers"):
         value = getattr(tile, name)
         if value == Tile._field_defaults[name]:
-            named = "split_v="
+            named = True
         else:
-            arguments.append(f"{named}{value}")
+            arguments.append(f"{name}={value}" if named else str(value))
     if tile.source != Tile._field_defaults["source"]:
         arguments.append(f'source="{tile.source}"')
     return f"Tile({', '.join(arguments)})"

@@ -28,6 +28,7 @@ class Tile(NamedTuple):
     group_t: blocks of rows that take the same columns before the next columns come. All of them
         then read a block of the weight from L2.
     split_v: columns whose sums one program merges before it writes them, at most.
+    max_registers: of a thread, on GPUs of NVIDIA; 0 leaves them to the compiler, up to 255.
     source: the GPU and the date of the measurement that chose the tile.
     """
 
@@ -39,25 +40,29 @@ class Tile(NamedTuple):
     num_stages: int
     group_t: int = 16
     split_v: int = 2048
+    max_registers: int = 0
     source: str = "predicted"
 
     @property
     def options(self) -> dict[str, Any]:
         """What Triton takes beside a kernel's arguments. From 3.10 on it fuses only if told to."""
-        return {
+        options = {
             "num_warps": self.num_warps,
             "num_stages": self.num_stages,
             "enable_fp_fusion": True,
         }
+        if self.max_registers:
+            options["maxnreg"] = self.max_registers
+        return options
 
 
 class Key(NamedTuple):
     """What a tile is for; hidden and tokens are the largest sizes.
 
-    op: "forward" or "dlogits". "forward_statistics" sums more per row. "forward_store" stores the
-        logits of rows above a threshold where "cublas" comes first. Each may end in "_softcap":
-        a tanh per element needs registers of its own. Without an entry of its own, an op takes
-        that of the plainer one.
+    op: "forward" or "dlogits". "forward_keep" stores the logits of all rows, and "forward_store",
+        where "cublas" comes first, those of rows above a threshold. "_statistics" sums more per
+        row. Each may end in "_softcap": a tanh per element needs registers of its own. Without an
+        entry of its own, an op takes that of a plainer one.
     """
 
     op: str
@@ -73,6 +78,13 @@ TMA = ("tma", "tma_split", "tma_ws")
 # The tiles of each key in order of preference: the first one that can run is taken. In fp32
 # "cublas" does not come first: backward recomputes logits in the pointer kernel's order of
 # summation. In a row that is nearly certain, their difference from forward's has few digits.
+#
+# Predictions behind the order, at 8192 tokens, V = 151936, D = 4096, in milliseconds:
+# - sm_90 keeps the logits of a fifth of the rows: step 10.0 with "cublas", 11.5 with "pointer".
+# - sm_100: forward 7.6 by "cublas", 10 to 17 by tiles of 128 x 128, which cannot feed its tensor
+#   cores. Below D = 2048 the traffic of logits is what costs.
+# - sm_90, D <= 2048: with at most 128 registers two programs of "tma_split" share a multiprocessor,
+#   so that one multiplies while the other sums.
 TILES: dict[Key, tuple[Tile, ...]] = {
     Key("forward", "sm_80", "bfloat16", ANY, ANY): (
         Tile("pointer", 128, 128, 64, 8, 3),
@@ -82,8 +94,12 @@ TILES: dict[Key, tuple[Tile, ...]] = {
         Tile("pointer", 128, 128, 32, 8, 3),
         Tile("cublas", 4, 1024, 1, 4, 1),
     ),
+    Key("forward_statistics", "sm_86", "bfloat16", ANY, ANY): (
+        Tile("pointer", 64, 128, 32, 8, 3),
+        Tile("cublas", 4, 1024, 1, 4, 1),
+    ),
     Key("forward", "sm_90", "bfloat16", 2048, ANY): (
-        Tile("tma_split", 128, 128, 64, 8, 3),
+        Tile("tma_split", 128, 128, 64, 8, 3, max_registers=128),
         Tile("tma_ws", 128, 256, 64, 4, 3),
         Tile("tma", 128, 256, 64, 8, 3),
         Tile("pointer", 128, 128, 64, 8, 3),
@@ -92,14 +108,19 @@ TILES: dict[Key, tuple[Tile, ...]] = {
     Key("forward", "sm_90", "bfloat16", ANY, ANY): (
         Tile("tma", 128, 256, 64, 8, 4),
         Tile("tma_ws", 128, 256, 64, 4, 3),
-        Tile("tma_split", 128, 128, 64, 8, 3),
+        Tile("tma_split", 128, 128, 64, 8, 3, max_registers=128),
+        Tile("pointer", 128, 128, 64, 8, 3),
+        Tile("cublas", 4, 1024, 1, 4, 1),
+    ),
+    Key("forward", "sm_100", "bfloat16", 2047, ANY): (
+        Tile("tma", 128, 128, 64, 8, 4),
         Tile("pointer", 128, 128, 64, 8, 3),
         Tile("cublas", 4, 1024, 1, 4, 1),
     ),
     Key("forward", "sm_100", "bfloat16", ANY, ANY): (
+        Tile("cublas", 4, 1024, 1, 4, 1),
         Tile("tma", 128, 128, 64, 8, 4),
         Tile("pointer", 128, 128, 64, 8, 3),
-        Tile("cublas", 4, 1024, 1, 4, 1),
     ),
     Key("forward_softcap", "sm_90", "bfloat16", ANY, ANY): (
         Tile("tma", 128, 128, 64, 8, 4),
@@ -108,12 +129,17 @@ TILES: dict[Key, tuple[Tile, ...]] = {
         Tile("pointer", 128, 128, 64, 8, 3),
         Tile("cublas", 4, 1024, 1, 4, 1),
     ),
-    Key("forward_softcap", "sm_100", "bfloat16", ANY, ANY): (
+    Key("forward_softcap", "sm_100", "bfloat16", 2047, ANY): (
         Tile("tma", 128, 128, 64, 8, 4),
         Tile("pointer", 128, 128, 64, 8, 3),
         Tile("cublas", 4, 1024, 1, 4, 1),
     ),
-    Key("forward_statistics_softcap", "sm_80", "bfloat16", ANY, ANY): (
+    Key("forward_softcap", "sm_100", "bfloat16", ANY, ANY): (
+        Tile("cublas", 4, 1024, 1, 4, 1),
+        Tile("tma", 128, 128, 64, 8, 4),
+        Tile("pointer", 128, 128, 64, 8, 3),
+    ),
+    Key("forward_statistics", "sm_80", "bfloat16", ANY, ANY): (
         Tile("pointer", 64, 128, 64, 8, 3),
         Tile("cublas", 4, 1024, 1, 4, 1),
     ),
@@ -123,11 +149,25 @@ TILES: dict[Key, tuple[Tile, ...]] = {
         Tile("pointer", 128, 128, 64, 8, 3),
         Tile("cublas", 4, 1024, 1, 4, 1),
     ),
-    Key("forward_statistics", "sm_100", "bfloat16", ANY, ANY): (
+    Key("forward_statistics", "sm_100", "bfloat16", 2047, ANY): (
         Tile("tma", 128, 64, 64, 8, 4),
         Tile("tma_split", 128, 64, 64, 8, 4),
         Tile("pointer", 128, 64, 64, 8, 3),
         Tile("cublas", 4, 1024, 1, 4, 1),
+    ),
+    Key("forward_statistics", "sm_100", "bfloat16", ANY, ANY): (
+        Tile("cublas", 4, 1024, 1, 4, 1),
+        Tile("tma", 128, 64, 64, 8, 4),
+        Tile("tma_split", 128, 64, 64, 8, 4),
+        Tile("pointer", 128, 64, 64, 8, 3),
+    ),
+    Key("forward_keep", "sm_90", "bfloat16", ANY, ANY): (
+        Tile("cublas", 4, 1024, 1, 4, 1),
+        Tile("pointer", 128, 128, 64, 8, 3),
+    ),
+    Key("forward_keep", "sm_100", "bfloat16", ANY, ANY): (
+        Tile("cublas", 4, 1024, 1, 4, 1),
+        Tile("pointer", 128, 128, 64, 8, 3),
     ),
     Key("forward", "gfx942", "bfloat16", ANY, ANY): (
         Tile("pointer", 128, 128, 32, 8, 2),
@@ -138,7 +178,11 @@ TILES: dict[Key, tuple[Tile, ...]] = {
         Tile("cublas", 4, 1024, 1, 4, 1),
     ),
     Key("forward", "any", "float32", ANY, ANY): (
-        Tile("pointer", 64, 64, 16, 8, 2),
+        Tile("pointer", 64, 64, 16, 4, 2),
+        Tile("cublas", 4, 1024, 1, 4, 1),
+    ),
+    Key("forward_statistics", "any", "float32", ANY, ANY): (
+        Tile("pointer", 32, 64, 16, 4, 2),
         Tile("cublas", 4, 1024, 1, 4, 1),
     ),
     Key("forward", "interpreter", "any", ANY, ANY): (
@@ -177,7 +221,7 @@ TILES: dict[Key, tuple[Tile, ...]] = {
     ),
     Key("forward_store", "any", "float32", ANY, ANY): (
         Tile("cublas", 4, 1024, 1, 4, 1),
-        Tile("pointer", 64, 64, 16, 8, 2),
+        Tile("pointer", 64, 64, 16, 4, 2),
     ),
     Key("forward_store", "interpreter", "any", ANY, ANY): (
         Tile("cublas", 32, 64, 1, 4, 1, 1, 128),
@@ -193,6 +237,7 @@ TILES: dict[Key, tuple[Tile, ...]] = {
         Tile("pointer", 128, 128, 64, 8, 3),
     ),
     Key("dlogits_softcap", "sm_80", "bfloat16", ANY, ANY): (Tile("pointer", 64, 128, 64, 8, 3),),
+    Key("dlogits_softcap", "sm_86", "bfloat16", ANY, ANY): (Tile("pointer", 64, 128, 32, 8, 3),),
     Key("dlogits_softcap", "sm_90", "bfloat16", ANY, ANY): (
         Tile("tma", 128, 128, 64, 8, 4),
         Tile("pointer", 128, 128, 64, 8, 3),

@@ -133,8 +133,8 @@ def preferred(
     if stores_rows:
         usable &= {"cublas"}
     count, hidden = head.hidden.shape
-    op = "forward" + "_store" * stores_rows + "_statistics" * statistics
-    op += "_softcap" * (head.softcap is not None)
+    op = "forward" + "_keep" * keep_logits + "_store" * stores_rows
+    op += "_statistics" * statistics + "_softcap" * (head.softcap is not None)
     return tiles.row(op, arch, head.hidden.dtype, hidden, count, usable)
 
 

@@ -193,7 +193,7 @@ def target_logits(work: Work) -> None:
         UPCAST=device.interpreting(),
         BLOCK_T=block_t,
         BLOCK_D=tile.block_d,
-        **tile._replace(num_warps=4).options,
+        **tile._replace(num_warps=4, max_registers=0).options,
     )
 
 
