@@ -1,9 +1,9 @@
 """The launches that tests/test_triton_compile.py compiles: every op with every tile it can meet.
 
-The launchers say which tiles a call can meet. Of their options, forward and dlogits in 16 bits and
-in fp32 get every combination. fp16 takes the tiles and the code of bf16, so it gets none and all.
-Left out: matrices whose rows are not dense, and hidden sizes that no block divides: both are loaded
-number by number.
+The launchers say which tiles a call can meet. Options that one element of the epilogue feels alike
+come together; bf16 gets every set of these groups. fp16 takes the tiles and the code of bf16, so it
+gets none and all. fp32, which is for tests, gets none, each and all. Left out are matrices whose
+rows are not dense and hidden sizes that no block divides: both are loaded number by number.
 
 T tokens, R active rows, D hidden, V vocabulary, B sequences, L their length.
 """
@@ -30,9 +30,11 @@ HIDDEN = (1024, 2048, 4096)
 # T, R and V. Compilers know which of them are multiples of 16; "odd" sizes are not. "narrow" is a
 # split of one block of columns.
 SIZES = {"": (8192, 1640, 32768), "odd": (8191, 1639, 50257), "narrow": (8192, 1640, 64)}
-FORWARD = ("bias", "temperature", "softcap", "statistics", "keep_logits")
-DLOGITS = ("bias", "bias_gradient", "softcap", "entropy", "stored")
+FORWARD = (("bias", "temperature"), ("softcap",), ("statistics",), ("keep_logits",))
+DLOGITS = (("bias", "bias_gradient"), ("softcap",), ("entropy",), ("stored",))
+READING = (("bias", "bias_gradient", "temperature"), ("softcap",), ("entropy",))
 Flags = tuple[str, ...]
+Groups = tuple[Flags, ...]
 
 
 class Case(NamedTuple):
@@ -54,24 +56,24 @@ def cases() -> Iterator[Case]:
             yield case
 
 
-def combinations(names: Flags, dtype: torch.dtype) -> Iterator[Flags]:
-    """Every set of options; then those without and with all of them at other sizes."""
-    if dtype == torch.float16:
-        yield from ((), names)
-        return
-    for number in range(len(names) + 1):
-        yield from itertools.combinations(names, number)
+def combinations(groups: Groups, dtype: torch.dtype) -> Iterator[Flags]:
+    """Sets of options; then none and all of them at other sizes."""
+    most = len(groups)
+    numbers = {torch.float16: (0, most), torch.float32: (0, 1, most)}.get(dtype, range(most + 1))
+    for number in numbers:
+        for chosen in itertools.combinations(groups, number):
+            yield tuple(itertools.chain(*chosen))
     for size in ("odd", "narrow"):
-        yield from ((size,), (*names, size))
+        yield from ((size,), (*itertools.chain(*groups), size))
 
 
 def sizes(flags: Flags) -> tuple[int, int, int]:
     return next(SIZES[name] for name in (*flags, "") if name in SIZES)
 
 
-def _heads(names: Flags) -> Iterator[tuple[torch.dtype, Flags, Head]]:
+def _heads(groups: Groups) -> Iterator[tuple[torch.dtype, Flags, Head]]:
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
-        for flags, hidden in itertools.product(combinations(names, dtype), HIDDEN):
+        for flags, hidden in itertools.product(combinations(groups, dtype), HIDDEN):
             yield dtype, flags, _make_head(dtype, hidden, flags)
 
 
@@ -120,13 +122,11 @@ def _forward(head: Head, flags: Flags, tile: Tile) -> None:
 
 def _backwards() -> Iterator[Case]:
     for dtype, flags, head in _heads(DLOGITS):
-        if "bias_gradient" in flags and head.bias is None:
-            continue
         for tile in head_backward.preferred(head.hidden, head):
             launch = partial(_backward, head, flags, tile)
             yield Case("dlogits", _name(dtype), tile, flags, launch)
-    for flags in combinations(("softcap", "entropy", "bias", "temperature"), torch.bfloat16):
-        flags = (*flags, "keep_logits", *("bias_gradient",) * ("bias" in flags))
+    for chosen in combinations(READING, torch.bfloat16):
+        flags = (*chosen, "keep_logits")
         head = _make_head(torch.bfloat16, HIDDEN[-1], flags)
         yield Case("dlogits", "bfloat16", None, flags, partial(_backward, head, flags, None))
 

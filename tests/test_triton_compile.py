@@ -136,8 +136,9 @@ def test_registers_move_between_warps_only_where_warps_are_specialised(
 def test_tiles_of_few_registers_let_two_programs_share_a_multiprocessor(
     compiled: Compiled, target: str
 ):
-    small = [x for x in compiled(target) if x.descriptors and x.tile and x.tile["max_registers"]]
-    assert {x.tile["variant"] for x in small if x.tile} == {"tma_split"}
+    bounded = [x for x in compiled(target) if x.tile and 0 < x.tile["max_registers"] <= 128]
+    small = [x for x in bounded if x.descriptors]
+    assert small
     _assert_all(target, small, lambda x: x.figures.get("blocks", 0) >= 2)
 
 

@@ -28,7 +28,8 @@ class Tile(NamedTuple):
     group_t: blocks of rows that take the same columns before the next columns come. All of them
         then read a block of the weight from L2.
     split_v: columns whose sums one program merges before it writes them, at most.
-    max_registers: of a thread, on GPUs of NVIDIA; 0 leaves them to the compiler, up to 255.
+    max_registers: of a thread, on GPUs of NVIDIA, up to 255. 0 leaves them to the compiler, which
+        may rather spill a few than keep a second program from a multiprocessor.
     source: the GPU and the date of the measurement that chose the tile.
     """
 
@@ -95,8 +96,8 @@ TILES: dict[Key, tuple[Tile, ...]] = {
         Tile("cublas", 4, 1024, 1, 4, 1),
     ),
     Key("forward_statistics", "sm_86", "bfloat16", ANY, ANY): (
-        Tile("pointer", 64, 128, 32, 8, 3),
-        Tile("cublas", 4, 1024, 1, 4, 1),
+        Tile("pointer", 64, 128, 32, 8, 3, max_registers=255),
+        Tile("cublas", 4, 1024, 1, 4, 1, max_registers=255),
     ),
     Key("forward", "sm_90", "bfloat16", 2048, ANY): (
         Tile("tma_split", 128, 128, 64, 8, 3, max_registers=128),
