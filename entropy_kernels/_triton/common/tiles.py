@@ -82,6 +82,7 @@ TMA = ("tma", "tma_split", "tma_ws")
 #
 # Predictions behind the order, at 8192 tokens, V = 151936, D = 4096, in milliseconds:
 # - sm_90 keeps the logits of a fifth of the rows: step 10.0 with "cublas", 11.5 with "pointer".
+#   sm_86 (RTX 4090), forward alone: 14 by "cublas" and 18 by "pointer"; even at D = 1024.
 # - sm_100: forward 7.6 by "cublas", 10 to 17 by tiles of 128 x 128, which cannot feed its tensor
 #   cores. Below D = 2048 the traffic of logits is what costs.
 # - sm_90, D <= 2048: with at most 128 registers two programs of "tma_split" share a multiprocessor,
@@ -161,6 +162,14 @@ TILES: dict[Key, tuple[Tile, ...]] = {
         Tile("tma", 128, 64, 64, 8, 4),
         Tile("tma_split", 128, 64, 64, 8, 4),
         Tile("pointer", 128, 64, 64, 8, 3),
+    ),
+    Key("forward_keep", "sm_80", "bfloat16", ANY, ANY): (
+        Tile("cublas", 4, 1024, 1, 4, 1),
+        Tile("pointer", 64, 128, 64, 8, 3),
+    ),
+    Key("forward_keep", "sm_86", "bfloat16", ANY, ANY): (
+        Tile("cublas", 4, 1024, 1, 4, 1),
+        Tile("pointer", 64, 128, 32, 8, 3, max_registers=255),
     ),
     Key("forward_keep", "sm_90", "bfloat16", ANY, ANY): (
         Tile("cublas", 4, 1024, 1, 4, 1),
