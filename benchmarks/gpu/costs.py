@@ -4,7 +4,7 @@ python -m benchmarks.gpu.costs [ARCHITECTURE...]    compiles and counts, then wr
 python -m benchmarks.gpu.costs --check ARCHITECTURE [WORD...]    counts again; says what differs
 
 A word is an op or a variant, and leaves out the others. It wants the pinned Triton, and a process
-without TRITON_INTERPRET. The counts are of instructions of one warp, by benchmarks/gpu/sass.py.
+without TRITON_INTERPRET. The counts are of instructions of one warp, by benchmarks/gpu/assembly.py.
 """
 
 import argparse
@@ -15,10 +15,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks.gpu.sass import Counts, count, count_of_values
+from benchmarks.gpu.assembly import Counts, count, count_of_values
 
 PATH = Path(__file__).with_name("costs.json")
-ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
+ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942")
 # Kernels whose tiles are counted, and whether they multiply matrices.
 KERNELS = {
     "forward_tma_kernel": True,
@@ -53,6 +53,7 @@ class Cost(NamedTuple):
 
     op, variant, dtype, flags, blocks, warps, stages: which it is. `blocks` are T, V and D of a
         step. The variant is the tile's, or "read" where dlogits reads stored logits.
+    lanes: threads of a warp.
     registers, shared: per thread; bytes per block.
     fitting: blocks that a multiprocessor has room for, by both and by threads.
     tensor_memory: columns per block.
@@ -67,6 +68,7 @@ class Cost(NamedTuple):
     blocks: tuple[int, int, int]
     warps: int
     stages: int
+    lanes: int
     registers: int
     shared: int
     fitting: int
@@ -82,7 +84,7 @@ class Cost(NamedTuple):
     @property
     def per_element(self) -> tuple[float, ...]:
         """Instructions of the epilogue per logit and thread: products, special, other."""
-        threads, elements = 32 * self.warps, self.blocks[0] * self.blocks[1]
+        threads, elements = self.lanes * self.warps, self.blocks[0] * self.blocks[1]
         return tuple(x * threads / elements for x in self.tile)
 
 
@@ -142,7 +144,8 @@ def measured(kernel: Any) -> Cost:
     """The cost of Triton's CompiledKernel."""
     from tests.ahead_of_time import figures, sass
 
-    name, metadata, text = kernel.metadata.name, kernel.metadata, sass(kernel.asm["cubin"])
+    name, metadata, code = kernel.metadata.name, kernel.metadata, kernel.asm
+    text = sass(code["cubin"]) if "cubin" in code else code["amdgcn"]
     names, source, found = kernel.src.fn.arg_names, kernel.src, figures(kernel)
     constants = {names[place]: value for (place, *_), value in source.constants.items()}
     op, variant, _ = name.split("_")
@@ -160,11 +163,12 @@ def measured(kernel: Any) -> Cost:
         (blocks[0], blocks[1], blocks[2] if KERNELS[name] else 1),
         metadata.num_warps,
         metadata.num_stages,
+        metadata.warp_size,
         found["registers"],
         found["shared"],
         found["blocks"],
         getattr(metadata, "tmem_size", None) or 0,
-        2 if "ttng.tmem_alloc : () -> !ttg.memdesc<2x" in kernel.asm["ttgir"] else 1,
+        2 if "ttng.tmem_alloc : () -> !ttg.memdesc<2x" in code["ttgir"] else 1,
         step,
         tile,
     )
@@ -173,7 +177,7 @@ def measured(kernel: Any) -> Cost:
 def text(costs: dict[str, list[Cost]], version: str) -> str:
     """costs.json: a line per kernel."""
     parts = []
-    for arch, found in costs.items():
+    for arch, found in sorted(costs.items()):
         lines = ",\n".join(f"   {json.dumps(cost)}" for cost in found)
         parts.append(f'  "{arch}": [\n{lines}\n  ]')
     body = ",\n".join(parts)
@@ -189,9 +193,10 @@ def main() -> int:
     given = parser.parse_args()
     before = read() if PATH.exists() else {}
     if not given.check:
-        wanted = given.words or ARCHITECTURES
-        found = {x: counted(x) if x in wanted else before[x] for x in ARCHITECTURES}
-        PATH.write_text(text(found, triton.__version__))
+        for architecture in given.words or ARCHITECTURES:
+            before[architecture] = counted(architecture)
+            PATH.write_text(text(before, triton.__version__))
+            print(f"{architecture}: {len(before[architecture])} kernels", flush=True)
         return 0
     architecture, *words = given.words
     known = {cost.identity: cost for cost in before[architecture]}

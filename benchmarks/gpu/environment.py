@@ -17,7 +17,7 @@ PACKAGES = ("torch", "triton", "liger-kernel", "cut-cross-entropy", "verl", "nvi
 # The files that a result depends on. tiles.py is no part of them: the tuner writes it in the middle
 # of a run, and every tile is checked before it is timed.
 SOURCES = ("entropy_kernels/**/*.py", "benchmarks/gpu/*.py", "tests/*cases.py")
-PREDICTING = ("predictions.py", "model.py", "hardware.py", "launches.py", "costs.py", "sass.py")
+PREDICTING = ("predictions.py", "model.py", "hardware.py", "launches.py", "costs.py", "assembly.py")
 NOT_SOURCES = ("tiles.py", "table.py", *PREDICTING)
 QUERY = "driver_version,clocks.sm,clocks.mem,clocks.max.sm,temperature.gpu,power.draw,power.limit"
 

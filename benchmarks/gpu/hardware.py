@@ -13,6 +13,7 @@ class Gpu(NamedTuple):
     processors, gigahertz: multiprocessors, and the boost clock that `tensor` is told at.
     tensor: flops of dense 16-bit products with fp32 sums, per multiprocessor and clock.
     fma: fp32 multiply-adds per multiprocessor and clock.
+    lanes: threads of which a scheduler starts an instruction per clock.
     memory: bytes per second of the datasheet.
     feed: bytes from L2 into shared memory, per multiprocessor and clock.
     sustained: the share of the tensor cores' datasheet rate that a long product reaches.
@@ -24,6 +25,7 @@ class Gpu(NamedTuple):
     gigahertz: float
     tensor: int
     fma: int
+    lanes: int
     memory: float
     feed: float
     sustained: float
@@ -39,15 +41,17 @@ class Gpu(NamedTuple):
 # 5,120 bytes per clock (its paper). On an H100 a Triton product without multicast reaches 1,347
 # TF/s in fp8 (triton-lang/triton#5461), which reads 34 bytes; the paths are 64 bytes wide.
 # `sustained`: Liger-Kernel#1422 has 791 TF/s on an H200; A100 and RTX GPUs are not limited by
-# power as much. B200 is assumed to be like H200.
+# power as much. B200 is assumed to be like H200. MI300X: AMD's datasheet and its paper of CDNA 3,
+# whose L2 reads 2 KB per clock for 38 compute units; SemiAnalysis measured 620 TF/s in bf16.
 GPUS = (
-    Gpu("H200", "sm_90", 132, 1.83, 4096, 128, 4.8e12, 36, 0.80),
-    Gpu("H100 SXM", "sm_90", 132, 1.83, 4096, 128, 3.35e12, 36, 0.80),
-    Gpu("B200", "sm_100", 148, 1.85, 8192, 128, 8e12, 64, 0.80),
-    Gpu("A100 80 GB", "sm_80", 108, 1.41, 2048, 64, 2.04e12, 47, 0.88),
-    Gpu("RTX 3090", "sm_86", 82, 1.695, 512, 128, 0.936e12, 32, 0.95),
-    Gpu("RTX 4090", "sm_89", 128, 2.52, 512, 128, 1.008e12, 32, 0.95),
-    Gpu("RTX 5090", "sm_120", 170, 2.407, 512, 128, 1.792e12, 32, 0.95),
+    Gpu("H200", "sm_90", 132, 1.83, 4096, 128, 32, 4.8e12, 36, 0.80),
+    Gpu("H100 SXM", "sm_90", 132, 1.83, 4096, 128, 32, 3.35e12, 36, 0.80),
+    Gpu("B200", "sm_100", 148, 1.85, 8192, 128, 32, 8e12, 64, 0.80),
+    Gpu("A100 80 GB", "sm_80", 108, 1.41, 2048, 64, 32, 2.04e12, 47, 0.88),
+    Gpu("RTX 3090", "sm_86", 82, 1.695, 512, 128, 32, 0.936e12, 32, 0.95),
+    Gpu("RTX 4090", "sm_89", 128, 2.52, 512, 128, 32, 1.008e12, 32, 0.95),
+    Gpu("RTX 5090", "sm_120", 170, 2.407, 512, 128, 32, 1.792e12, 32, 0.95),
+    Gpu("MI300X", "gfx942", 304, 2.1, 2048, 128, 16, 5.3e12, 54, 0.47),
 )
 # The share of its datasheet's bandwidth that a copy reaches, counting reads and writes.
 COPY = 0.9

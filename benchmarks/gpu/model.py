@@ -57,13 +57,13 @@ class Clocks(NamedTuple):
 def clocks(cost: Cost, depth: int, gpu: Gpu) -> Clocks:
     """What a tile takes whose product has this depth."""
     block_t, block_v, block_d = cost.blocks
-    steps, warps = -(-depth // block_d), cost.warps
+    steps, threads = -(-depth // block_d), cost.warps * cost.lanes
     return Clocks(
         2 * block_t * block_v * depth / gpu.tensor,
         2 * (block_t + block_v) * depth / gpu.feed,
-        cost.step.all * steps * warps / SCHEDULERS,
-        cost.tile.all * warps / SCHEDULERS,
-        cost.tile.special * 32 * warps / SPECIAL,
+        cost.step.all * steps * threads / (SCHEDULERS * gpu.lanes),
+        cost.tile.all * threads / (SCHEDULERS * gpu.lanes),
+        cost.tile.special * threads / SPECIAL,
     )
 
 

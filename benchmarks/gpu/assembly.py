@@ -11,14 +11,23 @@ import re
 from collections.abc import Iterable
 from typing import NamedTuple
 
-# Instructions by the unit that executes them. Products of fp32 have no matrix instructions.
-MATRIX = re.compile(r"HMMA|HGMMA|IMMA|QGMMA|UTC\w*MMA")
-SPECIAL = re.compile(r"MUFU")
-FMA = re.compile(r"FFMA")
+# Instructions by the unit that executes them, of NVIDIA or of AMD. Products of fp32 have no matrix
+# instructions.
+MATRIX = re.compile(r"HMMA|HGMMA|UTC\w*MMA|v_mfma")
+SPECIAL = re.compile(r"MUFU|v_(exp|log|rcp|rsq|sqrt)_")
+FMA = re.compile(r"FFMA|v_(pk_)?fmac?_f32")
+# Nothing, or of AMD's scalar unit, which works beside the others.
+FREE = re.compile(r"NOP|s_")
 
-_LINE = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+\s+)?(\w+)(\S*)\s*([^;]*);", re.MULTILINE)
-_LABEL = re.compile(r"^(\.L_x_\d+):", re.MULTILINE)
-_TARGET = re.compile(r"`\((\.L_x_\d+)\)")
+# A label, or an instruction: its predicate, name and operands.
+_LINE = re.compile(
+    r"^(?P<label>\.L\w+):"
+    r"|^\s+/\*[0-9a-f]{4,}\*/\s+(?P<predicate>@!?U?P\w+\s+)?(?P<name>\w+)\S*(?P<operands>[^;]*);"
+    r"|^\t(?P<amd>[a-z]\w+)(?P<rest>.*)$",
+    re.MULTILINE,
+)
+_TARGET = re.compile(r"\.L\w+")
+_BRANCHES = re.compile(r"BRA$|s_c?branch")
 
 
 class Counts(NamedTuple):
@@ -41,6 +50,8 @@ class Kernel(NamedTuple):
 
 
 class _Instruction(NamedTuple):
+    """`address` and `target` count instructions."""
+
     address: int
     name: str
     conditional: bool
@@ -48,7 +59,7 @@ class _Instruction(NamedTuple):
 
 
 def count(text: str) -> Kernel:
-    """The counts of a kernel, from the output of `nvdisasm -c`."""
+    """The counts of a kernel, from the output of `nvdisasm -c`, or from AMD's assembly."""
     code = _instructions(text)
     loops = sorted(_loops(code), key=lambda loop: loop[1] - loop[0])
     matrix = _number(MATRIX, code) > 0
@@ -76,22 +87,22 @@ def count_of_values(text: str) -> Counts:
 
 
 def _instructions(text: str) -> list[_Instruction]:
-    labels, code = {}, []
-    for match in re.finditer(f"{_LABEL.pattern}|{_LINE.pattern}", text, re.MULTILINE):
-        label, address, predicate, name, _, operands = match.groups()
-        if label:
-            labels[label] = len(code)
-        else:
-            target = _TARGET.search(operands)
-            code.append((int(address, 16), name, bool(predicate), target and target[1], operands))
-    found = []
-    for address, name, predicate, target, operands in code:
-        place = labels.get(target, len(code)) if target and name == "BRA" else None
-        goes = code[place][0] if place is not None and place < len(code) else None
+    labels: dict[str, int] = {}
+    lines: list[tuple[str, str, bool]] = []
+    for match in _LINE.finditer(text):
+        if match["label"]:
+            labels[match["label"]] = len(lines)
+            continue
+        name, operands = match["name"] or match["amd"], match["operands"] or match["rest"] or ""
         # BRA.U takes its predicate as an operand.
-        conditional = predicate or bool(re.match(r"!?UP\d", operands))
-        found.append(_Instruction(address, name, conditional, goes))
-    return found
+        conditional = match["predicate"] or re.match(r"\s*!?UP\d", operands) or "cbranch" in name
+        lines.append((name, operands, bool(conditional)))
+    code = []
+    for address, (name, operands, conditional) in enumerate(lines):
+        label = _TARGET.search(operands) if _BRANCHES.match(name) else None
+        target = labels.get(label[0]) if label else None
+        code.append(_Instruction(address, name, conditional, target))
+    return code
 
 
 def _loops(code: list[_Instruction]) -> Iterable[tuple[int, int]]:
@@ -120,6 +131,6 @@ def _number(pattern: re.Pattern[str], code: Iterable[_Instruction]) -> int:
 
 
 def _counts(code: Iterable[_Instruction], product: re.Pattern[str] = MATRIX) -> Counts:
-    code = [x for x in code if x.name != "NOP"]
+    code = [x for x in code if not FREE.match(x.name)]
     products, special = _number(product, code), _number(SPECIAL, code)
     return Counts(products, special, len(code) - products - special)
