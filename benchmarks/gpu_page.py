@@ -65,8 +65,7 @@ def _of(where: Gpu) -> str:
 def _steps(where: Gpu) -> str:
     columns = ["predicted ms", *(f"D={hidden}" for hidden in HIDDEN)]
     rows = [
-        [LABELS[name], *(predicted_ms(name, hidden, where.name) for hidden in HIDDEN)]
-        for name in STEPS
+        [LABELS[name], *(predicted_ms(name, hidden, where) for hidden in HIDDEN)] for name in STEPS
     ]
     return table(columns, rows)
 

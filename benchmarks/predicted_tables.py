@@ -1,6 +1,7 @@
 """The table of what a GPU is expected to take, for as long as none has been measured."""
 
 from benchmarks.gpu import predictions
+from benchmarks.gpu.hardware import Gpu
 from benchmarks.tables import table
 
 LABELS = {
@@ -19,7 +20,7 @@ LABELS = {
 TOKENS = 8192
 HEADING = (
     "**These numbers for a GPU are predictions: no GPU has run the kernels yet.** The cost model "
-    f"`benchmarks/gpu/predictions.py` is for an NVIDIA {predictions.GPU}, {TOKENS:,} tokens, "
+    f"`benchmarks/gpu/predictions.py` is for an {predictions.GPU.name}, {TOKENS:,} tokens, "
     f"vocabulary {predictions.VOCABULARY:,} and bf16. The columns are milliseconds of forward and "
     "backward by hidden size."
 )
@@ -33,6 +34,6 @@ def predicted() -> str:
     return f"{HEADING}\n\n{table(['predicted ms', *map(str, predictions.HIDDEN)], rows)}"
 
 
-def predicted_ms(name: str, hidden: int, gpu: str) -> str:
+def predicted_ms(name: str, hidden: int, gpu: Gpu) -> str:
     found = predictions.milliseconds(name, TOKENS, hidden, gpu)
     return "" if found is None else f"{found:.3g}"

@@ -5,12 +5,13 @@ import pytest
 pytest.importorskip("triton")
 
 from benchmarks import gpu_page
-from benchmarks.gpu import assembly, costs, model
+from benchmarks.gpu import assembly, costs, model, predictions
 from benchmarks.gpu.assembly import Counts
 from benchmarks.gpu.hardware import GPUS, gpu
 from benchmarks.gpu.launches import Shape, forward_of, step_of
+from benchmarks.predicted_tables import LABELS
 
-H200 = gpu("H200")
+H200 = GPUS[0]
 
 
 def _listing(text: str) -> str:
@@ -145,6 +146,17 @@ def test_a_step_launches_the_products_that_it_is_said_to(where):
         products = [x.product for x in step_of(shape, way) if x.product is not None]
         got = sum(a * b * d for a, b, d in products) / (8192 * 4096 * 151936)
         assert got == pytest.approx(units, rel=1e-6), way
+
+
+@pytest.mark.parametrize("name", [*LABELS, "triton-recomputed", "triton-forward"])
+def test_predictions_grow_with_the_tokens_and_say_nothing_of_unknown_gpus(name):
+    few, many = (predictions.milliseconds(name, tokens, 4096) for tokens in (8192, 32768))
+    # The logits of a known mask fit at the smaller number alone.
+    assert 3.8 * few < many < 4.5 * few
+    assert predictions.milliseconds(name, 8192, 4096, gpu("NVIDIA T4")) is None
+    on_others = [predictions.milliseconds(name, 8192, 4096, where) for where in GPUS[1:]]
+    by_rates = name.startswith(("flsce", "verl", "cce"))
+    assert all((found is None) == by_rates for found in on_others)
 
 
 def test_page_of_gpus_is_current():

@@ -10,7 +10,7 @@ import torch
 pytest.importorskip("triton")
 
 from benchmarks import peers
-from benchmarks.gpu import contest, correctness, one_launch, predictions, steps, tune
+from benchmarks.gpu import contest, correctness, one_launch, steps, tune
 from benchmarks.gpu.__main__ import main
 from benchmarks.gpu.contest import Entry
 from benchmarks.gpu.contestant import Contestant, relative_error
@@ -202,16 +202,6 @@ def test_tuner_keeps_the_fastest_of_each_variant_and_what_was_not_measured():
     assert "cublas" in {tile.variant for tile in merged[large]}
     others = {key: x for key, x in tiles.TILES.items() if key[:3] != small[:3]}
     assert {key: x for key, x in merged.items() if key[:3] != small[:3]} == others
-
-
-def test_predictions_scale_with_the_tokens_and_say_nothing_of_other_shapes():
-    assert predictions.milliseconds("triton-0.2", 8192, 4096) == 26.0
-    assert predictions.milliseconds("triton-0.2", 32768, 4096) == 101.7
-    assert predictions.milliseconds("triton-threshold", 8192, 4096) == 21.3
-    assert predictions.milliseconds("cce-exact", 32768, 1024) == 120
-    assert predictions.milliseconds("eager", 8192, 333) is None
-    forward = predictions.milliseconds("triton-forward", 8192, 4096)
-    assert forward == pytest.approx(16.4, rel=0.01)
 
 
 def test_chunk_of_trl_is_its_own():

@@ -10,6 +10,7 @@ from typing import NamedTuple
 class Gpu(NamedTuple):
     """Per GPU or, where it says so, per multiprocessor and clock.
 
+    name: as torch reports it.
     processors, gigahertz: multiprocessors, and the boost clock that `tensor` is told at.
     tensor: flops of dense 16-bit products with fp32 sums, per multiprocessor and clock.
     fma: fp32 multiply-adds per multiprocessor and clock.
@@ -44,14 +45,14 @@ class Gpu(NamedTuple):
 # power as much. B200 is assumed to be like H200. MI300X: AMD's datasheet and its paper of CDNA 3,
 # whose L2 reads 2 KB per clock for 38 compute units; SemiAnalysis measured 620 TF/s in bf16.
 GPUS = (
-    Gpu("H200", "sm_90", 132, 1.83, 4096, 128, 32, 4.8e12, 36, 0.80),
-    Gpu("H100 SXM", "sm_90", 132, 1.83, 4096, 128, 32, 3.35e12, 36, 0.80),
-    Gpu("B200", "sm_100", 148, 1.85, 8192, 128, 32, 8e12, 64, 0.80),
-    Gpu("A100 80 GB", "sm_80", 108, 1.41, 2048, 64, 32, 2.04e12, 47, 0.88),
-    Gpu("RTX 3090", "sm_86", 82, 1.695, 512, 128, 32, 0.936e12, 32, 0.95),
-    Gpu("RTX 4090", "sm_89", 128, 2.52, 512, 128, 32, 1.008e12, 32, 0.95),
-    Gpu("RTX 5090", "sm_120", 170, 2.407, 512, 128, 32, 1.792e12, 32, 0.95),
-    Gpu("MI300X", "gfx942", 304, 2.1, 2048, 128, 16, 5.3e12, 54, 0.47),
+    Gpu("NVIDIA H200", "sm_90", 132, 1.83, 4096, 128, 32, 4.8e12, 36, 0.80),
+    Gpu("NVIDIA H100 80GB HBM3", "sm_90", 132, 1.83, 4096, 128, 32, 3.35e12, 36, 0.80),
+    Gpu("NVIDIA B200", "sm_100", 148, 1.85, 8192, 128, 32, 8e12, 64, 0.80),
+    Gpu("NVIDIA A100-SXM4-80GB", "sm_80", 108, 1.41, 2048, 64, 32, 2.04e12, 47, 0.88),
+    Gpu("NVIDIA GeForce RTX 3090", "sm_86", 82, 1.695, 512, 128, 32, 0.936e12, 32, 0.95),
+    Gpu("NVIDIA GeForce RTX 4090", "sm_89", 128, 2.52, 512, 128, 32, 1.008e12, 32, 0.95),
+    Gpu("NVIDIA GeForce RTX 5090", "sm_120", 170, 2.407, 512, 128, 32, 1.792e12, 32, 0.95),
+    Gpu("AMD Instinct MI300X", "gfx942", 304, 2.1, 2048, 128, 16, 5.3e12, 54, 0.47),
 )
 # The share of its datasheet's bandwidth that a copy reaches, counting reads and writes.
 COPY = 0.9
@@ -67,5 +68,6 @@ SPECIAL = 16
 LAUNCH = 3e-6
 
 
-def gpu(name: str) -> Gpu:
-    return next(x for x in GPUS if x.name == name)
+def gpu(name: str | None) -> Gpu | None:
+    """The GPU that torch reports by this name; None for one without constants here."""
+    return next((x for x in GPUS if x.name == name), None)

@@ -11,12 +11,12 @@ T tokens, D hidden, V vocabulary. A unit is one product of 2 T D V flops.
 import math
 from functools import cache
 
-from benchmarks.gpu.hardware import COPY, LAUNCH, Gpu, gpu
+from benchmarks.gpu.hardware import COPY, GPUS, LAUNCH, Gpu
 from benchmarks.gpu.launches import Shape, forward_of, step_of
 from benchmarks.gpu.model import library, seconds
 
 HIDDEN = (1024, 2048, 4096, 5120)
-GPU = "H200"
+GPU = GPUS[0]
 VOCABULARY = 151936
 FRACTION = 0.2
 WAYS = {
@@ -77,32 +77,33 @@ FORWARD_SHARE_OF_CUBLAS = 0.85
 
 
 @cache
-def milliseconds(name: str, tokens: int, hidden: int, on: str = GPU) -> float | None:
-    """Predicted for a contestant; None where nothing is."""
-    where = gpu(on)
+def milliseconds(name: str, tokens: int, hidden: int, on: Gpu | None = GPU) -> float | None:
+    """Predicted for a contestant on a GPU; None where nothing is."""
+    if on is None:
+        return None
     if name in WAYS:
-        return _ours(WAYS[name], tokens, hidden, where)
+        return _ours(WAYS[name], tokens, hidden, on)
     if name == "triton-forward":
-        found = forward_of(shape(where, tokens, hidden))
-        return 1e3 * sum(seconds(launch, where) for launch in found)
+        found = forward_of(shape(on, tokens, hidden))
+        return 1e3 * sum(seconds(launch, on) for launch in found)
     if name == "logits, 16-bit out":
-        return 1e3 * library(_unit(tokens, hidden), hidden, where)
+        return 1e3 * library(_unit(tokens, hidden), hidden, on)
     if name in _TRAFFIC:
-        return _by_traffic(name, tokens, hidden, where)
+        return _by_traffic(name, tokens, hidden, on)
     if on == GPU and hidden in HIDDEN:
         return _by_rates(name, tokens, hidden)
     return None
 
 
-def forward_tflops(name: str, hidden: int) -> float | None:
+def forward_tflops(name: str, hidden: int, on: Gpu | None = GPU) -> float | None:
     """The rate of a forward, or of the library's product."""
     tokens = 8192
-    found = milliseconds(name, tokens, hidden)
+    found = milliseconds(name, tokens, hidden, on)
     return found and _unit(tokens, hidden) / found / 1e9
 
 
-def copy_gb_per_s(on: str = GPU) -> float:
-    return COPY * gpu(on).memory / 1e9
+def copy_gb_per_s(on: Gpu | None) -> float | None:
+    return None if on is None else COPY * on.memory / 1e9
 
 
 def shape(where: Gpu, tokens: int, hidden: int) -> Shape:
@@ -126,7 +127,7 @@ def _by_traffic(name: str, tokens: int, hidden: int, where: Gpu) -> float | None
     total = units * library(_unit(tokens, hidden), hidden, where)
     total += per_logit * tokens * VOCABULARY / (COPY * where.memory)
     if fp32_units:
-        if name.endswith("tf32") and where.name != GPU:
+        if name.endswith("tf32") and where != GPU:
             return None
         fma = 2 * where.processors * where.fma * where.gigahertz * 1e9
         rate = TF32_TFLOPS * 1e12 if name.endswith("tf32") else FP32 * fma

@@ -6,6 +6,7 @@ A share is of times that were measured in alternation.
 from pathlib import Path
 
 from benchmarks.gpu import predictions
+from benchmarks.gpu.hardware import Gpu, gpu
 from benchmarks.gpu.plan import OURS
 from benchmarks.gpu.rows import SAME, Row, Rows, read
 
@@ -36,23 +37,23 @@ def runs(path: Path) -> list[Rows]:
 
 def in_short(rows: Rows) -> str:
     """What people compare: milliseconds of a step by shape, beside their predictions."""
-    found = rows.of("steps")
+    found, on = rows.of("steps"), gpu(rows.about["gpu"])
     shapes = sorted({(row["tokens"], row["hidden"]) for row in found if "p50_ms" in row})
     lines = []
     for name in IN_SHORT:
         of_name = {(x["tokens"], x["hidden"]): x for x in found if x["name"] == name}
         if any("p50_ms" in x for x in of_name.values()):
             label = next(x.get("label", name) for x in of_name.values())
-            lines.append([label, *(_beside(name, of_name.get(at), at) for at in shapes)])
+            lines.append([label, *(_beside(name, of_name.get(at), at, on) for at in shapes)])
     columns = [f"T={tokens:,} D={hidden:,}" for tokens, hidden in shapes]
     head = "Milliseconds of forward and backward, p50; in brackets what was predicted."
     return "\n\n".join([about(rows), head, _table(["", *columns], lines)])
 
 
-def _beside(name: str, row: Row | None, at: tuple[int, int]) -> str:
+def _beside(name: str, row: Row | None, at: tuple[int, int], on: Gpu | None) -> str:
     if row is None or "p50_ms" not in row:
         return "" if row is None else "failed"
-    predicted = predictions.milliseconds(name, *at)
+    predicted = predictions.milliseconds(name, *at, on)
     return f"{row['p50_ms']:.3g}" + (f" ({predicted:.3g})" if predicted else "")
 
 
@@ -84,11 +85,13 @@ def about(rows: Rows) -> str:
 def _small(rows: Rows) -> str:
     """Floors, threshold and graphs."""
     lines: list[Line] = []
+    on = gpu(rows.about["gpu"])
+    predicted = _number(predictions.copy_gb_per_s(on), "GB/s")
     for row in rows.of("environment", name="copy"):
-        lines.append(["copy", "", _number(row.get("gb_per_s"), "GB/s"), _predicted_copy(), ""])
+        lines.append(["copy", "", _number(row.get("gb_per_s"), "GB/s"), predicted, ""])
     for row in rows.of("floors"):
         hidden = row["hidden"]
-        wanted = predictions.forward_tflops(row["name"], hidden)
+        wanted = predictions.forward_tflops(row["name"], hidden, on)
         found = _number(row.get("tflops"), "TF/s") or _ms(row)
         lines.append([row["name"], f"D={hidden}", found, _number(wanted, "TF/s"), _failure(row)])
     for row in rows.of("threshold"):
@@ -104,14 +107,14 @@ def _small(rows: Rows) -> str:
 def _steps(rows: Rows, tokens: int, hidden: int, vocabulary: int) -> str:
     shape = {"tokens": tokens, "hidden": hidden, "vocabulary": vocabulary}
     found = {row["name"]: row for row in rows.of("steps", **shape)}
-    lines = []
+    lines, on = [], gpu(rows.about["gpu"])
     for name, row in found.items():
         lines.append(
             [
                 row.get("label", name),
                 f"{row['units']:.2g}" if "units" in row else "",
                 _ms(row),
-                _number(predictions.milliseconds(name, tokens, hidden), "ms"),
+                _number(predictions.milliseconds(name, tokens, hidden, on), "ms"),
                 f"{row['base_share']:.2f}" if "base_share" in row else "",
                 _number(row.get("tflops"), ""),
                 _gigabytes(row.get("peak_bytes")),
@@ -173,10 +176,6 @@ def _shards(rows: Rows) -> str:
         for x in rows.of("run")
     ]
     return _table(["shard", "s", "predicted s", ""], lines)
-
-
-def _predicted_copy() -> str:
-    return _number(predictions.copy_gb_per_s(), "GB/s")
 
 
 def _verdict(good: bool) -> str:
