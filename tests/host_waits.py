@@ -25,8 +25,7 @@ from triton.runtime.jit import JITFunction
 
 from entropy_kernels import device, ops
 
-ROOT = Path(__file__).parents[1]
-OURS = tuple(str(ROOT / name) for name in ("entropy_kernels", "trainer"))
+OURS = str(Path(device.__file__).parent), str(Path(__file__).parents[1] / "trainer")
 BODIES = {op._qualname: op._init_fn for op in vars(ops).values() if isinstance(op, CustomOpDef)}
 # Numbers of device types in torch's registry of what guards the current device.
 CUDA, META = 1, 14

@@ -26,7 +26,7 @@ OF_THE_CHECKOUT = {
     *("test_layers", "test_loss_parity", "test_main", "test_readme", "test_resolution"),
     *("test_several_ranks", "test_tile_model"),
     *("test_triton_compile", "test_triton_kernel_cases", "test_triton_ratio_loss"),
-    *("test_triton_selection", "test_types", "test_wheel", "test_wiring"),
+    *("test_triton_sanitizer", "test_triton_selection", "test_types", "test_wheel", "test_wiring"),
 }
 
 

@@ -17,6 +17,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+pytest.importorskip("triton")
+
 import entropy_kernels as ek
 from entropy_kernels import distributed, ops, token_rules
 from entropy_kernels._radix import kth_largest
