@@ -154,9 +154,9 @@ def sanitized() -> Iterator[Counter[str]]:
     """Checks every launch inside, and counts them by the kernel's name.
 
     Raises:
-        InterpreterError: names the kernel and its fault: an access outside of the view that it was
-            given, a load or store where another program of the launch stores, a load of what the
-            program itself has stored, or a store of two values to one address.
+        InterpreterError: names the kernel and its fault. It left the view that it was given, or
+            touched what another program of the launch stores. Or it loaded what its program had
+            stored, or stored two values to one address.
     """
     launches: Counter[str] = Counter()
     builder, current = interpreter.InterpreterBuilder, []
