@@ -3,16 +3,26 @@
 The interpreter stands for the GPU. T tokens, D hidden, V vocabulary.
 """
 
+import dataclasses
+import signal
+import threading
+import warnings
+
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import entropy_kernels as ek
-from entropy_kernels import backends
+from entropy_kernels import _native, backends
+from entropy_kernels._token_logprobs import linear_token_logprobs
 from tests.marks import nan_is_meant
 
 pytest.importorskip("triton")
 
+from entropy_kernels._triton.head_forward import launch
 from entropy_kernels.verification import checks, first_use
+from entropy_kernels.verification.question import Question, call_of
 
 CPU = torch.device("cpu")
 T, D, V = 40, 24, 201
@@ -25,6 +35,8 @@ def gpu(monkeypatch, tmp_path):
     monkeypatch.setenv("EK_CACHE_DIR", str(tmp_path))
     monkeypatch.delenv("EK_VERIFY", raising=False)
     monkeypatch.setattr(first_use, "asks", lambda where: where.type == "cpu")
+    monkeypatch.setattr(_native, "why_missing", lambda name: "left out")
+    backends._warn_of_the_torch_path.cache_clear()
     first_use.forget()
     yield
     first_use.forget()
@@ -65,3 +77,310 @@ def test_right_kernels_are_taken_and_a_second_process_reads_the_record(monkeypat
     first_use.forget()
     monkeypatch.setattr(checks, "check", None)
     assert taken(head) == "triton"
+
+
+def test_a_call_asks_for_what_it_runs(checked):
+    asked, _ = checked
+    assert taken(make_head(torch.bfloat16, gradient=False)) == "triton"
+    assert [text.split()[:3] for text in asked] == [["forward", "bfloat16", "pointer"]]
+    head = make_head(torch.bfloat16, bias=torch.zeros(V).bfloat16(), temperature=0.5, softcap=9.0)
+    assert taken(head, statistics=True) == "triton"
+    assert [text.partition(" 128 ")[2] for text in asked[1:2]] == [
+        "bias temperature softcap statistics ragged"
+    ]
+    assert asked[2].endswith(" bias temperature softcap ragged")
+    assert taken(make_head(), stored=True) == "triton"
+    assert asked[3].startswith("forward float32 cublas")
+    assert asked[3].endswith(" stored")
+    assert asked[4].startswith("dlogits float32 pointer")
+    assert asked[4].endswith(" stored ragged")
+    assert taken(make_head(), keep_logits=True) == "triton"
+    assert [text.partition(" keep_logits")[2] for text in asked[5:]] == [" ragged", ""]
+    assert asked[6] == "dlogits float32 keep_logits"
+    for op in ("selection", "ratio_loss"):
+        assert backends.resolve(op, "auto", CPU, torch.float32) == "triton"
+    assert asked[7:] == ["selection float32", "ratio_loss float32"]
+    count = len(asked)
+    assert taken(make_head(), keep_logits=True) == taken(make_head(), stored=True) == "triton"
+    assert len(asked) == count
+
+
+def test_every_public_function_asks(checked):
+    asked, _ = checked
+    head, row = make_head(), torch.rand(T)
+    loss, _ = ek.high_entropy_policy_loss(head, -row, row - 0.5, row > 0.2)
+    loss.backward()
+    assert {text.split()[0] for text in asked} == {"forward", "dlogits", "selection", "ratio_loss"}
+    asked.clear()
+    linear_token_logprobs(make_head(torch.float16), torch.arange(3))
+    assert [text.split()[:2] for text in asked] == [["forward", "float16"], ["dlogits", "float16"]]
+
+
+@pytest.mark.parametrize("others", [True, False], ids=["next tile", "torch"])
+def test_a_wrong_kernel_is_told_once_and_not_taken(checked, monkeypatch, others):
+    asked, wrong = checked
+    wrong |= {"forward float32 pointer": "wrong: by much"}
+    if not others:
+        wrong |= {f"forward float32 {name}": "wrong too" for name in ("tma", "cublas")}
+    head = make_head()
+    backend = "triton" if others else "torch"
+    with pytest.warns(RuntimeWarning) as told:
+        assert [taken(head), taken(make_head())] == [backend, backend]
+    texts = [str(x.message) for x in told]
+    assert sum("pointer" in x and "wrong: by much" in x for x in texts) == 1
+    assert sum("torch path" in x and "no forward kernel is right" in x for x in texts) == 1 - others
+    assert sum("forward float32 pointer" in text for text in asked) == 1
+
+    def refuse(work):
+        raise AssertionError("a tile that is known to be wrong was launched")
+
+    monkeypatch.setattr(launch, "from_pointers", refuse)
+    for impl in ("auto", "triton") if others else ("auto",):
+        got = ek.linear_logprob_entropy(head, impl=impl)
+        torch.testing.assert_close(got[:3], ek.linear_logprob_entropy(head, impl="torch")[:3])
+
+
+def test_an_answer_of_another_process_decides_too(checked):
+    asked, wrong = checked
+    wrong |= {"dlogits": "wrong"}
+    for number in (5, 5):
+        first_use.forget()
+        with pytest.warns(RuntimeWarning) as told:
+            assert taken(make_head()) == "torch"
+        assert "no backward kernel is right" in str(told[-1].message)
+        backends._warn_of_the_torch_path.cache_clear()
+        # The forward and both tiles of the backward.
+        assert len(asked) == 3, number
+    assert taken(make_head(gradient=False)) == "triton"
+
+
+def test_a_kernel_that_raises_is_refused(monkeypatch):
+    def raise_(work):
+        raise RuntimeError("out of resource: shared memory\nmore")
+
+    monkeypatch.setattr(launch, "from_pointers", raise_)
+    head = make_head(gradient=False)
+    with pytest.warns(RuntimeWarning, match="out of resource: shared memory"):
+        got = ek.linear_logprob_entropy(head)
+    torch.testing.assert_close(got[:3], ek.linear_logprob_entropy(head, impl="torch")[:3])
+    answers = first_use.known(CPU)
+    assert {text.split()[2]: answer.right for text, answer in answers.items()} == {
+        "pointer": False,
+        "tma": True,
+    }
+
+
+def test_a_kernel_that_is_slightly_wrong_is_refused(monkeypatch):
+    whole = launch.merge
+
+    def merge(work, *rest):
+        whole(work, *rest)
+        work.rows.entropy.mul_(1 + 1e-4)
+
+    monkeypatch.setattr(launch, "merge", merge)
+    head = make_head(gradient=False)
+    with pytest.warns(RuntimeWarning) as told:
+        got = ek.linear_logprob_entropy(head)
+    torch.testing.assert_close(got[:3], ek.linear_logprob_entropy(head, impl="torch")[:3])
+    assert "no forward kernel is right" in str(told[-1].message)
+    assert all("exceeds" in answer.reason for answer in first_use.known(CPU).values())
+
+
+class Seen(TorchDispatchMode):
+    """The operations of one thread."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def raise_error(*args):
+    raise AssertionError("a hook of the caller's was called")
+
+
+def test_a_check_changes_nothing_of_its_caller():
+    asked = call(make_head())
+    state, results = torch.get_rng_state(), []
+    torch.set_default_dtype(torch.float64)
+    try:
+        with (
+            warnings.catch_warnings(),
+            torch.autocast("cpu"),
+            torch.autograd.graph.saved_tensors_hooks(raise_error, raise_error),
+            torch.device("meta"),
+        ):
+            warnings.simplefilter("error")
+            for _ in range(2):
+                with Seen() as seen:
+                    assert backends.verified("linear_logprob_entropy", CPU, *asked)
+                results.append(seen.names)
+                assert torch.is_autocast_enabled("cpu")
+                assert torch.empty(0).device.type == "meta"
+        assert torch.get_default_dtype() == torch.float64
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert results == [[], []]
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.is_deterministic_algorithms_warn_only_enabled()
+    assert len(first_use.known(CPU)) == 2
+
+
+def call(head):
+    return call_of(head.flat(), keep_logits=False, stored=False, statistics=False)
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+def test_a_check_needs_no_gradients_of_its_caller(context):
+    with context():
+        assert first_use.answer(Question("ratio_loss", torch.float32), CPU).right
+        assert taken(make_head(gradient=False)) == "triton"
+        assert not torch.is_grad_enabled()
+
+
+def test_off_checks_nothing_and_believes_the_record(checked, monkeypatch):
+    asked, _ = checked
+    monkeypatch.setenv("EK_VERIFY", "off")
+    with pytest.warns(RuntimeWarning, match="EK_VERIFY=off, and no check"):
+        assert taken(make_head()) == "torch"
+    monkeypatch.setenv("EK_VERIFY", "on")
+    assert taken(make_head()) == "triton"
+    count = len(asked)
+    first_use.forget()
+    monkeypatch.setenv("EK_VERIFY", "off")
+    assert taken(make_head()) == "triton"
+    assert len(asked) == count > 0
+
+
+def test_force_checks_once_per_process(checked, monkeypatch):
+    asked, _ = checked
+    assert taken(make_head()) == "triton"
+    first_use.forget()
+    monkeypatch.setenv("EK_VERIFY", "force")
+    for _ in range(2):
+        assert taken(make_head()) == "triton"
+        assert len(asked) == 4
+    first_use.forget()
+    assert taken(make_head()) == "triton"
+    assert len(asked) == 6
+
+
+def test_another_mode_is_refused(monkeypatch):
+    monkeypatch.setenv("EK_VERIFY", "yes")
+    with pytest.raises(ValueError, match="EK_VERIFY must be one of on, off, force; got 'yes'"):
+        taken(make_head())
+
+
+def test_without_memory_nothing_is_recorded(checked, monkeypatch):
+    asked, _ = checked
+    check = checks.check
+
+    def full(*args, **options):
+        raise torch.OutOfMemoryError("no memory")
+
+    monkeypatch.setattr(checks, "check", full)
+    with pytest.warns(RuntimeWarning, match="no memory left"):
+        assert taken(make_head()) == "torch"
+    assert first_use.known(CPU) == {}
+    monkeypatch.setattr(checks, "check", check)
+    assert taken(make_head()) == "triton"
+    assert asked
+
+
+def test_under_capture_torch_is_taken_for_now(checked, monkeypatch):
+    asked, _ = checked
+    monkeypatch.setattr(first_use, "_capturing", lambda where: True)
+    with pytest.warns(RuntimeWarning, match="captured") as told:
+        assert taken(make_head()) == taken(make_head()) == "torch"
+    assert sum("torch is captured" in str(x.message) for x in told) == 1
+    assert not asked
+    monkeypatch.setattr(first_use, "_capturing", lambda where: False)
+    assert taken(make_head()) == "triton"
+    monkeypatch.setattr(first_use, "_capturing", lambda where: True)
+    assert taken(make_head()) == "triton"
+
+
+def test_fake_tensors_are_not_checked(checked):
+    asked, _ = checked
+    with FakeTensorMode():
+        assert backends.resolve("selection", "auto", CPU) == "torch"
+        with pytest.warns(RuntimeWarning, match="without memory"):
+            assert taken(make_head()) == "torch"
+    assert not asked
+    assert first_use.known(CPU) == {}
+
+
+@pytest.mark.usefixtures("unchecked_shapes")
+@pytest.mark.parametrize("others", [0, 1])
+def test_ranks_of_a_vocab_group_agree_once(checked, monkeypatch, others):
+    reduced, group = [], object()
+
+    def all_reduce(x, op, where):
+        assert (op, where) == (torch.distributed.ReduceOp.MIN, group)
+        reduced.append(int(x))
+        x.mul_(others)
+
+    monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
+    for _ in range(2):
+        found = first_use.right("linear_logprob_entropy", CPU, *call(make_head()), group)
+        assert found.right == bool(others)
+        assert others or "another rank" in found.reason
+    assert reduced == [1]
+    assert first_use.right("linear_logprob_entropy", CPU, *call(make_head())).right
+
+
+def test_rows_are_stored_only_by_a_kernel_that_is_not_wrong(checked, monkeypatch):
+    _, wrong = checked
+    launched, forward = [], launch.forward
+
+    def watched(head, **options):
+        launched.append(options["store_above"] is not None)
+        return forward(head, **options)
+
+    monkeypatch.setattr(launch, "forward", watched)
+    wrong |= {"cublas": "wrong"}
+    with pytest.warns(RuntimeWarning, match="stored is not taken"):
+        ek.linear_logprob_entropy(make_head(), keep_logits_above=0.1)
+    wrong.clear()
+    ek.linear_logprob_entropy(make_head(torch.float16), keep_logits_above=0.1)
+    assert launched == [False, True]
+
+
+@pytest.mark.usefixtures("unchecked_shapes")
+def test_torch_compile_asks_once_while_it_traces(checked):
+    asked, _ = checked
+
+    def run(hidden, head):
+        outputs = ek.linear_logprob_entropy(dataclasses.replace(head, hidden=hidden))
+        return outputs.logprob + outputs.entropy
+
+    torch.compiler.reset()
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager", dynamic=True)
+    head = make_head()
+    got = compiled(head.hidden, head)
+    count = len(asked)
+    assert count == 2
+    torch.testing.assert_close(got, run(head.hidden, head))
+    more = dataclasses.replace(head, hidden=head.hidden[:30], target=head.target[:30])
+    torch.testing.assert_close(compiled(more.hidden, more), run(more.hidden, more))
+    assert len(asked) == count
+
+
+def test_an_interrupt_waits_for_the_case_and_leaves_no_mark(checked, monkeypatch):
+    ended = []
+
+    def check(*args, **options):
+        signal.raise_signal(signal.SIGINT)
+        threading.Event().wait(0.2)
+        ended.append(True)
+
+    monkeypatch.setattr(checks, "check", check)
+    with pytest.raises(KeyboardInterrupt):
+        taken(make_head())
+    assert ended
+    assert torch.is_deterministic_algorithms_warn_only_enabled()
+    first_use.forget()
+    assert first_use.known(CPU) == {}

@@ -65,7 +65,7 @@ def test_auto_takes_the_kernel_only_where_it_was_found_right(monkeypatch):
     cpu, gpu = torch.device("cpu"), torch.device("cuda", 0)
     resolve = functools.partial(backends.resolve, "ratio_loss")
     for found, name in ((False, "torch"), (True, "triton")):
-        monkeypatch.setattr(backends, "verified", lambda device, f=found: f and device == gpu)
+        monkeypatch.setattr(backends, "verified", lambda op, where, f=found: f and where == gpu)
         assert resolve("auto", gpu, torch.float32) == name
         assert resolve("auto", gpu, torch.float64) == "torch"
         assert resolve("auto", cpu, torch.float32) != "triton"

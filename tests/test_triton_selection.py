@@ -11,7 +11,6 @@ from benchmarks.gpu.ours import selected_by
 from entropy_kernels import (
     _radix,
     backends,
-    device,
     entropy_threshold,
     ops,
     reference,
@@ -20,7 +19,9 @@ from entropy_kernels import (
 from entropy_kernels._torch import selection
 from entropy_kernels._triton.common import partition
 from entropy_kernels._triton.selection import launch
+from entropy_kernels.verification import first_use
 from entropy_kernels.verification import token_cases as cases
+from entropy_kernels.verification.record import Answer
 from entropy_kernels.verification.token_cases import KINDS, assert_same_bits
 from tests.selection_cases import VALUES
 
@@ -178,9 +179,8 @@ def test_compiles_into_one_graph():
 def test_auto_takes_a_kernel_only_where_it_was_found_right(monkeypatch):
     """Never on a CPU, where the interpreter would run it."""
     cpu, gpu = torch.device("cpu"), torch.device("cuda", 0)
-    monkeypatch.setattr(device, "architecture", lambda device: "sm_90")
-    for architectures, name in ((frozenset(), "torch"), (frozenset({"sm_90"}), "triton")):
-        monkeypatch.setattr(device, "VERIFIED", architectures)
+    for found, name in ((False, "torch"), (True, "triton")):
+        monkeypatch.setattr(first_use, "right", lambda *call, f=found: Answer(f))
         assert backends.resolve("selection", "auto", gpu) == name
         assert backends.resolve("selection", "auto", cpu) in ("torch", "cpu")
     assert backends.resolve("selection", "triton", cpu) == "triton"
@@ -195,7 +195,7 @@ def test_without_triton_the_torch_path_is_taken(monkeypatch):
 @needs_gpu
 def test_in_a_cuda_graph(monkeypatch):
     """A graph captured once selects among the values of each replay; nothing waits."""
-    monkeypatch.setattr(backends, "verified", lambda device: True)
+    monkeypatch.setattr(backends, "verified", lambda *call: True)
     n = 300_007
     entropy, mask = values_of("distinct", n), masks_of(n)[1]
     top_entropy_mask(entropy, mask)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch.distributed import ProcessGroup
 
-from ..head import Head
+from .. import device
 from . import machine
 from .apart import apart
 from .question import Question, ask
@@ -231,29 +231,30 @@ def _none(row: tuple[Tile, ...], direction: str) -> Answer:
 def _row(
     kind: str, where: torch.device, dtype: torch.dtype, hidden: int, options: Options
 ) -> tuple[Tile, ...]:
-    """The tiles of a call in order of preference, by the launchers' own choice.
+    """The tiles of a call in order of preference, as its launchers find them.
 
-    kind: "stored" or "forward" of its forward; "dlogits" of its backward.
+    kind: "stored" or "forward" of its forward; "dlogits" of its backward, whose rows are dense.
     """
     from .._triton.common import tiles
-    from .._triton.head_backward.launch import preferred as of_backward
-    from .._triton.head_forward.launch import preferred as of_forward
 
-    def row_of(name: str) -> torch.Tensor:
-        step = 2 if f"strided {name}" in options else 1
-        return torch.empty(1, step * hidden, dtype=dtype, device=where)[:, ::step]
-
-    target = torch.zeros(1, dtype=torch.int64, device=where)
-    softcap = 1.0 if "softcap" in options else None
-    head = Head(row_of("hidden"), row_of("weight"), target, softcap=softcap)
-    statistics = "statistics" in options
+    arch = device.architecture(where)
+    strided = "strided weight" in options or hidden * dtype.itemsize % 16 != 0
+    strided |= kind != "dlogits" and "strided hidden" in options
+    usable = tiles.variants(arch) - ({*tiles.TMA} if strided else set())
+    key = arch, dtype, hidden, tiles.ANY, usable
+    softcap = "softcap" in options
     if kind == "dlogits":
-        return of_backward(head.hidden.contiguous(), head)
-    if kind == "forward":
-        return of_forward(head, keep_logits="keep_logits" in options, statistics=statistics)
-    if not tiles.stores_rows(where, dtype, hidden):
+        return tiles.dlogits_row(key, softcap=softcap)
+    stored = kind == "stored"
+    if stored and not tiles.stores_rows(where, dtype, hidden):
         return ()
-    return of_forward(head, stores_rows=True, statistics=statistics)
+    return tiles.forward_row(
+        key,
+        keep_logits="keep_logits" in options,
+        stores_rows=stored,
+        statistics="statistics" in options,
+        softcap=softcap,
+    )
 
 
 def _check_possible(where: torch.device) -> None:

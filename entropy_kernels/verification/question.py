@@ -104,5 +104,6 @@ def options_of(
 def _fits_descriptor(matrix: Tensor) -> bool:
     """As the table of tiles has it, by numbers that torch.compile knows."""
     size, row = matrix.element_size(), matrix.stride(0)
-    aligned = row * size % 16 == 0 and matrix.storage_offset() * size % 16 == 0
+    offset = 0 if torch.compiler.is_compiling() else matrix.storage_offset()
+    aligned = row * size % 16 == 0 and offset * size % 16 == 0
     return matrix.stride(1) == 1 and row > 0 and aligned

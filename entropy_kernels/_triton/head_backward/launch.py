@@ -150,8 +150,8 @@ def preferred(hidden_CD: Tensor, head: Head) -> tuple[Tile, ...]:
     arch = device.architecture(hidden_CD.device)
     usable = tiles.variants(arch, hidden_CD, head.weight)
     count, hidden = hidden_CD.shape
-    name = "dlogits" if head.softcap is None else "dlogits_softcap"
-    return tiles.row(name, arch, hidden_CD.dtype, hidden, count, usable)
+    where = arch, hidden_CD.dtype, hidden, count, usable
+    return tiles.dlogits_row(where, softcap=head.softcap is not None)
 
 
 def _zeros(head: Head, needs: _Needs, main_grad: Tensor | None) -> Gradients:

@@ -125,17 +125,14 @@ def preferred(
     """The tiles that can run such a forward of `head`, the table's first choice first."""
     arch = device.architecture(head.hidden.device)
     usable = tiles.variants(arch, head.hidden, head.weight)
-    if keep_logits:
-        usable -= {*tiles.TMA}
-    if statistics:
-        # How many registers it needs for seven sums is unknown: Triton 3.6 alone has it.
-        usable -= {"tma_ws"}
-    if stores_rows:
-        usable &= {"cublas"}
     count, hidden = head.hidden.shape
-    op = "forward" + "_keep" * keep_logits + "_store" * stores_rows
-    op += "_statistics" * statistics + "_softcap" * (head.softcap is not None)
-    return tiles.row(op, arch, head.hidden.dtype, hidden, count, usable)
+    return tiles.forward_row(
+        (arch, head.hidden.dtype, hidden, count, usable),
+        keep_logits=keep_logits,
+        stores_rows=stores_rows,
+        statistics=statistics,
+        softcap=head.softcap is not None,
+    )
 
 
 def _of_variant(found: tuple[Tile, ...], variant: str | None) -> tuple[Tile, ...]:
