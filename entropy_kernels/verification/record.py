@@ -8,7 +8,6 @@ once.
 
 import contextlib
 import datetime
-import functools
 import hashlib
 import json
 import os
@@ -25,6 +24,7 @@ from . import machine
 # Seconds after which the mark of another host's process is that of one that ended.
 OLD = 3600
 DIED = "the process ended during the check"
+_told: set[Path] = set()
 
 
 class Answer(NamedTuple):
@@ -65,7 +65,7 @@ class Record:
             if isinstance(question, str) and (reason is None or isinstance(reason, str)):
                 found[question] = Answer(reason is None, reason or "")
             elif answer:
-                _tell(f"{path} is no answer about a kernel; it is left out")
+                _tell(path, "is no answer about a kernel; it is left out")
         return found
 
     def write(self, question: str, answer: Answer) -> None:
@@ -118,7 +118,7 @@ class Record:
         try:
             yield
         except OSError as error:
-            _tell(f"{self.folder} does not keep the checks of kernels: {error}")
+            _tell(self.folder, f"does not keep the checks of kernels: {error}")
 
 
 def _name(question: str) -> str:
@@ -133,10 +133,10 @@ def _parse(path: Path) -> dict[str, object]:
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as error:
-        _tell(f"{path} is damaged and left out: {error}")
+        _tell(path, f"is damaged and left out: {error}")
         return {}
     if not isinstance(found, dict):
-        _tell(f"{path} is damaged and left out: it holds no object")
+        _tell(path, "is damaged and left out: it holds no object")
         return {}
     return found
 
@@ -169,6 +169,8 @@ def _born(pid: int) -> str:
         return ""
 
 
-@functools.cache
-def _tell(what: str) -> None:
-    warnings.warn(what, RuntimeWarning, stacklevel=2)
+def _tell(path: Path, why: str) -> None:
+    """Once per path."""
+    if path not in _told:
+        _told.add(path)
+        warnings.warn(f"{path} {why}", RuntimeWarning, stacklevel=2)
