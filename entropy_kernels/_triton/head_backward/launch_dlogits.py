@@ -99,7 +99,7 @@ class Dlogits(NamedTuple):
             **self._flags(chunk),
             BLOCK_C=block_c,
             BLOCK_V=block_v,
-            num_warps=4,
+            num_warps=8,
         )
 
     def _from_pointers(self, chunk: Chunk, tile: Tile) -> None:
