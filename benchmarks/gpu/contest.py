@@ -105,6 +105,7 @@ def _is_crowded(setting: Setting, row: Row) -> bool:
 
 
 def clear(device: torch.device) -> None:
-    gc.collect()
+    """Leaves the GPU's memory to who comes next."""
     if device.type == "cuda":
+        gc.collect()
         torch.cuda.empty_cache()

@@ -10,7 +10,7 @@ from benchmarks.gpu.rows import Row
 from benchmarks.tables import quantile
 from entropy_kernels._bench import rounds as rounds_of
 
-WARM_UP = 2
+WARM_UP = 1
 # Fewer have no spread.
 LEAST_ROUNDS = 3
 Run = Callable[[], Any]
@@ -43,7 +43,9 @@ def spread(samples: list[float]) -> Row:
 
 def timed(run: Run, device: torch.device, rounds: int) -> Row:
     """The spread of one by itself."""
-    return spread(alternate({"it": run}, device, rounds)["it"])
+    for _ in range(WARM_UP):
+        run()
+    return spread([1e3 * rounds_of.once(run, device)[0] for _ in range(rounds)])
 
 
 def rate(row: Row, units: float, tokens: int, hidden: int, vocabulary: int) -> Row:
