@@ -141,7 +141,8 @@ def test_plan_fits_its_seconds_and_tma_ws_comes_last(monkeypatch):
     names = [shard.name for shard in found if shard.stage == "correctness"]
     assert all("tma_ws" in name for name in names[-plan.PARTS :])
     assert not any("tma_ws" in name for name in names[: -plan.PARTS])
-    assert "bfloat16" in names[0]
+    assert names[0] == "first use, D=4096"
+    assert names[3].startswith("correctness the table's + the table's bfloat16, 1 of")
 
 
 def start(out: Path, *options: str) -> "subprocess.Popen[bytes]":

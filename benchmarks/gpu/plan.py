@@ -89,7 +89,7 @@ def describe(rows: Rows, job: Row) -> None:
 def shards(architecture: str, sizes: "Sizes", quick: bool, processes: int) -> list[Shard]:
     """The whole plan, PROFILE included."""
     found = [_shard("floors", "floors", "floors:run")]
-    found += _correctness(architecture, quick, processes)
+    found += _correctness(architecture, sizes, quick, processes)
     found.append(_step("steps", sizes.base, sizes.vocabulary, "base", SECONDS["steps"]))
     whole = sum(tokens * hidden for tokens, hidden in sizes.more)
     for tokens, hidden in sizes.more:
@@ -108,14 +108,19 @@ def shards(architecture: str, sizes: "Sizes", quick: bool, processes: int) -> li
     return [*found, _shard(TABLE, TABLE, "table:run")]
 
 
-def _correctness(architecture: str, quick: bool, processes: int) -> list[Shard]:
+def _correctness(architecture: str, sizes: "Sizes", quick: bool, processes: int) -> list[Shard]:
     """bf16 by the table's choice first, and what may hang last."""
     from benchmarks.gpu import correctness
 
     groups = list(correctness.groups(architecture, quick))
     parts = {x.name: 1 if quick or x.impl or x.large else PARTS for x in groups}
-    each = SECONDS["correctness"] * processes / sum(parts.values())
+    first_uses = (*sizes.hidden, 0)
+    each = SECONDS["correctness"] * processes / (sum(parts.values()) + len(first_uses))
     found = []
+    for hidden in first_uses:
+        name = f"first use, D={hidden}" if hidden else "first use, selection and loss"
+        work, asked = "benchmarks.gpu.first_use:run", {"hidden": hidden}
+        found.append(Shard("correctness", name, work, each, asked, CASE_BYTES))
     for group in groups:
         for part in range(parts[group.name]):
             name = f"correctness {group.name}, {part + 1} of {parts[group.name]}"
