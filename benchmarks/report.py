@@ -17,6 +17,8 @@ from benchmarks import cost_tables as cost
 from benchmarks import head_tables as head
 from benchmarks import step_tables as step
 from benchmarks.engine_runs import panels as run_panels
+from benchmarks.gpu.table import in_short
+from benchmarks.gpu.table import runs as gpu_runs
 from benchmarks.predicted_tables import predicted
 from benchmarks.tables import Run, by_make, by_shape, make_heading, processor_of
 from trainer.report.charts import figure
@@ -59,7 +61,11 @@ def render(root: Path) -> dict[Path, str]:
     """The text of every file that this script writes."""
     runs = read(root / "benchmarks" / "results")
     shapes = by_shape(runs["linear_logprob_entropy"])
-    blocks = {root / "README.md": _in_short(runs), root / "docs" / "benchmarks.md": _summary(runs)}
+    of_gpus = measured(root / RESULTS)
+    blocks = {
+        root / "README.md": "\n\n".join([_in_short(runs), *of_gpus]),
+        root / "docs" / "benchmarks.md": "\n\n".join([_summary(runs), *(of_gpus or [predicted()])]),
+    }
     texts = {path: between_markers(path, block) for path, block in blocks.items()} | {
         root / "benchmarks" / "results" / "README.md": _full_page(runs),
         root / "docs" / "benchmarks.svg": figure([head.panel(run) for run in shapes[0]], RESULTS),
@@ -112,7 +118,13 @@ def _summary(runs: dict[str, list[Run]]) -> str:
         parts += [make_heading(of_make), *_summary_of_make(of_make)]
     figures = {"linear_logprob_entropy": FIGURE, "linear_cost": COST_FIGURE}
     parts += [figure for op, figure in figures.items() if op in runs]
-    return "\n\n".join([*parts, POINTER, predicted()])
+    return "\n\n".join([*parts, POINTER])
+
+
+def measured(results: Path) -> list[str]:
+    """The table of every GPU that was measured, the newest file first."""
+    files = sorted((results / "gpu").glob("*.jsonl"), reverse=True)
+    return [in_short(rows) for path in files for rows in gpu_runs(path)]
 
 
 def _summary_of_make(runs: dict[str, list[Run]]) -> list[str]:
