@@ -16,16 +16,26 @@ from ... import device
 UPCAST_BYTES = 1 << 27
 
 _counted = 0
+# Launches whose rows a device alone knows: all rows, those left out, multiplications of each of the
+# others. None until somebody asks.
+_unread: list[tuple[Tensor, Tensor | None, int]] | None = None
 
 
-def count(more: int) -> None:
-    """Adds multiplications in a kernel's products, which torch does not see."""
-    global _counted
-    _counted += more
+def count(rows: Tensor, each: int, but: Tensor | None = None) -> None:
+    """Adds multiplications in a kernel's products, which torch does not see: of `rows - but`, each.
+
+    These numbers of one element are read when somebody asks, so that no launch waits for them.
+    """
+    if _unread is not None and type(rows) is Tensor:  # a fake one has no value
+        _unread.append((rows, but, each))
 
 
 def counted() -> int:
-    """Multiplications in the kernels' products since this file was loaded: half their flops."""
+    """Multiplications in the kernels' products since this was first asked: half their flops."""
+    global _counted, _unread
+    for rows, but, each in _unread or ():
+        _counted += (int(rows) - (0 if but is None else int(but))) * each
+    _unread = []
     return _counted
 
 

@@ -69,9 +69,9 @@ class Dlogits(NamedTuple):
         if self.tile is None:
             return
         assert self.stored is None or launch_rows.STEP % self.tile.block_t == 0
-        capacity, hidden = self.rows.hidden.shape
-        known = 0 if self.stored is None else self.stored.known
-        products.count((capacity - known) * hidden * (chunk.stop - chunk.start))
+        hidden = self.rows.hidden.shape[1]
+        first = None if self.stored is None else self.stored.number
+        products.count(self.rows.active.number, hidden * (chunk.stop - chunk.start), first)
         if chunk.bias_partials is not None:
             chunk = chunk._replace(bias_partials=chunk.bias_partials[self._blocks_read :])
         launch = self._from_pointers if self.tile.variant == "pointer" else self._from_descriptors

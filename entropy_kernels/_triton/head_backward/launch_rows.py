@@ -89,7 +89,7 @@ def _inputs(gradients: Gradients) -> tuple[list[Tensor | None], dict[str, bool]]
 
 
 def active_rows(
-    gradients: Gradients,
+    gradients: Gradients | None,
     target_T: Tensor,
     ignore_index: int,
     max_active_rows: int | None,
@@ -97,6 +97,7 @@ def active_rows(
 ) -> ActiveRows:
     """The valid rows at which any gradient (logprob, entropy, logsumexp), fp32 [T], is not 0.
 
+    Without gradients, all valid rows.
     With `max_active_rows` the host waits for nothing. Without it, it reads their number: one
     synchronisation, and no place is left over. `places_T`: where forward has stored their logits.
     """
@@ -108,7 +109,7 @@ def active_rows(
     if count == 0:
         return ActiveRows(slot_T, slot_T, number, 0, True)
     programs = triton.cdiv(count, BLOCK * blocks_per_program)
-    inputs, there = _inputs(gradients)
+    inputs, there = _inputs(gradients or (None, None, None))
     target_T = target_T.contiguous()
     counts = torch.empty(programs, **int32)
     exact = max_active_rows is None
@@ -127,6 +128,7 @@ def active_rows(
             blocks_per_program,
             ignore_index,
             capacity,
+            EVERY_VALID=gradients is None,
             **there,
             COUNTED=counted,
             BLOCK=BLOCK,

@@ -26,6 +26,7 @@ def active_rows_kernel(
     blocks_per_program,
     ignore_index,
     capacity,
+    EVERY_VALID: tl.constexpr,
     HAS_LOGPROB: tl.constexpr,
     HAS_ENTROPY: tl.constexpr,
     HAS_LOGSUMEXP: tl.constexpr,
@@ -35,7 +36,7 @@ def active_rows_kernel(
 ):
     """Counts the active rows of each program; numbers them where all are COUNTED.
 
-    Active is a valid row where any gradient is not exactly 0, as a NaN is not.
+    Active is a valid row where any gradient is not exactly 0, as a NaN is not; or EVERY_VALID row.
     """
     program = tl.program_id(0).to(tl.int64)
     others = tl.arange(0, MAX_PROGRAMS)
@@ -44,7 +45,7 @@ def active_rows_kernel(
     for i in range(blocks_per_program):
         offs = (program * blocks_per_program + i) * BLOCK + tl.arange(0, BLOCK)
         inside = offs < n
-        any_grad = offs < 0
+        any_grad = inside if EVERY_VALID else offs < 0
         if HAS_LOGPROB:
             any_grad |= tl.load(logprob_ptr + offs, mask=inside, other=0.0) != 0.0
         if HAS_ENTROPY:

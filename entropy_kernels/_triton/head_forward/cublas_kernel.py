@@ -25,6 +25,7 @@ def forward_cublas_kernel(
     T,
     V,
     n_split,
+    ignore_index,
     softcap,
     HAS_BIAS: tl.constexpr,
     HAS_TEMPERATURE: tl.constexpr,
@@ -34,11 +35,15 @@ def forward_cublas_kernel(
     BLOCK_V: tl.constexpr,
     TILES: tl.constexpr,
 ):
-    """One program per block of rows and split of TILES blocks of columns."""
+    """One program per block of rows and split of TILES blocks of columns; it skips ignored rows."""
     block = tl.program_id(0) // n_split
     split = tl.program_id(0) % n_split
     offs_t = first_t + block * BLOCK_T + tl.arange(0, BLOCK_T)
     mask_t = offs_t < end_t
+    target = tl.load(target_ptr + offs_t, mask=mask_t, other=ignore_index)
+    mask_t &= target != ignore_index
+    if tl.max(mask_t.to(tl.int32), 0) == 0:
+        return
     row_ptrs = logits_ptr + (offs_t - first_t).to(tl.int64) * V
     scale = LOG2E * inverse_temperature(
         temperature_ptr, stride_temperature, offs_t, mask_t, HAS_TEMPERATURE
@@ -59,7 +64,6 @@ def forward_cublas_kernel(
     if STATISTICS:
         store_statistics(partials_ptr, split, n_split, offs_t, end_t, T, w, q, r)
 
-    target = tl.load(target_ptr + offs_t, mask=mask_t, other=-1)
     start_v = split * TILES * BLOCK_V
     here = mask_t & (target >= start_v) & (target < start_v + TILES * BLOCK_V) & (target < V)
     z = tl.load(row_ptrs + target, mask=here, other=0.0)

@@ -4,9 +4,10 @@ Each program sums a block of rows over a split of the vocabulary, into four fp32
 and split (row_sum_functions.py), with statistics seven (statistics_functions.py). One more kernel
 merges the splits. Nothing is atomic: a call gives the same bits every time.
 
-A call allocates its results and 4 T (4 S + 1) bytes, with statistics 4 T (7 S + 1). The variant
-"cublas" adds a workspace of about WORKSPACE_BYTES. That variant alone has whole rows of logits at
-hand, so only it can store those of some rows for backward.
+A call allocates its results and 4 T (4 S + 1) bytes, with statistics 4 T (7 S + 1). To that the
+variant "cublas" adds a workspace of about WORKSPACE_BYTES, and the others the rows that have a
+target (launch_valid.py). "cublas" alone has whole rows of logits at hand, so only it can store
+those of some rows for backward.
 
 T tokens, D hidden, V vocabulary, S vocabulary splits.
 """
@@ -23,6 +24,7 @@ from ...head import Head
 from ..common import products, tiles
 from ..common.tiles import Tile
 from .launch_store import LogitStore
+from .launch_valid import valid_rows
 from .launch_variants import (
     Work,
     chunks_of_logits,
@@ -50,8 +52,9 @@ def forward(
 ) -> ForwardRows:
     """What backward and the caller need of every row; zeros where the target is ignored.
 
-    Ignored rows are computed, then zeroed: their number never reaches the host. `variant` and
-    `tile` overrule the table, for tests and tuning; a variant that cannot run here is an error.
+    Ignored rows have no part in a product, but those of cuBLAS. Their number never reaches the
+    host. `variant` and `tile` overrule the table, for tests and tuning; a variant that cannot run
+    here is an error.
 
     keep_logits: stores the logits of all rows.
     store_above, store_rows: the variant "cublas" stores the logits [store_rows, V] of the first
@@ -97,6 +100,7 @@ def forward(
         target_logit_T=_empty((count,), head.hidden),
         rows=rows,
         statistics=statistics,
+        valid=None,
     )
     with device.on(head.hidden.device):
         if tile.variant == "cublas":
@@ -105,13 +109,12 @@ def forward(
                 if store is not None:
                     store.take(z_TV, start, rows.entropy, work.target_T, head.ignore_index)
         else:
-            products.count(head.hidden.numel() * vocabulary)
-            if tile.variant == "pointer":
-                from_pointers(work)
-            else:
-                from_descriptors(work)
-            target_logits(work)
-            merge(work, 0, count)
+            valid = valid_rows(head, work.target_T)
+            products.count(valid.numbered.number, head.hidden.shape[1] * vocabulary)
+            launch = from_pointers if tile.variant == "pointer" else from_descriptors
+            launch(work, valid)
+            target_logits(work, valid)
+            merge(work._replace(valid=valid), 0, count)
     return rows if store is None else rows._replace(logits=store.logits, places=store.places)
 
 

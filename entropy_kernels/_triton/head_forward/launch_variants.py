@@ -15,6 +15,7 @@ from ...head import Head
 from ..common import products
 from ..common.tiles import Tile
 from .cublas_kernel import forward_cublas_kernel
+from .launch_valid import ValidRows
 from .merge_kernel import merge_kernel
 from .pointer_kernel import forward_pointer_kernel
 from .target_logit_kernel import target_logit_kernel
@@ -37,6 +38,7 @@ class Work(NamedTuple):
     target_T, bias_V, temperature_T: the head's, contiguous, and one temperature per row.
     partials: fp32 [4, S, T], with statistics [7, S, T].
     target_logit_T: fp32, the capped logit of each row's target.
+    valid: the rows that partials have, unless they have all of them in their order.
     rows, statistics: the results, to be filled.
     """
 
@@ -51,6 +53,7 @@ class Work(NamedTuple):
     target_logit_T: Tensor
     rows: ForwardRows
     statistics: Tensor | None
+    valid: ValidRows | None
 
     @property
     def sizes(self) -> tuple[int, int, int]:
@@ -60,10 +63,6 @@ class Work(NamedTuple):
     @property
     def softcap(self) -> float:
         return self.head.softcap or 0.0
-
-    @property
-    def temperature_stride(self) -> int:
-        return 0 if self.temperature_T is None else self.temperature_T.stride(0)
 
     @property
     def constants(self) -> dict[str, Any]:
@@ -90,18 +89,24 @@ class Work(NamedTuple):
         }
 
 
-def from_pointers(work: Work) -> None:
+def _stride(temperature_T: Tensor | None) -> int:
+    return 0 if temperature_T is None else temperature_T.stride(0)
+
+
+def from_pointers(work: Work, valid: ValidRows) -> None:
     head, tile, (count, hidden, vocabulary) = work.head, work.tile, work.sizes
     forward_pointer_kernel[(triton.cdiv(count, tile.block_t) * work.n_split,)](
-        head.hidden,
+        valid.hidden,
         head.weight,
         work.bias_V,
-        work.temperature_T,
+        valid.temperature,
+        valid.numbered.rows,
+        valid.numbered.number,
         work.partials,
         work.rows.logits,
-        *head.hidden.stride(),
+        *valid.hidden.stride(),
         *head.weight.stride(),
-        work.temperature_stride,
+        _stride(valid.temperature),
         count,
         hidden,
         vocabulary,
@@ -113,7 +118,7 @@ def from_pointers(work: Work) -> None:
     )
 
 
-def from_descriptors(work: Work) -> None:
+def from_descriptors(work: Work, valid: ValidRows) -> None:
     # Not everywhere that Triton is.
     from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -122,12 +127,13 @@ def from_descriptors(work: Work) -> None:
     if tile.variant != "tma_split":
         programs = device.programs(units, head.hidden.device)
     forward_tma_kernel[(programs,)](
-        TensorDescriptor.from_tensor(head.hidden, [tile.block_t, tile.block_d]),
+        TensorDescriptor.from_tensor(valid.hidden, [tile.block_t, tile.block_d]),
         TensorDescriptor.from_tensor(head.weight, [tile.block_v, tile.block_d]),
         work.bias_V,
-        work.temperature_T,
+        valid.temperature,
+        valid.numbered.number,
         work.partials,
-        work.temperature_stride,
+        _stride(valid.temperature),
         count,
         hidden,
         vocabulary,
@@ -160,31 +166,32 @@ def chunks_of_logits(work: Work) -> Iterator[tuple[Tensor, int]]:
             work.temperature_T,
             work.partials,
             work.target_logit_T,
-            work.temperature_stride,
+            _stride(work.temperature_T),
             start,
             end,
             count,
             vocabulary,
             work.n_split,
+            head.ignore_index,
             work.softcap,
             **work.constants,
         )
         yield z, start
 
 
-def target_logits(work: Work) -> None:
+def target_logits(work: Work, valid: ValidRows) -> None:
     """The logit of each target, summed in steps of the tile's depth."""
     head, tile, (count, hidden, vocabulary) = work.head, work.tile, work.sizes
     block_t = min(TARGET_BLOCK[head.hidden.element_size()], tile.block_t)
     target_logit_kernel[(triton.cdiv(count, block_t),)](
-        head.hidden,
+        valid.hidden,
         head.weight,
         work.bias_V,
-        work.target_T,
+        valid.target,
+        valid.numbered.number,
         work.target_logit_T,
-        *head.hidden.stride(),
+        *valid.hidden.stride(),
         *head.weight.stride(),
-        count,
         hidden,
         vocabulary,
         work.softcap,
@@ -203,17 +210,19 @@ def merge(work: Work, start: int, stop: int) -> None:
     merge_kernel[(triton.cdiv(stop - start, block_t),)](
         work.partials,
         work.target_logit_T,
+        None if work.valid is None else work.valid.numbered.slot,
         work.target_T,
         work.temperature_T,
         *work.rows[:5],
         work.statistics,
-        work.temperature_stride,
+        _stride(work.temperature_T),
         start,
         stop,
         count,
         vocabulary,
         work.n_split,
         work.head.ignore_index,
+        HAS_SLOTS=work.valid is not None,
         HAS_TEMPERATURE=work.temperature_T is not None,
         STATISTICS=work.statistics is not None,
         BLOCK_T=block_t,

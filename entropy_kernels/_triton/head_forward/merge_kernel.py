@@ -14,7 +14,8 @@ from .statistics_functions import finish_statistics, moved_statistics
 @triton.jit
 def merge_kernel(
     partials_ptr,  # [4, S, T]; with statistics [7, S, T]
-    target_logit_ptr,  # [T]
+    target_logit_ptr,  # [T], as partials in the order of slots
+    slot_ptr,  # [T], where partials have each row; -1 for rows without a target
     target_ptr,  # [T]
     temperature_ptr,
     logprob_ptr,  # [T], as the four that follow
@@ -30,6 +31,7 @@ def merge_kernel(
     V,
     n_split,
     ignore_index,
+    HAS_SLOTS: tl.constexpr,
     HAS_TEMPERATURE: tl.constexpr,
     STATISTICS: tl.constexpr,
     BLOCK_T: tl.constexpr,
@@ -38,6 +40,11 @@ def merge_kernel(
     """Results in nats: zeros where the target is ignored, NaN where a row has no answer."""
     offs_t = first_t + tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     mask_t = offs_t < end_t
+    target = tl.load(target_ptr + offs_t, mask=mask_t, other=0)
+    valid = mask_t & (target != ignore_index)
+    slot = offs_t
+    if HAS_SLOTS:
+        slot = tl.load(slot_ptr + offs_t, mask=valid, other=0)
     temperature = tl.full([BLOCK_T], 1.0, tl.float32)
     if HAS_TEMPERATURE:
         offs = offs_t.to(tl.int64) * stride_temperature
@@ -48,8 +55,8 @@ def merge_kernel(
 
     for start in range(0, n_split, BLOCK_S):
         offs_s = start + tl.arange(0, BLOCK_S)
-        mask = (offs_s < n_split)[:, None] & mask_t[None, :]
-        ptrs = partials_ptr + offs_s.to(tl.int64)[:, None] * T + offs_t[None, :]
+        mask = (offs_s < n_split)[:, None] & valid[None, :]
+        ptrs = partials_ptr + offs_s.to(tl.int64)[:, None] * T + slot[None, :]
         m_ST = tl.load(ptrs, mask=mask, other=LOWEST)
         n_ST = tl.load(ptrs + field, mask=mask, other=0.0)
         s_ST = tl.load(ptrs + 2 * field, mask=mask, other=0.0)
@@ -78,16 +85,14 @@ def merge_kernel(
     rest = tl.where(rest < 0.0, 0.0, rest)
     log_sum = log1p(rest)
     entropy = log_sum - LN2 * u / (1.0 + rest)
-    logprob = (tl.load(target_logit_ptr + offs_t, mask=mask_t, other=0.0) - m) / temperature
+    logprob = (tl.load(target_logit_ptr + slot, mask=valid, other=0.0) - m) / temperature
     # The target's logit was summed in another order, and may exceed the maximum by a rounding.
     logprob = tl.where(logprob > 0.0, 0.0, logprob) - log_sum
     logsumexp = m / temperature + log_sum
 
-    target = tl.load(target_ptr + offs_t, mask=mask_t, other=0)
     defined = (m > LOWEST) & (temperature > 0.0) & (target >= 0) & (target < V) & (rest == rest)
     # NaN for rows without an answer.
     factor = tl.where(defined, 1.0, float("nan"))
-    valid = target != ignore_index
     tl.store(logprob_ptr + offs_t, tl.where(valid, logprob * factor, 0.0), mask=mask_t)
     tl.store(entropy_ptr + offs_t, tl.where(valid, entropy * factor, 0.0), mask=mask_t)
     tl.store(logsumexp_ptr + offs_t, tl.where(valid, logsumexp * factor, 0.0), mask=mask_t)

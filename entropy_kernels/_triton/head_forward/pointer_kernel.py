@@ -13,10 +13,12 @@ from .statistics_functions import store_statistics
 
 @triton.jit
 def forward_pointer_kernel(
-    hidden_ptr,
+    hidden_ptr,  # of the valid rows, as temperature
     weight_ptr,
     bias_ptr,
     temperature_ptr,
+    index_ptr,  # [T], the number of each of these rows
+    number_ptr,
     partials_ptr,  # [4, S, T]; with statistics [7, S, T]
     logits_ptr,  # [T, V], without bias
     stride_ht,
@@ -43,16 +45,19 @@ def forward_pointer_kernel(
     GROUP_T: tl.constexpr,
 ):
     """One program per block of rows and split of TILES blocks of columns."""
+    n_rows = tl.load(number_ptr)
     block, split = order(tl.program_id(0), tl.cdiv(T, BLOCK_T), n_split, GROUP_T)
+    if block * BLOCK_T >= n_rows:
+        return
     offs_t = block * BLOCK_T + tl.arange(0, BLOCK_T)
     offs_d = tl.arange(0, BLOCK_D)
     # Rows and columns past the end repeat the last one, so that loads need no mask. They are
     # neither stored nor summed.
-    rows = tl.minimum(offs_t, T - 1).to(tl.int64)
+    rows = tl.minimum(offs_t, n_rows - 1).to(tl.int64)
     hidden_ptrs = hidden_ptr + rows[:, None] * stride_ht + offs_d.to(tl.int64)[None, :] * stride_hd
     weight_offs = offs_d.to(tl.int64)[:, None] * stride_wd
     scale = LOG2E * inverse_temperature(
-        temperature_ptr, stride_temperature, offs_t, offs_t < T, HAS_TEMPERATURE
+        temperature_ptr, stride_temperature, offs_t, offs_t < n_rows, HAS_TEMPERATURE
     )
     m, n, s, u, w, q, r = empty_sums(BLOCK_T)
 
@@ -75,8 +80,9 @@ def forward_pointer_kernel(
             b_ptrs += BLOCK_D * stride_wd
 
         if STORE_LOGITS:
-            inside = (offs_t < T)[:, None] & (offs_v < V)[None, :]
-            ptrs = logits_ptr + offs_t.to(tl.int64)[:, None] * V + offs_v[None, :]
+            inside = (offs_t < n_rows)[:, None] & (offs_v < V)[None, :]
+            number = tl.load(index_ptr + offs_t, mask=offs_t < n_rows, other=0).to(tl.int64)
+            ptrs = logits_ptr + number[:, None] * V + offs_v[None, :]
             tl.store(ptrs, acc, mask=inside)
         z = cap(add_bias(acc, bias_ptr, offs_v, V, HAS_BIAS), softcap, HAS_SOFTCAP)
         z = tl.where((offs_v < V)[None, :], z, LOWEST)
@@ -85,6 +91,6 @@ def forward_pointer_kernel(
         else:
             m, n, s, u = update_sums(m, n, s, u, z, scale)
 
-    store_sums(partials_ptr, split, n_split, offs_t, T, T, m, n, s, u)
+    store_sums(partials_ptr, split, n_split, offs_t, n_rows, T, m, n, s, u)
     if STATISTICS:
-        store_statistics(partials_ptr, split, n_split, offs_t, T, T, w, q, r)
+        store_statistics(partials_ptr, split, n_split, offs_t, n_rows, T, w, q, r)

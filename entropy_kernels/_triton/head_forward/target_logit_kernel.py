@@ -16,16 +16,16 @@ from ..common.logit_functions import cap, dot
 
 @triton.jit
 def target_logit_kernel(
-    hidden_ptr,
+    hidden_ptr,  # of the valid rows, as target
     weight_ptr,
     bias_ptr,
     target_ptr,  # [T]
+    number_ptr,
     out_ptr,  # [T]
     stride_ht,
     stride_hd,
     stride_wv,
     stride_wd,
-    T,
     D,
     V,
     softcap,
@@ -35,11 +35,14 @@ def target_logit_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Capped, fp32. A target outside the vocabulary, as ignored ones are, takes the nearest."""
+    """Capped, fp32. A target outside the vocabulary takes the nearest."""
+    n_rows = tl.load(number_ptr)
+    if tl.program_id(0) * BLOCK_T >= n_rows:
+        return
     block_t = tl.arange(0, BLOCK_T)
     offs_t = tl.program_id(0) * BLOCK_T + block_t
     offs_d = tl.arange(0, BLOCK_D)
-    mask_t = offs_t < T
+    mask_t = offs_t < n_rows
     target = tl.load(target_ptr + offs_t, mask=mask_t, other=0).to(tl.int64)
     target = tl.minimum(tl.maximum(target, 0), V - 1)
     step_d = offs_d.to(tl.int64)

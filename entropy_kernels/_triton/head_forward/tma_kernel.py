@@ -13,10 +13,11 @@ from .statistics_functions import statistics_of_tile, store_statistics
 
 @triton.jit
 def forward_tma_kernel(
-    hidden_desc,  # blocks of [BLOCK_T, BLOCK_D]
+    hidden_desc,  # blocks of [BLOCK_T, BLOCK_D] of the valid rows
     weight_desc,  # blocks of [BLOCK_V, BLOCK_D]
     bias_ptr,
-    temperature_ptr,
+    temperature_ptr,  # of the valid rows
+    number_ptr,
     partials_ptr,  # [4, S, T]; with statistics [7, S, T]
     stride_temperature,
     T,
@@ -45,7 +46,8 @@ def forward_tma_kernel(
     if FLATTEN:
         # Otherwise the loop gets a second body, for sums of no products.
         tl.assume(D > 0)
-    n_blocks = tl.cdiv(T, BLOCK_T)
+    n_rows = tl.load(number_ptr)
+    n_blocks = tl.cdiv(n_rows, BLOCK_T)
     n_units = n_blocks * n_split
     pid = tl.program_id(0)
     n_steps = tl.cdiv(n_units - pid, tl.num_programs(0)) * TILES
@@ -66,7 +68,7 @@ def forward_tma_kernel(
         offs_t = start_t + tl.arange(0, BLOCK_T)
         offs_v = start_v + tl.arange(0, BLOCK_V)
         scale = LOG2E * inverse_temperature(
-            temperature_ptr, stride_temperature, offs_t, offs_t < T, HAS_TEMPERATURE
+            temperature_ptr, stride_temperature, offs_t, offs_t < n_rows, HAS_TEMPERATURE
         )
         z = cap(add_bias(acc, bias_ptr, offs_v, V, HAS_BIAS), softcap, HAS_SOFTCAP)
         z = tl.where((offs_v < V)[None, :], z, LOWEST)
@@ -81,16 +83,16 @@ def forward_tma_kernel(
                 q = tl.where(begins, 0.0, q)
                 r = tl.where(begins, 0.0, r)
                 m, n, s, u, w, q, r = update_statistics(m, n, s, u, w, q, r, z, scale)
-                store_statistics(partials_ptr, split, n_split, offs_t, T, T, w, q, r)
+                store_statistics(partials_ptr, split, n_split, offs_t, n_rows, T, w, q, r)
             else:
                 m, n, s, u = update_sums(m, n, s, u, z, scale)
-            store_sums(partials_ptr, split, n_split, offs_t, T, T, m, n, s, u)
+            store_sums(partials_ptr, split, n_split, offs_t, n_rows, T, m, n, s, u)
         else:
             # Nothing is carried from tile to tile, as warp specialisation in Triton 3.6 demands:
             # a loop that carries something becomes empty there.
             top = tl.maximum(tl.max(z, 1), LOWEST)
             ties, rest, product = sums_of_tile(z, top, scale)
-            store_sums(partials_ptr, split, n_split, offs_t, T, T, top, ties, rest, product)
+            store_sums(partials_ptr, split, n_split, offs_t, n_rows, T, top, ties, rest, product)
             if STATISTICS:
                 w, q, r = statistics_of_tile(z, top, scale)
-                store_statistics(partials_ptr, split, n_split, offs_t, T, T, w, q, r)
+                store_statistics(partials_ptr, split, n_split, offs_t, n_rows, T, w, q, r)
