@@ -38,16 +38,17 @@ class HostWaits(TorchDispatchMode):
     "copy". An op whose result depends on values raises, once it is counted.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, on: str = "cuda") -> None:
+        """`on`: the device whose values are asked for; a CPU can stand for a GPU."""
         super().__init__()
-        self.found: Counter[str] = Counter()
+        self.on, self.found = on, Counter[str]()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if (body := BODIES.get(func._schema.name)) is not None:
             with self:
                 return body(*args, **kwargs)
-        if _needs_values(func, args, kwargs):
+        if _needs_values(func, args, kwargs, self.on):
             self._count(func._opname)
         result = func(*args, **kwargs)
         if _mixes(func, args, kwargs, result):
@@ -151,9 +152,9 @@ def _line() -> str:
     return "no line of ours"
 
 
-def _needs_values(func: Any, args: Any, kwargs: Any) -> bool:
-    """Whether the host needs values of a tensor on the GPU to go on."""
-    if not any(x.is_cuda for x in _tensors((args, kwargs))):
+def _needs_values(func: Any, args: Any, kwargs: Any, on: str) -> bool:
+    """Whether the host needs values of a tensor on the device to go on."""
+    if not any(x.device.type == on for x in _tensors((args, kwargs))):
         return False
     name = func._opname
     if name in ("index", "index_put", "index_put_", "_index_put_impl_"):

@@ -49,19 +49,22 @@ class Rollouts:
     def response_T(self) -> Tensor:
         """The token ids of the responses."""
         begin_B = self.length_B.cumsum(0) - self.response_length_B
-        return self.tokens_N[_runs(begin_B, self.response_length_B)]
+        return self.tokens_N[_runs(begin_B, self.response_length_B, len(self.sampler_logprob_T))]
 
     def split(self, x_T: Tensor) -> tuple[Tensor, ...]:
         """A field of the response tokens as one tensor per sequence."""
         return x_T.split(self.response_length_B.tolist())
 
-    def places(self, index: Tensor) -> Tensor:
-        """The places in T of the response tokens of the sequences at `index`."""
-        return _places(self.response_length_B, index)
+    def places(self, index: Tensor, count: int | None = None) -> Tensor:
+        """The places in T of the response tokens of the sequences at `index`, `count` of them."""
+        count = int(self.response_length_B[index].sum()) if count is None else count
+        return _places(self.response_length_B, index, count)
 
     def rows(self, index: Tensor) -> "Rollouts":
-        """The sequences at `index`, an int64 tensor, in its order."""
-        at = {"B": index, "N": _places(self.length_B, index), "T": self.places(index)}
+        """The sequences at `index`, an int64 tensor, in its order; a GPU is waited for twice."""
+        length_2B = torch.stack([self.length_B, self.response_length_B])
+        n, t = length_2B[:, index].sum(1).tolist()
+        at = {"B": index, "N": _places(self.length_B, index, n), "T": self.places(index, t)}
         picked: dict[str, Any] = {
             name: x[at[name[-1]]] if isinstance(x, Tensor) else [x[b] for b in index.tolist()]
             for name, x in vars(self).items()
@@ -98,9 +101,10 @@ class Batch:
 
     def rows(self, index: Tensor) -> "Batch":
         """The batch of the sequences at `index`."""
-        at = self.rollouts.places(index)
+        part = self.rollouts.rows(index)
+        at = self.rollouts.places(index, len(part.sampler_logprob_T))
         return Batch(
-            self.rollouts.rows(index),
+            part,
             self.advantage_B[index],
             self.old_logprob_T[at],
             self.selected_T[at],
@@ -126,11 +130,11 @@ def pack(rollouts: Rollouts, layout: Layout) -> Packed:
     """
     # The state before a response would be another sequence's; `prompt_ids` refuses such prompts.
     assert (rollouts.prompt_length_B > 0).all(), "a prompt without a token"
-    is_read_N = torch.ones_like(rollouts.tokens_N, dtype=torch.bool)
-    is_read_N[rollouts.length_B.cumsum(0) - 1] = False
-    read_B = rollouts.length_B - 1
-    packed = arrange(rollouts.tokens_N[is_read_N], read_B, layout)
-    number_T = _runs(read_B.cumsum(0) - rollouts.response_length_B, rollouts.response_length_B)
+    length_B, response_B = rollouts.length_B, rollouts.response_length_B
+    read_B, begin_B = length_B - 1, length_B.cumsum(0) - length_B
+    read_N = _runs(begin_B, read_B, len(rollouts.tokens_N) - len(rollouts))
+    packed = arrange(rollouts.tokens_N[read_N], read_B, layout)
+    number_T = _runs(read_B.cumsum(0) - response_B, response_B, len(rollouts.sampler_logprob_T))
     return replace(packed, index_T=packed.index_T[number_T], target_T=rollouts.response_T)
 
 
@@ -143,13 +147,13 @@ def arrange(tokens_N: Tensor, length_B: Tensor, layout: Layout) -> Packed:
     device = tokens_N.device
     length_B = length_B.to(device)
     begins, (rows, width) = _fit(length_B.tolist(), layout)
-    begin_B = torch.tensor(begins, dtype=torch.long, device=device)
-    place_N = _runs(begin_B, length_B)
+    begin_B = torch.tensor(begins, dtype=torch.long).to(device, non_blocking=True)
+    place_N = _runs(begin_B, length_B, len(tokens_N))
     tokens = torch.zeros(rows * width, dtype=torch.long, device=device)
     positions, mask = torch.zeros_like(tokens), torch.zeros_like(tokens, dtype=torch.bool)
     tokens[place_N] = tokens_N
-    positions[place_N] = _runs(torch.zeros_like(begin_B), length_B)
-    mask[place_N] = True
+    positions[place_N] = _runs(torch.zeros_like(begin_B), length_B, len(tokens_N))
+    mask.index_fill_(0, place_N, True)
     return Packed(
         tokens.view(rows, width),
         positions.view(rows, width),
@@ -161,8 +165,9 @@ def arrange(tokens_N: Tensor, length_B: Tensor, layout: Layout) -> Packed:
 
 def micro_batches(rollouts: Rollouts, tokens: int, ranks: Ranks) -> Iterator[Tensor]:
     """The numbers of this rank's sequences in each micro-batch of at most `tokens` tokens."""
+    device = rollouts.tokens_N.device
     for parts in partition((rollouts.length_B - 1).tolist(), ranks.size, tokens):
-        yield torch.tensor(parts[ranks.rank], dtype=torch.long, device=rollouts.tokens_N.device)
+        yield torch.tensor(parts[ranks.rank], dtype=torch.long).to(device, non_blocking=True)
 
 
 def partition(lengths: Sequence[int], ranks: int, budget: int) -> list[list[list[int]]]:
@@ -196,17 +201,20 @@ def _spread(order: Sequence[int], lengths: Sequence[int], count: int) -> list[li
     return [sorted(parts[part]) for _, part in full]
 
 
-def _places(length_B: Tensor, index: Tensor) -> Tensor:
-    """The places of the tokens of the sequences at `index` among the tokens of all."""
+def _places(length_B: Tensor, index: Tensor, count: int) -> Tensor:
+    """The places of the `count` tokens of the sequences at `index` among the tokens of all."""
     begin_B = length_B.cumsum(0) - length_B
-    return _runs(begin_B[index], length_B[index])
+    return _runs(begin_B[index], length_B[index], count)
 
 
-def _runs(begin_B: Tensor, count_B: Tensor) -> Tensor:
-    """begin, begin + 1, ... of each sequence, `count_B` numbers each, one after the other."""
+def _runs(begin_B: Tensor, count_B: Tensor, count: int) -> Tensor:
+    """begin, begin + 1, ... of each sequence, `count_B` numbers each, one after the other.
+
+    `count` is how many they are in all: without it a GPU would be waited for.
+    """
     before_B = count_B.cumsum(0) - count_B
-    number = torch.arange(int(count_B.sum()), device=begin_B.device)
-    return number + (begin_B - before_B).repeat_interleave(count_B)
+    number = torch.arange(count, device=begin_B.device)
+    return number + (begin_B - before_B).repeat_interleave(count_B, output_size=count)
 
 
 def _fit(lengths: Sequence[int], layout: Layout) -> tuple[list[int], tuple[int, int]]:

@@ -62,19 +62,46 @@ class Meter:
 
 @dataclass
 class Stopwatch:
-    """Seconds on `device`, in pieces."""
+    """Seconds on `device`, in pieces; a GPU notes the times, and is waited for at the end."""
 
     device: torch.device
-    seconds: float = 0.0
-    _began: float = 0.0
+    _times: list[Any] = field(default_factory=list)
 
     def start(self) -> None:
         """Begin a piece."""
-        self._began = clock(self.device)
+        self._times.append(self._now())
 
     def stop(self) -> None:
         """End it."""
-        self.seconds += clock(self.device) - self._began
+        self._times.append(self._now())
+
+    @property
+    def seconds(self) -> float:
+        """The seconds of all pieces that have ended."""
+        pairs = list(zip(self._times[::2], self._times[1::2], strict=False))
+        if self.device.type != "cuda":
+            return sum(end - begin for begin, end in pairs)
+        torch.cuda.synchronize(self.device)
+        return sum(begin.elapsed_time(end) for begin, end in pairs) / 1000
+
+    def _now(self) -> Any:
+        if self.device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(torch.cuda.current_stream(self.device))
+        return event
+
+
+def numbers(parts: Sequence[dict[str, Any]]) -> list[dict[str, float]]:
+    """The metrics of several parts as numbers; a GPU is waited for once."""
+    tensors = [
+        x.detach().double() for part in parts for x in part.values() if isinstance(x, Tensor)
+    ]
+    values = iter(torch.stack(tensors).tolist() if tensors else ())
+    return [
+        {name: next(values) if isinstance(x, Tensor) else float(x) for name, x in part.items()}
+        for part in parts
+    ]
 
 
 def clock(device: torch.device) -> float:

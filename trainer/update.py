@@ -15,7 +15,7 @@ from trainer import config
 from trainer.batch import Batch, Rollouts, micro_batches, pack
 from trainer.finite import Guard, check_finite, first_nonfinite, nonfinite_statistic
 from trainer.fsdp import release, whole
-from trainer.metrics import Meter, Stopwatch, correction
+from trainer.metrics import Meter, Stopwatch, correction, numbers
 from trainer.policy import Policy
 from trainer.ranks import Ranks
 
@@ -65,7 +65,8 @@ def score(policy: Policy, rollouts: Rollouts, settings: config.Config, ranks: Ra
         part = rollouts.rows(index)
         packed = pack(part, policy.layout)
         found = policy(packed, settings.rollout.temperature, statistics)
-        score_2T[:, rollouts.places(index)] = torch.stack([found.logprob, found.entropy])
+        at = rollouts.places(index, len(part.sampler_logprob_T))
+        score_2T[:, at] = torch.stack([found.logprob, found.entropy])
         threshold.update(found.entropy)
     release(policy)
     logprob_T, entropy_T = ranks.sum(score_2T)
@@ -124,9 +125,10 @@ def update(
         return _no_update(batch, reason), 0.0
     policy.train()
     meter, watch = Meter(), Stopwatch(policy.device)
-    for index in micro_batches(batch.rollouts, settings.optimizer.tokens_per_micro_batch, ranks):
-        metrics = _backward(policy, batch.rows(index), settings, watch)
-        meter.add(metrics, weight=float(metrics["tokens/selected"]))
+    parts = micro_batches(batch.rollouts, settings.optimizer.tokens_per_micro_batch, ranks)
+    found_in = [_backward(policy, batch.rows(index), settings, watch) for index in parts]
+    for metrics in numbers(found_in):
+        meter.add(metrics, weight=metrics["tokens/selected"])
     found = Meter.of(ranks.gather(meter)).result()
     selected, everything = int(found.pop("tokens/selected")), int(found.pop("tokens/all"))
     tokens = selected if settings.algorithm.denominator == "selected" else everything
