@@ -8,6 +8,7 @@ costs here, eager, compiled by torch, and ours.
 import argparse
 import functools
 import importlib.metadata
+import json
 import os
 import platform
 import sys
@@ -26,7 +27,7 @@ from . import (
     top_entropy_mask,
 )
 from ._bench import command
-from .testing import peaked_head
+from .testing import mend_interpreter, peaked_head
 from .verification import first_use
 
 PACKAGES = ("torch", "triton")
@@ -36,8 +37,15 @@ def main(arguments: list[str] | None = None) -> int:
     """Print the table; returns the exit status."""
     parser = argparse.ArgumentParser("python -m entropy_kernels", description=__doc__)
     parser.add_argument("--bench", action="store_true", help="measures for about 20 seconds")
+    parser.add_argument(
+        "--verify",
+        action="store_true",
+        help='checks every Triton kernel on each GPU and keeps the answers for impl="auto"',
+    )
     command.add_options(parser)
     options = parser.parse_args(arguments)
+    if options.verify:
+        return _verify(options, parser)
     if _native.cpu() is not None:
         try:
             _native.instruction_set(torch.float32)
@@ -79,6 +87,27 @@ def main(arguments: list[str] | None = None) -> int:
     last = torch.device(devices[-1])
     print(f"  Triton kernels: {backends.why_not('triton', last) or _triton_state(last)}")
     return int(failed > 0)
+
+
+def _verify(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+    """The kernels of each kind of GPU, or of the interpreter; 1 if one is wrong."""
+    count = torch.cuda.device_count()
+    kinds = {torch.cuda.get_device_name(x): torch.device("cuda", x) for x in range(count)}
+    found = []
+    for where in kinds.values() or [torch.device("cpu")]:
+        if (why := backends.why_not("triton", where)) is not None:
+            parser.error(f"argument --verify: {why}")
+        from .verification.command import run
+
+        if where.type == "cpu":
+            mend_interpreter()
+        say = (lambda line: None) if options.json is True else functools.partial(print, flush=True)
+        found.append(run(where, say))
+    if options.json is True:
+        print(json.dumps(found, indent=1))
+    elif options.json is not None:
+        options.json.write_text(json.dumps(found, indent=1))
+    return int(any(one["wrong"] for one in found))
 
 
 def _instruction_sets() -> list[str]:

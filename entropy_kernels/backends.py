@@ -191,10 +191,10 @@ def stores_rows(
 
     options: the call's, "stored" among them; a kernel that is known to be wrong stores none.
     """
-    from ._triton.common import tiles
+    from ._triton.common import choice
 
     wrong = first_use.refused("forward", where, dtype, hidden, options)
-    return tiles.stores_rows(where, dtype, hidden, wrong)
+    return choice.stores_rows(where, dtype, hidden, wrong)
 
 
 def products() -> int:

@@ -18,7 +18,7 @@ from triton.runtime.jit import JITFunction
 
 from entropy_kernels import backends, device
 from entropy_kernels._rows import ForwardRows
-from entropy_kernels._triton.common import tiles
+from entropy_kernels._triton.common import choice
 from entropy_kernels._triton.head_backward.launch import backward
 from entropy_kernels._triton.head_forward.launch import forward
 from entropy_kernels.head import Head
@@ -83,7 +83,7 @@ def step_of(shape: Shape, way: str) -> list[Launch]:
         shape = shape._replace(tokens=shape.active)
     head, all_fit = _head(shape, softcap=False), shape.active <= fitting
     with _noted(shape):
-        pays = tiles.stores_rows(head.hidden.device, head.hidden.dtype, shape.hidden)
+        pays = choice.stores_rows(head.hidden.device, head.hidden.dtype, shape.hidden)
     stored: dict[str, Any] = {"keep_logits": way == "known" and all_fit}
     if way == "threshold" or (way == "known" and not all_fit and pays):
         stored |= {"store_above": _empty(), "store_rows": min(fitting, shape.active)}

@@ -85,7 +85,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--rounds", type=_natural, help=f"of the alternation (default: {ROUNDS})")
     group.add_argument("--threads", type=_threads, help="of torch on a CPU (default: torch's own)")
-    group.add_argument("--json", type=_new_file, metavar="FILE", help="writes all samples there")
+    what = "writes all samples there; of --verify all answers, printed without FILE"
+    group.add_argument("--json", type=_new_file, nargs="?", const=True, metavar="FILE", help=what)
 
 
 OPTIONS = ("shape", "dtype", "fraction", "device", "impl", "rounds", "threads", "json")
@@ -93,6 +94,8 @@ OPTIONS = ("shape", "dtype", "fraction", "device", "impl", "rounds", "threads", 
 
 def main(options: argparse.Namespace, parser: argparse.ArgumentParser, version: str) -> int:
     """Measure and print; returns the exit status: 1 if one of ours is wrong, 130 after Ctrl-C."""
+    if options.json is True:
+        parser.error("argument --json: it needs a FILE")
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(options.threads or before)

@@ -19,6 +19,7 @@ def apart(function: Callable[[], Any], where: torch.device) -> Any:
     device. `neutral` keeps what all threads share. An interrupt waits for `function` to end.
     """
     results: list[Any] = []
+    ended = threading.Event()
     stream = torch.cuda.current_stream(where) if where.type == "cuda" else None
 
     def work() -> None:
@@ -31,13 +32,15 @@ def apart(function: Callable[[], Any], where: torch.device) -> Any:
                 results.append((function(), None))
         except BaseException as error:
             results.append((None, error))
+        finally:
+            ended.set()
 
     thread = threading.Thread(target=work, name="entropy_kernels check", daemon=True)
-    thread.start()
     try:
+        thread.start()
         thread.join()
     except BaseException:
-        thread.join(PATIENCE)
+        ended.wait(PATIENCE)
         raise
     result, error = results[0]
     if error is not None:

@@ -5,10 +5,12 @@ The environment variable EK_VERIFY is "on", where this holds; "off", where nothi
 "auto" takes what the record knows to be right; or "force", where each process checks again.
 """
 
+import contextlib
 import os
 import threading
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -144,7 +146,7 @@ def answer(
     _check_possible(where)
     from .checks import Sizes, check
 
-    with here.record.started(text):
+    with marked(question, where):
         try:
             reason = apart(lambda: check(question, where, Sizes(*sizes), forward), where)
         except torch.OutOfMemoryError as error:
@@ -153,6 +155,16 @@ def answer(
     if not found.right:
         _tell(f"{text} is not taken on {here.record.gpu}: {found.reason}")
     return found
+
+
+def marked(question: Question, where: torch.device) -> contextlib.AbstractContextManager[None]:
+    """While a question is being checked: a process that dies within has answered it."""
+    return _on(where).record.started(question.text)
+
+
+def folder(where: torch.device) -> Path:
+    """Where the answers of this machine lie."""
+    return _on(where).record.folder
 
 
 def keep(question: Question, where: torch.device, reason: str | None) -> Answer:
@@ -235,7 +247,7 @@ def _row(
 
     kind: "stored" or "forward" of its forward; "dlogits" of its backward, whose rows are dense.
     """
-    from .._triton.common import tiles
+    from .._triton.common import choice, tiles
 
     arch = device.architecture(where)
     strided = "strided weight" in options or hidden * dtype.itemsize % 16 != 0
@@ -244,11 +256,11 @@ def _row(
     key = arch, dtype, hidden, tiles.ANY, usable
     softcap = "softcap" in options
     if kind == "dlogits":
-        return tiles.dlogits_row(key, softcap=softcap)
+        return choice.dlogits_row(key, softcap=softcap)
     stored = kind == "stored"
-    if stored and not tiles.stores_rows(where, dtype, hidden):
+    if stored and not choice.stores_rows(where, dtype, hidden):
         return ()
-    return tiles.forward_row(
+    return choice.forward_row(
         key,
         keep_logits="keep_logits" in options,
         stores_rows=stored,

@@ -3,6 +3,7 @@
 T tokens, D hidden, V vocabulary.
 """
 
+import mmap
 from functools import partial
 from typing import Any
 
@@ -33,6 +34,36 @@ def offset_cases(
         run = partial(_last_rows, tiles, dtype, device, shape, options)
         found.append(Case(f"2^31: {name}", run, 7 * 2 * big))
     return found
+
+
+def far_cases(tiles: Tiles, dtype: torch.dtype, device: torch.device) -> list[Case]:
+    """The same in the interpreter: rows lie 2^30 elements apart in memory that nobody touches."""
+    return [
+        Case(f"2^31: rows of {name}", partial(_far_rows, tiles, dtype, device, name))
+        for name in ("hidden", "weight")
+        if tiles[0] is None or tiles[0].variant != "cublas"
+    ]
+
+
+def _far_rows(tiles: Tiles, dtype: torch.dtype, device: torch.device, name: str) -> None:
+    T, D, V = 4, 32, 5
+    h, w = torch.randn(T, D, device=device).to(dtype), torch.randn(V, D, device=device).to(dtype)
+    y = torch.arange(T, device=device)
+    gradients: list[Any] = [torch.randn(T, device=device) for _ in range(3)]
+    far = {"hidden": h, "weight": w}
+    far[name] = _spread(far[name])
+    got = ours(tiles, (far["hidden"], far["weight"], y, None), gradients, {})
+    for x, wanted in zip(got, ours(tiles, (h, w, y, None), gradients, {}), strict=True):
+        assert torch.equal(x, wanted), f"{name} is read elsewhere beyond 2^31"
+
+
+def _spread(rows: Tensor) -> Tensor:
+    """The same rows, 2^30 elements apart."""
+    size, stride = rows.element_size(), 1 << 30
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)
+    memory = mmap.mmap(-1, (len(rows) - 1) * stride * size + rows[0].nbytes, flags)
+    found = torch.frombuffer(memory, dtype=rows.dtype).as_strided(rows.shape, (stride, 1))
+    return found.copy_(rows)
 
 
 def _last_rows(

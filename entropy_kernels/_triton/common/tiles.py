@@ -8,7 +8,7 @@ T tokens or active rows, D hidden, V vocabulary.
 """
 
 import itertools
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -321,56 +321,3 @@ def _plainer(op: str) -> Iterator[str]:
     for number in range(len(endings), -1, -1):
         for kept in itertools.combinations(endings, number):
             yield "_".join((name, *kept))
-
-
-# Architecture, dtype, D, rows and usable variants: what a row of the table is looked up by.
-Where = tuple[str, torch.dtype, int, int, Collection[str]]
-
-
-def forward_row(
-    where: Where,
-    *,
-    keep_logits: bool = False,
-    stores_rows: bool = False,
-    statistics: bool = False,
-    softcap: bool = False,
-) -> tuple[Tile, ...]:
-    """The tiles of a forward with these options, of the variants that have them."""
-    arch, dtype, hidden, tokens, variants = where
-    usable = {*variants}
-    if keep_logits:
-        usable -= {*TMA}
-    if statistics:
-        # How many registers it needs for seven sums is unknown: Triton 3.6 alone has it.
-        usable -= {"tma_ws"}
-    if stores_rows:
-        usable &= {"cublas"}
-    op = "forward" + "_keep" * keep_logits + "_store" * stores_rows
-    op += "_statistics" * statistics + "_softcap" * softcap
-    return row(op, arch, dtype, hidden, tokens, usable)
-
-
-def dlogits_row(where: Where, *, softcap: bool = False) -> tuple[Tile, ...]:
-    """The tiles that recompute logits in a backward."""
-    return row("dlogits" + "_softcap" * softcap, *where)
-
-
-def first(found: tuple[Tile, ...], refused: Callable[[Tile], bool] | None) -> Tile:
-    """The first tile of a row that is not refused; where all are, the first."""
-    return next((tile for tile in found if refused is None or not refused(tile)), found[0])
-
-
-def stores_rows(
-    on: torch.device,
-    dtype: torch.dtype,
-    hidden: int,
-    refused: Callable[[Tile], bool] | None = None,
-) -> bool:
-    """Whether a forward stores the logits of rows above a threshold, as many as fit, for backward.
-
-    The kernels that store nothing are faster where a product is short against the traffic of its
-    logits, which "cublas" writes and reads. A tile that is refused stores none.
-    """
-    everywhere = {"pointer", "cublas", *TMA}
-    found, *_ = row("forward_store", device.architecture(on), dtype, hidden, ANY, everywhere)
-    return found.variant == "cublas" and not (refused and refused(found))

@@ -18,7 +18,7 @@ from torch import Tensor
 from ... import device
 from ..._rows import ForwardRows
 from ...head import Head
-from ..common import products, tiles
+from ..common import choice, products, tiles
 from ..common.tiles import Tile
 from .launch_dlogits import Chunk, Dlogits
 from .launch_rows import (
@@ -104,6 +104,8 @@ def backward(
         compacted = compact(active, gradients, head, rows)
         stored = _stored(active, rows)
         all_stored = stored is not None and stored.known == active.rows.numel()
+        if not all_stored and tile is None:
+            tile = choice.first(preferred(compacted.hidden, head), refused)
         dlogits = Dlogits(
             compacted,
             head.weight,
@@ -112,7 +114,7 @@ def backward(
             rows.logits,
             stored,
             gradients[1] is not None,
-            None if all_stored else tile or tiles.first(preferred(compacted.hidden, head), refused),
+            None if all_stored else tile,
         )
         dhidden_CD, dweight_VD, dbias_V = _gradients(dlogits, needs, main_grad)
         if dhidden_CD is not None and reduce_hidden is not None:
@@ -151,7 +153,7 @@ def preferred(hidden_CD: Tensor, head: Head) -> tuple[Tile, ...]:
     usable = tiles.variants(arch, hidden_CD, head.weight)
     count, hidden = hidden_CD.shape
     where = arch, hidden_CD.dtype, hidden, count, usable
-    return tiles.dlogits_row(where, softcap=head.softcap is not None)
+    return choice.dlogits_row(where, softcap=head.softcap is not None)
 
 
 def _zeros(head: Head, needs: _Needs, main_grad: Tensor | None) -> Gradients:

@@ -21,7 +21,7 @@ from torch import Tensor
 from ... import device
 from ..._rows import ForwardRows
 from ...head import Head
-from ..common import products, tiles
+from ..common import choice, products, tiles
 from ..common.tiles import Tile
 from .launch_store import LogitStore
 from .launch_valid import valid_rows
@@ -81,7 +81,7 @@ def forward(
             stores_rows=store_above is not None,
             statistics=statistics is not None,
         )
-        tile = tiles.first(_of_variant(found, variant), refused)
+        tile = choice.first(_of_variant(found, variant), refused)
     if store_above is not None and tile.variant != "cublas":
         raise ValueError(f'store_above needs the variant "cublas"; got {tile.variant!r}')
     store = LogitStore.room(store_above, store_rows, count, vocabulary)
@@ -129,7 +129,7 @@ def preferred(
     arch = device.architecture(head.hidden.device)
     usable = tiles.variants(arch, head.hidden, head.weight)
     count, hidden = head.hidden.shape
-    return tiles.forward_row(
+    return choice.forward_row(
         (arch, head.hidden.dtype, hidden, count, usable),
         keep_logits=keep_logits,
         stores_rows=stores_rows,

@@ -1,0 +1,185 @@
+"""python -m entropy_kernels --verify: checks each kernel that "auto" may take here, and records it.
+
+Each row is one question: an op, a tile of this GPU's table, a dtype and the options that it is
+compiled for. The answers go into the record that "auto" reads, whatever it held before. Offsets
+beyond 2^31 elements are checked as well, where the memory is there. The exit status is 1 if a
+kernel is wrong: "auto" then takes the next tile, or torch. Without a GPU the kernels run in the
+interpreter of Triton (TRITON_INTERPRET=1), with fewer dtypes and combinations of options.
+"""
+
+import itertools
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+
+from .. import device
+from .._triton.common import choice, tiles
+from . import first_use, machine
+from .apart import apart
+from .checks import Sizes, check, reason_of
+from .cost import Cost
+from .offset_cases import far_cases, offset_cases
+from .question import Question, ask
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+# D of the questions: one that descriptors fit, with a whole number of blocks.
+HIDDEN = 1024
+# In the interpreter.
+SMALL_HIDDEN = 32
+# What a head's call may add, each alone and all together.
+ADDED = ("bias", "temperature", "softcap")
+ALL = (*ADDED, "statistics")
+FORWARDS: tuple[tuple[str, ...], ...] = ((), *((x,) for x in ALL), ADDED, ALL)
+BACKWARDS: tuple[tuple[str, ...], ...] = ((), *((x,) for x in ADDED), ADDED)
+
+
+# What a forward does with its logits, and how its row of tiles is asked for.
+STORING: dict[str, dict[str, bool]] = {
+    "": {},
+    "keep_logits": {"keep_logits": True},
+    "stored": {"stores_rows": True},
+}
+
+
+class Asked(NamedTuple):
+    """A question, and the tile whose forward its backward follows."""
+
+    question: Question
+    forward: Any = None
+
+
+def run(where: torch.device, say: Callable[[str], None]) -> dict[str, Any]:
+    """The answers to every question of `where`, and what they cost; `say` is given each row."""
+    hidden = SMALL_HIDDEN if device.interpreting() else HIDDEN
+    started, rows = time.monotonic(), []
+    answers = (_answered(asked, where, hidden) for asked in questions(where, hidden))
+    for row in itertools.chain(answers, _offsets(where, hidden)):
+        rows.append(row)
+        say(_line(row))
+    wrong = sum(row["right"] is False for row in rows)
+    seconds, folder = round(time.monotonic() - started, 1), str(first_use.folder(where))
+    say(f"{len(rows)} rows in {seconds} s; {wrong} are wrong; kept in {folder}")
+    about = machine.machine(where)
+    return {
+        "machine": about,
+        "record": folder,
+        "seconds": seconds,
+        "wrong": wrong,
+        "rows": rows,
+    }
+
+
+def questions(where: torch.device, hidden: int) -> Iterator[Asked]:
+    """Every op, tile, dtype and set of options that a call may meet, a tile's first once each."""
+    yield Asked(Question("selection", torch.float32))
+    yield Asked(Question("ratio_loss", torch.float32))
+    head = _of_head_in_the_interpreter if device.interpreting() else _of_head
+    for dtype in DTYPES:
+        yield from dict.fromkeys(head(where, dtype, hidden))
+
+
+def _of_head(where: torch.device, dtype: torch.dtype, hidden: int) -> Iterator[Asked]:
+    arch = device.architecture(where)
+    key = arch, dtype, hidden, tiles.ANY, tiles.variants(arch)
+    for options in FORWARDS:
+        plain = {"statistics": "statistics" in options, "softcap": "softcap" in options}
+        for name, kind in STORING.items():
+            for tile in choice.forward_row(key, **plain, **kind):
+                yield Asked(ask("forward", dtype, hidden, (*options, name), tile))
+    forward, keeps, stores = (choice.forward_row(key, **kind)[0] for kind in STORING.values())
+    for options in BACKWARDS:
+        for tile in choice.dlogits_row(key, softcap="softcap" in options):
+            yield Asked(ask("dlogits", dtype, hidden, options, tile), forward)
+            yield Asked(ask("dlogits", dtype, hidden, (*options, "stored"), tile), stores)
+        yield Asked(ask("dlogits", dtype, hidden, (*options, "keep_logits"), None), keeps)
+
+
+def _of_head_in_the_interpreter(
+    where: torch.device, dtype: torch.dtype, hidden: int
+) -> Iterator[Asked]:
+    """Every tile once, and every way to store logits: milliseconds per program add up."""
+    arch = device.architecture(where)
+    key = arch, dtype, hidden, tiles.ANY, tiles.variants(arch)
+    forward, keeps, stores = (choice.forward_row(key, **kind)[0] for kind in STORING.values())
+    if dtype != torch.float32:
+        yield Asked(ask("forward", dtype, hidden, (), forward))
+        return
+    for tile in choice.forward_row(key):
+        yield Asked(ask("forward", dtype, hidden, ALL, tile))
+    yield Asked(ask("forward", dtype, hidden, ("keep_logits",), keeps))
+    yield Asked(ask("forward", dtype, hidden, ("stored",), stores))
+    for tile in choice.dlogits_row(key):
+        yield Asked(ask("dlogits", dtype, hidden, ADDED, tile), forward)
+    yield Asked(ask("dlogits", dtype, hidden, ("keep_logits",), None), keeps)
+    yield Asked(ask("dlogits", dtype, hidden, ("stored",), choice.dlogits_row(key)[0]), stores)
+
+
+def _answered(asked: Asked, where: torch.device, hidden: int) -> dict[str, Any]:
+    question = asked.question
+
+    def work() -> str | None:
+        return check(question, where, Sizes(hidden), asked.forward)
+
+    with first_use.marked(question, where):
+        row = _row(question.text, where, work)
+    if row["right"] is not None:
+        first_use.keep(question, where, row["reason"] or None)
+    return row
+
+
+def _row(name: str, where: torch.device, work: Callable[[], str | None]) -> dict[str, Any]:
+    """Whether it is right (None: not known), why not, and what the check cost."""
+
+    def counted() -> tuple[str | None, Cost]:
+        with Cost() as cost:
+            return work(), cost
+
+    started = time.monotonic()
+    try:
+        reason, cost = apart(counted, where)
+    except torch.OutOfMemoryError:
+        return {"question": name, "right": None, "reason": "there is no memory for it"}
+    return {
+        "question": name,
+        "right": reason is None,
+        "reason": reason or "",
+        "seconds": round(time.monotonic() - started, 2),
+        "launches": cost.launches,
+        "kernels": len(cost.kernels),
+        "bytes": cost.bytes,
+        "predicted_seconds_on_an_h200": round(cost.predicted_seconds, 2),
+    }
+
+
+def _offsets(where: torch.device, hidden: int) -> Iterator[dict[str, Any]]:
+    """Offsets beyond 2^31, by every tile of the plain forward and backward in one dtype."""
+    arch, interpreting = device.architecture(where), device.interpreting()
+    dtype = torch.float32 if interpreting else torch.bfloat16
+    key = arch, dtype, hidden, tiles.ANY, tiles.variants(arch)
+    pairs = itertools.zip_longest(choice.forward_row(key), choice.dlogits_row(key))
+    room = torch.cuda.mem_get_info(where)[0] if where.type == "cuda" else 0
+    for forward, dlogits in pairs:
+        pair = (forward, dlogits)
+        cases = far_cases(pair, dtype, where) if interpreting else offset_cases(pair, dtype, where)
+        for case in cases:
+            name = f"{case.name} {' and '.join(x.variant for x in pair if x is not None)}"
+            if case.bytes > 0.8 * room and not interpreting:
+                why = f"it wants {case.bytes:.1e} bytes of memory"
+                yield {"question": name, "right": None, "reason": why}
+                continue
+            row = _row(name, where, partial(reason_of, case))
+            yield row
+            if row["right"] is False:
+                # The first error names the op.
+                for op, tile in (("forward", forward), ("dlogits", dlogits)):
+                    if tile is not None:
+                        first_use.keep(ask(op, dtype, hidden, (), tile), where, row["reason"])
+
+
+def _line(row: dict[str, Any]) -> str:
+    state = {True: "ok", False: f"WRONG: {row['reason']}", None: f"not checked: {row['reason']}"}
+    seconds = f"{row['seconds']:6.1f} s" if "seconds" in row else " " * 8
+    return f"{seconds}  {row['question']:<64}  {state[row['right']]}"

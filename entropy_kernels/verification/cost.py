@@ -1,0 +1,99 @@
+"""What checks cost: launches, distinct compiled kernels, and bytes, counted while they run."""
+
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+# Predicted for an H200: seconds to compile a kernel, and for a launch with the torch calls around.
+COMPILE_SECONDS, LAUNCH_SECONDS = 0.75, 2e-4
+
+
+class Cost(TorchDispatchMode):
+    """Counts within a `with`, in its thread.
+
+    launches: of Triton kernels. kernels: those that differ by what they are compiled for. calls: of
+    torch's operations. bytes: the most that the tensors within held at once.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.launches = self.calls = self.bytes = self._now = 0
+        self.kernels: set[tuple[Any, ...]] = set()
+        self._held: dict[int, int] = {}
+
+    def __enter__(self) -> "Cost":
+        from triton.runtime.jit import KernelInterface
+
+        self._interface, self._launch = KernelInterface, KernelInterface.__getitem__
+        cost, launch = self, self._launch
+
+        def counted(kernel: Any, grid: Any) -> Any:
+            run = launch(kernel, grid)
+
+            def call(*args: Any, **options: Any) -> Any:
+                cost.launches += 1
+                cost.kernels.add(_specialisation(kernel, args, options))
+                return run(*args, **options)
+
+            return call
+
+        KernelInterface.__getitem__ = counted
+        super().__enter__()
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        super().__exit__(*exception)
+        self._interface.__getitem__ = self._launch
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self.calls += 1
+        for x in tree_leaves(result):
+            if isinstance(x, Tensor):
+                self._hold(x)
+        return result
+
+    def _hold(self, x: Tensor) -> None:
+        storage = x.untyped_storage()
+        address, size = storage.data_ptr(), storage.nbytes()
+        if address in self._held or size == 0:
+            return
+        self._held[address] = size
+        self._now += size
+        self.bytes = max(self.bytes, self._now)
+        weakref.finalize(x, self._drop, address)
+
+    def _drop(self, address: int) -> None:
+        self._now -= self._held.pop(address, 0)
+
+    @property
+    def predicted_seconds(self) -> float:
+        """On an H200, by arithmetic alone: nobody has measured it."""
+        return COMPILE_SECONDS * len(self.kernels) + LAUNCH_SECONDS * (self.launches + self.calls)
+
+
+def _specialisation(kernel: Any, args: tuple[Any, ...], options: dict[str, Any]) -> tuple[Any, ...]:
+    """The kernel, its constants, and of its arguments what Triton compiles for."""
+    return (
+        getattr(kernel, "__name__", str(kernel)),
+        *map(_kind, args),
+        *((name, repr(x)) for name, x in sorted(options.items())),
+    )
+
+
+def _kind(x: Any) -> Any:
+    if isinstance(x, Tensor):
+        return str(x.dtype), x.data_ptr() % 16 == 0
+    if isinstance(x, int) and not isinstance(x, bool):
+        return x == 1, x % 16 == 0, abs(x) >= 1 << 31
+    block = getattr(x, "block_shape", None)
+    return type(x).__name__, None if block is None else tuple(block)
+
+
+def free(where: torch.device) -> int:
+    """Bytes that a check may allocate there; a CPU's are not counted."""
+    return torch.cuda.mem_get_info(where)[0] if where.type == "cuda" else 0
