@@ -81,9 +81,9 @@ def cases(
     if question.op == "ratio_loss":
         return ratio_loss_cases("triton", where, small=True)
     if question.op == "selection":
-        found = selection_cases("triton", where, small=gpu.interpreting())
+        every = selection_cases("triton", where, small=gpu.interpreting())
         # The longest alone in the interpreter, which takes milliseconds per program.
-        return found[-len(KINDS) :] if gpu.interpreting() else found
+        return every[-len(KINDS) :] if gpu.interpreting() else every
     is_forward = question.op == "forward"
     summing = question.tile if is_forward else forward
     shape, launch = _sizes(summing, question.tile, sizes, where)
