@@ -133,13 +133,15 @@ def test_registers_move_between_warps_only_where_warps_are_specialised(
 
 
 @pytest.mark.parametrize("target", ["sm_90"])
-def test_tiles_of_few_registers_let_two_programs_share_a_multiprocessor(
+def test_two_programs_of_a_split_with_four_warps_share_a_multiprocessor(
     compiled: Compiled, target: str
 ):
-    bounded = [x for x in compiled(target) if x.tile and 0 < x.tile["max_registers"] <= 128]
-    small = [x for x in bounded if x.descriptors]
-    assert small
-    _assert_all(target, small, lambda x: x.figures.get("blocks", 0) >= 2)
+    tiled = [x for x in compiled(target) if x.tile and x.descriptors]
+    few = [
+        x for x in tiled if x.tile and (x.tile["variant"], x.figures["warps"]) == ("tma_split", 4)
+    ]
+    assert few
+    _assert_all(target, few, lambda x: x.figures["blocks"] >= 2)
 
 
 def test_targets_are_those_that_launchers_know():

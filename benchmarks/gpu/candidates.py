@@ -13,6 +13,7 @@ HOPPER = (
     Tile("tma", 256, 128, 64, 8, 3),
     Tile("tma", 128, 128, 64, 8, 4),
     Tile("tma_split", 128, 128, 64, 4, 3),
+    Tile("tma_split", 128, 128, 64, 8, 3, max_registers=128),
     Tile("tma_split", 128, 256, 64, 8, 3),
     Tile("tma_split", 256, 128, 64, 8, 3),
     Tile("tma_ws", 128, 256, 64, 4, 3, split_v=256),

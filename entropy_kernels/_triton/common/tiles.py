@@ -85,8 +85,9 @@ TMA = ("tma", "tma_split", "tma_ws")
 #   sm_86 (RTX 4090), forward alone: 14 by "cublas" and 18 by "pointer"; even at D = 1024.
 # - sm_100: forward 7.6 by "cublas", 10 to 17 by tiles of 128 x 128, which cannot feed its tensor
 #   cores. Below D = 2048 the traffic of logits is what costs.
-# - sm_90, D <= 2048: with at most 128 registers two programs of "tma_split" share a multiprocessor,
-#   so that one multiplies while the other sums.
+# - sm_90, D <= 2048: two programs of "tma_split" with four warps share a multiprocessor, so that one
+#   multiplies while the other sums. With eight warps they need at most 128 registers each, which
+#   spills where T or V is odd.
 TILES: dict[Key, tuple[Tile, ...]] = {
     Key("forward", "sm_80", "bfloat16", ANY, ANY): (
         Tile("pointer", 128, 128, 64, 8, 3),
@@ -101,7 +102,7 @@ TILES: dict[Key, tuple[Tile, ...]] = {
         Tile("cublas", 4, 1024, 1, 4, 1, max_registers=255),
     ),
     Key("forward", "sm_90", "bfloat16", 2048, ANY): (
-        Tile("tma_split", 128, 128, 64, 8, 3, max_registers=128),
+        Tile("tma_split", 128, 128, 64, 4, 3),
         Tile("tma_ws", 128, 256, 64, 4, 3),
         Tile("tma", 128, 256, 64, 8, 3),
         Tile("pointer", 128, 128, 64, 8, 3),
@@ -110,7 +111,7 @@ TILES: dict[Key, tuple[Tile, ...]] = {
     Key("forward", "sm_90", "bfloat16", ANY, ANY): (
         Tile("tma", 128, 256, 64, 8, 4),
         Tile("tma_ws", 128, 256, 64, 4, 3),
-        Tile("tma_split", 128, 128, 64, 8, 3, max_registers=128),
+        Tile("tma_split", 128, 128, 64, 4, 3),
         Tile("pointer", 128, 128, 64, 8, 3),
         Tile("cublas", 4, 1024, 1, 4, 1),
     ),
@@ -148,7 +149,7 @@ TILES: dict[Key, tuple[Tile, ...]] = {
     Key("forward_statistics", "sm_90", "bfloat16", ANY, ANY): (
         Tile("tma", 128, 128, 64, 8, 4),
         Tile("tma_split", 128, 128, 64, 8, 4),
-        Tile("pointer", 128, 128, 64, 8, 3),
+        Tile("pointer", 64, 128, 64, 8, 3),
         Tile("cublas", 4, 1024, 1, 4, 1),
     ),
     Key("forward_statistics", "sm_100", "bfloat16", 2047, ANY): (
@@ -173,7 +174,7 @@ TILES: dict[Key, tuple[Tile, ...]] = {
     ),
     Key("forward_keep", "sm_90", "bfloat16", ANY, ANY): (
         Tile("cublas", 4, 1024, 1, 4, 1),
-        Tile("pointer", 128, 128, 64, 8, 3),
+        Tile("pointer", 64, 128, 64, 8, 3),
     ),
     Key("forward_keep", "sm_100", "bfloat16", ANY, ANY): (
         Tile("cublas", 4, 1024, 1, 4, 1),
