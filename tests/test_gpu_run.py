@@ -16,6 +16,7 @@ from benchmarks.gpu import conductor, plan
 from benchmarks.gpu.conductor import Conductor
 from benchmarks.gpu.plan import SECONDS, STAGES, Shard
 from benchmarks.gpu.rows import Rows, append, identity, read
+from benchmarks.gpu.schema import complaints
 
 ROOT = Path(__file__).parents[1]
 WORK = "tests.gpu_shards:work"
@@ -147,9 +148,7 @@ def test_plan_fits_its_seconds_and_tma_ws_comes_last(monkeypatch):
 
 def start(out: Path, *options: str) -> "subprocess.Popen[bytes]":
     command = [sys.executable, "-m", "benchmarks.gpu", "--quick", "--out", str(out), *options]
-    return subprocess.Popen(
-        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
-    )
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT)
 
 
 def kill_all(process: "subprocess.Popen[bytes]") -> None:
@@ -168,6 +167,17 @@ def kill_all(process: "subprocess.Popen[bytes]") -> None:
         except ProcessLookupError:
             continue
     process.wait()
+
+
+def complaints_of_a_gpu(rows, folder: Path) -> list[str]:
+    """What --check says of these rows, had a GPU with replays and peaks made them."""
+    path = folder / "of_a_gpu.jsonl"
+    about = {"gpu": "a GPU", "driver": "1", "quick": False}
+    for row in rows:
+        peak = {"peak_bytes": 1} if "peak_bytes" in row else {}
+        if row["stage"] != "graphs":
+            append(path, row | peak | {"about": row["about"] | about})
+    return complaints(path)
 
 
 def count(path: Path) -> int:
@@ -190,6 +200,7 @@ def test_dry_run_that_is_killed_twenty_times_measures_everything_once(tmp_path):
     assert "0 failed" in table
     assert "torch.compile of the same" in table
     compile((whole / "tiles.py").read_text(), "tiles.py", "exec")
+    assert complaints_of_a_gpu(wanted, tmp_path) == []
 
     seeded = random.Random(0)
     path = killed / "rows.jsonl"

@@ -11,12 +11,14 @@ import sys
 import time
 from pathlib import Path
 
-from benchmarks.gpu.conductor import Conductor, ask
+from benchmarks.gpu.conductor import HANG, Conductor, ask
 from benchmarks.gpu.plan import ALONGSIDE, PROFILE, STAGES, Shard
 from benchmarks.gpu.rows import Rows, read
 
 SECONDS = 480
-# Of every worker before its job comes.
+# What imports and a first look at the GPU may take.
+DESCRIBING = 90.0
+# What every worker imports before its job comes.
 IMPORTS = ("benchmarks.gpu.steps", "benchmarks.gpu.sweep", "benchmarks.gpu.selection")
 
 
@@ -63,7 +65,7 @@ def _run(given: argparse.Namespace, path: Path, end: float) -> int:
         "commit": given.commit,
         "about": {},
     }
-    found = ask("benchmarks.gpu.plan:describe", job, min(60.0, given.seconds))
+    found = ask("benchmarks.gpu.plan:describe", job, min(DESCRIBING, given.seconds))
     wanted = given.stages or [stage for stage in STAGES if stage != PROFILE]
     shards = [Shard(**x) for x in found["shards"]]
     shards = [shard for shard in shards if shard.stage in wanted]
@@ -79,6 +81,8 @@ def _run(given: argparse.Namespace, path: Path, end: float) -> int:
         found["processes"],
         found["memory"],
         IMPORTS,
+        # Who gives more time has a slower machine.
+        hang=HANG * max(1.0, given.seconds / SECONDS),
     ).run()
     print(f"{given.seconds - (end - time.monotonic()):.0f} s; {path}")
     if left_out:

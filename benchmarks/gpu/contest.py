@@ -19,7 +19,7 @@ from benchmarks.tables import quantile
 
 # Beyond this share of the memory an entry's blocks would push the others' out: timed alone.
 CROWDED = 0.4
-# Of an entry by itself.
+# How often an entry is timed by itself.
 ROUNDS = 5
 ALTERNATION = "alternation"
 Call = Callable[[], Any]

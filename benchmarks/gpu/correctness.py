@@ -129,6 +129,9 @@ def run_case(rows: Rows, device: torch.device, case: Case, kernels: list[str], s
                 case.run()
                 if device.type == "cuda":
                     torch.cuda.synchronize(device)
+        except torch.OutOfMemoryError as error:
+            # That says nothing of a kernel: others may use this GPU.
+            return {"left_out": reason(error), "seed": seed}
         except AssertionError as error:
             blamed = [x for x in launched if f"{x.split()[0]}: " in str(error)] or launched
             return {"error": reason(error), "kernels": blamed or kernels, "seed": seed}

@@ -13,12 +13,12 @@ from benchmarks.sources import commit as commit_of
 from entropy_kernels import device as gpu
 from entropy_kernels._bench.machine import processor
 
-PACKAGES = ("torch", "triton", "liger-kernel", "cut-cross-entropy", "verl", "nvidia-cutlass-dsl")
-# The files that a result depends on. tiles.py is no part of them: the tuner writes it in the middle
-# of a run, and every tile is checked before it is timed.
-SOURCES = ("entropy_kernels/**/*.py", "benchmarks/gpu/*.py", "tests/*cases.py")
-PREDICTING = ("predictions.py", "model.py", "hardware.py", "launches.py", "costs.py", "assembly.py")
-NOT_SOURCES = ("tiles.py", "table.py", *PREDICTING)
+PEERS = ("trl", "liger-kernel", "cut-cross-entropy", "verl", "nvidia-cutlass-dsl")
+PACKAGES = ("torch", "triton", *PEERS)
+# The files that a result depends on, and those that only say something about results.
+SOURCES = ("entropy_kernels/**/*.py", "benchmarks/gpu/*.py")
+PREDICTING = ("predictions", "model", "hardware", "launches", "costs", "assembly")
+NOT_SOURCES = {f"benchmarks/gpu/{name}.py" for name in ("table", "schema", *PREDICTING)}
 QUERY = "driver_version,clocks.sm,clocks.mem,clocks.max.sm,temperature.gpu,power.draw,power.limit"
 
 
@@ -74,6 +74,7 @@ def _digest() -> str:
     digest = hashlib.sha256()
     for pattern in SOURCES:
         for path in sorted(ROOT.glob(pattern)):
-            if path.name not in NOT_SOURCES:
-                digest.update(path.relative_to(ROOT).as_posix().encode() + path.read_bytes())
+            name = path.relative_to(ROOT).as_posix()
+            if name not in NOT_SOURCES:
+                digest.update(name.encode() + path.read_bytes())
     return digest.hexdigest()[:12]

@@ -16,6 +16,7 @@ from benchmarks.gpu.contestant import Contestant, Results, step
 from benchmarks.gpu.problem import FRACTION, Problem
 from entropy_kernels import _radix, backends, ops
 from entropy_kernels._bench.step import our_forward
+from entropy_kernels.verification import first_use
 
 
 def contestants(
@@ -62,22 +63,25 @@ def kernels(name: str, problem: Problem) -> tuple[str, ...]:
     impl, _, way = name.partition("-")
     if impl != "triton":
         return ()
+    from entropy_kernels._triton.common import tiles
     from entropy_kernels._triton.head_backward import launch as backward
     from entropy_kernels._triton.head_forward import launch as forward
 
     head = ek.Head(problem.hidden, problem.weight, problem.target)
     # Logits of rows known beforehand are kept; those above a threshold are stored.
-    found = {
-        "forward": forward.preferred(
-            head, keep_logits=way == "known", stores_rows=way == "threshold"
-        )
-    }
+    keeps, stores = way == "known", way == "threshold"
+    rows = {"forward": forward.preferred(head, keep_logits=keeps, stores_rows=stores)}
     if way != "forward":
-        found["dlogits"] = backward.preferred(problem.hidden, head)
-    dtype = str(problem.hidden.dtype).removeprefix("torch.")
-    named = [f"{op} {row[0].variant} {dtype}" for op, row in found.items()]
+        rows["dlogits"] = backward.preferred(problem.hidden, head)
+    options = ("keep_logits",) * keeps + ("stored",) * stores
+    dtype, hidden = problem.hidden.dtype, problem.hidden.shape[1]
+    found = []
+    for op, row in rows.items():
+        refused = first_use.refused(op, problem.hidden.device, dtype, hidden, options)
+        variant = tiles.first(row, refused).variant
+        found.append(f"{op} {variant} {str(dtype).removeprefix('torch.')}")
     selects = ["selection triton"] if way == "0.2" else []
-    return (*named, *selects, *(["ratio_loss triton"] if way != "forward" else []))
+    return (*found, *selects, *(["ratio_loss triton"] if way != "forward" else []))
 
 
 def implementations(device: torch.device) -> list[str]:

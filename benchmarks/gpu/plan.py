@@ -56,7 +56,7 @@ class Shard:
     """Predicted, of one process."""
     arguments: Row = field(default_factory=dict)
     bytes: float = 0
-    """Of the GPU's memory at most; 0 for all of it."""
+    """What it takes of the GPU's memory at most; 0 for all of it."""
 
 
 def describe(rows: Rows, job: Row) -> None:

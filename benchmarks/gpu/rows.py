@@ -104,7 +104,8 @@ def append(path: Path, row: Row) -> None:
     with path.open("ab+") as file:
         # Let go of by the end of the process too, however it ends.
         fcntl.flock(file, fcntl.LOCK_EX)
-        torn = file.tell() and os.pread(file.fileno(), 1, file.tell() - 1) != b"\n"
+        end = os.fstat(file.fileno()).st_size
+        torn = end > 0 and os.pread(file.fileno(), 1, end - 1) != b"\n"
         file.write(b"\n" * torn + json.dumps(row).encode() + b"\n")
         file.flush()
         os.fsync(file.fileno())

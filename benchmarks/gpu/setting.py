@@ -9,7 +9,7 @@ from benchmarks.gpu.rows import Row, Rows
 
 @dataclass(frozen=True)
 class Sizes:
-    """Of a run: T tokens, D hidden."""
+    """What a run measures: T tokens, D hidden."""
 
     base: tuple[int, int] = (8192, 4096)
     """(T, D) of every contestant."""
@@ -46,11 +46,11 @@ def sizes(quick: bool) -> Sizes:
 
 
 def setting_of(rows: Rows, job: Row) -> Setting:
-    """The setting of a worker's job; its share of the GPU's memory is not passed."""
+    """The setting of a worker's job, which never takes far more memory than it should."""
     device = here()
     if device.type == "cuda" and job.get("bytes"):
         whole = torch.cuda.get_device_properties(device).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(1.0, job["bytes"] / whole))
+        torch.cuda.set_per_process_memory_fraction(min(1.0, 2.5 * job["bytes"] / whole))
     return Setting(rows, device, job["quick"])
 
 

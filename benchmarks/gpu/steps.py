@@ -19,6 +19,8 @@ def run(rows: Rows, job: Row) -> None:
     tokens, hidden, vocabulary = (job[name] for name in ("tokens", "hidden", "vocabulary"))
     own = ours.contestants(setting.device, tokens, vocabulary)
     if job["group"] == "base":
+        # What is most wanted comes first.
+        own.sort(key=lambda x: not x.name.startswith("triton"))
         found = [*own, *peers.baselines(setting.quick)]
     else:
         known = {x.name: x for x in [*own, *peers.contestants(setting.quick)]}

@@ -37,7 +37,9 @@ def runs(path: Path) -> list[Rows]:
 
 def in_short(rows: Rows) -> str:
     """What people compare: milliseconds of a step by shape, beside their predictions."""
-    found, on = rows.of("steps"), gpu(rows.about["gpu"])
+    on = gpu(rows.about["gpu"])
+    # At the whole vocabulary, where a contestant has both.
+    found = sorted(rows.of("steps"), key=lambda row: row.get("vocabulary", 0))
     shapes = sorted({(row["tokens"], row["hidden"]) for row in found if "p50_ms" in row})
     lines = []
     for name in IN_SHORT:
