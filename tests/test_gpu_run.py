@@ -35,8 +35,9 @@ def conduct(tmp_path, monkeypatch):
     def run(shards, *, seconds=30.0, hang=1.5, stage="floors", predicted=1.0, work=WORK):
         path = tmp_path / "rows.jsonl"
         plan = [
-            Shard(stage, name, work, predicted, {"shard": name, "does": does})
+            Shard(name if name == "table" else stage, name, work, predicted, arguments)
             for name, does in shards.items()
+            for arguments in [{"shard": name, "does": does}]
         ]
         job = {"out": str(tmp_path), "about": ABOUT}
         end = time.monotonic() + seconds
@@ -85,15 +86,18 @@ def test_shard_that_dies_before_it_measures_is_not_tried_again(conduct):
 
 
 def test_shards_that_are_late_leave_the_later_ones_their_share(conduct):
-    slow = " ".join(["slow0.4"] * 8)
-    rows, left_out = conduct({"a": slow, "b": slow}, seconds=5.0, predicted=5.0)
+    slow = " ".join(["slow0.5"] * 8)
+    shards = {"a": slow, "b": slow, "c": slow, "table": "ok"}
+    rows, left_out = conduct(shards, seconds=9.0, predicted=4.0)
     counts = Counter(row["name"].split()[0] for row in rows)
-    assert left_out == ["a", "b"]
+    assert left_out == ["a", "b", "c"]
     assert counts["a"] >= 1
     assert counts["b"] >= 1
-    more, left_out = conduct({"a": slow, "b": slow}, predicted=6.0)
+    assert counts["c"] == 0
+    assert counts["table"] == 1
+    more, left_out = conduct(shards, predicted=6.0)
     assert left_out == []
-    assert len(by_name(more)) == 18
+    assert len(by_name(more)) == 3 * 8 + 3 + 1
     assert more[: len(rows)] == rows
 
 

@@ -50,6 +50,7 @@ def test_package_and_script_import_where_other_modules_are_missing():
         "    sys.modules[name] = None\n"
         "import os; os.environ['PATH'] = ''\n"
         "import benchmarks.gpu.__main__, benchmarks.gpu.tools, benchmarks.gpu.table\n"
+        "import benchmarks.gpu.first_use, benchmarks.gpu.floors, benchmarks.gpu.schema\n"
         "from benchmarks.gpu.__main__ import IMPORTS\n"
         "import importlib; [importlib.import_module(x) for x in IMPORTS]\n"
         "import torch, entropy_kernels as ek\n"

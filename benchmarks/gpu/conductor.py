@@ -29,7 +29,9 @@ RESERVE = 3.0
 # Between the time when a shard should stop by itself and its kill.
 GRACE = 3.0
 # Less time than this is not worth a process.
-LEAST = 2.0
+LEAST = 5.0
+# Where time is short, shards have this share of theirs or more; the last ones are left out.
+SHORTEST = 0.6
 # A measurement that takes longer hangs: the longest compilations are a third of it.
 HANG = 60.0
 # Processes that a shard may take.
@@ -174,11 +176,13 @@ class Conductor:
         return sum(x.seconds / (self.processes if x.stage in ALONGSIDE else 1) for x in shards)
 
     def _until(self, now: list[Shard]) -> float:
-        """When these should stop: all later ones are shortened alike where time is short."""
+        """When these should stop: where time is short, they and the later ones are shortened."""
         left = self.end - RESERVE - GRACE - time.monotonic()
-        planned = self._wall(self.shards)
-        share = self._wall(now) * min(1.0, left / planned) + max(0.0, left - planned)
-        return time.monotonic() + min(share, left)
+        # Tables are made of what there is.
+        left -= self._wall([x for x in self.shards if x.stage == TABLE and x not in now])
+        planned = self._wall([x for x in self.shards if x.stage != TABLE or x in now])
+        share = self._wall(now) * min(1.0, max(SHORTEST, left / planned))
+        return time.monotonic() + min(share + max(0.0, left - planned), left)
 
     def _start(self, shard: Shard, until: float) -> _Running | None:
         now = time.monotonic()

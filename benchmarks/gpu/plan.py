@@ -23,7 +23,7 @@ SECONDS = {
     "threshold": 30,
     "peers": 90,
     "sweep": 80,
-    TABLE: 5,
+    TABLE: 8,
     PROFILE: 300,
 }
 STAGES = tuple(SECONDS)
