@@ -129,6 +129,7 @@ def test_failed_kernel_is_not_timed_and_every_other_one_is(rows):
     [
         ("forward", "a tile", "forward tma float32"),
         ("dlogits", "a tile", "dlogits tma float32"),
+        ("compiler", "a tile", "dlogits tma float32"),
         # Its rows of 37 words fit no descriptor, so that another tile runs.
         ("forward", "prime", "forward pointer float32"),
     ],
@@ -143,6 +144,8 @@ def test_failed_case_blames_the_kernel_that_ran_and_was_wrong(
 
     def broken(*arguments):
         found = right(*arguments)
+        if wrong == "compiler":
+            raise RuntimeError("out of resource: shared memory")
         (found.logprob if wrong == "forward" else found[0])[0] += 1
         return found
 

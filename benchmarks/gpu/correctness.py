@@ -12,7 +12,7 @@ from unittest import mock
 import torch
 
 from benchmarks.gpu import candidates, ours
-from benchmarks.gpu.rows import Row, Rows, reason
+from benchmarks.gpu.rows import Row, Rows, is_fatal, reason
 from benchmarks.gpu.setting import setting_of
 from entropy_kernels._triton.common import tiles
 from entropy_kernels._triton.common.tiles import Tile
@@ -132,8 +132,12 @@ def run_case(rows: Rows, device: torch.device, case: Case, kernels: list[str], s
         except torch.OutOfMemoryError as error:
             # That says nothing of a kernel: others may use this GPU.
             return {"left_out": reason(error), "seed": seed}
-        except AssertionError as error:
-            blamed = [x for x in launched if f"{x.split()[0]}: " in str(error)] or launched
+        except Exception as error:
+            if is_fatal(error):
+                raise
+            # A wrong result names its op; what does not compile or run was launched last.
+            wrong = [x for x in launched if f"{x.split()[0]}: " in str(error)]
+            blamed = (wrong or launched) if isinstance(error, AssertionError) else launched[-1:]
             return {"error": reason(error), "kernels": blamed or kernels, "seed": seed}
         finally:
             torch.use_deterministic_algorithms(False)

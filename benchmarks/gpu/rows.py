@@ -86,7 +86,7 @@ class Rows:
             values = run()
         except Exception as error:
             row = self.add(stage, name, **shape, error=reason(error))
-            if any(words in str(error) for words in FATAL):
+            if is_fatal(error):
                 raise LostError(row["error"]) from error
             return row
         return self.add(stage, name, **(shape | values))
@@ -132,6 +132,11 @@ def read(path: Path) -> tuple[list[Row], list[int]]:
 def identity(row: Row) -> tuple[Any, ...]:
     """Equal for rows of the same measurement."""
     return tuple(row.get(key) for key in IDENTITY)
+
+
+def is_fatal(error: Exception) -> bool:
+    """Whether the process has lost its GPU."""
+    return any(words in str(error) for words in FATAL)
 
 
 def reason(error: Exception) -> str:
