@@ -24,6 +24,7 @@ from triton.runtime.interpreter import GridExecutor
 from triton.runtime.jit import JITFunction
 
 from entropy_kernels import device, ops
+from entropy_kernels.verification import first_use
 
 OURS = str(Path(device.__file__).parent), str(Path(__file__).parents[1] / "trainer")
 BODIES = {op._qualname: op._init_fn for op in vars(ops).values() if isinstance(op, CustomOpDef)}
@@ -77,11 +78,14 @@ def fake_gpu(arch: str = "sm_90") -> Iterator[Counter[str]]:
             patch.object(device, "on", lambda where: nullcontext()),
             patch.object(device, "architecture", lambda where: arch),
             patch.object(device, "processors", lambda where: 132),
+            patch.object(torch.cuda, "get_device_name", lambda where: "a fake GPU"),
         ):
             stack.enter_context(replaced)
         stack.enter_context(warnings.catch_warnings())
         # Launchers ask whether an address is aligned; that of a fake tensor is 0.
         warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")
+        first_use.forget()
+        stack.callback(first_use.forget)
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=False))
         yield launches
 

@@ -18,7 +18,7 @@ from tests.integrations import small_models
 from tests.test_no_synchronisation import count
 
 # A GPU without recorded kernels; whatever "auto" takes there, nothing may wait.
-pytestmark = pytest.mark.filterwarnings("ignore:linear_logprob_entropy takes the torch path")
+pytestmark = pytest.mark.filterwarnings("ignore:linear_logprob_entropy takes:RuntimeWarning")
 
 # None of them knows a bound of the rows with a gradient.
 OF_BACKWARD = {"nonzero at head_backward.py"}
@@ -33,7 +33,7 @@ def test_trl():
         head = make_head(T)
         given = head.hidden, head.weight, None, head.target, 0.7, 64
         outputs = "log_probs", "entropy", "log_sum_sq_probs"
-        logprob, *_ = trl.LogProbFunction.apply(*given, outputs=outputs)
+        logprob, *_ = trl.LogProbFunction().apply(*given, outputs=outputs)
         assert forward.found == {}
         assert files(lambda: backward(logprob.sum())) == OF_BACKWARD
         trainer = SimpleNamespace(is_in_train=False, top_entropy_quantile=0.2)
@@ -48,7 +48,12 @@ def test_verl():
         logprob, _ = forward_of_head(None, head.hidden, head.weight, head.target, floats(B, L))
         assert forward.found == {}
         assert files(lambda: backward(logprob.sum())) == {"item at launch_rows.py"}
-        options = {"fraction": 0.2, "denominator": "selected", "over_ranks": False}
+        options = {
+            "fraction": 0.2,
+            "denominator": "selected",
+            "over_ranks": False,
+            "impl": "triton",
+        }
         losses = SimpleNamespace(ppo_loss=None, no_padding_2_padding=None)
         loss = verl._HighEntropyLoss(losses, options)
         loss._entropy = floats(B, L)
