@@ -17,7 +17,7 @@ from triton.runtime.errors import InterpreterError
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from entropy_kernels import _triton, device
-from entropy_kernels.verification.head_cases import offset_cases
+from entropy_kernels.verification.offset_cases import offset_cases
 from entropy_kernels.verification.token_cases import ratio_loss_cases, selection_cases
 from tests.interpreter_sanitizer import kernels_of, sanitized
 from tests.marks import nan_is_meant
