@@ -15,6 +15,9 @@ from ..head import Head
 from .head_cases import Case, Shape, Tiles, close, ours
 from .launches import Inputs
 
+# Linux: memory that is never touched is not refused.
+_NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)
+
 
 def offset_cases(
     tiles: Tiles, dtype: torch.dtype, device: torch.device, small: bool = False
@@ -58,12 +61,12 @@ def _far_rows(tiles: Tiles, dtype: torch.dtype, device: torch.device, name: str)
 
 
 def _spread(rows: Tensor) -> Tensor:
-    """The same rows, 2^30 elements apart."""
-    size, stride = rows.element_size(), 1 << 30
-    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)
-    memory = mmap.mmap(-1, (len(rows) - 1) * stride * size + rows[0].nbytes, flags)
-    found = torch.frombuffer(memory, dtype=rows.dtype).as_strided(rows.shape, (stride, 1))
-    return found.copy_(rows)
+    """The same rows, 2^30 elements apart, with zeros where an offset in 32 bits would read."""
+    stride = 1 << 30
+    size = ((len(rows) + 2) * stride + rows.shape[1]) * rows.element_size()
+    memory = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _NORESERVE)
+    found = torch.frombuffer(memory, dtype=rows.dtype)
+    return found.as_strided(rows.shape, (stride, 1), 2 * stride).copy_(rows)
 
 
 def _last_rows(

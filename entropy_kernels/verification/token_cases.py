@@ -41,7 +41,7 @@ def selection_cases(impl: str, device: torch.device, small: bool = False) -> lis
     """The threshold and the mask of exactly k are those of a stable sort, to the bit."""
     return [
         Case(f"selection {impl} {kind} N={count}", partial(_selection, impl, device, count, kind))
-        for count in ((0, 1, 128, 600) if small else (0, 1, 1000, 100_003, 3_000_017))
+        for count in ((0, 1, 128, 2100) if small else (0, 1, 1000, 100_003, 3_000_017))
         for kind in KINDS
     ]
 

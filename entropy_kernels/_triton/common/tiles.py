@@ -85,9 +85,9 @@ TMA = ("tma", "tma_split", "tma_ws")
 #   sm_86 (RTX 4090), forward alone: 14 by "cublas" and 18 by "pointer"; even at D = 1024.
 # - sm_100: forward 7.6 by "cublas", 10 to 17 by tiles of 128 x 128, which cannot feed its tensor
 #   cores. Below D = 2048 the traffic of logits is what costs.
-# - sm_90, D <= 2048: two programs of "tma_split" with four warps share a multiprocessor, so that one
-#   multiplies while the other sums. With eight warps they need at most 128 registers each, which
-#   spills where T or V is odd.
+# - sm_90, D <= 2048: two programs of "tma_split" with four warps share a multiprocessor, so that
+#   one multiplies while the other sums. With eight warps they need at most 128 registers each,
+#   which spills where T or V is odd.
 TILES: dict[Key, tuple[Tile, ...]] = {
     Key("forward", "sm_80", "bfloat16", ANY, ANY): (
         Tile("pointer", 128, 128, 64, 8, 3),

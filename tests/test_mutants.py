@@ -1,0 +1,125 @@
+"""The check refuses kernels that are broken on purpose, says why, and "auto" computes without them.
+
+All run as if their programs ran at the same time.
+"""
+
+import functools
+from unittest import mock
+
+import pytest
+import torch
+
+from tests.marks import nan_is_meant
+
+pytest.importorskip("triton")
+
+import entropy_kernels as ek
+from entropy_kernels import backends, reference
+from entropy_kernels.verification import first_use, machine
+from entropy_kernels.verification.record import Record
+from entropy_kernels.verification.truth import run
+from tests import mutants
+from tests.concurrent_programs import at_once
+from tests.head_cases import assert_as_reference, logprob_entropy, make
+from tests.mutants import CPU, MUTANTS
+
+QUESTIONS = list(dict.fromkeys(mutant.question for mutant in MUTANTS))
+# The others take as long each.
+FAST = ("forward float32 pointer", "forward float32 cublas", "selection", "ratio_loss")
+pytestmark = [nan_is_meant, pytest.mark.skipif(torch.cuda.is_available(), reason="interprets")]
+
+
+def named(name):
+    (found,) = [mutant for mutant in MUTANTS if mutant.name == name]
+    return found
+
+
+@pytest.fixture
+def gpu(monkeypatch, tmp_path):
+    """A machine whose CPU is asked about as a GPU is, with a record of its own."""
+    monkeypatch.setenv("EK_CACHE_DIR", str(tmp_path))
+    monkeypatch.delenv("EK_VERIFY", raising=False)
+    monkeypatch.setattr(first_use, "asks", lambda where: where.type == "cpu")
+    first_use.forget()
+    yield
+    first_use.forget()
+
+
+@pytest.mark.parametrize(
+    "question",
+    [
+        pytest.param(x, id=x.text, marks=[] if x.text.startswith(FAST) else pytest.mark.slow)
+        for x in QUESTIONS
+    ],
+)
+def test_right_kernels_pass(question):
+    with at_once():
+        assert mutants.refusal(question) is None
+
+
+@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)
+def test_a_mutant_is_refused(mutant):
+    assert mutants.reason(mutant) is not None
+
+
+def test_an_edit_without_its_text_is_an_error():
+    mutant = MUTANTS[0]._replace(old="no such line")
+    with pytest.raises(ValueError, match="must occur once"), mutants.broken(mutant):
+        pass
+
+
+def test_the_kernels_are_whole_again():
+    for mutant in MUTANTS:
+        with mutants.broken(mutant):
+            pass
+    test_right_kernels_pass(named("one split dropped").question)
+
+
+def wrong_answers():
+    return {
+        text: answer.reason
+        for text, answer in Record(machine.machine(CPU)).read().items()
+        if not answer.right
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "taken"),
+    [
+        ("a tail column let in", "triton"),
+        ("one split dropped", "other"),
+        ("dz rounded early", "other"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*takes the torch path:RuntimeWarning")
+def test_auto_computes_a_head_without_them(name, taken, gpu):
+    """By the next tile that is right, or by another backend. The record has the reason."""
+    h, w, y = make("peaked", (40, 24, 201), torch.float32)
+    head = functools.partial(logprob_entropy, impl="auto")
+    grads = list(torch.randn(3, 40))
+    with mutants.broken(named(name)), mock.patch.object(first_use, "_tell") as tell:
+        got = run(head, (h, w, y, None), grads)
+        flat = ek.Head(h.requires_grad_(), w.requires_grad_(), y).flat()
+        assert (backends.resolve_head("auto", flat) == "triton") == (taken == "triton")
+    assert_as_reference(got, (h.detach(), w.detach(), y, None), grads)
+    reasons = wrong_answers()
+    assert reasons
+    told = [call.args[0] for call in tell.call_args_list]
+    for text, reason in reasons.items():
+        assert "rows: AssertionError: " in reason
+        assert sum(text in words and reason in words for words in told) == 1
+
+
+def test_auto_selects_and_loses_without_them(gpu):
+    entropy = (3 * torch.empty(2100).exponential_()).floor()
+    logprob, old, advantage = torch.randn(3, 4, 30) / 9
+    want = ek.ratio_loss(logprob, old, advantage, torch.ones(4, 30), impl="torch")[0]
+    for mutant in (named("ties of a threshold counted twice"), named("dual clip missing")):
+        first_use.forget()
+        with mutants.broken(mutant), mock.patch.object(first_use, "_tell") as tell:
+            selected = ek.top_entropy_mask(entropy, fraction=0.2)
+            loss, _ = ek.ratio_loss(logprob, old, advantage, torch.ones(4, 30))
+        assert mutant.op in tell.call_args.args[0]
+        assert torch.equal(selected, reference.top_entropy_mask(entropy, None, 0.2))
+        torch.testing.assert_close(loss, want)
+        assert any(text.startswith(mutant.op) for text in wrong_answers())
