@@ -112,13 +112,14 @@ def test_auto_computes_a_head_without_them(name, taken, gpu):
 
 def test_auto_selects_and_loses_without_them(gpu):
     entropy = (3 * torch.empty(2100).exponential_()).floor()
-    logprob, old, advantage = torch.randn(3, 4, 30) / 9
-    want = ek.ratio_loss(logprob, old, advantage, torch.ones(4, 30), impl="torch")[0]
+    (logprob, old), advantage = -torch.rand(2, 4, 30), torch.randn(4, 30)
+    mask = torch.ones(4, 30, dtype=torch.bool)
+    want = ek.ratio_loss(logprob, old, advantage, mask, impl="torch")[0]
     for mutant in (named("ties of a threshold counted twice"), named("dual clip missing")):
         first_use.forget()
         with mutants.broken(mutant), mock.patch.object(first_use, "_tell") as tell:
             selected = ek.top_entropy_mask(entropy, fraction=0.2)
-            loss, _ = ek.ratio_loss(logprob, old, advantage, torch.ones(4, 30))
+            loss, _ = ek.ratio_loss(logprob, old, advantage, mask)
         assert mutant.op in tell.call_args.args[0]
         assert torch.equal(selected, reference.top_entropy_mask(entropy, None, 0.2))
         torch.testing.assert_close(loss, want)

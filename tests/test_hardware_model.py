@@ -1,0 +1,90 @@
+"""The bounds of the kernels' check hold for right kernels that compute as GPUs do."""
+
+import pytest
+import torch
+
+from tests.marks import nan_is_meant
+
+pytest.importorskip("triton")
+
+from entropy_kernels._bounds import GpuArithmetic
+from entropy_kernels._triton.common.tiles import Tile
+from entropy_kernels.verification import head_cases
+from entropy_kernels.verification.truth import check_results, three_of
+from tests.hardware_model import TENSOR_CORES, hardware
+from tests.mutants import MUTANTS, broken
+
+CPU = torch.device("cpu")
+TOKENS, VOCABULARY = 18, 140
+ALL = ("bias", "temperatures", "softcap", "ignore")
+# The depth of a step is that of GPUs' tiles, or more: it changes no order of the products.
+TILES = (Tile("pointer", 32, 64, 128, 4, 1, 2, 128), Tile("pointer", 32, 64, 128, 4, 1, 2))
+pytestmark = [nan_is_meant, pytest.mark.skipif(torch.cuda.is_available(), reason="interprets")]
+
+
+def judge(depth, dtype, cores, rows="peaked", names=()):
+    """The check of one head by kernels on each of `cores`, whose truth is computed once."""
+    torch.manual_seed(0)
+    shape = (TOKENS, depth, VOCABULARY)
+    inputs, options = head_cases.make_inputs(shape, dtype, CPU, rows, names)
+    gradients = head_cases.make_gradients(TOKENS, CPU)
+    three = three_of(inputs, gradients, **options)
+    arithmetic = GpuArithmetic.of(*inputs[:2], **options)
+    for core in cores:
+        with hardware(core):
+            got = head_cases.ours(TILES, inputs, gradients, options)
+        yield lambda got=got: check_results(got, three, arithmetic, dtype)
+
+
+def cores_of(dtype):
+    return [None] if dtype == torch.float32 else TENSOR_CORES.values()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    ("depth", "rows", "names"),
+    [
+        *((depth, "peaked", ()) for depth in (128, 1024)),
+        *((depth, "peaked", ALL) for depth in (128, 1024)),
+        *((1024, rows, ()) for rows in ("very negative", "tied", "uniform")),
+        (128, "large", ()),
+        pytest.param(2048, "peaked", (), marks=pytest.mark.slow),
+        pytest.param(4096, "very negative", (), marks=pytest.mark.slow),
+        pytest.param(8192, "peaked", (), marks=pytest.mark.slow),
+        pytest.param(8192, "large", ALL, marks=pytest.mark.slow),
+    ],
+)
+def test_right_kernels_pass_at_every_depth(depth, rows, names, dtype):
+    for check in judge(depth, dtype, cores_of(dtype), rows, names):
+        check()
+
+
+def test_strict_bounds_refuse_right_kernels(monkeypatch):
+    """So that the allowance is needed: what it is taken from is not what passes anyway."""
+    monkeypatch.setattr(GpuArithmetic, "of", lambda *_, **__: None)
+    for check in judge(1024, torch.float16, [TENSOR_CORES["Ampere"]]):
+        with pytest.raises(AssertionError, match="forward: error"):
+            check()
+
+
+# Whose error grows with no depth, and one column among many.
+WRONG = {
+    "an entropy without its moved maximum": "peaked",
+    "a tail column let in": "uniform",
+    "ties counted twice": "tied",
+    "a target as any other column": "peaked",
+    "a softcap without slope": "peaked",
+    "a gradient over no temperature": "peaked",
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("depth", [128, pytest.param(8192, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("mutant", [x for x in MUTANTS if x.name in WRONG], ids=lambda x: x.name)
+def test_wrong_kernels_are_refused_at_every_depth(mutant, depth, dtype):
+    names = {"softcap": ("softcap",), "temperature": ("temperatures",)}
+    options = tuple(x for flag in mutant.flags for x in names.get(flag, ()))
+    with broken(mutant):
+        for check in judge(depth, dtype, cores_of(dtype), WRONG[mutant.name], options):
+            with pytest.raises(AssertionError, match="error"):
+                check()
