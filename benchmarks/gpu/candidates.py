@@ -15,7 +15,6 @@ HOPPER = (
     Tile("tma_split", 128, 128, 64, 4, 3),
     Tile("tma_split", 128, 128, 64, 8, 3, max_registers=128),
     Tile("tma_split", 128, 256, 64, 8, 3),
-    Tile("tma_split", 256, 128, 64, 8, 3),
     Tile("tma_ws", 128, 256, 64, 4, 3, split_v=256),
     Tile("tma_ws", 128, 256, 64, 4, 4, split_v=256),
     Tile("pointer", 128, 128, 64, 8, 3),

@@ -85,9 +85,9 @@ TMA = ("tma", "tma_split", "tma_ws")
 #   sm_86 (RTX 4090), forward alone: 14 by "cublas" and 18 by "pointer"; even at D = 1024.
 # - sm_100: forward 7.6 by "cublas", 10 to 17 by tiles of 128 x 128, which cannot feed its tensor
 #   cores. Below D = 2048 the traffic of logits is what costs.
-# - sm_90, D <= 2048: two programs of "tma_split" with four warps share a multiprocessor, so that
-#   one multiplies while the other sums. With eight warps they need at most 128 registers each,
-#   which spills where T or V is odd.
+# - sm_90, D <= 2048: two programs of "tma_split" with four warps share a multiprocessor: one
+#   multiplies while the other sums. With eight warps they need at most 128 registers each, which
+#   spills where T or V is odd.
 TILES: dict[Key, tuple[Tile, ...]] = {
     Key("forward", "sm_80", "bfloat16", ANY, ANY): (
         Tile("pointer", 128, 128, 64, 8, 3),
@@ -322,3 +322,14 @@ def _plainer(op: str) -> Iterator[str]:
     for number in range(len(endings), -1, -1):
         for kept in itertools.combinations(endings, number):
             yield "_".join((name, *kept))
+
+
+def stores_rows(on: torch.device, dtype: torch.dtype, hidden: int) -> bool:
+    """Whether a forward stores the logits of rows above a threshold, as many as fit, for backward.
+
+    The kernels that store nothing are faster where a product is short against the traffic of its
+    logits, which "cublas" writes and reads.
+    """
+    everywhere = {"pointer", "cublas", *TMA}
+    first, *_ = row("forward_store", device.architecture(on), dtype, hidden, ANY, everywhere)
+    return first.variant == "cublas"
