@@ -38,9 +38,7 @@ class Traffic(TorchDispatchMode):
             index = next(x for x in given if not x.is_floating_point())
             self.bytes += 2 * index.numel() * given[0].element_size()
             return result
-        out = _tensors({key: x for key, x in kwargs.items() if key == "out"})
-        unread = out or (given[:1] if name in _ONLY_WRITE else [])
-        read = [x for x in given if not any(x is y for y in unread)]
+        read = _tensors(args[1:] if name in _ONLY_WRITE else args)
         self.bytes += sum(x.numel() * x.element_size() for x in (*read, *returned))
         return result
 

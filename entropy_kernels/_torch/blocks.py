@@ -14,6 +14,8 @@ _SIZES = {"cpu": (512, 1024), "cuda": (4096, 8192)}
 # Below this exponent exp is subnormal in fp32: it adds nothing to a sum that holds a 1, and is ten
 # times slower on a CPU.
 LOWEST_EXPONENT = -87.0
+# At this one exp is 0 in fp32.
+EXPONENT_OF_ZERO = -105.0
 # In fp32 torch.mm runs MKL, which has half the speed of oneDNN on AMD's processors. MKL is faster
 # where a sum has fewer terms than this.
 ONEDNN_LEAST = 128
@@ -47,6 +49,11 @@ def slices(length: int, block: int) -> list[slice]:
 def compute_dtype(x: Tensor) -> Tensor:
     """fp32; but 16-bit inputs stay as they are on a GPU where torch.mm can return fp32 logits."""
     return x if x.is_cuda and device.widens(x.device, x.dtype) else x.float()
+
+
+def few_passes(x: Tensor) -> bool:
+    """Whether memory traffic is what a block costs, more than its logarithms: on a GPU."""
+    return x.is_cuda
 
 
 def product(left: Tensor, right: Tensor) -> Tensor:

@@ -17,9 +17,11 @@ from torch import Tensor
 from .._rows import ForwardRows, is_active, spread
 from ..head import Head
 from .blocks import (
+    EXPONENT_OF_ZERO,
     LOWEST_EXPONENT,
     at,
     compute_dtype,
+    few_passes,
     logits,
     product,
     sizes,
@@ -152,12 +154,12 @@ def _gradients(
     """One pass over the vocabulary, and a product of [R, V, D] for each gradient that is needed."""
     count, vocabulary = hidden_RD.shape[0], head.weight.shape[0]
     block_t, block_v = sizes(hidden_RD)
-    p_buffer = workspace(count, vocabulary, hidden_RD)
-    fp32: dict[str, Any] = {"dtype": torch.float32, "device": hidden_RD.device}
-    dhidden_RD = torch.zeros(hidden_RD.shape, **fp32) if needs.hidden else None
+    e_buffer = workspace(count, vocabulary, hidden_RD)
+    fp32 = torch.float32
+    dhidden_RD = torch.zeros_like(hidden_RD, dtype=fp32) if needs.hidden else None
     own = needs.weight and main_grad is None
     dweight_VD = _empty_like(head.weight) if own else None
-    dbias_V = torch.zeros(vocabulary, **fp32) if needs.bias else None
+    dbias_V = hidden_RD.new_zeros(vocabulary, dtype=fp32) if needs.bias else None
 
     for v in slices(vocabulary, block_v):
         weight = compute_dtype(head.weight[v])
@@ -168,7 +170,7 @@ def _gradients(
             if stored is not None and some.real is not None:
                 stored.masked_fill_(~some.real.unsqueeze(1), 0)
             z = logits(hidden, weight, head, v) if stored is None else stored
-            dz = _dlogits(z, some, head.softcap, v, p_buffer)
+            dz = _dlogits(z, some, head.softcap, v, e_buffer, fp32 if needs.bias else hidden.dtype)
             if dbias_V is not None:
                 dbias_V[v] += dz.sum(0)
             dz = dz.to(hidden.dtype)
@@ -187,12 +189,18 @@ def _gradients(
 
 
 def _dlogits(
-    z_RV: Tensor, rows: _Active, softcap: float | None, v: slice, buffer: Tensor
+    z_RV: Tensor,
+    rows: _Active,
+    softcap: float | None,
+    v: slice,
+    buffer: Tensor,
+    dtype: torch.dtype,
 ) -> Tensor:
-    """The gradient of one block of logits h W^T + b; the block is overwritten.
+    """The gradient of one block of logits h W^T + b, in `dtype` or fp32; the block is overwritten.
 
-    Off the target dz_j = p_j (rest - g_logprob - g_entropy log p_j). At the target
-    g_logprob (1 - p) comes from expm1, which keeps its digits when p is near 1.
+    With d = (z - max) / temperature, off the target dz_j = exp(d_j) (a - b d_j), where a and b have
+    the factor exp(-log_sum). At the target g_logprob (1 - p) comes from expm1, which keeps its
+    digits when p is near 1.
     """
     zero = torch.zeros_like(rows.entropy)
     g_logprob, g_entropy, g_logsumexp = (
@@ -208,26 +216,42 @@ def _dlogits(
     if softcap is not None:
         slope_RV = 1 - z_RV.div_(softcap).tanh_().square()
         z_RV.mul_(softcap)
-    logp_RV = z_RV.sub_(rows.max.unsqueeze(1))
+    d_RV = z_RV.sub_(rows.max.unsqueeze(1))
     if rows.temperature is not None:
-        logp_RV.div_(rows.temperature.unsqueeze(1))
-    logp_RV.sub_(rows.log_sum.unsqueeze(1)).clamp_min_(LOWEST_EXPONENT)
+        d_RV.div_(rows.temperature.unsqueeze(1))
     column, inside = target_column(rows.target, v)
-    logp_target = logp_RV.gather(1, column).squeeze(1)
+    logp_target = (d_RV.gather(1, column).squeeze(1) - rows.log_sum).clamp_min(LOWEST_EXPONENT)
     dz_target = logp_target.exp() * (rest - g_entropy * logp_target)
     dz_target -= g_logprob * logp_target.expm1()
 
-    p_RV = torch.exp(logp_RV, out=view(buffer, *z_RV.shape))
-    # A logit of -inf has p = 0 exactly.
-    torch.threshold_(p_RV, 2e-38, 0.0)
-    factor = (rest - g_logprob).unsqueeze(1)
+    a_R1 = (rest - g_logprob + g_entropy * rows.log_sum).unsqueeze(1)
+    scale_R1 = (-rows.log_sum).exp().unsqueeze(1)
+    e_RV = _exp(d_RV, view(buffer, *z_RV.shape), rows.grad_entropy is not None)
+    rounds = slope_RV is None and dtype != torch.float32
+    out_RV = torch.empty_like(e_RV, dtype=dtype) if rounds else e_RV
     if rows.grad_entropy is None:
-        dz_RV = p_RV.mul_(factor)
+        dz_RV = torch.mul(e_RV, a_R1 * scale_R1, out=out_RV)
     else:
-        dz_RV = logp_RV.mul_(-g_entropy.unsqueeze(1)).add_(factor).mul_(p_RV)
+        b_R1 = -(g_entropy.unsqueeze(1) * scale_R1)
+        if few_passes(d_RV):
+            torch.addcmul(a_R1 * scale_R1, d_RV, b_R1, out=d_RV)
+        else:
+            d_RV.mul_(b_R1).add_(a_R1 * scale_R1)
+        dz_RV = torch.mul(d_RV, e_RV, out=out_RV)
     elsewhere = dz_RV.gather(1, column).squeeze(1)
-    dz_RV.scatter_(1, column, torch.where(inside, dz_target, elsewhere).unsqueeze(1))
+    at_target = torch.where(inside, dz_target.to(dz_RV.dtype), elsewhere)
+    dz_RV.scatter_(1, column, at_target.unsqueeze(1))
     return dz_RV if slope_RV is None else dz_RV.mul_(slope_RV)
+
+
+def _exp(d_RV: Tensor, e_RV: Tensor, multiplied: bool) -> Tensor:
+    """exp(d), exactly 0 where d is -inf; d becomes finite where it is `multiplied`."""
+    if few_passes(d_RV):
+        if multiplied:
+            d_RV.clamp_min_(EXPONENT_OF_ZERO)
+        return torch.exp(d_RV, out=e_RV)
+    torch.exp(d_RV.clamp_min_(LOWEST_EXPONENT), out=e_RV)
+    return torch.threshold_(e_RV, 2e-38, 0.0)
 
 
 def _empty_like(weight_VD: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ from .blocks import (
     LOWEST_EXPONENT,
     at,
     compute_dtype,
+    few_passes,
     logits,
     sizes,
     slices,
@@ -108,6 +109,10 @@ def _block_sums(
     """
     max_T, peak_T = z_TV.max(1)
     max_T = max_T.clamp_min(LOWEST)
+    if few_passes(z_TV) and not with_statistics:
+        if temperature_T is not None:
+            z_TV.sub_(max_T.unsqueeze(1)).div_(temperature_T.unsqueeze(1))
+        return max_T, *_sums_of_shares(z_TV, peak_T.unsqueeze(1), max_T > LOWEST, buffer)
     d_TV = z_TV.sub_(max_T.unsqueeze(1))
     if temperature_T is not None:
         d_TV.div_(temperature_T.unsqueeze(1))
@@ -118,6 +123,26 @@ def _block_sums(
     s_T = e_TV.sum(1).double()
     more = block_sums(e_TV, d_TV) if with_statistics else ()
     return max_T, s_T, e_TV.mul_(d_TV).sum(1).double(), *more
+
+
+def _sums_of_shares(
+    z_TV: Tensor, peak_T1: Tensor, any_T: Tensor, buffer: Tensor
+) -> tuple[Tensor, Tensor]:
+    """s and t by 32 bytes of memory traffic per logit, where exp(d) and d exp(d) need 52.
+
+    With q = exp(d) / Z, the share of a column in its block, and Z = 1 + s,
+
+        s = sum q / max q,   t = Z sum q log q + s log Z
+
+    A block of -inf throughout has no shares, and sums of 0.
+    """
+    q_TV = torch.ops.aten._softmax.out(z_TV, 1, False, out=view(buffer, *z_TV.shape))
+    top_T = q_TV.gather(1, peak_T1).squeeze(1).double()
+    q_TV.scatter_(1, peak_T1, 0.0)
+    s_T = q_TV.sum(1).double() / top_T
+    entropy_T = torch.special.entr(q_TV, out=q_TV).sum(1).double()
+    t_T = s_T * s_T.log1p() - (1 + s_T) * entropy_T
+    return s_T.where(any_T, 0.0), t_T.where(any_T, 0.0)
 
 
 def _merge(
