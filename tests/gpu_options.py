@@ -29,8 +29,9 @@ def bools(*shape: int) -> Tensor:
     return floats(*shape) > 0
 
 
-def make_head(*shape: int, **options: Any) -> ek.Head:
-    hidden, weight = floats(*shape, D, dtype=torch.bfloat16), floats(V, D, dtype=torch.bfloat16)
+def make_head(*shape: int, size: int = D, **options: Any) -> ek.Head:
+    """A head on states of `size` numbers."""
+    hidden, weight = (floats(*x, size, dtype=torch.bfloat16) for x in (shape, (V,)))
     target = torch.randint(V, shape, device="cuda")
     return ek.Head(hidden.requires_grad_(), weight.requires_grad_(), target, **options)
 

@@ -6,8 +6,10 @@ What does wait, or copies, is in a list of its own, by name.
 import functools
 import itertools
 import re
+from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,7 +22,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 pytest.importorskip("triton")
 
 import entropy_kernels as ek
-from entropy_kernels import distributed, ops, token_rules
+from entropy_kernels import _triton, distributed, ops, token_rules
 from entropy_kernels._radix import kth_largest
 from entropy_kernels.top_entropy_mask import SCOPES, TIES, WHICH
 from tests.gpu_options import (
@@ -40,6 +42,7 @@ from tests.gpu_options import (
     make_head,
 )
 from tests.host_waits import HostWaits, backward, fake_gpu
+from tests.interpreter_sanitizer import kernels_of
 
 IMPLS = ("triton", "torch")
 
@@ -227,13 +230,25 @@ def test_no_choice_of_tokens_waits(name, impl):
         assert bool(launches) == (impl == "triton")
 
 
-@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "gfx942"])
+@pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("name", HEADS)
-def test_no_head_waits_whatever_its_architecture(name, arch):
-    with fake_gpu(arch):
+def test_no_head_waits(name, impl):
+    with fake_gpu():
         of_head = HEADS[name]()
-        for impl in IMPLS:
-            assert count(lambda impl=impl: head_alone(impl, {}, **of_head)) == {}
+        assert count(lambda: head_alone(impl, {}, **of_head)) == {}
+
+
+def test_no_launcher_of_any_kernel_waits_on_any_architecture():
+    launched = Counter()
+    for arch in ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942"):
+        with fake_gpu(arch) as launches, HostWaits() as waits:
+            for options, size in itertools.product(CALLS.values(), (D, 1024, 4096)):
+                head_alone("triton", options(), size=size)
+            selection("triton")
+            ratio_loss({"impl": "triton", "dual_clip": 3.0}, T)
+        assert waits.found == {}
+        launched += launches
+    assert launched.keys() == kernels_of(Path(_triton.__file__).parent)
 
 
 @pytest.mark.parametrize("impl", IMPLS)
