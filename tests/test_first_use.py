@@ -153,7 +153,7 @@ def test_an_answer_of_another_process_decides_too(checked):
 
 
 def test_a_kernel_that_raises_is_refused(monkeypatch):
-    def raise_(work):
+    def raise_(*work):
         raise RuntimeError("out of resource: shared memory\nmore")
 
     monkeypatch.setattr(launch, "from_pointers", raise_)
