@@ -19,6 +19,7 @@ ROOT = Path(__file__).parents[1]
 INTERNAL = {
     "benchmarks.bench_train_step",
     "benchmarks.gpu.one_launch",
+    "benchmarks.gpu.worker",
     "tests.trainer.hostile_answers",
     "tests.trainer.vllm_rank",
     "trainer.rewards.worker",

@@ -1,6 +1,6 @@
 """Tiles of the kernels, by op, architecture, dtype and shape: a literal table, no autotuning.
 
-benchmarks/gpu/tune.py rewrites TILES and records the GPU and the date of the measurement in
+benchmarks/gpu/tune.py proposes TILES anew and records the GPU and the date of the measurement in
 `source`. "predicted" marks tiles that were chosen without a GPU: ahead-of-time compilation shows
 no spills, and the cost model prefers them.
 
