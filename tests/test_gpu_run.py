@@ -189,6 +189,7 @@ def count(path: Path) -> int:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(2400)
 def test_dry_run_that_is_killed_twenty_times_measures_everything_once(tmp_path):
     pytest.importorskip("triton")
     whole, killed = tmp_path / "whole", tmp_path / "killed"

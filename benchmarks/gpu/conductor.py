@@ -198,9 +198,9 @@ class Conductor:
 
     def _prepare(self) -> None:
         """Has the next processes import what they need while others work."""
-        rest = self.shards[1:]
-        many = any(shard.stage in ALONGSIDE for shard in rest[:1])
-        while len(self._spare) < min(self.processes if many else 1, len(rest)):
+        now, *rest = self.shards
+        begins = now.stage not in ALONGSIDE and any(x.stage in ALONGSIDE for x in rest[:1])
+        while len(self._spare) < min(self.processes if begins else 1, len(rest)):
             self._spare.append(Process(self.imports))
 
     def _watch(self, one: _Running) -> bool:
