@@ -25,8 +25,8 @@ from .offset_cases import far_cases, offset_cases
 from .question import Question, ask
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-# D of the questions: one that descriptors fit, with a whole number of blocks.
-HIDDEN = 1024
+# D of the questions, which descriptors fit: one of each row of the table.
+HIDDEN = (1024, 4096)
 # In the interpreter.
 SMALL_HIDDEN = 32
 # What a head's call may add, each alone and all together.
@@ -45,18 +45,18 @@ STORING: dict[str, dict[str, bool]] = {
 
 
 class Asked(NamedTuple):
-    """A question, and the tile whose forward its backward follows."""
+    """A question, D of its check, and the tile whose forward its backward follows."""
 
     question: Question
+    hidden: int = 0
     forward: Any = None
 
 
 def run(where: torch.device, say: Callable[[str], None]) -> dict[str, Any]:
     """The answers to every question of `where`, and what they cost; `say` is given each row."""
-    hidden = SMALL_HIDDEN if device.interpreting() else HIDDEN
     started, rows = time.monotonic(), []
-    answers = (_answered(asked, where, hidden) for asked in questions(where, hidden))
-    for row in itertools.chain(answers, _offsets(where, hidden)):
+    answers = (_answered(asked, where) for asked in questions(where))
+    for row in itertools.chain(answers, _offsets(where)):
         rows.append(row)
         say(_line(row))
     wrong = sum(row["right"] is False for row in rows)
@@ -72,56 +72,62 @@ def run(where: torch.device, say: Callable[[str], None]) -> dict[str, Any]:
     }
 
 
-def questions(where: torch.device, hidden: int) -> Iterator[Asked]:
-    """Every op, tile, dtype and set of options that a call may meet, a tile's first once each."""
+def questions(where: torch.device) -> Iterator[Asked]:
+    """Every op, tile, dtype and set of options that a call may meet, each once."""
     yield Asked(Question("selection", torch.float32))
     yield Asked(Question("ratio_loss", torch.float32))
-    head = _of_head_in_the_interpreter if device.interpreting() else _of_head
-    for dtype in DTYPES:
-        yield from dict.fromkeys(head(where, dtype, hidden))
+    small = device.interpreting()
+    head, sizes = (_of_head_interpreted, (SMALL_HIDDEN,)) if small else (_of_head, HIDDEN)
+    seen: set[Question] = set()
+    for dtype, hidden in itertools.product(DTYPES, sizes):
+        for op, options, tile, *forward in head(where, dtype, hidden):
+            question = ask(op, dtype, hidden, options, tile)
+            if question not in seen:
+                seen.add(question)
+                yield Asked(question, hidden, *forward)
 
 
-def _of_head(where: torch.device, dtype: torch.dtype, hidden: int) -> Iterator[Asked]:
+def _of_head(where: torch.device, dtype: torch.dtype, hidden: int) -> Iterator[tuple[Any, ...]]:
     arch = device.architecture(where)
     key = arch, dtype, hidden, tiles.ANY, tiles.variants(arch)
     for options in FORWARDS:
         plain = {"statistics": "statistics" in options, "softcap": "softcap" in options}
         for name, kind in STORING.items():
             for tile in choice.forward_row(key, **plain, **kind):
-                yield Asked(ask("forward", dtype, hidden, (*options, name), tile))
+                yield ("forward", (*options, name), tile)
     forward, keeps, stores = (choice.forward_row(key, **kind)[0] for kind in STORING.values())
     for options in BACKWARDS:
         for tile in choice.dlogits_row(key, softcap="softcap" in options):
-            yield Asked(ask("dlogits", dtype, hidden, options, tile), forward)
-            yield Asked(ask("dlogits", dtype, hidden, (*options, "stored"), tile), stores)
-        yield Asked(ask("dlogits", dtype, hidden, (*options, "keep_logits"), None), keeps)
+            yield ("dlogits", options, tile, forward)
+            yield ("dlogits", (*options, "stored"), tile, stores)
+        yield ("dlogits", (*options, "keep_logits"), None, keeps)
 
 
-def _of_head_in_the_interpreter(
+def _of_head_interpreted(
     where: torch.device, dtype: torch.dtype, hidden: int
-) -> Iterator[Asked]:
+) -> Iterator[tuple[Any, ...]]:
     """Every tile once, and every way to store logits: milliseconds per program add up."""
     arch = device.architecture(where)
     key = arch, dtype, hidden, tiles.ANY, tiles.variants(arch)
     forward, keeps, stores = (choice.forward_row(key, **kind)[0] for kind in STORING.values())
     if dtype != torch.float32:
-        yield Asked(ask("forward", dtype, hidden, (), forward))
+        yield ("forward", (), forward)
         return
     for tile in choice.forward_row(key):
-        yield Asked(ask("forward", dtype, hidden, ALL, tile))
-    yield Asked(ask("forward", dtype, hidden, ("keep_logits",), keeps))
-    yield Asked(ask("forward", dtype, hidden, ("stored",), stores))
+        yield ("forward", ALL, tile)
+    yield ("forward", ("keep_logits",), keeps)
+    yield ("forward", ("stored",), stores)
     for tile in choice.dlogits_row(key):
-        yield Asked(ask("dlogits", dtype, hidden, ADDED, tile), forward)
-    yield Asked(ask("dlogits", dtype, hidden, ("keep_logits",), None), keeps)
-    yield Asked(ask("dlogits", dtype, hidden, ("stored",), choice.dlogits_row(key)[0]), stores)
+        yield ("dlogits", ADDED, tile, forward)
+    yield ("dlogits", ("keep_logits",), None, keeps)
+    yield ("dlogits", ("stored",), choice.dlogits_row(key)[0], stores)
 
 
-def _answered(asked: Asked, where: torch.device, hidden: int) -> dict[str, Any]:
+def _answered(asked: Asked, where: torch.device) -> dict[str, Any]:
     question = asked.question
 
     def work() -> str | None:
-        return check(question, where, Sizes(hidden), asked.forward)
+        return check(question, where, Sizes(asked.hidden), asked.forward)
 
     with first_use.marked(question, where):
         row = _row(question.text, where, work)
@@ -154,10 +160,10 @@ def _row(name: str, where: torch.device, work: Callable[[], str | None]) -> dict
     }
 
 
-def _offsets(where: torch.device, hidden: int) -> Iterator[dict[str, Any]]:
+def _offsets(where: torch.device) -> Iterator[dict[str, Any]]:
     """Offsets beyond 2^31, by every tile of the plain forward and backward in one dtype."""
     arch, interpreting = device.architecture(where), device.interpreting()
-    dtype = torch.float32 if interpreting else torch.bfloat16
+    dtype, hidden = (torch.float32, SMALL_HIDDEN) if interpreting else (torch.bfloat16, HIDDEN[-1])
     key = arch, dtype, hidden, tiles.ANY, tiles.variants(arch)
     pairs = itertools.zip_longest(choice.forward_row(key), choice.dlogits_row(key))
     room = torch.cuda.mem_get_info(where)[0] if where.type == "cuda" else 0

@@ -3,13 +3,12 @@
 import weakref
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-# Predicted for an H200: seconds to compile a kernel, and for a launch with the torch calls around.
-COMPILE_SECONDS, LAUNCH_SECONDS = 0.75, 2e-4
+# Predicted for an H200: seconds to compile a kernel, to launch one, and for an operation of torch's.
+COMPILE_SECONDS, LAUNCH_SECONDS, CALL_SECONDS = 0.75, 5e-5, 1e-5
 
 
 class Cost(TorchDispatchMode):
@@ -73,7 +72,8 @@ class Cost(TorchDispatchMode):
     @property
     def predicted_seconds(self) -> float:
         """On an H200, by arithmetic alone: nobody has measured it."""
-        return COMPILE_SECONDS * len(self.kernels) + LAUNCH_SECONDS * (self.launches + self.calls)
+        compiling = COMPILE_SECONDS * len(self.kernels)
+        return compiling + LAUNCH_SECONDS * self.launches + CALL_SECONDS * self.calls
 
 
 def _specialisation(kernel: Any, args: tuple[Any, ...], options: dict[str, Any]) -> tuple[Any, ...]:
@@ -92,8 +92,3 @@ def _kind(x: Any) -> Any:
         return x == 1, x % 16 == 0, abs(x) >= 1 << 31
     block = getattr(x, "block_shape", None)
     return type(x).__name__, None if block is None else tuple(block)
-
-
-def free(where: torch.device) -> int:
-    """Bytes that a check may allocate there; a CPU's are not counted."""
-    return torch.cuda.mem_get_info(where)[0] if where.type == "cuda" else 0
