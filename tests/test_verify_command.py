@@ -125,8 +125,8 @@ def test_the_cost_of_a_first_call_is_counted():
         assert (
             checks.check(ask("forward", torch.float32, 32, (), tile), CPU, checks.Sizes(32)) is None
         )
-    # Five kinds of rows, rows without an answer, and twice; each numbers its valid rows, twice, sums,
-    # takes the targets' logits, merges and spreads.
+    # Five kinds of rows, rows without an answer, and one twice. Two launches number the valid rows;
+    # the others sum, take the targets' logits, merge and spread.
     assert cost.launches == 8 * 6
     assert len(cost.kernels) == 6
     assert 0 < cost.bytes < 1 << 24

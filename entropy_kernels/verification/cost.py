@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-# Predicted for an H200: seconds to compile a kernel, to launch one, and for an operation of torch's.
+# Predicted seconds of an H200: to compile a kernel, to launch one, for an operation of torch's.
 COMPILE_SECONDS, LAUNCH_SECONDS, CALL_SECONDS = 0.75, 5e-5, 1e-5
 
 

@@ -294,8 +294,8 @@ def stored_rows(
 ) -> None:
     """The logits of all rows, of none, of some, and of more than fit are stored for backward.
 
-    A row that is recomputed has sums of another order than forward's, so only where all are read
-    both bounds hold; otherwise each row of the gradient is one of the two, to the bit.
+    A row that is recomputed has sums of another order than forward's. So both bounds hold where
+    all rows are read; otherwise each row of the gradient is one of the two, to the bit.
     """
     inputs, options = make_inputs(shape, dtype, device, "peaked", (*names, "ignore"))
     gradients = make_gradients(shape[0], device)
