@@ -118,10 +118,10 @@ TILES: dict[Key, tuple[Tile, ...]] = {
     Key("forward", "sm_100", "bfloat16", 2047, ANY): (
         Tile("tma", 128, 128, 64, 8, 4),
         Tile("pointer", 128, 128, 64, 8, 3),
-        Tile("cublas", 4, 1024, 1, 4, 1),
+        Tile("cublas", 4, 1024, 1, 4, 1, max_registers=128),
     ),
     Key("forward", "sm_100", "bfloat16", ANY, ANY): (
-        Tile("cublas", 4, 1024, 1, 4, 1),
+        Tile("cublas", 4, 1024, 1, 4, 1, max_registers=128),
         Tile("tma", 128, 128, 64, 8, 4),
         Tile("pointer", 128, 128, 64, 8, 3),
     ),
@@ -135,10 +135,10 @@ TILES: dict[Key, tuple[Tile, ...]] = {
     Key("forward_softcap", "sm_100", "bfloat16", 2047, ANY): (
         Tile("tma", 128, 128, 64, 8, 4),
         Tile("pointer", 128, 128, 64, 8, 3),
-        Tile("cublas", 4, 1024, 1, 4, 1),
+        Tile("cublas", 4, 1024, 1, 4, 1, max_registers=128),
     ),
     Key("forward_softcap", "sm_100", "bfloat16", ANY, ANY): (
-        Tile("cublas", 4, 1024, 1, 4, 1),
+        Tile("cublas", 4, 1024, 1, 4, 1, max_registers=128),
         Tile("tma", 128, 128, 64, 8, 4),
         Tile("pointer", 128, 128, 64, 8, 3),
     ),
@@ -156,10 +156,10 @@ TILES: dict[Key, tuple[Tile, ...]] = {
         Tile("tma", 128, 64, 64, 8, 4),
         Tile("tma_split", 128, 64, 64, 8, 4),
         Tile("pointer", 128, 64, 64, 8, 3),
-        Tile("cublas", 4, 1024, 1, 4, 1),
+        Tile("cublas", 4, 1024, 1, 4, 1, max_registers=128),
     ),
     Key("forward_statistics", "sm_100", "bfloat16", ANY, ANY): (
-        Tile("cublas", 4, 1024, 1, 4, 1),
+        Tile("cublas", 4, 1024, 1, 4, 1, max_registers=128),
         Tile("tma", 128, 64, 64, 8, 4),
         Tile("tma_split", 128, 64, 64, 8, 4),
         Tile("pointer", 128, 64, 64, 8, 3),
@@ -177,7 +177,7 @@ TILES: dict[Key, tuple[Tile, ...]] = {
         Tile("pointer", 64, 128, 64, 8, 3),
     ),
     Key("forward_keep", "sm_100", "bfloat16", ANY, ANY): (
-        Tile("cublas", 4, 1024, 1, 4, 1),
+        Tile("cublas", 4, 1024, 1, 4, 1, max_registers=128),
         Tile("pointer", 128, 128, 64, 8, 3),
     ),
     Key("forward", "gfx942", "bfloat16", ANY, ANY): (
@@ -220,10 +220,10 @@ TILES: dict[Key, tuple[Tile, ...]] = {
     ),
     Key("forward_store", "sm_100", "bfloat16", 1024, ANY): (
         Tile("tma", 128, 128, 64, 8, 4),
-        Tile("cublas", 4, 1024, 1, 4, 1),
+        Tile("cublas", 4, 1024, 1, 4, 1, max_registers=128),
     ),
     Key("forward_store", "sm_100", "bfloat16", ANY, ANY): (
-        Tile("cublas", 4, 1024, 1, 4, 1),
+        Tile("cublas", 4, 1024, 1, 4, 1, max_registers=128),
         Tile("tma", 128, 128, 64, 8, 4),
     ),
     Key("forward_store", "any", "bfloat16", ANY, ANY): (
