@@ -151,8 +151,9 @@ def test_a_step_launches_the_products_that_it_is_said_to(where):
 @pytest.mark.parametrize("name", [*LABELS, "triton-recomputed", "triton-forward"])
 def test_predictions_grow_with_the_tokens_and_say_nothing_of_unknown_gpus(name):
     few, many = (predictions.milliseconds(name, tokens, 4096) for tokens in (8192, 32768))
-    # The logits of a known mask fit at the smaller number alone.
-    assert 3.8 * few < many < 4.5 * few
+    # All logits of the rows known beforehand fit at the smaller number alone.
+    most = {"triton-known": 5, "triton-threshold": 4.5}.get(name, 4.2)
+    assert 3.8 * few < many < most * few
     assert predictions.milliseconds(name, 8192, 4096, gpu("NVIDIA T4")) is None
     on_others = [predictions.milliseconds(name, 8192, 4096, where) for where in GPUS[1:]]
     by_rates = name.startswith(("flsce", "verl", "cce"))

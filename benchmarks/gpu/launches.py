@@ -114,6 +114,8 @@ def _noted(shape: Shape, stored: int = 0) -> Iterator[list[Launch]]:
         patch.object(GridExecutor, "__call__", note),
         patch.object(device, "architecture", lambda device: shape.architecture),
         patch.object(device, "processors", lambda device: shape.processors),
+        # It would try a product, once per process.
+        patch.object(device, "widens", lambda device, dtype: True),
         _Ops(found),
     ):
         yield found
