@@ -84,8 +84,9 @@ def high_entropy_policy_loss(
         old_logprob: log-probabilities under the sampling policy; None: on-policy, ratio 1.
         advantage: one per token, or one per sequence where target is [B, L] or lengths is given.
         mask: the loss mask, false for prompt, padding and tool tokens. They never enter the
-            threshold and on a CPU cost nothing. A target of head.ignore_index is no token, whatever
-            the mask says, and enters no count.
+            threshold. They cost nothing on a CPU; on a GPU only cuBLAS and the torch path multiply
+            them. A target of head.ignore_index is no token, whatever the mask says, and enters no
+            count.
         selection: the ablations of `fraction`, and the tolerance of `threshold`: `Selection`.
         parallel: the ranks that share the batch, its sequences or the vocabulary: `Parallel`. With
             `group` the tokens are selected among those of all its ranks, without it among those of
