@@ -98,6 +98,7 @@ LOSSES: dict[str, Callable[[], Options]] = {
 CHOICES: dict[str, Callable[[], Options]] = {
     **{
         f"fraction which={which} scope={scope}": lambda which=which, scope=scope: {
+            "fraction": 0.5,
             "selection": ek.Selection(which, scope),
         }
         for which, scope in itertools.product(("top", "bottom", "random"), ("batch", "sequence"))

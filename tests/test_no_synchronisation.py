@@ -9,6 +9,8 @@ import re
 from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import fields, is_dataclass
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -211,6 +213,22 @@ WAITS: dict[str, tuple[Callable[[], object], set[str]]] = {
         {"_to_copy at streaming_threshold.py"},
     ),
 }
+
+
+def test_every_option_is_tried():
+    with fake_gpu():
+        heads, calls = ([x() for x in table.values()] for table in (HEADS, CALLS))
+        of_loss = [x() for x in (LOSSES | CHOICES).values()]
+    tried = {name for options in (*heads, *calls, *of_loss) for name in options}
+    groups = [x for options in of_loss for x in options.values() if is_dataclass(x)]
+    tried |= {f.name for x in groups for f in fields(x) if getattr(x, f.name) is not f.default}
+    parameters = {*signature(ek.high_entropy_policy_loss).parameters}
+    parameters |= {*signature(ek.linear_logprob_entropy).parameters}
+    kinds = ek.Head, ek.KL, ek.Correction, ek.Aggregation, ek.EntropyBonus, ek.Selection
+    wanted = parameters | {f.name for kind in kinds for f in fields(kind)}
+    # Those below have tests of their own, or are in every case.
+    elsewhere = {"backend", "hidden", "impl", "lengths", "main_grad", "parallel", "vocab_group"}
+    assert wanted - tried == elsewhere | {"head", "mask", "target", "weight"}
 
 
 @pytest.mark.parametrize("name", LOSSES)
