@@ -250,8 +250,8 @@ MUTANTS = [
     Mutant(
         "the place of a stored row off by one",
         ROWS,
-        "place = tl.load(places_ptr + row, mask=inside, other=-1)",
-        "place = tl.load(places_ptr + row + 1, mask=inside, other=-1)",
+        "tl.store(place_ptr + offs, place, mask=inside)",
+        "tl.store(place_ptr + offs, place + 1, mask=inside)",
         "dlogits",
         "pointer",
         ("stored",),

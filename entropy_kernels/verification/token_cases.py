@@ -152,7 +152,8 @@ def assert_as_the_sort(impl: str, values: Tensor, mask: Tensor | None, fraction:
     threshold, selected = select(impl, values, mask, fraction)
     values, mask = values.cpu(), None if mask is None else mask.cpu()
     assert_same_bits(threshold.cpu(), reference.entropy_threshold(values, mask, fraction))
-    assert torch.equal(selected.cpu(), reference.top_entropy_mask(values, mask, fraction))
+    wanted = reference.top_entropy_mask(values, mask, fraction)
+    assert torch.equal(selected.cpu(), wanted), "another selection than a stable sort's"
 
 
 def _selection(impl: str, device: torch.device, count: int, kind: str) -> None:
