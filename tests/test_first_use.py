@@ -111,7 +111,12 @@ def test_every_public_function_asks(checked):
     assert {text.split()[0] for text in asked} == {"forward", "dlogits", "selection", "ratio_loss"}
     asked.clear()
     linear_token_logprobs(make_head(torch.float16), torch.arange(3))
-    assert [text.split()[:2] for text in asked] == [["forward", "float16"], ["dlogits", "float16"]]
+    assert [text.split()[:2] for text in asked] == 2 * [
+        ["forward", "float16"],
+        ["dlogits", "float16"],
+    ]
+    # Its backward gives a bias to kernels that its forward has none for.
+    assert [" bias" in text for text in asked] == [False, False, True, True]
 
 
 @pytest.mark.parametrize("others", [True, False], ids=["next tile", "torch"])
