@@ -1,13 +1,17 @@
 """Answers about kernels outlive their process; nothing that happens to their files is an error."""
 
+import importlib.metadata
 import json
 import multiprocessing
 import os
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
 import time
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -51,6 +55,22 @@ def test_a_machine_is_all_that_decides(monkeypatch):
     assert all(isinstance(x, str) and x for x in here.values())
 
 
+def test_triton_may_be_installed_under_another_name(monkeypatch):
+    def missing(name):
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", missing)
+    assert machine.machine(torch.device("cpu"))["triton"]
+
+
+def test_a_mark_with_a_number_that_no_process_has_is_a_dead_one_s():
+    ours = Record(ABOUT)
+    ours.write("forward one", RIGHT)
+    mark = {"question": "dlogits two", "host": socket.gethostname(), "pid": 1 << 70}
+    (ours.folder / "dlogits.started").write_text(json.dumps(mark))
+    assert ours.read() == {"forward one": RIGHT, "dlogits two": Answer(False, DIED)}
+
+
 def test_the_digest_is_of_the_kernels(tmp_path, monkeypatch):
     (tmp_path / "_triton" / "common").mkdir(parents=True)
     file = tmp_path / "_triton" / "common" / "tiles.py"
@@ -65,6 +85,7 @@ def test_the_digest_is_of_the_kernels(tmp_path, monkeypatch):
     ("variables", "wanted"),
     [
         ({"EK_CACHE_DIR": "/own", "XDG_CACHE_HOME": "/xdg"}, "/own"),
+        ({"EK_CACHE_DIR": "~/own", "HOME": "/home/me"}, "/home/me/own"),
         ({"XDG_CACHE_HOME": "/xdg"}, "/xdg/entropy_kernels"),
         ({"HOME": "/home/me"}, "/home/me/.cache/entropy_kernels"),
     ],
@@ -77,7 +98,16 @@ def test_where_the_cache_is(monkeypatch, variables, wanted):
     assert str(record.cache_folder()) == wanted
 
 
-@pytest.mark.parametrize("contents", [b"{", b"", b"\xff\xfe", b"[1]", b'{"question": 3}'])
+def test_a_user_without_a_home_has_a_cache(monkeypatch):
+    for name in ("EK_CACHE_DIR", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)
+    assert record.cache_folder() == Path(tempfile.gettempdir()) / "entropy_kernels"
+
+
+@pytest.mark.parametrize(
+    "contents", [b"{", b"", b"\xff\xfe", b"[1]", b'{"question": 3}', b"[" * 99999]
+)
 def test_a_damaged_file_is_told_once_and_costs_one_answer(contents):
     ours = Record(ABOUT)
     ours.write("forward one", RIGHT)

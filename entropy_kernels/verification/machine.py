@@ -2,7 +2,6 @@
 
 import functools
 import hashlib
-import importlib.metadata
 import json
 import re
 from pathlib import Path
@@ -19,12 +18,14 @@ _DRIVERS = ("/proc/driver/nvidia/version", "/sys/module/amdgpu/version")
 
 def machine(where: torch.device) -> dict[str, str]:
     """All that an answer depends on; another value of any is another machine."""
+    import triton
+
     return {
         "gpu": torch.cuda.get_device_name(where) if where.type == "cuda" else where.type,
         "architecture": device.architecture(where),
         "driver": _driver(),
         "torch": torch.__version__,
-        "triton": importlib.metadata.version("triton"),
+        "triton": triton.__version__,  # its distribution has other names on ROCm
         "cuda": str(torch.version.cuda or torch.version.hip),
         "kernels": sources(),
     }

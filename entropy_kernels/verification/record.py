@@ -35,10 +35,15 @@ class Answer(NamedTuple):
 
 
 def cache_folder() -> Path:
-    """EK_CACHE_DIR, or entropy_kernels in XDG_CACHE_HOME or in ~/.cache."""
+    """EK_CACHE_DIR, or entropy_kernels in XDG_CACHE_HOME or in ~/.cache.
+
+    A user without a home, as containers have them, has it in the folder of temporary files.
+    """
     if own := os.environ.get("EK_CACHE_DIR"):
-        return Path(own)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "entropy_kernels"
+        return Path(os.path.expanduser(own))
+    home = os.path.expanduser("~")
+    cache = tempfile.gettempdir() if home == "~" else os.path.join(home, ".cache")
+    return Path(os.environ.get("XDG_CACHE_HOME") or cache) / "entropy_kernels"
 
 
 class Record:
@@ -132,7 +137,7 @@ def _parse(path: Path) -> dict[str, object]:
         found = json.loads(path.read_text("utf-8"))
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         _tell(path, f"is damaged and left out: {error}")
         return {}
     if not isinstance(found, dict):
@@ -152,7 +157,7 @@ def _runs(mark: dict[str, object], path: Path) -> bool:
         return False
     try:
         os.kill(pid, 0)
-    except ProcessLookupError:
+    except (ProcessLookupError, OverflowError):
         return False
     except OSError:
         pass
