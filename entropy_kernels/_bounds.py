@@ -29,7 +29,8 @@ class GpuArithmetic(NamedTuple):
     Tensor cores align 16-bit products to the largest exponent. They cut them, and the accumulator
     every 16 terms or fewer, to 24 bits and a few more (arXiv 2512.07004). Models of these
     (tests/hardware_model.py) lose up to 2^-23 of the largest logit per 16 terms. fp32 products are
-    chains of FMA, which `worst_of_orders` has. Softmax and softcap use ex2.approx and div.full.
+    chains of FMA. `worst_of_orders` has those of PRODUCT_STEPS; longer ones err more by the root.
+    Softmax and softcap use ex2.approx and div.full.
     """
 
     depth: int
@@ -59,7 +60,9 @@ class GpuArithmetic(NamedTuple):
     @property
     def logit(self) -> float:
         """What a logit over its temperature may err more."""
-        steps = 0 if self.dtype == torch.float32 else -(-self.depth // TERMS)
+        steps: float = -(-self.depth // TERMS)
+        if self.dtype == torch.float32:
+            steps = max(0.0, (self.depth**0.5 - OtherOrder.PRODUCT_STEPS**0.5) / 2)
         return steps * torch.finfo(torch.float32).eps * self.largest + APPROXIMATE * self.capped
 
     @property

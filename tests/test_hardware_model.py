@@ -51,6 +51,7 @@ def cores_of(dtype):
         pytest.param(2048, "peaked", (), marks=pytest.mark.slow),
         pytest.param(4096, "very negative", (), marks=pytest.mark.slow),
         pytest.param(8192, "peaked", (), marks=pytest.mark.slow),
+        pytest.param(8192, "very negative", (), marks=pytest.mark.slow),
         pytest.param(8192, "large", ALL, marks=pytest.mark.slow),
     ],
 )
