@@ -384,6 +384,7 @@ def test_an_interrupt_waits_for_the_case_and_leaves_no_mark(checked, monkeypatch
     with pytest.raises(KeyboardInterrupt):
         taken(make_head())
     assert ended
+    assert not list(first_use.folder(CPU).glob("*.started"))
     assert torch.is_deterministic_algorithms_warn_only_enabled()
     first_use.forget()
     assert first_use.known(CPU) == {}
