@@ -169,8 +169,8 @@ MUTANTS = [
     Mutant(
         "an int32 offset",
         f"{FORWARD}/pointer_kernel",
-        "rows = tl.minimum(offs_t, T - 1).to(tl.int64)",
-        "rows = tl.minimum(offs_t, T - 1)",
+        "columns = tl.minimum(offs_v, V - 1).to(tl.int64)",
+        "columns = tl.minimum(offs_v, V - 1)",
         "forward",
         "pointer",
     ),
