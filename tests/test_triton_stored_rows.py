@@ -8,7 +8,6 @@ from itertools import cycle
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import entropy_kernels as ek
 from entropy_kernels import backends, device
@@ -32,6 +31,7 @@ from tests.backward_cases import (
     three_of,
     tiles_here,
 )
+from tests.host_waits import HostWaits
 from tests.loss_cases import policy_loss
 
 T, D, V = SHAPE = (75, 8, 100)
@@ -225,14 +225,6 @@ def test_more_active_rows_than_the_bound_are_never_silent(bound):
         assert gradient.isnan().all()
 
 
-class NoWaiting(TorchDispatchMode):
-    """Fails where the host reads a tensor's number."""
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        assert func.__name__.split(".")[0] not in ("_local_scalar_dense", "nonzero", "is_nonzero")
-        return func(*args, **(kwargs or {}))
-
-
 @pytest.mark.parametrize("spare", [0, 9])
 def test_a_bound_makes_the_host_wait_for_nothing(spare, monkeypatch):
     grads, h, w, y = gradients_of(T), *make(SHAPE)
@@ -242,15 +234,12 @@ def test_a_bound_makes_the_host_wait_for_nothing(spare, monkeypatch):
     def fail(self):
         raise AssertionError("the host waits for a tensor's numbers")
 
-    def step():
-        head = Head(h, w, y, None, None, None, IGNORE)
-        found = forward(head, keep_logits=False, store_above=above, store_rows=bound)
-        return found, back(found, grads, h, w, y, max_active_rows=bound)
-
-    with monkeypatch.context() as patch, NoWaiting():
+    with monkeypatch.context() as patch, HostWaits(on=DEVICE) as waits:
         patch.setattr(torch.Tensor, "tolist", fail)
-        found, got = step()
-        with pytest.raises(AssertionError):
+        found = store(above, bound, h, w, y)
+        got = back(found, grads, h, w, y, max_active_rows=bound)
+        assert not waits.found
+        with pytest.raises(AssertionError, match="the host waits"):
             back(store(above, 9, h, w, y), grads, h, w, y)
     check(got, (grads, h, w, y), found, bound)
 
