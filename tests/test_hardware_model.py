@@ -12,7 +12,8 @@ from entropy_kernels._triton.common.tiles import Tile
 from entropy_kernels.verification import head_cases
 from entropy_kernels.verification.truth import check_results, three_of
 from tests.hardware_model import TENSOR_CORES, hardware
-from tests.mutants import MUTANTS, broken
+from tests.mutant_cases import MUTANTS
+from tests.mutants import broken
 
 CPU = torch.device("cpu")
 TOKENS, VOCABULARY = 18, 140

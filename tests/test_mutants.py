@@ -21,7 +21,8 @@ from entropy_kernels.verification.truth import run
 from tests import mutants
 from tests.concurrent_programs import at_once
 from tests.head_cases import assert_as_reference, logprob_entropy, make
-from tests.mutants import CPU, MUTANTS
+from tests.mutant_cases import MUTANTS
+from tests.mutants import CPU
 
 QUESTIONS = list(dict.fromkeys(mutant.question for mutant in MUTANTS))
 # The others take as long each.
