@@ -128,3 +128,23 @@ def unchecked_shapes():
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
     jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@pytest.fixture
+def gpu(monkeypatch, tmp_path):
+    """A machine whose CPU is asked about as a GPU is, with a record of its own."""
+    from entropy_kernels.verification import first_use
+
+    monkeypatch.setenv("EK_CACHE_DIR", str(tmp_path))
+    monkeypatch.delenv("EK_VERIFY", raising=False)
+    monkeypatch.setattr(first_use, "asks", lambda where: where.type == "cpu")
+    first_use.forget()
+    yield
+    first_use.forget()
+
+
+@pytest.fixture
+def gpu_alone(gpu, monkeypatch):
+    """The same without the compiled kernels for its CPU."""
+    monkeypatch.setattr(_native, "why_missing", lambda name: "left out")
+    backends._warn_of_the_torch_path.cache_clear()

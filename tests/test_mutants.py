@@ -35,17 +35,6 @@ def named(name):
     return found
 
 
-@pytest.fixture
-def gpu(monkeypatch, tmp_path):
-    """A machine whose CPU is asked about as a GPU is, with a record of its own."""
-    monkeypatch.setenv("EK_CACHE_DIR", str(tmp_path))
-    monkeypatch.delenv("EK_VERIFY", raising=False)
-    monkeypatch.setattr(first_use, "asks", lambda where: where.type == "cpu")
-    first_use.forget()
-    yield
-    first_use.forget()
-
-
 @pytest.mark.parametrize(
     "question",
     [
