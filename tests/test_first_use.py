@@ -264,3 +264,31 @@ def test_an_interrupt_waits_for_the_case_and_leaves_no_mark(checked, monkeypatch
     assert torch.is_deterministic_algorithms_warn_only_enabled()
     first_use.forget()
     assert first_use.known(CPU) == {}
+
+
+def test_a_tile_that_ended_two_processes_is_told_in_each_later_one(checked, monkeypatch):
+    asked, _ = checked
+    check = checks.check
+
+    def end(*args, **options):
+        """Leaves the mark of a process that ended."""
+        [mark] = (x for x in first_use.folder(CPU).glob("*.started") if "dead" not in x.name)
+        mark.with_name(mark.name.replace(".started", "dead.started")).write_text(mark.read_text())
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(checks, "check", end)
+    for _ in range(2):
+        first_use.forget()
+        with pytest.raises(KeyboardInterrupt):
+            taken(make_head(gradient=False))
+    monkeypatch.setattr(checks, "check", check)
+    for _ in range(2):
+        first_use.forget()
+        with pytest.warns(RuntimeWarning, match="pointer .* ended twice .* EK_VERIFY=force"):
+            assert taken(make_head(gradient=False)) == "triton"
+    assert [text.split()[2] for text in asked] == ["tma"]
+    monkeypatch.setenv("EK_VERIFY", "force")
+    first_use.forget()
+    assert taken(make_head(gradient=False)) == "triton"
+    assert [text.split()[2] for text in asked] == ["tma", "pointer"]
+    assert not list(first_use.folder(CPU).glob("*.started"))

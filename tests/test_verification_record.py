@@ -1,11 +1,11 @@
 """Answers about kernels outlive their process; nothing that happens to their files is an error."""
 
+import contextlib
 import importlib.metadata
 import json
 import multiprocessing
 import os
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -61,14 +61,6 @@ def test_triton_may_be_installed_under_another_name(monkeypatch):
 
     monkeypatch.setattr(importlib.metadata, "version", missing)
     assert machine.machine(torch.device("cpu"))["triton"]
-
-
-def test_a_mark_with_a_number_that_no_process_has_is_a_dead_one_s():
-    ours = Record(ABOUT)
-    ours.write("forward one", RIGHT)
-    mark = {"question": "dlogits two", "host": socket.gethostname(), "pid": 1 << 70}
-    (ours.folder / "dlogits.started").write_text(json.dumps(mark))
-    assert ours.read() == {"forward one": RIGHT, "dlogits two": Answer(False, DIED)}
 
 
 def test_the_digest_is_of_the_kernels(tmp_path, monkeypatch):
@@ -197,44 +189,103 @@ def checking():
         process.stdout.close()
 
 
-def test_a_process_that_died_in_a_check_is_an_answer(checking):
+def die(*processes):
+    for process in processes:
+        process.kill()
+        process.wait()
+
+
+TWICE = {"forward one": Answer(False, DIED)}
+
+
+def test_a_second_death_in_a_check_is_an_answer(checking):
     process = checking("dies")
     deadline = time.monotonic() + 10
-    while Record(ABOUT).read() == {} and time.monotonic() < deadline:
+    while Record(ABOUT)._deaths("*") == {} and time.monotonic() < deadline:
         time.sleep(0.01)
-    assert Record(ABOUT).read() == {"forward one": Answer(False, DIED)}, "a zombie is dead"
+    assert Record(ABOUT)._deaths("*") == {"forward one": 1}, "a zombie is dead"
     process.wait()
-    assert Record(ABOUT).read() == {"forward one": Answer(False, DIED)}
-    Record(ABOUT).write("forward one", RIGHT)
+    assert Record(ABOUT).read() == {}, "it may have been a scheduler's signal"
+    die(checking("lives"))
+    assert Record(ABOUT).read() == TWICE
+    assert "--verify, or EK_VERIFY=force, checks it again" in DIED
+    with Record(ABOUT).started("forward one"):
+        Record(ABOUT).write("forward one", RIGHT)
     assert Record(ABOUT).read() == {"forward one": RIGHT}
     assert not list(Record(ABOUT).folder.glob("*.started"))
 
 
-def test_a_process_that_still_checks_is_none(checking):
-    process = checking("lives")
+def test_ranks_that_end_together_are_one_death(checking):
+    die(*[checking("lives") for _ in range(3)])
     assert Record(ABOUT).read() == {}
+    die(*[checking("lives") for _ in range(2)])
+    assert Record(ABOUT).read() == TWICE
+
+
+def test_deaths_count_after_an_answer(checking):
+    """As where the check is forced. A reason that is known stays."""
+    ours = Record(ABOUT)
+    ours.write("forward one", RIGHT)
+    die(checking("lives"))
+    assert ours.read() == {"forward one": RIGHT}
+    die(checking("lives"))
+    assert ours.read() == TWICE
+    ours.write("forward one", RIGHT)
+    assert ours.read() == {"forward one": RIGHT}
+    ours.write("forward one", WRONG)
+    die(checking("lives"))
+    die(checking("lives"))
+    assert ours.read() == {"forward one": WRONG}
+
+
+def test_a_process_that_still_checks_is_no_death(checking):
+    process = checking("lives")
+    assert Record(ABOUT)._deaths("*") == {}
     process.send_signal(signal.SIGINT)
     process.wait()
     assert not list(Record(ABOUT).folder.glob("*.started")), "an interrupt clears the mark"
-    process = checking("lives")
-    process.kill()
-    process.wait()
-    assert Record(ABOUT).read() == {"forward one": Answer(False, DIED)}
+    with Record(ABOUT).started("forward one"):
+        assert Record(ABOUT)._deaths("*") == {}, "nor in this process"
 
 
-@pytest.mark.parametrize(("age", "died"), [(10, False), (record.OLD + 10, True)])
-def test_the_mark_of_another_host_counts_once_it_is_old(monkeypatch, age, died):
+def test_no_number_of_a_process_decides(checking):
+    """Containers may share a name and a folder, and count their processes apart."""
+    checking("lives")
+    [mark] = Record(ABOUT).folder.glob("*.started")
+    assert set(json.loads(mark.read_text())) == {"question", "host", "deaths"}
+    copy = mark.with_name(mark.name.replace(".started", "0.started"))
+    copy.write_text(mark.read_text())
+    assert Record(ABOUT)._deaths("*") == {"forward one": 1}, "nobody holds the copy"
+
+
+@pytest.mark.parametrize("age", [10, record.OLD + 10])
+@pytest.mark.parametrize("why", ["another host", "no locks", "no locks here"])
+def test_a_mark_without_a_lock_is_a_death_once_it_is_old(monkeypatch, age, why):
+    def refuse(file, how):
+        raise OSError(95, "Operation not supported")
+
+    if why == "no locks":
+        monkeypatch.setattr(record.fcntl, "flock", refuse)
+    if why == "no locks here":
+        monkeypatch.setattr(record, "fcntl", None)
     ours = Record(ABOUT)
     with ours.started("forward one"):
-        monkeypatch.setattr(record.socket, "gethostname", lambda: "another host")
+        if why == "another host":
+            monkeypatch.setattr(record.socket, "gethostname", lambda: why)
         [mark] = ours.folder.glob("*.started")
         os.utime(mark, (time.time() - age, time.time() - age))
-        assert ours.read() == ({"forward one": Answer(False, DIED)} if died else {})
+        assert ours._deaths("*") == ({"forward one": 1} if age > record.OLD else {})
+    assert not list(ours.folder.glob("*.started"))
 
 
-def test_the_number_of_a_dead_process_may_be_anothers(monkeypatch):
-    ours = Record(ABOUT)
-    with ours.started("forward one"):
-        assert ours.read() == {}
-        monkeypatch.setattr(record, "_born", lambda pid: "later")
-        assert ours.read() == {"forward one": Answer(False, DIED)}
+def test_a_check_that_ends_while_it_is_looked_at_is_no_death(monkeypatch):
+    ours, flock = Record(ABOUT), record.fcntl.flock
+    with contextlib.ExitStack() as check:
+        check.enter_context(ours.started("forward one"))
+
+        def ends_first(file, how):
+            check.close()
+            flock(file, how)
+
+        monkeypatch.setattr(record.fcntl, "flock", ends_first)
+        assert ours._deaths("*") == {}

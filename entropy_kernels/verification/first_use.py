@@ -20,7 +20,7 @@ from .. import device
 from . import machine
 from .apart import apart
 from .question import Question, ask
-from .record import Answer, Record
+from .record import DIED, Answer, Record
 
 VARIABLE, MODES = "EK_VERIFY", ("on", "off", "force")
 Tile = Any
@@ -140,7 +140,10 @@ def answer(
     """
     here, text = _on(where), question.text
     if text in here.answers and (mode() != "force" or text in here.checked):
-        return here.answers[text]
+        found = here.answers[text]
+        if found.reason == DIED:
+            _tell_refused(text, here, found)
+        return found
     if mode() == "off":
         raise UnknownError(f"{VARIABLE}=off, and no check of its kernels is recorded")
     _check_possible(where)
@@ -153,12 +156,12 @@ def answer(
             raise UnknownError("there is no memory left to check its kernels") from error
         found = keep(question, where, reason)
     if not found.right:
-        _tell(f"{text} is not taken on {here.record.gpu}: {found.reason}")
+        _tell_refused(text, here, found)
     return found
 
 
 def marked(question: Question, where: torch.device) -> contextlib.AbstractContextManager[None]:
-    """While a question is being checked: a process that dies within has answered it."""
+    """While a question is being checked: the second process that dies within has answered it."""
     return _on(where).record.started(question.text)
 
 
@@ -284,6 +287,10 @@ def _capturing(where: torch.device) -> bool:
         return False
     with torch.cuda.device(where):
         return torch.cuda.is_current_stream_capturing()
+
+
+def _tell_refused(text: str, here: _Known, found: Answer) -> None:
+    _tell(f"{text} is not taken on {here.record.gpu}: {found.reason}")
 
 
 def _tell(what: str) -> None:

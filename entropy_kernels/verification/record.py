@@ -1,9 +1,9 @@
 """The answers of one machine in the user's cache folder: a JSON file per question.
 
 A file appears whole or not at all, so that processes may write at once. A question that is being
-checked has a mark with the process; who finds the mark of a process that ended takes it as an
-answer: the kernels ended it. Nothing here can fail a call: what cannot be read or written is told
-once.
+checked has a mark, which its process locks. A mark that nobody locks any more is a death: of the
+kernels, or by a signal from outside. So it is asked again after the first and refused after the
+second. Nothing here can fail a call: what cannot be read or written is told once.
 """
 
 import contextlib
@@ -11,19 +11,30 @@ import datetime
 import hashlib
 import json
 import os
+import secrets
 import socket
 import tempfile
 import time
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TextIO
 
 from . import machine
 
-# Seconds after which the mark of another host's process is that of one that ended.
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+# Seconds after which a mark is a death's where no lock can tell: those of other hosts.
 OLD = 3600
-DIED = "the process ended during the check"
+# Deaths that refuse a question: one may be a scheduler's.
+DEATHS = 2
+DIED = (
+    "processes ended twice during its check; python -m entropy_kernels --verify, or "
+    "EK_VERIFY=force, checks it again"
+)
 _told: set[Path] = set()
 
 
@@ -55,13 +66,8 @@ class Record:
         self.folder = cache_folder() / machine.folder_name(about)
 
     def read(self) -> dict[str, Answer]:
-        """Every recorded answer by its question's text; a dead process's mark is one too."""
+        """Every recorded answer by its question's text; two deaths since then are one too."""
         found: dict[str, Answer] = {}
-        for path in self._files("*.started"):
-            mark = _parse(path)
-            question = mark.get("question")
-            if isinstance(question, str) and not _runs(mark, path):
-                found[question] = Answer(False, DIED)
         for path in self._files("*.json"):
             if path.name == "machine.json":
                 continue
@@ -71,10 +77,13 @@ class Record:
                 found[question] = Answer(reason is None, reason or "")
             elif answer:
                 _tell(path, "is no answer about a kernel; it is left out")
+        for question, deaths in self._deaths("*").items():
+            if deaths >= DEATHS and found.get(question, Answer(True)).right:
+                found[question] = Answer(False, DIED)
         return found
 
     def write(self, question: str, answer: Answer) -> None:
-        """Keeps an answer; it replaces an older one, and any mark of a process that ended."""
+        """Keeps an answer; it replaces an older one, and the marks of deaths before it."""
         date = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
         reason = None if answer.right else answer.reason
         with self._writing():
@@ -82,41 +91,64 @@ class Record:
             path = self.folder / f"{_name(question)}.json"
             self._put(path, {"question": question, "reason": reason, "date": date})
             for mark in self._files(f"{_name(question)}.*.started"):
-                if not _runs(_parse(mark), mark):
+                if _is_death(mark, _parse(mark)):
                     mark.unlink(missing_ok=True)
 
     @contextlib.contextmanager
     def started(self, question: str) -> Iterator[None]:
-        """Marks the question as being checked. The mark stays only if the process ends within."""
-        host, pid = socket.gethostname(), os.getpid()
-        path = self.folder / f"{_name(question)}.{host}.{pid}.started"
-        mark = {"question": question, "host": host, "pid": pid, "born": _born(pid)}
-        with self._writing():
-            self._put(path, mark)
-        try:
-            yield
-        finally:
+        """Marks the question as being checked. The mark stays only if the process ends within.
+
+        It counts the deaths before it, so that ranks that end together are one.
+        """
+        path = self.folder / f"{_name(question)}.{secrets.token_hex(8)}.started"
+        with contextlib.ExitStack() as stack:
             with self._writing():
-                path.unlink(missing_ok=True)
+                deaths = self._deaths(_name(question)).get(question, 0)
+                mark = {"question": question, "host": socket.gethostname(), "deaths": deaths}
+                # The lock ends with the file, and the file with the process.
+                stack.callback(self._put(path, mark, lock=True).close)
+            try:
+                yield
+            finally:
+                with self._writing():
+                    path.unlink(missing_ok=True)
+
+    def _deaths(self, name: str) -> dict[str, int]:
+        """How often processes ended within the check of a question, by its text."""
+        found: dict[str, int] = {}
+        for path in self._files(f"{name}.*.started"):
+            mark = _parse(path)
+            question, before = mark.get("question"), mark.get("deaths")
+            if isinstance(question, str) and isinstance(before, int) and _is_death(path, mark):
+                found[question] = max(found.get(question, 0), before + 1)
+        return found
 
     def _files(self, pattern: str) -> list[Path]:
         with self._writing():
             return sorted(self.folder.glob(pattern))
         return []
 
-    def _put(self, path: Path, contents: object) -> None:
+    def _put(self, path: Path, contents: object, lock: bool = False) -> TextIO:
+        """Writes a file in one step; `lock`: and returns it, locked for as long as it is open."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(
-            "w", encoding="utf-8", dir=self.folder, suffix=".new", delete=False
-        ) as file:
-            try:
-                json.dump(contents, file, indent=1)
+        new = path.with_name(f"{path.name}.{secrets.token_hex(8)}.new")
+        file = new.open("x", encoding="utf-8")
+        try:
+            if lock and fcntl is not None:
+                with contextlib.suppress(OSError):  # a file system without locks
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            json.dump(contents, file, indent=1)
+            file.flush()
+            if not lock or fcntl is None:
                 file.close()
-                os.replace(file.name, path)
-            except BaseException:
-                with contextlib.suppress(OSError):
-                    os.unlink(file.name)
-                raise
+            os.replace(new, path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                new.unlink()
+            with contextlib.suppress(OSError):
+                file.close()
+            raise
+        return file
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
@@ -146,32 +178,18 @@ def _parse(path: Path) -> dict[str, object]:
     return found
 
 
-def _runs(mark: dict[str, object], path: Path) -> bool:
-    """Whether the process of a mark may still be checking."""
-    pid = mark.get("pid")
-    if not isinstance(pid, int):
-        return False
-    if mark.get("host") != socket.gethostname() or os.name != "posix":
-        with contextlib.suppress(OSError):
-            return time.time() - path.stat().st_mtime < OLD
-        return False
-    try:
-        os.kill(pid, 0)
-    except (ProcessLookupError, OverflowError):
-        return False
-    except OSError:
-        pass
-    # The number may be another process's by now.
-    return mark.get("born") == _born(pid)
-
-
-def _born(pid: int) -> str:
-    """When a process started, where the system tells."""
-    try:
-        state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        return "a zombie" if state == "Z" else fields[18]
-    except (OSError, IndexError):
-        return ""
+def _is_death(path: Path, mark: dict[str, object]) -> bool:
+    """Whether the process of a mark ended within its check."""
+    with contextlib.suppress(OSError):
+        if fcntl is not None and mark.get("host") == socket.gethostname():
+            with contextlib.suppress(OSError), path.open() as file:
+                try:
+                    fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    return False
+                return path.exists()  # not where the check has just ended
+        return time.time() - path.stat().st_mtime > OLD
+    return False
 
 
 def _tell(path: Path, why: str) -> None:
