@@ -63,7 +63,7 @@ def kernels(name: str, problem: Problem) -> tuple[str, ...]:
     impl, _, way = name.partition("-")
     if impl != "triton":
         return ()
-    from entropy_kernels._triton.common import tiles
+    from entropy_kernels._triton.common import choice
     from entropy_kernels._triton.head_backward import launch as backward
     from entropy_kernels._triton.head_forward import launch as forward
 
@@ -78,7 +78,7 @@ def kernels(name: str, problem: Problem) -> tuple[str, ...]:
     found = []
     for op, row in rows.items():
         refused = first_use.refused(op, problem.hidden.device, dtype, hidden, options)
-        variant = tiles.first(row, refused).variant
+        variant = choice.first(row, refused).variant
         found.append(f"{op} {variant} {str(dtype).removeprefix('torch.')}")
     selects = ["selection triton"] if way == "0.2" else []
     return (*found, *selects, *(["ratio_loss triton"] if way != "forward" else []))
