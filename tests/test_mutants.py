@@ -13,6 +13,9 @@ from tests.marks import nan_is_meant
 
 pytest.importorskip("triton")
 
+import triton
+import triton.language as tl
+
 import entropy_kernels as ek
 from entropy_kernels import backends, reference
 from entropy_kernels.verification import first_use, machine
@@ -50,6 +53,20 @@ def test_right_kernels_pass(question):
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)
 def test_a_mutant_is_refused(mutant):
     assert mutants.reason(mutant) is not None
+
+
+@triton.jit
+def store_twice_kernel(out_ptr):
+    for i in range(2):
+        tl.store(out_ptr + tl.program_id(0), 2 * tl.program_id(0) + i, mask=True)
+        tl.store(out_ptr + 2, 2 * tl.program_id(0) + i, mask=True)
+
+
+def test_stores_of_a_program_keep_their_order():
+    out = torch.zeros(3, dtype=torch.int32)
+    with at_once():
+        store_twice_kernel[(2,)](out)
+    assert out.tolist() == [1, 3, 1]
 
 
 def test_an_edit_without_its_text_is_an_error():
