@@ -96,3 +96,11 @@ def test_a_product_is_added_to_fp32_in_one_pass_where_torch_can(dtype, has_it, m
     assert len(added) == has_it
     rounded = torch.zeros(N, 8, dtype=torch.bfloat16)
     assert not products.add_mm(dz.T, hidden, rounded)
+
+
+@pytest.mark.parametrize("where", ["cpu", "meta"])
+def test_what_a_launch_without_memory_would_multiply_is_not_counted(where):
+    rows = torch.full((1,), 3, dtype=torch.int32, device=where)
+    with Watch() as watch:
+        products.count(rows, 7)
+    assert watch.products == (0 if where == "meta" else 21)

@@ -26,7 +26,8 @@ def count(rows: Tensor, each: int, but: Tensor | None = None) -> None:
 
     These numbers of one element are read when somebody asks, so that no launch waits for them.
     """
-    if _unread is not None and type(rows) is Tensor:  # a fake one has no value
+    # Neither a fake number nor one on "meta" has a value.
+    if _unread is not None and type(rows) is Tensor and not rows.is_meta:
         _unread.append((rows, but, each))
 
 
