@@ -3,6 +3,7 @@
 `python -m tests.mutants` prints which case of the check refuses each, and why.
 """
 
+import argparse
 import contextlib
 import importlib
 import linecache
@@ -84,6 +85,7 @@ def refusal(question: Question, where: torch.device = CPU) -> str | None:
 
 def main() -> None:
     """Prints a row per mutant."""
+    argparse.ArgumentParser("python -m tests.mutants", description=__doc__).parse_args()
     warnings.simplefilter("ignore")
     mend_interpreter()
     torch.use_deterministic_algorithms(True, warn_only=True)
