@@ -29,7 +29,7 @@ class Tile(NamedTuple):
         then read a block of the weight from L2.
     split_v: columns whose sums one program merges before it writes them, at most.
     max_registers: of a thread, on GPUs of NVIDIA, up to 255. 0 leaves them to the compiler, which
-        may rather spill a few than keep a second program from a multiprocessor.
+        may rather spill a few than keep one more program from a multiprocessor.
     source: the GPU and the date of the measurement that chose the tile.
     """
 
@@ -76,6 +76,9 @@ class Key(NamedTuple):
 ANY = 1 << 62
 TMA = ("tma", "tma_split", "tma_ws")
 
+# Where dlogits reads logits that were stored, and multiplies nothing.
+READ = Tile("pointer", 16, 256, 1, 8, 1, max_registers=255)
+
 # The tiles of each key in order of preference: the first one that can run is taken. In fp32
 # "cublas" does not come first: backward recomputes logits in the pointer kernel's order of
 # summation. In a row that is nearly certain, their difference from forward's has few digits.
@@ -85,35 +88,37 @@ TMA = ("tma", "tma_split", "tma_ws")
 #   sm_86 (RTX 4090), forward alone: 14 by "cublas" and 18 by "pointer"; even at D = 1024.
 # - sm_100: forward 7.6 by "cublas", 10 to 17 by tiles of 128 x 128, which cannot feed its tensor
 #   cores. Below D = 2048 the traffic of logits is what costs.
-# - sm_90, D <= 2048: two programs of "tma_split" with four warps share a multiprocessor: one
+# - sm_90, D <= 1024: two programs of "tma_split" with four warps share a multiprocessor: one
 #   multiplies while the other sums. With eight warps they need at most 128 registers each, which
-#   spills where T or V is odd.
+#   spills where T or V is odd. At D = 2048 the larger tile of "tma" pays: 7.9 against 9.2.
+# - sm_90, softcap: two programs of "pointer" share a multiprocessor: 18.4 against 21.1 by "tma",
+#   and 4.6 against 7.3 at D = 1024.
 TILES: dict[Key, tuple[Tile, ...]] = {
     Key("forward", "sm_80", "bfloat16", ANY, ANY): (
         Tile("pointer", 128, 128, 64, 8, 3),
-        Tile("cublas", 4, 1024, 1, 4, 1),
+        Tile("cublas", 4, 1024, 1, 4, 1, max_registers=128),
     ),
     Key("forward", "sm_86", "bfloat16", ANY, ANY): (
         Tile("pointer", 128, 128, 32, 8, 3),
-        Tile("cublas", 4, 1024, 1, 4, 1),
+        Tile("cublas", 4, 1024, 1, 4, 1, max_registers=128),
     ),
     Key("forward_statistics", "sm_86", "bfloat16", ANY, ANY): (
         Tile("pointer", 64, 128, 32, 8, 3, max_registers=255),
         Tile("cublas", 4, 1024, 1, 4, 1, max_registers=255),
     ),
-    Key("forward", "sm_90", "bfloat16", 2048, ANY): (
+    Key("forward", "sm_90", "bfloat16", 1024, ANY): (
         Tile("tma_split", 128, 128, 64, 4, 3),
         Tile("tma_ws", 128, 256, 64, 4, 3),
         Tile("tma", 128, 256, 64, 8, 3),
         Tile("pointer", 128, 128, 64, 8, 3),
-        Tile("cublas", 4, 1024, 1, 4, 1),
+        Tile("cublas", 4, 1024, 1, 4, 1, max_registers=128),
     ),
     Key("forward", "sm_90", "bfloat16", ANY, ANY): (
         Tile("tma", 128, 256, 64, 8, 4),
         Tile("tma_ws", 128, 256, 64, 4, 3),
         Tile("tma_split", 128, 128, 64, 4, 3),
         Tile("pointer", 128, 128, 64, 8, 3),
-        Tile("cublas", 4, 1024, 1, 4, 1),
+        Tile("cublas", 4, 1024, 1, 4, 1, max_registers=128),
     ),
     Key("forward", "sm_100", "bfloat16", 2047, ANY): (
         Tile("tma", 128, 128, 64, 8, 4),
@@ -126,11 +131,11 @@ TILES: dict[Key, tuple[Tile, ...]] = {
         Tile("pointer", 128, 128, 64, 8, 3),
     ),
     Key("forward_softcap", "sm_90", "bfloat16", ANY, ANY): (
+        Tile("pointer", 128, 128, 64, 8, 3),
         Tile("tma", 128, 128, 64, 8, 4),
         Tile("tma_ws", 128, 128, 64, 4, 4),
         Tile("tma_split", 128, 128, 64, 8, 4),
-        Tile("pointer", 128, 128, 64, 8, 3),
-        Tile("cublas", 4, 1024, 1, 4, 1),
+        Tile("cublas", 4, 1024, 1, 4, 1, max_registers=128),
     ),
     Key("forward_softcap", "sm_100", "bfloat16", 2047, ANY): (
         Tile("tma", 128, 128, 64, 8, 4),
@@ -186,15 +191,15 @@ TILES: dict[Key, tuple[Tile, ...]] = {
     ),
     Key("forward", "any", "bfloat16", ANY, ANY): (
         Tile("pointer", 64, 128, 32, 4, 3),
-        Tile("cublas", 4, 1024, 1, 4, 1),
+        Tile("cublas", 4, 1024, 1, 4, 1, max_registers=255),
     ),
     Key("forward", "any", "float32", ANY, ANY): (
         Tile("pointer", 64, 64, 16, 4, 2),
-        Tile("cublas", 4, 1024, 1, 4, 1),
+        Tile("cublas", 4, 1024, 1, 4, 1, max_registers=128),
     ),
     Key("forward_statistics", "any", "float32", ANY, ANY): (
         Tile("pointer", 32, 64, 16, 4, 2),
-        Tile("cublas", 4, 1024, 1, 4, 1),
+        Tile("cublas", 4, 1024, 1, 4, 1, max_registers=255),
     ),
     Key("forward", "interpreter", "any", ANY, ANY): (
         Tile("pointer", 32, 64, 32, 4, 1, 2, 128),
@@ -204,18 +209,18 @@ TILES: dict[Key, tuple[Tile, ...]] = {
     ),
     Key("forward_store", "sm_80", "bfloat16", 1024, ANY): (
         Tile("pointer", 128, 128, 64, 8, 3),
-        Tile("cublas", 4, 1024, 1, 4, 1),
+        Tile("cublas", 4, 1024, 1, 4, 1, max_registers=128),
     ),
     Key("forward_store", "sm_80", "bfloat16", ANY, ANY): (
-        Tile("cublas", 4, 1024, 1, 4, 1),
+        Tile("cublas", 4, 1024, 1, 4, 1, max_registers=128),
         Tile("pointer", 128, 128, 64, 8, 3),
     ),
     Key("forward_store", "sm_90", "bfloat16", 1024, ANY): (
         Tile("tma_split", 128, 128, 64, 4, 3),
-        Tile("cublas", 4, 1024, 1, 4, 1),
+        Tile("cublas", 4, 1024, 1, 4, 1, max_registers=128),
     ),
     Key("forward_store", "sm_90", "bfloat16", ANY, ANY): (
-        Tile("cublas", 4, 1024, 1, 4, 1),
+        Tile("cublas", 4, 1024, 1, 4, 1, max_registers=128),
         Tile("tma", 128, 256, 64, 8, 4),
     ),
     Key("forward_store", "sm_100", "bfloat16", 1024, ANY): (
@@ -228,10 +233,10 @@ TILES: dict[Key, tuple[Tile, ...]] = {
     ),
     Key("forward_store", "any", "bfloat16", ANY, ANY): (
         Tile("pointer", 64, 128, 32, 4, 3),
-        Tile("cublas", 4, 1024, 1, 4, 1),
+        Tile("cublas", 4, 1024, 1, 4, 1, max_registers=128),
     ),
     Key("forward_store", "any", "float32", ANY, ANY): (
-        Tile("cublas", 4, 1024, 1, 4, 1),
+        Tile("cublas", 4, 1024, 1, 4, 1, max_registers=128),
         Tile("pointer", 64, 64, 16, 4, 2),
     ),
     Key("forward_store", "interpreter", "any", ANY, ANY): (
@@ -251,7 +256,7 @@ TILES: dict[Key, tuple[Tile, ...]] = {
     Key("dlogits_softcap", "sm_86", "bfloat16", ANY, ANY): (Tile("pointer", 64, 128, 32, 8, 3),),
     Key("dlogits_softcap", "sm_90", "bfloat16", ANY, ANY): (
         Tile("tma", 128, 128, 64, 8, 4),
-        Tile("pointer", 128, 128, 64, 8, 3),
+        Tile("pointer", 64, 128, 64, 8, 3),
     ),
     Key("dlogits_softcap", "sm_100", "bfloat16", ANY, ANY): (
         Tile("tma", 128, 128, 64, 8, 4),
@@ -311,9 +316,14 @@ def row(
             and tokens <= key.tokens
         ]
         for key in sorted(fitting, key=lambda key: (key.hidden, key.tokens)):
-            if found := tuple(tile for tile in TILES[key] if tile.variant in variants):
+            if found := tuple(on(arch, tile) for tile in TILES[key] if tile.variant in variants):
                 return found
     raise ValueError(f"no tile of {op!r} for {arch}, {name}, D={hidden}, T={tokens}, {variants}")
+
+
+def on(arch: str, tile: Tile) -> Tile:
+    """The tile as this architecture takes it: only NVIDIA's compiler knows a bound of registers."""
+    return tile if arch.startswith("sm_") else tile._replace(max_registers=0)
 
 
 def _plainer(op: str) -> Iterator[str]:

@@ -10,13 +10,10 @@ from torch import Tensor
 
 from ... import device
 from ..common import products
-from ..common.tiles import Tile
+from ..common.tiles import READ, Tile, on
 from . import launch_rows
 from .dlogits_kernels import dlogits_pointer_kernel, dlogits_read_kernel, dlogits_tma_kernel
 from .launch_rows import CompactRows, StoredRows
-
-# Rows and columns of a tile where the logits are read, not recomputed.
-BLOCK_READ = (16, 256)
 
 
 class Chunk(NamedTuple):
@@ -60,7 +57,7 @@ class Dlogits(NamedTuple):
 
     @property
     def _blocks_read(self) -> int:
-        return 0 if self.stored is None else triton.cdiv(self.rows.hidden.shape[0], BLOCK_READ[0])
+        return 0 if self.stored is None else triton.cdiv(self.rows.hidden.shape[0], READ.block_t)
 
     def write(self, chunk: Chunk) -> None:
         """dz of the columns of `chunk`."""
@@ -78,10 +75,10 @@ class Dlogits(NamedTuple):
         launch(chunk, self.tile)
 
     def _read(self, chunk: Chunk, stored: StoredRows) -> None:
-        block_c, block_v = BLOCK_READ
+        tile = on(device.architecture(self.logits.device), READ)
         capacity = self.rows.hidden.shape[0]
-        blocks_v = triton.cdiv(chunk.stop - chunk.start, block_v)
-        dlogits_read_kernel[(triton.cdiv(capacity, block_c) * blocks_v,)](
+        blocks_v = triton.cdiv(chunk.stop - chunk.start, tile.block_v)
+        dlogits_read_kernel[(triton.cdiv(capacity, tile.block_t) * blocks_v,)](
             self.logits,
             stored.place,
             self.bias_V,
@@ -97,9 +94,9 @@ class Dlogits(NamedTuple):
             chunk.stop,
             self.softcap or 0.0,
             **self._flags(chunk),
-            BLOCK_C=block_c,
-            BLOCK_V=block_v,
-            num_warps=8,
+            BLOCK_C=tile.block_t,
+            BLOCK_V=tile.block_v,
+            **tile.options,
         )
 
     def _from_pointers(self, chunk: Chunk, tile: Tile) -> None:
