@@ -77,7 +77,7 @@ ANY = 1 << 62
 TMA = ("tma", "tma_split", "tma_ws")
 
 # Where dlogits reads logits that were stored, and multiplies nothing.
-READ = Tile("pointer", 16, 256, 1, 8, 1, max_registers=255)
+READ = Tile("pointer", 16, 128, 1, 8, 1, max_registers=128)
 
 # The tiles of each key in order of preference: the first one that can run is taken. In fp32
 # "cublas" does not come first: backward recomputes logits in the pointer kernel's order of
