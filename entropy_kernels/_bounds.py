@@ -25,18 +25,20 @@ class GpuArithmetic(NamedTuple):
     largest: the largest |logit|, without bias and softcap, over its temperature.
     dtype: what the matrices hold.
     capped: the softcap over the least temperature; 0 without a softcap.
+    orders: whether the fp32 results beside it are `worst_of_orders`, or else one run of torch's.
 
     Tensor cores align 16-bit products to the largest exponent. They cut them, and the accumulator
     every 16 terms or fewer, to 24 bits and a few more (arXiv 2512.07004). Models of these
     (tests/hardware_model.py) lose up to 2^-23 of the largest logit per 16 terms. fp32 products are
-    chains of FMA. `worst_of_orders` has those of PRODUCT_STEPS; longer ones err more by the root.
-    Softmax and softcap use ex2.approx and div.full.
+    chains of FMA, and err by the root of their length. `worst_of_orders` has those of PRODUCT_STEPS
+    and SUM_STEPS; one run may have none. Softmax and softcap use ex2.approx and div.full.
     """
 
     depth: int
     largest: float
     dtype: torch.dtype
     capped: float = 0.0
+    orders: bool = True
 
     @classmethod
     def of(
@@ -45,6 +47,7 @@ class GpuArithmetic(NamedTuple):
         weight_VD: Tensor,
         temperature: Tensor | float | None = None,
         softcap: float | None = None,
+        orders: bool = True,
         **others: Any,
     ) -> "GpuArithmetic":
         """That of a head, whose logits it computes: fp32 [T, V]. `others` change nothing.
@@ -55,27 +58,36 @@ class GpuArithmetic(NamedTuple):
         scale = torch.as_tensor(1.0 if temperature is None else temperature, device=z_TV.device)
         largest = (z_TV / scale.reshape(-1, 1)).abs().amax()
         capped = 0.0 if softcap is None else softcap / float(scale.min())
-        return cls(hidden_TD.shape[1], float(largest), hidden_TD.dtype, capped)
+        return cls(hidden_TD.shape[1], float(largest), hidden_TD.dtype, capped, orders)
+
+    def _chain(self, length: int, emulated: int) -> float:
+        """What a chain of fp32 sums may err beyond the fp32 results beside it, relative."""
+        beside = min(length, emulated) if self.orders else 0
+        return (length**0.5 - beside**0.5) / 2 * torch.finfo(torch.float32).eps
 
     @property
     def logit(self) -> float:
         """What a logit over its temperature may err more."""
-        steps: float = -(-self.depth // TERMS)
+        product = -(-self.depth // TERMS) * torch.finfo(torch.float32).eps
         if self.dtype == torch.float32:
-            steps = max(0.0, (self.depth**0.5 - OtherOrder.PRODUCT_STEPS**0.5) / 2)
-        return steps * torch.finfo(torch.float32).eps * self.largest + APPROXIMATE * self.capped
+            product = self._chain(self.depth, OtherOrder.PRODUCT_STEPS)
+        return product * self.largest + APPROXIMATE * self.capped
 
     @property
     def probability(self) -> float:
         """What a probability may, relative. Logits of one sign shrink together."""
-        return self.logit + APPROXIMATE
+        return self.logit + self._sum + APPROXIMATE
+
+    @property
+    def _sum(self) -> float:
+        return self._chain(OtherOrder.SUM_STEPS, OtherOrder.SUM_STEPS)
 
     def outputs(self, logprob: Tensor, entropy: Tensor, logsumexp: Tensor) -> list[Tensor]:
         """What each of these may; those of a nearly certain row next to nothing."""
         return [
             self.probability * -logprob.expm1() + APPROXIMATE * logprob.abs(),
             (self.probability + APPROXIMATE) * entropy,
-            self.logit + APPROXIMATE * logsumexp.abs().clamp_min(1),
+            self.logit + self._sum + APPROXIMATE * logsumexp.abs().clamp_min(1),
         ]
 
     def statistics(
@@ -93,7 +105,8 @@ class GpuArithmetic(NamedTuple):
 
     def gradient(self, truth: Tensor) -> Tensor:
         """What a gradient of hidden states, weight or bias may; its terms err to either side."""
-        return self.probability / 4 * truth.abs().amax()
+        product = self._chain(OtherOrder.PRODUCT_STEPS, OtherOrder.PRODUCT_STEPS)
+        return (self.probability / 4 + product) * truth.abs().amax()
 
 
 class OtherOrder(TorchDispatchMode):

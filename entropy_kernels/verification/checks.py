@@ -130,11 +130,14 @@ def _sizes(
     """
     tokens, vocabulary = sizes.tokens or TOKENS, sizes.vocabulary or VOCABULARY
     tail_t, tail_v = 16 if tokens % 16 == 0 else 5, 16 if vocabulary % 16 == 0 else 13
-    launch, columns = {}, 128
+    launch: dict[str, Any] = {}
+    columns = 128
     if summing is not None:
         _, per_split = splits(summing, tokens, vocabulary, gpu.processors(where))
         launch, columns = {"per_split": per_split}, per_split * summing.block_v
     rows = BLOCK_T if tile is None or tile.variant == "cublas" else tile.block_t
     # About half of them have a gradient.
-    blocks = 2 if tile is summing else 4
-    return (blocks * rows + tail_t, sizes.hidden or HIDDEN, 2 * columns + tail_v), launch
+    blocks, vocabulary = 2 if tile is summing else 4, 2 * columns + tail_v
+    # Backward takes two chunks of columns.
+    launch |= {"orders": 0, "chunk_v": 16 * -(-vocabulary // 32)}
+    return (blocks * rows + tail_t, sizes.hidden or HIDDEN, vocabulary), launch

@@ -36,7 +36,12 @@ class Cost(TorchDispatchMode):
             def call(*args: Any, **options: Any) -> Any:
                 cost.launches += 1
                 cost.kernels.add(_specialisation(kernel, args, options))
-                return run(*args, **options)
+                calls = cost.calls
+                try:
+                    return run(*args, **options)
+                finally:
+                    # The interpreter copies every argument, by torch.
+                    cost.calls = calls
 
             return call
 

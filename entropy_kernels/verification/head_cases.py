@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .. import device as gpu
-from .._bounds import GpuArithmetic
+from .._bounds import GpuArithmetic, assert_within_two_bounds
 from .._rows import ForwardRows
 from .._triton.common.tiles import TMA, variants
 from . import truth
@@ -52,6 +52,8 @@ OPTIONS: dict[str, tuple[str, ...]] = {
     "all options, logits stored": ("bias", "temperatures", "softcap", "ignore", "keep"),
 }
 ACTIVE = 0.5
+# Of fp32 results that a case is judged by.
+ORDERS = 4
 Tiles = tuple[Any, Any]
 Shape = tuple[int, int, int]
 
@@ -123,14 +125,14 @@ def ours(
     inputs: Inputs,
     gradients: list[Tensor | None] | None,
     options: dict[str, Any],
-) -> list[Tensor]:
-    """Three outputs and, for `gradients`, those of hidden, weight and bias."""
+) -> tuple[ForwardRows, list[Tensor]]:
+    """The forward; and its outputs with, for `gradients`, those of hidden, weight and bias."""
     found = _forward(tiles, inputs, options)
     got = [found.logprob, found.entropy, found.logsumexp]
-    if gradients is None:
-        return got
-    tile = _fitting(tiles[1], inputs)
-    return got + launch_backward(gradients, inputs, found, tile, options)
+    if gradients is not None:
+        tile = _fitting(tiles[1], inputs)
+        got += launch_backward(gradients, inputs, found, tile, options)
+    return found, got
 
 
 def _forward(tiles: Tiles, inputs: Inputs, options: dict[str, Any]) -> ForwardRows:
@@ -152,7 +154,8 @@ def _references(
     inputs: Inputs, gradients: list[Tensor | None] | None, options: dict[str, Any]
 ) -> tuple[Results, ...]:
     """Outputs and gradients in fp64, in the dtype of the inputs, and in fp32."""
-    return three_of(inputs, gradients, **_of_head(options))
+    orders = options.get("orders", ORDERS)
+    return three_of(inputs, gradients, orders, **_of_head(options))
 
 
 def _of_head(options: dict[str, Any]) -> dict[str, Any]:
@@ -173,9 +176,24 @@ def _check(
     got: list[Tensor], references: tuple[Results, ...], inputs: Inputs, options: dict[str, Any]
 ) -> None:
     """Both bounds, for outputs and gradients; 16-bit kernels round dz for its products."""
-    # Allowed in the interpreter too: what a GPU may not do is refused there.
-    arithmetic = GpuArithmetic.of(*inputs[:2], **options)
-    truth.check_results(got, references, arithmetic, inputs[0].dtype)
+    truth.check_results(got, references, _arithmetic(inputs, options), inputs[0].dtype)
+
+
+def _arithmetic(inputs: Inputs, options: dict[str, Any]) -> GpuArithmetic:
+    """Allowed in the interpreter too: what a GPU may not do is refused there."""
+    orders = options.get("orders", ORDERS) > 0
+    return GpuArithmetic.of(*inputs[:2], **_of_head(options), orders=orders)
+
+
+def _check_logits(found: ForwardRows, inputs: Inputs, valid: Tensor) -> None:
+    """The logits that are stored for backward, of all valid rows or of those with a place."""
+    h, w = inputs[0][valid], inputs[1]
+    places = torch.arange(len(valid), device=valid.device)
+    places = (places if found.places is None else found.places)[valid]
+    assert (places >= 0).all(), "a row that fits has no place"
+    z, plain = h.double() @ w.double().T, h.float() @ w.float().T
+    arithmetic = GpuArithmetic(h.shape[1], float(z.abs().amax()), h.dtype, orders=False)
+    assert_within_two_bounds(found.logits[places.long()], z, plain, plain, allowance=arithmetic.logit)
 
 
 def compare(
@@ -190,18 +208,24 @@ def compare(
 ) -> None:
     """Outputs within both bounds, with statistics, stored logits and gradients where asked for.
 
-    launch: further options of the launches.
+    launch: further options of the launches, and `orders` of truth.three_of.
     """
     inputs, options = make_inputs(shape, dtype, device, rows, names)
+    options |= launch
     gradients = make_gradients(shape[0], device, names) if backward else None
-    got = ours(tiles, inputs, gradients, options | launch)
+    found, got = ours(tiles, inputs, gradients, options)
     _check(got, _references(inputs, gradients, options), inputs, options)
+    if found.logits.numel():
+        _check_logits(found, inputs, inputs[2] != options.get("ignore_index", -100))
     if "ignore" in names:
         assert not any(x[::3].any() for x in got[:4]), "an ignored row is not zero"
     if "statistics" in names:
-        three = truth.three_statistics(*inputs[:3], bias=inputs[3], **_of_head(options))
+        orders = 2 * options.get("orders", ORDERS)
+        three = truth.three_statistics(
+            *inputs[:3], bias=inputs[3], orders=orders, **_of_head(options)
+        )
         # A largest p of 1/2 is off by a whole rounding of a logit.
-        arithmetic = GpuArithmetic.of(*inputs[:2], **options)
+        arithmetic = _arithmetic(inputs, options)
         truth.check_statistics(options["statistics"], three, arithmetic, factor=3.0)
 
 
@@ -306,7 +330,7 @@ def stored_rows(
 
     def storing(above: float | Tensor, rows: int) -> list[Tensor]:
         store = {"store_above": torch.as_tensor(above, device=device), "store_rows": rows}
-        return ours(tiles, inputs, gradients, options | store)
+        return ours(tiles, inputs, gradients, options | store)[1]
 
     read, recomputed = storing(0.0, shape[0]), storing(math.inf, 3)
     _check(read, references, inputs, options)

@@ -48,6 +48,7 @@ def launch_backward(
         (True, True, inputs[-1] is not None),
         max_active_rows=options.get("max_active_rows"),
         tile=tile,
+        chunk_v=options.get("chunk_v"),
     )
     return [x for x in got if x is not None]
 

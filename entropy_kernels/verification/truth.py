@@ -19,8 +19,8 @@ ROWS = ["peaked", "uniform", "tied", "very negative", "large"]
 LOW_ENTROPY = 0.01  # nats
 # What fp64 errs in an entropy: its formula takes 1 from a probability near 1.
 TRUTH_ERROR = 4 * torch.finfo(torch.float64).eps
-# Rows of a block whose logits are held.
-BLOCK = 256
+# Rows of a block whose logits are held, or as many as fit.
+BLOCK, BLOCK_BYTES = 256, 1 << 26
 # Tensors, and None for what is not there.
 Results = list[Any]
 
@@ -49,8 +49,9 @@ def peaked_head(
 
     hidden_TD = torch.empty(tokens, hidden, device=device)
     target_T = torch.empty(tokens, dtype=torch.int64, device=device)
-    for start in range(0, tokens, BLOCK):
-        rows = slice(start, start + BLOCK)
+    block = max(BLOCK, BLOCK_BYTES // (4 * vocabulary))
+    for start in range(0, tokens, block):
+        rows = slice(start, start + block)
         words = weight_VD[candidates[rows]]
         direction = torch.einsum("tc,tcd->td", (-gaps[rows]).exp(), words)
         direction += 0.01 * torch.randn(direction.shape, **on)
@@ -139,6 +140,7 @@ def three_of(
     """run() by the reference: in fp64, in the dtype of the inputs, and in fp32 by its worst order.
 
     Gradients have the dtype of their formula. An eager path in fp32 is the last.
+    orders: 0 for one fp32 run by torch in place of both; GpuArithmetic has to know.
     """
 
     def typed(dtype: torch.dtype) -> Results:
@@ -147,6 +149,9 @@ def three_of(
         return run(in_dtype(dtype), upcast, grads, **options)
 
     truth, dtype = typed(torch.float64), inputs[0].dtype
+    if not orders:
+        plain = typed(torch.float32)
+        return truth, plain, plain
     plain = worst_of_orders(lambda: typed(torch.float32), truth, orders)
     eager = plain if dtype == torch.float32 else typed(dtype)
     return truth, eager, plain
@@ -167,13 +172,16 @@ def statistics_in(
 
 
 def three_statistics(
-    h: Tensor, w: Tensor, y: Tensor, **options: Any
+    h: Tensor, w: Tensor, y: Tensor, orders: int = 8, **options: Any
 ) -> tuple[Sequence[Tensor | None], ...]:
     """Statistics by the reference as `three_of` has outputs."""
     truths = statistics_in(torch.float64, h, w, y, **options)
+    if not orders:
+        plain = statistics_in(torch.float32, h, w, y, **options)
+        return truths, plain, plain
     eager = statistics_in(h.dtype, h, w, y, **options) if h.dtype != torch.float32 else None
     formula = partial(statistics_in, torch.float32, h, w, y, **options)
-    worst = worst_of_orders(formula, truths, orders=8)
+    worst = worst_of_orders(formula, truths, orders)
     return truths, eager or worst, worst
 
 

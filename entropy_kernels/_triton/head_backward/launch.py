@@ -60,6 +60,7 @@ def backward(
     reduce_hidden: Callable[[Tensor], None] | None = None,
     max_active_rows: int | None = None,
     tile: Tile | None = None,
+    chunk_v: int | None = None,
     refused: Callable[[Tile], bool] | None = None,
 ) -> Gradients:
     """Gradients of hidden states, weight and bias; None for what `needs` does not ask for.
@@ -72,6 +73,7 @@ def backward(
         nothing, and a CUDA graph can hold the call. More active rows make every gradient NaN.
         Without it the host reads their number, one synchronisation, and C is exact.
     tile: overrules the table, for tests and tuning.
+    chunk_v: N, a multiple of 8, for tests; by default what DZ_BYTES has room for.
     refused: which tiles are known to be wrong here. One is taken only if there is no other.
 
     Where `rows` has the logits of all rows, nothing is recomputed. Where it has those of some, the
@@ -116,7 +118,7 @@ def backward(
             gradients[1] is not None,
             None if all_stored else tile,
         )
-        dhidden_CD, dweight_VD, dbias_V = _gradients(dlogits, needs, main_grad)
+        dhidden_CD, dweight_VD, dbias_V = _gradients(dlogits, needs, main_grad, chunk_v)
         if dhidden_CD is not None and reduce_hidden is not None:
             reduce_hidden(dhidden_CD)
         dhidden_TD = None if dhidden_CD is None else spread(dhidden_CD, active, head.hidden)
@@ -166,11 +168,14 @@ def _zeros(head: Head, needs: _Needs, main_grad: Tensor | None) -> Gradients:
     )
 
 
-def _gradients(dlogits: Dlogits, needs: _Needs, main_grad: Tensor | None) -> Gradients:
+def _gradients(
+    dlogits: Dlogits, needs: _Needs, main_grad: Tensor | None, chunk_v: int | None
+) -> Gradients:
     """One pass over the vocabulary: fp32 dhidden [C, D], the others as they are returned."""
     rows, weight_VD = dlogits.rows, dlogits.weight_VD
     count, vocabulary = rows.hidden.shape[0], weight_VD.shape[0]
-    chunk_v = _chunk_columns(count, vocabulary, rows.hidden.element_size())
+    if chunk_v is None:
+        chunk_v = _chunk_columns(count, vocabulary, rows.hidden.element_size())
     # Nothing writes places beyond the last active row, or partials of blocks without one.
     buffer = rows.hidden.new_empty if rows.active.exact else rows.hidden.new_zeros
     dz_CN = buffer(count, chunk_v)
