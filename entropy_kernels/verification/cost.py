@@ -83,9 +83,13 @@ class Cost(TorchDispatchMode):
 
 def _specialisation(kernel: Any, args: tuple[Any, ...], options: dict[str, Any]) -> tuple[Any, ...]:
     """The kernel, its constants, and of its arguments what Triton compiles for."""
+    # The interpreter keeps its options apart.
+    kept = vars(kernel).get("kwargs") or vars(kernel)
+    alike = kept.get("do_not_specialize") or ()
+    named = zip(kernel.arg_names, args, strict=False)
     return (
         getattr(kernel, "__name__", str(kernel)),
-        *map(_kind, args),
+        *(type(x).__name__ if name in alike else _kind(x) for name, x in named),
         *((name, repr(x)) for name, x in sorted(options.items())),
     )
 

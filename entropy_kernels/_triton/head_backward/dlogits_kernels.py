@@ -13,7 +13,7 @@ from ..common.logit_functions import add_bias, dot, order
 from .dlogits_functions import store_gradient, target_gradient
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["capacity"])
 def dlogits_pointer_kernel(
     hidden_ptr,  # [C, D]
     weight_ptr,
@@ -114,7 +114,7 @@ def _halves(x):
     return x.reshape(x.shape[0], 2, x.shape[1] // 2).permute(0, 2, 1).split()
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["capacity"])
 def dlogits_tma_kernel(
     hidden_desc,  # blocks of [BLOCK_C, BLOCK_D]
     weight_desc,  # blocks of [BLOCK_V, BLOCK_D]
@@ -208,7 +208,7 @@ def dlogits_tma_kernel(
             )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["capacity"])
 def dlogits_read_kernel(
     logits_ptr,  # fp32 [rows, V], without bias
     index_ptr,  # [C], the row of each

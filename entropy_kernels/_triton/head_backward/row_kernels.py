@@ -12,7 +12,7 @@ from ..common.logit_functions import inverse_temperature
 FIELDS = 6
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n", "blocks_per_program", "ignore_index", "capacity"])
 def active_rows_kernel(
     logprob_ptr,  # [T], as the two others: gradients
     entropy_ptr,
@@ -66,7 +66,7 @@ def active_rows_kernel(
         tl.store(number_ptr, used)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["capacity"])
 def find_front_kernel(
     index_ptr,  # [C], row numbers
     number_ptr,
@@ -90,7 +90,7 @@ def find_front_kernel(
     tl.store(front_ptr, tl.where(front < n, front // STEP * STEP, n))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["stride_temperature", "capacity", "limit"])
 def gather_kernel(
     hidden_ptr,
     target_ptr,
@@ -163,7 +163,7 @@ def gather_kernel(
         out_ptrs += BLOCK_D
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["limit", "T"])
 def scatter_kernel(
     rows_ptr,  # fp32 [C, D]
     slot_ptr,

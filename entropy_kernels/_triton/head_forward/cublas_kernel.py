@@ -11,7 +11,9 @@ from .row_sum_functions import empty_sums, store_sums, update_statistics, update
 from .statistics_functions import store_statistics
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["stride_temperature", "first_t", "end_t", "T", "n_split", "ignore_index"]
+)
 def forward_cublas_kernel(
     logits_ptr,  # [rows, V], of tokens first_t and on; without bias, not capped
     bias_ptr,

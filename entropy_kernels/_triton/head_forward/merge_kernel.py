@@ -11,7 +11,9 @@ from .row_sum_functions import empty_sums, moved_sums
 from .statistics_functions import finish_statistics, moved_statistics
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["stride_temperature", "first_t", "end_t", "T", "n_split", "ignore_index"]
+)
 def merge_kernel(
     partials_ptr,  # [4, S, T]; with statistics [7, S, T]
     target_logit_ptr,  # [T], as partials in the order of slots

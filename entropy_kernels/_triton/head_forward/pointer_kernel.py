@@ -11,7 +11,7 @@ from .row_sum_functions import empty_sums, store_sums, update_statistics, update
 from .statistics_functions import store_statistics
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["stride_temperature", "T", "n_split"])
 def forward_pointer_kernel(
     hidden_ptr,  # of the valid rows, as temperature
     weight_ptr,

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n", "room", "ignore_index"])
 def place_rows_kernel(
     entropy_ptr,  # [rows of the chunk], as the two others
     target_ptr,

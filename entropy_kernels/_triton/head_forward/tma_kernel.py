@@ -11,7 +11,7 @@ from .row_sum_functions import empty_sums, store_sums, sums_of_tile, update_stat
 from .statistics_functions import statistics_of_tile, store_statistics
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["stride_temperature", "T", "n_split"])
 def forward_tma_kernel(
     hidden_desc,  # blocks of [BLOCK_T, BLOCK_D] of the valid rows
     weight_desc,  # blocks of [BLOCK_V, BLOCK_D]

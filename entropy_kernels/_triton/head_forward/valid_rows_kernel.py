@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["stride_temperature", "T"])
 def valid_rows_kernel(
     hidden_ptr,
     target_ptr,  # [T]
