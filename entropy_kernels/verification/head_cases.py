@@ -192,8 +192,8 @@ def _check_logits(found: ForwardRows, inputs: Inputs, valid: Tensor) -> None:
     places = (places if found.places is None else found.places)[valid]
     assert (places >= 0).all(), "a row that fits has no place"
     z, plain = h.double() @ w.double().T, h.float() @ w.float().T
-    arithmetic = GpuArithmetic(h.shape[1], float(z.abs().amax()), h.dtype, orders=False)
-    assert_within_two_bounds(found.logits[places.long()], z, plain, plain, allowance=arithmetic.logit)
+    more = GpuArithmetic(h.shape[1], float(z.abs().amax()), h.dtype, orders=False).logit
+    assert_within_two_bounds(found.logits[places.long()], z, plain, plain, allowance=more)
 
 
 def compare(

@@ -186,7 +186,7 @@ def three_statistics(
 
 
 def check_results(
-    got: Results,
+    got: Sequence[Tensor],
     three: tuple[Results, ...],
     arithmetic: GpuArithmetic | None,
     operands: torch.dtype = torch.float32,
