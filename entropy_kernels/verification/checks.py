@@ -11,7 +11,7 @@ import torch
 from .. import device as gpu
 from .._triton.common.tiles import Tile
 from .._triton.head_forward.launch import splits
-from .head_cases import Case, Shape, compare, no_answer, stored_rows, twice
+from .head_cases import Case, Shape, compare, no_answer, numbered, stored_rows, twice
 from .question import Question
 from .token_cases import KINDS, ratio_loss_cases, selection_cases
 
@@ -25,6 +25,8 @@ NAMES = {
     "statistics": "statistics",
     "keep_logits": "keep",
 }
+# Splits that take the kernel that merges them more than one step.
+SPLITS = 17
 # Rows of a block of "cublas", whose own are few.
 BLOCK_T = 32
 # A call whose sizes are not known.
@@ -88,34 +90,60 @@ def cases(
     shape, launch = _sizes(summing, question.tile, sizes, where)
     names = tuple(NAMES[flag] for flag in question.flags if flag in NAMES)
     stored = "stored" in question.flags
-    found = _of_forward(shape, names, stored) if is_forward else _of_backward(shape, names, stored)
     tiles = (summing, None if is_forward else question.tile)
-    return [
+    # What a call may have where tiles are read from pointers.
+    strided = all(tile is None or tile.variant in ("pointer", "cublas") for tile in tiles)
+    more = ("edges", "strided") if strided else ("edges",)
+    found = (_of_forward if is_forward else _of_backward)(shape, names, more, stored)
+    each: list[Case] = [
         Case(name, partial(run, tiles, question.dtype, where, *rest, **launch))
-        for name, run, *rest in found
+        for name, run, *rest in [*found, ("rows are numbered", numbered)]
     ]
+    if is_forward and question.tile is not None and not stored:
+        many, launch = _many_splits(question.tile, shape), launch | {"per_split": 1}
+        run = partial(compare, tiles, question.dtype, where, many, "peaked", names, False)
+        each.append(Case("many splits", partial(run, **launch)))
+    return each
 
 
-def _of_forward(shape: Shape, names: tuple[str, ...], stored: bool) -> list[tuple[Any, ...]]:
+def _many_splits(tile: Tile, shape: Shape) -> Shape:
+    """Few rows; "cublas" is compiled for any D."""
+    hidden = HIDDEN if tile.variant == "cublas" else shape[1]
+    return 6, hidden, SPLITS * tile.block_v
+
+
+def _shared(names: tuple[str, ...]) -> tuple[str, ...]:
+    """With one temperature for all rows, which kernels are compiled for."""
+    return tuple("temperature" if name == "temperatures" else name for name in names)
+
+
+def _of_forward(
+    shape: Shape, names: tuple[str, ...], more: tuple[str, ...], stored: bool
+) -> list[tuple[Any, ...]]:
     names = (*names, "store") if stored else names
     ignored = (*names, "ignore")
+    *rows_of_each, last = FORWARD_ROWS
     return [
-        *((f"{rows} rows", compare, shape, rows, ignored, False) for rows in FORWARD_ROWS),
+        *((f"{rows} rows", compare, shape, rows, ignored, False) for rows in rows_of_each),
+        (f"{last} rows", compare, shape, last, (*_shared(ignored), *more), False),
         ("rows without an answer", no_answer, shape, names),
         ("the same bits twice", twice, shape, ignored, False),
     ]
 
 
-def _of_backward(shape: Shape, names: tuple[str, ...], stored: bool) -> list[tuple[Any, ...]]:
+def _of_backward(
+    shape: Shape, names: tuple[str, ...], more: tuple[str, ...], stored: bool
+) -> list[tuple[Any, ...]]:
     ignored = (*names, "ignore")
     if stored:
         return [
             ("gradients of stored rows", stored_rows, shape, False, names),
             ("gradients of stored rows, bounded", stored_rows, shape, True, names),
         ]
+    alone = (*_shared(ignored), *more, "logprob alone")
     return [
         ("gradients of wide rows", compare, shape, "wide", ignored),
-        ("gradients of log-prob alone", compare, shape, "large", (*ignored, "logprob alone")),
+        ("gradients of log-prob alone", compare, shape, "large", alone),
         ("the same bits twice, and bounds of rows", twice, shape, ignored),
     ]
 
@@ -125,18 +153,18 @@ def _sizes(
 ) -> tuple[Shape, dict[str, Any]]:
     """Blocks and a tail of rows and of splits, with the caller's D and his columns per split.
 
-    Kernels are compiled for the divisibility by 16 of T and V, too.
+    Logits and their gradient come in chunks, as they do in a large call. Kernels are compiled for
+    the divisibility by 16 of T and V, too.
     """
     tokens, vocabulary = sizes.tokens or TOKENS, sizes.vocabulary or VOCABULARY
     tail_t, tail_v = 16 if tokens % 16 == 0 else 5, 16 if vocabulary % 16 == 0 else 13
-    launch: dict[str, Any] = {}
+    launch: dict[str, Any] = {"orders": 0, "chunk_rows": BLOCK_T}
     columns = 128
     if summing is not None:
         _, per_split = splits(summing, tokens, vocabulary, gpu.processors(where))
-        launch, columns = {"per_split": per_split}, per_split * summing.block_v
+        launch["per_split"], columns = per_split, per_split * summing.block_v
     rows = BLOCK_T if tile is None or tile.variant == "cublas" else tile.block_t
     # About half of them have a gradient.
-    blocks, vocabulary = 2 if tile is summing else 4, 2 * columns + tail_v
-    # Backward takes two chunks of columns.
-    launch |= {"orders": 0, "chunk_v": 16 * -(-vocabulary // 32)}
-    return (blocks * rows + tail_t, sizes.hidden or HIDDEN, vocabulary), launch
+    blocks = 2 if tile is summing else 4
+    launch["chunk_v"] = columns
+    return (blocks * rows + tail_t, sizes.hidden or HIDDEN, 2 * columns + tail_v), launch

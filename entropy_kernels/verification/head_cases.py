@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .. import device as gpu
 from .._bounds import GpuArithmetic, assert_within_two_bounds
-from .._rows import ForwardRows
+from .._rows import STATISTICS, ForwardRows
 from .._triton.common.tiles import TMA, variants
 from . import truth
 from .launches import Inputs, launch_backward, launch_forward
@@ -212,6 +212,14 @@ def compare(
     """
     inputs, options = make_inputs(shape, dtype, device, rows, names)
     options |= launch
+    _, _, y, bias = inputs
+    if "edges" in names:
+        # The first and the last word, of the vocabulary and of a split; no ignored row.
+        split = launch["chunk_v"]
+        y[[1, 2, 4, 5]] = torch.tensor([0, shape[2] - 1, split - 1, split], device=device)
+    if bias is not None:
+        forbidden = torch.arange(shape[2], device=device) % 16 == 5
+        bias[forbidden.index_fill(0, y.clamp_min(0), False)] = -math.inf
     gradients = make_gradients(shape[0], device, names) if backward else None
     found, got = ours(tiles, inputs, gradients, options)
     _check(got, _references(inputs, gradients, options), inputs, options)
@@ -251,7 +259,8 @@ def no_answer(
     wrong = torch.zeros(shape[0], dtype=torch.bool, device=device)
     wrong[broken] = True
     found = _forward(tiles, (h, w, y, bias), options | launch)
-    for name, x in zip(found._fields[:5], found[:5], strict=True):
+    named = dict(zip(found._fields[:5], found[:5], strict=True))
+    for name, x in [*named.items(), *zip(STATISTICS, options.get("statistics", ()), strict=False)]:
         assert torch.equal(x.isnan(), wrong), f"{name}: rows {x.isnan().nonzero().flatten()}"
         assert x[8] == 0, name
     if bias is not None and "softcap" not in names:
@@ -340,6 +349,26 @@ def stored_rows(
         assert either.all(), f"rows {(~either).nonzero().flatten().tolist()}"
         for x, wanted in zip(got[3:], references[0][3:], strict=True):
             close(x, wanted, dtype)
+
+
+def numbered(tiles: Tiles, dtype: torch.dtype, device: torch.device, **launch: Any) -> None:
+    """Rows with a target, and rows with a gradient, of several programs."""
+    from .._triton.head_backward.launch_rows import BLOCK, active_rows
+
+    gradient, _, _ = make_gradients(2 * BLOCK + 5, device, ("logprob alone",))
+    assert gradient is not None
+    gradient[1] = math.nan
+    target = torch.randint(5, gradient.shape, device=device)
+    target[::3] = -1
+    valid = target != -1
+    for gradients, active in (
+        (None, valid),
+        ((gradient, None, None), valid & (gradient != 0)),
+    ):
+        found = active_rows(gradients, target, -1, None)
+        assert torch.equal(found.rows, active.nonzero().flatten().int()), "other rows"
+        places = torch.where(active, active.cumsum(0) - 1, -1)
+        assert torch.equal(found.slot, places.int()), "rows in other places"
 
 
 def close(got: Tensor, truth: Tensor, dtype: torch.dtype) -> None:

@@ -27,6 +27,7 @@ def launch_forward(inputs: Inputs, tile: Any, options: dict[str, Any]) -> Forwar
         statistics=options.get("statistics"),
         tile=tile,
         per_split=options.get("per_split"),
+        chunk_rows=options.get("chunk_rows"),
     )
 
 

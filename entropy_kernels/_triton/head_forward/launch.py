@@ -48,6 +48,7 @@ def forward(
     variant: str | None = None,
     tile: Tile | None = None,
     per_split: int | None = None,
+    chunk_rows: int | None = None,
     refused: Callable[[Tile], bool] | None = None,
 ) -> ForwardRows:
     """What backward and the caller need of every row; zeros where the target is ignored.
@@ -61,6 +62,7 @@ def forward(
         valid rows whose entropy is at least store_above, fp32 [].
     statistics: fp32 [4, T], contiguous; filled with what _rows.STATISTICS names.
     per_split: blocks of columns in each split, for tests; by default `splits` chooses.
+    chunk_rows: rows of logits that "cublas" has at a time, for tests.
     refused: which tiles are known to be wrong here. One is taken only if there is no other.
     """
     (count, _), vocabulary = head.hidden.shape, head.weight.shape[0]
@@ -104,7 +106,7 @@ def forward(
     )
     with device.on(head.hidden.device):
         if tile.variant == "cublas":
-            for z_TV, start in chunks_of_logits(work):
+            for z_TV, start in chunks_of_logits(work, chunk_rows):
                 merge(work, start, start + z_TV.shape[0])
                 if store is not None:
                     store.take(z_TV, start, rows.entropy, work.target_T, head.ignore_index)

@@ -145,14 +145,14 @@ def from_descriptors(work: Work, valid: ValidRows) -> None:
     )
 
 
-def chunks_of_logits(work: Work) -> Iterator[tuple[Tensor, int]]:
-    """The logits of each chunk of rows and its first row, once its partials are there.
+def chunks_of_logits(work: Work, rows: int | None = None) -> Iterator[tuple[Tensor, int]]:
+    """The logits of each chunk of `rows` and its first row, once its partials are there.
 
-    They are valid until the next chunk.
+    They are valid until the next chunk. By default a chunk has WORKSPACE_BYTES.
     """
     head, logits_TV, (count, _, vocabulary) = work.head, work.rows.logits, work.sizes
     fitting = WORKSPACE_BYTES // (4 * vocabulary) // WORKSPACE_BLOCK * WORKSPACE_BLOCK
-    rows = min(max(fitting, WORKSPACE_BLOCK), count)
+    rows = min(rows or max(fitting, WORKSPACE_BLOCK), count)
     stored = logits_TV.numel() > 0
     workspace = logits_TV if stored else work.partials.new_empty(rows, vocabulary)
     for start in range(0, count, rows):
