@@ -46,7 +46,7 @@ def check(h, w, y, *, bias=None, temperature=None, softcap=None, ignore=-100, **
         h, w, y, bias=bias, temperature=temperature, softcap=softcap, ignore=ignore, **chosen
     )
     options = {"temperature": temperature, "softcap": softcap, "ignore_index": ignore}
-    assert_as_reference(got[:3], (h, w, y, bias), **options)
+    assert_as_reference([*got[:3]], (h, w, y, bias), **options)
     assert all(x.dtype == torch.float32 for x in got[:3])
     top = got.max if temperature is None else got.max / temperature
     parts = torch.where(y != ignore, top + got.log_sum, 0)
