@@ -259,8 +259,8 @@ TILES: dict[Key, tuple[Tile, ...]] = {
         Tile("pointer", 64, 128, 64, 8, 3),
     ),
     Key("dlogits_softcap", "sm_100", "bfloat16", ANY, ANY): (
-        Tile("tma", 128, 128, 64, 8, 4),
-        Tile("pointer", 128, 128, 64, 8, 3),
+        Tile("tma", 128, 64, 64, 8, 4),
+        Tile("pointer", 128, 64, 64, 8, 3),
     ),
     Key("dlogits", "gfx942", "bfloat16", ANY, ANY): (Tile("pointer", 128, 128, 32, 8, 2),),
     Key("dlogits", "any", "bfloat16", ANY, ANY): (Tile("pointer", 64, 128, 32, 4, 3),),
