@@ -104,3 +104,11 @@ def test_what_a_launch_without_memory_would_multiply_is_not_counted(where):
     with Watch() as watch:
         products.count(rows, 7)
     assert watch.products == (0 if where == "meta" else 21)
+
+
+def test_launches_before_fake_tensors_are_counted_among_them():
+    with Watch() as watch:
+        products.count(torch.full((1,), 3, dtype=torch.int32), 7)
+        with FakeTensorMode(), Watch() as inner:
+            pass
+    assert (watch.products, inner.products) == (21, 0)

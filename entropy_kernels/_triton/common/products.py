@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from ... import device
 
@@ -34,8 +35,9 @@ def count(rows: Tensor, each: int, but: Tensor | None = None) -> None:
 def counted() -> int:
     """Multiplications in the kernels' products since this was first asked: half their flops."""
     global _counted, _unread
-    for rows, but, each in _unread or ():
-        _counted += (int(rows) - (0 if but is None else int(but))) * each
+    with _disable_current_modes():  # the numbers are real where fake ones are made too
+        for rows, but, each in _unread or ():
+            _counted += (int(rows) - (0 if but is None else int(but))) * each
     _unread = []
     return _counted
 
