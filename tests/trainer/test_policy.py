@@ -109,7 +109,7 @@ def louder(dtype, spread, **attributes):
 @pytest.mark.parametrize("spread", [0.02, 0.5])
 def test_a_factor_is_measured_and_not_read(dtype, factor, spread):
     policy = louder(dtype, spread, factor=factor)
-    module._check_head(policy)
+    module._check_head(policy, "torch")
     assert policy.lm_head.scale == pytest.approx(factor, rel=1e-6)
 
 
@@ -118,7 +118,7 @@ def test_a_factor_is_measured_and_not_read(dtype, factor, spread):
 def test_another_head_than_was_measured_is_refused(dtype, factor, spread):
     policy = louder(dtype, spread, factor=factor, length=8)
     with pytest.raises(ValueError, match=r"head of Louder .* log-probs differ by"):
-        module._check_head(policy)
+        module._check_head(policy, "torch")
 
 
 def test_dropout_is_off_in_training(tmp_path):
