@@ -52,7 +52,7 @@ OPTIONS: dict[str, tuple[str, ...]] = {
     "all options, logits stored": ("bias", "temperatures", "softcap", "ignore", "keep"),
 }
 ACTIVE = 0.5
-# Of fp32 results that a case is judged by.
+# How many fp32 results a case is judged by.
 ORDERS = 4
 Tiles = tuple[Any, Any]
 Shape = tuple[int, int, int]
