@@ -19,7 +19,7 @@ from benchmarks.gpu.rows import LostError, OutOfTimeError, Rows
 from benchmarks.gpu.setting import Setting
 from entropy_kernels._triton.common import tiles
 from entropy_kernels._triton.common.tiles import ANY, Key, Tile
-from entropy_kernels.verification import head_cases
+from entropy_kernels.verification import head_runs
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
@@ -140,7 +140,7 @@ def test_failed_case_blames_the_kernel_that_ran_and_was_wrong(
     group = next(x for x in correctness.groups("interpreter", True) if x.name.startswith("tma "))
     case = next(x for x in correctness.cases(group, CPU, True) if x.name.endswith(f": {shape}"))
     launch = f"launch_{'forward' if wrong == 'forward' else 'backward'}"
-    right = getattr(head_cases, launch)
+    right = getattr(head_runs, launch)
 
     def broken(*arguments):
         found = right(*arguments)
@@ -149,7 +149,7 @@ def test_failed_case_blames_the_kernel_that_ran_and_was_wrong(
         (found.logprob if wrong == "forward" else found[0])[0] += 1
         return found
 
-    monkeypatch.setattr(head_cases, launch, broken)
+    monkeypatch.setattr(head_runs, launch, broken)
     correctness.run_case(rows, CPU, case, ["forward tma float32", "dlogits tma float32"], 0)
     (row,) = rows.of("correctness")
     assert row["kernels"] == [blamed]

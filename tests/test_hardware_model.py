@@ -9,7 +9,7 @@ pytest.importorskip("triton")
 
 from entropy_kernels._bounds import GpuArithmetic
 from entropy_kernels._triton.common.tiles import Tile
-from entropy_kernels.verification import head_cases
+from entropy_kernels.verification import head_runs
 from entropy_kernels.verification.truth import check_results, three_of
 from tests.hardware_model import TENSOR_CORES, hardware
 from tests.mutant_cases import MUTANTS
@@ -27,13 +27,13 @@ def judge(depth, dtype, cores, rows="peaked", names=()):
     """The check of one head by kernels on each of `cores`, whose truth is computed once."""
     torch.manual_seed(0)
     shape = (TOKENS, depth, VOCABULARY)
-    inputs, options = head_cases.make_inputs(shape, dtype, CPU, rows, names)
-    gradients = head_cases.make_gradients(TOKENS, CPU)
+    inputs, options = head_runs.make_inputs(shape, dtype, CPU, rows, names)
+    gradients = head_runs.make_gradients(TOKENS, CPU)
     three = three_of(inputs, gradients, **options)
     arithmetic = GpuArithmetic.of(*inputs[:2], **options)
     for core in cores:
         with hardware(core):
-            _, got = head_cases.ours(TILES, inputs, gradients, options)
+            _, got = head_runs.ours(TILES, inputs, gradients, options)
         yield lambda got=got: check_results(got, three, arithmetic, dtype)
 
 

@@ -11,7 +11,8 @@ import torch
 from .. import device as gpu
 from .._triton.common.tiles import Tile
 from .._triton.head_forward.launch import splits
-from .head_cases import Case, Shape, compare, no_answer, numbered, stored_rows, twice
+from .head_cases import Case, compare, no_answer, numbered, stored_rows, twice
+from .head_runs import Shape
 from .question import Question
 from .token_cases import KINDS, ratio_loss_cases, selection_cases
 

@@ -14,13 +14,26 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import device as gpu
-from .._bounds import GpuArithmetic, assert_within_two_bounds
-from .._rows import STATISTICS, ForwardRows
-from .._triton.common.tiles import TMA, variants
+from .._rows import STATISTICS
 from . import truth
-from .launches import Inputs, launch_backward, launch_forward
-from .truth import ROWS, Results, bend, peaked_head, three_of
+from .head_runs import (
+    ORDERS,
+    Shape,
+    Tiles,
+    arithmetic_of,
+    check,
+    check_logits,
+    close,
+    fitting,
+    forward,
+    make_gradients,
+    make_inputs,
+    of_head,
+    ours,
+    references_of,
+)
+from .launches import launch_backward
+from .truth import ROWS
 
 SHAPES = {
     "one": (1, 1, 1),
@@ -51,11 +64,6 @@ OPTIONS: dict[str, tuple[str, ...]] = {
     "all options": ("bias", "temperatures", "softcap", "ignore", "strided"),
     "all options, logits stored": ("bias", "temperatures", "softcap", "ignore", "keep"),
 }
-ACTIVE = 0.5
-# How many fp32 results a case is judged by.
-ORDERS = 4
-Tiles = tuple[Any, Any]
-Shape = tuple[int, int, int]
 
 
 class Case(NamedTuple):
@@ -89,113 +97,6 @@ def head_cases(
     return [Case(name, partial(run, tiles, dtype, device, *rest)) for name, run, *rest in found]
 
 
-def make_inputs(
-    shape: Shape,
-    dtype: torch.dtype,
-    device: torch.device,
-    rows: str = "peaked",
-    options: tuple[str, ...] = (),
-) -> tuple[Inputs, dict[str, Any]]:
-    """Hidden states, weight, targets and bias of one kind of rows, and the options of the head."""
-    T, D, V = shape
-    seed = int(torch.randint(1 << 30, ()))
-    h, w, y = bend(rows, *peaked_head(T, D, V, torch.float32, device, seed, rows == "wide"))
-    h, w = h.to(dtype), w.to(dtype)
-    if "strided" in options:
-        h, w = (torch.stack([x, x.neg()], 2).flatten(1)[:, ::2] for x in (h, w))
-    chosen: dict[str, Any] = {"keep_logits": True} if "keep" in options else {}
-    if "store" in options:
-        chosen |= {"store_above": torch.zeros((), device=device), "store_rows": T}
-    if "statistics" in options:
-        chosen["statistics"] = torch.full((4, T), math.nan, device=device)
-    if "ignore" in options:
-        y[::3] = chosen["ignore_index"] = -1
-    if "softcap" in options:
-        chosen["softcap"] = 5.0
-    if "temperature" in options:
-        chosen["temperature"] = torch.full((1,), 0.7, device=device)
-    if "temperatures" in options:
-        chosen["temperature"] = torch.rand(T, device=device) + 0.5
-    bias = torch.randn(V, device=device).to(dtype) if "bias" in options else None
-    return (h, w, y, bias), chosen
-
-
-def ours(
-    tiles: Tiles,
-    inputs: Inputs,
-    gradients: list[Tensor | None] | None,
-    options: dict[str, Any],
-) -> tuple[ForwardRows, list[Tensor]]:
-    """The forward; and its outputs with, for `gradients`, those of hidden, weight and bias."""
-    found = _forward(tiles, inputs, options)
-    got = [found.logprob, found.entropy, found.logsumexp]
-    if gradients is not None:
-        tile = _fitting(tiles[1], inputs)
-        got += launch_backward(gradients, inputs, found, tile, options)
-    return found, got
-
-
-def _forward(tiles: Tiles, inputs: Inputs, options: dict[str, Any]) -> ForwardRows:
-    tile = _fitting(tiles[0], inputs)
-    # Few variants can keep logits, and specialised warps have no room for statistics.
-    without = {"keep_logits": TMA, "store_above": (*TMA, "pointer"), "statistics": ("tma_ws",)}
-    if any(tile and options.get(x) is not None and tile.variant in without[x] for x in without):
-        tile = None
-    return launch_forward(inputs, tile, options)
-
-
-def _fitting(tile: Any, inputs: Inputs) -> Any:
-    """`tile`; or None, for the table to choose, where its variant cannot take these matrices."""
-    usable = variants(gpu.architecture(inputs[0].device), *inputs[:2])
-    return tile if tile is None or tile.variant in usable else None
-
-
-def _references(
-    inputs: Inputs, gradients: list[Tensor | None] | None, options: dict[str, Any]
-) -> tuple[Results, ...]:
-    """Outputs and gradients in fp64, in the dtype of the inputs, and in fp32."""
-    orders = options.get("orders", ORDERS)
-    return three_of(inputs, gradients, orders, **_of_head(options))
-
-
-def _of_head(options: dict[str, Any]) -> dict[str, Any]:
-    names = ("temperature", "softcap", "ignore_index")
-    return {name: options[name] for name in names if name in options}
-
-
-def make_gradients(
-    tokens: int, device: torch.device, names: tuple[str, ...] = ()
-) -> list[Tensor | None]:
-    """What arrives at log-prob, entropy and log-sum-exp."""
-    some = torch.rand(3, tokens, device=device) < ACTIVE
-    logprob, *others = torch.randn(3, tokens, device=device) * some
-    return [logprob, None, None] if "logprob alone" in names else [logprob, *others]
-
-
-def _check(
-    got: list[Tensor], references: tuple[Results, ...], inputs: Inputs, options: dict[str, Any]
-) -> None:
-    """Both bounds, for outputs and gradients; 16-bit kernels round dz for its products."""
-    truth.check_results(got, references, _arithmetic(inputs, options), inputs[0].dtype)
-
-
-def _arithmetic(inputs: Inputs, options: dict[str, Any]) -> GpuArithmetic:
-    """Allowed in the interpreter too: what a GPU may not do is refused there."""
-    orders = options.get("orders", ORDERS) > 0
-    return GpuArithmetic.of(*inputs[:2], **_of_head(options), orders=orders)
-
-
-def _check_logits(found: ForwardRows, inputs: Inputs, valid: Tensor) -> None:
-    """The logits that are stored for backward, of all valid rows or of those with a place."""
-    h, w = inputs[0][valid], inputs[1]
-    places = torch.arange(len(valid), device=valid.device)
-    places = (places if found.places is None else found.places)[valid]
-    assert (places >= 0).all(), "a row that fits has no place"
-    z, plain = h.double() @ w.double().T, h.float() @ w.float().T
-    more = GpuArithmetic(h.shape[1], float(z.abs().amax()), h.dtype, orders=False).logit
-    assert_within_two_bounds(found.logits[places.long()], z, plain, plain, allowance=more)
-
-
 def compare(
     tiles: Tiles,
     dtype: torch.dtype,
@@ -222,18 +123,18 @@ def compare(
         bias[forbidden.index_fill(0, y.clamp_min(0), False)] = -math.inf
     gradients = make_gradients(shape[0], device, names) if backward else None
     found, got = ours(tiles, inputs, gradients, options)
-    _check(got, _references(inputs, gradients, options), inputs, options)
+    check(got, references_of(inputs, gradients, options), inputs, options)
     if found.logits.numel():
-        _check_logits(found, inputs, inputs[2] != options.get("ignore_index", -100))
+        check_logits(found, inputs, inputs[2] != options.get("ignore_index", -100))
     if "ignore" in names:
         assert not any(x[::3].any() for x in got[:4]), "an ignored row is not zero"
     if "statistics" in names:
         orders = 2 * options.get("orders", ORDERS)
         three = truth.three_statistics(
-            *inputs[:3], bias=inputs[3], orders=orders, **_of_head(options)
+            *inputs[:3], bias=inputs[3], orders=orders, **of_head(options)
         )
         # A largest p of 1/2 is off by a whole rounding of a logit.
-        arithmetic = _arithmetic(inputs, options)
+        arithmetic = arithmetic_of(inputs, options)
         truth.check_statistics(options["statistics"], three, arithmetic, factor=3.0)
 
 
@@ -258,14 +159,14 @@ def no_answer(
         broken += [11, 14]
     wrong = torch.zeros(shape[0], dtype=torch.bool, device=device)
     wrong[broken] = True
-    found = _forward(tiles, (h, w, y, bias), options | launch)
+    found = forward(tiles, (h, w, y, bias), options | launch)
     named = dict(zip(found._fields[:5], found[:5], strict=True))
     for name, x in [*named.items(), *zip(STATISTICS, options.get("statistics", ()), strict=False)]:
         assert torch.equal(x.isnan(), wrong), f"{name}: rows {x.isnan().nonzero().flatten()}"
         assert x[8] == 0, name
     if bias is not None and "softcap" not in names:
         nothing = torch.full_like(bias, -math.inf)
-        for x in _forward(tiles, (h, w, y, nothing), options | launch)[:3]:
+        for x in forward(tiles, (h, w, y, nothing), options | launch)[:3]:
             assert x.isnan().sum() == len(x) - 1, "a row without a logit has an answer"
 
 
@@ -274,11 +175,11 @@ def masked(tiles: Tiles, dtype: torch.dtype, device: torch.device, shape: Shape)
     (h, w, y, _), options = make_inputs(shape, dtype, device)
     allowed = shape[2] // 3
     y = y % allowed
-    want = _forward(tiles, (h, w[:allowed].contiguous(), y, None), options)
+    want = forward(tiles, (h, w[:allowed].contiguous(), y, None), options)
     for masked in (-math.inf, torch.finfo(dtype).min):
         bias = torch.zeros(shape[2], dtype=dtype, device=device)
         bias[allowed:] = masked
-        got = _forward(tiles, (h, w, y, bias), options)
+        got = forward(tiles, (h, w, y, bias), options)
         for name in ("logprob", "entropy", "logsumexp"):
             torch.testing.assert_close(
                 getattr(got, name), getattr(want, name), rtol=2e-6, atol=2e-6
@@ -297,12 +198,12 @@ def twice(
     """The same bits each time. A bound of the rows changes none; beyond it gradients are NaN."""
     inputs, options = make_inputs(shape, dtype, device, "peaked", names)
     options |= launch
-    found, again = (_forward(tiles, inputs, options) for _ in range(2))
+    found, again = (forward(tiles, inputs, options) for _ in range(2))
     assert all(map(torch.equal, found[:5], again[:5])), "two forwards differ"
     if not backward:
         return
     gradients = make_gradients(shape[0], device)
-    tile = _fitting(tiles[1], inputs)
+    tile = fitting(tiles[1], inputs)
 
     def results(**bound: int) -> list[Tensor]:
         return launch_backward(gradients, inputs, found, tile, options | bound)
@@ -335,14 +236,14 @@ def stored_rows(
     options |= launch
     if bounded:
         options["max_active_rows"] = shape[0]
-    references = _references(inputs, gradients, options)
+    references = references_of(inputs, gradients, options)
 
     def storing(above: float | Tensor, rows: int) -> list[Tensor]:
         store = {"store_above": torch.as_tensor(above, device=device), "store_rows": rows}
         return ours(tiles, inputs, gradients, options | store)[1]
 
     read, recomputed = storing(0.0, shape[0]), storing(math.inf, 3)
-    _check(read, references, inputs, options)
+    check(read, references, inputs, options)
     for above, rows in ((read[1].median(), shape[0]), (0.0, 2 * shape[0] // 3)):
         got = storing(above, rows)
         either = (got[3] == read[3]).all(1) | (got[3] == recomputed[3]).all(1)
@@ -369,9 +270,3 @@ def numbered(tiles: Tiles, dtype: torch.dtype, device: torch.device, **launch: A
         assert torch.equal(found.rows, active.nonzero().flatten().int()), "other rows"
         places = torch.where(active, active.cumsum(0) - 1, -1)
         assert torch.equal(found.slot, places.int()), "rows in other places"
-
-
-def close(got: Tensor, truth: Tensor, dtype: torch.dtype) -> None:
-    allowed = 1e-5 if got.dtype == torch.float32 else 4 * torch.finfo(dtype).eps
-    error = float((got.double() - truth.double()).norm() / truth.double().norm())
-    assert error <= allowed, f"off by {error:.1e} of the norm; {allowed:.1e} is allowed"

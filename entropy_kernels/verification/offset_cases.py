@@ -12,7 +12,8 @@ from torch import Tensor
 
 from .. import reference
 from ..head import Head
-from .head_cases import Case, Shape, Tiles, close, ours
+from .head_cases import Case
+from .head_runs import Shape, Tiles, close, ours
 from .launches import Inputs
 
 # Linux: memory that is never touched is not refused.
