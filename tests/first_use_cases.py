@@ -10,7 +10,7 @@ from entropy_kernels import backends
 from entropy_kernels.verification.question import call_of
 
 CPU = torch.device("cpu")
-T, D, V = 40, 24, 201
+T, D, V = 40, 48, 208
 
 
 def make_head(dtype=torch.float32, gradient=True, **options):

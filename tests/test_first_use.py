@@ -66,6 +66,26 @@ def test_a_call_asks_for_what_it_runs(checked):
     assert len(asked) == count
 
 
+def test_sizes_that_are_no_multiples_of_16_are_questions_of_their_own(checked):
+    asked, wrong = checked
+    assert taken(make_head(gradient=False)) == "triton"
+    h, w = torch.randn(T, 24), torch.randn(201, 24)
+    odd = ek.Head(h, w, torch.zeros(T, dtype=torch.int64))
+    wrong |= {"pointer 32 64 32 4 1 2 128 0 odd V ragged odd D": "wrong"}
+    with pytest.warns(RuntimeWarning, match="odd V ragged odd D is not taken"):
+        assert taken(odd) == "triton"
+    assert [text.partition(" 128 0 ")[2] for text in asked[:2]] == ["ragged", "odd V ragged odd D"]
+    # Numbers of tokens are none.
+    count = len(asked)
+    more = dataclasses.replace(odd, hidden=h[:39], target=odd.target[:39])
+    assert taken(more) == "triton"
+    assert len(asked) == count
+    ((text, _),) = [x for x in first_use.known(CPU).items() if not x[1].right]
+    options = call(odd).options
+    assert text.endswith("odd V ragged odd D")
+    assert first_use.refused("forward", CPU, torch.float32, 24, options) is not None
+
+
 def test_every_public_function_asks(checked):
     asked, _ = checked
     head, row = make_head(), torch.rand(T)
@@ -268,11 +288,12 @@ def test_an_interrupt_waits_for_the_case_and_leaves_no_mark(checked, monkeypatch
 
 def test_a_tile_that_ended_two_processes_is_told_in_each_later_one(checked, monkeypatch):
     asked, _ = checked
-    check = checks.check
+    # Asked here, not by the check's thread: this one holds the answers' lock meanwhile.
+    check, folder = checks.check, first_use.folder(CPU)
 
     def end(*args, **options):
         """Leaves the mark of a process that ended."""
-        [mark] = (x for x in first_use.folder(CPU).glob("*.started") if "dead" not in x.name)
+        [mark] = (x for x in folder.glob("*.started") if "dead" not in x.name)
         mark.with_name(mark.name.replace(".started", "dead.started")).write_text(mark.read_text())
         raise KeyboardInterrupt
 

@@ -155,10 +155,10 @@ def _sizes(
     """Blocks and a tail of rows and of splits, with the caller's D and his columns per split.
 
     Logits and their gradient come in chunks, as they do in a large call. Kernels are compiled for
-    the divisibility by 16 of T and V, too.
+    the divisibility of V by 16, too.
     """
     tokens, vocabulary = sizes.tokens or TOKENS, sizes.vocabulary or VOCABULARY
-    tail_t, tail_v = 16 if tokens % 16 == 0 else 5, 16 if vocabulary % 16 == 0 else 13
+    tail_t, tail_v = 5, 16 if vocabulary % 16 == 0 else 13
     launch: dict[str, Any] = {"orders": 0, "chunk_rows": BLOCK_T}
     columns = 128
     if summing is not None:
@@ -166,6 +166,6 @@ def _sizes(
         launch["per_split"], columns = per_split, per_split * summing.block_v
     rows = BLOCK_T if tile is None or tile.variant == "cublas" else tile.block_t
     # About half of them have a gradient.
-    blocks = 2 if tile is summing else 4
+    blocks = 2 if tile is summing else 3
     launch["chunk_v"] = columns
     return (blocks * rows + tail_t, sizes.hidden or HIDDEN, 2 * columns + tail_v), launch

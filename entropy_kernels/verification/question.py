@@ -13,8 +13,8 @@ from ..head import Head
 OPS = ("forward", "dlogits", "ratio_loss", "selection")
 # Options of a call that its forward or its backward is compiled for, in the order of the texts.
 FLAGS = {
-    "forward": ("bias", "temperature", "softcap", "statistics", "keep_logits", "stored"),
-    "dlogits": ("bias", "temperature", "softcap", "keep_logits", "stored"),
+    "forward": ("bias", "temperature", "softcap", "statistics", "keep_logits", "stored", "odd V"),
+    "dlogits": ("bias", "temperature", "softcap", "keep_logits", "stored", "odd V"),
 }
 
 
@@ -23,7 +23,9 @@ class Question(NamedTuple):
 
     op: one of OPS; ratio_loss and selection are one question each, without tile and flags.
     tile: None too where a backward reads all logits.
-    flags: options of the call out of FLAGS; "ragged" where a block of depth reaches beyond D.
+    flags: options of the call out of FLAGS; "odd V" and "odd D" where one is no multiple of 16, for
+        which Triton compiles other code; "ragged" where a block of depth reaches beyond D. Numbers
+        of tokens, active rows and splits change no code.
     """
 
     op: str
@@ -48,13 +50,14 @@ def ask(
     flags = [name for name in FLAGS[op] if name in options]
     if tile is not None and tile.variant != "cublas" and hidden % tile.block_d:
         flags.append("ragged")
+    flags += ["odd D"] * (hidden % 16 != 0)
     return Question(op, dtype, tile, tuple(flags))
 
 
 class Call(NamedTuple):
     """A call of the head, in numbers and names that are constants to torch.compile.
 
-    hidden, tokens, vocabulary: D, T and V; T and V are 0 where they may be dynamic.
+    hidden, tokens, vocabulary: D, T and V; T is 0 where it may be dynamic.
     """
 
     dtype: torch.dtype
@@ -79,10 +82,8 @@ def call_of(head: Head, *, keep_logits: bool, stored: bool, statistics: bool) ->
     options += ("gradient",) * gradient
     for name, matrix in (("hidden", head.hidden), ("weight", head.weight)):
         options += (f"strided {name}",) * (not _fits_descriptor(matrix))
-    tokens = vocabulary = 0
-    if not torch.compiler.is_compiling():
-        tokens, vocabulary = head.hidden.shape[0], head.weight.shape[0]
-    hidden = operator.index(head.hidden.shape[1])
+    tokens = 0 if torch.compiler.is_compiling() else head.hidden.shape[0]
+    hidden, vocabulary = (operator.index(n) for n in (head.hidden.shape[1], head.weight.shape[0]))
     return Call(head.hidden.dtype, hidden, options, tokens, vocabulary)
 
 
@@ -97,6 +98,7 @@ def options_of(
         "statistics": statistics,
         "keep_logits": keep_logits,
         "stored": stored,
+        "odd V": operator.index(head.weight.shape[0]) % 16 != 0,
     }
     return tuple(name for name in there if there[name])
 
