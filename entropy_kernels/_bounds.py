@@ -25,7 +25,7 @@ class GpuArithmetic(NamedTuple):
     largest: the largest |logit|, without bias and softcap, over its temperature.
     dtype: what the matrices hold.
     capped: the softcap over the least temperature; 0 without a softcap.
-    orders: whether the fp32 results beside it are `worst_of_orders`, or else one run of torch's.
+    emulated: whether the fp32 results beside it are `worst_of_orders`, or else one run of torch's.
 
     Tensor cores align 16-bit products to the largest exponent. They cut them, and the accumulator
     every 16 terms or fewer, to 24 bits and a few more (arXiv 2512.07004). Models of these
@@ -38,7 +38,7 @@ class GpuArithmetic(NamedTuple):
     largest: float
     dtype: torch.dtype
     capped: float = 0.0
-    orders: bool = True
+    emulated: bool = True
 
     @classmethod
     def of(
@@ -47,7 +47,7 @@ class GpuArithmetic(NamedTuple):
         weight_VD: Tensor,
         temperature: Tensor | float | None = None,
         softcap: float | None = None,
-        orders: bool = True,
+        emulated: bool = True,
         **others: Any,
     ) -> "GpuArithmetic":
         """That of a head, whose logits it computes: fp32 [T, V]. `others` change nothing.
@@ -58,19 +58,20 @@ class GpuArithmetic(NamedTuple):
         scale = torch.as_tensor(1.0 if temperature is None else temperature, device=z_TV.device)
         largest = (z_TV / scale.reshape(-1, 1)).abs().amax()
         capped = 0.0 if softcap is None else softcap / float(scale.min())
-        return cls(hidden_TD.shape[1], float(largest), hidden_TD.dtype, capped, orders)
+        return cls(hidden_TD.shape[1], float(largest), hidden_TD.dtype, capped, emulated)
 
-    def _chain(self, length: int, emulated: int) -> float:
+    def _chain(self, length: int, steps: int) -> float:
         """What a chain of fp32 sums may err beyond the fp32 results beside it, relative."""
-        beside = min(length, emulated) if self.orders else 0
+        beside = min(length, steps) if self.emulated else 0
         return (length**0.5 - beside**0.5) / 2 * torch.finfo(torch.float32).eps
 
     @property
     def logit(self) -> float:
         """What a logit over its temperature may err more."""
-        product = -(-self.depth // TERMS) * torch.finfo(torch.float32).eps
-        if self.dtype == torch.float32:
-            product = self._chain(self.depth, OtherOrder.PRODUCT_STEPS)
+        product = self._chain(self.depth, OtherOrder.PRODUCT_STEPS)
+        if self.dtype != torch.float32:
+            product *= not self.emulated
+            product += -(-self.depth // TERMS) * torch.finfo(torch.float32).eps
         return product * self.largest + APPROXIMATE * self.capped
 
     @property

@@ -116,8 +116,8 @@ def check(
 
 def arithmetic_of(inputs: Inputs, options: dict[str, Any]) -> GpuArithmetic:
     """Allowed in the interpreter too: what a GPU may not do is refused there."""
-    orders = options.get("orders", ORDERS) > 0
-    return GpuArithmetic.of(*inputs[:2], **of_head(options), orders=orders)
+    emulated = options.get("orders", ORDERS) > 0
+    return GpuArithmetic.of(*inputs[:2], **of_head(options), emulated=emulated)
 
 
 def check_logits(found: ForwardRows, inputs: Inputs, valid: Tensor) -> None:
@@ -127,7 +127,7 @@ def check_logits(found: ForwardRows, inputs: Inputs, valid: Tensor) -> None:
     places = (places if found.places is None else found.places)[valid]
     assert (places >= 0).all(), "a row that fits has no place"
     z, plain = h.double() @ w.double().T, h.float() @ w.float().T
-    more = GpuArithmetic(h.shape[1], float(z.abs().amax()), h.dtype, orders=False).logit
+    more = GpuArithmetic(h.shape[1], float(z.abs().amax()), h.dtype, emulated=False).logit
     assert_within_two_bounds(found.logits[places.long()], z, plain, plain, allowance=more)
 
 
