@@ -23,14 +23,20 @@ TILES = (Tile("pointer", 32, 64, 128, 4, 1, 2, 128), Tile("pointer", 32, 64, 128
 pytestmark = [nan_is_meant, pytest.mark.skipif(torch.cuda.is_available(), reason="interprets")]
 
 
-def judge(depth, dtype, cores, rows="peaked", names=()):
+@pytest.fixture(params=[4, 0], ids=["orders", "one run"])
+def orders(request):
+    """Of the fp32 results: pytest's many, and the one of a first use."""
+    return request.param
+
+
+def judge(depth, dtype, cores, rows="peaked", names=(), orders=4):
     """The check of one head by kernels on each of `cores`, whose truth is computed once."""
     torch.manual_seed(0)
     shape = (TOKENS, depth, VOCABULARY)
     inputs, options = head_runs.make_inputs(shape, dtype, CPU, rows, names)
     gradients = head_runs.make_gradients(TOKENS, CPU)
-    three = three_of(inputs, gradients, **options)
-    arithmetic = GpuArithmetic.of(*inputs[:2], **options)
+    three = three_of(inputs, gradients, orders, **options)
+    arithmetic = GpuArithmetic.of(*inputs[:2], **options, emulated=orders > 0)
     for core in cores:
         with hardware(core):
             _, got = head_runs.ours(TILES, inputs, gradients, options)
@@ -56,8 +62,8 @@ def cores_of(dtype):
         pytest.param(8192, "large", ALL, marks=pytest.mark.slow),
     ],
 )
-def test_right_kernels_pass_at_every_depth(depth, rows, names, dtype):
-    for check in judge(depth, dtype, cores_of(dtype), rows, names):
+def test_right_kernels_pass_at_every_depth(depth, rows, names, dtype, orders):
+    for check in judge(depth, dtype, cores_of(dtype), rows, names, orders):
         check()
 
 
@@ -83,10 +89,10 @@ WRONG = {
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("depth", [128, pytest.param(8192, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("mutant", [x for x in MUTANTS if x.name in WRONG], ids=lambda x: x.name)
-def test_wrong_kernels_are_refused_at_every_depth(mutant, depth, dtype):
+def test_wrong_kernels_are_refused_at_every_depth(mutant, depth, dtype, orders):
     names = {"softcap": ("softcap",), "temperature": ("temperatures",)}
     options = tuple(x for flag in mutant.flags for x in names.get(flag, ()))
     with broken(mutant):
-        for check in judge(depth, dtype, cores_of(dtype), WRONG[mutant.name], options):
+        for check in judge(depth, dtype, cores_of(dtype), WRONG[mutant.name], options, orders):
             with pytest.raises(AssertionError, match="error"):
                 check()
