@@ -18,7 +18,7 @@ from .launches import Inputs, launch_backward, launch_forward
 from .truth import Results, bend, peaked_head, three_of
 
 ACTIVE = 0.5
-# How many fp32 results a case is judged by.
+# How many fp32 orders judge a case.
 ORDERS = 4
 Tiles = tuple[Any, Any]
 Shape = tuple[int, int, int]
