@@ -176,3 +176,9 @@ def test_the_interpreter_takes_less_than_a_minute():
     assert done.returncode == 0, done.stdout
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert after.ru_utime - before.ru_utime < 60
+
+
+@pytest.mark.parametrize("arch", ["gfx942", "sm_80"])
+def test_only_nvidias_compiler_is_given_a_bound_of_registers(arch):
+    found = tiles.row("forward", arch, torch.float32, 4096, 8192, {"cublas"})
+    assert all(("maxnreg" in tile.options) == arch.startswith("sm_") for tile in found)
