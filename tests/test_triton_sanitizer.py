@@ -42,6 +42,7 @@ def cases():
     yield from (x[:2] for x in offset_cases(PAIRS[0], torch.float32, DEVICE, small=True))
 
 
+@pytest.mark.slow
 def test_no_kernel_reads_or_writes_what_it_must_not():
     launched = Counter()
     for name, run in cases():
