@@ -3,6 +3,7 @@
 SCHEMA describes a row. `complaints` names, line by line, what came and what was wanted.
 """
 
+import datetime
 import json
 import re
 from collections.abc import Callable, Iterator
@@ -25,13 +26,23 @@ def _number(x: Any) -> bool:
     return isinstance(x, int | float) and not isinstance(x, bool) and abs(x) < 1e18
 
 
+def _is_date(x: str) -> bool:
+    if not re.fullmatch(r"\d{4}-\d\d-\d\d", x):
+        return False
+    try:
+        datetime.date.fromisoformat(x)
+    except ValueError:
+        return False
+    return True
+
+
 TEXT = Kind("a text", lambda x: isinstance(x, str) and x.strip() != "")
 POSITIVE = Kind("a number above 0", lambda x: _number(x) and x > 0)
 NOT_NEGATIVE = Kind("a number of at least 0", lambda x: _number(x) and x >= 0)
 SIZE = Kind("a whole number above 0", lambda x: _number(x) and isinstance(x, int) and x > 0)
 TRUE = Kind("true", lambda x: x is True)
 FALSE = Kind("false: tiny shapes measure nothing", lambda x: x is False)
-DATE = Kind("a date as 2026-01-31", lambda x: re.fullmatch(r"\d{4}-\d\d-\d\d", str(x)) is not None)
+DATE = Kind("a date as 2026-01-31", lambda x: isinstance(x, str) and _is_date(x))
 SAMPLES = Kind(
     "a list of numbers above 0",
     lambda x: isinstance(x, list) and len(x) > 0 and all(map(POSITIVE.holds, x)),
@@ -116,7 +127,10 @@ def _of_row(row: Any) -> Iterator[str]:
         if key not in row:
             yield f"{key}: got nothing; wanted it"
             return
-    if row["stage"] not in WANTED:
+    if not TEXT.holds(row["name"]):
+        yield f"name: got {_short(row['name'])}; wanted {TEXT.words}"
+        return
+    if not TEXT.holds(row["stage"]) or row["stage"] not in WANTED:
         yield f"stage: got {_short(row['stage'])}; wanted one of {', '.join(WANTED)}"
         return
     if not isinstance(row["about"], dict):
