@@ -9,6 +9,7 @@ import sys
 import pytest
 import torch
 
+import entropy_kernels as ek
 from entropy_kernels import __main__ as main
 from tests.marks import nan_is_meant
 
@@ -17,7 +18,7 @@ pytest.importorskip("triton")
 from entropy_kernels import device
 from entropy_kernels._triton.common import tiles
 from entropy_kernels.verification import checks, command, first_use
-from entropy_kernels.verification.cost import Cost
+from entropy_kernels.verification.cost import COMPILE_SECONDS, Cost
 from entropy_kernels.verification.question import Question, ask
 
 CPU = torch.device("cpu")
@@ -118,26 +119,47 @@ def test_a_full_memory_is_no_answer(monkeypatch, wrong):
 
 
 def test_the_cost_of_a_first_call_is_counted():
-    """What the check of a user's first call without gradients compiles: a plain forward's kernels,
-    some for other strides and splits, and those that number rows.
-    """
+    """The kernels of a plain forward: what a user's first call without gradients compiles."""
     arch = device.architecture(CPU)
     tile = tiles.row("forward", arch, torch.float32, 32, 1, tiles.variants(arch))[0]
     with Cost() as cost:
         assert (
             checks.check(ask("forward", torch.float32, 32, (), tile), CPU, checks.Sizes(32)) is None
         )
-    # Four kinds of rows, rows without an answer, one kind twice, and many splits. Two launches
-    # number the valid rows; the others sum, take the targets' logits, merge and spread. Then rows
-    # are numbered twice by themselves.
-    assert cost.launches == 8 * 6 + 2 * 2
-    assert len(cost.kernels) == 12
+    # Four kinds of rows, rows without an answer, and one twice. Two launches number the valid rows;
+    # the others sum, take the targets' logits, merge and spread.
+    assert cost.launches == 7 * 6
+    assert len(cost.kernels) == 6
     assert 0 < cost.bytes < 1 << 24
     assert cost.calls > cost.launches
-    assert 12 * 0.75 < cost.predicted_seconds < 12 * 0.75 + 1
+    assert 6 * 0.75 < cost.predicted_seconds < 6 * 0.75 + 1
     with Cost() as again:
         torch.zeros(1000).add(1)
     assert (again.launches, again.bytes) == (0, 8000)
+
+
+def test_a_first_use_costs_little_beyond_what_its_call_compiles():
+    """By the counts; a call with a gradient of log-prob alone."""
+    arch, tokens, vocabulary = device.architecture(CPU), 40, 208
+    usable = tiles.variants(arch)
+    forward, dlogits = (
+        tiles.row(op, arch, torch.float32, 32, 1, usable)[0] for op in ("forward", "dlogits")
+    )
+    sizes = checks.Sizes(32, tokens, vocabulary)
+    h, w = (torch.randn(n, 32, requires_grad=True) for n in (tokens, vocabulary))
+    with Cost() as call:
+        head = ek.Head(h, w, torch.zeros(tokens, dtype=torch.int64))
+        ek.linear_logprob_entropy(head, impl="triton").logprob.sum().backward()
+    with Cost() as cost:
+        for op, tile in (("forward", forward), ("dlogits", dlogits)):
+            assert checks.check(ask(op, torch.float32, 32, (), tile), CPU, sizes, forward) is None
+    extra = cost.kernels - call.kernels
+    assert call.kernels <= cost.kernels
+    # Where entropy has a gradient, too.
+    names = sorted(name for name, *_ in extra)
+    assert names == 2 * ["active_rows_kernel"] + ["dlogits_pointer_kernel", "gather_kernel"]
+    assert cost.calls < 10_000
+    assert cost.predicted_seconds - COMPILE_SECONDS * len(call.kernels) < 5
 
 
 def test_an_operation_is_a_question():
@@ -154,3 +176,9 @@ def test_the_interpreter_takes_less_than_a_minute():
     assert done.returncode == 0, done.stdout
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert after.ru_utime - before.ru_utime < 60
+
+
+@pytest.mark.parametrize("arch", ["gfx942", "sm_80"])
+def test_only_nvidias_compiler_is_given_a_bound_of_registers(arch):
+    found = tiles.row("forward", arch, torch.float32, 4096, 8192, {"cublas"})
+    assert all(("maxnreg" in tile.options) == arch.startswith("sm_") for tile in found)

@@ -47,6 +47,7 @@ def check(
     where: torch.device,
     sizes: Sizes | None = None,
     forward: Tile | None = None,
+    thorough: bool = False,
 ) -> str | None:
     """Why the kernels of `question` are not right on a device; None where they are.
 
@@ -54,11 +55,12 @@ def check(
     caller.
 
     forward: the tile of the forward whose backward is asked about; None for the table's.
+    thorough: with cases of kernels that are compiled for them alone, too long for a first use.
 
     Raises:
         torch.OutOfMemoryError: nothing is known then.
     """
-    for case in cases(question, where, sizes or Sizes(), forward):
+    for case in cases(question, where, sizes or Sizes(), forward, thorough):
         if (reason := reason_of(case)) is not None:
             return f"{case.name}: {reason}"
     return None
@@ -77,7 +79,7 @@ def reason_of(case: Case) -> str | None:
 
 
 def cases(
-    question: Question, where: torch.device, sizes: Sizes, forward: Tile | None
+    question: Question, where: torch.device, sizes: Sizes, forward: Tile | None, thorough: bool
 ) -> list[Case]:
     """What decides a question."""
     if question.op == "ratio_loss":
@@ -92,15 +94,17 @@ def cases(
     names = tuple(NAMES[flag] for flag in question.flags if flag in NAMES)
     stored = "stored" in question.flags
     tiles = (summing, None if is_forward else question.tile)
+    more: tuple[str, ...] = ("edges",)
     # What a call may have where tiles are read from pointers.
-    strided = all(tile is None or tile.variant in ("pointer", "cublas") for tile in tiles)
-    more = ("edges", "strided") if strided else ("edges",)
+    if thorough and all(tile is None or tile.variant in ("pointer", "cublas") for tile in tiles):
+        more += ("strided",)
     found = (_of_forward if is_forward else _of_backward)(shape, names, more, stored)
+    found += [("rows are numbered", numbered)] * thorough
     each: list[Case] = [
         Case(name, partial(run, tiles, question.dtype, where, *rest, **launch))
-        for name, run, *rest in [*found, ("rows are numbered", numbered)]
+        for name, run, *rest in found
     ]
-    if is_forward and question.tile is not None and not stored:
+    if thorough and is_forward and question.tile is not None and not stored:
         many, launch = _many_splits(question.tile, shape), launch | {"per_split": 1}
         run = partial(compare, tiles, question.dtype, where, many, "peaked", names, False)
         each.append(Case("many splits", partial(run, **launch)))

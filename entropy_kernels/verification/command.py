@@ -127,7 +127,7 @@ def _answered(asked: Asked, where: torch.device) -> dict[str, Any]:
     question = asked.question
 
     def work() -> str | None:
-        return check(question, where, Sizes(asked.hidden), asked.forward)
+        return check(question, where, Sizes(asked.hidden), asked.forward, thorough=True)
 
     with first_use.marked(question, where):
         row = _row(question.text, where, work)
