@@ -44,7 +44,12 @@ def main(arguments: list[str] | None = None) -> int:
     )
     command.add_options(parser)
     options = parser.parse_args(arguments)
+    try:
+        first_use.mode()
+    except ValueError as error:  # of EK_VERIFY
+        parser.error(str(error))
     if options.verify:
+        _refuse_others(options, parser)
         return _verify(options, parser)
     if _native.cpu() is not None:
         try:
@@ -55,7 +60,8 @@ def main(arguments: list[str] | None = None) -> int:
         return command.main(options, parser, __version__)
     for name in command.OPTIONS:
         if getattr(options, name) is not None:
-            parser.error(f"argument --{name}: it needs --bench")
+            needed = "--bench or --verify" if name == "json" else "--bench"
+            parser.error(f"argument --{name}: it needs {needed}")
     print(f"entropy_kernels {__version__}, Python {platform.python_version()}")
     print(", ".join(f"{name} {_version(name)}" for name in PACKAGES))
     devices = ["cpu"]
@@ -87,6 +93,15 @@ def main(arguments: list[str] | None = None) -> int:
     last = torch.device(devices[-1])
     print(f"  Triton kernels: {backends.why_not('triton', last) or _triton_state(last)}")
     return int(failed > 0)
+
+
+def _refuse_others(options: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+    """Those of --bench beside --verify; --json is both's."""
+    given = [name for name in command.OPTIONS if getattr(options, name) is not None]
+    others = ["bench"] * options.bench + [name for name in given if name != "json"]
+    if others:
+        names = ", ".join(f"--{name}" for name in others)
+        parser.error(f"argument --verify: it takes --json alone beside it; got {names}")
 
 
 def _verify(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:

@@ -65,7 +65,7 @@ def programs(units: int, device: torch.device) -> int:
     Raises:
         ValueError: another value of EK_PERSISTENT than on or off.
     """
-    persistent = os.environ.get("EK_PERSISTENT", "on").strip().lower()
+    persistent = (os.environ.get("EK_PERSISTENT") or "on").strip().lower()
     if persistent not in ("on", "off"):
         raise ValueError(f"EK_PERSISTENT must be on or off; got {persistent!r}")
     return min(units, processors(device)) if persistent == "on" else units

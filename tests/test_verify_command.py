@@ -75,6 +75,36 @@ def test_json_goes_into_a_file_where_one_is_named(wrong, capsys, tmp_path):
     assert {row["question"] for row in found["rows"]} == set(first_use.known(CPU))
 
 
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        ("--verify --bench", "--verify: it takes --json alone beside it; got --bench"),
+        ("--verify --rounds 3 --device cpu --json", "alone beside it; got --device, --rounds"),
+        ("--json", "--json: it needs --bench or --verify"),
+        ("--rounds 3", "--rounds: it needs --bench"),
+    ],
+)
+def test_options_that_do_not_fit_are_refused(capsys, arguments, told):
+    with pytest.raises(SystemExit):
+        main.main(arguments.split())
+    assert told in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments", [["--verify"], [], ["--bench"]])
+def test_a_bad_variable_is_told(monkeypatch, capsys, arguments):
+    monkeypatch.setenv("EK_VERIFY", "yes")
+    with pytest.raises(SystemExit):
+        main.main(arguments)
+    assert "EK_VERIFY must be one of on, off, force; got 'yes'" in capsys.readouterr().err
+
+
+def test_an_empty_variable_is_unset(monkeypatch):
+    for name in ("EK_VERIFY", "EK_PERSISTENT"):
+        monkeypatch.setenv(name, "")
+    assert first_use.mode() == "on"
+    assert device.programs(1000, CPU) == device.processors(CPU)
+
+
 def test_bench_wants_a_file(capsys):
     with pytest.raises(SystemExit):
         main.main(["--bench", "--json"])

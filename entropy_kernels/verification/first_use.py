@@ -54,7 +54,7 @@ def asks(where: torch.device) -> bool:
 
 def mode() -> str:
     """The value of EK_VERIFY."""
-    found = os.environ.get(VARIABLE, "on")
+    found = os.environ.get(VARIABLE) or "on"
     if found not in MODES:
         raise ValueError(f"{VARIABLE} must be one of {', '.join(MODES)}; got {found!r}")
     return found
