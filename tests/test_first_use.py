@@ -280,7 +280,7 @@ def test_an_interrupt_waits_for_the_case_and_leaves_no_mark(checked, monkeypatch
     with pytest.raises(KeyboardInterrupt):
         taken(make_head())
     assert ended
-    assert not list(first_use.folder(CPU).glob("*.started"))
+    assert not list(first_use.record(CPU).folder.glob("*.started"))
     assert torch.is_deterministic_algorithms_warn_only_enabled()
     first_use.forget()
     assert first_use.known(CPU) == {}
@@ -289,7 +289,7 @@ def test_an_interrupt_waits_for_the_case_and_leaves_no_mark(checked, monkeypatch
 def test_a_tile_that_ended_two_processes_is_told_in_each_later_one(checked, monkeypatch):
     asked, _ = checked
     # Asked here, not by the check's thread: this one holds the answers' lock meanwhile.
-    check, folder = checks.check, first_use.folder(CPU)
+    check, folder = checks.check, first_use.record(CPU).folder
 
     def end(*args, **options):
         """Leaves the mark of a process that ended."""
@@ -312,4 +312,4 @@ def test_a_tile_that_ended_two_processes_is_told_in_each_later_one(checked, monk
     first_use.forget()
     assert taken(make_head(gradient=False)) == "triton"
     assert [text.split()[2] for text in asked] == ["tma", "pointer"]
-    assert not list(first_use.folder(CPU).glob("*.started"))
+    assert not list(first_use.record(CPU).folder.glob("*.started"))

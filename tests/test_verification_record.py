@@ -289,3 +289,37 @@ def test_a_check_that_ends_while_it_is_looked_at_is_no_death(monkeypatch):
 
         monkeypatch.setattr(record.fcntl, "flock", ends_first)
         assert ours._deaths("*") == {}
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o002, 0o077])
+def test_files_follow_the_umask(mask):
+    before, ours = os.umask(mask), Record(ABOUT)
+    try:
+        ours.write("forward one", RIGHT)
+    finally:
+        os.umask(before)
+    assert {x.stat().st_mode & 0o777 for x in ours.folder.iterdir()} == {0o666 & ~mask}
+
+
+def test_an_answer_that_may_not_be_read_is_unreadable(monkeypatch):
+    ours = Record(ABOUT)
+    ours.write("forward one", RIGHT)
+
+    def refuse(path, encoding):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "read_text", refuse)
+    with pytest.warns(RuntimeWarning, match="is unreadable") as told:
+        assert [ours.read(), ours.read()] == [{}, {}]
+    assert len(told) == 1
+
+
+def test_a_relative_folder_is_that_of_the_start(monkeypatch, tmp_path):
+    monkeypatch.setenv("EK_CACHE_DIR", "cache")
+    monkeypatch.chdir(tmp_path)
+    ours = Record(ABOUT)
+    (tmp_path / "other").mkdir()
+    monkeypatch.chdir(tmp_path / "other")
+    ours.write("forward one", RIGHT)
+    assert ours.read() == {"forward one": RIGHT}
+    assert ours.folder.parent == tmp_path / "cache"

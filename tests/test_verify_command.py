@@ -68,6 +68,16 @@ def test_a_wrong_kernel_is_a_status_and_a_reason(wrong, capsys):
     assert not first_use.known(CPU)[failed[0]["question"]].right
 
 
+def test_a_cache_that_cannot_be_written_keeps_nothing(wrong, capsys, monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("EK_CACHE_DIR", str(tmp_path / "file"))
+    with pytest.warns(RuntimeWarning, match="does not keep the checks"):
+        assert main.main(["--verify"]) == 0
+    *_, last = capsys.readouterr().out.splitlines()
+    assert "; not all are kept: " in last
+    assert "kept in" not in last
+
+
 def test_json_goes_into_a_file_where_one_is_named(wrong, capsys, tmp_path):
     assert main.main(["--verify", "--json", str(tmp_path / "answers.json")]) == 0
     assert "rows in" in capsys.readouterr().out

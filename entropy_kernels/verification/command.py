@@ -60,12 +60,13 @@ def run(where: torch.device, say: Callable[[str], None]) -> dict[str, Any]:
         rows.append(row)
         say(_line(row))
     wrong = sum(row["right"] is False for row in rows)
-    seconds, folder = round(time.monotonic() - started, 1), str(first_use.folder(where))
-    say(f"{len(rows)} rows in {seconds} s; {wrong} are wrong; kept in {folder}")
+    seconds, record = round(time.monotonic() - started, 1), first_use.record(where)
+    kept = f"not all are kept: {record.problem}" if record.problem else f"kept in {record.folder}"
+    say(f"{len(rows)} rows in {seconds} s; {wrong} are wrong; {kept}")
     about = machine.machine(where)
     return {
         "machine": about,
-        "record": folder,
+        "record": None if record.problem else str(record.folder),
         "seconds": seconds,
         "wrong": wrong,
         "rows": rows,

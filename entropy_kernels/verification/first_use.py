@@ -10,7 +10,6 @@ import os
 import threading
 import warnings
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -165,9 +164,9 @@ def marked(question: Question, where: torch.device) -> contextlib.AbstractContex
     return _on(where).record.started(question.text)
 
 
-def folder(where: torch.device) -> Path:
-    """Where the answers of this machine lie."""
-    return _on(where).record.folder
+def record(where: torch.device) -> Record:
+    """The answers of this machine in files."""
+    return _on(where).record
 
 
 def keep(question: Question, where: torch.device, reason: str | None) -> Answer:

@@ -63,7 +63,9 @@ class Record:
     def __init__(self, about: dict[str, str]) -> None:
         self._about = about
         self.gpu = about["gpu"]
-        self.folder = cache_folder() / machine.folder_name(about)
+        self.folder = cache_folder().absolute() / machine.folder_name(about)
+        # Why answers are not kept, if any was not.
+        self.problem = ""
 
     def read(self) -> dict[str, Answer]:
         """Every recorded answer by its question's text; two deaths since then are one too."""
@@ -155,6 +157,7 @@ class Record:
         try:
             yield
         except OSError as error:
+            self.problem = str(error)
             _tell(self.folder, f"does not keep the checks of kernels: {error}")
 
 
@@ -169,7 +172,10 @@ def _parse(path: Path) -> dict[str, object]:
         found = json.loads(path.read_text("utf-8"))
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError, RecursionError) as error:
+    except OSError as error:
+        _tell(path, f"is unreadable and left out: {error}")
+        return {}
+    except (ValueError, RecursionError) as error:
         _tell(path, f"is damaged and left out: {error}")
         return {}
     if not isinstance(found, dict):
