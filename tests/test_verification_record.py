@@ -55,6 +55,18 @@ def test_a_machine_is_all_that_decides(monkeypatch):
     assert all(isinstance(x, str) and x for x in here.values())
 
 
+def test_a_driver_is_asked_for_where_no_file_names_it(monkeypatch, tmp_path):
+    monkeypatch.setattr(machine, "_DRIVERS", (str(tmp_path / "missing"),))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert machine._driver.__wrapped__() == "unknown"
+    program = tmp_path / "nvidia-smi"
+    program.write_text("#!/bin/sh\necho 999.1\necho 999.1\n")
+    program.chmod(0o755)
+    assert machine._driver.__wrapped__() == "999.1"
+    program.write_text("#!/bin/sh\nexit 9\n")
+    assert machine._driver.__wrapped__() == "unknown"
+
+
 def test_triton_may_be_installed_under_another_name(monkeypatch):
     def missing(name):
         raise importlib.metadata.PackageNotFoundError(name)

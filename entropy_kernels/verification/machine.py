@@ -1,9 +1,11 @@
 """What an answer about a kernel holds for: one kind of GPU, with its driver and compilers."""
 
+import contextlib
 import functools
 import hashlib
 import json
 import re
+import subprocess
 from pathlib import Path
 
 import torch
@@ -50,6 +52,11 @@ def sources() -> str:
 @functools.cache
 def _driver() -> str:
     for path in map(Path, _DRIVERS):
-        if path.exists():
+        with contextlib.suppress(OSError, IndexError):
             return path.read_text().splitlines()[0].strip()
+    # WSL has no such file.
+    asked = ("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    with contextlib.suppress(OSError, IndexError, subprocess.SubprocessError):
+        done = subprocess.run(asked, capture_output=True, text=True, timeout=10, check=True)
+        return done.stdout.splitlines()[0].strip()
     return "unknown"
