@@ -26,6 +26,7 @@ from . import (
     reference,
     top_entropy_mask,
 )
+from . import device as gpu
 from ._bench import command
 from .testing import mend_interpreter, peaked_head
 from .verification import first_use
@@ -46,7 +47,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         first_use.mode()
-    except ValueError as error:  # of EK_VERIFY
+        gpu.persistent()
+    except ValueError as error:  # of EK_VERIFY and EK_PERSISTENT
         parser.error(str(error))
     if options.verify:
         _refuse_others(options, parser)

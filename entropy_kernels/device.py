@@ -61,14 +61,20 @@ def programs(units: int, device: torch.device) -> int:
     NCCL. There a program of many units may only start when others end: up to twice the time, by
     prediction. Alone, programs of one unit cost 3% more, by prediction: none sums the last columns
     of a unit while it multiplies the next.
+    """
+    return min(units, processors(device)) if persistent() else units
+
+
+def persistent() -> bool:
+    """Whether EK_PERSISTENT is "on", as where it is unset or empty.
 
     Raises:
-        ValueError: another value of EK_PERSISTENT than on or off.
+        ValueError: another value than on or off.
     """
-    persistent = (os.environ.get("EK_PERSISTENT") or "on").strip().lower()
-    if persistent not in ("on", "off"):
-        raise ValueError(f"EK_PERSISTENT must be on or off; got {persistent!r}")
-    return min(units, processors(device)) if persistent == "on" else units
+    found = (os.environ.get("EK_PERSISTENT") or "on").strip().lower()
+    if found not in ("on", "off"):
+        raise ValueError(f"EK_PERSISTENT must be on or off; got {found!r}")
+    return found == "on"
 
 
 @functools.cache

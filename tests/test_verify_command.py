@@ -106,6 +106,11 @@ def test_a_bad_variable_is_told(monkeypatch, capsys, arguments):
     with pytest.raises(SystemExit):
         main.main(arguments)
     assert "EK_VERIFY must be one of on, off, force; got 'yes'" in capsys.readouterr().err
+    monkeypatch.setenv("EK_VERIFY", "")
+    monkeypatch.setenv("EK_PERSISTENT", "yes")
+    with pytest.raises(SystemExit):
+        main.main(arguments)
+    assert "EK_PERSISTENT must be on or off; got 'yes'" in capsys.readouterr().err
 
 
 def test_an_empty_variable_is_unset(monkeypatch):

@@ -145,6 +145,7 @@ def answer(
         return found
     if mode() == "off":
         raise UnknownError(f"{VARIABLE}=off, and no check of its kernels is recorded")
+    device.persistent()  # a mistake there is no kernel's
     _check_possible(where)
     from .checks import Sizes, check
 
