@@ -255,11 +255,16 @@ def warn_once(cause: str, message: str) -> None:
     if cause in _warned or torch.compiler.is_compiling():
         return
     _warned.add(cause)
+    warn_caller(message, UserWarning)
+
+
+def warn_caller(message: str, category: type[Warning]) -> None:
+    """At the line that called the package."""
     package, level = (__package__ or __name__).partition(".")[0], 1
     frame = sys._getframe()
     while frame.f_back is not None and _within(frame.f_globals.get("__name__", ""), package):
         frame, level = frame.f_back, level + 1
-    warnings.warn(message, UserWarning, stacklevel=level)
+    warnings.warn(message, category, stacklevel=level)
 
 
 def _within(name: str, package: str) -> bool:

@@ -4,7 +4,6 @@ Triton is imported when it is first asked for: a machine without it has the othe
 """
 
 import functools
-import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -14,7 +13,7 @@ from torch.distributed import ProcessGroup
 from torch.torch_version import TorchVersion
 
 from . import _native, _rows, device
-from ._arguments import check_choice
+from ._arguments import check_choice, warn_caller
 from ._compiler import constant
 from ._rows import ForwardRows, check_active_rows
 from ._torch import head_backward, head_forward, selection
@@ -132,10 +131,8 @@ def why_torch(where: torch.device) -> str:
 
 @functools.cache
 def _warn_of_the_torch_path(why: str) -> None:
-    warnings.warn(
-        f"linear_logprob_entropy takes the torch path, which is slower: {why}",
-        RuntimeWarning,
-        stacklevel=6,
+    warn_caller(
+        f"linear_logprob_entropy takes the torch path, which is slower: {why}", RuntimeWarning
     )
 
 

@@ -4,6 +4,7 @@ The interpreter stands for the GPU. T tokens, V vocabulary.
 """
 
 import dataclasses
+import os
 import signal
 import threading
 
@@ -124,6 +125,16 @@ def test_a_wrong_kernel_is_told_once_and_not_taken(checked, monkeypatch, others)
     for impl in ("auto", "triton") if others else ("auto",):
         got = ek.linear_logprob_entropy(head, impl=impl)
         torch.testing.assert_close(got[:3], ek.linear_logprob_entropy(head, impl="torch")[:3])
+
+
+def test_a_warning_names_a_line_outside_of_the_package(checked):
+    _, wrong = checked
+    wrong |= {"forward": "wrong"}
+    with pytest.warns(RuntimeWarning) as told:
+        ek.linear_logprob_entropy(make_head())
+    assert len(told) > 1
+    package = os.path.dirname(ek.__file__)
+    assert not [x.filename for x in told if x.filename == "sys" or package in x.filename]
 
 
 def test_an_answer_of_another_process_decides_too(checked):

@@ -8,7 +8,6 @@ The environment variable EK_VERIFY is "on", where this holds; "off", where nothi
 import contextlib
 import os
 import threading
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +15,7 @@ import torch
 from torch.distributed import ProcessGroup
 
 from .. import device
+from .._arguments import warn_caller
 from . import machine
 from .apart import apart
 from .question import Question, ask
@@ -296,4 +296,4 @@ def _tell_refused(text: str, here: _Known, found: Answer) -> None:
 def _tell(what: str) -> None:
     if what not in _told:
         _told.add(what)
-        warnings.warn(what, RuntimeWarning, stacklevel=3)
+        warn_caller(what, RuntimeWarning)
