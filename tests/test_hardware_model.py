@@ -25,7 +25,7 @@ pytestmark = [nan_is_meant, pytest.mark.skipif(torch.cuda.is_available(), reason
 
 @pytest.fixture(params=[4, 0], ids=["orders", "one run"])
 def orders(request):
-    """Of the fp32 results: pytest's many, and the one of a first use."""
+    """The fp32 orders that judge a case: four in pytest; 0, one run of torch, at a first use."""
     return request.param
 
 
