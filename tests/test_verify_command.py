@@ -38,7 +38,7 @@ def wrong(monkeypatch):
     """Every kernel is right, unless this names it."""
     found = {}
 
-    def check(question, where, sizes, forward):
+    def check(question, where, sizes, forward, thorough):
         return next((why for name, why in found.items() if name in question.text), None)
 
     monkeypatch.setattr(command, "check", check)
@@ -155,7 +155,7 @@ def test_offsets_beyond_32_bits_are_read_in_the_interpreter():
 
 
 def test_a_full_memory_is_no_answer(monkeypatch, wrong):
-    def full(*args):
+    def full(*args, **options):
         raise torch.OutOfMemoryError("no")
 
     monkeypatch.setattr(command, "check", full)
