@@ -6,6 +6,8 @@ The interpreter stands for the GPU. T tokens, V vocabulary.
 import dataclasses
 import os
 import signal
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -127,14 +129,31 @@ def test_a_wrong_kernel_is_told_once_and_not_taken(checked, monkeypatch, others)
         torch.testing.assert_close(got[:3], ek.linear_logprob_entropy(head, impl="torch")[:3])
 
 
-def test_a_warning_names_a_line_outside_of_the_package(checked):
-    _, wrong = checked
-    wrong |= {"forward": "wrong"}
-    with pytest.warns(RuntimeWarning) as told:
-        ek.linear_logprob_entropy(make_head())
+CALL = """
+import torch
+import entropy_kernels as ek
+from entropy_kernels import _native
+from entropy_kernels.verification import checks, first_use
+_native.why_missing = lambda name: "left out"
+first_use.asks = lambda where: True
+checks.check = lambda *work: "wrong"
+x = torch.zeros(2, 24)
+ek.linear_logprob_entropy(ek.Head(x, x, torch.zeros(2).long()))  # the caller
+"""
+
+
+def test_a_warning_names_the_line_of_the_caller(tmp_path):
+    """In a process without the checks of shapes, whose frames come between."""
+    script = tmp_path / "script.py"
+    script.write_text(CALL)
+    root = os.path.dirname(os.path.dirname(ek.__file__))
+    environment = os.environ | {"PYTHONPATH": root, "TRITON_INTERPRET": "1"}
+    done = subprocess.run(
+        [sys.executable, str(script)], env=environment, capture_output=True, text=True, check=True
+    )
+    told = [line for line in done.stderr.splitlines() if "Warning" in line]
     assert len(told) > 1
-    package = os.path.dirname(ek.__file__)
-    assert not [x.filename for x in told if x.filename == "sys" or package in x.filename]
+    assert all(line.startswith(f"{script}:10:") for line in told), told
 
 
 def test_an_answer_of_another_process_decides_too(checked):

@@ -94,14 +94,14 @@ def test_json_goes_into_a_file_where_one_is_named(wrong, capsys, tmp_path):
         ("--rounds 3", "--rounds: it needs --bench"),
     ],
 )
-def test_options_that_do_not_fit_are_refused(capsys, arguments, told):
+def test_options_that_do_not_fit_are_refused(wrong, capsys, arguments, told):
     with pytest.raises(SystemExit):
         main.main(arguments.split())
     assert told in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("arguments", [["--verify"], [], ["--bench"]])
-def test_a_bad_variable_is_told(monkeypatch, capsys, arguments):
+def test_a_bad_variable_is_told(wrong, monkeypatch, capsys, arguments):
     monkeypatch.setenv("EK_VERIFY", "yes")
     with pytest.raises(SystemExit):
         main.main(arguments)
