@@ -203,13 +203,6 @@ def test_another_mode_is_refused(monkeypatch):
         taken(make_head())
 
 
-def test_a_mistake_in_a_variable_is_no_kernel_s(monkeypatch):
-    monkeypatch.setenv("EK_PERSISTENT", "maybe")
-    with pytest.raises(ValueError, match="EK_PERSISTENT must be on or off; got 'maybe'"):
-        taken(make_head(gradient=False))
-    assert first_use.known(CPU) == {}
-
-
 def test_without_memory_nothing_is_recorded(checked, monkeypatch):
     asked, _ = checked
     check = checks.check

@@ -1,5 +1,6 @@
 """The check of a first use finds what is wrong, and leaves its caller alone."""
 
+import subprocess
 import warnings
 
 import pytest
@@ -49,6 +50,36 @@ def test_a_kernel_that_raises_is_refused(monkeypatch):
         "pointer": False,
         "tma": True,
     }
+
+
+def test_a_mistake_in_a_variable_is_no_kernel_s(monkeypatch):
+    monkeypatch.setenv("EK_PERSISTENT", "maybe")
+    with pytest.raises(ValueError, match="EK_PERSISTENT must be on or off; got 'maybe'"):
+        taken(make_head(gradient=False))
+    assert first_use.known(CPU) == {}
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        FileNotFoundError(2, "No such file", "gcc"),
+        OSError(28, "No space left on device"),
+        subprocess.CalledProcessError(1, "gcc"),
+        RuntimeError("Failed to find C compiler. Please specify via CC environment variable"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_what_keeps_triton_from_compiling_refuses_no_kernel(monkeypatch, error):
+    def raise_(*work):
+        raise error
+
+    head = make_head(gradient=False)
+    with monkeypatch.context() as patch:
+        patch.setattr(launch, "from_pointers", raise_)
+        with pytest.warns(RuntimeWarning, match="its kernels cannot be compiled"):
+            assert taken(head) == "torch"
+    assert first_use.known(CPU) == {}
+    assert taken(head) == "triton"
 
 
 def test_a_kernel_that_is_slightly_wrong_is_refused(monkeypatch):

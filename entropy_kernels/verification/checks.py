@@ -3,6 +3,7 @@
 T tokens, D hidden, V vocabulary.
 """
 
+import subprocess
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -34,6 +35,10 @@ BLOCK_T = 32
 TOKENS, HIDDEN, VOCABULARY = 8191, 64, 151936
 
 
+class CannotCompileError(Exception):
+    """Triton lacks what it compiles with: a compiler, a folder, room. No kernel is to blame."""
+
+
 class Sizes(NamedTuple):
     """D, T and V of the call that asks; 0 where one is not known."""
 
@@ -58,7 +63,7 @@ def check(
     thorough: with cases of kernels that are compiled for them alone, too long for a first use.
 
     Raises:
-        torch.OutOfMemoryError: nothing is known then.
+        torch.OutOfMemoryError, CannotCompileError: nothing is known then.
     """
     for case in cases(question, where, sizes or Sizes(), forward, thorough):
         if (reason := reason_of(case)) is not None:
@@ -67,12 +72,20 @@ def check(
 
 
 def reason_of(case: Case) -> str | None:
-    """Why a case fails, in one line; None where it passes."""
+    """Why a case fails, in one line; None where it passes.
+
+    Raises:
+        torch.OutOfMemoryError, CannotCompileError: nothing is known then.
+    """
     try:
         case.run()
     except torch.OutOfMemoryError:
         raise
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise CannotCompileError(f"{type(error).__name__}: {error}") from error
     except Exception as error:
+        if "C compiler" in str(error):  # Triton's, which builds its launchers with one
+            raise CannotCompileError(str(error)) from error
         first, *_ = str(error).strip().splitlines() or [""]
         return f"{type(error).__name__}: {first}"[:400]
     return None

@@ -19,7 +19,7 @@ from .. import device
 from .._triton.common import choice, tiles
 from . import first_use, machine
 from .apart import apart
-from .checks import Sizes, check, reason_of
+from .checks import CannotCompileError, Sizes, check, reason_of
 from .cost import Cost
 from .offset_cases import far_cases, offset_cases
 from .question import Question, ask
@@ -149,6 +149,8 @@ def _row(name: str, where: torch.device, work: Callable[[], str | None]) -> dict
         reason, cost = apart(counted, where)
     except torch.OutOfMemoryError:
         return {"question": name, "right": None, "reason": "there is no memory for it"}
+    except CannotCompileError as error:
+        return {"question": name, "right": None, "reason": f"it cannot be compiled: {error}"}
     return {
         "question": name,
         "right": reason is None,

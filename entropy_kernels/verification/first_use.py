@@ -147,13 +147,17 @@ def answer(
         raise UnknownError(f"{VARIABLE}=off, and no check of its kernels is recorded")
     device.persistent()  # a mistake there is no kernel's
     _check_possible(where)
-    from .checks import Sizes, check
+    from .checks import CannotCompileError, Sizes, check
 
+    if where.type == "cuda" and torch.cuda.is_available():
+        torch.cuda.synchronize(where)  # an error of the caller's own kernels comes out here
     with marked(question, where):
         try:
             reason = apart(lambda: check(question, where, Sizes(*sizes), forward), where)
         except torch.OutOfMemoryError as error:
             raise UnknownError("there is no memory left to check its kernels") from error
+        except CannotCompileError as error:
+            raise UnknownError(f"its kernels cannot be compiled: {error}") from error
         found = keep(question, where, reason)
     if not found.right:
         _tell_refused(text, here, found)
