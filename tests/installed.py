@@ -21,8 +21,9 @@ LEFT_OUT = shutil.ignore_patterns(
 )
 # These are about other parts of the checkout or use them, or build packages themselves.
 OF_THE_CHECKOUT = {
-    *("test_architecture", "test_benchmark_steps", "test_benchmarks", "test_cpp", "test_english"),
-    *("test_callers_mistakes_elsewhere", "test_examples", "test_gpu_rows", "test_gpu_run"),
+    *("test_architecture", "test_benchmark_steps", "test_benchmarks", "test_costs", "test_cpp"),
+    *("test_callers_mistakes_elsewhere", "test_english", "test_examples"),
+    *("test_gpu_rows", "test_gpu_run"),
     *("test_gpu_script", "test_hub_kernel", "test_layers", "test_loss_parity", "test_main"),
     *("test_readme", "test_resolution", "test_several_ranks", "test_tile_model"),
     *("test_triton_compile", "test_triton_kernel_cases", "test_triton_ratio_loss"),
