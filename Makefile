@@ -31,8 +31,8 @@ test: lint
 	@EK_REQUIRE_NATIVE=$(EK_REQUIRE_NATIVE) $(BIN)/python -m pytest $(patsubst %,--ignore=%,$(BUILDS) $(COMPILED)) \
 		-m "not slow" -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
-# Training runs of the studies and the planner, programs of several processes, examples, pins, all
-# kernels under the sanitizer.
+# Training runs of the studies and the planner, programs of several processes, examples, pins, kernels
+# under the sanitizer, by models of hardware, and broken on purpose.
 test-slow: $(VENV)/.dev
 	@echo "Running the slow tests ..."
 	@EK_REQUIRE_NATIVE=$(EK_REQUIRE_NATIVE) $(BIN)/python -m pytest -m slow $(ARGS)

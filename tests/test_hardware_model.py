@@ -20,7 +20,11 @@ TOKENS, VOCABULARY = 18, 140
 ALL = ("bias", "temperatures", "softcap", "ignore")
 # The depth of a step is that of GPUs' tiles, or more: it changes no order of the products.
 TILES = (Tile("pointer", 32, 64, 128, 4, 1, 2, 128), Tile("pointer", 32, 64, 128, 4, 1, 2))
-pytestmark = [nan_is_meant, pytest.mark.skipif(torch.cuda.is_available(), reason="interprets")]
+pytestmark = [
+    nan_is_meant,
+    pytest.mark.slow,
+    pytest.mark.skipif(torch.cuda.is_available(), reason="interprets"),
+]
 
 
 @pytest.fixture(params=[4, 0], ids=["orders", "one run"])
@@ -55,11 +59,11 @@ def cores_of(dtype):
         *((depth, "peaked", ALL) for depth in (128, 1024)),
         *((1024, rows, ()) for rows in ("very negative", "tied", "uniform")),
         (128, "large", ()),
-        pytest.param(2048, "peaked", (), marks=pytest.mark.slow),
-        pytest.param(4096, "very negative", (), marks=pytest.mark.slow),
-        pytest.param(8192, "peaked", (), marks=pytest.mark.slow),
-        pytest.param(8192, "very negative", (), marks=pytest.mark.slow),
-        pytest.param(8192, "large", ALL, marks=pytest.mark.slow),
+        (2048, "peaked", ()),
+        (4096, "very negative", ()),
+        (8192, "peaked", ()),
+        (8192, "very negative", ()),
+        (8192, "large", ALL),
     ],
 )
 def test_right_kernels_pass_at_every_depth(depth, rows, names, dtype, orders):
@@ -87,7 +91,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("depth", [128, pytest.param(8192, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("depth", [128, 8192])
 @pytest.mark.parametrize("mutant", [x for x in MUTANTS if x.name in WRONG], ids=lambda x: x.name)
 def test_wrong_kernels_are_refused_at_every_depth(mutant, depth, dtype, orders):
     names = {"softcap": ("softcap",), "temperature": ("temperatures",)}

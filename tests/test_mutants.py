@@ -50,6 +50,7 @@ def test_right_kernels_pass(question):
         assert mutants.refusal(question) is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)
 def test_a_mutant_is_refused(mutant):
     assert mutants.reason(mutant) is not None

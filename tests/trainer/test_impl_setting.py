@@ -79,6 +79,7 @@ def test_a_warm_start(impl, ran, tmp_path):
     ran.assert_only(impl, HEAD)
 
 
+@pytest.mark.slow
 def test_the_analyses(impl, ran, models, sums, tmp_path):  # noqa: F811
     given = options(sums, tmp_path / "out") | {"impl": impl, "samples": 1, "max_new_tokens": 3}
     analyze_patterns(Patterns(models[0], **given))
