@@ -186,7 +186,7 @@ def three_statistics(
 
 
 def check_results(
-    got: Sequence[Tensor],
+    got: Sequence[Any],
     three: tuple[Results, ...],
     arithmetic: GpuArithmetic | None,
     operands: torch.dtype = torch.float32,
