@@ -227,6 +227,7 @@ def test_a_second_death_in_a_check_is_an_answer(checking):
     assert not list(Record(ABOUT).folder.glob("*.started"))
 
 
+@pytest.mark.slow
 def test_ranks_that_end_together_are_one_death(checking):
     die(*[checking("lives") for _ in range(3)])
     assert Record(ABOUT).read() == {}
@@ -234,6 +235,7 @@ def test_ranks_that_end_together_are_one_death(checking):
     assert Record(ABOUT).read() == TWICE
 
 
+@pytest.mark.slow
 def test_deaths_count_after_an_answer(checking):
     """As where the check is forced. A reason that is known stays."""
     ours = Record(ABOUT)

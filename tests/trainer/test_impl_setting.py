@@ -56,6 +56,7 @@ def one_step(folder, model, impl, algorithm):
     return json.loads((small.folder / "run.json").read_text())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS)
 def test_a_run(way, impl, ran, model, tmp_path):
     written = one_step(tmp_path, model, impl, WAYS[way])
