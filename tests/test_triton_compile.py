@@ -117,7 +117,8 @@ def test_blocks_of_a_product_are_copied_while_others_are_multiplied(
         return x.figures.get("bulk_copies" if x.descriptors else "async_copies", 0) > 0
 
     products = _products(compiled(target))
-    assert any(x.descriptors for x in products) == device.has_tma(target)
+    # RTX 50 has bulk copies, but its tiles take pointers.
+    assert any(x.descriptors for x in products) == (target in ("sm_90", "sm_100"))
     _assert_all(target, products, good)
 
 

@@ -200,7 +200,7 @@ TILES: dict[Key, tuple[Tile, ...]] = {
         Tile("cublas", 4, 1024, 1, 4, 1, max_registers=128),
     ),
     Key("forward_statistics", "any", "float32", ANY, ANY): (
-        Tile("pointer", 32, 64, 16, 4, 2),
+        Tile("pointer", 32, 64, 16, 4, 2, max_registers=168),
         Tile("cublas", 4, 1024, 1, 4, 1, max_registers=255),
     ),
     Key("forward", "interpreter", "any", ANY, ANY): (
