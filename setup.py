@@ -66,18 +66,18 @@ class CMakeBuild(build_ext):
             ext.optional = True
             return
         build = Path(self.build_temp).resolve()
+        target = ext.name.rpartition(".")[2]
         definitions = {
             "CMAKE_BUILD_TYPE": "Release",
             "CMAKE_LIBRARY_OUTPUT_DIRECTORY": output,
             "Python_EXECUTABLE": sys.executable,
             "pybind11_DIR": pybind11.get_cmake_dir(),
-            "EK_SOURCES": record.digest(ROOT),
+            "EK_SOURCES": record.digest(ROOT, target.removeprefix("_")),
         }
         arguments = [f"-D{name}={value}" for name, value in definitions.items()]
         # --fresh, since the cmake and ninja of an isolated build are gone by the next one
         configure = ["cmake", "--fresh", "-G", "Ninja", "-S", str(ROOT), "-B", str(build)]
         subprocess.run(configure + arguments, check=True)
-        target = ext.name.rpartition(".")[2]
         subprocess.run(["cmake", "--build", str(build), "--target", target], check=True)
 
     def copy_extensions_to_source(self) -> None:

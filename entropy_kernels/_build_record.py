@@ -10,9 +10,10 @@ from pathlib import Path
 NOT_BUILT = "_not_built.txt"
 
 
-def digest(checkout: Path) -> str | None:
-    """sha256 of the C++ sources of `checkout`, hexadecimal; None where it holds none."""
-    sources = sorted(path for end in ("cpp", "h") for path in checkout.glob(f"csrc/*/*.{end}"))
+def digest(checkout: Path, name: str) -> str | None:
+    """sha256 of the sources of extension `name` in `checkout`, hexadecimal; None where it has none."""
+    ends = ("cpp", "cu", "h")
+    sources = sorted(path for end in ends for path in checkout.glob(f"csrc/{name}/*.{end}"))
     build = checkout / "CMakeLists.txt"
     if not sources or not build.is_file():
         return None

@@ -56,7 +56,7 @@ def _load(name: str) -> tuple[ModuleType | None, str | None]:
             f"{full_name} {state}: {type(error).__name__}: {error}; "
             "reinstall with a C++ compiler on PATH"
         )
-    sources = digest(_PACKAGE.parent)
+    sources = digest(_PACKAGE.parent, name)
     if sources not in (None, getattr(module, "sources", None)):
         return None, f"{full_name} is not built from this csrc/; run pip install -e . again"
     return module, None
