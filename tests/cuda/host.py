@@ -3,6 +3,7 @@ fibers (simt.h), under sanitizers, and broken on purpose."""
 
 import functools
 import os
+import re
 import shutil
 import subprocess
 from collections.abc import Iterable
@@ -36,7 +37,13 @@ def toolkit() -> Path:
     nvcc = os.environ.get("CUDACXX") or shutil.which("nvcc")
     if nvcc is None:
         pytest.skip("CuTe's headers need those of the CUDA toolkit, and PATH has no nvcc")
-    return Path(nvcc).resolve().parents[1] / "include"
+    # It may be a script that calls another.
+    says = subprocess.run(
+        [nvcc, "--dryrun", "-x", "cu", "-c", os.devnull], capture_output=True, text=True
+    ).stderr
+    top = re.search(r"^#\$ TOP=(.+)$", says, re.M)
+    assert top is not None, says
+    return Path(top[1]).resolve() / "include"
 
 
 @functools.cache
