@@ -136,7 +136,7 @@ sanitize: $(VENV)/.dev
 
 clean:
 	@echo "Removing $(VENV), $(VERL), $(VLLM), build outputs and caches; runs/ stays ..."
-	@rm -rf $(VENV) $(VERL) $(VLLM) build dist *.egg-info entropy_kernels/*.so entropy_kernels/_not_built.txt
+	@rm -rf $(VENV) $(VERL) $(VLLM) build dist *.egg-info entropy_kernels/*.so entropy_kernels/*_not_built.txt
 	@rm -rf .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
 

@@ -1,8 +1,8 @@
-"""Builds the compiled extension of csrc/ with CMake; metadata is in pyproject.toml.
+"""Builds the compiled extensions of csrc/ with CMake; metadata is in pyproject.toml.
 
-On a machine without a C++ compiler the package is installed without the extension. A file in the
-package says why, since pip hides what a build prints. If a compiler fails on the sources, the
-installation fails.
+On a machine without a C++ compiler the package is installed without the extensions, and without
+nvcc it lacks the CUDA kernels. A file in the package says why, since pip hides what a build prints.
+If a compiler fails on the sources, the installation fails.
 
 The build lies in a temporary folder. Nothing of an earlier build gets into a later one, and the
 sources may be read-only.
@@ -40,6 +40,7 @@ def load(path: Path) -> ModuleType:
 
 
 record = load(PACKAGE / "_build_record.py")
+toolkit = load(ROOT / "cmake" / "cuda_toolkit.py")
 
 
 class CMakeExtension(Extension):
@@ -54,19 +55,16 @@ class CMakeBuild(build_ext):
 
     def build_extension(self, ext: CMakeExtension) -> None:
         output = Path(self.get_ext_fullpath(ext.name)).resolve().parent
-        why = why_not_buildable()
+        target = ext.name.rpartition(".")[2]
+        why = why_not_buildable(target)
         if why is not None:
             print(f"{ext.name} is not built: {why}", file=sys.stderr)
             output.mkdir(parents=True, exist_ok=True)
-            (output / record.NOT_BUILT).write_text(
-                f"the machine that installed the package had {why}; install that, then the package "
-                "again with pip's --force-reinstall --no-cache-dir\n"
-            )
+            (output / record.not_built(target)).write_text(f"{why}\n")
             # An editable install copies each extension, unless it is optional and absent.
             ext.optional = True
             return
-        build = Path(self.build_temp).resolve()
-        target = ext.name.rpartition(".")[2]
+        build = Path(self.build_temp, target).resolve()
         definitions = {
             "CMAKE_BUILD_TYPE": "Release",
             "CMAKE_LIBRARY_OUTPUT_DIRECTORY": output,
@@ -74,6 +72,13 @@ class CMakeBuild(build_ext):
             "pybind11_DIR": pybind11.get_cmake_dir(),
             "EK_SOURCES": record.digest(ROOT, target.removeprefix("_")),
         }
+        if target == "_cuda":
+            definitions |= {
+                "EK_CUDA": "ON",
+                "CMAKE_CUDA_COMPILER": toolkit.nvcc(),
+                "EK_CUTLASS_DIR": toolkit.cutlass(),
+                "EK_ARCHITECTURES": ";".join(toolkit.architectures()),
+            }
         arguments = [f"-D{name}={value}" for name, value in definitions.items()]
         # --fresh, since the cmake and ninja of an isolated build are gone by the next one
         configure = ["cmake", "--fresh", "-G", "Ninja", "-S", str(ROOT), "-B", str(build)]
@@ -85,14 +90,32 @@ class CMakeBuild(build_ext):
         super().copy_extensions_to_source()
         built = Path(self.build_lib) / PACKAGE.name
         extensions = [Path(self.get_ext_filename(ext.name)).name for ext in self.extensions]
-        for name in (record.NOT_BUILT, *extensions):
+        reasons = [record.not_built(ext.name.rpartition(".")[2]) for ext in self.extensions]
+        for name in (*reasons, *extensions):
             if (built / name).exists():
                 shutil.copyfile(built / name, PACKAGE / name)
             else:
                 (PACKAGE / name).unlink(missing_ok=True)
 
 
-def why_not_buildable() -> str | None:
+def why_not_buildable(target: str) -> str | None:
+    """Why this machine does not build an extension, and what to do about it; None where it does."""
+    cuda = target == "_cuda"
+    again = "with pip's --force-reinstall --no-cache-dir --no-binary entropy-kernels"
+    if cuda and toolkit.wanted() is False:
+        return f"EK_CUDA=0 was set where the package was built; install it without that, {again}"
+    lacks = lacking() or (toolkit.lacking() if cuda else None)
+    if lacks is None:
+        return None
+    if cuda and toolkit.wanted():
+        sys.exit(f"EK_CUDA=1 asks for the CUDA kernels, and this machine has {lacks}")
+    return (
+        f"the machine that built the package had {lacks}; install that, then the package again "
+        f"{again}"
+    )
+
+
+def lacking() -> str | None:
     """What a build of C++ extensions lacks on this machine; None if nothing."""
     named = os.environ.get("CXX", "")
     wanted = shlex.split(named)[:1] or COMPILERS
@@ -113,8 +136,12 @@ def build_folders() -> dict[str, dict[str, str]]:
     return {"build": {"build_base": folder}, "egg_info": {"egg_base": metadata}}
 
 
+try:
+    toolkit.check_choices()
+except ValueError as error:
+    sys.exit(str(error))
 setup(
     options=build_folders(),
-    ext_modules=[CMakeExtension("entropy_kernels._cpu")],
+    ext_modules=[CMakeExtension(f"entropy_kernels.{name}") for name in ("_cpu", "_cuda")],
     cmdclass={"build_ext": CMakeBuild},
 )

@@ -1,26 +1,22 @@
-"""The compiled extensions of csrc/: loading them, and what they are given checked.
+"""The backend "cpu": what the kernels of csrc/cpu are given, checked.
 
 They take raw pointers and sizes, and know nothing of torch.
 """
 
 import functools
-import importlib
 import math
 from collections.abc import Callable
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import _processor
-from ._build_record import digest, why_not_built
+from . import _extensions, _processor
 from ._compiler import constant
 from ._rows import ForwardRows, active_rows, spread
 from .head import Head
 
-_PACKAGE = Path(__file__).parent
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 PANEL = 64  # tokens that the kernels' vectors hold together: kPanel
 _products = 0
@@ -36,46 +32,20 @@ def _count(more: int) -> None:
     _products += more
 
 
-@functools.cache
-def _load(name: str) -> tuple[ModuleType | None, str | None]:
-    """The extension _{name}, or why it is missing.
-
-    torch comes first (this file imports it): it ships its own OpenMP runtime, and an extension
-    loaded after it joins that thread pool instead of starting another.
-    """
-    full_name = f"{__package__}._{name}"
-    try:
-        module = importlib.import_module(full_name)
-    except ImportError as error:
-        absent = isinstance(error, ModuleNotFoundError) and error.name == full_name
-        why = why_not_built(_PACKAGE) if absent else None
-        if why is not None:
-            return None, f"{full_name} is not built: {why}"
-        state = "is not built" if absent else "does not load"
-        return None, (
-            f"{full_name} {state}: {type(error).__name__}: {error}; "
-            "reinstall with a C++ compiler on PATH"
-        )
-    sources = digest(_PACKAGE.parent, name)
-    if sources not in (None, getattr(module, "sources", None)):
-        return None, f"{full_name} is not built from this csrc/; run pip install -e . again"
-    return module, None
-
-
 def cpu() -> ModuleType | None:
     """The CPU kernels, or None where they are missing."""
-    return _load("cpu")[0]
+    return _extensions.load("cpu")[0]
 
 
 @constant
 def why_missing(name: str) -> str | None:
     """A sentence saying why extension `name` ("cpu") is missing; None where it is there."""
-    return _load(name)[1]
+    return _extensions.load(name)[1]
 
 
 def build(name: str) -> str:
     """The compiler of extension `name` and what it was built without. The caller has it."""
-    module, why = _load(name)
+    module, why = _extensions.load(name)
     assert module is not None, why
     return module.compiler + ("" if module.openmp else ", without OpenMP: one thread")
 

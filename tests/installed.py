@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 # What a checkout holds beside its files.
 LEFT_OUT = shutil.ignore_patterns(
     *(".git", ".venv*", ".hypothesis", ".*_cache", "__pycache__", "runs", "build", "dist"),
-    *("*.egg-info", "*.so", "_not_built.txt"),
+    *("*.egg-info", "*.so", "*_not_built.txt"),
 )
 # These are about other parts of the checkout or use them, or build packages themselves.
 OF_THE_CHECKOUT = {
@@ -46,12 +46,15 @@ def run(*command: str | Path, fails: bool = False, **options) -> str:
 
 
 def environment(compiler: bool = True) -> dict[str, str]:
-    """The environment of a build with this one's tools, with a C++ compiler or without."""
+    """The environment of a build with this one's tools, with a C++ compiler or without.
+
+    The CUDA kernels take minutes, and tests/test_cuda_build.py builds some.
+    """
     tools = sysconfig.get_path("scripts")
     path = f"{tools}{os.pathsep}{os.environ['PATH']}" if compiler else tools
     left_out = {"TRITON_INTERPRET"} if compiler else {"TRITON_INTERPRET", "CXX"}
     found = {name: value for name, value in os.environ.items() if name not in left_out}
-    return {**found, "PATH": path, "PYTHONPATH": ""}
+    return {**found, "PATH": path, "PYTHONPATH": "", "EK_CUDA": "0"}
 
 
 def pip(*arguments: str | Path, compiler: bool = True, prefix: tuple = (), **options) -> str:

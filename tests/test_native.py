@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from entropy_kernels import _native
+from entropy_kernels import _extensions, _native
 
 WHY_MISSING = _native.why_missing("cpu")
 needs_cpu = pytest.mark.skipif(WHY_MISSING is not None, reason=WHY_MISSING or "built")
@@ -173,15 +173,15 @@ def test_broken_extension_does_not_load(monkeypatch):
     def broken(name):
         raise ImportError("undefined symbol: omp_get_max_threads")
 
-    monkeypatch.setattr(_native.importlib, "import_module", broken)
-    _native._load.cache_clear()
+    monkeypatch.setattr(_extensions.importlib, "import_module", broken)
+    _extensions.load.cache_clear()
     try:
         assert _native.cpu() is None
         assert _native.why_missing("cpu").startswith(
             "entropy_kernels._cpu does not load: ImportError: undefined symbol"
         )
     finally:
-        _native._load.cache_clear()
+        _extensions.load.cache_clear()
 
 
 def _run_python(code: str) -> str:

@@ -28,10 +28,18 @@ from tests.installed import (
 )
 
 EXTENSION = f"entropy_kernels/_cpu{sysconfig.get_config_var('EXT_SUFFIX')}"
+# Without CUDA, which these tests leave out; and without a compiler.
+NO_CUDA = {"trainer.py", "entropy_kernels/_cuda_not_built.txt"}
+BARE = NO_CUDA | {"entropy_kernels/_cpu_not_built.txt"}
 MODULES = {
     path.relative_to(ROOT).as_posix() for path in (ROOT / "entropy_kernels").rglob("*.py")
 } | {"entropy_kernels/py.typed"}
-SOURCES = {path.relative_to(ROOT).as_posix() for path in (ROOT / "csrc").rglob("*.*")}
+SOURCES = {
+    path.relative_to(ROOT).as_posix()
+    for folder in ("csrc", "cmake")
+    for path in (ROOT / folder).rglob("*.*")
+    if path.suffix != ".pyc"
+}
 needs_compiler = pytest.mark.skipif(
     _native.why_missing("cpu") is not None, reason="no compiled kernels were built here either"
 )
@@ -88,7 +96,7 @@ def test_the_sdist_holds_what_a_wheel_is_built_from_and_no_more(sdist):
 @needs_compiler
 def test_the_sdist_s_wheel_holds_the_package_and_computes_elsewhere(sdist, tmp_path):
     wheel = build_wheel(sdist, tmp_path / "wheel")
-    assert in_wheel(wheel) == MODULES | {EXTENSION, "trainer.py"}
+    assert in_wheel(wheel) == MODULES | NO_CUDA | {EXTENSION}
     python = install(wheel, tmp_path / "venv")
     printed = run(python, "-W", "error", "-m", "entropy_kernels", cwd=tmp_path, env=environment())
     assert "linear_logprob_entropy, cpu on cpu: ok" in printed
@@ -102,11 +110,11 @@ def test_the_sdist_s_wheel_holds_the_package_and_computes_elsewhere(sdist, tmp_p
 
 
 def test_without_a_compiler_the_wheel_says_so_where_a_user_sees_it(bare, bare_python, tmp_path):
-    assert in_wheel(bare) == MODULES | {"trainer.py", "entropy_kernels/_not_built.txt"}
+    assert in_wheel(bare) == MODULES | BARE
     why = (
-        "entropy_kernels._cpu is not built: the machine that installed the package had no C++ "
-        "compiler (PATH has none of c++, g++, clang++, cl); install that, then the package again "
-        "with pip's --force-reinstall --no-cache-dir"
+        "entropy_kernels._cpu is not built: the machine that built the package had no C++ compiler "
+        "(PATH has none of c++, g++, clang++, cl); install that, then the package again with pip's "
+        "--force-reinstall --no-cache-dir --no-binary entropy-kernels"
     )
     printed = run(bare_python, "-W", "error", "-m", "entropy_kernels", cwd=tmp_path)
     assert f"compiled CPU kernels: {why}\n" in printed
@@ -154,7 +162,7 @@ def test_nothing_of_an_earlier_build_gets_into_a_wheel(checkout, tmp_path):
             (folder / name).touch()
     (checkout / EXTENSION).touch()
     wheel = build_wheel(checkout, tmp_path, compiler=False)
-    assert in_wheel(wheel) == MODULES | {"trainer.py", "entropy_kernels/_not_built.txt"}
+    assert in_wheel(wheel) == MODULES | BARE
     shutil.rmtree(checkout / "build")
     (checkout / EXTENSION).unlink()
 
@@ -162,7 +170,8 @@ def test_nothing_of_an_earlier_build_gets_into_a_wheel(checkout, tmp_path):
 def test_an_editable_install_keeps_no_extension_of_an_earlier_one(tmp_path):
     """A compiler that comes and goes; another Python's extension has another name and stays."""
     checkout = copy_checkout(tmp_path / "checkout")
-    extension, record = checkout / EXTENSION, checkout / "entropy_kernels" / _build_record.NOT_BUILT
+    extension = checkout / EXTENSION
+    record = extension.with_name(_build_record.not_built("_cpu"))
     others = checkout / "entropy_kernels" / "_cpu.cpython-399-linux.so"
     extension.write_text("an earlier one")
     others.touch()

@@ -8,7 +8,7 @@ is the copy's module name and its namespace in torch.ops. OUT/build.toml and OUT
 sources for kernel-builder; OUT/README.md is the card. Nothing is uploaded.
 
 A Hub kernel may import only the standard library, torch, and itself. So it has neither the adapters
-to other libraries, `entropy_kernels.integrations`, nor the compiled CPU kernels. On a CPU "auto"
+to other libraries, `entropy_kernels.integrations`, nor the compiled kernels. On a CPU "auto"
 takes blocks of torch.mm, and says so once. An installed package beside it keeps both.
 """
 
@@ -81,7 +81,7 @@ def layout(out: Path, repo_id: str, version: int) -> None:
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise ValueError(f"OUT must be a new or empty folder; got {out}")
     files = {path: (PACKAGE / path).read_bytes() for path in package_files()}
-    files[Path("_not_built.txt")] = NOT_BUILT.encode()
+    files |= {Path(f"_{name}_not_built.txt"): NOT_BUILT.encode() for name in ("cpu", "cuda")}
     unique = hashlib.sha256(json.dumps(digest(files)).encode()).hexdigest()[:10]
     write(out / "torch-ext" / PACKAGE.name, files)
     for backend in BACKENDS:

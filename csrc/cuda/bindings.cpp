@@ -1,9 +1,11 @@
 // The Python module _cuda: keywords become the structs of launch.h. A field or an argument has its
 // name there; a pointer is an integer, and 0 is null.
 #include <cuda_runtime_api.h>
+#include <cutlass/version.h>
 #include <pybind11/pybind11.h>
 
 #include <cstdint>
+#include <string>
 #include <type_traits>
 
 #include "error.h"
@@ -123,7 +125,8 @@ PYBIND11_MODULE(_cuda, m) {
   m.attr("sources") = EK_SOURCES;
   m.attr("compiler") = EK_COMPILER;
   m.attr("architectures") = EK_ARCHITECTURES;
-  m.attr("cutlass") = EK_CUTLASS;
+  m.attr("cutlass") = std::to_string(CUTLASS_MAJOR) + "." + std::to_string(CUTLASS_MINOR) + "." +
+                      std::to_string(CUTLASS_PATCH);
   m.def("runtime_version", &runtime_version,
         "The CUDA that this was built with, as 13000 for 13.0.");
   m.def("driver_version", &driver_version, "The CUDA that the driver runs; 0 without a driver.");

@@ -1,0 +1,1 @@
+"""The backend "cuda": launches of the kernels of csrc/cuda."""

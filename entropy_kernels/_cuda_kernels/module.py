@@ -1,0 +1,51 @@
+"""The extension _cuda: the kernels of csrc/cuda, or why they cannot be launched here."""
+
+from types import ModuleType
+
+from .. import _extensions
+from .._compiler import constant
+
+
+def cuda() -> ModuleType:
+    """The kernels. The caller has asked `why_missing`."""
+    module, why = _extensions.load("cuda")
+    assert module is not None, why
+    return module
+
+
+@constant
+def why_missing() -> str | None:
+    """A sentence saying why no kernel can be launched, whatever the GPU; None where one can.
+
+    The runtime is a part of the extension. It runs with drivers of its own major version of CUDA
+    and newer ones.
+    """
+    module, why = _extensions.load("cuda")
+    if module is None:
+        return why
+    wanted, found = module.runtime_version(), module.driver_version()
+    if found // 1000 >= wanted // 1000:
+        return None
+    name = f"{module.__name__} is built with CUDA {_dotted(wanted)}, and "
+    if found == 0:
+        return name + "this machine has no driver for it"
+    return (
+        f"{name}the driver's is {_dotted(found)}; install a driver of CUDA {wanted // 1000}, or "
+        f"the package again with an nvcc of CUDA {found // 1000}"
+    )
+
+
+def architectures() -> tuple[str, ...]:
+    """Those that are compiled for: "80", "90a", "100a" or some of them."""
+    return tuple(cuda().architectures.split())
+
+
+def build() -> str:
+    """The compiler, CUTLASS and architectures of the extension. The caller has it."""
+    module, names = cuda(), ", ".join(f"sm_{name}" for name in architectures())
+    return f"{module.compiler}, CUTLASS {module.cutlass}, for {names}"
+
+
+def _dotted(version: int) -> str:
+    """13.0 of 13000."""
+    return f"{version // 1000}.{version % 1000 // 10}"

@@ -1,0 +1,39 @@
+"""Loads the compiled extensions of csrc/, or says why they are missing."""
+
+import functools
+import importlib
+from pathlib import Path
+from types import ModuleType
+
+import torch  # noqa: F401
+
+from ._build_record import digest, why_not_built
+
+_PACKAGE = Path(__file__).parent
+_COMPILERS = {"cuda": "nvcc"}
+
+
+@functools.cache
+def load(name: str) -> tuple[ModuleType | None, str | None]:
+    """The extension _{name}, or why it is missing.
+
+    torch comes first: this file imports it. It ships its own OpenMP runtime, and an extension that
+    is loaded later joins that thread pool instead of starting another.
+    """
+    full_name = f"{__package__}._{name}"
+    try:
+        module = importlib.import_module(full_name)
+    except ImportError as error:
+        absent = isinstance(error, ModuleNotFoundError) and error.name == full_name
+        why = why_not_built(_PACKAGE, name) if absent else None
+        if why is not None:
+            return None, f"{full_name} is not built: {why}"
+        state = "is not built" if absent else "does not load"
+        return None, (
+            f"{full_name} {state}: {type(error).__name__}: {error}; "
+            f"reinstall with {_COMPILERS.get(name, 'a C++ compiler')} on PATH"
+        )
+    sources = digest(_PACKAGE.parent, name)
+    if sources not in (None, getattr(module, "sources", None)):
+        return None, f"{full_name} is not built from this csrc/; run pip install -e . again"
+    return module, None
