@@ -1,7 +1,9 @@
 """Builds the text of csrc/cuda with a host compiler: programs and libraries that run its kernels as
 fibers (simt.h), under sanitizers, and broken on purpose."""
 
+import fcntl
 import functools
+import hashlib
 import os
 import re
 import shutil
@@ -15,6 +17,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = ROOT / "csrc" / "cuda"
 HERE = Path(__file__).parent
+# Headers compiled once for all workers and sessions.
+SHARED = ROOT / "build" / "cuda-tests"
 SANITIZERS = {
     "": ("-O1",),
     "thread": ("-O1", "-fsanitize=thread"),
@@ -55,6 +59,35 @@ def cutlass() -> Path:
     return Path(named)
 
 
+class DoesNotCompile(Exception):
+    """The compiler refused: no answer to whether a mutant is noticed."""
+
+
+def compiled(command: Iterable[str]) -> None:
+    done = subprocess.run([*command], capture_output=True, text=True)
+    if done.returncode != 0:
+        raise DoesNotCompile(done.stderr)
+
+
+@functools.cache
+def cute_header(options: tuple[str, ...]) -> Path:
+    """cute.h beside its compiled form for these options, which g++ takes in its place."""
+    text = (HERE / "cute.h").read_text()
+    version = subprocess.run(["g++", "--version"], capture_output=True, text=True, check=True)
+    key = hashlib.sha256("\n".join([text, version.stdout, *options]).encode()).hexdigest()[:16]
+    folder = SHARED / key
+    folder.mkdir(parents=True, exist_ok=True)
+    header, product = folder / "cute.h", folder / "cute.h.gch"
+    with open(folder / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not product.exists():
+            header.write_text(text)
+            unfinished = folder / "unfinished"
+            compiled(["g++", *options, "-x", "c++-header", str(header), "-o", str(unfinished)])
+            unfinished.rename(product)
+    return header
+
+
 def build(
     folder: Path,
     sources: Iterable[Path],
@@ -69,7 +102,8 @@ def build(
 
     sources: files of tests/cuda; those of csrc/cuda they include, `.cu` as well.
     library: a shared library for ctypes in place of a program.
-    cute: with the headers of CUTLASS and of the toolkit.
+    cute: with the headers of CUTLASS and of the toolkit; cute.h comes first.
+    raises: DoesNotCompile.
     """
     folder.mkdir(parents=True, exist_ok=True)
     text = SOURCES
@@ -81,28 +115,40 @@ def build(
         assert before.count(mutant.old) == 1, f"{mutant.name}: {before.count(mutant.old)} places"
         broken.write_text(before.replace(mutant.old, mutant.new))
     product = folder / ("host.so" if library else "host")
-    command = [
-        "g++",
-        "-std=c++17",
-        "-g1",
-        "-Wall",
-        *SANITIZERS[sanitizer],
-        f"-I{text}",
-        f"-I{HERE}",
-    ]
+    flags = ["-std=c++17", "-g1", "-Wall", "-Wno-unknown-pragmas"]  # nvcc's unroll is unknown
+    flags += [*SANITIZERS[sanitizer], *(["-fPIC"] if library else []), *options]
+    include = [f"-I{text}", f"-I{HERE}"]
     if cute:
         headers = (cutlass(), toolkit(), toolkit() / "cccl")
-        command += [word for path in headers for word in ("-isystem", str(path))]
-        command += ["-Wno-deprecated-declarations", "-Wno-unknown-pragmas"]
-    command += ["-fPIC", "-shared"] if library else []
-    command += [*options, "-x", "c++", *map(str, sources), "-o", str(product)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+        flags += [word for path in headers for word in ("-isystem", str(path))]
+        flags += ["-Wno-deprecated-declarations"]
+        include += ["-include", str(cute_header(tuple(flags)))]
+    shared = ["-shared"] if library else []
+    files = ["-x", "c++", *map(str, sources), "-o", str(product)]
+    compiled(["g++", *flags, *include, *shared, *files])
     return product
 
 
 def run(program: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     """Runs a program of `build`; addresses are not random, as ThreadSanitizer wants it."""
     return subprocess.run(
-        ["setarch", "-R", str(program), *arguments], capture_output=True, text=True, timeout=600
+        ["setarch", "-R", str(program), *arguments], capture_output=True, text=True, timeout=100
     )
+
+
+def failure(program: Path, *arguments: str) -> str:
+    """How a program of `build` failed: "value", "sanitizer" or "hang", and "" where it did not.
+
+    A program says by its exit status 1 that a value is wrong.
+    """
+    try:
+        done = run(program, *arguments)
+    except subprocess.TimeoutExpired:
+        return "hang"
+    said = done.stdout + done.stderr
+    if "Sanitizer" in said or "runtime error:" in said:
+        return "sanitizer"
+    if "simt: " in said:  # threads wait for others that never come, or meet where they must not
+        return "hang"
+    assert done.returncode in (0, 1), said
+    return "value" if done.returncode else ""
