@@ -12,23 +12,30 @@ VERL_NEEDS := tests/integrations/verl-requirements.txt
 VLLM := .venv-vllm
 VLLM_NEEDS := tests/trainer/vllm-requirements.txt
 comma := ,
-INPUTS := pyproject.toml constraints.txt setup.py CMakeLists.txt $(wildcard csrc/*/*)
+INPUTS := pyproject.toml constraints.txt setup.py CMakeLists.txt $(wildcard cmake/*.py csrc/*/*)
+# Where nvcc is found, CUTLASS's headers come from a wheel, without its 11 dependencies.
+ifeq ($(EK_CUTLASS_DIR)$(filter 0,$(EK_CUDA)),)
+ifneq ($(shell command -v $(or $(CUDACXX),nvcc)),)
+CUTLASS := build/cutlass/.installed
+export EK_CUTLASS_DIR := $(CURDIR)/build/cutlass/cutlass_library/source/include
+endif
+endif
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: train test test-slow test-builds test-compile test-aarch64 test-verl test-vllm test-wheel lint
-.PHONY: bench sanitize docs resolve clean FORCE
+.PHONY: train test test-slow test-builds test-compile test-cuda test-aarch64 test-verl test-vllm
+.PHONY: test-wheel lint bench sanitize docs resolve clean FORCE
 
 train: $(VENV)/.trainer
 	@echo "Training ..."
 	@$(BIN)/python -m trainer train $(ARGS)
 
 # Tests of builds: wheels, csrc/ without Python. And kernels for every GPU, compiled ahead of time.
-BUILDS := tests/test_wheel.py tests/test_cpp.py
+BUILDS := tests/test_wheel.py tests/test_cpp.py tests/test_cuda_build.py
 COMPILED := tests/test_triton_compile.py
 
 test: lint
 	@echo "Running the tests ..."
-	@EK_REQUIRE_NATIVE=$(EK_REQUIRE_NATIVE) $(BIN)/python -m pytest $(patsubst %,--ignore=%,$(BUILDS) $(COMPILED)) \
+	@EK_REQUIRE_NATIVE=$(EK_REQUIRE_NATIVE) $(BIN)/python -m pytest $(patsubst %,--ignore=%,$(BUILDS) $(COMPILED) tests/cuda) \
 		-m "not slow" -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 # Training runs of the studies and the planner, programs of several processes, examples, pins, kernels
@@ -40,6 +47,11 @@ test-slow: $(VENV)/.dev
 test-builds: $(VENV)/.dev
 	@echo "Running the tests of what is built ..."
 	@EK_REQUIRE_NATIVE=$(EK_REQUIRE_NATIVE) $(BIN)/python -m pytest $(BUILDS) $(ARGS)
+
+# The text of csrc/cuda on the host, and what nvcc has made of it.
+test-cuda: $(VENV)/.dev
+	@echo "Running the tests of csrc/cuda ..."
+	@$(BIN)/python -m pytest tests/cuda -n 2 $(ARGS)
 
 # With the environment's Triton, or with another version of it.
 TRITON ?=
@@ -79,7 +91,8 @@ lint: $(VENV)/.dev
 	@echo "Checking style and types ..."
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
-	@$(BIN)/clang-format --dry-run --Werror $(wildcard csrc/*/*.* tests/*.cpp tests/cpp/*.*)
+	@$(BIN)/clang-format --dry-run --Werror $(wildcard csrc/*/*.cpp csrc/*/*.cu csrc/*/*.h) \
+		$(wildcard tests/*.cpp tests/cpp/*.* tests/cuda/*.cpp tests/cuda/*.h)
 	@$(BIN)/mypy
 
 # Builds the site into build/site. A broken link or an unknown name fails it.
@@ -160,15 +173,21 @@ define install
 	@$(if $(TORCH),,echo "(on Linux that downloads 2.7 GB for CUDA; TORCH=cpu takes 190 MB)")
 	@$(BIN)/python -m pip install -q $(if $(TORCH),--extra-index-url $(TORCH_WHEELS)/$(TORCH)) \
 		-c constraints.txt -e ".[$(1)]"
-	@$(BIN)/python -c 'from entropy_kernels._native import why_missing as why; \
-		print(why("cpu") or "Built entropy_kernels._cpu.")'
+	@$(BIN)/python -c 'from entropy_kernels._extensions import load; \
+		[print(load(x)[1] or f"Built entropy_kernels._{x}.") for x in ("cpu", "cuda")]'
 	@touch $(VENV)/.trainer $@
 endef
 
-$(VENV)/.trainer: $(VENV)/.created $(INPUTS)
+build/cutlass/.installed: cmake/cuda_toolkit.py | $(VENV)/.created
+	@echo "Installing CUTLASS's headers into build/cutlass ..."
+	@$(BIN)/python -m pip install -q --no-deps --upgrade --target build/cutlass \
+		$$(sed -n 's/^CUTLASS = "\(.*\)"/\1/p' $<)
+	@touch $@
+
+$(VENV)/.trainer: $(VENV)/.created $(INPUTS) | $(CUTLASS)
 	$(call install,trainer)
 
-$(VENV)/.dev: $(VENV)/.created $(INPUTS)
+$(VENV)/.dev: $(VENV)/.created $(INPUTS) | $(CUTLASS)
 	$(call install,trainer$(comma)gym$(comma)integrations$(comma)dev$(comma)docs)
 
 # Makes the environment $(1) on top of $(VENV), with the packages of $(2).

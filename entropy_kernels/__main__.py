@@ -94,7 +94,7 @@ def main(arguments: list[str] | None = None) -> int:
     for line in _instruction_sets():
         print(f"  {line}")
     last = torch.device(devices[-1])
-    print(f"  CUDA kernels: {module.why_missing() or f'loaded, {module.build()}'}")
+    print(f"  CUDA kernels: {module.state()}")
     print(f"  Triton kernels: {backends.why_not('triton', last) or _triton_state(last)}")
     return int(failed > 0)
 

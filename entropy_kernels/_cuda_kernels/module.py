@@ -40,10 +40,17 @@ def architectures() -> tuple[str, ...]:
     return tuple(cuda().architectures.split())
 
 
-def build() -> str:
-    """The compiler, CUTLASS and architectures of the extension. The caller has it."""
-    module, names = cuda(), ", ".join(f"sm_{name}" for name in architectures())
-    return f"{module.compiler}, CUTLASS {module.cutlass}, for {names}"
+def state() -> str:
+    """How the extension was built, and the CUDA of the driver, or why it cannot be used."""
+    module, why = _extensions.load("cuda")
+    if module is None:
+        return str(why)
+    names = ", ".join(f"sm_{name}" for name in architectures())
+    versions = map(_dotted, (module.runtime_version(), module.driver_version()))
+    return (
+        f"built by {module.compiler} with CUTLASS {module.cutlass}, for {names}; "
+        + (why_missing() or "its CUDA is {}, the driver's is {}".format(*versions))
+    )
 
 
 def _dotted(version: int) -> str:
