@@ -47,9 +47,8 @@ def state() -> str:
         return str(why)
     names = ", ".join(f"sm_{name}" for name in architectures())
     versions = map(_dotted, (module.runtime_version(), module.driver_version()))
-    return (
-        f"built by {module.compiler} with CUTLASS {module.cutlass}, for {names}; "
-        + (why_missing() or "its CUDA is {}, the driver's is {}".format(*versions))
+    return f"built by {module.compiler} with CUTLASS {module.cutlass}, for {names}; " + (
+        why_missing() or "its CUDA is {}, the driver's is {}".format(*versions)
     )
 
 
