@@ -10,7 +10,7 @@ import re
 import subprocess
 import sys
 
-SLOW = re.compile(r"spilled to local memory|wgmma\.mma_async instructions are serialized")
+SLOW = re.compile(r"spilled to local memory|instructions are serialized")
 
 
 def main(command: list[str]) -> int:

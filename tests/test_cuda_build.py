@@ -12,7 +12,7 @@ import subprocess
 import sys
 import sysconfig
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 
 import pytest
 
@@ -34,21 +34,21 @@ __global__ void __launch_bounds__(1024, 2) spills(float* x) {
   for (int i = 0; i < 64; ++i) x[i * 1024 + threadIdx.x] = v[i] * v[i * 3 % 64];
 }
 """
-# The assertion calls a function between products, and registers that these still write must wait.
+# Only the assertion's call of a function makes the products wait.
 SERIALIZED = """
 #include <cassert>
 __global__ void product(float* x, unsigned long a, unsigned long b, int n) {
   float d[4] = {};
-  asm volatile("wgmma.fence.sync.aligned;");
   for (int i = 0; i < n; ++i) {
+    asm volatile("wgmma.fence.sync.aligned;");
     assert(x != nullptr);
     asm volatile(
         "wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 "
         "{%0, %1, %2, %3}, %4, %5, 1, 1, 1, 0, 0;"
         : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "l"(a), "l"(b));
+    asm volatile("wgmma.commit_group.sync.aligned;");
+    asm volatile("wgmma.wait_group.sync.aligned 0;");
   }
-  asm volatile("wgmma.commit_group.sync.aligned;");
-  asm volatile("wgmma.wait_group.sync.aligned 0;");
   x[threadIdx.x] = d[0] + d[1] + d[2] + d[3];
 }
 """
@@ -321,8 +321,8 @@ def test_slow_code_is_an_error(tmp_path, text, flags, refused):
     ],
 )
 def test_a_driver_that_is_older_than_the_runtime_is_told(monkeypatch, runtime, driver, why):
-    built = SimpleNamespace(
-        __name__="_cuda",
+    built = ModuleType("_cuda")
+    vars(built).update(
         compiler="nvcc 13.0.88",
         cutlass="4.2.0",
         architectures="80 90a",
