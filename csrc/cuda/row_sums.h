@@ -67,8 +67,10 @@ EK_HD void add_column(RowSums& sums, float z, float scale) {
   // Unclamped, a logit of -inf would give 0 * -inf. e is NaN where d is.
   float const near = larger(kLowestExponent, d);
   bool const tie = d == 0.0f;
-  sums.n += tie ? 1.0f : 0.0f;
-  sums.s += tie ? 0.0f : e;
+  if (tie)
+    sums.n += 1.0f;
+  else
+    sums.s += e;
   sums.u += e * near;
   if constexpr (kStatistics) {
     float const square = tie ? 0.0f : e * e;
