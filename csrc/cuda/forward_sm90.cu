@@ -12,6 +12,7 @@ void forward_sm90(Head const& head, Forward const& out, int processors, Stream s
                                                           {head, out}, processors, stream);
 }
 
-template void forward_sm90<EK_COLUMNS, EK_STATISTICS>(Head const&, Forward const&, int, Stream);
+template void forward_sm90<EK_COLUMNS, EK_STATISTICS != 0>(Head const&, Forward const&, int,
+                                                           Stream);
 
 }  // namespace ek

@@ -2,6 +2,8 @@
 #pragma once
 #include <cutlass/device_kernel.h>
 
+#include <algorithm>
+#include <cstring>
 #include <cutlass/cluster_launch.hpp>
 #include <cutlass/gemm/collective/collective_builder.hpp>
 #include <cutlass/gemm/kernel/gemm_universal.hpp>
@@ -13,6 +15,13 @@
 #include "tiled_mma.h"
 
 namespace ek {
+
+// Where the driver refuses a descriptor, CUTLASS prints that, and goes on with zeros.
+inline void check_descriptor(char const* what, char const* name, cute::TmaDescriptor const* tma) {
+  static cute::TmaDescriptor const zeros{};
+  if (std::memcmp(tma, &zeros, sizeof zeros) == 0)
+    throw std::runtime_error(std::string(what) + ": cuTensorMapEncodeTiled refuses " + name);
+}
 
 template <int kColumns, class Operation>
 struct ProductSm90 {
@@ -51,6 +60,8 @@ struct ProductSm90 {
     if (!Kernel::can_implement(arguments))
       throw std::runtime_error(std::string(what) + ": CUTLASS refuses the product");
     auto params = Kernel::to_underlying_arguments(arguments, nullptr);
+    check_descriptor(what, "hidden", params.mainloop.tma_load_a.get_tma_descriptor());
+    check_descriptor(what, "weight", params.mainloop.tma_load_b.get_tma_descriptor());
     auto const* kernel = reinterpret_cast<void const*>(&cutlass::device_kernel<Kernel>);
     check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                Kernel::SharedStorageSize),
