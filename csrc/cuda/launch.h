@@ -98,8 +98,8 @@ struct RatioLoss {
   int64_t* counts;   // [3]
   int64_t tokens;    // B L
   int64_t length;    // L
-  float clip_low;
-  float clip_high;
+  double clip_low;
+  double clip_high;
   float dual_clip;  // 0: none
   float log_ratio_bound;
 };
