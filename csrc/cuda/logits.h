@@ -45,7 +45,7 @@ EK_HD float product(float a, float b) {
 #endif
 }
 
-EK_HD float quotient(float a, float b) {  // within two units of the last place, for b in [1, 4]
+EK_HD float quotient(float a, float b) {  // within two units of the last place
 #ifdef __CUDA_ARCH__
   return __fdividef(a, b);
 #else
@@ -79,14 +79,14 @@ EK_HD float tanh_slope(float x) {
   return quotient(4.0f * e, (1.0f + e) * (1.0f + e));
 }
 
-// softcap tanh(z / softcap); 0 leaves z as it is.
+// softcap tanh(z / softcap).
 EK_HD float capped(float z, float softcap) {
-  return softcap == 0.0f ? z : product(softcap, tanh(z * (1.0f / softcap)));
+  return product(softcap, tanh(z * quotient(1.0f, softcap)));
 }
 
 // The derivative of `capped` at z, which is not yet capped.
 EK_HD float cap_slope(float z, float softcap) {
-  return softcap == 0.0f ? 1.0f : tanh_slope(z * (1.0f / softcap));
+  return tanh_slope(z * quotient(1.0f, softcap));
 }
 
 // log(1 + x) for x >= 0, with all digits near 0.
