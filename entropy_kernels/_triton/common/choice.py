@@ -3,11 +3,15 @@
 T tokens or active rows, D hidden.
 """
 
+import functools
 from collections.abc import Callable, Collection
 
 import torch
 
 from ... import device
+from ..._arguments import warn_caller
+from ...head import Head
+from . import cutlass
 from .tiles import ANY, TMA, Tile, row
 
 # Architecture, dtype, D, rows and usable variants: what a row of the table is looked up by.
@@ -34,17 +38,35 @@ def forward_row(
         usable &= {"cublas"}
     op = "forward" + "_keep" * keep_logits + "_store" * stores_rows
     op += "_statistics" * statistics + "_softcap" * softcap
-    return row(op, arch, dtype, hidden, tokens, usable)
+    of_cuda = cutlass.row(op, arch, dtype, hidden, tokens, usable)
+    return of_cuda + row(op, arch, dtype, hidden, tokens, usable)
 
 
 def dlogits_row(where: Where, *, softcap: bool = False) -> tuple[Tile, ...]:
     """The tiles that recompute logits in a backward."""
-    return row("dlogits" + "_softcap" * softcap, *where)
+    op = "dlogits" + "_softcap" * softcap
+    return cutlass.row(op, *where) + row(op, *where)
 
 
 def first(found: tuple[Tile, ...], refused: Callable[[Tile], bool] | None) -> Tile:
     """The first tile of a row that is not refused; where all are, the first."""
     return next((tile for tile in found if refused is None or not refused(tile)), found[0])
+
+
+def tell_of_triton(op: str, tile: Tile, head: Head, stores_rows: bool = False) -> None:
+    """Says once why impl="cuda" takes another tile than csrc/cuda's, where it does."""
+    if tile.variant == cutlass.VARIANT:
+        return
+    arch, hidden = device.architecture(head.hidden.device), head.hidden
+    why = cutlass.why_not(op, arch, hidden.dtype, hidden.shape[1], head.weight)
+    if stores_rows:
+        why = why or "keep_logits_above must be None, as it stores no single rows; got a threshold"
+    _tell(op, why or "its kernel must be right on this GPU; --verify has found it to be wrong")
+
+
+@functools.cache
+def _tell(op: str, why: str) -> None:
+    warn_caller(f'impl="cuda" takes a Triton kernel for {op}: {why}', RuntimeWarning)
 
 
 def stores_rows(

@@ -23,10 +23,9 @@ class Tile(NamedTuple):
     variant: which kernel runs. "pointer" reads plain pointers. "tma" is persistent and reads tensor
         descriptors; "tma_split" does so with one program per vocabulary split, "tma_ws" with
         specialised warps. "cublas", in "forward" alone, reads chunks of torch.mm in fp32, so that
-        it has whole rows of logits at hand.
+        it has whole rows of logits at hand. "cutlass" is csrc/cuda's (cutlass.py).
     block_t, block_v, block_d: rows, vocabulary and depth of one step.
-    group_t: blocks of rows that take the same columns before the next columns come. All of them
-        then read a block of the weight from L2.
+    group_t: blocks of rows that take the same columns in turn: L2 then has their weights.
     split_v: columns whose sums one program merges before it writes them, at most.
     max_registers: of a thread, on GPUs of NVIDIA, up to 255. 0 leaves them to the compiler, which
         may rather spill a few than keep one more program from a multiprocessor.
@@ -307,20 +306,35 @@ def row(
     op may have several endings, such as "_statistics_softcap". fp16 takes the tiles of bf16. An
     unknown architecture takes tiles that fit everywhere.
     """
+    if found := find(op, arch, dtype, hidden, tokens, variants, TILES):
+        return found
+    raise ValueError(f"no tile of {op!r} for {arch}, {dtype}, D={hidden}, T={tokens}, {variants}")
+
+
+def find(
+    op: str,
+    arch: str,
+    dtype: torch.dtype,
+    hidden: int,
+    tokens: int,
+    variants: Collection[str],
+    table: dict[Key, tuple[Tile, ...]],
+) -> tuple[Tile, ...]:
+    """The same in any table; nothing where it has none."""
     name = "float32" if dtype == torch.float32 else "bfloat16"
     for candidate in itertools.product((arch, _LIKE.get(arch), "any"), _plainer(op)):
         fitting = [
             key
-            for key in TILES
+            for key in table
             if (key.architecture, key.op) == candidate
             and key.dtype in (name, "any")
             and hidden <= key.hidden
             and tokens <= key.tokens
         ]
         for key in sorted(fitting, key=lambda key: (key.hidden, key.tokens)):
-            if found := tuple(on(arch, tile) for tile in TILES[key] if tile.variant in variants):
+            if found := tuple(on(arch, tile) for tile in table[key] if tile.variant in variants):
                 return found
-    raise ValueError(f"no tile of {op!r} for {arch}, {name}, D={hidden}, T={tokens}, {variants}")
+    return ()
 
 
 def on(arch: str, tile: Tile) -> Tile:
@@ -334,14 +348,3 @@ def _plainer(op: str) -> Iterator[str]:
     for number in range(len(endings), -1, -1):
         for kept in itertools.combinations(endings, number):
             yield "_".join((name, *kept))
-
-
-def stores_rows(on: torch.device, dtype: torch.dtype, hidden: int) -> bool:
-    """Whether a forward stores the logits of rows above a threshold, as many as fit, for backward.
-
-    The kernels that store nothing are faster where a product is short against the traffic of its
-    logits, which "cublas" writes and reads.
-    """
-    everywhere = {"pointer", "cublas", *TMA}
-    first, *_ = row("forward_store", device.architecture(on), dtype, hidden, ANY, everywhere)
-    return first.variant == "cublas"

@@ -18,7 +18,7 @@ from torch import Tensor
 from ... import device
 from ..._rows import ForwardRows
 from ...head import Head
-from ..common import choice, products, tiles
+from ..common import choice, cutlass, products, tiles
 from ..common.tiles import Tile
 from .launch_dlogits import Chunk, Dlogits
 from .launch_rows import (
@@ -62,6 +62,7 @@ def backward(
     tile: Tile | None = None,
     chunk_v: int | None = None,
     refused: Callable[[Tile], bool] | None = None,
+    impl: str = "triton",
 ) -> Gradients:
     """Gradients of hidden states, weight and bias; None for what `needs` does not ask for.
 
@@ -75,6 +76,7 @@ def backward(
     tile: overrules the table, for tests and tuning.
     chunk_v: N, a multiple of 8, for tests; by default what DZ_BYTES has room for.
     refused: which tiles are known to be wrong here. One is taken only if there is no other.
+    impl: "cuda" takes the tiles of csrc/cuda first, and tells once why it cannot.
 
     Where `rows` has the logits of all rows, nothing is recomputed. Where it has those of some, the
     active rows are recomputed from the first that is not among them. dz is rounded to the dtype of
@@ -107,7 +109,9 @@ def backward(
         stored = _stored(active, rows)
         all_stored = stored is not None and stored.known == active.rows.numel()
         if not all_stored and tile is None:
-            tile = choice.first(preferred(compacted.hidden, head), refused)
+            tile = choice.first(preferred(compacted.hidden, head, impl), refused)
+            if impl == "cuda":
+                choice.tell_of_triton("dlogits", tile, head)
         dlogits = Dlogits(
             compacted,
             head.weight,
@@ -149,11 +153,13 @@ def _stored(active: ActiveRows, rows: ForwardRows) -> StoredRows | None:
     return active.stored
 
 
-def preferred(hidden_CD: Tensor, head: Head) -> tuple[Tile, ...]:
+def preferred(hidden_CD: Tensor, head: Head, impl: str = "triton") -> tuple[Tile, ...]:
     """The tiles that can recompute logits of these rows, the table's first choice first."""
     arch = device.architecture(hidden_CD.device)
     usable = tiles.variants(arch, hidden_CD, head.weight)
     count, hidden = hidden_CD.shape
+    if impl == "cuda":
+        usable |= cutlass.variants("dlogits", arch, hidden_CD.dtype, hidden, head.weight)
     where = arch, hidden_CD.dtype, hidden, count, usable
     return choice.dlogits_row(where, softcap=head.softcap is not None)
 

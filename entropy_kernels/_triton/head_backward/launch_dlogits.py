@@ -9,7 +9,8 @@ import triton
 from torch import Tensor
 
 from ... import device
-from ..common import products
+from ..._cuda_kernels import head as cuda_head
+from ..common import cutlass, products
 from ..common.tiles import READ, Tile, on
 from . import launch_rows
 from .dlogits_kernels import dlogits_pointer_kernel, dlogits_read_kernel, dlogits_tma_kernel
@@ -52,7 +53,9 @@ class Dlogits(NamedTuple):
         """Blocks of rows that each sum the bias's gradient, first the blocks that are read."""
         blocks = self._blocks_read
         if self.tile is not None:
-            blocks += triton.cdiv(self.rows.hidden.shape[0], self.tile.block_t)
+            of_cuda = self.tile.variant == cutlass.VARIANT
+            rows = cuda_head.bias_rows() if of_cuda else self.tile.block_t
+            blocks += triton.cdiv(self.rows.hidden.shape[0], rows)
         return blocks
 
     @property
@@ -71,8 +74,8 @@ class Dlogits(NamedTuple):
         products.count(self.rows.active.number, hidden * (chunk.stop - chunk.start), first)
         if chunk.bias_partials is not None:
             chunk = chunk._replace(bias_partials=chunk.bias_partials[self._blocks_read :])
-        launch = self._from_pointers if self.tile.variant == "pointer" else self._from_descriptors
-        launch(chunk, self.tile)
+        launches = {"pointer": self._from_pointers, cutlass.VARIANT: self._from_cutlass}
+        launches.get(self.tile.variant, self._from_descriptors)(chunk, self.tile)
 
     def _read(self, chunk: Chunk, stored: StoredRows) -> None:
         tile = on(device.architecture(self.logits.device), READ)
@@ -150,6 +153,24 @@ class Dlogits(NamedTuple):
             self.softcap or 0.0,
             FLATTEN=tile.variant == "tma",
             **self._constants(chunk, tile),
+        )
+
+    def _from_cutlass(self, chunk: Chunk, tile: Tile) -> None:
+        rows = self.rows
+        cuda_head.dlogits(
+            cutlass.block(rows.hidden.device, tile),
+            cuda_head.Product(rows.hidden, self.weight_VD, self.bias_V, softcap=self.softcap),
+            cuda_head.Gradients(
+                rows.fields,
+                rows.target,
+                None if self.stored is None else self.stored.number,
+                rows.active.number,
+                chunk.dz,
+                chunk.bias_partials,
+                chunk.start,
+                chunk.stop,
+                self.has_entropy,
+            ),
         )
 
     def _flags(self, chunk: Chunk) -> dict[str, Any]:

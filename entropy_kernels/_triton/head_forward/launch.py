@@ -19,15 +19,17 @@ import triton
 from torch import Tensor
 
 from ... import device
+from ..._cuda_kernels import head as cuda_head
 from ..._rows import ForwardRows
 from ...head import Head
-from ..common import choice, products, tiles
+from ..common import choice, cutlass, products, tiles
 from ..common.tiles import Tile
 from .launch_store import LogitStore
 from .launch_valid import valid_rows
 from .launch_variants import (
     Work,
     chunks_of_logits,
+    from_cutlass,
     from_descriptors,
     from_pointers,
     merge,
@@ -50,6 +52,7 @@ def forward(
     per_split: int | None = None,
     chunk_rows: int | None = None,
     refused: Callable[[Tile], bool] | None = None,
+    impl: str = "triton",
 ) -> ForwardRows:
     """What backward and the caller need of every row; zeros where the target is ignored.
 
@@ -64,6 +67,7 @@ def forward(
     per_split: blocks of columns in each split, for tests; by default `splits` chooses.
     chunk_rows: rows of logits that "cublas" has at a time, for tests.
     refused: which tiles are known to be wrong here. One is taken only if there is no other.
+    impl: "cuda" takes the tiles of csrc/cuda first, and tells once why it cannot.
     """
     (count, _), vocabulary = head.hidden.shape, head.weight.shape[0]
     logits = _empty((count, vocabulary) if keep_logits else (0,), head.hidden)
@@ -82,14 +86,19 @@ def forward(
             keep_logits=keep_logits,
             stores_rows=store_above is not None,
             statistics=statistics is not None,
+            impl=impl,
         )
         tile = choice.first(_of_variant(found, variant), refused)
+        if impl == "cuda":
+            choice.tell_of_triton("forward", tile, head, store_above is not None)
     if store_above is not None and tile.variant != "cublas":
         raise ValueError(f'store_above needs the variant "cublas"; got {tile.variant!r}')
     store = LogitStore.room(store_above, store_rows, count, vocabulary)
     if per_split is None:
         _, per_split = splits(tile, count, vocabulary, device.processors(head.hidden.device))
     n_split = triton.cdiv(vocabulary, tile.block_v * per_split)
+    if tile.variant == cutlass.VARIANT:
+        n_split = cuda_head.splits(cutlass.block(head.hidden.device, tile), vocabulary)
     work = Work(
         head,
         tile,
@@ -113,9 +122,12 @@ def forward(
         else:
             valid = valid_rows(head, work.target_T)
             products.count(valid.numbered.number, head.hidden.shape[1] * vocabulary)
-            launch = from_pointers if tile.variant == "pointer" else from_descriptors
-            launch(work, valid)
-            target_logits(work, valid)
+            if tile.variant == cutlass.VARIANT:
+                from_cutlass(work, valid)
+            else:
+                launch = from_pointers if tile.variant == "pointer" else from_descriptors
+                launch(work, valid)
+                target_logits(work, valid)
             merge(work._replace(valid=valid), 0, count)
     return rows if store is None else rows._replace(logits=store.logits, places=store.places)
 
@@ -125,12 +137,19 @@ def _empty(shape: tuple[int, ...], like: Tensor) -> Tensor:
 
 
 def preferred(
-    head: Head, *, keep_logits: bool = False, stores_rows: bool = False, statistics: bool = False
+    head: Head,
+    *,
+    keep_logits: bool = False,
+    stores_rows: bool = False,
+    statistics: bool = False,
+    impl: str = "triton",
 ) -> tuple[Tile, ...]:
     """The tiles that can run such a forward of `head`, the table's first choice first."""
     arch = device.architecture(head.hidden.device)
     usable = tiles.variants(arch, head.hidden, head.weight)
     count, hidden = head.hidden.shape
+    if impl == "cuda":
+        usable |= cutlass.variants("forward", arch, head.hidden.dtype, hidden, head.weight)
     return choice.forward_row(
         (arch, head.hidden.dtype, hidden, count, usable),
         keep_logits=keep_logits,
@@ -152,7 +171,7 @@ def splits(tile: Tile, count: int, vocabulary: int, processors: int) -> tuple[in
 
     Splits are read again, so the largest within TOLERANCE of the best is taken. Kernels are
     compiled for the blocks of a split: only powers of two are, at most five of them. Specialised
-    warps cannot carry sums from one block of columns to the next.
+    warps and "cutlass" cannot carry sums from one block of columns to the next.
     """
     blocks_t, blocks_v = triton.cdiv(count, tile.block_t), triton.cdiv(vocabulary, tile.block_v)
 
@@ -160,7 +179,9 @@ def splits(tile: Tile, count: int, vocabulary: int, processors: int) -> tuple[in
         units = blocks_t * triton.cdiv(blocks_v, per_split)
         return triton.cdiv(units, processors) * per_split
 
-    most = 1 if tile.variant == "tma_ws" else max(tile.split_v // tile.block_v, 1)
+    most = (
+        1 if tile.variant in ("tma_ws", cutlass.VARIANT) else max(tile.split_v // tile.block_v, 1)
+    )
     sizes = [1 << i for i in range(min(most, blocks_v).bit_length())]
     enough = TOLERANCE * min(map(steps, sizes))
     per_split = max(size for size in sizes if steps(size) <= enough)

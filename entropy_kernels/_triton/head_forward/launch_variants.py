@@ -1,4 +1,4 @@
-"""The launches of a forward: partial sums by one of three kernels, the targets' logits, a merge.
+"""The launches of a forward: partial sums by one of four kernels, the targets' logits, a merge.
 
 T tokens, D hidden, V vocabulary, S vocabulary splits.
 """
@@ -10,9 +10,11 @@ import triton
 from torch import Tensor
 
 from ... import device
+from ..._cuda_kernels import head as cuda_head
+from ..._cuda_kernels import merge as cuda_merge
 from ..._rows import ForwardRows
 from ...head import Head
-from ..common import products
+from ..common import cutlass, products
 from ..common.tiles import Tile
 from .cublas_kernel import forward_cublas_kernel
 from .launch_valid import ValidRows
@@ -145,6 +147,23 @@ def from_descriptors(work: Work, valid: ValidRows) -> None:
     )
 
 
+def from_cutlass(work: Work, valid: ValidRows) -> None:
+    """Those of csrc/cuda, and the targets' logits with them."""
+    head = work.head
+    cuda_head.forward(
+        cutlass.block(head.hidden.device, work.tile),
+        cuda_head.Product(valid.hidden, head.weight, work.bias_V, valid.temperature, head.softcap),
+        cuda_head.Rows(
+            valid.target,
+            valid.numbered.rows,
+            valid.numbered.number,
+            work.partials,
+            work.target_logit_T,
+            work.rows.logits if work.rows.logits.numel() else None,
+        ),
+    )
+
+
 def chunks_of_logits(work: Work, rows: int | None = None) -> Iterator[tuple[Tensor, int]]:
     """The logits of each chunk of `rows` and its first row, once its partials are there.
 
@@ -206,6 +225,9 @@ def target_logits(work: Work, valid: ValidRows) -> None:
 
 def merge(work: Work, start: int, stop: int) -> None:
     """The results of rows start to stop, once all their partials are there."""
+    if work.tile.variant == cutlass.VARIANT:
+        _merge_by_cuda(work)
+        return
     (count, _, vocabulary), (block_t, block_s) = work.sizes, MERGE_BLOCK
     merge_kernel[(triton.cdiv(stop - start, block_t),)](
         work.partials,
@@ -228,4 +250,20 @@ def merge(work: Work, start: int, stop: int) -> None:
         BLOCK_T=block_t,
         BLOCK_S=block_s,
         num_warps=4,
+    )
+
+
+def _merge_by_cuda(work: Work) -> None:
+    """That of all rows."""
+    assert work.valid is not None
+    cuda_merge.merge(
+        work.partials,
+        work.target_logit_T,
+        work.valid.numbered.slot,
+        work.target_T,
+        work.temperature_T,
+        work.rows,
+        work.statistics,
+        work.head.weight.shape[0],
+        work.head.ignore_index,
     )
