@@ -95,10 +95,11 @@ def cases(
     question: Question, where: torch.device, sizes: Sizes, forward: Tile | None, thorough: bool
 ) -> list[Case]:
     """What decides a question."""
+    impl = "cuda" if "cuda" in question.flags else "triton"
     if question.op == "ratio_loss":
-        return ratio_loss_cases("triton", where, small=True)
+        return ratio_loss_cases(impl, where, small=True)
     if question.op == "selection":
-        every = selection_cases("triton", where, small=gpu.interpreting())
+        every = selection_cases(impl, where, small=gpu.interpreting())
         # The longest alone in the interpreter, which takes milliseconds per program.
         return every[-len(KINDS) :] if gpu.interpreting() else every
     is_forward = question.op == "forward"

@@ -16,7 +16,8 @@ from typing import Any, NamedTuple
 import torch
 
 from .. import device
-from .._triton.common import choice, tiles
+from .._cuda_kernels import module as cuda_module
+from .._triton.common import choice, cutlass, tiles
 from . import first_use, machine
 from .apart import apart
 from .checks import CannotCompileError, Sizes, check, reason_of
@@ -75,8 +76,10 @@ def run(where: torch.device, say: Callable[[str], None]) -> dict[str, Any]:
 
 def questions(where: torch.device) -> Iterator[Asked]:
     """Every op, tile, dtype and set of options that a call may meet, each once."""
-    yield Asked(Question("selection", torch.float32))
-    yield Asked(Question("ratio_loss", torch.float32))
+    impls: tuple[tuple[str, ...], ...] = ((),)
+    impls += (("cuda",),) * (cuda_module.why_missing(where) is None)
+    for flags, op in itertools.product(impls, ("selection", "ratio_loss")):
+        yield Asked(Question(op, torch.float32, flags=flags))
     small = device.interpreting()
     head, sizes = (_of_head_interpreted, (SMALL_HIDDEN,)) if small else (_of_head, HIDDEN)
     seen: set[Question] = set()
@@ -89,19 +92,27 @@ def questions(where: torch.device) -> Iterator[Asked]:
 
 
 def _of_head(where: torch.device, dtype: torch.dtype, hidden: int) -> Iterator[tuple[Any, ...]]:
-    arch = device.architecture(where)
-    key = arch, dtype, hidden, tiles.ANY, tiles.variants(arch)
+    key, with_cuda = _keys(where, dtype, hidden)
     for options in FORWARDS:
         plain = {"statistics": "statistics" in options, "softcap": "softcap" in options}
         for name, kind in STORING.items():
-            for tile in choice.forward_row(key, **plain, **kind):
+            for tile in choice.forward_row(with_cuda["forward"], **plain, **kind):
                 yield ("forward", (*options, name), tile)
     forward, keeps, stores = (choice.forward_row(key, **kind)[0] for kind in STORING.values())
     for options in BACKWARDS:
-        for tile in choice.dlogits_row(key, softcap="softcap" in options):
+        for tile in choice.dlogits_row(with_cuda["dlogits"], softcap="softcap" in options):
             yield ("dlogits", options, tile, forward)
             yield ("dlogits", (*options, "stored"), tile, stores)
         yield ("dlogits", (*options, "keep_logits"), None, keeps)
+
+
+def _keys(where: torch.device, dtype: torch.dtype, hidden: int) -> tuple[Any, dict[str, Any]]:
+    """What rows of tiles are asked for by; then the same for the ops of csrc/cuda as well."""
+    arch = device.architecture(where)
+    usable = tiles.variants(arch)
+    more = {op: cutlass.variants(op, arch, dtype, hidden) for op in ("forward", "dlogits")}
+    key = arch, dtype, hidden, tiles.ANY
+    return (*key, usable), {op: (*key, usable | found) for op, found in more.items()}
 
 
 def _of_head_interpreted(
@@ -165,10 +176,11 @@ def _row(name: str, where: torch.device, work: Callable[[], str | None]) -> dict
 
 def _offsets(where: torch.device) -> Iterator[dict[str, Any]]:
     """Offsets beyond 2^31, by every tile of the plain forward and backward in one dtype."""
-    arch, interpreting = device.architecture(where), device.interpreting()
+    interpreting = device.interpreting()
     dtype, hidden = (torch.float32, SMALL_HIDDEN) if interpreting else (torch.bfloat16, HIDDEN[-1])
-    key = arch, dtype, hidden, tiles.ANY, tiles.variants(arch)
-    pairs = itertools.zip_longest(choice.forward_row(key), choice.dlogits_row(key))
+    _, keys = _keys(where, dtype, hidden)
+    rows = choice.forward_row(keys["forward"]), choice.dlogits_row(keys["dlogits"])
+    pairs = itertools.zip_longest(*rows)
     room = torch.cuda.mem_get_info(where)[0] if where.type == "cuda" else 0
     for forward, dlogits in pairs:
         pair = (forward, dlogits)

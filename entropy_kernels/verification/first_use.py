@@ -74,6 +74,8 @@ def right(
     tokens: int = 0,
     vocabulary: int = 0,
     group: ProcessGroup | None = None,
+    *,
+    impl: str = "triton",
 ) -> Answer:
     """Whether all kernels of a call are right on `where`, or why they are not taken.
 
@@ -82,8 +84,9 @@ def right(
     options: of `question.call_of`.
     group: the ranks that share a vocabulary. They agree, by one all-reduce per kind of call: one
         rank's torch is every rank's.
+    impl: whose kernels, "triton" or "cuda".
     """
-    call = (op, dtype, hidden, options)
+    call = (op, dtype, hidden, options, impl)
     key, shared = (where, mode(), *call), (group, mode(), *call)
     if group is not None and shared in _agreed:
         return _agreed[shared]
@@ -102,6 +105,33 @@ def right(
         found = Answer(False, "another rank of vocab_group has no right kernels")
     _agreed[shared] = found
     return found
+
+
+def measured(
+    op: str,
+    where: torch.device,
+    dtype: torch.dtype = torch.float32,
+    hidden: int = 0,
+    options: Options = (),
+    *_sizes: int,
+) -> bool:
+    """Whether "auto" prefers csrc/cuda's kernels for a call: the table's first tiles were measured.
+
+    Not where Triton's forward stores rows, which csrc/cuda's does not.
+    """
+    from .._triton.common import cutlass
+    from .._triton.common.tiles import ANY
+
+    if op != "linear_logprob_entropy":
+        usable = {cutlass.VARIANT}
+        rows = [cutlass.row(op, device.architecture(where), dtype, hidden, ANY, usable)]
+    elif "stored" in options and _row("stored", where, dtype, hidden, options, "triton"):
+        return False
+    else:
+        backward = "gradient" in options and "keep_logits" not in options
+        kinds = ("forward", "dlogits") if backward else ("forward",)
+        rows = [_row(kind, where, dtype, hidden, options, "cuda") for kind in kinds]
+    return all(row and row[0].source != "predicted" for row in rows)
 
 
 def known(where: torch.device) -> dict[str, Answer]:
@@ -195,20 +225,21 @@ def _decide(
     dtype: torch.dtype,
     hidden: int,
     options: Options,
+    impl: str,
     where: torch.device,
     tokens: int,
     vocabulary: int,
 ) -> Answer:
     if op != "linear_logprob_entropy":
-        return answer(Question(op, dtype), where)
+        return answer(Question(op, dtype, flags=("cuda",) * (impl == "cuda")), where)
     sizes = (hidden, tokens, vocabulary)
     forward = None
     if "stored" in options:
-        row = _row("stored", where, dtype, hidden, options)
+        row = _row("stored", where, dtype, hidden, options, impl)
         forward = _first_right("forward", row, where, dtype, options, sizes)
     if forward is None:
         options = tuple(name for name in options if name != "stored")
-        row = _row("forward", where, dtype, hidden, options)
+        row = _row("forward", where, dtype, hidden, options, impl)
         forward = _first_right("forward", row, where, dtype, options, sizes)
     if forward is None:
         return _none(row, "forward")
@@ -216,7 +247,7 @@ def _decide(
         return Answer(True)
     if "keep_logits" in options:
         return answer(ask("dlogits", dtype, hidden, options, None), where, sizes, forward)
-    row = _row("dlogits", where, dtype, hidden, options)
+    row = _row("dlogits", where, dtype, hidden, options, impl)
     if _first_right("dlogits", row, where, dtype, options, sizes, forward) is None:
         return _none(row, "backward")
     return Answer(True)
@@ -248,32 +279,38 @@ def _none(row: tuple[Tile, ...], direction: str) -> Answer:
 
 
 def _row(
-    kind: str, where: torch.device, dtype: torch.dtype, hidden: int, options: Options
+    kind: str, where: torch.device, dtype: torch.dtype, hidden: int, options: Options, impl: str
 ) -> tuple[Tile, ...]:
-    """The tiles of a call in order of preference, as its launchers find them.
+    """The tiles of a call in order of preference, as its launchers find them; of "cuda" its own.
 
     kind: "stored" or "forward" of its forward; "dlogits" of its backward, whose rows are dense.
     """
-    from .._triton.common import choice, tiles
+    from .._triton.common import choice, cutlass, tiles
 
     arch = device.architecture(where)
+    of_cuda: set[str] = set()
+    if impl == "cuda" and "strided weight" not in options:
+        of_cuda = cutlass.variants(
+            "dlogits" if kind == "dlogits" else "forward", arch, dtype, hidden
+        )
     strided = "strided weight" in options or hidden * dtype.itemsize % 16 != 0
     strided |= kind != "dlogits" and "strided hidden" in options
     usable = tiles.variants(arch) - ({*tiles.TMA} if strided else set())
-    key = arch, dtype, hidden, tiles.ANY, usable
-    softcap = "softcap" in options
-    if kind == "dlogits":
-        return choice.dlogits_row(key, softcap=softcap)
-    stored = kind == "stored"
+    key = arch, dtype, hidden, tiles.ANY, usable | of_cuda
+    softcap, stored = "softcap" in options, kind == "stored"
     if stored and not choice.stores_rows(where, dtype, hidden):
         return ()
-    return choice.forward_row(
-        key,
-        keep_logits="keep_logits" in options,
-        stores_rows=stored,
-        statistics="statistics" in options,
-        softcap=softcap,
-    )
+    if kind == "dlogits":
+        row = choice.dlogits_row(key, softcap=softcap)
+    else:
+        row = choice.forward_row(
+            key,
+            keep_logits="keep_logits" in options,
+            stores_rows=stored,
+            statistics="statistics" in options,
+            softcap=softcap,
+        )
+    return row if impl == "triton" else tuple(x for x in row if x.variant == cutlass.VARIANT)
 
 
 def _check_possible(where: torch.device) -> None:

@@ -203,7 +203,7 @@ def twice(
     if not backward:
         return
     gradients = make_gradients(shape[0], device)
-    tile = fitting(tiles[1], inputs)
+    tile = fitting(tiles[1], inputs, "dlogits")
 
     def results(**bound: int) -> list[Tensor]:
         return launch_backward(gradients, inputs, found, tile, options | bound)

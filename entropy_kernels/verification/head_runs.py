@@ -12,6 +12,7 @@ from torch import Tensor
 from .. import device as gpu
 from .._bounds import GpuArithmetic, assert_within_two_bounds
 from .._rows import ForwardRows
+from .._triton.common import cutlass
 from .._triton.common.tiles import TMA, variants
 from . import truth
 from .launches import Inputs, launch_backward, launch_forward
@@ -65,23 +66,26 @@ def ours(
     found = forward(tiles, inputs, options)
     got = [found.logprob, found.entropy, found.logsumexp]
     if gradients is not None:
-        tile = fitting(tiles[1], inputs)
+        tile = fitting(tiles[1], inputs, "dlogits")
         got += launch_backward(gradients, inputs, found, tile, options)
     return found, got
 
 
 def forward(tiles: Tiles, inputs: Inputs, options: dict[str, Any]) -> ForwardRows:
-    tile = fitting(tiles[0], inputs)
+    tile = fitting(tiles[0], inputs, "forward")
     # Few variants can keep logits, and specialised warps have no room for statistics.
-    without = {"keep_logits": TMA, "store_above": (*TMA, "pointer"), "statistics": ("tma_ws",)}
+    store_none = (*TMA, "pointer", cutlass.VARIANT)
+    without = {"keep_logits": TMA, "store_above": store_none, "statistics": ("tma_ws",)}
     if any(tile and options.get(x) is not None and tile.variant in without[x] for x in without):
         tile = None
     return launch_forward(inputs, tile, options)
 
 
-def fitting(tile: Any, inputs: Inputs) -> Any:
+def fitting(tile: Any, inputs: Inputs, op: str) -> Any:
     """`tile`; or None, for the table to choose, where its variant cannot take these matrices."""
-    usable = variants(gpu.architecture(inputs[0].device), *inputs[:2])
+    arch, hidden, weight = gpu.architecture(inputs[0].device), *inputs[:2]
+    usable = variants(arch, hidden, weight)
+    usable |= cutlass.variants(op, arch, hidden.dtype, hidden.shape[1], weight)
     return tile if tile is None or tile.variant in usable else None
 
 

@@ -11,10 +11,11 @@ from pathlib import Path
 import torch
 
 from .. import device
+from .._cuda_kernels import module as cuda_module
 
 _PACKAGE = Path(__file__).parents[1]
 # What decides an answer: the kernels, and the cases that judge them.
-_SOURCES = ("_triton/**/*.py", "verification/*.py", "_bounds.py")
+_SOURCES = ("_triton/**/*.py", "_cuda_kernels/*.py", "verification/*.py", "_bounds.py")
 _DRIVERS = ("/proc/driver/nvidia/version", "/sys/module/amdgpu/version")
 
 
@@ -22,6 +23,8 @@ def machine(where: torch.device) -> dict[str, str]:
     """All that an answer depends on; another value of any is another machine."""
     import triton
 
+    of_cuda = cuda_module.module()
+    loaded = {} if of_cuda is None else {"csrc/cuda": of_cuda.sources}
     return {
         "gpu": torch.cuda.get_device_name(where) if where.type == "cuda" else where.type,
         "architecture": device.architecture(where),
@@ -30,6 +33,7 @@ def machine(where: torch.device) -> dict[str, str]:
         "triton": triton.__version__,  # its distribution has other names on ROCm
         "cuda": str(torch.version.cuda or torch.version.hip),
         "kernels": sources(),
+        **loaded,
     }
 
 

@@ -21,7 +21,8 @@ FLAGS = {
 class Question(NamedTuple):
     """Whether the kernels of one op compute rightly, compiled for one dtype, tile and flags.
 
-    op: one of OPS; ratio_loss and selection are one question each, without tile and flags.
+    op: one of OPS; ratio_loss and selection are one question each, without tile, and "cuda" as
+        the flag of csrc/cuda's.
     tile: None too where a backward reads all logits.
     flags: options of the call out of FLAGS; "odd V" and "odd D" where one is no multiple of 16, for
         which Triton compiles other code; "ragged" where a block of depth reaches beyond D. Numbers
