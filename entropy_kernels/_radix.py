@@ -26,8 +26,9 @@ from ._torch.selection import (
     sort_keys,
     value_of_key,
 )
-from .distributed import all_reduce_sum
-from .ops import radix_histogram, radix_pick
+from .backends import in_one_block
+from .distributed import all_reduce_sum, rank_offset
+from .ops import radix_histogram, radix_pick, select_largest, top
 
 # The digit of the sketch: sign, exponent and the highest 10 bits of the mantissa.
 SKETCH_SHIFT, SKETCH_BITS = 13, 19
@@ -70,8 +71,11 @@ def kth_largest(
     """The k-th largest of all valid values of `chunks`, on all ranks, k = ceil(fraction * n).
 
     chunks: at least one (values, mask): contiguous fp32 of one dimension, on one device, and the
-    bool mask of the valid ones or None. Three passes over the values, three all-reduces.
+    bool mask of the valid ones or None. Three passes over the values, three all-reduces; or one
+    launch, of few values in one chunk without a group.
     """
+    if group is None and len(chunks) == 1 and in_one_block(impl, chunks[0][0]):
+        return KthLargest(*top(*chunks[0], fraction, False)[:3])
     prefix = torch.zeros((), dtype=torch.int64, device=chunks[0][0].device)
     remaining = None
     prefix_bits = 0
@@ -84,6 +88,17 @@ def kth_largest(
         prefix_bits += bits
     assert remaining is not None
     return KthLargest(value, remaining, equal)
+
+
+def select_k_largest(
+    values: Tensor, mask: Tensor | None, fraction: float, group: ProcessGroup | None, impl: str
+) -> Tensor:
+    """Exactly the k largest of all ranks' values: bool [N], of those equal the first."""
+    if group is None and in_one_block(impl, values):
+        return top(values, mask, fraction, True)[3]
+    kth = kth_largest([(values, mask)], fraction, group, impl)
+    quota = kth.quota - rank_offset(kth.equal, group)
+    return select_largest(values, mask, kth.value, quota, impl)
 
 
 def sketch_histogram(values: Tensor, mask: Tensor | None, impl: str) -> Tensor:

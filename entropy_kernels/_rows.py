@@ -16,7 +16,7 @@ from .head import Head
 # largest p, and the sums of p^2 and of p^2 log p.
 STATISTICS = ("varentropy", "max_prob", "sum_p2", "sum_p2_logp")
 # S of each backend: it fills so many rows, the first of STATISTICS, and refuses the other names.
-FILLED = {"reference": 4, "torch": 4, "cpu": 4, "triton": 4, "vocab_group": 4}
+FILLED = {"reference": 4, "torch": 4, "cpu": 4, "triton": 4, "cuda": 4, "vocab_group": 4}
 
 
 class ForwardRows(NamedTuple):

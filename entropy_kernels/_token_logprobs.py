@@ -51,7 +51,7 @@ def linear_token_logprobs(
         raise ValueError('impl="reference" has no log-probs of selected_token_ids')
     head = head.flat()
     name = backends.resolve_head(impl, head)
-    if name == "triton" and torch.is_grad_enabled():
+    if name in ("triton", "cuda") and torch.is_grad_enabled():
         # Backward leaves the ids out by a bias, for which kernels are compiled.
         bias = head.weight.new_empty(head.weight.shape[0])
         name = backends.resolve_head(impl, replace(head, bias=bias))

@@ -15,9 +15,13 @@ from torch.torch_version import TorchVersion
 from . import _native, _rows, device
 from ._arguments import check_choice, warn_caller
 from ._compiler import constant
+from ._cuda_kernels import module as cuda_module
+from ._cuda_kernels import ratio_loss as cuda_ratio_loss
+from ._cuda_kernels import selection as cuda_selection
 from ._rows import ForwardRows, check_active_rows
-from ._torch import head_backward, head_forward, selection
+from ._torch import head_backward, head_forward
 from ._torch import ratio_loss as torch_ratio_loss
+from ._torch import selection as torch_selection
 from .head import Head
 from .verification import first_use
 from .verification.question import call_of, options_of
@@ -38,9 +42,9 @@ class _Op(NamedTuple):
 
 
 OPS = {
-    "linear_logprob_entropy": _Op(("auto", "reference", "torch", "cpu", "triton")),
-    "ratio_loss": _Op(("auto", "torch", "cpu", "triton"), dtypes=(torch.float32,)),
-    "selection": _Op(("auto", "torch", "cpu", "triton")),
+    "linear_logprob_entropy": _Op(("auto", "reference", "torch", "cpu", "triton", "cuda")),
+    "ratio_loss": _Op(("auto", "torch", "cpu", "triton", "cuda"), dtypes=(torch.float32,)),
+    "selection": _Op(("auto", "torch", "cpu", "triton", "cuda")),
 }
 
 
@@ -70,12 +74,14 @@ def resolve(op: str, impl: str, where: torch.device, dtype: torch.dtype | None =
     known = OPS[op]
     fits = known.dtypes is None or dtype in known.dtypes
     if impl == "auto":
+        if fits and prefers_cuda(op, where):
+            return "cuda"
         if fits and verified(op, where):
             return "triton"
         return "cpu" if fits and why_not("cpu", where) is None else "torch"
-    if (why := why_not(impl, where)) is not None:
+    if (why := why_not(impl, where, op)) is not None:
         raise ValueError(f'impl="{impl}" cannot run: {why}')
-    if impl in ("cpu", "triton") and not fits:
+    if impl in ("cpu", "triton", "cuda") and not fits:
         raise ValueError(f'impl="{impl}" needs fp32 tensors; got {dtype}')
     return impl
 
@@ -98,6 +104,8 @@ def resolve_head(
         return resolve(op, impl, where)
     stored = stored and group is None
     call = call_of(head, keep_logits=keep_logits, stored=stored, statistics=statistics)
+    if group is None and prefers_cuda(op, where, *call):
+        return "cuda"
     if verified(op, where, *call, group):
         return "triton"
     return "cpu" if why_not("cpu", where) is None else "torch"
@@ -105,15 +113,20 @@ def resolve_head(
 
 def available() -> tuple[str, ...]:
     """The backends of this machine, without Triton's interpreter. Asks for a GPU."""
-    on_gpu = torch.cuda.is_available() and why_not("triton", torch.device("cuda")) is None
-    here = {"torch": True, "cpu": _native.why_missing("cpu") is None, "triton": on_gpu}
+    here = {"torch": True, "cpu": _native.why_missing("cpu") is None}
+    for name in ("triton", "cuda"):
+        here[name] = torch.cuda.is_available() and why_not(name, torch.device("cuda")) is None
     return tuple(name for name, is_here in here.items() if is_here)
 
 
-def why_not(impl: str, where: torch.device) -> str | None:
+def why_not(impl: str, where: torch.device, op: str = "linear_logprob_entropy") -> str | None:
     """A sentence saying why `impl` cannot run on tensors of that device; None where it can."""
     if impl == "triton":
         return _why_not_triton(where)
+    if impl == "cuda":
+        # The head's other kernels are Triton's: those that number rows, and what csrc/cuda lacks.
+        beside = _why_not_triton(where) if op == "linear_logprob_entropy" else None
+        return cuda_module.why_missing(where) or beside
     if impl == "cpu":
         on_cpu = where.type == "cpu"
         return _native.why_missing("cpu") if on_cpu else f"it needs tensors on the CPU; got {where}"
@@ -181,6 +194,17 @@ def verified(op: str, where: torch.device, *call: Any) -> bool:
 
 
 @constant
+def prefers_cuda(op: str, where: torch.device, *call: Any) -> bool:
+    """Whether "auto" takes csrc/cuda's kernels before Triton's: they are faster, and right."""
+    if not first_use.asks(where) or why_not("cuda", where, op) is not None:
+        return False
+    return (
+        first_use.measured(op, where, *call)
+        and first_use.right(op, where, *call, impl="cuda").right
+    )
+
+
+@constant
 def stores_rows(
     where: torch.device, dtype: torch.dtype, hidden: int, options: tuple[str, ...]
 ) -> bool:
@@ -214,7 +238,7 @@ def forward(
 ) -> ForwardRows:
     """The head's forward, of a flat head; all inputs are taken in their own dtype."""
     with torch.autocast(head.hidden.device.type, enabled=False):
-        if impl == "triton":
+        if impl in ("triton", "cuda"):
             from ._triton.head_forward.launch import forward as triton_forward
 
             stored, summed = store_above is not None, statistics is not None
@@ -225,6 +249,7 @@ def forward(
                 store_above=store_above,
                 store_rows=store_rows,
                 statistics=statistics,
+                impl=impl,
             )
         assert store_above is None, "only Triton's forward has whole rows of logits at hand"
         if impl == "cpu":
@@ -245,7 +270,7 @@ def backward(
 ) -> Gradients:
     """Gradients of hidden, weight and bias; None for one not needed, or added to main_grad."""
     with torch.autocast(head.hidden.device.type, enabled=False):
-        if impl == "triton":
+        if impl in ("triton", "cuda"):
             from ._triton.head_backward.launch import backward as triton_backward
 
             return triton_backward(
@@ -257,6 +282,7 @@ def backward(
                 max_active_rows=max_active_rows,
                 main_grad=main_grad,
                 reduce_hidden=reduce_hidden,
+                impl=impl,
             )
         counts = impl == "cpu" or _rows.sees_values(head.hidden.device)
         if max_active_rows is not None and counts:
@@ -282,7 +308,26 @@ def ratio_loss(impl: str) -> Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]
         from ._triton.ratio_loss.launch import ratio_loss as triton_ratio_loss
 
         return triton_ratio_loss
+    if impl == "cuda":
+        return cuda_ratio_loss.ratio_loss
     return _native.ratio_loss if impl == "cpu" else torch_ratio_loss.ratio_loss
+
+
+def in_one_block(impl: str, values: Tensor) -> bool:
+    """Whether one launch makes a whole selection of these values: csrc/cuda's, of few of them."""
+    if resolve("selection", impl, values.device) != "cuda":
+        return False
+    return values.numel() <= cuda_selection.most_of_one_block()
+
+
+def selection(impl: str, where: torch.device) -> Any:
+    """The module whose `radix_pick` and `select_largest` are those of `ops` on that device."""
+    name = resolve("selection", impl, where)
+    if name == "triton":
+        from ._triton.selection import launch
+
+        return launch
+    return cuda_selection if name == "cuda" else torch_selection
 
 
 def radix_histogram(
@@ -296,41 +341,9 @@ def radix_histogram(
 ) -> Tensor:
     """How many valid values have each digit; see `ops.radix_histogram`."""
     digit = shift, bits, prefix_bits
-    name = resolve("selection", impl, values.device)
-    if name == "triton":
-        from ._triton.selection.launch import radix_histogram as triton_histogram
-
-        return triton_histogram(values, mask, prefix, *digit)
-    if name == "cpu":
+    if resolve("selection", impl, values.device) == "cpu":
         counts = torch.zeros(1 << bits, dtype=torch.int64)
         _native.radix_histogram(values, mask, int(prefix), *digit, counts)
         return counts
-    return selection.radix_histogram(values, mask, prefix, *digit)
-
-
-def radix_pick(
-    impl: str,
-    counts: Tensor,
-    local: Tensor,
-    prefix: Tensor,
-    remaining: Tensor | None,
-    share: float,
-    shift: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The digit in which the k-th largest falls; see `ops.radix_pick`."""
-    if resolve("selection", impl, counts.device) == "triton":
-        from ._triton.selection.launch import radix_pick as triton_pick
-
-        return triton_pick(counts, local, prefix, remaining, share, shift)
-    return selection.radix_pick(counts, local, prefix, remaining, share, shift)
-
-
-def select_largest(
-    impl: str, values: Tensor, mask: Tensor | None, threshold: Tensor, quota: Tensor
-) -> Tensor:
-    """The valid values above a threshold and the first of those equal; see `ops.select_largest`."""
-    if resolve("selection", impl, values.device) == "triton":
-        from ._triton.selection.launch import select_largest as triton_select
-
-        return triton_select(values, mask, threshold, quota)
-    return selection.select_largest(values, mask, threshold, quota)
+    kernels = selection(impl, values.device)
+    return kernels.radix_histogram(values, mask, prefix, *digit)

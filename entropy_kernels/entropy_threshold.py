@@ -28,8 +28,8 @@ def entropy_threshold(
         mask: bool, the valid tokens; None for all.
         group: the ranks whose tokens count; None is this process alone. Every rank calls, also one
             without a token. Only 40 KB of histograms per rank are summed.
-        impl: the histograms' kernel. "cpu", compiled, takes a CPU; "triton" a GPU; "torch" any
-            device. "auto" is the fastest one known to be right there.
+        impl: the histograms' kernel. "cpu", compiled, takes a CPU; "triton" and "cuda" a GPU;
+            "torch" any device. "auto" is the fastest one known to be right there.
 
     Returns a 0-dim fp32 on the device of `entropy`; +inf without a valid token.
 

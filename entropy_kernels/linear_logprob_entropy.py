@@ -70,7 +70,7 @@ def linear_logprob_entropy(
         keep_logits_above: an entropy in nats. Forward stores the fp32 logits of the rows of at
             least that entropy where it has whole rows at hand. If the fraction f of the rows is
             trained, 1 + 2f products are needed instead of 1 + 3f. The option changes the cost and
-            never which rows get a gradient. Only impl="triton" stores, where its table of tiles
+            never which rows get a gradient. "triton" and "cuda" store, where the table of tiles
             takes chunks of cuBLAS's products; the others recompute everything, and so does a
             vocab_group. There is room for 1 GiB of such rows (256 MiB on a CPU) and at most
             max_active_rows of them. Backward recomputes from the first active row that was not
@@ -92,8 +92,9 @@ def linear_logprob_entropy(
             "varentropy", Var_p(log p) = sum p (log p)^2 - entropy^2 (nats^2); "max_prob";
             "sum_p2", sum p^2; "sum_p2_logp", sum p^2 log p (nats).
         impl: "auto", the fastest backend known to be right here; "cpu", the compiled kernels;
-            "triton", the GPU kernels; "torch", blocks of torch.mm on any device. "reference", the
-            specification, holds the logits and takes fp64 too.
+            "triton", the GPU kernels; "cuda", those of csrc/cuda, and Triton's for what it lacks,
+            told once; "torch", blocks of torch.mm on any device. "reference", the specification,
+            holds the logits and takes fp64 too.
 
     Precision: logits and their sums are fp32 whatever the inputs; gradients are accumulated in
     fp32 and rounded once. Entropy is log s - E[z - max], both terms non-negative; logprob <= 0.
@@ -202,7 +203,7 @@ def _room(
     most_bytes = backends.STORED_LOGITS_BYTES["cuda" if head.hidden.is_cuda else "cpu"]
     rows = min(head.hidden.shape[0], most_bytes // (4 * max(head.weight.shape[0], 1)))
     rows = rows if max_active_rows is None else min(rows, max_active_rows)
-    if rows == 0 or impl != "triton" or not torch.is_grad_enabled():
+    if rows == 0 or impl not in ("triton", "cuda") or not torch.is_grad_enabled():
         return None, 0
     # An index is a constant to torch.compile, the size of a dynamic shape is not.
     hidden, options = operator.index(head.hidden.shape[1]), options_of(head, stored=True)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from . import _native, _rows, backends
+from ._cuda_kernels import selection as cuda_selection
 from ._ops import add_op_namespace_prefix
 from ._rows import FILLED, ForwardRows, check_values
 from ._torch.selection import exact_share
@@ -72,32 +73,26 @@ def in_schema(head: Head) -> dict[str, Any]:
     return {name: getattr(head, name) for name in _HEAD}
 
 
+def _given(body: Callable[..., Any], arguments: Any, named: Any) -> dict[str, Any]:
+    """The arguments of an op by their names, with its defaults."""
+    bound = inspect.signature(body).bind(*arguments, **named)
+    bound.apply_defaults()
+    return bound.arguments
+
+
 @linear_logprob_entropy.register_fake
-def _(
-    hidden,
-    weight,
-    target,
-    bias,
-    temperature,
-    softcap,
-    ignore_index,
-    keep_logits,
-    max_active_rows,
-    main_grad,
-    impl,
-    store_above=None,
-    store_rows=0,
-    with_statistics=False,
-):
+def _(*arguments, **named):
+    given = _given(_linear_logprob_entropy, arguments, named)
+    hidden, target, impl = given["hidden"], given["target"], given["impl"]
     rows = [torch.empty_like(target, dtype=torch.float32) for _ in range(5)]
-    shape = target.shape[0], weight.shape[0]
+    shape = target.shape[0], given["weight"].shape[0]
     all_rows = _native.stored_shape(*shape) if impl == "cpu" else shape
-    logits = hidden.new_empty(all_rows if keep_logits else (0,), dtype=torch.float32)
+    logits = hidden.new_empty(all_rows if given["keep_logits"] else (0,), dtype=torch.float32)
     places = hidden.new_empty(0, dtype=torch.int32)
-    if store_above is not None:
-        logits = logits.new_empty(store_rows, shape[1])
+    if given["store_above"] is not None:
+        logits = logits.new_empty(given["store_rows"], shape[1])
         places = torch.empty_like(target, dtype=torch.int32)
-    statistics = (FILLED[impl], shape[0]) if with_statistics else (0,)
+    statistics = (FILLED[impl], shape[0]) if given["with_statistics"] else (0,)
     return *rows, logits, places, hidden.new_empty(statistics, dtype=torch.float32)
 
 
@@ -152,8 +147,7 @@ linear_logprob_entropy_backward = torch.library.custom_op(
 
 @linear_logprob_entropy_backward.register_fake
 def _(*arguments, **named):
-    names = inspect.signature(_linear_logprob_entropy_backward)
-    given = names.bind(*arguments, **named).arguments
+    given = _given(_linear_logprob_entropy_backward, arguments, named)
     hidden, weight, bias = given["hidden"], given["weight"], given["bias"]
     need_weight = given["need_weight"] and given["main_grad"] is None
     dhidden = torch.empty_like(hidden, memory_format=torch.contiguous_format)
@@ -180,7 +174,7 @@ def _backward(ctx, grad_logprob, grad_entropy, grad_logsumexp, *_):
     entropy, row_max, log_sum, logits, places, *tensors = ctx.saved_tensors
     # Trailing arguments that have their default are left out; none of them gets a gradient.
     needs = dict(zip(_ARGUMENTS, ctx.needs_input_grad, strict=False))
-    gradients = linear_logprob_entropy_backward(
+    dhidden, dweight, dbias = linear_logprob_entropy_backward(
         grad_logprob,
         grad_entropy,
         grad_logsumexp,
@@ -195,12 +189,10 @@ def _backward(ctx, grad_logprob, grad_entropy, grad_logsumexp, *_):
         **ctx.options,
         places=places,
     )
-    dhidden, dweight, dbias = gradients
-    own = needs["weight"] and ctx.options["main_grad"] is None
     return _in_order(
         _linear_logprob_entropy,
         hidden=dhidden if needs["hidden"] else None,
-        weight=dweight if own else None,
+        weight=dweight if needs["weight"] and ctx.options["main_grad"] is None else None,
         bias=dbias if needs["bias"] else None,
     )
 
@@ -230,9 +222,8 @@ def _ratio_loss(
     logprob, old_logprob, advantage [B, L], fp32, with impl "torch" also fp64; selected bool [B, L];
     weight [B] multiplies the losses of a sequence's tokens.
     """
-    tokens = logprob, old_logprob, advantage, selected
-    clips = clip_low, clip_high, dual_clip, log_ratio_bound
-    return backends.ratio_loss(impl)(*tokens, weight, *clips)
+    tokens = logprob, old_logprob, advantage, selected, weight
+    return backends.ratio_loss(impl)(*tokens, clip_low, clip_high, dual_clip, log_ratio_bound)
 
 
 ratio_loss = torch.library.custom_op(
@@ -304,7 +295,8 @@ def radix_pick(
     Returns 0-dim: the prefix with this digit, the rank k within it, and the number on this rank
     that share it, all int64. The last is the least value that shares it, fp32, +inf where n = 0.
     """
-    return backends.radix_pick(impl, counts, local, prefix, remaining, exact_share(fraction), shift)
+    given = counts, local, prefix, remaining, exact_share(fraction), shift
+    return backends.selection(impl, counts.device).radix_pick(*given)
 
 
 @radix_pick.register_fake
@@ -322,12 +314,32 @@ def select_largest(
     values: fp32 [N]; mask: bool [N] or None; threshold: 0-dim fp32; quota: 0-dim int64. Returns
     bool [N]. NaN equals NaN and is above every number.
     """
-    return backends.select_largest(impl, values, mask, threshold, quota)
+    return backends.selection(impl, values.device).select_largest(values, mask, threshold, quota)
 
 
 @select_largest.register_fake
 def _(values, mask, threshold, quota, impl="auto"):
     return torch.empty_like(values, dtype=torch.bool)
+
+
+@torch.library.custom_op(add_op_namespace_prefix("top"), mutates_args=())
+def top(
+    values: Tensor, mask: Tensor | None, fraction: float, select: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The k = max(1, ceil(fraction * n)) largest of n valid values, in one launch of csrc/cuda.
+
+    values: fp32 [N], as few as `backends.in_one_block` takes; mask: bool [N] or None. Returns the
+    three numbers of `_radix.KthLargest` and, bool [N], the mask of `select_largest`; without
+    `select` it is empty.
+    """
+    return cuda_selection.top(values, mask, exact_share(fraction), select)
+
+
+@top.register_fake
+def _(values, mask, fraction, select):
+    numbers = [values.new_empty((), dtype=torch.int64) for _ in range(2)]
+    selected = torch.empty_like(values if select else values[:0], dtype=torch.bool)
+    return values.new_empty(()), *numbers, selected
 
 
 # What runs behind each registered name, for those who watch it from inside.

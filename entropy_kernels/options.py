@@ -170,7 +170,7 @@ class Backend:
     """How the head runs and where its gradient goes; as in `linear_logprob_entropy`."""
 
     impl: str = "auto"
-    """"auto", "cpu", "triton", "torch" or "reference"."""
+    """"auto", "cpu", "triton", "cuda", "torch" or "reference"."""
     main_grad: Float[Tensor, "V D"] | None = None
     """Backward adds the weight's gradient to this tensor, and gives autograd none."""
     max_active_rows: int | None = None

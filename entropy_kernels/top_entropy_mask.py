@@ -19,11 +19,16 @@ from torch import Generator, Tensor
 from torch.distributed import ProcessGroup
 
 from ._arguments import check_choice, check_fraction, check_generator, check_group, shown
-from ._radix import check_tokens, flat, kth_largest, select_largest_of_rows, select_threshold
+from ._radix import (
+    check_tokens,
+    flat,
+    kth_largest,
+    select_k_largest,
+    select_largest_of_rows,
+    select_threshold,
+)
 from ._shapes import Bool, Float
 from .backends import check_impl
-from .distributed import rank_offset
-from .ops import select_largest
 
 SCOPES = ("batch", "sequence")
 WHICH = ("top", "bottom", "random")
@@ -73,12 +78,11 @@ def top_entropy_mask(
     if scope == "sequence":
         return select_largest_of_rows(score, mask, fraction, ties)
     values, valid = flat(score, mask)
-    kth = kth_largest([(values, valid)], fraction, group, impl)
     if ties == "threshold":
+        kth = kth_largest([(values, valid)], fraction, group, impl)
         selected = select_threshold(values, valid, kth.value)
     else:
-        quota = kth.quota - rank_offset(kth.equal, group)
-        selected = select_largest(values, valid, kth.value, quota, impl)
+        selected = select_k_largest(values, valid, fraction, group, impl)
     return selected.view(entropy.shape)
 
 
