@@ -126,7 +126,7 @@ def why_not(impl: str, where: torch.device, op: str = "linear_logprob_entropy") 
     if impl == "cuda":
         # The head's other kernels are Triton's: those that number rows, and what csrc/cuda lacks.
         beside = _why_not_triton(where) if op == "linear_logprob_entropy" else None
-        return cuda_module.why_missing(where) or beside
+        return cuda_module.why_not(where) or beside
     if impl == "cpu":
         on_cpu = where.type == "cpu"
         return _native.why_missing("cpu") if on_cpu else f"it needs tensors on the CPU; got {where}"

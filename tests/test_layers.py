@@ -28,10 +28,9 @@ ALLOWED = {
     "_processor": set(),
     "_extensions": {"_build_record"},
     "_native": {"_extensions", "_processor", "_rows", "head"},
-    "_cuda_kernels": {"_extensions"},
     "_torch": {"_rows", "device", "head"},
     "device": set(),
-    "_cuda_kernels": {"_native", "_rows", "device"},
+    "_cuda_kernels": {"_extensions", "_rows", "device"},
     "_triton": {"_cuda_kernels", "_rows", "device", "head"},
     "verification": {
         *("_bounds", "_cuda_kernels", "_rows", "_torch", "_triton", "device", "head", "reference"),

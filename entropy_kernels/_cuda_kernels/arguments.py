@@ -1,22 +1,12 @@
 """What every launch does with its tensors: pointers, the stream, and checks that name the call."""
 
 from collections.abc import Mapping
-from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from .module import module
-
 # A tensor or None, and the dtype and the shape that are wanted.
 Given = tuple[Tensor | None, torch.dtype, tuple[int, ...]]
-
-
-def extension() -> ModuleType:
-    """The extension. The caller has asked `why_missing`."""
-    found = module()
-    assert found is not None
-    return found
 
 
 def pointer(tensor: Tensor | None) -> int:

@@ -3,15 +3,14 @@
 T tokens, C compact rows, D hidden, V vocabulary, S vocabulary splits, N columns of a chunk.
 """
 
-import re
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .. import device
-from .arguments import Given, check, check_temperature, extension, pointer, stream
-from .module import module
+from .arguments import Given, check, check_temperature, pointer, stream
+from .module import architectures, cuda, why_missing
 
 # GPUs that run the kernels of each architecture.
 _RUNS = {"sm_80": 80, "sm_86": 80, "sm_87": 80, "sm_89": 80, "sm_90": 90, "sm_100": 100}
@@ -82,16 +81,16 @@ class Gradients(NamedTuple):
 
 def architecture(arch: str) -> int | None:
     """Whose kernels of the head a GPU of `arch` runs, of those that were built; None if none."""
-    found = module()
-    built = () if found is None else map(int, re.findall(r"\d+", str(found.architectures)))
+    if why_missing() is not None:
+        return None
+    built = {int(name.removesuffix("a")) for name in architectures()}
     return _RUNS[arch] if _RUNS.get(arch) in built else None
 
 
 def why_not(arch: str, dtype: torch.dtype, hidden: int, weight: Tensor | None = None) -> str | None:
     """What csrc/cuda lacks for a product of D = hidden: what came and what was wanted."""
     if architecture(arch) is None:
-        found = module()
-        built = "nothing" if found is None else found.architectures
+        built = why_missing() or ", ".join(f"sm_{name}" for name in architectures())
         return f"kernels of the head must be built for the GPU, {arch}; got {built}"
     if dtype != torch.bfloat16:
         return f"hidden must be torch.bfloat16; got {dtype}"
@@ -112,12 +111,12 @@ def _why_unaligned(name: str, matrix: Tensor) -> str | None:
 
 def splits(block: Block, vocabulary: int) -> int:
     """S of a forward."""
-    return int(extension().forward_splits(tile=_tile(block), vocabulary=vocabulary))
+    return int(cuda().forward_splits(tile=_tile(block), vocabulary=vocabulary))
 
 
 def bias_rows() -> int:
     """Compact rows whose dz one partial of the bias's gradient sums."""
-    return int(extension().bias_rows)
+    return int(cuda().bias_rows)
 
 
 def forward(block: Block, product: Product, rows: Rows) -> None:
@@ -134,10 +133,10 @@ def forward(block: Block, product: Product, rows: Rows) -> None:
         "logits": (rows.logits, torch.float32, (count, vocabulary)),
     }
     head = _head("forward", product)
-    made = extension().Forward(
+    made = cuda().Forward(
         **check("forward", product.hidden, given), statistics=statistics, splits=n_split
     )
-    extension().forward(
+    cuda().forward(
         tile=_tile(block),
         head=head,
         forward=made,
@@ -163,14 +162,14 @@ def dlogits(block: Block, product: Product, into: Gradients) -> None:
         got = f"{into.start} to {into.stop} of V = {vocabulary}, into {columns}"
         raise ValueError(f"columns of dlogits must lie in V and fit dz; got {got}")
     _check_aligned("dlogits", "dz", into.dz)
-    made = extension().Dlogits(
+    made = cuda().Dlogits(
         **check("dlogits", product.hidden, given),
         stride_dz=into.dz.stride(0),
         start=into.start,
         stop=into.stop,
         has_entropy=into.has_entropy,
     )
-    extension().dlogits(
+    cuda().dlogits(
         tile=_tile(block),
         head=head,
         dlogits=made,
@@ -194,7 +193,7 @@ def _head(call: str, product: Product) -> Any:
             )
         _check_aligned(call, name, matrix)
     given: dict[str, Given] = {"bias": (product.bias, torch.bfloat16, (vocabulary,))}
-    return extension().Head(
+    return cuda().Head(
         hidden=pointer(hidden),
         stride_hidden=hidden.stride(0),
         weight=pointer(weight),
@@ -214,7 +213,7 @@ def _check_aligned(call: str, name: str, matrix: Tensor) -> None:
 
 
 def _tile(block: Block) -> Any:
-    return extension().Tile(**block._asdict())
+    return cuda().Tile(**block._asdict())
 
 
 def _processors(block: Block, rows: int, columns: int, where: torch.device) -> int:

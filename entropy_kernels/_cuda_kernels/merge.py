@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from .._rows import ForwardRows
-from .arguments import Given, check, check_temperature, extension, stream
+from .arguments import Given, check, check_temperature, stream
+from .module import cuda
 
 
 def merge(
@@ -37,7 +38,7 @@ def merge(
     }
     for name in rows._fields[:5]:
         given[name] = (getattr(rows, name), torch.float32, (count,))
-    made = extension().Merge(
+    made = cuda().Merge(
         **check("merge", partials, given),
         **check_temperature("merge", temperature_T, partials, count),
         rows=count,
@@ -45,4 +46,4 @@ def merge(
         splits=splits,
         ignore_index=ignore_index,
     )
-    extension().merge(merge=made, stream=stream(partials.device))
+    cuda().merge(merge=made, stream=stream(partials.device))

@@ -2,7 +2,9 @@
 
 from types import ModuleType
 
-from .. import _extensions
+import torch
+
+from .. import _extensions, device
 from .._compiler import constant
 
 
@@ -33,6 +35,16 @@ def why_missing() -> str | None:
         f"{name}the driver's is {_dotted(found)}; install a driver of CUDA {wanted // 1000}, or "
         f"the package again with an nvcc of CUDA {found // 1000}"
     )
+
+
+@constant
+def why_not(where: torch.device) -> str | None:
+    """A sentence saying why no kernel can be launched on tensors there; None where one can."""
+    if where.type != "cuda":
+        return f"CUDA kernels need tensors on a GPU; got {where}"
+    if torch.version.hip is not None:
+        return f"CUDA kernels need a GPU of NVIDIA; got {device.architecture(where)}"
+    return why_missing()
 
 
 def architectures() -> tuple[str, ...]:

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from .. import device
-from .arguments import Given, check, extension, pointer, stream
+from .arguments import Given, check, pointer, stream
+from .module import cuda
 
 
 def ratio_loss(
@@ -26,7 +27,7 @@ def ratio_loss(
     Tensors that are not contiguous are copied. Beside its results it allocates 64 KB.
     """
     assert 0 < log_ratio_bound <= 80
-    module, shape, on = extension(), tuple(logprob_BL.shape), logprob_BL.device
+    module, shape, on = cuda(), tuple(logprob_BL.shape), logprob_BL.device
     inputs: dict[str, Given] = {
         "logprob": (logprob_BL.contiguous(), torch.float32, shape),
         "old_logprob": (old_logprob_BL.contiguous(), torch.float32, shape),

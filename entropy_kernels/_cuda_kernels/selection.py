@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 
 from .. import device
-from .arguments import Given, check, extension, pointer, stream
+from .arguments import Given, check, pointer, stream
+from .module import cuda
 
 
 def most_of_one_block() -> int:
     """How many values `top` takes."""
-    return int(extension().one_block)
+    return int(cuda().one_block)
 
 
 def top(
@@ -23,7 +24,7 @@ def top(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """As `ops.top`, in one launch of one block."""
     assert values.numel() <= most_of_one_block()
-    module, given = extension(), _values("top", values, mask)
+    module, given = cuda(), _values("top", values, mask)
     quota, equal = (torch.empty((), dtype=torch.int64, device=values.device) for _ in range(2))
     threshold = torch.empty((), dtype=torch.float32, device=values.device)
     selected = torch.empty_like(values if select else values[:0], dtype=torch.bool)
@@ -50,7 +51,7 @@ def radix_histogram(
     if values.numel() == 0:
         return counts
     with device.on(values.device):
-        extension().radix_histogram(
+        cuda().radix_histogram(
             values=given,
             prefix=pointer(prefix),
             shift=shift,
@@ -82,7 +83,7 @@ def radix_pick(
     new_prefix, new_remaining, equal = (torch.empty_like(prefix) for _ in range(3))
     value = torch.empty((), dtype=torch.float32, device=counts.device)
     with device.on(counts.device):
-        extension().radix_pick(
+        cuda().radix_pick(
             **given,
             share=share,
             shift=shift,
@@ -101,7 +102,7 @@ def select_largest(values: Tensor, mask: Tensor | None, threshold: Tensor, quota
 
     As `ops.select_largest`. It allocates 8 KB beside its result.
     """
-    module, given = extension(), _values("select_largest", values, mask)
+    module, given = cuda(), _values("select_largest", values, mask)
     bounds: dict[str, Given] = {
         "threshold": (threshold, torch.float32, ()),
         "quota": (quota, torch.int64, ()),
@@ -128,4 +129,4 @@ def _values(call: str, values: Tensor, mask: Tensor | None) -> Any:
         "value": (values, torch.float32, shape),
         "mask": (mask, torch.bool, shape),
     }
-    return extension().Values(**check(call, values, tensors), count=values.numel())
+    return cuda().Values(**check(call, values, tensors), count=values.numel())

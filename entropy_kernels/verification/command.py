@@ -77,7 +77,7 @@ def run(where: torch.device, say: Callable[[str], None]) -> dict[str, Any]:
 def questions(where: torch.device) -> Iterator[Asked]:
     """Every op, tile, dtype and set of options that a call may meet, each once."""
     impls: tuple[tuple[str, ...], ...] = ((),)
-    impls += (("cuda",),) * (cuda_module.why_missing(where) is None)
+    impls += (("cuda",),) * (cuda_module.why_missing() is None)
     for flags, op in itertools.product(impls, ("selection", "ratio_loss")):
         yield Asked(Question(op, torch.float32, flags=flags))
     small = device.interpreting()

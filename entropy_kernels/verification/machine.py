@@ -23,8 +23,8 @@ def machine(where: torch.device) -> dict[str, str]:
     """All that an answer depends on; another value of any is another machine."""
     import triton
 
-    of_cuda = cuda_module.module()
-    loaded = {} if of_cuda is None else {"csrc/cuda": of_cuda.sources}
+    missing = cuda_module.why_missing() is not None
+    of_cuda = {} if missing else {"csrc/cuda": cuda_module.cuda().sources}
     return {
         "gpu": torch.cuda.get_device_name(where) if where.type == "cuda" else where.type,
         "architecture": device.architecture(where),
@@ -33,7 +33,7 @@ def machine(where: torch.device) -> dict[str, str]:
         "triton": triton.__version__,  # its distribution has other names on ROCm
         "cuda": str(torch.version.cuda or torch.version.hip),
         "kernels": sources(),
-        **loaded,
+        **of_cuda,
     }
 
 
