@@ -1,5 +1,7 @@
 // How a fiber gives the processor to another, and what the sanitizers are told.
 #pragma once
+#include <vector>
+
 #ifndef __x86_64__
 #error "fibers.h changes stacks by instructions of x86-64; this processor's are missing"
 #endif
@@ -43,6 +45,8 @@ simt_switch:
 
 namespace simt {
 
+constexpr unsigned kKept = 4096;  // of ThreadSanitizer's 8128
+
 // While it lives, ThreadSanitizer overlooks what this thread reads and writes.
 struct Unseen {
 #ifdef __SANITIZE_THREAD__
@@ -62,6 +66,25 @@ SIMT_UNSEEN inline void release([[maybe_unused]] void* at) {
 SIMT_UNSEEN inline void acquire([[maybe_unused]] void* at) {
 #ifdef __SANITIZE_THREAD__
   __tsan_acquire(at);
+#endif
+}
+
+// ThreadSanitizer's fiber for the thread of this number of a launch. To make one takes as long as a
+// small launch, so the first are kept.
+SIMT_UNSEEN inline void* watched_fiber([[maybe_unused]] unsigned number) {
+#ifdef __SANITIZE_THREAD__
+  static std::vector<void*> kept;
+  if (number >= kKept) return __tsan_create_fiber(0);
+  while (kept.size() <= number) kept.push_back(__tsan_create_fiber(0));
+  return kept[number];
+#else
+  return nullptr;
+#endif
+}
+SIMT_UNSEEN inline void forget_fiber([[maybe_unused]] unsigned number,
+                                     [[maybe_unused]] void* fiber) {
+#ifdef __SANITIZE_THREAD__
+  if (number >= kKept) __tsan_destroy_fiber(fiber);
 #endif
 }
 

@@ -66,6 +66,7 @@ struct Block {
   size_t stack_size = 0;
   dim3 grid, size, index;
   unsigned number = 0, threads = 0, left = 0;
+  unsigned launched = 0;  // threads of the launch before it
   std::unique_ptr<Thread[]> thread;
   std::unique_ptr<Meeting[]> warp;  // per lane: the lowest of a mask
   Meeting barrier;
@@ -78,7 +79,7 @@ struct Block {
 inline Block* block = nullptr;
 inline Thread* now = nullptr;
 inline uint64_t drawn = 1;
-inline char launch_end = 0;
+inline char launch_start = 0, launch_end = 0;
 // Shared memory of all blocks of the launch: memory used again would look like a race.
 inline std::vector<std::unique_ptr<unsigned char[]>> memory;
 
@@ -137,6 +138,7 @@ SIMT_UNSEEN inline void thread_main() {
 #ifdef __SANITIZE_ADDRESS__
   __sanitizer_finish_switch_fiber(nullptr, &block->stack, &block->stack_size);
 #endif
+  acquire(&launch_start);
   block->run(block->body);
   now->done = true;
   --block->left;
@@ -246,9 +248,7 @@ SIMT_UNSEEN inline void run_block(Block& b, char* stacks) {
     auto** const top = reinterpret_cast<void**>(stacks + (i + 1) * kStack) - 8;
     top[6] = reinterpret_cast<void*>(&thread_main);
     t.top = top;
-#ifdef __SANITIZE_THREAD__
-    t.sanitizer = __tsan_create_fiber(0);
-#endif
+    t.sanitizer = watched_fiber(b.launched + i);
   }
   for (unsigned w = 0; seed && w < b.threads; w += kWarp) {
     unsigned const kind = draw() % 4;
@@ -260,9 +260,7 @@ SIMT_UNSEEN inline void run_block(Block& b, char* stacks) {
 #endif
   while (b.left)
     if (!round(turn, false, stacks) && !round(turn, true, stacks)) fail_waiting();
-#ifdef __SANITIZE_THREAD__
-  for (unsigned i = 0; i < b.threads; ++i) __tsan_destroy_fiber(b.thread[i].sanitizer);
-#endif
+  for (unsigned i = 0; i < b.threads; ++i) forget_fiber(b.launched + i, b.thread[i].sanitizer);
   block = nullptr;
 }
 
@@ -278,9 +276,15 @@ SIMT_UNSEEN void launch(dim3 grid, dim3 size, size_t dynamic, Body body) {
   std::vector<unsigned> order(blocks);
   for (unsigned i = 0; i < blocks; ++i) order[i] = i;
   if (seed) shuffle(order);
+  release(&launch_start);
+  unsigned launched = 0;
   for (unsigned const number : order) {
-    Block b;
+    // Not on the stack: ThreadSanitizer would take its barriers for those of the block before.
+    auto const owner = std::make_unique<Block>();
+    Block& b = *owner;
     b.grid = grid, b.size = size, b.number = number, b.threads = b.left = threads;
+    b.launched = launched;
+    launched += threads;
     b.index = dim3(number % grid.x, number / grid.x % grid.y, number / grid.x / grid.y);
     b.thread = std::make_unique<Thread[]>(threads);
     b.warp = std::make_unique<Meeting[]>(threads);
