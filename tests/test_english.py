@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 CLEAN = [
     *("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "docs"),
     *("csrc", "entropy_kernels", "trainer", "benchmarks", "examples", "setup.py", "tests"),
-    "tools",
+    *("tools", "cmake"),
 ]
 
 
