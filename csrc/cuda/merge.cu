@@ -51,7 +51,7 @@ EK_DEVICE RowSums sums_of_block(RowSums sums, float scale) {
 
 // Results in nats: zeros where the target is ignored, NaN where a row has no answer.
 template <bool kStatistics>
-__global__ void __launch_bounds__(kThreads) merge_kernel(Merge const a) {
+__global__ void __launch_bounds__(kThreads) merge_splits(Merge const a) {
   int64_t const t = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
   bool const inside = t < a.rows;
   int64_t const target = inside ? a.target[t] : a.ignore_index;
@@ -101,9 +101,9 @@ void merge(Merge const& a, Stream stream) {
   while (side_by_side * each < a.splits && side_by_side * rows < kThreads) side_by_side *= 2;
   dim3 const grid((int64_t(a.rows) + rows - 1) / rows), block(rows, side_by_side);
   if (a.statistics == nullptr)
-    EK_LAUNCH(merge_kernel<false>, grid, block, stream, a);
+    EK_LAUNCH(merge_splits<false>, grid, block, stream, a);
   else
-    EK_LAUNCH(merge_kernel<true>, grid, block, stream, a);
+    EK_LAUNCH(merge_splits<true>, grid, block, stream, a);
 }
 
 }  // namespace ek

@@ -91,6 +91,7 @@ EK_DEVICE T larger(T a, T b) {
 // kLargest, their maximum and at least 0.
 EK_DEVICE double total(double const* row, int n, int field) {
   double sum = 0.0;
+#pragma unroll 8
   for (int i = threadIdx.x % kWarp; i < n; i += kWarp)
     sum = field == kLargest ? larger(sum, row[i]) : sum + row[i];
   for (int distance = kWarp / 2; distance > 0; distance /= 2) {
@@ -101,7 +102,7 @@ EK_DEVICE double total(double const* row, int n, int field) {
 }
 
 __global__ void __launch_bounds__(kThreads)
-    tokens_kernel(RatioLoss const a, Bounds const bounds, int64_t const per_block) {
+    ratio_loss_tokens(RatioLoss const a, Bounds const bounds, int64_t const per_block) {
   EK_SHARED(sums, double[kFields][kThreads]);
   int const thread = threadIdx.x;
   int64_t const begin = blockIdx.x * per_block;
@@ -148,7 +149,7 @@ __global__ void __launch_bounds__(kThreads)
   if (thread % kWarp == 0) a.partials[field * kLossBlocks + blockIdx.x] = sum;
 }
 
-__global__ void __launch_bounds__(kThreads) finish_kernel(RatioLoss const a, int const blocks) {
+__global__ void __launch_bounds__(kThreads) ratio_loss_totals(RatioLoss const a, int const blocks) {
   int const field = threadIdx.x / kWarp;
   double const sum = total(a.partials + field * kLossBlocks, blocks, field);
   if (threadIdx.x % kWarp != 0) return;
@@ -172,8 +173,9 @@ void ratio_loss(RatioLoss const& a, Stream stream) {
   int const blocks = chunks == 0 ? 0 : static_cast<int>((chunks + per_block - 1) / per_block);
   // A grid of no blocks is refused.
   if (blocks != 0)
-    EK_LAUNCH(tokens_kernel, dim3(blocks), dim3(kThreads), stream, a, bounds, per_block * kChunk);
-  EK_LAUNCH(finish_kernel, dim3(1), dim3(kThreads), stream, a, blocks);
+    EK_LAUNCH(ratio_loss_tokens, dim3(blocks), dim3(kThreads), stream, a, bounds,
+              per_block * kChunk);
+  EK_LAUNCH(ratio_loss_totals, dim3(1), dim3(kThreads), stream, a, blocks);
 }
 
 }  // namespace ek
