@@ -26,30 +26,17 @@ constexpr Compiled kCompiled[] = {
     {{0, 0, 0, 0}, {nullptr, nullptr}},
 };
 
-Compiled const& find(char const* call, Tile const& tile) {
-  std::string known;
-  for (auto const& each : kCompiled) {
-    Tile const& t = each.tile;
-    if (t.rows != 0 && t.architecture == tile.architecture && t.rows == tile.rows &&
-        t.columns == tile.columns && t.depth == tile.depth)
-      return each;
-    if (t.rows != 0) known += (known.empty() ? "" : ", ") + name_of(t);
-  }
-  throw std::runtime_error(std::string(call) + ": the tile must be one of those compiled (" +
-                           (known.empty() ? "none" : known) + "); got " + name_of(tile));
-}
-
 }  // namespace
 
 int forward_splits(Tile const& tile, int vocabulary) {
-  find("forward_splits", tile);
+  find("forward_splits", kCompiled, tile);
   return vocabulary / tile.columns + (vocabulary % tile.columns != 0);
 }
 
 void forward(Tile const& tile, Head const& head, Forward const& out, int processors,
              Stream stream) {
   char const* const call = "forward";
-  Compiled const& compiled = find(call, tile);
+  Compiled const& compiled = find(call, kCompiled, tile);
   if (head.rows == 0 || head.vocabulary == 0) return;
   ask_head(call, tile, head, 0, head.vocabulary);
   ask_address(call, "partials", out.partials);

@@ -28,13 +28,13 @@ inline void ask_address(std::string const& call, std::string const& name, void c
       "at an address divisible by " + std::to_string(alignment), number);
 }
 
-// Rows of bf16, each of `depth`, that copies of 16 bytes and a tensor descriptor can read.
+// Rows of bf16, each of `columns`, that copies of 16 bytes and a tensor descriptor can read.
 inline void ask_matrix(std::string const& call, std::string const& name, void const* address,
-                       int64_t stride, int depth) {
+                       int64_t stride, int columns) {
   ask_address(call, name, address, 16);
   ask(stride % 8 == 0, call, "the stride of " + name, "divisible by 8", stride);
-  ask(stride >= depth && stride < int64_t(1) << 39, call, "the stride of " + name,
-      "from the depth " + std::to_string(depth) + " up to 2^39", stride);
+  ask(stride >= columns && stride < int64_t(1) << 39, call, "the stride of " + name,
+      "from its " + std::to_string(columns) + " columns up to 2^39", stride);
 }
 
 // For tiles of `tile`, over columns [start, stop); neither rows nor columns are empty.
@@ -75,6 +75,22 @@ inline void check_device(std::string const& call, int architecture) {
 inline std::string name_of(Tile const& tile) {
   return std::to_string(tile.rows) + " x " + std::to_string(tile.columns) + " x " +
          std::to_string(tile.depth) + " on sm_" + std::to_string(tile.architecture);
+}
+
+// The kernel of a tile. The last of `compiled` is none, for builds without any.
+template <class Compiled, int kCount>
+Compiled const& find(char const* call, Compiled const (&compiled)[kCount], Tile const& tile) {
+  std::string known;
+  for (auto const& each : compiled) {
+    Tile const& t = each.tile;
+    if (t.rows == 0) break;
+    if (t.architecture == tile.architecture && t.rows == tile.rows && t.columns == tile.columns &&
+        t.depth == tile.depth)
+      return each;
+    known += (known.empty() ? "" : ", ") + name_of(t);
+  }
+  throw std::runtime_error(std::string(call) + ": the tile must be one of those compiled (" +
+                           (known.empty() ? "none" : known) + "); got " + name_of(tile));
 }
 
 }  // namespace ek
