@@ -33,12 +33,16 @@ struct Sm90Tile<128> {
 // Blocks of rows in a cluster: they share the weight's tile.
 using Sm90Cluster = cute::Shape<cute::_2, cute::_1, cute::_1>;
 
-// Ampere and Ada: four by two warps of 32 x 64 each.
+// Ampere and Ada: four by two warps of 32 x 64 each. Of each 64 columns a warp has 32 neighbours,
+// which it stores as whole sectors.
 struct Sm80Tile {
   using Shape = cute::Shape<cute::_128, cute::_128, cute::_64>;
   using Mma = cute::TiledMMA<cute::MMA_Atom<cute::SM80_16x8x16_F32BF16BF16F32_TN>,
                              cute::Layout<cute::Shape<cute::_4, cute::_2, cute::_1>>,
-                             cute::Tile<cute::_64, cute::_32, cute::_16>>;
+                             cute::Tile<cute::_64,
+                                        cute::Layout<cute::Shape<cute::_8, cute::_2, cute::_4>,
+                                                     cute::Stride<cute::_1, cute::_32, cute::_8>>,
+                                        cute::_16>>;
 };
 
 }  // namespace ek
