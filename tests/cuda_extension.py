@@ -9,10 +9,14 @@ import functools
 import re
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
+import torch
+
 from entropy_kernels import _extensions
+
+STREAM = 7
 
 _FOLDER = Path(__file__).parents[1] / "csrc" / "cuda"
 _TYPES = {
@@ -127,8 +131,9 @@ class Extension(ModuleType):
 
 
 def install(monkeypatch: Any, extension: Any) -> Any:
-    """Lets the package find `extension` in the place of its own."""
-    load = _extensions.load
+    """Lets the package find `extension` in the place of its own, with STREAM for a GPU's stream."""
+    load, stream = _extensions.load, SimpleNamespace(cuda_stream=STREAM)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda where: stream)
     monkeypatch.setattr(
         _extensions, "load", lambda name: (extension, None) if name == "cuda" else load(name)
     )

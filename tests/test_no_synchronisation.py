@@ -6,6 +6,7 @@ What does wait, or copies, is in a list of its own, by name.
 import functools
 import itertools
 import re
+import warnings
 from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
@@ -27,6 +28,7 @@ import entropy_kernels as ek
 from entropy_kernels import _triton, distributed, ops, token_rules
 from entropy_kernels._radix import kth_largest
 from entropy_kernels.top_entropy_mask import SCOPES, TIES, WHICH
+from tests import cuda_extension
 from tests.gpu_options import (
     CALLS,
     CHOICES,
@@ -46,7 +48,15 @@ from tests.gpu_options import (
 from tests.host_waits import HostWaits, backward, fake_gpu
 from tests.interpreter_sanitizer import kernels_of
 
-IMPLS = ("triton", "torch")
+IMPLS = ("triton", "cuda", "torch")
+
+
+@pytest.fixture(autouse=True)
+def extension(monkeypatch):
+    """The CUDA kernels, of which nothing is built here. What they lack falls to Triton's."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", 'impl="cuda" takes a Triton kernel', RuntimeWarning)
+        yield cuda_extension.install(monkeypatch, cuda_extension.Extension())
 
 
 def count(run: Callable[[], object]) -> dict[str, int]:
@@ -132,6 +142,7 @@ def steps_of_one_mean() -> None:
 # What is no loss: the selection, and rules that pick tokens.
 RULES: dict[str, Callable[[], object]] = {
     "selection triton": lambda: selection("triton"),
+    "selection cuda": lambda: selection("cuda"),
     "selection torch": lambda: selection("torch"),
     **{
         " ".join(choice): functools.partial(top_of, *choice)
@@ -241,11 +252,12 @@ def test_no_loss_waits(name):
 
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("name", CHOICES)
-def test_no_choice_of_tokens_waits(name, impl):
+def test_no_choice_of_tokens_waits(name, impl, extension):
     with fake_gpu() as launches:
         options = CHOICES[name]()
         assert count(lambda: policy_loss(impl, options)) == {}
-        assert bool(launches) == (impl == "triton")
+        assert bool(launches) == (impl != "torch")
+        assert bool(extension.launched) == (impl == "cuda")
 
 
 @pytest.mark.parametrize("impl", IMPLS)

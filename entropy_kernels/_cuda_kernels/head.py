@@ -103,7 +103,7 @@ def _why_unaligned(name: str, matrix: Tensor) -> str | None:
     row, column = matrix.stride()
     if column != 1 or row < matrix.shape[1] or row * matrix.element_size() % _ALIGNED:
         wanted = f"dense rows at multiples of {_ALIGNED} bytes"
-        return f"{name} must have {wanted}; got strides {(row, column)} of {matrix.dtype}"
+        return f"{name} must have {wanted}; got strides {(row, column)}"
     if matrix.data_ptr() % _ALIGNED:
         return f"{name} must begin at a multiple of {_ALIGNED} bytes; got {matrix.data_ptr():#x}"
     return None
