@@ -4,6 +4,7 @@ uninitialised memory is NaN, so that a kernel that reads it shows."""
 import functools
 import os
 import signal
+from collections.abc import Iterable
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import hypothesis
 import jaxtyping
 import pytest
 import torch
+from _pytest.mark.structures import ParameterSet
 
 from tests import shapes
 
@@ -47,6 +49,7 @@ hypothesis.settings.load_profile("tests")
 DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
 # Triton on the GPU, or in its interpreter on the CPU.
 BACKENDS = [*(("torch", device) for device in DEVICES), ("cpu", "cpu"), ("triton", DEVICES[-1])]
+BACKENDS += [("cuda", "cuda")]
 # Those alone that the environment names, separated by commas.
 if "EK_TEST_IMPLS" in os.environ:
     BACKENDS = [pair for pair in BACKENDS if pair[0] in os.environ["EK_TEST_IMPLS"].split(",")]
@@ -63,6 +66,13 @@ if WHY_NO_TRITON is None and os.environ.get("TRITON_INTERPRET") == "1":
 collect_ignore_glob = [] if WHY_NO_TRITON is None else ["test_triton_*.py", "test_gpu_script.py"]
 
 
+def params_of(pairs: Iterable[tuple[str, str]]) -> list[ParameterSet]:
+    """Implementations and devices as parameters; those of csrc/cuda are marked to need a GPU."""
+    falls = pytest.mark.filterwarnings('ignore:impl="cuda" takes a Triton kernel:RuntimeWarning')
+    marks = {"cuda": [pytest.mark.gpu, falls]}
+    return [pytest.param(x, id=" on ".join(x), marks=marks.get(x[0], [])) for x in pairs]
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     if WHY_NO_TRITON is not None:
         names = ", ".join(collect_ignore_glob)
@@ -77,7 +87,7 @@ def _deterministic():
     torch.use_deterministic_algorithms(False)
 
 
-@pytest.fixture(params=BACKENDS, ids=" on ".join)
+@pytest.fixture(params=params_of(BACKENDS))
 def backend(request) -> tuple[str, str]:
     """An implementation of linear_logprob_entropy and a device it runs on."""
     impl, device = request.param

@@ -18,6 +18,8 @@ from entropy_kernels.verification import truth
 from entropy_kernels.verification.truth import bend
 
 BLOCK_T, BLOCK_V = blocks._SIZES["cpu"]
+# The backends whose launchers are those of _triton.
+BY_TRITON = ("triton", "cuda")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 HEAD_OPTIONS = [field.name for field in dataclasses.fields(ek.Head)]
 # Results that are kept: as many as a test's cases, which each backend asks for in turn.
@@ -76,7 +78,7 @@ def make(rows: str, shape: tuple[int, int, int], dtype: torch.dtype, device: str
 
 def dtype_of_products(impl, dtype):
     """What dz is rounded to for its products, in 16 bits as eager's."""
-    rounds = impl == "triton" or (impl == "cpu" and dtype == torch.bfloat16)
+    rounds = impl in BY_TRITON or (impl == "cpu" and dtype == torch.bfloat16)
     return dtype if rounds else torch.float32
 
 

@@ -2,11 +2,11 @@
 
 import pytest
 
-from tests.conftest import BACKENDS
+from tests.conftest import BACKENDS, params_of
 
 # numpy, which computes in Triton's interpreter, warns of NaN and infinities that are meant.
 nan_is_meant = pytest.mark.filterwarnings("ignore:.*encountered:RuntimeWarning")
 # test_triton_kernel_cases.py has these cases at the sizes of Triton's interpreter.
 not_interpreted = pytest.mark.parametrize(
-    "backend", [x for x in BACKENDS if x != ("triton", "cpu")], ids=" on ".join, indirect=True
+    "backend", params_of(x for x in BACKENDS if x != ("triton", "cpu")), indirect=True
 )

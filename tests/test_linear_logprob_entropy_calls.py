@@ -11,7 +11,7 @@ import torch
 import entropy_kernels as ek
 from entropy_kernels import _rows
 from entropy_kernels._torch.head_forward import forward
-from tests.head_cases import logprob_entropy, make
+from tests.head_cases import BY_TRITON, logprob_entropy, make
 
 
 def test_opcheck(impl, device, unchecked_shapes):
@@ -28,8 +28,8 @@ def test_opcheck(impl, device, unchecked_shapes):
     grads = [torch.randn(9, device=device), torch.randn(9, device=device), None]
     leaves = [x.detach() for x in (h, w, y, b, temperature)]
     main_grad = torch.ones(67, 8, device=device)
-    # One backend alone stores the logits of some rows.
-    for stored in ((), (torch.tensor(0.1, device=device), 4))[: 1 + (impl == "triton")]:
+    # These backends alone store the logits of some rows.
+    for stored in ((), (torch.tensor(0.1, device=device), 4))[: 1 + (impl in BY_TRITON)]:
         arguments = (h, w, y, b, temperature, 5.0, -100, False, None, None, impl, *stored)
         torch.library.opcheck(forward.default, arguments)
         found = [x.detach() for x in forward(*arguments)]

@@ -8,7 +8,7 @@ import torch
 
 import entropy_kernels as ek
 from entropy_kernels.testing import Watch
-from tests.head_cases import make
+from tests.head_cases import BY_TRITON, make
 from tests.marks import nan_is_meant
 
 
@@ -61,7 +61,7 @@ def test_what_is_frozen_costs_nothing(head, frozen, products):
 
 
 def test_no_tensor_of_tokens_times_vocabulary(head, impl, block, monkeypatch):
-    if impl == "triton":
+    if impl in BY_TRITON:
         from entropy_kernels._triton.head_backward import launch as backward
 
         monkeypatch.setattr(backward, "CHUNK_V", block[1] // 2)
@@ -111,7 +111,7 @@ def test_logits_of_rows_above_a_threshold_may_be_kept_and_change_no_gradient(
         found = head(h, w, y, **options)
         with Watch() as backward:
             ((found.logprob - 0.1 * found.entropy) * (entropy >= above)).sum().backward()
-        products = 2 if impl == "triton" and options else 3
+        products = 2 if impl in BY_TRITON and options else 3
         assert backward.products == products * 10 * 24 * vocabulary
         grads.append((h.grad, w.grad))
     for kept, recomputed in zip(*grads, strict=True):
@@ -155,7 +155,7 @@ def test_more_active_rows_than_their_bound_are_never_dropped(head, impl, device)
     h, w, y = make("peaked", (33, 16, 1031), torch.float32, device)
     h, w = h.requires_grad_(), w.requires_grad_()
     loss = head(h, w, y, max_active_rows=19).logprob[5:25].sum()
-    if impl != "triton":
+    if impl not in BY_TRITON:
         with pytest.raises(ValueError, match="max_active_rows is 19; got gradients at 20 rows"):
             loss.backward()
         return

@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 import entropy_kernels as ek
 from entropy_kernels import _native
 from entropy_kernels.testing import Watch, peaked_head
-from tests.head_cases import DTYPES, logprob_entropy, make
+from tests.head_cases import BY_TRITON, DTYPES, logprob_entropy, make
 from tests.marks import nan_is_meant
 
 SHAPE = T, D, V = 33, 16, 1031
@@ -201,7 +201,7 @@ def test_hooks_of_the_weight_see_no_gradient(head, device):
 
 def test_a_backward_allocates_no_gradient_of_the_weight(head, impl, device, block, monkeypatch):
     dtype, most = torch.float32, 0.2
-    if impl == "triton":
+    if impl in BY_TRITON:
         from entropy_kernels._triton.head_backward import launch as backward
 
         monkeypatch.setattr(backward, "CHUNK_V", block[1])

@@ -20,7 +20,15 @@ BODIES = {
         "ratio_loss": "_triton.ratio_loss.launch",
         "radix_histogram": "_triton.selection.launch",
     },
+    # Its head is launched by Triton's, which says so.
+    "cuda": {
+        "ratio_loss": "_cuda_kernels.ratio_loss",
+        "radix_histogram": "_cuda_kernels.selection",
+        "top": "_cuda_kernels.selection",
+    },
 }
+# What one launch does in the place of several.
+NAMES = {"top": "radix_histogram"}
 HEAD = {"forward", "backward"}
 SELECTION = {"radix_histogram"}
 LOSS = {"ratio_loss"}
@@ -42,7 +50,7 @@ class WhichRan:
 
     def _counting(self, body: Callable[..., Any], what: str, backend: str) -> Callable[..., Any]:
         def run(*arguments: Any, **options: Any) -> Any:
-            self.seen.add((what, backend))
+            self.seen.add((NAMES.get(what, what), options.get("impl", backend)))
             return body(*arguments, **options)
 
         return run
