@@ -40,10 +40,12 @@ def multiply(left: np.ndarray, right: np.ndarray, acc: np.ndarray, core: TensorC
         if core.extra is None:
             total = _cut(total + a @ b)
             continue
-        terms = [total, *(a[:, k, None] * b[k] for k in range(a.shape[1]))]
-        top = np.max([np.abs(x) for x in terms], 0)
-        unit = np.ldexp(1.0, np.frexp(top)[1] - 24 - core.extra)
-        total = _cut(sum(np.trunc(x / unit) for x in terms) * unit)
+        terms = np.empty((1 + a.shape[1], *total.shape))
+        terms[0] = total
+        np.multiply(a.T[:, :, None], b[:, None], out=terms[1:])
+        bits = 24 + core.extra - np.frexp(np.maximum(terms.max(0), -terms.min(0)))[1]
+        terms *= np.ldexp(1.0, bits)
+        total = _cut(np.ldexp(np.trunc(terms, out=terms).sum(0), -bits))
     return total.astype(np.float32)
 
 

@@ -1,5 +1,7 @@
 """The bounds of the kernels' check hold for right kernels that compute as GPUs do."""
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -27,24 +29,22 @@ pytestmark = [
 ]
 
 
-@pytest.fixture(params=[4, 0], ids=["orders", "one run"])
-def orders(request):
-    """The fp32 orders that judge a case: four in pytest; 0, one run of torch, at a first use."""
-    return request.param
+def judge(depth, dtype, cores, rows="peaked", names=()):
+    """The checks of one head by kernels on each of `cores`, whose truths are computed once.
 
-
-def judge(depth, dtype, cores, rows="peaked", names=(), orders=4):
-    """The check of one head by kernels on each of `cores`, whose truth is computed once."""
+    Two judge each run: four fp32 orders, as in pytest, and one run of torch, as at a first use.
+    """
     torch.manual_seed(0)
     shape = (TOKENS, depth, VOCABULARY)
     inputs, options = head_runs.make_inputs(shape, dtype, CPU, rows, names)
     gradients = head_runs.make_gradients(TOKENS, CPU)
-    three = three_of(inputs, gradients, orders, **options)
-    arithmetic = GpuArithmetic.of(*inputs[:2], **options, emulated=orders > 0)
+    three = {orders: three_of(inputs, gradients, orders, **options) for orders in (4, 0)}
     for core in cores:
         with hardware(core):
             _, got = head_runs.ours(TILES, inputs, gradients, options)
-        yield lambda got=got: check_results(got, three, arithmetic, dtype)
+        for orders, truths in three.items():
+            arithmetic = GpuArithmetic.of(*inputs[:2], **options, emulated=orders > 0)
+            yield partial(check_results, got, truths, arithmetic, dtype)
 
 
 def cores_of(dtype):
@@ -66,8 +66,8 @@ def cores_of(dtype):
         (8192, "large", ALL),
     ],
 )
-def test_right_kernels_pass_at_every_depth(depth, rows, names, dtype, orders):
-    for check in judge(depth, dtype, cores_of(dtype), rows, names, orders):
+def test_right_kernels_pass_at_every_depth(depth, rows, names, dtype):
+    for check in judge(depth, dtype, cores_of(dtype), rows, names):
         check()
 
 
@@ -93,10 +93,10 @@ WRONG = {
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("depth", [128, 8192])
 @pytest.mark.parametrize("mutant", [x for x in MUTANTS if x.name in WRONG], ids=lambda x: x.name)
-def test_wrong_kernels_are_refused_at_every_depth(mutant, depth, dtype, orders):
+def test_wrong_kernels_are_refused_at_every_depth(mutant, depth, dtype):
     names = {"softcap": ("softcap",), "temperature": ("temperatures",)}
     options = tuple(x for flag in mutant.flags for x in names.get(flag, ()))
     with broken(mutant):
-        for check in judge(depth, dtype, cores_of(dtype), WRONG[mutant.name], options, orders):
+        for check in judge(depth, dtype, cores_of(dtype), WRONG[mutant.name], options):
             with pytest.raises(AssertionError, match="error"):
                 check()
