@@ -1,9 +1,10 @@
 """The launches that tests/test_triton_compile.py compiles: every op with every tile it can meet.
 
 The launchers say which tiles a call can meet. Options that one element of the epilogue feels alike
-come together; bf16 gets every set of these groups. fp16 takes the tiles and the code of bf16, so it
-gets none and all. fp32, which is for tests, gets none, each and all. Left out are matrices whose
-rows are not dense and hidden sizes that no block divides: both are loaded number by number.
+come together; bf16 gets every set of these groups, and other sizes. fp16 takes the tiles and the
+code of bf16, and fp32 is for tests: both get none and all, and fp32 all at odd sizes. Left out are
+matrices whose rows are not dense and hidden sizes that no block divides: both are loaded number by
+number.
 
 T tokens, R active rows, D hidden, V vocabulary, B sequences, L their length.
 """
@@ -58,13 +59,17 @@ def cases() -> Iterator[Case]:
 
 def combinations(groups: Groups, dtype: torch.dtype) -> Iterator[Flags]:
     """Sets of options; then none and all of them at other sizes."""
-    most = len(groups)
-    numbers = {torch.float16: (0, most), torch.float32: (0, 1, most)}.get(dtype, range(most + 1))
-    for number in numbers:
+    every = tuple(itertools.chain(*groups))
+    if dtype != torch.bfloat16:
+        yield from ((), every)
+        if dtype == torch.float32:
+            yield (*every, "odd")
+        return
+    for number in range(len(groups) + 1):
         for chosen in itertools.combinations(groups, number):
             yield tuple(itertools.chain(*chosen))
     for size in ("odd", "narrow"):
-        yield from ((size,), (*itertools.chain(*groups), size))
+        yield from ((size,), (*every, size))
 
 
 def sizes(flags: Flags) -> tuple[int, int, int]:
