@@ -70,7 +70,7 @@ class RegisterEpilogue {
   }
 
  private:
-  Params params_;
+  Params const& params_;
 };
 
 }  // namespace ek

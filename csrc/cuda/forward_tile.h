@@ -32,7 +32,8 @@ struct ForwardTile {
     int const start_v = split * cute::size<1>(tile);
     auto z = rows_and_columns(accumulators);
     auto const c = coordinates(tile, mma, thread);
-    finish_logits(z, c, start_t, start_v, end, cute::size<1>(tile));
+    if (out.logits != nullptr) keep_products(z, c, start_t, start_v, end);
+    if (head.bias != nullptr) add_bias(z, c, start_v);
     constexpr int kWarps = kWarpsPerRow<TiledMma>;
     auto* const parts = static_cast<RowSums*>(shared);
     if constexpr (kWarps > 1) __syncthreads();  // the main loop's last reads of this memory
@@ -42,6 +43,7 @@ struct ForwardTile {
       int const t = start_t + row;
       bool const inside = t < end;
       float const scale = scale_of(t, inside);
+      finish_row(z, c, i, start_v, cute::size<1>(tile));
       RowSums const sums = sums_of_row(z, i, scale);
       if (inside) store_target(z, c, i, t, start_v, cute::size<1>(tile));
       if (thread % 4 == 0) {
@@ -71,44 +73,45 @@ struct ForwardTile {
            (inside ? inverse_temperature(head.temperature, head.stride_temperature, t) : 1);
   }
 
-  // Products become logits: kept as they are, with the bias, capped, and -inf past the vocabulary.
   template <class View, class Coordinates>
-  EK_DEVICE void finish_logits(View& z, Coordinates const& c, int start_t, int start_v, int end,
-                               int width) const {
-    int const columns = head.vocabulary - start_v;
-    if (out.logits != nullptr) {
-      CUTE_UNROLL
-      for (int i = 0; i < cute::size<0>(z); ++i) {
-        int const t = start_t + cute::get<0>(c(i, 0));
-        if (t >= end) continue;
-        float* const to = out.logits + int64_t(out.index[t]) * head.vocabulary + start_v;
-        CUTE_UNROLL
-        for (int j = 0; j < cute::size<1>(z); ++j) {
-          int const column = cute::get<1>(c(0, j));
-          if (column < columns) to[column] = z(i, j);
-        }
-      }
-    }
-    if (head.bias != nullptr) {
+  EK_DEVICE void keep_products(View const& z, Coordinates const& c, int start_t, int start_v,
+                               int end) const {
+    CUTE_UNROLL
+    for (int i = 0; i < cute::size<0>(z); ++i) {
+      int const t = start_t + cute::get<0>(c(i, 0));
+      if (t >= end) continue;
+      float* const to = out.logits + int64_t(out.index[t]) * head.vocabulary + start_v;
       CUTE_UNROLL
       for (int j = 0; j < cute::size<1>(z); ++j) {
         int const column = cute::get<1>(c(0, j));
-        float const bias = column < columns ? bf16_at(head.bias, start_v + column) : 0.0f;
-        CUTE_UNROLL
-        for (int i = 0; i < cute::size<0>(z); ++i) z(i, j) += bias;
+        if (start_v + column < head.vocabulary) to[column] = z(i, j);
       }
     }
+  }
+
+  template <class View, class Coordinates>
+  EK_DEVICE void add_bias(View& z, Coordinates const& c, int start_v) const {
+    CUTE_UNROLL
+    for (int j = 0; j < cute::size<1>(z); ++j) {
+      int const v = start_v + cute::get<1>(c(0, j));
+      float const bias = v < head.vocabulary ? bf16_at(head.bias, v) : 0.0f;
+      CUTE_UNROLL
+      for (int i = 0; i < cute::size<0>(z); ++i) z(i, j) += bias;
+    }
+  }
+
+  // Caps a row, and leaves -inf past the vocabulary. A row at a time: more of it at once would
+  // spill registers.
+  template <class View, class Coordinates>
+  EK_DEVICE void finish_row(View& z, Coordinates const& c, int i, int start_v, int width) const {
     if (head.softcap != 0.0f) {
       CUTE_UNROLL
-      for (int e = 0; e < cute::size(z); ++e) z(e) = capped(z(e), head.softcap);
+      for (int j = 0; j < cute::size<1>(z); ++j) z(i, j) = capped(z(i, j), head.softcap);
     }
-    if (columns < width) {
+    if (start_v + width > head.vocabulary) {
       CUTE_UNROLL
-      for (int j = 0; j < cute::size<1>(z); ++j) {
-        if (cute::get<1>(c(0, j)) < columns) continue;
-        CUTE_UNROLL
-        for (int i = 0; i < cute::size<0>(z); ++i) z(i, j) = -INFINITY;
-      }
+      for (int j = 0; j < cute::size<1>(z); ++j)
+        if (start_v + cute::get<1>(c(i, j)) >= head.vocabulary) z(i, j) = -INFINITY;
     }
   }
 

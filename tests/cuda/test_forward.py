@@ -145,8 +145,8 @@ MUTANTS = {
         host.Mutant(
             "the bias of another column",
             "forward_tile.h",
-            "bf16_at(head.bias, start_v + column)",
-            "bf16_at(head.bias, column)",
+            "bf16_at(head.bias, v)",
+            "bf16_at(head.bias, v - start_v)",
         ),
         host.Mutant(
             "logits kept at the row's place and not its number",
@@ -157,14 +157,14 @@ MUTANTS = {
         host.Mutant(
             "columns past the vocabulary not masked",
             "forward_tile.h",
-            "if (cute::get<1>(c(0, j)) < columns) continue;",
-            "continue;",
+            "if (start_v + width > head.vocabulary) {",
+            "if (start_v + width > head.vocabulary + 256) {",
         ),
         host.Mutant(
             "the last column masked",
             "forward_tile.h",
-            "if (cute::get<1>(c(0, j)) < columns) continue;",
-            "if (cute::get<1>(c(0, j)) + 1 < columns) continue;",
+            "c(i, j)) >= head.vocabulary) z",
+            "c(i, j)) + 1 >= head.vocabulary) z",
         ),
         host.Mutant(
             "a target past the vocabulary stored",
