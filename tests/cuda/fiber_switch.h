@@ -1,5 +1,9 @@
 // How a fiber gives the processor to another, and what the sanitizers are told.
 #pragma once
+#include <sys/mman.h>
+
+#include <cstddef>
+#include <cstdlib>
 #include <vector>
 
 #ifndef __x86_64__
@@ -45,8 +49,6 @@ simt_switch:
 
 namespace simt {
 
-constexpr unsigned kKept = 4096;  // of ThreadSanitizer's 8128
-
 // While it lives, ThreadSanitizer overlooks what this thread reads and writes.
 struct Unseen {
 #ifdef __SANITIZE_THREAD__
@@ -69,23 +71,35 @@ SIMT_UNSEEN inline void acquire([[maybe_unused]] void* at) {
 #endif
 }
 
-// ThreadSanitizer's fiber for the thread of this number of a launch. To make one takes as long as a
-// small launch, so the first are kept.
-SIMT_UNSEEN inline void* watched_fiber([[maybe_unused]] unsigned number) {
+// Stacks of the threads of a block, and ThreadSanitizer's fibers for them. To make these takes as
+// long as a small launch, so those of the first threads of a launch are kept for the next one.
+struct Stacks {
+  static constexpr size_t kBytes = 1 << 18;  // of a thread
+  static constexpr unsigned kKept = 4096;    // of the 8128 that ThreadSanitizer can have
+  char* memory;
+  std::vector<void*> fibers;
+
+  SIMT_UNSEEN explicit Stacks(unsigned threads)
+      : memory(static_cast<char*>(mmap(nullptr, threads * kBytes, PROT_READ | PROT_WRITE,
+                                       MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0))) {
+    if (memory == MAP_FAILED) std::abort();
+  }
+  Stacks(Stacks const&) = delete;
+  // The fiber of a thread; its stack is as much into the memory.
+  SIMT_UNSEEN void* fiber([[maybe_unused]] unsigned thread) {
 #ifdef __SANITIZE_THREAD__
-  static std::vector<void*> kept;
-  if (number >= kKept) return __tsan_create_fiber(0);
-  while (kept.size() <= number) kept.push_back(__tsan_create_fiber(0));
-  return kept[number];
+    while (fibers.size() <= thread) fibers.push_back(__tsan_create_fiber(0));
+    return fibers[thread];
 #else
-  return nullptr;
+    return nullptr;
 #endif
-}
-SIMT_UNSEEN inline void forget_fiber([[maybe_unused]] unsigned number,
-                                     [[maybe_unused]] void* fiber) {
+  }
+  SIMT_UNSEEN void end(unsigned threads) {
 #ifdef __SANITIZE_THREAD__
-  if (number >= kKept) __tsan_destroy_fiber(fiber);
+    for (void* fiber : fibers) __tsan_destroy_fiber(fiber);
 #endif
-}
+    munmap(memory, threads * kBytes);
+  }
+};
 
 }  // namespace simt

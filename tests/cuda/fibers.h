@@ -7,8 +7,6 @@
 // where nothing else can. ThreadSanitizer takes a fiber for a thread that only barriers order, also
 // among blocks: a barrier left out is a data race in any schedule. Shuffles order nothing.
 #pragma once
-#include <sys/mman.h>
-
 #include <algorithm>
 #include <cstdarg>
 #include <cstdint>
@@ -33,7 +31,6 @@ struct dim3 {
 namespace simt {
 
 constexpr unsigned kWarp = 32;
-constexpr size_t kStack = 1 << 18;
 
 inline unsigned seed = 0;
 inline bool preempt = false;
@@ -47,7 +44,8 @@ struct Meeting {
 };
 
 struct Thread {
-  void* top = nullptr;        // of its stack, while it does not run
+  void* top = nullptr;  // of its stack, while it does not run
+  char* stack = nullptr;
   void* sanitizer = nullptr;  // ThreadSanitizer's fiber, or AddressSanitizer's stack
   dim3 index;
   unsigned rank = 0;
@@ -66,7 +64,6 @@ struct Block {
   size_t stack_size = 0;
   dim3 grid, size, index;
   unsigned number = 0, threads = 0, left = 0;
-  unsigned launched = 0;  // threads of the launch before it
   std::unique_ptr<Thread[]> thread;
   std::unique_ptr<Meeting[]> warp;  // per lane: the lowest of a mask
   Meeting barrier;
@@ -119,13 +116,13 @@ SIMT_UNSEEN inline void to_scheduler() {
 #endif
 }
 
-SIMT_UNSEEN inline void to_thread(Thread& thread, [[maybe_unused]] char* stacks) {
+SIMT_UNSEEN inline void to_thread(Thread& thread) {
   now = &thread;
 #ifdef __SANITIZE_THREAD__
   __tsan_switch_to_fiber(thread.sanitizer, 1);
 #endif
 #ifdef __SANITIZE_ADDRESS__
-  __sanitizer_start_switch_fiber(&block->sanitizer, stacks + thread.rank * kStack, kStack);
+  __sanitizer_start_switch_fiber(&block->sanitizer, thread.stack, Stacks::kBytes);
 #endif
   simt_switch(&block->top, thread.top);
 #ifdef __SANITIZE_ADDRESS__
@@ -209,7 +206,7 @@ SIMT_UNSEEN inline void* shared(void const* place, size_t size) {
 }
 
 // One round of the threads that can run, in a random order with a seed; whether any could.
-SIMT_UNSEEN inline bool round(std::vector<unsigned>& turn, bool late, char* stacks) {
+SIMT_UNSEEN inline bool round(std::vector<unsigned>& turn, bool late) {
   bool moved = false;
   if (seed) shuffle(turn);
   for (unsigned i : turn) {
@@ -218,7 +215,7 @@ SIMT_UNSEEN inline bool round(std::vector<unsigned>& turn, bool late, char* stac
     if (thread.meeting && thread.meeting->generation == thread.generation) continue;
     thread.meeting = nullptr;
     moved = true;
-    to_thread(thread, stacks);
+    to_thread(thread);
   }
   return moved;
 }
@@ -235,7 +232,8 @@ SIMT_UNSEEN inline bool round(std::vector<unsigned>& turn, bool late, char* stac
   fail("threads wait for others that never come: %s", text.c_str());
 }
 
-SIMT_UNSEEN inline void run_block(Block& b, char* stacks) {
+// With the stacks from number `first` on.
+SIMT_UNSEEN inline void run_block(Block& b, Stacks& stacks, unsigned first) {
   block = &b;
   std::vector<unsigned> turn(b.threads);
   for (unsigned i = 0; i < b.threads; ++i) {
@@ -245,10 +243,12 @@ SIMT_UNSEEN inline void run_block(Block& b, char* stacks) {
     t.index = dim3(i % b.size.x, i / b.size.x % b.size.y, i / b.size.x / b.size.y);
     // Seven words for simt_switch: six registers and where to return; above them the stack is as a
     // call leaves it.
-    auto** const top = reinterpret_cast<void**>(stacks + (i + 1) * kStack) - 8;
+    t.stack = stacks.memory + (first + i) * Stacks::kBytes;
+    auto** const top = reinterpret_cast<void**>(t.stack + Stacks::kBytes) - 8;
+    top[7] = nullptr;
     top[6] = reinterpret_cast<void*>(&thread_main);
     t.top = top;
-    t.sanitizer = watched_fiber(b.launched + i);
+    t.sanitizer = stacks.fiber(first + i);
   }
   for (unsigned w = 0; seed && w < b.threads; w += kWarp) {
     unsigned const kind = draw() % 4;
@@ -259,8 +259,7 @@ SIMT_UNSEEN inline void run_block(Block& b, char* stacks) {
   b.sanitizer = __tsan_get_current_fiber();
 #endif
   while (b.left)
-    if (!round(turn, false, stacks) && !round(turn, true, stacks)) fail_waiting();
-  for (unsigned i = 0; i < b.threads; ++i) forget_fiber(b.launched + i, b.thread[i].sanitizer);
+    if (!round(turn, false) && !round(turn, true)) fail_waiting();
   block = nullptr;
 }
 
@@ -277,25 +276,29 @@ SIMT_UNSEEN void launch(dim3 grid, dim3 size, size_t dynamic, Body body) {
   for (unsigned i = 0; i < blocks; ++i) order[i] = i;
   if (seed) shuffle(order);
   release(&launch_start);
+  static Stacks kept(Stacks::kKept);
   unsigned launched = 0;
   for (unsigned const number : order) {
     // Not on the stack: ThreadSanitizer would take its barriers for those of the block before.
     auto const owner = std::make_unique<Block>();
     Block& b = *owner;
     b.grid = grid, b.size = size, b.number = number, b.threads = b.left = threads;
-    b.launched = launched;
-    launched += threads;
     b.index = dim3(number % grid.x, number / grid.x % grid.y, number / grid.x / grid.y);
     b.thread = std::make_unique<Thread[]>(threads);
     b.warp = std::make_unique<Meeting[]>(threads);
     b.dynamic = new_shared(dynamic);
     b.run = [](void* f) { (*static_cast<Body*>(f))(); };
     b.body = &body;
-    void* const stacks = mmap(nullptr, threads * kStack, PROT_READ | PROT_WRITE,
-                              MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    if (stacks == MAP_FAILED) fail("no memory for the stacks of %u threads", threads);
-    run_block(b, static_cast<char*>(stacks));
-    munmap(stacks, threads * kStack);
+    if (launched + threads <= Stacks::kKept) {
+      run_block(b, kept, launched);
+    } else {
+      Stacks stacks(threads);
+      run_block(b, stacks, 0);
+      stacks.end(threads);
+    }
+#ifdef __SANITIZE_THREAD__
+    launched += threads;  // what a fiber does next would be ordered after what it did before
+#endif
   }
   acquire(&launch_end);
   memory.clear();
