@@ -1,5 +1,6 @@
-// The selection's kernels against a stable sort: a program, with arguments for the most values of a
-// case and for the seeds of its schedules, and the library that test_selection.py calls.
+// The selection's kernels against a stable sort: a program, with arguments for the fewest and the
+// most values of a case and for the seeds of its schedules, and the library that test_selection.py
+// calls.
 #include <cstdio>
 #include <cstdlib>
 #include <limits>
@@ -161,6 +162,27 @@ std::vector<float> values_of(std::string const& kind, int n, std::mt19937& rando
   return value;
 }
 
+template <class Call>
+void expect_refusal(std::string const& text, Call call) {
+  try {
+    call();
+  } catch (std::runtime_error const& error) {
+    if (error.what() == text) return;
+  }
+  ++failures;
+  std::printf("no refusal that says: %s\n", text.c_str());
+}
+
+// What is refused before anything is read.
+void refusals() {
+  expect_refusal("top takes at most 131072 values; got 131073",
+                 [] { ek::top({nullptr, nullptr, ek::kOneBlock + 1}, 1.0, {}, nullptr); });
+  expect_refusal("radix_pick takes 1 to 11 bits; got 12", [] {
+    ek::radix_pick(nullptr, nullptr, nullptr, nullptr, 1.0, 0, 12, nullptr, nullptr, nullptr,
+                   nullptr, nullptr);
+  });
+}
+
 }  // namespace
 
 int main(int arguments, char** argument) {
@@ -169,14 +191,15 @@ int main(int arguments, char** argument) {
       {"edges", 257},  {"close", 4096},   {"tied", 4097},  {"equal", 5003},
       {"edges", 9001}, {"signed", 12289}, {"tied", 33001},
   };
-  int const most = std::atoi(argument[1]);
-  for (int a = 2; a < arguments; ++a) {
+  refusals();
+  int const fewest = std::atoi(argument[1]), most = std::atoi(argument[2]);
+  for (int a = 3; a < arguments; ++a) {
     simt::seed = unsigned(std::atoi(argument[a]));
     simt::preempt = simt::seed % 2;
     std::mt19937 random(simt::seed);
     Share const shares[] = {{1, 5}, {55, 100}, {1, 1}, {1, 1000000000}};
     for (auto const& [kind, n] : sizes) {
-      if (n > most) continue;
+      if (n < fewest || n > most) continue;
       Case of{kind, values_of(kind, n, random), {}, shares[random() % 4], random() % 3};
       for (int masked = 0; masked < 3; ++masked) {
         of.mask.assign(masked ? n : 0, 0);
