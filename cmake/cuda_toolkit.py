@@ -119,9 +119,8 @@ def capabilities() -> list[tuple[int, int]]:
     if command is None:
         return []
     ask = [command, "--query-gpu=compute_cap", "--format=csv,noheader"]
-    done = subprocess.run(ask, capture_output=True, text=True)
-    found = re.findall(r"^(\d+)\.(\d+)$", done.stdout, re.M) if done.returncode == 0 else []
-    return [(int(major), int(minor)) for major, minor in found]
+    printed = subprocess.run(ask, capture_output=True, text=True).stdout
+    return [(int(x), int(y)) for x, y in re.findall(r"^(\d+)\.(\d+)$", printed, re.M)]
 
 
 def _architecture(major: int, minor: int) -> str | None:
