@@ -14,8 +14,9 @@ VLLM_NEEDS := tests/trainer/vllm-requirements.txt
 comma := ,
 INPUTS := pyproject.toml constraints.txt setup.py CMakeLists.txt $(wildcard cmake/*.py csrc/*/*)
 # Where nvcc is found, CUTLASS's headers come from a wheel, without its 11 dependencies.
-ifeq ($(EK_CUTLASS_DIR)$(filter 0,$(EK_CUDA)),)
-ifneq ($(shell command -v $(or $(CUDACXX),nvcc)),)
+NVCC := $(if $(filter 0,$(EK_CUDA)),,$(shell command -v $(or $(CUDACXX),nvcc)))
+ifneq ($(NVCC),)
+ifndef EK_CUTLASS_DIR
 CUTLASS := build/cutlass/.installed
 export EK_CUTLASS_DIR := $(CURDIR)/build/cutlass/cutlass_library/source/include
 endif
@@ -48,10 +49,10 @@ test-builds: $(VENV)/.dev
 	@echo "Running the tests of what is built ..."
 	@EK_REQUIRE_NATIVE=$(EK_REQUIRE_NATIVE) $(BIN)/python -m pytest $(BUILDS) $(ARGS)
 
-# The text of csrc/cuda on the host, and what nvcc has made of it.
+# The text of csrc/cuda on the host, and what nvcc has made of it, if it is found.
 test-cuda: $(VENV)/.dev
 	@echo "Running the tests of csrc/cuda ..."
-	@$(BIN)/python -m pytest tests/cuda -n 2 $(ARGS)
+	@EK_REQUIRE_CUDA=$(if $(NVCC),1) $(BIN)/python -m pytest tests/cuda -n 2 $(ARGS)
 
 # With the environment's Triton, or with another version of it.
 TRITON ?=

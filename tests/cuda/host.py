@@ -37,12 +37,17 @@ class Mutant(NamedTuple):
     new: str
 
 
+def skip(why: str) -> None:
+    """Skips the test, or fails it where nvcc has been found, so that nothing may be missing."""
+    (pytest.fail if os.environ.get("EK_REQUIRE_CUDA") == "1" else pytest.skip)(why)
+
+
 @functools.cache
 def toolkit() -> Path:
     """The include folder of the CUDA toolkit, whose headers CuTe's need; skips without nvcc."""
     nvcc = os.environ.get("CUDACXX") or shutil.which("nvcc")
     if nvcc is None:
-        pytest.skip("CuTe's headers need those of the CUDA toolkit, and PATH has no nvcc")
+        skip("CuTe's headers need those of the CUDA toolkit, and PATH has no nvcc")
     # It may be a script that calls another.
     says = subprocess.run(
         [nvcc, "--dryrun", "-x", "cu", "-c", os.devnull], capture_output=True, text=True
@@ -57,7 +62,7 @@ def cutlass() -> Path:
     """The include folder of CUTLASS: EK_CUTLASS_DIR, or that of the installed wheel."""
     named = os.environ.get("EK_CUTLASS_DIR")
     if named is None:
-        pytest.skip("EK_CUTLASS_DIR does not say where CUTLASS's headers are")
+        skip("EK_CUTLASS_DIR does not say where CUTLASS's headers are")
     return Path(named)
 
 

@@ -4,7 +4,7 @@ import pytest
 
 pytest.importorskip("triton")
 
-from tests.cuda import machine_code
+from tests.cuda import host, machine_code
 from tests.cuda.machine_code import WANTED, Kernel
 
 HEADS = {
@@ -36,7 +36,7 @@ LINES = {
 def kernels():
     path, why = machine_code.module()
     if path is None:
-        pytest.skip(why)
+        host.skip(why)
     return list(machine_code.kernels(path))
 
 
