@@ -23,9 +23,9 @@ ARCHITECTURES = ("80", "90a", "100a")
 
 def check_choices() -> None:
     """Raises ValueError for what the environment says and cannot be."""
-    wanted()
-    cutlass()
-    named_architectures()
+    if wanted() is not False:
+        cutlass()
+        named_architectures()
 
 
 def wanted() -> bool | None:
