@@ -40,11 +40,10 @@ class RowTile {
     }
     int64_t const target = target_ - first;
     if (target >= 0 && target < kChunk) {
-      int const column = int(target);
-      float found = z[0];
 #pragma unroll
-      for (int j = 1; j < kChunk; ++j) found = j == column ? z[j] : found;
-      out_.target_logit[row_] = found;
+      for (int j = 0; j < kChunk; ++j) {
+        if (j == target) out_.target_logit[row_] = z[j];
+      }
     }
     if (columns < kChunk) {
       // Neither the largest, nor in any sum.
