@@ -115,7 +115,7 @@ struct Grid {
   float logit(int row, int v) const {
     float x = z[size_t(row) * what.vocabulary + v];
     if (what.bias) x += ek::bf16_at(bias.data(), v);
-    return ek::capped(x, head.softcap);
+    return what.softcap ? ek::capped(x, head.softcap) : x;
   }
 
   void check_row(int row, int split) const {

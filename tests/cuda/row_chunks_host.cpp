@@ -2,7 +2,6 @@
 #include <cstdio>
 #include <vector>
 
-#define SIMT_CUDA_HEADERS
 #include "row_chunks.h"
 
 using namespace cute;
