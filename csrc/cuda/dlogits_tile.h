@@ -82,9 +82,13 @@ EK_DEVICE void store_columns(uint16_t* to, uint32_t const (&word)[4], int count)
     *reinterpret_cast<uint4*>(to) = make_uint4(word[0], word[1], word[2], word[3]);
     return;
   }
-  CUTE_UNROLL
-  for (int k = 0; k < kStored; ++k) {
-    if (k < count) to[k] = uint16_t(word[k / 2] >> k % 2 * 16);
+  // A loop, for it stands in the code as often as the store above.
+  uint64_t low = uint64_t(word[1]) << 32 | word[0], high = uint64_t(word[3]) << 32 | word[2];
+  CUTE_NO_UNROLL
+  for (int k = 0; k < count; ++k) {
+    to[k] = uint16_t(low);
+    low = low >> 16 | high << 48;
+    high >>= 16;
   }
 }
 

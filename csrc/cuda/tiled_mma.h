@@ -33,7 +33,7 @@ struct Sm90Tile<128> {
 // Blocks of rows in a cluster: they share the weight's tile.
 using Sm90Cluster = cute::Shape<cute::_2, cute::_1, cute::_1>;
 
-// Ampere and Ada: four by two warps of 32 x 64 each. Of each 64 columns a warp has 32 neighbours,
+// Ampere and Ada: four by two warps of 32 x 64 each. A warp has 32 neighbouring columns of each 64,
 // which it stores as whole sectors.
 struct Sm80Tile {
   using Shape = cute::Shape<cute::_128, cute::_128, cute::_64>;

@@ -36,7 +36,7 @@ MUTANTS = (
     Mutant("a partial past the chunk", TEXT, "if (column >= start_column + columns) return;", ""),
     Mutant("rows past the end", TEXT, "if (row[h].inside) store", "store"),
     Mutant("columns past the chunk", TEXT, "if (count >= kStored) {", "if (true) {"),
-    Mutant("one column past the chunk", TEXT, "if (k < count) to[k]", "if (k <= count) to[k]"),
+    Mutant("one column past the chunk", TEXT, "k < count; ++k", "k <= count; ++k"),
     Mutant(
         "pairs in the other order",
         TEXT,
