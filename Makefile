@@ -126,21 +126,17 @@ sanitize: $(VENV)/.dev
 		{ echo "$(CXX) has no $(file); CXX=g++ on Linux is wanted" >&2; exit 1; };)
 	@echo "Building with AddressSanitizer and UndefinedBehaviorSanitizer ..."
 	@mkdir -p $(SANITIZED)
-	@PATH="$(abspath $(BIN)):$$PATH" cmake -G Ninja -S . -B $(SANITIZED)/cpp -DEK_SANITIZE=ON \
-		-DEK_CPP_TESTS=ON -DCMAKE_BUILD_TYPE=RelWithDebInfo -DCMAKE_CXX_COMPILER=$(CXX) \
-		> $(SANITIZED)/configure-cpp.log
-	@MAKEFLAGS= PATH="$(abspath $(BIN)):$$PATH" cmake --build $(SANITIZED)/cpp
-	@UBSAN_OPTIONS=print_stacktrace=1 $(SANITIZED)/cpp/cpu_tests
-	@rm -rf $(SANITIZED)/tree
-	@mkdir -p $(SANITIZED)/tree
-	@cp -R entropy_kernels tests pyproject.toml $(SANITIZED)/tree
-	@rm -f $(SANITIZED)/tree/entropy_kernels/*.so
 	@PATH="$(abspath $(BIN)):$$PATH" cmake -G Ninja -S . -B $(SANITIZED)/cmake -DEK_SANITIZE=ON \
-		-DCMAKE_BUILD_TYPE=RelWithDebInfo -DCMAKE_CXX_COMPILER=$(CXX) \
+		-DEK_CPP_TESTS=ON -DCMAKE_BUILD_TYPE=RelWithDebInfo -DCMAKE_CXX_COMPILER=$(CXX) \
 		-DCMAKE_LIBRARY_OUTPUT_DIRECTORY=$(SANITIZED)/lib \
 		-DPython_EXECUTABLE=$(abspath $(BIN))/python \
 		-Dpybind11_DIR=$$($(BIN)/python -m pybind11 --cmakedir) > $(SANITIZED)/configure.log
 	@MAKEFLAGS= PATH="$(abspath $(BIN)):$$PATH" cmake --build $(SANITIZED)/cmake
+	@UBSAN_OPTIONS=print_stacktrace=1 $(SANITIZED)/cmake/cpu_tests
+	@rm -rf $(SANITIZED)/tree
+	@mkdir -p $(SANITIZED)/tree
+	@cp -R entropy_kernels tests pyproject.toml $(SANITIZED)/tree
+	@rm -f $(SANITIZED)/tree/entropy_kernels/*.so
 	@cp $(SANITIZED)/lib/_cpu*.so $(SANITIZED)/tree/entropy_kernels
 	@echo "Running the tests of csrc/ under them ..."
 	@cd $(SANITIZED)/tree && LD_PRELOAD="$(RUNTIMES)" EK_REQUIRE_NATIVE=1 EK_TEST_IMPLS=cpu \
