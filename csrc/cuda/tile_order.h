@@ -39,12 +39,12 @@ struct TileOrder {
 
   // The row block and the split of a unit, for the block of threads with this rank in its cluster.
   EK_HD void find(int64_t unit, int rank, int& block, int& split) const {
-    int const group = kGroup / cluster;
-    int const per_group = group * splits;
-    int const first = int(unit / per_group) * group;
-    int const within = int(unit % per_group);
+    // As there are fewer than 2^31 tiles: a division of 64 bits takes a hundred instructions.
+    unsigned const group = kGroup / cluster, per_group = group * splits;
+    int const first = int(unsigned(unit) / per_group * group);
+    int const within = int(unsigned(unit) % per_group);
     int const left = clusters - first;
-    int const size = left < group ? left : group;
+    int const size = left < int(group) ? left : int(group);
     block = first_block + (first + within % size) * cluster + rank;
     split = within / size;
   }

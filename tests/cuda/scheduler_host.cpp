@@ -32,65 +32,76 @@ void note(Tiles& tiles, Work const& work) {
   tiles.emplace_back(work.M_idx, work.N_idx);
 }
 
+// What the roles of a block see, each with a scheduler of its own.
+struct Seen {
+  Tiles produced, cooperative, group[2];
+
+  // The warpgroups of pingpong take turns.
+  Tiles pingpong() const {
+    Tiles both;
+    for (size_t i = 0; i < group[0].size() + group[1].size(); ++i) {
+      expect(i / 2 < group[i % 2].size(), "warpgroups take turns");
+      if (i / 2 < group[i % 2].size()) both.push_back(group[i % 2][i / 2]);
+    }
+    return both;
+  }
+};
+
+template <class Scheduler, class Params>
+void walk(Params const& params, Seen& seen) {
+  // `step` tiles at a time, as the producer and pingpong's consumers go; 0: as cooperative ones.
+  auto const tiles = [&](int skip, int step) {
+    Tiles found;
+    Scheduler scheduler{params};
+    if (skip) scheduler.advance_to_next_work(skip);
+    auto work = scheduler.initial_work_tile_info(ek::Sm90Cluster{});
+    while (work.is_valid()) {
+      note<Scheduler>(found, work);
+      if (step == 0) {
+        auto [next, _] = scheduler.fetch_next_work(work, 0, 0);
+        work = next;
+      } else {
+        scheduler.advance_to_next_work(step);
+        work = scheduler.get_current_work();
+      }
+    }
+    return found;
+  };
+  seen = {tiles(0, 1), tiles(0, 0), {tiles(0, 2), tiles(1, 2)}};
+}
+
+// How often each tile is taken, by blocks of which two make a cluster.
+std::map<std::pair<int, int>, int> times_of(std::vector<Seen> const& seen) {
+  std::map<std::pair<int, int>, int> times;
+  for (size_t block = 0; block < seen.size(); ++block) {
+    Tiles const& mine = seen[block].produced;
+    Tiles const& leader = seen[block / 2 * 2].produced;
+    expect(mine == seen[block].cooperative, "cooperative consumers see the producer's tiles");
+    expect(mine == seen[block].pingpong(), "pingpong consumers see the producer's tiles");
+    expect(mine.size() == leader.size(), "a cluster's blocks end together");
+    for (size_t i = 0; i < mine.size(); ++i) {
+      expect(mine[i] == std::pair(leader[i].first + int(block % 2), leader[i].second),
+             "a cluster's blocks share the weight's tile");
+      ++times[mine[i]];
+    }
+  }
+  return times;
+}
+
 template <int kColumns>
 void check(int rows, int first, int number, int vocabulary, int clusters) {
   using Tile = typename ek::Sm90Tile<kColumns>::Shape;
   using Scheduler = ek::RowRangeSchedulerSm90<Tile, ek::Sm90Cluster>;
   typename Scheduler::Arguments arguments{};
   arguments.range = {&first, &number, rows};
-  auto const problem = cute::make_shape(rows, vocabulary, 64, 1);
   auto const params = Scheduler::to_underlying_arguments(
-      problem, Tile{}, ek::Sm90Cluster{}, cutlass::KernelHardwareInfo{}, arguments, nullptr, 1u);
-  std::vector<Tiles> produced(2 * clusters), cooperative(2 * clusters), pingpong(2 * clusters);
+      cute::make_shape(rows, vocabulary, 64, 1), Tile{}, ek::Sm90Cluster{},
+      cutlass::KernelHardwareInfo{}, arguments, nullptr, 1u);
+  std::vector<Seen> seen(2 * clusters);
   simt::launch(dim3(2 * clusters), dim3(32), 0, [&] {
-    if (threadIdx.x != 0) return;
-    int const block = blockIdx.x;
-    {
-      Scheduler scheduler{params};
-      auto work = scheduler.initial_work_tile_info(ek::Sm90Cluster{});
-      while (work.is_valid()) {
-        note<Scheduler>(produced[block], work);
-        scheduler.advance_to_next_work();
-        work = scheduler.get_current_work();
-      }
-    }
-    {
-      Scheduler scheduler{params};
-      auto work = scheduler.initial_work_tile_info(ek::Sm90Cluster{});
-      while (work.is_valid()) {
-        note<Scheduler>(cooperative[block], work);
-        auto [next, _] = scheduler.fetch_next_work(work, 0, 0);
-        work = next;
-      }
-    }
-    Tiles of[2];
-    for (int group = 0; group < 2; ++group) {
-      Scheduler scheduler{params};
-      if (group == 1) scheduler.advance_to_next_work();
-      auto work = scheduler.initial_work_tile_info(ek::Sm90Cluster{});
-      while (work.is_valid()) {
-        note<Scheduler>(of[group], work);
-        scheduler.advance_to_next_work(2);
-        work = scheduler.get_current_work();
-      }
-    }
-    for (size_t i = 0; i < of[0].size() + of[1].size(); ++i) {
-      expect(i / 2 < of[i % 2].size(), "warpgroups take turns");
-      if (i / 2 < of[i % 2].size()) pingpong[block].push_back(of[i % 2][i / 2]);
-    }
+    if (threadIdx.x == 0) walk<Scheduler>(params, seen[blockIdx.x]);
   });
-  std::map<std::pair<int, int>, int> times;
-  for (int block = 0; block < 2 * clusters; ++block) {
-    expect(produced[block] == cooperative[block], "cooperative consumers see the producer's tiles");
-    expect(produced[block] == pingpong[block], "pingpong consumers see the producer's tiles");
-    Tiles const& leader = produced[block / 2 * 2];
-    expect(produced[block].size() == leader.size(), "a cluster's blocks end together");
-    for (size_t i = 0; i < produced[block].size(); ++i) {
-      expect(produced[block][i] == std::pair(leader[i].first + block % 2, leader[i].second),
-             "a cluster's blocks share the weight's tile");
-      ++times[produced[block][i]];
-    }
-  }
+  auto times = times_of(seen);
   int const end = number < rows ? number : rows;
   int wanted = 0;
   for (int row = first; row < end; row += 128)

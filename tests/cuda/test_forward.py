@@ -125,8 +125,8 @@ MUTANTS = {
         host.Mutant(
             "the last group as large as the others",
             "tile_order.h",
-            "int const size = left < group ? left : group;",
-            "int const size = group;",
+            "left < int(group) ? left : int(group)",
+            "int(group)",
         ),
         host.Mutant(
             "the last cluster forgotten",
@@ -139,6 +139,20 @@ MUTANTS = {
             "tile_order.h",
             "*number < rows ? *number : rows",
             "*number",
+        ),
+    ],
+    SCHEDULER: [
+        host.Mutant(
+            "warpgroups that take the same tiles",
+            "scheduler.h",
+            "unit_ += int64_t(step_) * count;",
+            "unit_ += step_;",
+        ),
+        host.Mutant(
+            "a cluster's blocks with the same rows",
+            "scheduler.h",
+            "int(blockIdx.x % kCluster)",
+            "0",
         ),
     ],
     SMALL: [
@@ -214,7 +228,9 @@ BARRIERS = [
     ids=lambda value: getattr(value, "name", ""),
 )
 def test_mutants(tmp_path, source, mutant):
-    assert host.failure(host.build(tmp_path, [source], cute=source == SMALL, mutant=mutant))
+    options = PERMISSIVE if source == SCHEDULER else ()
+    cute = source in (SCHEDULER, SMALL)
+    assert host.failure(host.build(tmp_path, [source], cute=cute, mutant=mutant, options=options))
 
 
 @pytest.mark.parametrize("mutant", BARRIERS, ids=lambda mutant: mutant.name)

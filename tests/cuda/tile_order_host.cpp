@@ -65,7 +65,7 @@ int main() {
       for (int const first : {-1, 0, 256, 2304})
         for (int const cluster : {1, 2})
           for (int const splits : {1, 2, 37}) check(rows, first, number, cluster, splits);
-  // Units of the largest grids are counted in 64 bits.
+  // The largest grid has almost 2^31 tiles.
   int const number = 1 << 30;
   ek::TileOrder const order({nullptr, &number, number}, kRows, 2, 255);
   int block, split;
