@@ -103,9 +103,9 @@ void refuse_matrices() {
   refuses("weight must be an address; got 0", [](Call& c) { c.head.weight = nullptr; });
   refuses("the stride of hidden must be divisible by 8; got 76",
           [](Call& c) { c.head.stride_hidden = 76; });
-  refuses("the stride of weight must be from the depth 72 up to 2^39; got 64",
+  refuses("the stride of weight must be from its 72 columns up to 2^39; got 64",
           [](Call& c) { c.head.stride_weight = 64; });
-  refuses("the stride of weight must be from the depth 72 up to 2^39; got 549755813888",
+  refuses("the stride of weight must be from its 72 columns up to 2^39; got 549755813888",
           [](Call& c) { c.head.stride_weight = int64_t(1) << 39; });
   refuses("the depth must be divisible by 8, and not 0; got 0", [](Call& c) { c.head.depth = 0; });
   refuses("the depth must be divisible by 8, and not 0; got 68",
