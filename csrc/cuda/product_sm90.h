@@ -71,10 +71,12 @@ struct ProductSm90 {
                           cute::ceil_div(columns, cute::size<1>(Shape{}));
     int64_t const clusters = std::min<int64_t>(std::max(processors / kCluster, 1), units);
     void* kernel_params[] = {&params};
-    check(cutlass::ClusterLauncher::launch(
-              dim3(unsigned(clusters * kCluster)), dim3(kCluster), Kernel::get_block_shape(),
-              Kernel::SharedStorageSize, static_cast<cudaStream_t>(stream), kernel, kernel_params),
-          what);
+    auto const status = cutlass::ClusterLauncher::launch(
+        dim3(unsigned(clusters * kCluster)), dim3(kCluster), Kernel::get_block_shape(),
+        Kernel::SharedStorageSize, static_cast<cudaStream_t>(stream), kernel, kernel_params);
+    // CUTLASS's status hides CUDA's error, which would then be taken for the next launch's.
+    if (status != cutlass::Status::kSuccess) check(cudaGetLastError(), what);
+    check(status, what);
   }
 };
 
