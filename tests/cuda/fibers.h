@@ -65,7 +65,7 @@ struct Block {
   dim3 grid, size, index;
   unsigned number = 0, threads = 0, left = 0;
   std::unique_ptr<Thread[]> thread;
-  std::unique_ptr<Meeting[]> warp;  // per lane: the lowest of a mask
+  std::unique_ptr<Meeting[]> lanes;  // kWarp of each warp: one per mask in use
   Meeting barrier;
   std::map<void const*, unsigned char*> shared;  // by the place that declares it
   unsigned char* dynamic = nullptr;
@@ -181,12 +181,20 @@ SIMT_UNSEEN inline void meet_block(char const* where) {
   meet(block->barrier, where, 0, block->threads, 0, true);
 }
 
+// Where lanes of this mask met last, or a place that no mask needs any more.
+SIMT_UNSEEN inline Meeting& meeting_of(Meeting* warp, unsigned mask) {
+  for (unsigned i = 0; i < kWarp; ++i)
+    if (warp[i].mask == mask || warp[i].mask == 0) return warp[i];
+  for (unsigned i = 0;; ++i)  // there are fewer open ones than lanes, each of which waits at one
+    if (warp[i].arrived == 0) return warp[i];
+}
+
 // The same for the lanes of a mask; now->met of the others is all ones.
 SIMT_UNSEEN inline void meet_lanes(char const* where, unsigned mask, uint64_t value, bool ordered) {
   Unseen const unseen;
   unsigned const lane = now->rank % kWarp;
   if (!(mask >> lane & 1)) fail("%s: lane %u is not in its own mask %08x", where, lane, mask);
-  Meeting& m = block->warp[now->rank - lane + unsigned(__builtin_ctz(mask))];
+  Meeting& m = meeting_of(&block->lanes[now->rank - lane], mask);
   if (!m.arrived) std::memset(m.value, 0xff, sizeof m.value);
   meet(m, where, mask, unsigned(__builtin_popcount(mask)), value, ordered);
 }
@@ -285,7 +293,7 @@ SIMT_UNSEEN void launch(dim3 grid, dim3 size, size_t dynamic, Body body) {
     b.grid = grid, b.size = size, b.number = number, b.threads = b.left = threads;
     b.index = dim3(number % grid.x, number / grid.x % grid.y, number / grid.x / grid.y);
     b.thread = std::make_unique<Thread[]>(threads);
-    b.warp = std::make_unique<Meeting[]>(threads);
+    b.lanes = std::make_unique<Meeting[]>(threads);
     b.dynamic = new_shared(dynamic);
     b.run = [](void* f) { (*static_cast<Body*>(f))(); };
     b.body = &body;

@@ -143,11 +143,15 @@ def run(program: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def failure(program: Path, *arguments: str) -> str:
-    """How a program of `build` failed: "value", "sanitizer" or "hang", and "" where it did not.
+    """How a program of `build` fails: see `how_failed`."""
+    return how_failed(run(program, *arguments))
+
+
+def how_failed(done: subprocess.CompletedProcess[str]) -> str:
+    """How a program failed: "value", "sanitizer" or "hang", and "" where it did not.
 
     A program says by its exit status 1 that a value is wrong.
     """
-    done = run(program, *arguments)
     said = done.stdout + done.stderr
     if "Sanitizer" in said or "runtime error:" in said:
         return "sanitizer"

@@ -160,7 +160,7 @@ constexpr int warpSize = 32;
 #define SIMT_TEXT(x) SIMT_TEXT_OF(x)
 #define SIMT_HERE(name) __FILE__ ":" SIMT_TEXT(__LINE__) " " name
 #define __syncthreads() ::simt::meet_block(SIMT_HERE("__syncthreads"))
-#define __syncwarp(...) ::simt::sync_warp(SIMT_HERE("__syncwarp"), ##__VA_ARGS__)
+#define __syncwarp(...) ::simt::sync_warp(SIMT_HERE("__syncwarp") __VA_OPT__(, ) __VA_ARGS__)
 #define __shfl_sync(...) ::simt::shuffle_index(SIMT_HERE("__shfl_sync"), __VA_ARGS__)
 #define __shfl_xor_sync(...) ::simt::shuffle_xor(SIMT_HERE("__shfl_xor_sync"), __VA_ARGS__)
 #define __shfl_up_sync(...) ::simt::shuffle_up(SIMT_HERE("__shfl_up_sync"), __VA_ARGS__)
