@@ -28,7 +28,7 @@ from . import (
 )
 from . import device as gpu
 from ._bench import command
-from ._cuda_kernels import module
+from ._cuda_kernels import module as cuda
 from .testing import mend_interpreter, peaked_head
 from .verification import first_use
 
@@ -94,7 +94,7 @@ def main(arguments: list[str] | None = None) -> int:
     for line in _instruction_sets():
         print(f"  {line}")
     last = torch.device(devices[-1])
-    print(f"  CUDA kernels: {module.state()}")
+    print(f"  CUDA kernels: {cuda.state()}")
     print(f"  Triton kernels: {backends.why_not('triton', last) or _triton_state(last)}")
     return int(failed > 0)
 

@@ -11,6 +11,7 @@ import pytest
 import entropy_kernels as ek
 from entropy_kernels import __main__ as main
 from entropy_kernels import _native, backends, reference
+from entropy_kernels._cuda_kernels import module as cuda
 from entropy_kernels.testing import peaked_head
 from tests.processes import forkserver
 
@@ -77,6 +78,7 @@ def test_every_backend_is_checked(capsys):
     assert "top_entropy_mask on cpu: ok" in printed
     assert f"entropy_kernels {ek.__version__}" in printed
     assert "compiled CPU kernels: " + (_native.why_missing("cpu") or "loaded") in printed
+    assert f"CUDA kernels: {cuda.state()}\n" in printed
 
 
 def test_a_wrong_result_fails(capsys, monkeypatch):
