@@ -82,8 +82,11 @@ class CMakeBuild(build_ext):
         arguments = [f"-D{name}={value}" for name, value in definitions.items()]
         # --fresh, since the cmake and ninja of an isolated build are gone by the next one
         configure = ["cmake", "--fresh", "-G", "Ninja", "-S", str(ROOT), "-B", str(build)]
-        subprocess.run(configure + arguments, check=True)
-        subprocess.run(["cmake", "--build", str(build), "--target", target], check=True)
+        compile = ["cmake", "--build", str(build), "--target", target]
+        for command in (configure + arguments, compile):
+            if subprocess.run(command).returncode != 0:
+                without = "; EK_CUDA=0 leaves it out" if target == "_cuda" else ""
+                sys.exit(f"{ext.name} does not compile here, see above{without}")
 
     def copy_extensions_to_source(self) -> None:
         """Copies what this build made, and removes what an earlier one made."""

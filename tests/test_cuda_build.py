@@ -282,6 +282,7 @@ def test_a_kernel_that_spills_ends_the_build(project):
     source.write_text("")
     assert "Registers are spilled to local memory in function '_Z6spillsPf'" in printed
     assert "Refused: " in printed
+    assert "entropy_kernels._cuda does not compile here, see above; EK_CUDA=0 leaves it" in printed
 
 
 @needs_nvcc
