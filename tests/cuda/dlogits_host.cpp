@@ -247,7 +247,6 @@ void check(Case const& of, int cluster) {
 template <class Tile>
 void check_layout(int neighbours) {
   using L = Layout<Tile>;
-  std::vector<int> owners(L::kRows * L::kColumns);
   for (int thread = 0; thread < L::kThreads; ++thread) {
     auto const c = ek::coordinates(typename L::Shape{}, typename L::Mma{}, thread);
     int const lane = thread % 32;
@@ -266,11 +265,8 @@ void check_layout(int neighbours) {
         int const before = cute::get<1>(c(0, j - k + k / 2 / neighbours * neighbours * 2));
         if (column / 8 != before / 8 + k / 2 % neighbours)
           say("thread %d, column %d of its view: is %d of the tile", thread, j, column);
-        ++owners[row * L::kColumns + column];
       }
   }
-  for (int owner : owners)
-    if (owner != 1) say("an element has %d threads", owner);
 }
 
 template <class Tile>

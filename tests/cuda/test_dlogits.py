@@ -6,8 +6,15 @@ from tests.cuda import host
 from tests.cuda.host import Mutant
 
 SOURCE = host.HERE / "dlogits_host.cpp"
+CHECKS = host.HERE / "dlogits_checks_host.cpp"
 TEXT = "dlogits_tile.h"
 MUTANTS = (
+    Mutant(
+        "a warp's columns apart",
+        "tiled_mma.h",
+        "_1, cute::_32, cute::_8",
+        "_1, cute::_8, cute::_16",
+    ),
     Mutant("half an exchange", TEXT, "bit < 4; bit *= 2", "bit < 2; bit *= 2"),
     Mutant(
         "lanes send what they keep",
@@ -57,7 +64,13 @@ def test_whole_grids_have_the_gradient_of_fp64(tmp_path, sanitizer):
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+def test_what_no_kernel_can_write_is_refused(tmp_path):
+    done = host.run(host.build(tmp_path, [CHECKS], cute=True))
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)
 def test_a_broken_kernel_has_wrong_values(tmp_path, mutant):
-    program = host.build(tmp_path, [SOURCE], cute=True, mutant=mutant, options=["-DEK_ONE_TILE"])
+    options = ["-DEK_ONE_TILE"] if mutant.file == TEXT else []
+    program = host.build(tmp_path, [SOURCE], cute=True, mutant=mutant, options=options)
     assert host.failure(program) == "value"
