@@ -42,7 +42,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--verify",
         action="store_true",
-        help='checks every Triton kernel on each GPU and keeps the answers for impl="auto"',
+        help='checks every kernel on each GPU and keeps the answers for impl="auto"',
     )
     command.add_options(parser)
     options = parser.parse_args(arguments)
@@ -76,7 +76,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     checks: dict[str, Callable[[], str]] = {}
     for device in devices:
-        for impl in ("torch", "cpu", "triton"):
+        for impl in ("torch", "cpu", "triton", "cuda"):
             if backends.why_not(impl, torch.device(device)) is not None:
                 continue
             name = f"linear_logprob_entropy, {impl} on {device}"
@@ -169,23 +169,26 @@ def _version(name: str) -> str:
 
 def _check_head(impl: str, device: str) -> str:
     """Outputs and gradients of a peaked head against fp64; empty if all is well."""
-    hidden, weight, target = (x.to(device) for x in peaked_head(96, 48, 2500))
+    # The kernels of csrc/cuda take no other dtype, and round gradients to it.
+    ours = torch.bfloat16 if impl == "cuda" else torch.float32
+    hidden, weight, target = (x.to(device) for x in peaked_head(96, 48, 2500, dtype=ours))
     torch.manual_seed(0)
     grads = (torch.randn(3, 96) * (torch.rand(96) < 0.2)).to(device)
     found = []
-    for dtype in (torch.float32, torch.float64):
+    for dtype in (ours, torch.float64):
         h, w = (x.detach().to(dtype).requires_grad_() for x in (hidden, weight))
         if dtype == torch.float64:
             outputs = list(reference.linear_logprob_entropy(Head(h, w, target)))
         else:
             outputs = list(linear_logprob_entropy(Head(h, w, target), impl=impl)[:3])
-        torch.autograd.backward(outputs, list(grads.to(dtype)))
+        torch.autograd.backward(outputs, list(grads.to(outputs[0].dtype)))
         found.append([*(x.detach() for x in outputs), h.grad, w.grad])
     for name, got, want in zip(
         ("logprob", "entropy", "logsumexp", "dh", "dW"), *found, strict=True
     ):
         error = float((got - want).abs().max() / want.abs().max())
-        if not error < 1e-5:
+        rounded = name in ("dh", "dW") and ours == torch.bfloat16
+        if not error < (1e-2 if rounded else 1e-5):
             return f"FAILED: {name} is off by {error:.1e} of its largest value"
     return ""
 

@@ -94,9 +94,9 @@ def ratio_loss(
         entropy: the entropy of each token, with gradient, from `linear_logprob_entropy`.
         entropy_bonus: the coefficient of `entropy`: `EntropyBonus`.
         parallel: the ranks that share the batch or its sequences: `Parallel`.
-        impl: the clipped ratio's kernel. "cpu", compiled, takes fp32 on a CPU; "triton" fp32 on a
-            GPU; "torch" any device. "auto" takes the kernel that fits, and Triton's only on a kind
-            of GPU where it was found to be right.
+        impl: the clipped ratio's kernel. "cpu", compiled, takes fp32 on a CPU; "triton" and
+            "cuda" fp32 on a GPU; "torch" any device. "auto" takes the kernel that fits, and a GPU's
+            only on a kind of GPU where it was found to be right.
 
     Returns:
         The loss and its metrics, 0-dim tensors without gradient. Means are over selected tokens.

@@ -17,9 +17,11 @@ from benchmarks.gpu.contestant import Contestant, relative_error
 from benchmarks.gpu.problem import make_problem
 from benchmarks.gpu.rows import LostError, OutOfTimeError, Rows
 from benchmarks.gpu.setting import Setting
+from entropy_kernels import backends
 from entropy_kernels._triton.common import tiles
 from entropy_kernels._triton.common.tiles import ANY, Key, Tile
 from entropy_kernels.verification import head_runs
+from tests import cuda_extension
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
@@ -216,3 +218,26 @@ def test_chunk_of_trl_is_its_own():
 @pytest.mark.parametrize("name", ["stored_rows", "selection", "ratio_loss"])
 def test_one_launch_for_tools_that_watch_a_process(name):
     one_launch.main(name, "small", "cpu")
+
+
+def test_csrc_is_checked_and_timed_after_the_others(rows, monkeypatch):
+    cuda_extension.install(monkeypatch, cuda_extension.Extension())
+    monkeypatch.setattr(backends, "available", lambda: ("torch", "cpu", "triton", "cuda"))
+    monkeypatch.setattr(tiles.device, "has_warp_specialization", lambda arch: True)
+    groups = [*correctness.groups("sm_90", quick=False)]
+    assert [group.name.split()[0] for group in groups][-4:] == [
+        *("cutlass", "cutlass", "tokens", "tma_ws")
+    ]
+    found = {(group.forward, group.dlogits) for group in groups if "cutlass" in group.name}
+    assert found == {
+        (Tile("cutlass", 128, columns, 64, 12, 4), Tile("cutlass", 128, 256, 64, 12, 4))
+        for columns in (128, 256)
+    }
+    held = []
+    monkeypatch.setattr(steps, "measure", lambda *given: held.extend(given[-1]))
+    job = {"group": "base", "tokens": 8, "hidden": 16, "vocabulary": 32, "quick": True}
+    steps.run(rows, job)
+    names = [one.name for one in held]
+    ours_last = [name for name in names if name.startswith("cuda-")]
+    assert names[-len(ours_last) :] == ours_last
+    assert ours_last == [f"cuda-{way}" for way in ("0.2", "threshold", "known", "forward")]

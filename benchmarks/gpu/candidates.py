@@ -4,7 +4,11 @@ At most a dozen per op: forty seconds have to hold them all. A warp-specialised 
 block of columns: a loop over blocks becomes an empty kernel there.
 """
 
-from entropy_kernels._triton.common import tiles
+import itertools
+
+import torch
+
+from entropy_kernels._triton.common import cutlass, tiles
 from entropy_kernels._triton.common.tiles import Tile
 
 HOPPER = (
@@ -69,12 +73,15 @@ def forward_store(arch: str) -> tuple[Tile, ...]:
 def pairs(arch: str, quick: bool) -> list[tuple[Tile | None, Tile | None]]:
     """(forward, dlogits) for correctness: the table's own choice, then one tile a variant.
 
-    The tuner checks every other tile on its own before it is timed.
+    The tuner checks every other tile on its own before it is timed. Those of csrc/cuda are all
+    here.
     """
     found: list[tuple[Tile | None, Tile | None]] = [(None, None)]
     gradients = _one_a_variant(dlogits(arch))
     for number, tile in enumerate(_one_a_variant(forward(arch))):
         found.append((tile, gradients[number % len(gradients)]))
+    of_dlogits = itertools.cycle(_of_csrc("dlogits", arch) or [None])
+    found += zip(_of_csrc("forward", arch), of_dlogits, strict=False)
     return found[1:3] if quick else found
 
 
@@ -84,6 +91,15 @@ def name(tile: Tile | None) -> str:
         return "the table's"
     blocks = f"{tile.block_t}x{tile.block_v}x{tile.block_d}"
     return f"{tile.variant} {blocks} w{tile.num_warps} s{tile.num_stages} g{tile.group_t}"
+
+
+def _of_csrc(op: str, arch: str) -> list[Tile]:
+    """The tiles of every hidden size; none where no kernel of csrc/cuda was built for it."""
+    found: list[Tile] = []
+    for hidden in (1024, tiles.ANY):
+        usable = cutlass.variants(op, arch, torch.bfloat16, 1024)
+        found += cutlass.row(op, arch, torch.bfloat16, hidden, tiles.ANY, usable)
+    return list(dict.fromkeys(found))
 
 
 def _one_a_variant(found: tuple[Tile, ...]) -> list[Tile]:

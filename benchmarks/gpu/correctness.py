@@ -14,6 +14,7 @@ import torch
 from benchmarks.gpu import candidates, ours
 from benchmarks.gpu.rows import Row, Rows, is_fatal, reason
 from benchmarks.gpu.setting import setting_of
+from entropy_kernels import backends
 from entropy_kernels._triton.common import tiles
 from entropy_kernels._triton.common.tiles import Tile
 from entropy_kernels.verification import head_cases, offset_cases, token_cases
@@ -42,13 +43,16 @@ def groups(architecture: str, quick: bool) -> Iterator[Group]:
     if ours.has_triton():
         pairs = candidates.pairs(architecture, quick)
         first, *others = pairs
-        others.sort(key=lambda pair: pair[0].variant == "tma_ws")
+        last = [pair for pair in others if pair[0].variant == "tma_ws"]
         dtypes = ("float32",) if quick else DTYPES
         yield _head_group(first, dtypes[0])
         yield _head_group(first, dtypes[0], large=True)
         yield from (Group(f"tokens {impl}", "", impl=impl) for impl in ("triton", "torch"))
         yield from (_head_group(first, dtype) for dtype in dtypes[1:])
-        yield from (_head_group(pair, dtypes[0]) for pair in others)
+        yield from (_head_group(pair, dtypes[0]) for pair in others if pair not in last)
+        if "cuda" in backends.available():
+            yield Group("tokens cuda", "", impl="cuda")
+        yield from (_head_group(pair, dtypes[0]) for pair in last)
     else:
         yield Group("tokens torch", "", impl="torch")
 

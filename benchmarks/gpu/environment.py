@@ -16,7 +16,7 @@ from entropy_kernels._bench.machine import processor
 PEERS = ("trl", "liger-kernel", "cut-cross-entropy", "verl", "nvidia-cutlass-dsl")
 PACKAGES = ("torch", "triton", *PEERS)
 # The files that a result depends on, and those that only say something about results.
-SOURCES = ("entropy_kernels/**/*.py", "benchmarks/gpu/*.py")
+SOURCES = ("entropy_kernels/**/*.py", "csrc/cuda/*", "benchmarks/gpu/*.py")
 PREDICTING = ("predictions", "model", "hardware", "launches", "costs", "assembly")
 NOT_SOURCES = {f"benchmarks/gpu/{name}.py" for name in ("table", "schema", *PREDICTING)}
 QUERY = "driver_version,clocks.sm,clocks.mem,clocks.max.sm,temperature.gpu,power.draw,power.limit"

@@ -59,9 +59,9 @@ def _stored(device: torch.device, tokens: int, vocabulary: int) -> float:
 
 
 def kernels(name: str, problem: Problem) -> tuple[str, ...]:
-    """The Triton kernels that a contestant of ours runs, as correctness.py names them."""
+    """The GPU kernels that a contestant of ours runs, as correctness.py names them."""
     impl, _, way = name.partition("-")
-    if impl != "triton":
+    if impl not in ("triton", "cuda"):
         return ()
     from entropy_kernels._triton.common import choice
     from entropy_kernels._triton.head_backward import launch as backward
@@ -69,10 +69,11 @@ def kernels(name: str, problem: Problem) -> tuple[str, ...]:
 
     head = ek.Head(problem.hidden, problem.weight, problem.target)
     # Logits of rows known beforehand are kept; those above a threshold are stored.
-    keeps, stores = way == "known", way == "threshold"
-    rows = {"forward": forward.preferred(head, keep_logits=keeps, stores_rows=stores)}
+    keeps, stores = way == "known", _stores(impl, way)
+    named = {"keep_logits": keeps, "stores_rows": stores, "impl": impl}
+    rows = {"forward": forward.preferred(head, **named)}
     if way != "forward":
-        rows["dlogits"] = backward.preferred(problem.hidden, head)
+        rows["dlogits"] = backward.preferred(problem.hidden, head, impl)
     options = ("keep_logits",) * keeps + ("stored",) * stores
     dtype, hidden = problem.hidden.dtype, problem.hidden.shape[1]
     found = []
@@ -80,8 +81,13 @@ def kernels(name: str, problem: Problem) -> tuple[str, ...]:
         refused = first_use.refused(op, problem.hidden.device, dtype, hidden, options)
         variant = choice.first(row, refused).variant
         found.append(f"{op} {variant} {str(dtype).removeprefix('torch.')}")
-    selects = ["selection triton"] if way == "0.2" else []
-    return (*found, *selects, *(["ratio_loss triton"] if way != "forward" else []))
+    selects = [f"selection {impl}"] if way == "0.2" else []
+    return (*found, *selects, *([f"ratio_loss {impl}"] if way != "forward" else []))
+
+
+def _stores(impl: str, way: str) -> bool:
+    """Whether forward stores the rows above a threshold, which csrc/cuda does not."""
+    return impl == "triton" and way == "threshold"
 
 
 def implementations(device: torch.device) -> list[str]:
@@ -92,13 +98,14 @@ def implementations(device: torch.device) -> list[str]:
 
 
 def elementwise_implementations(device: torch.device) -> list[str]:
-    """The backends of selection and ratio loss; "auto" takes Triton on recorded GPUs only."""
-    return ["torch", *(["triton"] if backends.why_not("triton", device) is None else [])]
+    """The backends of selection and ratio loss; "auto" takes a GPU's on recorded GPUs only."""
+    names = ("triton", "cuda")
+    return ["torch", *(x for x in names if backends.why_not(x, device, "selection") is None)]
 
 
 def top_entropy_mask(entropy_N: Tensor, mask_N: Tensor | None, impl: str) -> Tensor:
     """The public function, by one implementation."""
-    return selected_by(impl, entropy_N, mask_N, FRACTION)[1]
+    return _radix.select_k_largest(entropy_N, mask_N, FRACTION, None, impl)
 
 
 def selected_by(
@@ -121,7 +128,7 @@ def _loss(problem: Problem, *, impl: str, way: str) -> Results:
         "recomputed": {"threshold": problem.threshold},
         "known": {"selected": problem.selected},
     }
-    with mock.patch.object(backends, "stores_rows", return_value=way == "threshold"):
+    with mock.patch.object(backends, "stores_rows", return_value=_stores(impl, way)):
         loss, _ = ek.high_entropy_policy_loss(
             ek.Head(problem.hidden, problem.weight, problem.target),
             problem.old_logprob,

@@ -16,10 +16,14 @@ from benchmarks.gpu.problem import make_problem
 from benchmarks.gpu.rows import Row, Rows
 from benchmarks.gpu.setting import Setting, setting_of
 
+# Tokens of a step.
+FEW = 32_768
+
 
 def run(rows: Rows, job: Row) -> None:
     setting = setting_of(rows, job)
     _thresholds(setting)
+    _few(setting)
     _graphs(setting)
 
 
@@ -46,6 +50,21 @@ def _selected(setting: Setting, call: Callable[[], Tensor], want: Tensor, k: int
     row = timing.timed(call, setting.device, setting.sizes.rounds)
     count = setting.sizes.entropies
     return row | {"entropies": count, "gb_per_s": 4 * count / row["p50_ms"] / 1e6}
+
+
+def _few(setting: Setting) -> None:
+    """The exact selection of a step's tokens in a CUDA graph, as few launches as it takes."""
+    entropy = torch.rand(min(FEW, setting.sizes.entropies), device=setting.device)
+    for impl in ours.elementwise_implementations(setting.device):
+        select = partial(ours.top_entropy_mask, entropy, None, impl)
+        call = partial(_named, select)
+        entry = Entry(f"selection of a step, {impl}", dict, call, (f"selection {impl}",))
+        row = partial(_replay, setting, entry)
+        setting.rows.measure("threshold", entry.name, row, entropies=entropy.numel())
+
+
+def _named(select: Callable[[], Tensor]) -> dict[str, Tensor]:
+    return {"selected": select()}
 
 
 def _without_waiting(call: Callable[[], Tensor], device: torch.device) -> Tensor:

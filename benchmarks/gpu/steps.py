@@ -19,9 +19,11 @@ def run(rows: Rows, job: Row) -> None:
     tokens, hidden, vocabulary = (job[name] for name in ("tokens", "hidden", "vocabulary"))
     own = ours.contestants(setting.device, tokens, vocabulary)
     if job["group"] == "base":
-        # What is most wanted comes first.
+        # What is most wanted comes first, and what may be wrong last.
         own.sort(key=lambda x: not x.name.startswith("triton"))
-        found = [*own, *peers.baselines(setting.quick)]
+        of_csrc = [x for x in own if x.name.startswith("cuda")]
+        others = [x for x in own if x not in of_csrc]
+        found = [*others, *peers.baselines(setting.quick), *of_csrc]
     else:
         known = {x.name: x for x in [*own, *peers.contestants(setting.quick)]}
         found = [known[name] for name in (OURS, *PEERS[job["group"]]) if name in known]

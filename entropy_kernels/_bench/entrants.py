@@ -23,9 +23,10 @@ def entrants(
     label = "torch.compile of eager"
     found.append(Contestant("compile", label, compiled, setting, uncompiled=eager))
     impls = [impl]
-    if device.type == "cuda" and impl != "triton" and backends.why_not("triton", device) is None:
-        # Not yet what "auto" takes there; what is checked first may be timed.
-        impls.append("triton")
+    for other in ("triton", "cuda"):
+        if device.type == "cuda" and impl != other and backends.why_not(other, device) is None:
+            # Not yet what "auto" takes there; what is checked first may be timed.
+            impls.append(other)
     ways = [(1.0, False), (fraction, False), (fraction, True)]
     return found + [our_contestant(x, *way) for x in impls for way in dict.fromkeys(ways)]
 
@@ -43,4 +44,4 @@ def our_contestant(
 
 
 def is_ours(contestant: Contestant) -> bool:
-    return contestant.name.split("-")[0] in ("cpu", "torch", "triton")
+    return contestant.name.split("-")[0] in ("cpu", "torch", "triton", "cuda")

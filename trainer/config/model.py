@@ -12,7 +12,7 @@ def is_flash(attention: str) -> bool:
     return attention.startswith("flash_attention") or ("/" in attention and "flash" in attention)
 
 
-Impl = Literal["auto", "reference", "torch", "cpu", "triton"]
+Impl = Literal["auto", "reference", "torch", "cpu", "triton", "cuda"]
 """Backends of `entropy_kernels`."""
 
 

@@ -86,7 +86,8 @@ class Job:
             raise ValueError(
                 f"machine_gpus must be at least gpus_per_node, {ranks}; got {self.machine_gpus}"
             )
-        impls = ("auto", "triton", "torch") if self.device.is_gpu else ("auto", "cpu", "torch")
+        of_device = ("triton", "cuda") if self.device.is_gpu else ("cpu",)
+        impls = ("auto", *of_device, "torch")
         if self.config.model.impl not in impls:
             raise ValueError(
                 f"model.impl must be one of {', '.join(impls)} in a plan for this device; "
