@@ -33,6 +33,8 @@ train: $(VENV)/.trainer
 # Tests of builds: wheels, csrc/ without Python. And kernels for every GPU, compiled ahead of time.
 BUILDS := tests/test_wheel.py tests/test_cpp.py tests/test_cuda_build.py
 COMPILED := tests/test_triton_compile.py
+# Collecting all files takes longer than collecting these.
+SLOW = $(sort $(shell grep -rl --include='test_*.py' 'mark\.slow' tests))
 
 test: lint
 	@echo "Running the tests ..."
@@ -43,7 +45,7 @@ test: lint
 # under the sanitizer, by models of hardware, and broken on purpose.
 test-slow: $(VENV)/.dev
 	@echo "Running the slow tests ..."
-	@EK_REQUIRE_NATIVE=$(EK_REQUIRE_NATIVE) $(BIN)/python -m pytest -m slow $(ARGS)
+	@EK_REQUIRE_NATIVE=$(EK_REQUIRE_NATIVE) $(BIN)/python -m pytest -m slow $(SLOW) $(ARGS)
 
 test-builds: $(VENV)/.dev
 	@echo "Running the tests of what is built ..."
