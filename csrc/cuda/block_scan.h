@@ -32,8 +32,8 @@ struct Scan {
   T total;   // the sum of all threads
 };
 
-// Of a block of kWarps warps, at most 32, in one dimension. One barrier: another has to pass before
-// `sums` is used again.
+// For a block of kWarps warps, at most 32, in one dimension. One barrier: another has to pass
+// before `sums` is used again.
 template <int kWarps, class T>
 EK_DEVICE Scan<T> block_scan(T mine, T (&sums)[kWarps]) {
   int const lane = threadIdx.x % 32, warp = threadIdx.x / 32;

@@ -13,13 +13,16 @@
 namespace ek {
 namespace {
 
-constexpr int kThreads = 1024;
+#ifndef EK_SELECTION_THREADS  // tests also run with fewer, of which sanitizers take less time
+#define EK_SELECTION_THREADS 1024
+#endif
+constexpr int kThreads = EK_SELECTION_THREADS;
 constexpr int kWarps = kThreads / 32;
 constexpr int kBlockRound = kWarps * kRound;  // keys of a block at once
 constexpr int kHeld = 8;                      // rounds whose keys stay in registers
-constexpr int kBits = 11;                     // of a digit that is counted in shared memory
-constexpr int kBins = 1 << kBits;             // two per thread
-static_assert(kBins == 2 * kThreads);
+constexpr int kBins = 2 * kThreads;           // of a digit that is counted in shared memory
+constexpr int kBits = kThreads == 1024 ? 11 : 8;
+static_assert(kBins == 1 << kBits);
 
 template <class Count>
 struct Picked {
@@ -115,7 +118,7 @@ __global__ void __launch_bounds__(kThreads)
   unsigned prefix = 0, fixed = 0;
   int n = 0, left = 0, k = 0;
 #pragma unroll 1
-  for (int shift = 21; shift >= 0; shift = shift == 10 ? 0 : shift - kBits) {
+  for (int shift = 32 - kBits;; shift = shift > kBits ? shift - kBits : 0) {
     keys.each([&](unsigned const(&key)[4], int64_t) {
 #pragma unroll
       for (int j = 0; j < 4; ++j)
@@ -136,6 +139,7 @@ __global__ void __launch_bounds__(kThreads)
     prefix |= picked.digit << shift;
     fixed |= (kBins - 1u) << shift;
     left = picked.left;
+    if (shift == 0) break;
   }
   if (thread == 0) {
     *out.threshold = __uint_as_float(n > 0 ? bits_of_key(prefix) : kInfinity);
@@ -229,11 +233,11 @@ __global__ void __launch_bounds__(kThreads)
                    int64_t const* counts, uint8_t* selected, int const rounds) {
   EK_SHARED(sums, int64_t[kWarps]);
   EK_SHARED(warps, Before[kWarps]);
-  static_assert(kSelectBlocks <= kThreads);
   unsigned const key_of_threshold = key_of(__float_as_uint(*threshold));
   int64_t const first = (int64_t(blockIdx.x) * kWarps + threadIdx.x / 32) * rounds * kRound;
   Keys<0> const keys(values, first, rounds);
-  int64_t const earlier = threadIdx.x < blockIdx.x ? counts[threadIdx.x] : 0;
+  int64_t earlier = 0;
+  for (unsigned b = threadIdx.x; b < blockIdx.x; b += kThreads) earlier += counts[b];
   int64_t const left = *quota - block_scan(earlier, sums).total;
   bool const ranked = left > 0 && left < counts[blockIdx.x];
   Before before = {0, 0};
@@ -280,7 +284,8 @@ void radix_pick(int64_t const* counts, int64_t const* local, int64_t const* pref
                 int64_t const* remaining, double share, int shift, int bits, int64_t* new_prefix,
                 int64_t* new_remaining, int64_t* equal, float* value, Stream stream) {
   if (bits < 1 || bits > kBits)
-    throw std::runtime_error("radix_pick takes 1 to 11 bits; got " + std::to_string(bits));
+    throw std::runtime_error("radix_pick takes 1 to " + std::to_string(kBits) + " bits; got " +
+                             std::to_string(bits));
   EK_LAUNCH(pick_kernel, dim3(1), dim3(kThreads), stream, counts, local, prefix, remaining, share,
             shift, bits, new_prefix, new_remaining, equal, value);
 }

@@ -64,8 +64,8 @@ struct Block {
   size_t stack_size = 0;
   dim3 grid, size, index;
   unsigned number = 0, threads = 0, left = 0;
-  std::unique_ptr<Thread[]> thread;
-  std::unique_ptr<Meeting[]> lanes;  // kWarp of each warp: one per mask in use
+  Thread* thread = nullptr;
+  Meeting* lanes = nullptr;  // kWarp of each warp: one per mask in use
   Meeting barrier;
   std::map<void const*, unsigned char*> shared;  // by the place that declares it
   unsigned char* dynamic = nullptr;
@@ -151,7 +151,6 @@ SIMT_UNSEEN inline void pause() {
 // lane brought. `ordered`: what a thread did before is seen by all of them after.
 SIMT_UNSEEN inline void meet(Meeting& m, char const* where, unsigned mask, unsigned expected,
                              uint64_t value, bool ordered) {
-  Unseen const unseen;
   Thread& me = *now;
   if (m.arrived && (m.mask != mask || std::strcmp(m.where, where)))
     fail("is at %s (mask %08x) where others wait at %s (mask %08x)", where, mask, m.where, m.mask);
@@ -169,7 +168,7 @@ SIMT_UNSEEN inline void meet(Meeting& m, char const* where, unsigned mask, unsig
   } else {
     Thread* const warp = &me - me.rank % kWarp;
     for (unsigned lane = 0; lane < kWarp; ++lane)
-      if (mask >> lane & 1) std::memcpy(warp[lane].met, m.value, sizeof m.value);
+      for (unsigned i = 0; i < kWarp && (mask >> lane & 1); ++i) warp[lane].met[i] = m.value[i];
     m.arrived = 0;
     ++m.generation;
     pause();
@@ -191,11 +190,11 @@ SIMT_UNSEEN inline Meeting& meeting_of(Meeting* warp, unsigned mask) {
 
 // The same for the lanes of a mask; now->met of the others is all ones.
 SIMT_UNSEEN inline void meet_lanes(char const* where, unsigned mask, uint64_t value, bool ordered) {
-  Unseen const unseen;
   unsigned const lane = now->rank % kWarp;
   if (!(mask >> lane & 1)) fail("%s: lane %u is not in its own mask %08x", where, lane, mask);
   Meeting& m = meeting_of(&block->lanes[now->rank - lane], mask);
-  if (!m.arrived) std::memset(m.value, 0xff, sizeof m.value);
+  // A loop, for ThreadSanitizer watches memset.
+  for (unsigned i = 0; i < kWarp && !m.arrived; ++i) m.value[i] = ~uint64_t{0};
   meet(m, where, mask, unsigned(__builtin_popcount(mask)), value, ordered);
 }
 
@@ -292,8 +291,9 @@ SIMT_UNSEEN void launch(dim3 grid, dim3 size, size_t dynamic, Body body) {
     Block& b = *owner;
     b.grid = grid, b.size = size, b.number = number, b.threads = b.left = threads;
     b.index = dim3(number % grid.x, number / grid.x % grid.y, number / grid.x / grid.y);
-    b.thread = std::make_unique<Thread[]>(threads);
-    b.lanes = std::make_unique<Meeting[]>(threads);
+    auto const thread = std::make_unique<Thread[]>(threads);
+    auto const lanes = std::make_unique<Meeting[]>(threads);
+    b.thread = thread.get(), b.lanes = lanes.get();
     b.dynamic = new_shared(dynamic);
     b.run = [](void* f) { (*static_cast<Body*>(f))(); };
     b.body = &body;

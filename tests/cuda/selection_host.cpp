@@ -122,14 +122,13 @@ int64_t key_of(float x) {
 void run_digits(Case const& of, ek::Values const& values, Truth const& truth) {
   int64_t prefix = 0, remaining = 0, equal = 0;
   float threshold = 0.0f;
-  int known = 0;
-  for (int shift : {21, 10, 0}) {
-    int const bits = shift == 0 ? 10 : 11;
+  for (int known = 0, bits; known < 32; known += bits) {
+    bits = std::min(ek::kBits, 32 - known);
+    int const shift = 32 - known - bits;
     std::vector<int64_t> counts(size_t{1} << bits, 0);
     ek::radix_histogram(values, &prefix, shift, bits, known, counts.data(), nullptr);
     ek::radix_pick(counts.data(), counts.data(), &prefix, known ? &remaining : nullptr,
                    of.share.exact(), shift, bits, &prefix, &remaining, &equal, &threshold, nullptr);
-    known += bits;
   }
   expect(same(threshold, truth.threshold), of, "threshold of the digits");
   expect(remaining == truth.quota && equal == truth.equal, of, "quota of the digits");
@@ -177,7 +176,7 @@ void expect_refusal(std::string const& text, Call call) {
 void refusals() {
   expect_refusal("top takes at most 131072 values; got 131073",
                  [] { ek::top({nullptr, nullptr, ek::kOneBlock + 1}, 1.0, {}, nullptr); });
-  expect_refusal("radix_pick takes 1 to 11 bits; got 12", [] {
+  expect_refusal("radix_pick takes 1 to " + std::to_string(ek::kBits) + " bits; got 12", [] {
     ek::radix_pick(nullptr, nullptr, nullptr, nullptr, 1.0, 0, 12, nullptr, nullptr, nullptr,
                    nullptr, nullptr);
   });
