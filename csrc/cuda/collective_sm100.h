@@ -1,5 +1,5 @@
-// What CUTLASS's kernel of sm_100 takes besides its main loop: an epilogue that reads a tile from
-// tensor memory and keeps it (no C, no D), and a scheduler of the tiles that have a row.
+// What CUTLASS's kernel of sm_100 takes besides its main loop and scheduler.h: an epilogue that
+// reads a tile from tensor memory and keeps it (no C, no D).
 #pragma once
 #include <cutlass/cutlass.h>
 
@@ -92,77 +92,13 @@ class RowEpilogue {
   Params const& params_;
 };
 
-// CUTLASS's scheduler with TileOrder in place of its own order, as in scheduler.h.
-class RowRangeSchedulerSm100
-    : public cutlass::gemm::kernel::detail::StaticPersistentTileScheduler100 {
-  using Base = cutlass::gemm::kernel::detail::StaticPersistentTileScheduler100;
-
- public:
-  struct Arguments : Base::Arguments {
-    RowRange range;
-  };
-  struct Params : Base::Params {
-    RowRange range;
-    int splits;
-  };
-
-  template <class Problem, class Tile, class Pair, class Cluster>
-  static Params to_underlying_arguments(Problem problem, Tile, Pair, Cluster,
-                                        cutlass::KernelHardwareInfo const&,
-                                        Arguments const& arguments, void*) {
-    Params params{};
-    params.range = arguments.range;
-    params.splits = cute::ceil_div(cute::get<1>(problem), kRowColumns);
-    return params;
-  }
-
-  CUTLASS_DEVICE RowRangeSchedulerSm100(CLCResponse* response, Params const& params, dim3 place)
-      : Base(response, params, place), order_(order_of(params)), unit_(blockIdx.x / kPair) {}
-
-  static CUTLASS_DEVICE TileOrder order_of(Params const& params) {
-    return {params.range, kRows, kPair, params.splits};
-  }
-
-  template <class Cluster>
-  CUTLASS_DEVICE WorkTileInfo initial_work_tile_info(Cluster) const {
-    return work();
-  }
-
-  template <class Pipeline, class State>
-  CUTLASS_DEVICE auto fetch_next_work(WorkTileInfo, Pipeline&, State) {
-    unit_ += gridDim.x / kPair;
-    return cute::make_tuple(work(), true);
-  }
-
- private:
-  CUTLASS_DEVICE WorkTileInfo work() const {
-    if (!order_.has(unit_)) return WorkTileInfo::invalid_work_tile();
-    int block, split;
-    // CUTLASS adds the rank in the cluster.
-    order_.find(unit_, 0, block, split);
-    return {block, split, 0, true};
-  }
-
-  TileOrder order_;
-  int64_t unit_;
-};
-
 // CUTLASS's kernel multiplies the first tile of a cluster without asking whether there is one.
 template <class Kernel>
 struct TilesOfRows : Kernel {
   CUTLASS_DEVICE void operator()(typename Kernel::Params const& params, char* shared) {
-    if (Kernel::TileScheduler::order_of(params.scheduler).has(blockIdx.x / kPair))
+    if (Kernel::TileScheduler(nullptr, params.scheduler, dim3()).work().is_valid())
       Kernel::operator()(params, shared);
   }
 };
 
 }  // namespace ek::sm100
-
-namespace cutlass::gemm::kernel::detail {
-
-template <class Tile, class Cluster, uint32_t kStages>
-struct TileSchedulerSelector<ek::RowRangeScheduler, arch::Sm100, Tile, Cluster, kStages> {
-  using Scheduler = ek::sm100::RowRangeSchedulerSm100;
-};
-
-}  // namespace cutlass::gemm::kernel::detail

@@ -114,9 +114,44 @@ void check(int rows, int first, int number, int vocabulary, int clusters) {
   expect(wanted == 0, "no tile before the first");
 }
 
+// On sm_100 every warp asks for itself, and a block's rank is added to the row.
+void check_sm100(int rows, int number, int vocabulary, int clusters) {
+  using Tile = cute::Shape<cute::_128, cute::_256, cute::_64>;
+  using Scheduler = ek::RowRangeSchedulerSm100<Tile, ek::Sm90Cluster>;
+  typename Scheduler::Arguments arguments{};
+  arguments.range = {nullptr, &number, rows};
+  auto const problem = cute::make_shape(rows, vocabulary, 64, 1);
+  auto const params = Scheduler::to_underlying_arguments(problem, Tile{}, ek::Sm90Cluster{},
+                                                         ek::Sm90Cluster{}, {}, arguments, nullptr);
+  std::vector<Tiles> seen(2 * clusters);
+  simt::launch(dim3(2 * clusters), dim3(32), 0, [&] {
+    if (threadIdx.x != 0) return;
+    Scheduler scheduler(nullptr, params, dim3(blockIdx.x % 2));
+    auto work = scheduler.initial_work_tile_info(ek::Sm90Cluster{});
+    expect(work.is_valid() == scheduler.work().is_valid(), "a kernel that ends has no tile");
+    while (work.is_valid()) {
+      note<Scheduler>(seen[blockIdx.x], work);
+      auto [next, _] = scheduler.fetch_next_work(work, 0, 0);
+      work = next;
+    }
+  });
+  std::map<std::pair<int, int>, int> times;
+  for (int block = 0; block < 2 * clusters; ++block) {
+    expect(seen[block] == seen[block / 2 * 2], "a pair has the same tiles");
+    for (auto const& [row, column] : seen[block]) ++times[{row + block % 2, column}];
+  }
+  int const end = number < rows ? number : rows;
+  int const pairs = (end + 255) / 256, columns = (vocabulary + 255) / 256;
+  expect(int(times.size()) == 2 * pairs * columns, "the tiles of all pairs that have rows");
+  for (auto const& [tile, count] : times)
+    expect(count == 1 && tile.first < 2 * pairs && tile.second < columns, "each tile once");
+}
+
 }  // namespace
 
 int main() {
+  for (int const number : {0, 1, 128, 129, 300, 2500, 9999})
+    for (int const clusters : {1, 3, 66}) check_sm100(2600, number, 1111, clusters);
   for (int const number : {0, 1, 128, 129, 300, 2500, 9999})
     for (int const first : {0, 256})
       for (int const clusters : {1, 3, 66}) {

@@ -16,8 +16,8 @@ FORMULAS, ORDER, SCHEDULER, CHECKS, GRIDS, SMALL = (
         "forward_small",
     )
 )
-# CUTLASS's schedulers are made for nvcc, which takes more than g++.
-PERMISSIVE = ("-fpermissive",)
+# CUTLASS's schedulers are made for nvcc, which takes more than g++, and for a GPU.
+PERMISSIVE = ("-fpermissive", "-DNDEBUG")
 
 
 def passes(program):

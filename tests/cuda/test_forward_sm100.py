@@ -6,6 +6,7 @@ from tests.cuda import host
 from tests.cuda.host import Mutant
 
 ROWS = host.HERE / "forward_sm100_host.cpp"
+SCHEDULER = host.HERE / "scheduler_host.cpp"
 CHUNKS = host.HERE / "row_chunks_host.cpp"
 UNROLLED = ("-Wno-unknown-pragmas",)
 MUTANTS = (
@@ -49,6 +50,13 @@ def test_a_broken_row_fails(tmp_path, mutant):
 def test_a_store_of_four_logits_at_any_address_is_seen(tmp_path):
     program = host.build(tmp_path, [ROWS], sanitizer="address", mutant=MISALIGNED, options=UNROLLED)
     assert "misaligned address" in host.run(program).stderr
+
+
+def test_a_rank_that_is_added_twice_fails(tmp_path):
+    mutant = Mutant("rank twice", "scheduler.h", "find(unit_, 0,", "find(unit_, blockIdx.x % 2,")
+    options = "-fpermissive", "-DNDEBUG"
+    program = host.build(tmp_path, [SCHEDULER], cute=True, mutant=mutant, options=options)
+    assert "a pair has the same tiles" in host.run(program).stdout
 
 
 def test_each_thread_reads_its_row_of_tensor_memory(tmp_path):
