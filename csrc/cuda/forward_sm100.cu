@@ -57,10 +57,12 @@ void forward_sm100(Head const& head, Forward const& out, int processors, Stream 
                         cute::ceil_div(head.vocabulary, kRowColumns);
   int64_t const pairs = std::min<int64_t>(std::max(processors / kPair, 1), units);
   void* kernel_params[] = {&params};
-  check(cutlass::ClusterLauncher::launch(dim3(unsigned(pairs * kPair)), dim3(kPair),
-                                         Kernel::get_block_shape(), Kernel::SharedStorageSize,
-                                         static_cast<cudaStream_t>(stream), kernel, kernel_params),
-        "forward_sm100");
+  auto const status = cutlass::ClusterLauncher::launch(
+      dim3(unsigned(pairs * kPair)), dim3(kPair), Kernel::get_block_shape(),
+      Kernel::SharedStorageSize, static_cast<cudaStream_t>(stream), kernel, kernel_params);
+  // CUTLASS's status hides CUDA's error, which would then be taken for the next launch's.
+  if (status != cutlass::Status::kSuccess) check(cudaGetLastError(), "forward_sm100");
+  check(status, "forward_sm100");
 }
 
 template void forward_sm100<EK_STATISTICS>(Head const&, Forward const&, int, Stream);
