@@ -79,14 +79,15 @@ EK_HD float tanh_slope(float x) {
   return quotient(4.0f * e, (1.0f + e) * (1.0f + e));
 }
 
-// softcap tanh(z / softcap).
+// softcap tanh(z / softcap), with the same bits in every kernel: nothing around it is fused with
+// it.
 EK_HD float capped(float z, float softcap) {
-  return product(softcap, tanh(z * quotient(1.0f, softcap)));
+  return product(softcap, tanh(product(z, quotient(1.0f, softcap))));
 }
 
 // The derivative of `capped` at z, which is not yet capped.
 EK_HD float cap_slope(float z, float softcap) {
-  return tanh_slope(z * quotient(1.0f, softcap));
+  return tanh_slope(product(z, quotient(1.0f, softcap)));
 }
 
 // log(1 + x) for x >= 0, with all digits near 0.
