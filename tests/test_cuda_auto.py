@@ -11,13 +11,14 @@ pytest.importorskip("triton")
 
 from entropy_kernels._triton.common import cutlass
 from entropy_kernels._triton.common.tiles import ANY, Key, Tile
-from entropy_kernels.verification import command, first_use, machine
-from entropy_kernels.verification.question import call_of
+from entropy_kernels.verification import checks, command, first_use, machine
+from entropy_kernels.verification.question import Question, call_of
 from entropy_kernels.verification.record import Answer
 from tests.gpu_options import B, L, make_head
 from tests.host_waits import fake_gpu
 
-GPU = torch.device("cuda", 0)
+CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
+ANY_CALL = checks.Sizes(), None, True
 # Made up.
 SOURCE = "NVIDIA H200, 2027-01-01"
 MEASURED = {
@@ -111,6 +112,14 @@ def test_the_check_of_a_first_use_asks_about_the_tiles_of_csrc(extension, monkey
     ]
 
 
+@pytest.mark.parametrize("op", ["selection", "ratio_loss"])
+def test_kernels_of_csrc_that_write_nothing_are_refused(op, extension):
+    for case in checks.cases(Question(op, torch.float32, flags=("cuda",)), CPU, *ANY_CALL):
+        before = len(extension.launched)
+        assert checks.reason_of(case) is not None
+        assert len(extension.launched) > before
+
+
 def questions():
     return [asked.question for asked in command.questions(GPU)]
 
@@ -141,8 +150,8 @@ def test_verify_asks_about_csrc_where_it_is_loaded(monkeypatch):
 
 
 def test_the_record_holds_for_the_text_of_csrc_that_is_loaded(monkeypatch):
-    before = machine.machine(torch.device("cpu"))
+    before = machine.machine(CPU)
     extension = cuda_extension.install(monkeypatch, cuda_extension.Extension())
-    after = machine.machine(torch.device("cpu"))
+    after = machine.machine(CPU)
     assert after == before | {"csrc/cuda": extension.sources}
     assert machine.folder_name(after) != machine.folder_name(before)

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from .. import reference
 from .._bounds import assert_within_two_bounds
+from .._cuda_kernels import ratio_loss as cuda_ratio_loss
+from .._cuda_kernels import selection as cuda_selection
 from .._torch import ratio_loss as torch_ratio_loss
 from .._torch import selection as torch_selection
 from .head_cases import Case
@@ -94,6 +96,8 @@ def _ratio_loss(
 def _ratio_loss_by(impl: str) -> Any:
     if impl == "torch":
         return torch_ratio_loss.ratio_loss
+    if impl == "cuda":
+        return cuda_ratio_loss.ratio_loss
     from .._triton.ratio_loss.launch import ratio_loss
 
     return ratio_loss
@@ -131,6 +135,8 @@ def _selection_by(impl: str) -> Any:
     """A module with `radix_histogram`, `radix_pick` and `select_largest`."""
     if impl == "torch":
         return torch_selection
+    if impl == "cuda":
+        return cuda_selection
     from .._triton.selection import launch
 
     return launch
@@ -160,6 +166,18 @@ def assert_as_the_sort(impl: str, values: Tensor, mask: Tensor | None, fraction:
     assert torch.equal(selected.cpu(), wanted), "another selection than a stable sort's"
 
 
+def _assert_as_digits(values: Tensor, mask: Tensor | None, fraction: float) -> None:
+    """The one launch of csrc/cuda that makes a whole selection of few values."""
+    share = torch_selection.exact_share(fraction)
+    threshold, *_, selected = cuda_selection.top(values, mask, share, True)
+    want, wanted = select("cuda", values, mask, fraction)
+    assert_same_bits(threshold, want)
+    assert torch.equal(selected, wanted), "another selection in one launch than digit by digit"
+
+
 def _selection(impl: str, device: torch.device, count: int, kind: str) -> None:
     for mask in masks_of(count, device):
-        assert_as_the_sort(impl, values_of(kind, count, device), mask, 0.2)
+        values = values_of(kind, count, device)
+        assert_as_the_sort(impl, values, mask, 0.2)
+        if impl == "cuda" and count <= cuda_selection.most_of_one_block():
+            _assert_as_digits(values, mask, 0.2)
