@@ -92,9 +92,9 @@ def linear_logprob_entropy(
             "varentropy", Var_p(log p) = sum p (log p)^2 - entropy^2 (nats^2); "max_prob";
             "sum_p2", sum p^2; "sum_p2_logp", sum p^2 log p (nats).
         impl: "auto", the fastest backend known to be right here; "cpu", the compiled kernels;
-            "triton", the GPU kernels; "cuda", those of csrc/cuda, and Triton's for what it lacks,
-            told once; "torch", blocks of torch.mm on any device. "reference", the specification,
-            holds the logits and takes fp64 too.
+            "triton", the GPU kernels; "torch", blocks of torch.mm on any device. "cuda" takes the
+            kernels of csrc/cuda, and Triton's for what those lack, told once. "reference", the
+            specification, holds the logits and takes fp64 too.
 
     Precision: logits and their sums are fp32 whatever the inputs; gradients are accumulated in
     fp32 and rounded once. Entropy is log s - E[z - max], both terms non-negative; logprob <= 0.
