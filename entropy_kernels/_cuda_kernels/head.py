@@ -16,6 +16,8 @@ from .module import architectures, cuda, why_missing
 _RUNS = {"sm_80": 80, "sm_86": 80, "sm_87": 80, "sm_89": 80, "sm_90": 90, "sm_100": 100}
 # Rows of matrices begin at so many bytes.
 _ALIGNED = 16
+# Rows and words: the last tiles of a cluster end beyond them, and are counted in 31 bits.
+_MOST = (1 << 31) - 1 - 2 * 256
 
 
 class Block(NamedTuple):
@@ -182,8 +184,8 @@ def _head(call: str, product: Product) -> Any:
     """The extension's description of a product; raises ValueError for one that it cannot take."""
     hidden, weight = product.hidden, product.weight
     (count, depth), vocabulary = hidden.shape, weight.shape[0]
-    if min(count, vocabulary) < 1 or max(count, vocabulary) >= 1 << 31:
-        raise ValueError(f"{call} takes 1 to 2^31 - 1 rows; got {count} and V = {vocabulary}")
+    if min(count, vocabulary) < 1 or max(count, vocabulary) > _MOST:
+        raise ValueError(f"{call} takes 1 to {_MOST} rows and words; got {count} and {vocabulary}")
     for name, matrix, rows in (("hidden", hidden, count), ("weight", weight, vocabulary)):
         got = matrix.dtype, matrix.device, tuple(matrix.shape)
         if got != (torch.bfloat16, hidden.device, (rows, depth)):
