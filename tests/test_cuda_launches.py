@@ -320,7 +320,10 @@ MATRICES = {
         {"weight": shifted(V, D)},
         "forward: weight must begin at a multiple of 16 bytes; got 0x",
     ),
-    "no row": ({"hidden": bf16(0, D)}, "forward takes 1 to 2147483135 rows and words; got 0 and 300"),
+    "no row": (
+        {"hidden": bf16(0, D)},
+        "forward takes 1 to 2147483135 rows and words; got 0 and 300",
+    ),
     "no word": ({"weight": bf16(0, D)}, "got 5 and 0"),
     "too many words": ({"weight": bf16(1, D).expand(2147483136, D)}, "got 5 and 2147483136"),
 }

@@ -10,10 +10,12 @@ import torch
 from torch import Tensor
 
 from .. import device
+from .._compiler import constant
 from .arguments import Given, check, pointer, stream
 from .module import cuda
 
 
+@constant
 def most_of_one_block() -> int:
     """How many values `top` takes."""
     return int(cuda().one_block)

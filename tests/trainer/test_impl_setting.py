@@ -117,7 +117,7 @@ def test_a_gpu_has_no_compiled_backend(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("gpu", "impl"), [("h100", "cpu"), ("cpu", "triton"), ("h100", "reference")]
+    ("gpu", "impl"), [("h100", "cpu"), ("cpu", "triton"), ("cpu", "cuda"), ("h100", "reference")]
 )
 def test_a_plan_refuses_what_it_does_not_count(gpu, impl, capsys):
     assert main(["plan", "qwen3-14b", "--gpu", gpu, "--model.impl", impl]) == 1

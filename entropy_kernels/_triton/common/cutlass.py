@@ -35,9 +35,9 @@ def why_not(
     """Why "forward" or "dlogits" has no such tile for D = hidden; None where it has one."""
     if (why := head.why_not(arch, dtype, hidden, weight)) is not None:
         return why
-    runs = f"sm_{head.architecture(arch)}"
-    if not any((key.op, key.architecture) == (op, runs) for key in TILES):
-        return f"{op} must be that of an architecture that has one; got {arch}"
+    have = sorted({key.architecture for key in TILES if key.op == op})
+    if f"sm_{head.architecture(arch)}" not in have:
+        return f"{op} must run on {' or '.join(have)}; got {arch}"
     return None
 
 
