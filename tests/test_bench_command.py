@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from entropy_kernels import __main__ as main
-from entropy_kernels import _native
+from entropy_kernels import _extensions, _native
 from entropy_kernels._bench import command, contestant, machine, measure, rounds, step
 
 ROOT = Path(__file__).parents[1]
@@ -241,7 +241,7 @@ def test_ctrl_c_ends_with_what_there_is(capsys, monkeypatch):
 
 
 def test_missing_kernels_are_named(capsys, monkeypatch):
-    monkeypatch.setattr(_native, "_load", lambda name: (None, "the kernels are not built"))
+    monkeypatch.setattr(_extensions, "load", lambda name: (None, "the kernels are not built"))
     assert main.main(TINY) == 0
     printed = capsys.readouterr().out
     assert 'torch, which impl="auto" takes here because the kernels are not built' in printed
@@ -253,7 +253,7 @@ def test_a_backend_can_be_named(capsys, monkeypatch):
     printed = capsys.readouterr().out
     assert "ours (torch), 20% of the tokens" in rows(printed)
     assert "takes here because" not in printed
-    monkeypatch.setattr(_native, "_load", lambda name: (None, "the kernels are not built"))
+    monkeypatch.setattr(_extensions, "load", lambda name: (None, "the kernels are not built"))
     with pytest.raises(SystemExit):
         main.main([*TINY, "--impl", "cpu"])
     said = capsys.readouterr().err
