@@ -50,7 +50,7 @@ template <class Keys>
 EK_DEVICE Before warps_before(Keys const& keys, unsigned threshold, Before (&warps)[kWarps]) {
   int const lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   Before mine = {0, 0};
-  keys.each([&](unsigned const(&key)[4], int64_t) {
+  keys.each([&](unsigned const(&key)[4], auto, auto) {
 #pragma unroll
     for (int j = 0; j < 4; ++j) mine.above += key[j] > threshold, mine.ties += key[j] == threshold;
   });
@@ -61,39 +61,30 @@ EK_DEVICE Before warps_before(Keys const& keys, unsigned threshold, Before (&war
   return {warp_sum(mine.above), warp_sum(mine.ties)};
 }
 
-EK_DEVICE void store_selected(uint8_t* selected, int64_t at, int64_t count, bool const (&kept)[4]) {
-  if (at + 4 <= count && reinterpret_cast<uintptr_t>(selected + at) % sizeof(uchar4) == 0) {
-    *reinterpret_cast<uchar4*>(selected + at) = {kept[0], kept[1], kept[2], kept[3]};
-  } else {
-#pragma unroll
-    for (int j = 0; j < 4; ++j)
-      if (at + j < count) selected[at + j] = kept[j];
-  }
-}
-
 // Which keys are above the threshold or among the first `quota` equal to it, and where these are.
 // `ranked`: not all or none of those equal to it, or rows are wanted; else `before` may be zeros.
 template <class Keys>
 EK_DEVICE void select(Keys const& keys, int64_t count, unsigned threshold, int quota, bool ranked,
                       Before before, uint8_t* selected, int* rows) {
-  keys.each([&](unsigned const(&key)[4], int64_t at) {
+  keys.each([&](unsigned const(&key)[4], auto at, auto is_aligned) {
     // Those above the threshold in the lower half, those equal to it in the upper.
     int mine = 0, through = 0;
 #pragma unroll
     for (int j = 0; j < 4; ++j) mine += (key[j] > threshold) + ((key[j] == threshold) << 16);
     if (ranked) through = warp_scan(mine);
     int const rest = ranked ? through - mine : 0;
-    int above = before.above + (rest & 0xffff), ties = before.ties + (rest >> 16);
+    int ties = before.ties + (rest >> 16);
+    int rank = before.above + (rest & 0xffff) + (ties < quota ? ties : quota);
     bool kept[4];
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
       bool const tie = key[j] == threshold;
       kept[j] = key[j] > threshold || (tie && ties < quota);
-      if (rows != nullptr && kept[j]) rows[above + (ties < quota ? ties : quota)] = at + j;
-      above += key[j] > threshold;
+      if (rows != nullptr && kept[j]) rows[rank] = static_cast<int>(at) + j;
+      rank += kept[j];
       ties += tie;
     }
-    if (selected != nullptr) store_selected(selected, at, count, kept);
+    if (selected != nullptr) store_selected<decltype(is_aligned)::value>(selected, at, count, kept);
     if (ranked) {
       int const all = __shfl_sync(kAllLanes, through, 31);
       before.above += all & 0xffff, before.ties += all >> 16;
@@ -104,7 +95,7 @@ EK_DEVICE void select(Keys const& keys, int64_t count, unsigned threshold, int q
 // Three digits of the keys from the highest, each counted among the values that share those found,
 // and the exact selection. A warp's values follow each other, so that its lanes know their order.
 template <int kHeldRounds>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 1)
     top_kernel(Values const values, double const share, Top const out, int const rounds) {
   EK_SHARED(histogram, uint2[kThreads]);
   EK_SHARED(sums, int[kWarps]);
@@ -119,7 +110,7 @@ __global__ void __launch_bounds__(kThreads)
   int n = 0, left = 0, k = 0;
 #pragma unroll 1
   for (int shift = 32 - kBits;; shift = shift > kBits ? shift - kBits : 0) {
-    keys.each([&](unsigned const(&key)[4], int64_t) {
+    keys.each([&](unsigned const(&key)[4], auto, auto) {
 #pragma unroll
       for (int j = 0; j < 4; ++j)
         if (key[j] != kNoKey && ((key[j] ^ prefix) & fixed) == 0)
@@ -169,7 +160,7 @@ __global__ void __launch_bounds__(kThreads)
   }
   uint64_t const head = *prefix;
   int64_t const first = (int64_t(blockIdx.x) * kWarps + thread / 32) * rounds * kRound;
-  Keys<0>(values, first, rounds).each([&](unsigned const(&key)[4], int64_t) {
+  Keys<0>(values, first, rounds).each([&](unsigned const(&key)[4], auto, auto) {
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
       bool const counted =
@@ -219,7 +210,7 @@ __global__ void __launch_bounds__(kThreads)
   unsigned const key_of_threshold = key_of(__float_as_uint(*threshold));
   int64_t const first = (int64_t(blockIdx.x) * kWarps + threadIdx.x / 32) * rounds * kRound;
   int ties = 0;
-  Keys<0>(values, first, rounds).each([&](unsigned const(&key)[4], int64_t) {
+  Keys<0>(values, first, rounds).each([&](unsigned const(&key)[4], auto, auto) {
 #pragma unroll
     for (int j = 0; j < 4; ++j) ties += key[j] == key_of_threshold;
   });
@@ -262,7 +253,9 @@ void top(Values const& values, double share, Top const& out, Stream stream) {
     throw std::runtime_error("top takes at most " + std::to_string(kOneBlock) + " values; got " +
                              std::to_string(values.count));
   int const rounds = rounds_of(values, 1);
-  if (rounds <= kHeld)
+  bool const fit = aligned(values.value, sizeof(float4)) && aligned(values.mask, sizeof(uchar4)) &&
+                   aligned(out.selected, sizeof(uchar4));
+  if (fit && rounds <= kHeld)
     EK_LAUNCH(top_kernel<kHeld>, dim3(1), dim3(kThreads), stream, values, share, out, rounds);
   else
     EK_LAUNCH(top_kernel<0>, dim3(1), dim3(kThreads), stream, values, share, out, rounds);
