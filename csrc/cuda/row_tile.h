@@ -13,6 +13,16 @@ namespace ek {
 constexpr int kRowColumns = 256;  // of a tile, which is one split
 constexpr int kChunk = 64;
 
+// 1 or 0, but a compiler takes it for any number. A loop that runs so often stays behind its
+// branch; of an if, ptxas has every tile execute the body under a predicate that is false.
+EK_HD int once_if(bool condition) {
+  int times = condition;
+#ifdef __CUDA_ARCH__
+  asm volatile("" : "+r"(times));
+#endif
+  return times;
+}
+
 template <bool kStatistics>
 class RowTile {
  public:
@@ -34,7 +44,8 @@ class RowTile {
 #pragma unroll
       for (int j = 0; j < kChunk; ++j) z[j] += j < columns ? bf16_at(head_.bias, first + j) : 0.0f;
     }
-    if (head_.softcap != 0.0f) {
+#pragma unroll 1
+    for (int times = once_if(head_.softcap != 0.0f); times > 0; --times) {
 #pragma unroll
       for (int j = 0; j < kChunk; ++j) z[j] = capped(z[j], head_.softcap);
     }
@@ -45,7 +56,8 @@ class RowTile {
         if (j == target) out_.target_logit[row_] = z[j];
       }
     }
-    if (columns < kChunk) {
+#pragma unroll 1
+    for (int times = once_if(columns < kChunk); times > 0; --times) {
       // Neither the largest, nor in any sum.
 #pragma unroll
       for (int j = 0; j < kChunk; ++j) z[j] = j < columns ? z[j] : -INFINITY;
