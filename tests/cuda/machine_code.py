@@ -33,6 +33,7 @@ HEAD = {"ForwardTile": "forward", "RowEpilogue": "forward", "DlogitsTile": "dlog
 class Kernel(NamedTuple):
     """One entry of one architecture.
 
+    mangled: the name in the object.
     tile: rows, columns and depth of a product, and the stages of its main loop; None for others.
     shared: bytes, besides those of the main loop.
     stack: bytes per thread, as `local`. Only spills and arrays need them.
@@ -40,6 +41,7 @@ class Kernel(NamedTuple):
     """
 
     name: str
+    mangled: str
     architecture: str
     statistics: bool
     tile: tuple[int, int, int, int] | None
@@ -82,6 +84,14 @@ def module() -> tuple[Path | None, str | None]:
     return (None, why) if found is None else (Path(str(found.__file__)), None)
 
 
+def sources(words: list[str]) -> list[Path]:
+    """The files of a command line; without any the built module."""
+    path, why = (None, None) if words else module()
+    if why is not None:
+        sys.exit(why)
+    return [Path(word) for word in words] if path is None else [path]
+
+
 def kernels(path: Path) -> Iterator[Kernel]:
     """All kernels in a module or an object."""
     with tempfile.TemporaryDirectory() as folder:
@@ -92,7 +102,7 @@ def kernels(path: Path) -> Iterator[Kernel]:
             codes = dict(_codes(_tool("nvdisasm", "-c", cubin)))
             names = _demangled(name for name, _ in figures)
             for (mangled, text), name in zip(figures, names, strict=True):
-                yield _kernel(name, cubin.suffixes[-2].strip("."), text, codes[mangled])
+                yield _kernel(name, mangled, cubin.suffixes[-2].strip("."), text, codes[mangled])
 
 
 def _tool(name: str, *words: object, folder: str | None = None) -> str:
@@ -113,13 +123,14 @@ def _demangled(names: Iterable[str]) -> list[str]:
     return done.stdout.splitlines()
 
 
-def _kernel(name: str, architecture: str, usage: str, code: str) -> Kernel:
+def _kernel(name: str, mangled: str, architecture: str, usage: str, code: str) -> Kernel:
     found = {key: int(value) for key, value in re.findall(r"(\w+):(\d+)", usage)}
     epilogue = re.search("|".join(HEAD), name)
     # A plain kernel's own name, without namespaces and arguments.
-    plain = re.sub(r"<.*|\(.*", "", name.replace("(anonymous namespace)::", "")).split("::")[-1]
+    plain = re.sub(r"\(.*", "", name.replace("(anonymous namespace)::", "")).split("::")[-1]
     return Kernel(
         plain if epilogue is None else HEAD[epilogue[0]],
+        mangled,
         architecture,
         epilogue is not None and f"{epilogue[0]}<true>" in name,
         None if epilogue is None else _tile(name),
@@ -155,14 +166,7 @@ def text(found: list[Kernel]) -> str:
 
 
 def main() -> int:
-    paths = [Path(word) for word in sys.argv[1:]]
-    if not paths:
-        path, why = module()
-        if path is None:
-            print(why)
-            return 1
-        paths = [path]
-    found = [kernel for path in paths for kernel in kernels(path)]
+    found = [kernel for path in sources(sys.argv[1:]) for kernel in kernels(path)]
     faults = [fault for kernel in found for fault in kernel.faults]
     print("\n".join([text(found), *faults]))
     return int(bool(faults))

@@ -63,7 +63,7 @@ def test_plain_kernels_are_the_same_on_every_architecture(kernels):
 def _head(architecture: str, *lines: str, stack: int = 0, local: int = 0) -> Kernel:
     code = "".join(f"        /*{16 * i:04x}*/   {x} ;\n" for i, x in enumerate(lines))
     tile = (128, 128, 64, 3)
-    return Kernel("forward", architecture, False, tile, 168, 1024, stack, local, code)
+    return Kernel("forward", "", architecture, False, tile, 168, 1024, stack, local, code)
 
 
 @pytest.mark.parametrize("architecture", WANTED)
