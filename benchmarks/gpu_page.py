@@ -16,7 +16,7 @@ from benchmarks.gpu import predictions
 from benchmarks.gpu.costs import Cost
 from benchmarks.gpu.hardware import GPUS, Gpu
 from benchmarks.gpu.launches import Launch, Shape, backward_of, forward_of
-from benchmarks.gpu.model import blocks, clocks, cost_of, overlaps, seconds
+from benchmarks.gpu.model import blocks, clocks, cost_of, of_cuda, overlaps, seconds
 from benchmarks.predicted_tables import LABELS, TOKENS, predicted_ms
 from benchmarks.report import between_markers
 from benchmarks.tables import table
@@ -26,6 +26,12 @@ HIDDEN_HEADING = """### How much of the softmax is hidden
 Instructions per logit are those of the epilogue, per thread, as counted in the machine code. The
 first share is the epilogue's of a tile's clocks if nothing overlaps. The second is a bound: what
 share of an epilogue one product leaves time to hide, 0 where a multiprocessor has one block."""
+CUDA_HEADING = """### csrc/cuda beside Triton
+
+Predicted milliseconds of Triton's kernels, then of those that `impl="cuda"` takes. A step is
+forward and backward of 20% of the tokens, chosen by their entropies. On `sm_100` its backward is
+Triton's."""
+CUDA_TOKENS = (8192, 32768)
 PATH = Path(__file__).parents[1] / "docs" / "gpu.md"
 HIDDEN = (1024, 2048, 4096)
 OPS: dict[str, Callable[[Shape], list[Launch]]] = {
@@ -55,7 +61,8 @@ def main() -> int:
 def render() -> str:
     """The page with its tables."""
     parts = [f"### {where.name} ({where.architecture})\n\n{_of(where)}" for where in GPUS]
-    return between_markers(PATH, "\n\n".join([*parts, HIDDEN_HEADING, _hidden()]), "gpu")
+    parts += [CUDA_HEADING, _cuda(), HIDDEN_HEADING, _hidden()]
+    return between_markers(PATH, "\n\n".join(parts), "gpu")
 
 
 def _of(where: Gpu) -> str:
@@ -68,6 +75,21 @@ def _steps(where: Gpu) -> str:
         [LABELS[name], *(predicted_ms(name, hidden, where) for hidden in HIDDEN)] for name in STEPS
     ]
     return table(columns, rows)
+
+
+def _cuda() -> str:
+    rows = []
+    for where, tokens in itertools.product(filter(of_cuda, GPUS), CUDA_TOKENS):
+        for name, way in {"forward": "forward", "step": "0.2"}.items():
+            cells = (_both(way, tokens, hidden, where) for hidden in HIDDEN)
+            rows.append([where.name, f"{tokens:,}", name, *cells])
+    return table(["GPU", "tokens", "of", *(f"D={hidden}" for hidden in HIDDEN)], rows)
+
+
+def _both(way: str, tokens: int, hidden: int, where: Gpu) -> str:
+    names = f"triton-{way}", f"cuda-{way}"
+    found = [predictions.milliseconds(name, tokens, hidden, where) for name in names]
+    return ", ".join(f"{x:.3g}" for x in found if x is not None)
 
 
 def _tiles(where: Gpu) -> str:
@@ -122,6 +144,10 @@ def _hidden() -> str:
         cost = _cost(_launches(name, where, hidden), where)
         if cost is not None:
             line = name, describe(cost), *_bounds(cost, where)
+            found.setdefault(line, {})[where.architecture] = None
+    for where in GPUS:
+        for cost in of_cuda(where):
+            line = f"{cost.op}, csrc/cuda", describe(cost), *_bounds(cost, where)
             found.setdefault(line, {})[where.architecture] = None
     columns = ["", "tile", "special", "other", *(f"D={hidden}" for hidden in HIDDEN), "on"]
     return table(columns, [[*line, ", ".join(archs)] for line, archs in found.items()])

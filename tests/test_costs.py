@@ -105,6 +105,40 @@ def test_instructions_are_counted_per_step_and_per_tile(text, step, tile):
     assert found.tile == Counts(*tile)
 
 
+# Warps that multiply, and warps that sum a tile in two parts, each asked for a bias and a softcap.
+SPECIALISED = """\
+.L_x_1:
+UTCHMMA.2CTA gdesc[UR4], gdesc[UR6], tmem[UR8], tmem[UR10], idesc[UR11], UP0
+BRA.U UP0, `(.L_x_1)
+EXIT
+.L_x_2:
+LDC R1, c[0x0][0x28]
+.L_x_3:
+LDTM.x64 R4, tmem[UR5]
+BRA.U !UP1, `(.L_x_4)
+LDG.E.U16 R2, [R6]
+FADD R4, R4, R2
+.L_x_4:
+@P1 BRA `(.L_x_5)
+MUFU.EX2 R3, R4
+MUFU.RCP R3, R3
+.L_x_5:
+FADD R2, R60, R3
+MUFU.EX2 R2, R2
+MUFU.EX2 R3, R3
+@P0 BRA `(.L_x_3)
+STG.E [R8], R2
+@P2 BRA `(.L_x_2)
+EXIT"""
+
+
+def test_options_that_are_not_given_are_not_counted():
+    found = assembly.count_without_options(_listing(SPECIALISED), exponentials=4)
+    assert found.step == Counts(1, 0, 1)
+    # Twice a part of 7 instructions, and 3 more.
+    assert found.tile == Counts(0, 4, 13)
+
+
 def test_kernel_without_products_is_counted_in_the_loop_of_its_exponentials():
     text = NESTED.replace("HMMA.16816.F32.BF16", "FADD")
     assert assembly.count_of_values(_listing(text)) == Counts(0, 1, 8)
@@ -136,14 +170,15 @@ def _forward(hidden: int) -> costs.Cost:
     return next(model.cost_of(x, H200) for x in launches if x.constants is not None)
 
 
+@pytest.mark.parametrize("impl", ["triton", "cuda"])
 @pytest.mark.parametrize("where", GPUS, ids=lambda x: x.name)
-def test_a_step_launches_the_products_that_it_is_said_to(where):
+def test_a_step_launches_the_products_that_it_is_said_to(where, impl):
     """In units of T x D x V; the host knows neither more active rows nor more stored ones."""
     shape = Shape(where.architecture, where.processors, 8192, 4096, 151936, 1639)
     rho, stored = 1639 / 8192, min(1639, (1 << 30) // (4 * 151936)) / 8192
     wanted = {"0.2": 1 + 3 * rho, "threshold": 1 + 3 * rho - stored, "known": 3 * rho}
     for way, units in wanted.items():
-        products = [x.product for x in step_of(shape, way) if x.product is not None]
+        products = [x.product for x in step_of(shape, way, impl) if x.product is not None]
         got = sum(a * b * d for a, b, d in products) / (8192 * 4096 * 151936)
         assert got == pytest.approx(units, rel=1e-6), way
 
@@ -158,6 +193,23 @@ def test_predictions_grow_with_the_tokens_and_say_nothing_of_unknown_gpus(name):
     on_others = [predictions.milliseconds(name, 8192, 4096, where) for where in GPUS[1:]]
     by_rates = name.startswith(("flsce", "verl", "cce"))
     assert all((found is None) == by_rates for found in on_others)
+
+
+@pytest.mark.parametrize("where", GPUS, ids=lambda x: x.name)
+def test_csrc_is_predicted_by_its_own_kernels_where_it_has_them(where):
+    shape = Shape(where.architecture, where.processors, 8192, 2048, 151936, 1639)
+    names = {x.kernel for x in step_of(shape, "0.2", "cuda")}
+    found = {op: f"{op}_cutlass_kernel" in names for op in ("forward", "dlogits")}
+    assert found == {
+        "forward": where.architecture.startswith(("sm_8", "sm_90", "sm_100")),
+        "dlogits": where.architecture.startswith(("sm_8", "sm_90")),
+    }
+    # The targets' logits come from the tiles.
+    assert found["forward"] == ("target_logit_kernel" not in names)
+    counted = {x.op for x in model.of_cuda(where)}
+    assert counted <= {op for op, is_own in found.items() if is_own}
+    for name in ("cuda-0.2", "cuda-forward"):
+        assert (predictions.milliseconds(name, 8192, 2048, where) is None) == (not counted), name
 
 
 def test_page_of_gpus_is_current():

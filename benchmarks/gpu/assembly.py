@@ -22,7 +22,7 @@ FREE = re.compile(r"NOP|s_")
 # A label, or an instruction: its predicate, name and operands.
 _LINE = re.compile(
     r"^(?P<label>\.L\w+):"
-    r"|^\s+/\*[0-9a-f]{4,}\*/\s+(?P<predicate>@!?U?P\w+\s+)?(?P<name>\w+)\S*(?P<operands>[^;]*);"
+    r"|^\s+/\*[0-9a-f]{4,}\*/\s+(?P<predicate>@!?U?P\w+\s+)?(?P<name>\w+)(?P<suffix>\S*)(?P<operands>[^;]*);"
     r"|^\t(?P<amd>[a-z]\w+)(?P<rest>.*)$",
     re.MULTILINE,
 )
@@ -54,6 +54,7 @@ class _Instruction(NamedTuple):
 
     address: int
     name: str
+    suffix: str
     conditional: bool
     target: int | None
 
@@ -77,6 +78,41 @@ def count(text: str) -> Kernel:
     return Kernel(_counts(body, product), _counts(x for x in program if x.address not in inside))
 
 
+def count_without_options(text: str, exponentials: int) -> Kernel:
+    """The same of a kernel that asks about its options as it runs, and is given none of them.
+
+    exponentials: of a thread per tile; where a loop over parts of a tile has fewer, it is counted
+        as often as it runs. Where products and sums have warps of their own, so has each its loop.
+    """
+    code = _instructions(text)
+    loops = sorted(_loops(code), key=lambda loop: loop[1] - loop[0])
+    main = next(x for x in loops if _number(MATRIX, _within(code, x)) > 0)
+    behind = _options(code)
+    sums = [x for x in code if x.address not in behind and x.suffix == ".EX2"]
+    around = [x for x in loops if x[0] <= sums[0].address and x[1] >= sums[-1].address]
+    inside = {x.address for x in _within(code, main)} | behind
+    tile = [x for x in (_within(code, around[-1]) if around else code) if x.address not in inside]
+    runs = -(-exponentials // len(sums))
+    if runs > 1:
+        tile += [x for x in _within(code, around[0]) if x.address not in inside] * (runs - 1)
+    return Kernel(_counts(_within(code, main)), _counts(tile))
+
+
+def _options(code: list[_Instruction]) -> set[int]:
+    """Addresses that a forward branch leaves out, without products and sums of exponentials.
+
+    Each tanh of a softcap has a reciprocal beside its exponential.
+    """
+    behind: set[int] = set()
+    for x in code:
+        if x.conditional and x.target is not None and x.address < x.target:
+            left_out = code[x.address + 1 : x.target]
+            named = [y.suffix for y in left_out]
+            if not _number(MATRIX, left_out) and named.count(".EX2") <= named.count(".RCP"):
+                behind.update(y.address for y in left_out)
+    return behind
+
+
 def count_of_values(text: str) -> Counts:
     """The same per tile of a kernel without products: in the loop of its exponentials, if any."""
     code = _instructions(text)
@@ -88,7 +124,7 @@ def count_of_values(text: str) -> Counts:
 
 def _instructions(text: str) -> list[_Instruction]:
     labels: dict[str, int] = {}
-    lines: list[tuple[str, str, bool]] = []
+    lines: list[tuple[str, str, str, bool]] = []
     for match in _LINE.finditer(text):
         if match["label"]:
             labels[match["label"]] = len(lines)
@@ -96,12 +132,12 @@ def _instructions(text: str) -> list[_Instruction]:
         name, operands = match["name"] or match["amd"], match["operands"] or match["rest"] or ""
         # BRA.U takes its predicate as an operand.
         conditional = match["predicate"] or re.match(r"\s*!?UP\d", operands) or "cbranch" in name
-        lines.append((name, operands, bool(conditional)))
+        lines.append((name, match["suffix"] or "", operands, bool(conditional)))
     code = []
-    for address, (name, operands, conditional) in enumerate(lines):
+    for address, (name, suffix, operands, conditional) in enumerate(lines):
         label = _TARGET.search(operands) if _BRANCHES.match(name) else None
         target = labels.get(label[0]) if label else None
-        code.append(_Instruction(address, name, conditional, target))
+        code.append(_Instruction(address, name, suffix, conditional, target))
     return code
 
 

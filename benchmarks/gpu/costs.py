@@ -2,6 +2,7 @@
 
 python -m benchmarks.gpu.costs [ARCHITECTURE...]    compiles and counts, then writes the file
 python -m benchmarks.gpu.costs --check ARCHITECTURE [WORD...]    counts again; says what differs
+python -m benchmarks.gpu.costs --cuda [FILE...]    counts csrc/cuda's, in its module or in objects
 
 A word is an op or a variant, and leaves out the others. It wants the pinned Triton, and a process
 without TRITON_INTERPRET. The counts are of instructions of one warp, by benchmarks/gpu/assembly.py.
@@ -15,7 +16,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks.gpu.assembly import Counts, count, count_of_values
+from benchmarks.gpu.assembly import Counts, count, count_of_values, count_without_options
 
 PATH = Path(__file__).with_name("costs.json")
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942")
@@ -52,7 +53,8 @@ class Cost(NamedTuple):
     """One compiled kernel.
 
     op, variant, dtype, flags, blocks, warps, stages: which it is. `blocks` are T, V and D of a
-        step. The variant is the tile's, or "read" where dlogits reads stored logits.
+        step on one multiprocessor. The variant is the tile's, or "read" where dlogits reads stored
+        logits. Warps that only bring operands are not counted.
     lanes: threads of a warp.
     registers, shared: per thread; bytes per block.
     fitting: blocks that a multiprocessor has room for, by both and by threads.
@@ -174,6 +176,44 @@ def measured(kernel: Any) -> Cost:
     )
 
 
+def of_cuda(words: list[str]) -> dict[str, list[Cost]]:
+    """The costs of csrc/cuda's kernels of the head, without options; words: files, or none."""
+    from tests.cuda.machine_code import kernels, sources
+
+    found: dict[str, list[Cost]] = {}
+    for kernel in (kernel for path in sources(words) for kernel in kernels(path)):
+        if kernel.tile is not None:
+            architecture = kernel.architecture.removesuffix("a")
+            found.setdefault(architecture, []).append(_cost_of_cuda(kernel))
+    return found
+
+
+def _cost_of_cuda(kernel: Any) -> Cost:
+    """The cost of a Kernel of tests/cuda/machine_code.py."""
+    rows, columns, depth, stages = kernel.tile
+    pair, pingpong = kernel.architecture == "sm_100a", "Pingpong" in kernel.mangled
+    # On sm_100 a thread has a row, and in turns two groups of warps have a tile each.
+    rows, warps = (rows // 2, 4) if pair else (rows, 4 if pingpong else 8)
+    step, tile = count_without_options(kernel.code, rows * columns // (32 * warps))
+    return Cost(
+        kernel.name,
+        "cutlass",
+        "bf16",
+        ("statistics",) if kernel.statistics else (),
+        (rows, columns, depth),
+        warps,
+        stages,
+        32,
+        kernel.registers,
+        kernel.shared + kernel.operands,
+        1,
+        512 if pair else 0,
+        2 if pair or pingpong else 1,
+        step,
+        tile,
+    )
+
+
 def text(costs: dict[str, list[Cost]], version: str) -> str:
     """costs.json: a line per kernel."""
     parts = []
@@ -190,11 +230,19 @@ def main() -> int:
     parser = argparse.ArgumentParser("python -m benchmarks.gpu.costs", description=__doc__)
     parser.add_argument("words", nargs="*", help=f"{', '.join(ARCHITECTURES)}; with --check more")
     parser.add_argument("--check", action="store_true")
+    parser.add_argument("--cuda", action="store_true")
     given = parser.parse_args()
     before = read() if PATH.exists() else {}
+    if given.cuda:
+        for architecture, found in of_cuda(given.words).items():
+            kept = [x for x in before.get(architecture, []) if x.variant != "cutlass"]
+            before[architecture] = sorted([*kept, *found])
+        PATH.write_text(text(before, version()))
+        return 0
     if not given.check:
         for architecture in given.words or ARCHITECTURES:
-            before[architecture] = counted(architecture)
+            kept = [x for x in before.get(architecture, []) if x.variant == "cutlass"]
+            before[architecture] = sorted([*kept, *counted(architecture)])
             PATH.write_text(text(before, triton.__version__))
             print(f"{architecture}: {len(before[architecture])} kernels", flush=True)
         return 0

@@ -17,11 +17,17 @@ from triton.runtime.interpreter import GridExecutor
 from triton.runtime.jit import JITFunction
 
 from entropy_kernels import backends, device
+from entropy_kernels._cuda_kernels import head as cuda_head
+from entropy_kernels._cuda_kernels import merge as cuda_merge
+from entropy_kernels._cuda_kernels.head import Block, Gradients, Product, Rows
 from entropy_kernels._rows import ForwardRows
 from entropy_kernels._triton.common import choice
 from entropy_kernels._triton.head_backward.launch import backward
 from entropy_kernels._triton.head_forward.launch import forward
 from entropy_kernels.head import Head
+
+# Rows that share the columns that csrc/cuda's kernels have at a time: kGroup of tile_order.h.
+_GROUP_ROWS = 16 * 128
 
 
 class Launch(NamedTuple):
@@ -51,12 +57,17 @@ class Shape(NamedTuple):
 
 
 def forward_of(
-    shape: Shape, *, softcap: bool = False, statistics: bool = False, keep_logits: bool = False
+    shape: Shape,
+    *,
+    softcap: bool = False,
+    statistics: bool = False,
+    keep_logits: bool = False,
+    impl: str = "triton",
 ) -> list[Launch]:
-    """Forward alone, of all tokens."""
+    """Forward alone, of all tokens; impl: "triton", or "cuda" for csrc/cuda's where it has them."""
     filled = _empty(4, shape.tokens) if statistics else None
     with _noted(shape) as found:
-        forward(_head(shape, softcap), keep_logits=keep_logits, statistics=filled)
+        forward(_head(shape, softcap), keep_logits=keep_logits, statistics=filled, impl=impl)
     return found
 
 
@@ -72,7 +83,7 @@ def backward_of(
     return found
 
 
-def step_of(shape: Shape, way: str) -> list[Launch]:
+def step_of(shape: Shape, way: str, impl: str = "triton") -> list[Launch]:
     """Forward and backward, without selection and loss.
 
     way: "0.2", the rows are chosen by their entropies; "threshold", those above one known
@@ -88,14 +99,16 @@ def step_of(shape: Shape, way: str) -> list[Launch]:
     if way == "threshold" or (way == "known" and not all_fit and pays):
         stored |= {"store_above": _empty(), "store_rows": min(fitting, shape.active)}
     with _noted(shape, stored.get("store_rows", 0)) as found:
-        kept = forward(head, **stored)
-        _backward(shape, head, kept, None)
+        kept = forward(head, **stored, impl=impl)
+        _backward(shape, head, kept, None, impl)
     return found
 
 
-def _backward(shape: Shape, head: Head, rows: ForwardRows, entropy: Tensor | None) -> None:
-    gradients = _empty(shape.tokens), entropy, None
-    backward(gradients, head, rows, (True, True, False), max_active_rows=shape.active)
+def _backward(
+    shape: Shape, head: Head, rows: ForwardRows, entropy: Tensor | None, impl: str = "triton"
+) -> None:
+    gradients, needs = (_empty(shape.tokens), entropy, None), (True, True, False)
+    backward(gradients, head, rows, needs, max_active_rows=shape.active, impl=impl)
 
 
 @contextmanager
@@ -116,9 +129,60 @@ def _noted(shape: Shape, stored: int = 0) -> Iterator[list[Launch]]:
         patch.object(device, "processors", lambda device: shape.processors),
         # It would try a product, once per process.
         patch.object(device, "widens", lambda device, dtype: True),
+        _cuda_noted(found, stored),
         _Ops(found),
     ):
         yield found
+
+
+@contextmanager
+def _cuda_noted(found: list[Launch], stored: int) -> Iterator[None]:
+    """The launches of csrc/cuda, which need not be built."""
+
+    def forward(block: Block, product: Product, rows: Rows) -> None:
+        sizes = (*product.hidden.shape, product.weight.shape[0])
+        written = sum(map(_bytes, _tensors((rows.partials, rows.logits))))
+        found.append(_of_cuda("forward", block, sizes, written, STATISTICS=len(rows.partials) > 4))
+
+    def dlogits(block: Block, product: Product, into: Gradients) -> None:
+        rows, columns = len(product.hidden) - stored, into.stop - into.start
+        sizes = rows, product.hidden.shape[1], columns
+        found.append(_of_cuda("dlogits", block, sizes, 2 * rows * columns))
+
+    def merge(*given: Any) -> None:
+        found.append(Launch("merge_kernel", sum(map(_bytes, _tensors(given)))))
+
+    def splits(block: Block, vocabulary: int) -> int:
+        return -(-vocabulary // block.columns)
+
+    with (
+        patch.multiple(
+            cuda_head,
+            forward=forward,
+            dlogits=dlogits,
+            splits=splits,
+            bias_rows=lambda: 16,
+            why_missing=lambda: None,
+            architectures=lambda: ("80", "90a", "100a"),
+        ),
+        patch.object(cuda_merge, "merge", merge),
+        # Once per process it would say what csrc/cuda does not have.
+        patch.object(choice, "tell_of_triton", lambda *given: None),
+    ):
+        yield
+
+
+def _of_cuda(
+    op: str, block: Block, sizes: tuple[int, int, int], written: float, **flags: bool
+) -> Launch:
+    """sizes: rows, depth and columns of the product."""
+    rows, depth, columns = sizes
+    reads = -(-rows // _GROUP_ROWS)
+    moved = 2 * depth * (rows + reads * columns) + written
+    # On sm_100 two multiprocessors share the rows of a tile.
+    block_t = block.rows // (2 if block.architecture == 100 else 1)
+    constants = {"BLOCK_T": block_t, "BLOCK_V": block.columns, "BLOCK_D": block.depth, **flags}
+    return Launch(f"{op}_cutlass_kernel", moved, (rows, columns, depth), constants)
 
 
 class _Ops(TorchDispatchMode):

@@ -58,9 +58,11 @@ def clocks(cost: Cost, depth: int, gpu: Gpu) -> Clocks:
     """What a tile takes whose product has this depth."""
     block_t, block_v, block_d = cost.blocks
     steps, threads = -(-depth // block_d), cost.warps * cost.lanes
+    # Two multiprocessors of a cluster bring the weights together.
+    brought = block_v / 2 if cost.variant == "cutlass" and gpu.architecture != "sm_80" else block_v
     return Clocks(
         2 * block_t * block_v * depth / gpu.tensor,
-        2 * (block_t + block_v) * depth / gpu.feed,
+        2 * (block_t + brought) * depth / gpu.feed,
         cost.step.all * steps * threads / (SCHEDULERS * gpu.lanes),
         cost.tile.all * threads / (SCHEDULERS * gpu.lanes),
         cost.tile.special * threads / SPECIAL,
@@ -133,16 +135,22 @@ def cost_of(launch: Launch, gpu: Gpu) -> Cost:
     if variant == "tma" and not given["FLATTEN"]:
         variant = "tma_ws" if given.get("WARP_SPECIALIZE") else "tma_split"
     row = given.get("BLOCK_T", given.get("BLOCK_C"))
-    wanted = op, variant, "bf16", (row, given["BLOCK_V"], given["BLOCK_D"]), given["num_warps"]
+    wanted = op, variant, "bf16", (row, given["BLOCK_V"], given["BLOCK_D"])
     flags = {flag for constant, flag in FLAGS.items() if given.get(constant)}
     same = [
         x
         for x in _costs()[gpu.architecture]
-        if (x.op, x.variant, x.dtype, x.blocks, x.warps) == wanted
-        and x.stages == given["num_stages"]
+        if (x.op, x.variant, x.dtype, x.blocks) == wanted
+        and x.warps == given.get("num_warps", x.warps)
+        and x.stages == given.get("num_stages", x.stages)
     ]
     assert same, f"costs.json has no {wanted} for {gpu.architecture}"
     return min(same, key=lambda x: len(flags ^ set(x.flags)))
+
+
+def of_cuda(gpu: Gpu) -> list[Cost]:
+    """Those of csrc/cuda that are counted for this GPU, without options."""
+    return [x for x in _costs()[gpu.architecture] if x.variant == "cutlass" and not x.flags]
 
 
 @cache

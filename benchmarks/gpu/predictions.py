@@ -13,7 +13,7 @@ from functools import cache
 
 from benchmarks.gpu.hardware import COPY, GPUS, LAUNCH, Gpu
 from benchmarks.gpu.launches import Shape, forward_of, step_of
-from benchmarks.gpu.model import library, seconds
+from benchmarks.gpu.model import library, of_cuda, seconds
 
 HIDDEN = (1024, 2048, 4096, 5120)
 GPU = GPUS[0]
@@ -24,6 +24,7 @@ WAYS = {
     "triton-threshold": "threshold",
     "triton-recomputed": "recomputed",
     "triton-known": "known",
+    "cuda-0.2": "0.2",
 }
 # Selection and ratio loss: bytes per token of their tensors, and launches.
 LOSS_BYTES, LOSS_LAUNCHES = 43, 40
@@ -81,10 +82,13 @@ def milliseconds(name: str, tokens: int, hidden: int, on: Gpu | None = GPU) -> f
     """Predicted for a contestant on a GPU; None where nothing is."""
     if on is None:
         return None
+    impl, _, way = name.partition("-")
+    if impl == "cuda" and not of_cuda(on):
+        return None
     if name in WAYS:
-        return _ours(WAYS[name], tokens, hidden, on)
-    if name == "triton-forward":
-        found = forward_of(shape(on, tokens, hidden))
+        return _ours(WAYS[name], tokens, hidden, on, impl)
+    if way == "forward" and impl in ("triton", "cuda"):
+        found = forward_of(shape(on, tokens, hidden), impl=impl)
         return 1e3 * sum(seconds(launch, on) for launch in found)
     if name == "logits, 16-bit out":
         return 1e3 * library(_unit(tokens, hidden), hidden, on)
@@ -115,9 +119,9 @@ def _unit(tokens: int, hidden: int) -> float:
     return 2 * tokens * hidden * VOCABULARY
 
 
-def _ours(way: str, tokens: int, hidden: int, where: Gpu) -> float:
+def _ours(way: str, tokens: int, hidden: int, where: Gpu, impl: str) -> float:
     step = shape(where, tokens, hidden)
-    found, rows = step_of(step, way), step.active if way == "known" else tokens
+    found, rows = step_of(step, way, impl), step.active if way == "known" else tokens
     loss = LOSS_BYTES * rows / (COPY * where.memory) + LOSS_LAUNCHES * LAUNCH
     return 1e3 * (loss + sum(seconds(launch, where) for launch in found))
 
