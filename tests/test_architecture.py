@@ -11,7 +11,10 @@ TEXT = (ROOT / "docs" / "architecture.md").read_text()
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("[a-z]*/[a-z]*/README.md")])
 TREE = re.search(r"^```text\n(.*?)^```", TEXT, re.M | re.S)
 # Every child of these is in the tree, and every folder below it.
-MAPPED = ("entropy_kernels", "trainer", "csrc", "csrc/cpu", "benchmarks")
+MAPPED = (
+    *("entropy_kernels", "entropy_kernels/_cuda_kernels", "trainer", "benchmarks", "cmake"),
+    *("csrc", "csrc/cpu", "csrc/cuda", "tests/cuda"),
+)
 # Files that explain themselves, and folders of files that scripts write.
 UNMAPPED = re.compile(r"/(__init__\.py|py\.typed|README\.md|\.[\w-]+)$|^benchmarks/results/.")
 
@@ -79,7 +82,7 @@ def found(path: str) -> list[Path]:
 
 @pytest.mark.skipif(not (ROOT / ".git").exists(), reason="asks git for the files of a checkout")
 def test_what_the_prose_names_is_there():
-    paths = set(re.findall(r"`([\w./-]+(?:/|\.(?:py|h|cpp|md)))`", prose()))
+    paths = set(re.findall(r"`([\w./-]+(?:/|\.(?:py|h|cpp|cu|md)))`", prose()))
     paths = {path for path in paths if "NAME" not in path}
     assert len(paths) > 40
     gone = sorted(path for path in paths if not found(path))
@@ -89,7 +92,7 @@ def test_what_the_prose_names_is_there():
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_files_that_other_pages_name_are_there(page):
     """Paths in code spans; what lies in a folder of the reader's own is not ours to check."""
-    named = set(re.findall(r"`([\w-]+/[\w./-]+\.(?:py|h|cpp|md|sh|svg))`", page.read_text()))
+    named = set(re.findall(r"`([\w-]+/[\w./-]+\.(?:py|h|cpp|cu|md|sh|svg))`", page.read_text()))
     ours = {path for path in named if (ROOT / path.split("/")[0]).is_dir() and "NAME" not in path}
     gone = sorted(path for path in ours if not (ROOT / path).exists())
     assert not gone, f"{page.name} names what is not there: {gone}"
