@@ -1,8 +1,8 @@
 """A run of the GPU's measurements loses what fails, and nothing else; it keeps its seconds."""
 
-import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -15,12 +15,11 @@ import pytest
 from benchmarks.gpu import conductor, plan
 from benchmarks.gpu.conductor import Conductor
 from benchmarks.gpu.plan import SECONDS, STAGES, Shard
-from benchmarks.gpu.rows import Rows, append, identity, read
+from benchmarks.gpu.rows import Row, Rows, append, identity, read
 from benchmarks.gpu.schema import complaints
+from tests.gpu_shards import ABOUT, WORK
 
 ROOT = Path(__file__).parents[1]
-WORK = "tests.gpu_shards:work"
-ABOUT = {"gpu": None, "driver": None, "versions": {}, "source": "s", "quick": True}
 
 
 @pytest.fixture
@@ -161,8 +160,8 @@ def test_plan_fits_its_seconds_and_tma_ws_comes_last(monkeypatch):
     assert names[3].startswith("correctness the table's + the table's bfloat16, 1 of")
 
 
-def start(out: Path, *options: str) -> "subprocess.Popen[bytes]":
-    command = [sys.executable, "-m", "benchmarks.gpu", "--quick", "--out", str(out), *options]
+def start(*command: str | Path) -> "subprocess.Popen[bytes]":
+    command = (sys.executable, "-m", *command)
     return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT)
 
 
@@ -190,7 +189,7 @@ def complaints_of_a_gpu(rows, folder: Path) -> list[str]:
     about = {"gpu": "a GPU", "driver": "1", "quick": False}
     for row in rows:
         peak = {"peak_bytes": 1} if "peak_bytes" in row else {}
-        if row["stage"] != "graphs":
+        if row.get("replays", True):
             append(path, row | peak | {"about": row["about"] | about})
     return complaints(path)
 
@@ -199,42 +198,56 @@ def count(path: Path) -> int:
     return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(2400)
-def test_dry_run_that_is_killed_twenty_times_measures_everything_once(tmp_path):
-    pytest.importorskip("triton")
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    assert start(whole, "--seconds", "1500").wait() == 0
-    wanted, torn = read(whole / "rows.jsonl")
-    assert torn == []
-    stages = {row["stage"] for row in wanted}
-    assert stages == {
-        *("environment", "floors", "correctness", "steps", "threshold", "graphs", "sweep", "run")
-    }
-    assert len(list(whole.iterdir())) <= 8
-    table = (whole / "table.md").read_text()
-    assert "0 failed" in table
-    assert "torch.compile of the same" in table
-    compile((whole / "tiles.py").read_text(), "tiles.py", "exec")
-    assert complaints_of_a_gpu(wanted, tmp_path) == []
-
+def run_and_kill(path: Path, command: tuple, moments: list[int], pause: float) -> list[Row]:
+    """The rows of a run that is killed at so many rows, goes on, and has measured nothing twice."""
     seeded = random.Random(0)
-    path = killed / "rows.jsonl"
-    for moment in sorted(seeded.sample(range(len(wanted) - 1), 20)):
-        process = start(killed, "--resume", "--seconds", "1500")
+    for moment in moments:
+        process = start(*command)
         while count(path) < moment:
             assert process.poll() is None
             time.sleep(0.01)
-        time.sleep(seeded.random())
+        time.sleep(seeded.uniform(0, pause))
         before = path.read_bytes() if path.exists() else b""
         kill_all(process)
         rows, torn = read(path)
         assert torn == []
         assert path.exists() is False or path.read_bytes().startswith(before)
         assert len({identity(row) for row in rows}) == len(rows)
-    assert start(killed, "--resume", "--seconds", "1500").wait() == 0
+    assert start(*command).wait() == 0
     rows, torn = read(path)
     assert torn == []
-    assert Counter(map(identity, rows)) == Counter(map(identity, wanted))
-    assert json.loads(path.read_text().splitlines()[0])["stage"] == "environment"
-    assert len(list(killed.iterdir())) <= 8
+    assert len({identity(row) for row in rows}) == len(rows)
+    return rows
+
+
+def test_run_that_is_killed_twenty_times_measures_everything_once(tmp_path, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    wanted = run_and_kill(whole / "rows.jsonl", ("tests.gpu_shards", whole), [], 0.0)
+    assert len(wanted) == 6 * 8 + 6
+    moments = sorted(random.Random(0).sample(range(len(wanted) - 1), 20))
+    rows = run_and_kill(killed / "rows.jsonl", ("tests.gpu_shards", killed), moments, 0.2)
+    assert {identity(row) for row in rows} == {identity(row) for row in wanted}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(2400)
+def test_dry_run_that_is_killed_measures_every_shard(tmp_path):
+    pytest.importorskip("triton")
+    out = tmp_path / "out"
+    dry = "benchmarks.gpu", "--quick", "--seconds", "1500", "--out", out, "--resume"
+    rows = run_and_kill(out / "rows.jsonl", dry, [3, 30, 60], 1.0)
+    assert rows[0]["stage"] == "environment"
+    assert {row["stage"] for row in rows} == {
+        *("environment", "floors", "correctness", "steps", "threshold", "graphs", "sweep", "run")
+    }
+    shards = subprocess.check_output([sys.executable, "-m", *dry, "--plan"], cwd=ROOT, text=True)
+    planned = re.findall(r"^(\w+) .* s at .* s  (.*)$", shards, re.M)
+    done = {row["name"] for row in rows if row["stage"] == "run"}
+    assert done == {name for stage, name in planned if stage not in (plan.TABLE, plan.PROFILE)}
+    table = (out / "table.md").read_text()
+    assert "0 failed" in table
+    assert "torch.compile of the same" in table
+    compile((out / "tiles.py").read_text(), "tiles.py", "exec")
+    assert complaints_of_a_gpu(rows, tmp_path) == []
+    assert len(list(out.iterdir())) <= 8
