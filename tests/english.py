@@ -159,7 +159,8 @@ def docstring_texts(node: ast.Expr, lengths: bool) -> Iterator[Prose]:
         yield node.lineno + line - 1, text, PLAIN_WORD if lengths else None
 
 
-READERS = {".md": markdown_texts, ".py": python_texts} | dict.fromkeys((".h", ".cpp"), cpp_texts)
+READERS = {".md": markdown_texts, ".py": python_texts}
+READERS |= dict.fromkeys((".h", ".cpp", ".cu"), cpp_texts)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ constexpr int at_once(bool statistics) { return statistics ? 2 : 4; }
 // Rows of a block: the fewest that fill a sector of memory, or a warp where blocks abound.
 constexpr int kFewRows = 8, kManyRows = 32, kAbound = 8192;
 
-// Of splits threadIdx.y, threadIdx.y + blockDim.y and so on, of one row.
+// One row's sums over the splits threadIdx.y, threadIdx.y + blockDim.y and so on.
 template <bool kStatistics>
 EK_DEVICE RowSums sums_of_thread(Merge const& a, int row, float scale) {
   constexpr int kAtOnce = at_once(kStatistics);
@@ -34,7 +34,7 @@ EK_DEVICE RowSums sums_of_thread(Merge const& a, int row, float scale) {
   return sums;
 }
 
-// Of all threads of a row, in threadIdx.y = 0. The order depends on S and T alone.
+// The sums of all threads of a row, for threadIdx.y = 0. The order depends on S and T alone.
 template <bool kStatistics>
 EK_DEVICE RowSums sums_of_block(RowSums sums, float scale) {
   EK_SHARED(upper, float[(kStatistics ? 7 : 4) * kThreads / 2]);
