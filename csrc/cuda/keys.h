@@ -35,37 +35,47 @@ EK_HD bool aligned(T const* from, size_t bytes) {
   return reinterpret_cast<uintptr_t>(from) % bytes == 0;
 }
 
-// Four consecutive keys from `at` on. kAligned: values and mask begin at addresses for that, and a
-// group that the end cuts has no keys.
-template <bool kAligned>
-EK_DEVICE void load_keys(Values const& values, int64_t at, unsigned (&key)[4]) {
-  bool const whole = at + 4 <= values.count;
-  float x[4] = {};
-  unsigned valid = 0;  // a byte per value
-  if (whole && (kAligned || aligned(values.value + at, sizeof(float4)))) {
-    auto const four = *reinterpret_cast<float4 const*>(values.value + at);
-    x[0] = four.x, x[1] = four.y, x[2] = four.z, x[3] = four.w;
-    valid = 0x01010101u;
-  } else if (!kAligned) {
-#pragma unroll
-    for (int j = 0; j < 4; ++j)
-      if (at + j < values.count) x[j] = values.value[at + j], valid |= 1u << 8 * j;
-  }
-  if (values.mask != nullptr) {
-    if (whole && (kAligned || aligned(values.mask + at, sizeof valid))) {
-      memcpy(&valid, __builtin_assume_aligned(values.mask + at, sizeof valid), sizeof valid);
-    } else if (!kAligned) {
-#pragma unroll
-      for (int j = 0; j < 4; ++j)
-        if (at + j < values.count && values.mask[at + j] == 0) valid &= ~(1u << 8 * j);
-    }
-  }
-#pragma unroll
-  for (int j = 0; j < 4; ++j)
-    key[j] = valid & 0xffu << 8 * j ? key_of(__float_as_uint(x[j])) : kNoKey;
+// The key of a value, or kNoKey where its byte of the mask is 0; without a branch.
+EK_HD unsigned key_where(unsigned bits, unsigned valid, int byte) {
+  return key_of(bits) & (0u - ((valid & 0xffu << 8 * byte) != 0));
 }
 
-// The same of a mask of what is selected.
+// Bytes of a mask at an address for four.
+EK_HD unsigned four_bytes(uint8_t const* mask) {
+  unsigned four;
+  memcpy(&four, __builtin_assume_aligned(mask, sizeof four), sizeof four);
+  return four;
+}
+
+// Four consecutive keys from `at` on, at any address.
+EK_DEVICE void load_keys(Values const& values, int64_t at, unsigned (&key)[4]) {
+  bool const whole = at + 4 <= values.count;
+  float4 x = {0.0f, 0.0f, 0.0f, 0.0f};
+  unsigned valid = 0x01010101u;
+  if (whole && aligned(values.value + at, sizeof x)) {
+    x = *reinterpret_cast<float4 const*>(values.value + at);
+  } else {
+    if (at < values.count) x.x = values.value[at];
+    if (at + 1 < values.count) x.y = values.value[at + 1];
+    if (at + 2 < values.count) x.z = values.value[at + 2];
+    if (whole) x.w = values.value[at + 3];
+  }
+  if (whole && values.mask != nullptr && aligned(values.mask + at, sizeof valid)) {
+    valid = four_bytes(values.mask + at);
+  } else if (!whole || values.mask != nullptr) {
+    valid = 0;
+#pragma unroll
+    for (int j = 0; j < 4; ++j)
+      if (at + j < values.count && (values.mask == nullptr || values.mask[at + j] != 0))
+        valid |= 1u << 8 * j;
+  }
+  float const each[4] = {x.x, x.y, x.z, x.w};
+#pragma unroll
+  for (int j = 0; j < 4; ++j) key[j] = key_where(__float_as_uint(each[j]), valid, j);
+}
+
+// Four bytes of the mask of what is selected. kAligned: at an address for that, and none of those
+// of a group that the end cuts.
 template <bool kAligned>
 EK_DEVICE void store_selected(uint8_t* selected, int64_t at, int64_t count, bool const (&kept)[4]) {
   bool const whole = at + 4 <= count;
@@ -89,13 +99,25 @@ class Keys {
   EK_DEVICE Keys(Values const& values, int first, int rounds)
       : count_(static_cast<int>(values.count)), first_(first + threadIdx.x % 32 * 4),
         rounds_(rounds) {
+    int const cut = count_ / 4 * 4, past = first + rounds * kRound, end = past < cut ? past : cut;
+    unsigned valid[kHeld];
+    // All loads first, so that they are in flight together.
 #pragma unroll
-    for (int i = 0; i < kHeld; ++i)
-      if (i < rounds) load_keys<true>(values, first_ + i * kRound, held_[i]);
-    int const cut = count_ / 4 * 4;
+    for (int i = 0; i < kHeld; ++i) {
+      int const at = first_ + i * kRound;
+      float4 x = {0.0f, 0.0f, 0.0f, 0.0f};
+      valid[i] = at < end ? 0x01010101u : 0;
+      if (at < end) x = *reinterpret_cast<float4 const*>(values.value + at);
+      if (at < end && values.mask != nullptr) valid[i] = four_bytes(values.mask + at);
+      held_[i][0] = __float_as_uint(x.x), held_[i][1] = __float_as_uint(x.y);
+      held_[i][2] = __float_as_uint(x.z), held_[i][3] = __float_as_uint(x.w);
+    }
+#pragma unroll
+    for (int i = 0; i < 4 * kHeld; ++i)
+      held_[i / 4][i % 4] = key_where(held_[i / 4][i % 4], valid[i / 4], i % 4);
     has_cut_ = cut < count_ && first <= cut && cut < first + rounds * kRound;
     cut_at_ = threadIdx.x % 32 == 0 ? cut : count_;
-    if (has_cut_) load_keys<false>(values, cut_at_, cut_);
+    if (has_cut_) load_keys(values, cut_at_, cut_);
   }
 
   // Calls f(four keys, where the first of them is, whether as aligned ones), in the same order in
@@ -127,7 +149,7 @@ class Keys<0> {
     for (int i = 0; i < rounds_; ++i) {
       unsigned key[4];
       int64_t const at = first_ + static_cast<int64_t>(i) * kRound;
-      load_keys<false>(values_, at, key);
+      load_keys(values_, at, key);
       f(key, at, std::false_type{});
     }
   }

@@ -62,17 +62,26 @@ EK_DEVICE Before warps_before(Keys const& keys, unsigned threshold, Before (&war
 }
 
 // Which keys are above the threshold or among the first `quota` equal to it, and where these are.
-// `ranked`: not all or none of those equal to it, or rows are wanted; else `before` may be zeros.
+// `ranked`: some but not all of those equal to it, or rows are wanted; else nothing is counted.
 template <class Keys>
 EK_DEVICE void select(Keys const& keys, int64_t count, unsigned threshold, int quota, bool ranked,
                       Before before, uint8_t* selected, int* rows) {
+  if (!ranked) {
+    bool const all = quota > 0;
+    keys.each([&](unsigned const(&key)[4], auto at, auto is_aligned) {
+      bool kept[4];
+#pragma unroll
+      for (int j = 0; j < 4; ++j) kept[j] = key[j] > threshold || (all && key[j] == threshold);
+      store_selected<decltype(is_aligned)::value>(selected, at, count, kept);
+    });
+    return;
+  }
   keys.each([&](unsigned const(&key)[4], auto at, auto is_aligned) {
     // Those above the threshold in the lower half, those equal to it in the upper.
-    int mine = 0, through = 0;
+    int mine = 0;
 #pragma unroll
     for (int j = 0; j < 4; ++j) mine += (key[j] > threshold) + ((key[j] == threshold) << 16);
-    if (ranked) through = warp_scan(mine);
-    int const rest = ranked ? through - mine : 0;
+    int const through = warp_scan(mine), rest = through - mine;
     int ties = before.ties + (rest >> 16);
     int rank = before.above + (rest & 0xffff) + (ties < quota ? ties : quota);
     bool kept[4];
@@ -85,10 +94,8 @@ EK_DEVICE void select(Keys const& keys, int64_t count, unsigned threshold, int q
       ties += tie;
     }
     if (selected != nullptr) store_selected<decltype(is_aligned)::value>(selected, at, count, kept);
-    if (ranked) {
-      int const all = __shfl_sync(kAllLanes, through, 31);
-      before.above += all & 0xffff, before.ties += all >> 16;
-    }
+    int const warp = __shfl_sync(kAllLanes, through, 31);
+    before.above += warp & 0xffff, before.ties += warp >> 16;
   });
 }
 
