@@ -155,7 +155,7 @@ def text(found: list[Kernel]) -> str:
     """A table in Markdown, a row per kernel."""
     columns = ["kernel", "registers", "shared memory, KiB", "stages", "instructions"]
     rows = []
-    for kernel in sorted(found, key=lambda x: (len(x.architecture), x[:4])):
+    for kernel in sorted(found, key=lambda x: (x.tile is None, len(x.architecture), str(x))):
         wanted = WANTED[kernel.architecture] if kernel.tile else ()
         names = (re.sub(r"\\S\*|\\", "", x) for x in wanted)
         counts = (f"{name} {kernel.count(x)}" for name, x in zip(names, wanted, strict=True))
