@@ -1,11 +1,14 @@
 """When "auto" takes csrc/cuda's kernels, what its check asks, and what the record holds for."""
 
+import os
+
 import pytest
 import torch
 
 import entropy_kernels as ek
 from entropy_kernels import backends, device
 from tests import cuda_extension
+from tests.conftest import BACKENDS, params_of
 
 pytest.importorskip("triton")
 
@@ -155,3 +158,12 @@ def test_the_record_holds_for_the_text_of_csrc_that_is_loaded(monkeypatch):
     after = machine.machine(CPU)
     assert after == before | {"csrc/cuda": extension.sources}
     assert machine.folder_name(after) != machine.folder_name(before)
+
+
+def test_the_tests_of_the_head_are_collected_for_csrc_everywhere():
+    marks = {
+        x.id: {mark.name for mark in x.marks} for x in params_of([*BACKENDS, ("cuda", "cuda")])
+    }
+    assert "gpu" in marks.pop("cuda on cuda")
+    assert not any("gpu" in names for names in marks.values())
+    assert ("cuda", "cuda") in BACKENDS or "EK_TEST_IMPLS" in os.environ
