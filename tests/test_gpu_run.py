@@ -8,10 +8,12 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
+from benchmarks.gpu import __main__ as program
 from benchmarks.gpu import conductor, plan
 from benchmarks.gpu.conductor import Conductor
 from benchmarks.gpu.plan import SECONDS, STAGES, Shard
@@ -82,6 +84,18 @@ def test_shard_that_dies_before_it_measures_is_not_tried_again(conduct):
     assert list(found) == ["a", "b"]
     assert all(row["error"].startswith("exit status 1: AttributeError") for row in found.values())
     assert by_name(conduct(shards)[0]) == found
+
+
+@pytest.mark.parametrize(("work", "status"), [(WORK, 0), ("tests.gpu_shards:nothing", 1)])
+def test_exit_status_says_whether_a_shard_has_died(monkeypatch, tmp_path, capsys, work, status):
+    for name in ("TRITON_INTERPRET", "CUDA_VISIBLE_DEVICES"):
+        monkeypatch.setenv(name, "")
+    shard = Shard("floors", "a", work, 1.0, {"shard": "a", "does": "ok"})
+    plan = {"shards": [asdict(shard)], "processes": 1, "memory": 0, "about": ABOUT}
+    monkeypatch.setattr(program, "ask", lambda *_: plan)
+    monkeypatch.setattr(program, "IMPORTS", ())
+    assert program.main(["--quick", "--out", str(tmp_path)]) == status
+    assert ("died before their end: a;" in capsys.readouterr().out) == bool(status)
 
 
 def test_shards_that_are_late_leave_the_later_ones_their_share(conduct):

@@ -23,7 +23,7 @@ IMPORTS = ("benchmarks.gpu.steps", "benchmarks.gpu.sweep", "benchmarks.gpu.selec
 
 
 def main(arguments: list[str]) -> int:
-    """The exit status: 1 where time was over before the last shard, or a file is refused."""
+    """The exit status: 1 where a shard had no time or has died, or a file is refused."""
     began = time.monotonic()
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -40,6 +40,11 @@ def main(arguments: list[str]) -> int:
         "--check", type=Path, nargs="+", metavar="FILE", help="whether rows are fit"
     )
     given = parser.parse_args(arguments)
+    if not given.seconds > 0:
+        parser.error(f"--seconds must be above 0; got {given.seconds:g}")
+    for file in given.tables or ():
+        if not read(file)[0]:
+            parser.error(f"--tables must be files of measured rows; got {file}, which has none")
     unknown = set(given.stages) - set(STAGES)
     if unknown:
         parser.error(f"no stage {', '.join(sorted(unknown))}; stages are {', '.join(STAGES)}")
@@ -73,8 +78,9 @@ def _run(given: argparse.Namespace, path: Path, end: float) -> int:
         _print_plan(shards, found["processes"])
         return 0
     given.out.mkdir(parents=True, exist_ok=True)
+    rows = Rows(path, found["about"])
     left_out = Conductor(
-        Rows(path, found["about"]),
+        rows,
         shards,
         end,
         job | {"about": found["about"]},
@@ -87,7 +93,10 @@ def _run(given: argparse.Namespace, path: Path, end: float) -> int:
     print(f"{given.seconds - (end - time.monotonic()):.0f} s; {path}")
     if left_out:
         print(f"no time for {', '.join(left_out)}; --resume goes on")
-    return int(bool(left_out))
+    died = [row["name"] for row in rows.of("run") if "error" in row]
+    if died:
+        print(f"died before their end: {', '.join(died)}; their rows of stage run say why")
+    return int(bool(left_out or died))
 
 
 def _print_plan(shards: list[Shard], processes: int) -> None:
