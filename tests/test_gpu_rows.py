@@ -90,6 +90,8 @@ def about(**values):
         (2, remove("samples_ms"), "line 2: samples_ms: got nothing; wanted a list of numbers"),
         (3, remove("passed"), "line 3: passed: got nothing; wanted true"),
         (3, put(passed=False), "line 3: passed: got false; wanted true"),
+        (6, put(error_of_norm=0.9), "line 6: error_of_norm: got 0.9; wanted 0.25 at most"),
+        (13, put(error_of_norm=0.02), "line 13: error_of_norm: got 0.02; wanted 0.01 at most"),
         (13, remove("tile"), "line 13: tile: got nothing; wanted it"),
         (7, put(name="triton-0.2"), "line 7: got 'triton-0.2' again; wanted it once, line 6"),
         (7, about(gpu="A100"), 'line 7: about.gpu: got "A100"; wanted "NVIDIA H200", as before'),
@@ -121,11 +123,33 @@ def test_torn_line_empty_file_and_none_at_all_are_refused(path, tmp_path, capsys
     empty = tmp_path / "empty.jsonl"
     empty.touch()
     assert complaints(empty) == ["got no timed row; wanted times of floors or steps"]
+    lines = [line for line in path.read_text().splitlines()[:14] if '"passed"' not in line]
+    empty.write_text("\n".join(lines))
+    assert complaints(empty) == [
+        "got no case of correctness that passed; wanted those of what was timed"
+    ]
     assert complaints(tmp_path / "x.jsonl") == ["no such file"]
     empty.write_text("[3]\n")
     assert complaints(empty)[0] == "line 1: got [3]; wanted an object"
     assert main(["--check", str(empty), str(path)]) == 1
     assert f"{empty}: line 1" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (
+            ["--tables", "nowhere.jsonl"],
+            "files of measured rows; got nowhere.jsonl, which has none",
+        ),
+        (["--quick", "--seconds", "-3"], "--seconds must be above 0; got -3"),
+        (["--quick", "--seconds", "nan"], "--seconds must be above 0; got nan"),
+    ],
+)
+def test_arguments_that_measure_nothing_are_refused(arguments, said, capsys):
+    with pytest.raises(SystemExit):
+        main(arguments)
+    assert said in capsys.readouterr().err
 
 
 def test_tables_need_no_gpu_and_set_predictions_beside_rows(path, capsys, monkeypatch):

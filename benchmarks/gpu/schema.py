@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from benchmarks.gpu.rows import SAME, Row, identity
 from benchmarks.tables import quantile
+from entropy_kernels._bench.contestant import ROUNDED_LOGITS, ROUNDED_ONCE
 
 
 class Kind(NamedTuple):
@@ -87,6 +88,8 @@ WANTED = {
     "run": ("seconds", "predicted_s"),
 }
 FAILED = ("error", "refused", "left_out")
+# What is further from the truth was never timed.
+MOST_ERROR = {"steps": ROUNDED_LOGITS, "sweep": ROUNDED_ONCE}
 
 
 def complaints(path: Path) -> list[str]:
@@ -96,7 +99,7 @@ def complaints(path: Path) -> list[str]:
     found: list[str] = []
     seen: dict[tuple[Any, ...], int] = {}
     first: Row = {}
-    rows = 0
+    timed = passed = 0
     for number, line in enumerate(path.read_bytes().splitlines(), 1):
         try:
             row = json.loads(line)
@@ -107,7 +110,8 @@ def complaints(path: Path) -> list[str]:
         found += [f"line {number}: {complaint}" for complaint in wrong]
         if wrong:
             continue
-        rows += row["stage"] in ("floors", "steps") and "p50_ms" in row
+        timed += row["stage"] in ("floors", "steps") and "p50_ms" in row
+        passed += row["stage"] == "correctness" and "passed" in row
         first = first or row["about"]
         for key in SAME:
             if row["about"].get(key) != first.get(key):
@@ -116,7 +120,11 @@ def complaints(path: Path) -> list[str]:
         before = seen.setdefault(identity(row), number)
         if before != number:
             found.append(f"line {number}: got {row['name']!r} again; wanted it once, line {before}")
-    return found if rows else [*found, "got no timed row; wanted times of floors or steps"]
+    if not timed:
+        found.append("got no timed row; wanted times of floors or steps")
+    elif not passed and not found:
+        found.append("got no case of correctness that passed; wanted those of what was timed")
+    return found
 
 
 def _of_row(row: Any) -> Iterator[str]:
@@ -140,6 +148,9 @@ def _of_row(row: Any) -> Iterator[str]:
     contest = row["stage"] in ("steps", "sweep") and row["name"].startswith("alternation")
     complete = contest or any(key in row for key in FAILED)
     yield from _of_values(row, SCHEMA, () if complete else WANTED[row["stage"]], "")
+    error, most = row.get("error_of_norm"), MOST_ERROR.get(row["stage"])
+    if most is not None and NOT_NEGATIVE.holds(error) and error > most:
+        yield f"error_of_norm: got {error:g}; wanted {most} at most"
     if all(SCHEMA[key].holds(row.get(key)) for key in TIMES):
         for q, key in zip((50, 20, 80), TIMES, strict=False):
             wanted = quantile(row["samples_ms"], q / 100)
