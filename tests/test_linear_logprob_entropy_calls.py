@@ -158,15 +158,15 @@ def test_values_that_cannot_be_checked_without_synchronising_become_nan():
     h, w, y = make("peaked", (9, 8, 67), torch.float32)
     y[2] = 67
     temperature = torch.ones(9)
-    temperature[5] = 0.0
+    temperature[5:7] = torch.tensor([0.0, torch.inf])
     found = forward(ek.Head(h, w, y, temperature=temperature), keep_logits=False)
-    assert found.logprob.isnan().nonzero().flatten().tolist() == [2, 5]
-    assert found.entropy.isnan().nonzero().flatten().tolist() == [2, 5]
+    assert found.logprob.isnan().nonzero().flatten().tolist() == [2, 5, 6]
+    assert found.entropy.isnan().nonzero().flatten().tolist() == [2, 5, 6]
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 @pytest.mark.parametrize("output", ["logprob", "entropy", "logsumexp"])
-@pytest.mark.parametrize("wrong", ["target", "temperature"])
+@pytest.mark.parametrize("wrong", ["target", 0.0, torch.inf])
 def test_what_becomes_nan_unchecked_is_nan_in_the_gradients(
     impl, device, output, wrong, monkeypatch
 ):
@@ -179,7 +179,7 @@ def test_what_becomes_nan_unchecked_is_nan_in_the_gradients(
     if wrong == "target":
         y[2] = 67
     else:
-        temperature[2] = 0.0
+        temperature[2] = wrong
     h, w = h.requires_grad_(), w.requires_grad_()
     found = ek.linear_logprob_entropy(ek.Head(h, w, y, temperature=temperature), impl=impl)
     getattr(found, output).sum().backward()

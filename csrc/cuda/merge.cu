@@ -71,8 +71,8 @@ __global__ void __launch_bounds__(kThreads) merge_splits(Merge const a) {
   // The target's logit was rounded elsewhere, and may exceed the maximum.
   float above = valid ? (a.target_logit[row] - sums.m) / temperature : 0.0f;
   if (above > 0.0f) above = 0.0f;
-  bool const defined = sums.m > kLowest && temperature > 0.0f && target >= 0 &&
-                       target < a.vocabulary && rest == rest;
+  bool const defined = sums.m > kLowest && temperature > 0.0f && temperature < INFINITY &&
+                       target >= 0 && target < a.vocabulary && rest == rest;
   auto const write = [&](float* out, float x) { out[t] = !valid ? 0.0f : defined ? x : NAN; };
   write(a.logprob, above - log_sum);
   write(a.entropy, log_sum - kLn2 * sums.u / (1.0f + rest));

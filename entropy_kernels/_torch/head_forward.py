@@ -93,7 +93,7 @@ def _all_rows(head: Head, keep_logits: bool, statistics: Tensor | None) -> Forwa
     # A row of -inf throughout has no distribution.
     has_answer_T = (max_T > LOWEST) & (head.target >= 0) & (head.target < vocabulary)
     if temperature_T is not None:
-        has_answer_T &= temperature_T > 0
+        has_answer_T &= (temperature_T > 0) & (temperature_T < torch.inf)
     if statistics is not None:
         statistics.copy_(torch.where(has_answer_T, finish_statistics(sums), torch.nan))
     rows_T = [torch.where(has_answer_T, x, torch.nan) for x in rows_T]

@@ -37,6 +37,7 @@ MUTANTS = [
             "write(a.max, sums.m / temperature)",
         ),
         ("negative temperature", "temperature > 0.0f &&", ""),
+        ("infinite temperature", "temperature < INFINITY &&", ""),
         ("target of V", "target < a.vocabulary &&", "target <= a.vocabulary &&"),
         ("no row has a maximum", "sums.m > kLowest &&", ""),
         ("NaN answered", "&& rest == rest;", ";"),
@@ -128,7 +129,8 @@ class Case:
         found = [logprob, entropy, m / scale + log_sum, m, log_sum]
         if self.more:
             found += [(p * apart**2).sum(1), p.max(1), (p * p).sum(1), (p * plogp).sum(1)]
-        answered = inside & (m > LOWEST) & (self.per_row > 0) & ~np.isnan(e).any(1)
+        answered = inside & (m > LOWEST) & ~np.isnan(e).any(1)
+        answered &= (self.per_row > 0) & (self.per_row < np.inf)
         names = NAMES + STATISTICS * self.more
         ignored = self.target == IGNORE
         return {
@@ -208,7 +210,7 @@ def broken(rows=40, columns=90):
 def small_cases():
     z, target = broken()
     temperature = np.geomspace(0.2, 4, len(z))
-    wrong = np.where(np.arange(len(z)) < 30, temperature, (0, -1, np.nan, -np.inf) * 10)
+    wrong = np.where(np.arange(len(z)) < 30, temperature, (0, -1, np.nan, -np.inf, np.inf) * 8)
     return [
         Case([[3.0]], 1, more=True),
         Case(tied(7, 30), 5, temperature=0.5, more=True),

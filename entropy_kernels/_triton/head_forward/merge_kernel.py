@@ -92,7 +92,8 @@ def merge_kernel(
     logprob = tl.where(logprob > 0.0, 0.0, logprob) - log_sum
     logsumexp = m / temperature + log_sum
 
-    defined = (m > LOWEST) & (temperature > 0.0) & (target >= 0) & (target < V) & (rest == rest)
+    defined = (m > LOWEST) & (target >= 0) & (target < V) & (rest == rest)
+    defined &= (temperature > 0.0) & (temperature < float("inf"))
     # NaN for rows without an answer.
     factor = tl.where(defined, 1.0, float("nan"))
     tl.store(logprob_ptr + offs_t, tl.where(valid, logprob * factor, 0.0), mask=mask_t)
