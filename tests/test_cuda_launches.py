@@ -115,6 +115,9 @@ def test_a_forward_without_options(extension):
     head.forward(BLOCK, product(temperature=shared), rows())
     assert extension.calls[-1][1]["head"].stride_temperature == 0
     assert extension.calls[-1][1]["head"].temperature == shared.data_ptr()
+    for softcap, divides in ((1e-50, 1e-30), (1e38, 1e30)):
+        head.forward(BLOCK, product(softcap=softcap), rows())
+        assert extension.calls[-1][1]["head"].softcap == pytest.approx(divides, rel=1e-6, abs=0)
 
 
 def test_programs_beyond_all_tiles_where_none_persists(extension, monkeypatch):

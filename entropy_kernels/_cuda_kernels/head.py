@@ -18,6 +18,8 @@ _RUNS = {"sm_80": 80, "sm_86": 80, "sm_87": 80, "sm_89": 80, "sm_90": 90, "sm_10
 _ALIGNED = 16
 # Rows and words: the last tiles of a cluster end beyond them, and are counted in 31 bits.
 _MOST = (1 << 31) - 1 - 2 * 256
+# Caps that have a reciprocal in fp32, by approximate division too; beyond them nothing changes.
+_LEAST_CAP, _LARGEST_CAP = 1e-30, 1e30
 
 
 class Block(NamedTuple):
@@ -182,7 +184,7 @@ def dlogits(block: Block, product: Product, into: Gradients) -> None:
 
 def _head(call: str, product: Product) -> Any:
     """The extension's description of a product; raises ValueError for one that it cannot take."""
-    hidden, weight = product.hidden, product.weight
+    hidden, weight, softcap = product.hidden, product.weight, product.softcap
     (count, depth), vocabulary = hidden.shape, weight.shape[0]
     if min(count, vocabulary) < 1 or max(count, vocabulary) > _MOST:
         raise ValueError(f"{call} takes 1 to {_MOST} rows and words; got {count} and {vocabulary}")
@@ -202,7 +204,7 @@ def _head(call: str, product: Product) -> Any:
         stride_weight=weight.stride(0),
         **check(call, hidden, given),
         **check_temperature(call, product.temperature, hidden, count),
-        softcap=product.softcap or 0.0,
+        softcap=0.0 if softcap is None else min(max(softcap, _LEAST_CAP), _LARGEST_CAP),
         rows=count,
         depth=depth,
         vocabulary=vocabulary,
