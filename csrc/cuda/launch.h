@@ -132,7 +132,8 @@ void dlogits(Tile const&, Head const&, Dlogits const&, int processors, Stream);
 void merge(Merge const&, Stream);
 void ratio_loss(RatioLoss const&, Stream);
 void top(Values const&, double share, Top const&, Stream);
-// One digit at a time, over any number of values: see `_radix.py`. radix_histogram adds to `counts`.
+// One digit at a time, over any number of values: see `_radix.py`. radix_histogram adds to
+// `counts`.
 void radix_histogram(Values const&, int64_t const* prefix, int shift, int bits, int prefix_bits,
                      int64_t* counts, Stream);
 void radix_pick(int64_t const* counts, int64_t const* local, int64_t const* prefix,
