@@ -297,13 +297,11 @@ def test_every_instruction_set_adds_after_its_last_chunk_of_rows(dtype, buffer):
         head = ek.Head(h, w, y, temperature=None)
         found = _native.forward(head, keep_logits=False, isa=isa)
         added = torch.zeros(99, 33)
+        given = (tuple(grads), head, found, (False, True, False))
         for main_grad in (added, total := before.clone()):
-            needs = (False, True, False)
-            _, dweight, _ = _native.backward(
-                tuple(grads), head, found, needs, isa=isa, main_grad=main_grad
-            )
+            _, dweight, _ = _native.backward(*given, isa=isa, main_grad=main_grad)
             assert dweight is None
-        _, dweight, _ = _native.backward(tuple(grads), head, found, needs, isa=isa)
+        _, dweight, _ = _native.backward(*given, isa=isa)
         assert torch.equal(added.to(dtype), dweight)
         assert torch.equal(total, (before.float() + added).to(buffer))
 
