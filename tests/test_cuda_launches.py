@@ -30,14 +30,13 @@ def bf16(*shape):
 
 
 def product(**other):
-    made = head.Product(bf16(T, D), bf16(V, D), bf16(V), torch.rand(T), 5.0)
-    return made._replace(**other)
+    return head.Product(bf16(T, D), bf16(V, D), bf16(V), torch.rand(T), 5.0)._replace(**other)
 
 
 def rows(statistics=False, **other):
     partials = torch.zeros(7 if statistics else 4, S, T)
-    index, number = torch.zeros(T, dtype=torch.int32), torch.full((1,), T).int()
-    made = head.Rows(torch.zeros(T).long(), index, number, partials, torch.zeros(T), None)
+    zeros, number = torch.zeros(T), torch.full((1,), T).int()
+    made = head.Rows(zeros.long(), zeros.int(), number, partials, zeros, None)
     return made._replace(**other)
 
 
@@ -175,8 +174,7 @@ def test_a_selection(extension, mask):
     selected = selection.select_largest(values, mask, picked[3], picked[1])
     threshold, quota, equal, chosen = selection.top(values, mask, 0.25, True)
     assert not selection.top(values, mask, 0.25, False)[3].numel()
-    names = ["radix_histogram", "radix_pick", "select_largest", "top", "top"]
-    assert extension.launched == names
+    assert extension.launched == ["radix_histogram", "radix_pick", "select_largest", "top", "top"]
     histogram, pick, largest, top, unmasked = (call for _, call in extension.calls)
     for call in (histogram, largest, top):
         assert given(call["values"], "value", "mask") == pointers(value=values, mask=mask)
@@ -272,8 +270,7 @@ CALLS = {
 def test_a_tensor_that_does_not_fit_is_refused_before_any_launch(extension, name, how):
     run, right = CALLS[name]
     wrong = WRONG[how](right)
-    call, tensor = name.split()
-    tensor = {"row": "index"}.get(tensor, tensor)
+    call, tensor = name.replace("row", "index").split()
     with pytest.raises(ValueError, match=f"{tensor} of {call} must be .*; got "):
         run(wrong)
     assert extension.launched == []
