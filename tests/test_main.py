@@ -21,6 +21,7 @@ INTERNAL = {
     "benchmarks.bench_train_step",
     "benchmarks.gpu.one_launch",
     "benchmarks.gpu.worker",
+    "tests.gpu_shards",
     "tests.trainer.hostile_answers",
     "tests.trainer.vllm_rank",
     "trainer.rewards.worker",

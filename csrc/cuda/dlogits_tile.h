@@ -4,9 +4,9 @@
 //
 // With rest = g_logsumexp - g_entropy H, and all gradients over the temperature,
 //
-//     dz = slope (p (rest - g_entropy log p) - g_logprob ([target] - p)),
+//     dz = slope (p (rest - g_entropy log p) + g_logprob ([target] - p)),
 //
-// where `slope` is that of the softcap. At the target, p - 1 is expm1(log p), which has all its
+// where `slope` is that of the softcap. At the target, 1 - p is -expm1(log p), which has all its
 // digits when p is near 1.
 //
 // C compact rows, N columns of a chunk of the vocabulary.

@@ -5,6 +5,7 @@ python -m tests.cuda.machine_code [FILE...]    prints a table; ends with 1 where
 Without FILEs, which are modules or objects, it reads entropy_kernels._cuda. No GPU is needed.
 """
 
+import argparse
 import re
 import subprocess
 import sys
@@ -166,7 +167,9 @@ def text(found: list[Kernel]) -> str:
 
 
 def main() -> int:
-    found = [kernel for path in sources(sys.argv[1:]) for kernel in kernels(path)]
+    parser = argparse.ArgumentParser("python -m tests.cuda.machine_code", description=__doc__)
+    parser.add_argument("files", nargs="*", metavar="FILE")
+    found = [kernel for path in sources(parser.parse_args().files) for kernel in kernels(path)]
     faults = [fault for kernel in found for fault in kernel.faults]
     print("\n".join([text(found), *faults]))
     return int(bool(faults))
