@@ -4,18 +4,10 @@ import pytest
 
 pytest.importorskip("triton")
 
+from entropy_kernels._triton.common import cutlass
 from tests.cuda import host, machine_code
 from tests.cuda.machine_code import WANTED, Kernel
 
-HEADS = {
-    "sm_80": {("forward", False, 128), ("forward", True, 128), ("dlogits", False, 128)},
-    "sm_90a": {
-        (name, statistics, columns)
-        for name, statistics in (("forward", False), ("forward", True), ("dlogits", False))
-        for columns in (128, 256)
-    },
-    "sm_100a": {("forward", False, 256), ("forward", True, 256)},
-}
 # As nvdisasm prints what WANTED has.
 LINES = {
     "sm_80": ("HMMA.16816.F32.BF16 R60, R84, R104, R60", "LDGSTS.E.BYPASS.LTC128B.128 [R5], [R6]"),
@@ -44,13 +36,20 @@ def test_kernels_spill_nothing_and_have_their_instructions(kernels):
     assert [fault for kernel in kernels for fault in kernel.faults] == []
 
 
-def test_every_configuration_of_the_head_is_built(kernels):
+def test_every_tile_of_the_table_is_built_with_as_many_stages(kernels):
     heads = [kernel for kernel in kernels if kernel.tile is not None]
-    found = {arch: set() for arch in {kernel.architecture for kernel in heads}}
-    for kernel in heads:
-        found[kernel.architecture].add((kernel.name, kernel.statistics, kernel.tile[1]))
-    assert found
-    assert found == {arch: HEADS[arch] for arch in found}
+    built = {kernel.architecture.removesuffix("a") for kernel in heads}
+    wanted = {
+        (key.architecture, key.op, statistics, (x.block_t, x.block_v, x.block_d, x.num_stages))
+        for key, row in cutlass.TILES.items()
+        for x in row
+        for statistics in (False, True)[: 1 + (key.op == "forward")]
+        if key.architecture in built
+    }
+    assert wanted
+    found = [(x.architecture.removesuffix("a"), x.name, x.statistics, x.tile) for x in heads]
+    assert set(found) == wanted
+    assert len(found) == len(wanted)
 
 
 def test_plain_kernels_are_the_same_on_every_architecture(kernels):

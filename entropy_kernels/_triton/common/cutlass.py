@@ -20,11 +20,11 @@ from .tiles import ANY, Key, Tile
 VARIANT = "cutlass"
 TILES: dict[Key, tuple[Tile, ...]] = {
     Key("forward", "sm_80", "bfloat16", ANY, ANY): (Tile(VARIANT, 128, 128, 64, 8, 3),),
-    Key("forward", "sm_90", "bfloat16", 1024, ANY): (Tile(VARIANT, 128, 128, 64, 12, 4),),
+    Key("forward", "sm_90", "bfloat16", 1024, ANY): (Tile(VARIANT, 128, 128, 64, 12, 7),),
     Key("forward", "sm_90", "bfloat16", ANY, ANY): (Tile(VARIANT, 128, 256, 64, 12, 4),),
-    Key("forward", "sm_100", "bfloat16", ANY, ANY): (Tile(VARIANT, 256, 256, 64, 8, 4),),
+    Key("forward", "sm_100", "bfloat16", ANY, ANY): (Tile(VARIANT, 256, 256, 64, 8, 7),),
     Key("dlogits", "sm_80", "bfloat16", ANY, ANY): (Tile(VARIANT, 128, 128, 64, 8, 3),),
-    Key("dlogits", "sm_90", "bfloat16", 1024, ANY): (Tile(VARIANT, 128, 128, 64, 12, 4),),
+    Key("dlogits", "sm_90", "bfloat16", 1024, ANY): (Tile(VARIANT, 128, 128, 64, 12, 7),),
     Key("dlogits", "sm_90", "bfloat16", ANY, ANY): (Tile(VARIANT, 128, 256, 64, 12, 4),),
 }
 
