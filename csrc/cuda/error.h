@@ -7,8 +7,10 @@
 
 namespace ek {
 
+// Leaves no error behind that a later call of anybody's would report.
 inline void check(cudaError_t error, std::string const& what) {
   if (error == cudaSuccess) return;
+  cudaGetLastError();
   throw std::runtime_error(what + ": " + cudaGetErrorName(error) + ", " +
                            cudaGetErrorString(error));
 }

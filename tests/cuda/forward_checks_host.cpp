@@ -123,7 +123,9 @@ int main() {
   refuses("the GPU of a tile for sm_80 must be of capability 8.x; got 100",
           [](Call& c) { c.tile = {80, 128, 128, 64}, c.out.splits = 8; });
   answer = cudaErrorInsufficientDriver;
+  expect(!forgotten, "no error of CUDA's is taken where there is none");
   refuses("cudaGetDevice: cudaErrorName, why", [](Call&) {});
+  expect(forgotten, "an error that is told is not left for the next call");
   expect(ek::forward_splits({90, 128, 256, 64}, 513) == 3, "splits are rounded up");
   expect(ek::forward_splits({90, 128, 256, 64}, 2147483647) == 8388608, "also of the largest");
   return !right;
