@@ -1,8 +1,9 @@
 // hidden W^T on Ampere and Ada by CUTLASS's cp.async main loop, each tile given to an Operation
 // (collective.h).
 #pragma once
-#include <cutlass/gemm/collective/collective_mma.hpp>
-#include <cutlass/gemm/dispatch_policy.hpp>
+#include <cutlass/gemm/collective/collective_mma_decl.hpp>
+// After it.
+#include <cutlass/gemm/collective/sm80_mma_multistage.hpp>
 
 #include "error.h"
 #include "launch.h"
@@ -36,7 +37,7 @@ __global__ void __launch_bounds__(cute::size(Sm80Tile::Mma{}))
                         Operation const operation) {
   using namespace cute;
   using Element = MainloopSm80::Element;
-  extern __shared__ char shared[];
+  EK_DYNAMIC(shared, char);
   Sm80Tile::Shape const tile;
   TileOrder const order(range, size<0>(tile), 1, ceil_div(columns, size<1>(tile)));
   if (!order.has(blockIdx.x)) return;
@@ -70,13 +71,12 @@ void product_sm80(char const* what, Head const& head, int start, int columns, Ro
   constexpr int kShared = sizeof(typename MainloopSm80::Type::SharedStorage);
   static_assert(kShared <= 101376, "99 KiB are all that Ada has");
   static_assert(Operation::template shared_bytes<Tile, Sm80Tile::Mma>() <= kShared);
-  auto* const kernel = &product_sm80_kernel<Operation>;
+  auto const* kernel = reinterpret_cast<void const*>(&product_sm80_kernel<Operation>);
   check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared), what);
   int const blocks = cute::ceil_div(head.rows, cute::size<0>(Tile{})) *
                      cute::ceil_div(columns, cute::size<1>(Tile{}));
-  kernel<<<blocks, int(cute::size(Sm80Tile::Mma{})), kShared, static_cast<cudaStream_t>(stream)>>>(
-      head, start, columns, range, operation);
-  check(cudaGetLastError(), what);
+  EK_LAUNCH_DYNAMIC(product_sm80_kernel<Operation>, dim3(blocks), dim3(cute::size(Sm80Tile::Mma{})),
+                    kShared, stream, head, start, columns, range, operation);
 }
 
 }  // namespace ek
