@@ -86,7 +86,8 @@ def select_largest(values: Tensor, mask: Tensor | None, threshold: Tensor, quota
             equal &= mask[part]
             above &= mask[part]
         seen = equal.cumsum(0, dtype=torch.int32)
-        selected[part] = above | (equal & (seen <= quota))
+        # Compared in int32, as a quota of no dimension is.
+        selected[part] = above | (equal & (seen <= quota.clamp(-1, size)))
         quota = quota - seen[-1]
     return selected
 
