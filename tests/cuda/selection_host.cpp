@@ -27,7 +27,8 @@ struct Case {
   std::vector<float> value;
   std::vector<uint8_t> mask;  // empty: all are valid
   Share share;
-  size_t skew;  // values before the first, so that it lies at no round address
+  // Elements before the first of value, mask and selected, so that it lies at no round address.
+  size_t skew_value, skew_mask, skew_selected;
 };
 
 // What the sort says.
@@ -96,7 +97,7 @@ void run_top(Case const& of, ek::Values const& values, Truth const& truth, bool 
   int64_t quota = kGuard, equal = kGuard;
   int number = int(kGuard);
   std::vector<int> rows(2 * n + 64, int(kGuard));  // room for rows that nobody asked for
-  Skewed<uint8_t> selected(std::vector<uint8_t>(n, 9), of.skew);
+  Skewed<uint8_t> selected(std::vector<uint8_t>(n, 9), of.skew_selected);
   ek::top(values, of.share.exact(),
           {&threshold, &quota, &equal, selected.data(), rows_too ? rows.data() : nullptr,
            rows_too ? &number : nullptr},
@@ -133,7 +134,7 @@ void run_digits(Case const& of, ek::Values const& values, Truth const& truth) {
   expect(same(threshold, truth.threshold), of, "threshold of the digits");
   expect(remaining == truth.quota && equal == truth.equal, of, "quota of the digits");
   std::vector<int64_t> counts(ek::kSelectBlocks, kGuard);
-  Skewed<uint8_t> selected(std::vector<uint8_t>(of.value.size(), 9), of.skew);
+  Skewed<uint8_t> selected(std::vector<uint8_t>(of.value.size(), 9), of.skew_selected);
   ek::select_largest(values, &threshold, &remaining, counts.data(), selected.data(), nullptr);
   expect(std::equal(truth.selected.begin(), truth.selected.end(), selected.data()), of,
          "mask of select_largest");
@@ -199,15 +200,18 @@ int main(int arguments, char** argument) {
     Share const shares[] = {{1, 5}, {55, 100}, {1, 1}, {1, 1000000000}};
     for (auto const& [kind, n] : sizes) {
       if (n < fewest || n > most) continue;
-      Case of{kind, values_of(kind, n, random), {}, shares[random() % 4], random() % 3};
+      Case of{kind,         values_of(kind, n, random),
+              {},           shares[random() % 4],
+              random() % 3, random() % 3,
+              random() % 3};
       for (int masked = 0; masked < 3; ++masked) {
         of.mask.assign(masked ? n : 0, 0);
         if (masked == 1)
           for (uint8_t& valid : of.mask) valid = random() % 5 ? 1 + random() % 2 * 254 : 0;
         if (masked == 2 && n > 300) continue;  // nothing is valid
         Truth const truth = truth_of(of);
-        Skewed<float> value(of.value, of.skew);
-        Skewed<uint8_t> mask(of.mask, of.skew);
+        Skewed<float> value(of.value, of.skew_value);
+        Skewed<uint8_t> mask(of.mask, of.skew_mask);
         ek::Values const values{value.data(), of.mask.empty() ? nullptr : mask.data(), n};
         run_top(of, values, truth, random() % 2);
         run_digits(of, values, truth);

@@ -4,8 +4,9 @@
 //
 // What hardware leaves undefined ends the program with a message: threads that meet at different
 // instructions or barriers, lanes outside their own mask, threads that end while others wait for
-// them. A lane that reads another outside the mask gets ones in every bit. Atomics and shuffles
-// order no other memory; a __threadfence before one atomic and one after another do.
+// them, addresses that are not as a kernel assumes. A lane that reads another outside the mask gets
+// ones in every bit. Atomics and shuffles order no other memory; a __threadfence before one atomic
+// and one after another do.
 #pragma once
 #ifdef SIMT_CUDA_HEADERS
 #include <cuda_runtime.h>
@@ -126,6 +127,12 @@ unsigned match_any(char const* where, unsigned mask, T value) {
 }
 inline void sync_warp(char const* where, unsigned mask = ~0u) { meet_lanes(where, mask, 0, true); }
 
+inline void const* assume_aligned(char const* where, void const* address, size_t bytes) {
+  if (reinterpret_cast<uintptr_t>(address) % bytes != 0)
+    fail("%s: %p is no multiple of %zu bytes", where, address, bytes);
+  return address;
+}
+
 // An atomic read and write. As in C++, it carries what came before this thread's last
 // __threadfence, to what follows the next __threadfence of a thread that reads its result.
 SIMT_UNSEEN inline void begin_atomic(void* p) {
@@ -170,6 +177,8 @@ constexpr int warpSize = 32;
 #define __all_sync(...) ::simt::all(SIMT_HERE("__all_sync"), __VA_ARGS__)
 #define __match_any_sync(...) ::simt::match_any(SIMT_HERE("__match_any_sync"), __VA_ARGS__)
 #define __threadfence() ::simt::fence()
+#define __builtin_assume_aligned(...) \
+  ::simt::assume_aligned(SIMT_HERE("__builtin_assume_aligned"), __VA_ARGS__)
 
 template <class T>
 T atomicAdd(T* p, T value) {

@@ -52,6 +52,11 @@ MUTANTS = [
      "whole && aligned(values.value + at", "aligned(values.value + at"),
     ("values at any address", "address", MANY, KEYS,
      "aligned(values.value + at, sizeof x)", "true"),
+    ("mask at any address", "address", MANY, SELECT, "aligned(values.mask, sizeof(uchar4)) &&", ""),
+    ("mask of a group at any address", "address", MANY, KEYS,
+     "aligned(values.mask + at, sizeof valid)", "true"),
+    ("selected at any address", "address", MANY, SELECT,
+     "aligned(out.selected, sizeof(uchar4))", "true"),
     ("mask written past its end", "address", MANY, KEYS,
      "bool const whole = at + 4 <= count;", "bool const whole = at < count;"),
     ("group that the end cuts left out", "", MANY, KEYS, "if (has_cut_) f(", "if (false) f("),
@@ -209,7 +214,7 @@ def test_picks_are_those_of_the_torch_path(kernels, bits):
 )
 def test_any_threshold_and_quota(kernels, kind, threshold):
     values, masks = values_of(kind, 3 * ROUND + 5, "cpu"), masks_of(3 * ROUND + 5, "cpu")
-    for seed, quota in enumerate((-5, 0, 1, 3000, 5000, 10**10)):
+    for seed, quota in enumerate((-5, 0, 1, 3000, 5000, 2**32)):
         kernels.schedule(seed, seed == 3)
         arguments = (values, masks[seed % 2], torch.tensor(threshold), torch.tensor(quota))
         want = selection.select_largest(*arguments)
