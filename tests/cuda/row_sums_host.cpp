@@ -1,5 +1,7 @@
 // The formulas of logits.h and the sums of row_sums.h against fp64: rows in pieces of any size,
 // merged in any order.
+#include <sys/mman.h>
+
 #include <cstdio>
 #include <limits>
 #include <random>
@@ -89,6 +91,27 @@ ek::RowSums sums_in_pieces(std::vector<float> const& z, int piece, bool backward
   return sums;
 }
 
+// Offsets of 2^32 and more, in memory that nobody else touches; of 32 bits would be too small.
+void check_far() {
+  int const rows = 1 << 30, splits = 8, split = 4, row = 5;
+  size_t const count = size_t(7) * splits * rows;
+  void* const memory = mmap(nullptr, count * sizeof(float), PROT_READ | PROT_WRITE,
+                            MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  expect(memory != MAP_FAILED, "memory", 0, count);
+  if (memory == MAP_FAILED) return;
+  auto* const partials = static_cast<float*>(memory);
+  ek::store_sums<true>(partials, split, splits, row, rows, {1, 2, 3, 4, 5, 6, 7});
+  auto const got = ek::load_sums<true>(partials, split, splits, row, rows);
+  float const loaded[] = {got.m, got.n, got.s, got.u, got.w, got.q, got.r};
+  for (int i = 0; i < 7; ++i) {
+    expect_same("stored far away", partials[(size_t(i) * splits + split) * rows + row], i + 1);
+    expect_same("loaded from far away", loaded[i], i + 1);
+  }
+  partials[int64_t(1) << 32] = 4;
+  expect_same("a far temperature", ek::inverse_temperature(partials, int64_t(1) << 32, 1), 0.25);
+  munmap(memory, count * sizeof(float));
+}
+
 void check_row(char const* what, std::vector<float> const& z, float inverse) {
   float const scale = inverse * ek::kLog2e;
   // Terms, and the error of each: d is rounded before it becomes an exponent.
@@ -162,6 +185,7 @@ void check_no_answer() {
 
 int main() {
   check_formulas();
+  check_far();
   check_rows();
   check_no_answer();
   return !right;

@@ -120,6 +120,18 @@ MUTANTS = {
             "temperature[row * stride]",
             "temperature[row]",
         ),
+        host.Mutant(
+            "strides in 32 bits", "logits.h", "int64_t stride, int row)", "int stride, int row)"
+        ),
+        host.Mutant(
+            "rows in 32 bits", "row_sums.h", "int64_t(split) * rows + row", "split * rows + row"
+        ),
+        host.Mutant(
+            "fields in 32 bits",
+            "row_sums.h",
+            "  int64_t const field = int64_t(splits) * rows;\n  out[0]",
+            "  int const field = splits * rows;\n  out[0]",
+        ),
     ],
     ORDER: [
         host.Mutant(
@@ -139,6 +151,12 @@ MUTANTS = {
             "tile_order.h",
             "*number < rows ? *number : rows",
             "*number",
+        ),
+        host.Mutant(
+            "a block of rows that are read taken",
+            "tile_order.h",
+            "(*range.first + block_rows - 1) / block_rows",
+            "*range.first / block_rows",
         ),
     ],
     SCHEDULER: [

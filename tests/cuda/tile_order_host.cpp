@@ -62,7 +62,7 @@ void check(int rows, int first, int number, int cluster, int splits) {
 int main() {
   for (int const rows : {1, 128, 129, 300, 2048, 2049, 5000})
     for (int const number : {0, 1, 127, 128, 129, 257, 2048, 2177, 4999, 9999})
-      for (int const first : {-1, 0, 256, 2304})
+      for (int const first : {-1, 0, 200, 256, 2304})
         for (int const cluster : {1, 2})
           for (int const splits : {1, 2, 37}) check(rows, first, number, cluster, splits);
   // The largest grid has almost 2^31 tiles.
