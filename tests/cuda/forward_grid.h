@@ -14,6 +14,7 @@ namespace grid {
 
 constexpr float kPoison = 12345.678f;
 constexpr int kGuard = 64;
+constexpr int kFar = 1 << 26;  // rows of logits before the first, which are not there
 constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
 
 struct Options {
@@ -66,7 +67,12 @@ struct Problem {
     product.resize(size_t(T) * V);
     for (float& x : product) x = normal(random);
     for (int t = 0; t < T; ++t) spoil(t % 16, &product[size_t(t) * V], V);
-    for (int t = 0; t < T * 3; ++t) temperature.push_back(0.6f + 0.002f * t);
+    // Memory ends with the last of them.
+    temperature.reserve(T * std::abs(given.stride_temperature));
+    bias.reserve(V);
+    for (int t = 0; t < T * std::abs(given.stride_temperature); ++t)
+      temperature.push_back(0.6f + 0.002f * t);
+    if (given.stride_temperature == 0) temperature.push_back(0.6f);
     for (int v = 0; v < V; ++v) {
       float const x = float(random() % 17) - 8.0f;  // a bf16
       uint32_t bits;
@@ -76,7 +82,7 @@ struct Problem {
     int64_t const edges[] = {0, 127, 128, 255, 256, V - 1, V, -100, -1};
     for (int t = 0; t < T; ++t) {
       target.push_back(t < 36 ? edges[t % 9] % (V + 1) : int64_t(random() % V));
-      index.push_back(T - 1 - t);
+      index.push_back(kFar + T - 1 - t);
     }
   }
 
@@ -213,7 +219,7 @@ void check(Options const& options, int cluster = 1, int clusters = 0, int groups
                         problem.target.data(),
                         problem.index.data(),
                         &problem.options.number,
-                        options.logits ? logits.data() : nullptr,
+                        options.logits ? logits.data() - int64_t(kFar) * V : nullptr,
                         kStatistics,
                         splits};
   run_grid<Tile>(ek::ForwardTile<kStatistics>{problem.head(), out}, problem, splits, cluster,
@@ -237,7 +243,7 @@ void check(Options const& options, int cluster = 1, int clusters = 0, int groups
     expect_same(options, "the target's logit", t, int(target), at_target[t],
                 has ? problem.logit(t, int(target)) : kPoison);
     for (int v = 0; v < V; ++v)
-      expect_same(options, "a kept logit", t, v, logits[size_t(problem.index[t]) * V + v],
+      expect_same(options, "a kept logit", t, v, logits[size_t(problem.index[t] - kFar) * V + v],
                   there && options.logits ? problem.product[size_t(t) * V + v] : kPoison);
   }
 }

@@ -12,6 +12,7 @@
 namespace {
 
 constexpr int kRows = 128, kCluster = 2, kEdge = 64;
+constexpr int kFar = 1 << 26;  // rows of logits before the first, which are not there
 constexpr float kPoison = 12345.0f;
 constexpr double kEpsilon = 5.97e-8;
 
@@ -67,6 +68,9 @@ struct Grid {
 
   explicit Grid(Case const& of) : what(of) {
     std::mt19937 random(of.number + of.vocabulary);
+    // Memory ends with the last of them.
+    temperature.reserve(of.rows);
+    bias.reserve(of.vocabulary);
     for (int t = 0; t < of.rows; ++t) temperature.push_back(0.6f + 0.002f * t);
     for (int v = 0; v < of.vocabulary; ++v) bias.push_back(uint16_t(0x3f00 + random() % 256));
     for (int t = 0; t < of.rows; ++t) target.push_back(random() % of.vocabulary);
@@ -76,10 +80,11 @@ struct Grid {
       target[25] = of.vocabulary - 1;
     }
     // Rows of `logits` in ascending order, with gaps.
-    for (int t = 0, place = 0; t < of.rows; ++t, place += 1 + random() % 2) index.push_back(place);
+    for (int t = 0, place = kFar; t < of.rows; ++t, place += 1 + random() % 2)
+      index.push_back(place);
     partials.assign(size_t(kStatistics ? 7 : 4) * splits * of.rows + kEdge, kPoison);
     target_logit.assign(of.rows + kEdge, kPoison);
-    logits.assign(of.kept ? size_t(index.back() + 1) * of.vocabulary + kEdge : 0, kPoison);
+    logits.assign(of.kept ? size_t(index.back() - kFar + 1) * of.vocabulary + kEdge : 0, kPoison);
     head.rows = of.rows;
     head.vocabulary = of.vocabulary;
     if (of.bias) head.bias = bias.data();
@@ -91,7 +96,7 @@ struct Grid {
     out.target = target.data();
     out.index = index.data();
     out.number = &what.number;
-    if (of.kept) out.logits = logits.data();
+    if (of.kept) out.logits = logits.data() - int64_t(kFar) * of.vocabulary;
     out.splits = splits;
   }
 
@@ -185,8 +190,8 @@ struct Grid {
   void check_logits() const {
     std::vector<float> wanted(logits.size(), kPoison);
     for (int row = 0; what.kept && row < what.number; ++row)
-      std::memcpy(&wanted[size_t(index[row]) * what.vocabulary], &z[size_t(row) * what.vocabulary],
-                  sizeof(float) * what.vocabulary);
+      std::memcpy(&wanted[size_t(index[row] - kFar) * what.vocabulary],
+                  &z[size_t(row) * what.vocabulary], sizeof(float) * what.vocabulary);
     for (size_t i = 0; i < wanted.size(); ++i)
       expect(same(logits[i], wanted[i]), what, "kept logit", int(i / what.vocabulary), -1,
              logits[i], wanted[i]);

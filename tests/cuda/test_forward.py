@@ -184,7 +184,7 @@ MUTANTS = {
             "logits kept at the row's place and not its number",
             "forward_tile.h",
             "int64_t(out.index[t])",
-            "int64_t(t)",
+            "int64_t(t + (1 << 26))",
         ),
         host.Mutant(
             "columns past the vocabulary not masked",
@@ -224,20 +224,37 @@ MUTANTS = {
         ),
     ],
 }
-BARRIERS = [
-    host.Mutant(
-        "no barrier after the main loop",
-        "forward_tile.h",
-        "if constexpr (kWarps > 1) __syncthreads();",
-        "if constexpr (kWarps > 1) {}",
-    ),
-    host.Mutant(
-        "no barrier before sums are merged",
-        "forward_tile.h",
-        "      __syncthreads();\n      int const t = start_t + thread;",
-        "      int const t = start_t + thread;",
-    ),
-]
+# What values alone do not show.
+UNSEEN = {
+    "thread": [
+        host.Mutant(
+            "no barrier after the main loop",
+            "forward_tile.h",
+            "if constexpr (kWarps > 1) __syncthreads();",
+            "if constexpr (kWarps > 1) {}",
+        ),
+        host.Mutant(
+            "no barrier before sums are merged",
+            "forward_tile.h",
+            "      __syncthreads();\n      int const t = start_t + thread;",
+            "      int const t = start_t + thread;",
+        ),
+    ],
+    "address": [
+        host.Mutant(
+            "rows of logits in 32 bits", "forward_tile.h", "int64_t(out.index[t])", "out.index[t]"
+        ),
+        host.Mutant(
+            "a bias past V",
+            "forward_tile.h",
+            "v < head.vocabulary ? bf16_at(head.bias, v) : 0.0f",
+            "bf16_at(head.bias, v)",
+        ),
+        host.Mutant(
+            "temperatures of absent rows", "forward_tile.h", "(inside ? inverse", "(true ? inverse"
+        ),
+    ],
+}
 
 
 @pytest.mark.parametrize(
@@ -251,7 +268,11 @@ def test_mutants(tmp_path, source, mutant):
     assert host.failure(host.build(tmp_path, [source], cute=cute, mutant=mutant, options=options))
 
 
-@pytest.mark.parametrize("mutant", BARRIERS, ids=lambda mutant: mutant.name)
-def test_missing_barriers(tmp_path, mutant):
-    program = host.build(tmp_path, [SMALL], cute=True, sanitizer="thread", mutant=mutant)
+@pytest.mark.parametrize(
+    ("sanitizer", "mutant"),
+    [(sanitizer, mutant) for sanitizer, mutants in UNSEEN.items() for mutant in mutants],
+    ids=lambda value: getattr(value, "name", ""),
+)
+def test_what_values_do_not_show(tmp_path, sanitizer, mutant):
+    program = host.build(tmp_path, [SMALL], cute=True, sanitizer=sanitizer, mutant=mutant)
     assert host.failure(program) == "sanitizer"

@@ -24,13 +24,35 @@ MUTANTS = (
     Mutant("the target of another chunk", "row_tile.h", "target_ - first", "target_ - start_"),
     Mutant("a target past V", "row_tile.h", "target < head.vocabulary ? target : -1", "target"),
     Mutant(
-        "logits in the order of rows", "row_tile.h", "int64_t(out_.index[row_])", "int64_t(row_)"
+        "logits in the order of rows",
+        "row_tile.h",
+        "int64_t(out_.index[row_])",
+        "int64_t(row_ + (1 << 26))",
     ),
     Mutant("kept logits past V", "row_tile.h", "if (j < columns) to", "to"),
     Mutant("one temperature for all", "row_tile.h", "head.stride_temperature, row)", "0, row)"),
 )
-# Its values are right on the host, but a GPU refuses the address.
-MISALIGNED = Mutant("four at any address", "row_tile.h", "% sizeof(float4)", "% 4")
+# Values alone do not show them on the host.
+UNSEEN = (
+    (Mutant("four at any address", "row_tile.h", "% sizeof(float4)", "% 4"), "misaligned address"),
+    (
+        Mutant("rows in 32 bits", "row_tile.h", "int64_t(out_.index[row_])", "out_.index[row_]"),
+        "overflow",
+    ),
+    (
+        Mutant(
+            "a bias past V",
+            "row_tile.h",
+            "j < columns ? bf16_at(head_.bias, first + j) : 0.0f",
+            "bf16_at(head_.bias, first + j)",
+        ),
+        "heap-buffer-overflow",
+    ),
+    (
+        Mutant("absent temperatures", "row_tile.h", "if (valid_) scale_", "scale_"),
+        "heap-buffer-overflow",
+    ),
+)
 
 
 @pytest.mark.parametrize("sanitizer", ["", "address"])
@@ -47,9 +69,10 @@ def test_a_broken_row_fails(tmp_path, mutant):
     assert "wanted" in done.stdout, done.stderr
 
 
-def test_a_store_of_four_logits_at_any_address_is_seen(tmp_path):
-    program = host.build(tmp_path, [ROWS], sanitizer="address", mutant=MISALIGNED, options=UNROLLED)
-    assert "misaligned address" in host.run(program).stderr
+@pytest.mark.parametrize(("mutant", "said"), UNSEEN, ids=lambda value: getattr(value, "name", ""))
+def test_what_memory_does_not_have_is_seen(tmp_path, mutant, said):
+    program = host.build(tmp_path, [ROWS], sanitizer="address", mutant=mutant, options=UNROLLED)
+    assert said in host.run(program).stderr
 
 
 def test_a_rank_that_is_added_twice_fails(tmp_path):
