@@ -112,6 +112,10 @@ int main() {
       "sm_90";
   refuses("the tile must be one of those compiled (" + known + "); got 128 x 64 x 64 on sm_90",
           [](Call& c) { c.tile.columns = 64; });
+  refuses("the tile must be one of those compiled (" + known + "); got 64 x 256 x 64 on sm_90",
+          [](Call& c) { c.tile.rows = 64; });
+  refuses("the tile must be one of those compiled (" + known + "); got 128 x 256 x 32 on sm_90",
+          [](Call& c) { c.tile.depth = 32; });
   refuses("the tile must be one of those compiled (" + known + "); got 256 x 256 x 64 on sm_100",
           [](Call& c) { c.tile = {100, 256, 256, 64}; });
   capability = 86;
