@@ -1,7 +1,10 @@
 // dz as the kernels write it: every tile of a grid, its threads as fibers, from products that stand
 // in for those of the main loop, against fp64. With EK_ONE_TILE for one shape of tiles alone.
+#include <sys/mman.h>
+
 #include <cinttypes>
 #include <cmath>
+#include <cstring>
 #include <random>
 
 #include "dlogits_tile.h"
@@ -23,9 +26,9 @@ constexpr Case kCases[] = {
     {"softcap", 40, 264, 8, 264, 40, -1, false, false, true, 8},
     {"first", 420, 136, 0, 136, 400, 256, true, true, true, 0},
     {"one", 1, 1, 0, 1, 7, -1, true, true, true, 0},
-    {"narrow", 17, 40, 32, 37, 17, -1, false, true, true, 0},
+    {"narrow", 17, 40, 32, 39, 17, -1, false, true, true, 0},
     {"empty", 140, 136, 0, 136, 0, -1, false, true, true, 0},
-    {"all_read", 300, 136, 0, 136, 256, 256, false, true, true, 0},
+    {"all_read", 300, 136, 0, 136, 200, 200, false, true, true, 0},
 };
 constexpr float kNan = NAN, kInfinity = INFINITY;
 constexpr double kEpsilon = 0x1p-24;
@@ -95,7 +98,7 @@ struct Rows {
                             inverse,
                             float(log_sum),
                             g_logprob,
-                            g_entropy,
+                            of.has_entropy ? g_entropy : kNan,
                             kind == 5 ? kNan : float(rest)};
     for (int f = 0; f < 6; ++f) fields[f * of.rows + t] = values[f];
   }
@@ -112,7 +115,8 @@ struct Rows {
     double const slope = 1 / (cosine * cosine);
     double logp = d - log_sum;
     logp = logp < -1e4 ? -1e4 : logp;
-    double const p = std::exp(logp), bonus = p * field(4) * logp;
+    double const p = std::exp(logp);
+    double const bonus = of.has_entropy ? p * field(4) * logp : 0;
     double const policy = v == target[t] ? g_logprob * std::expm1(logp) : p * g_logprob;
     double const dz = slope * (p * rest - bonus - policy);
     double const size = slope * (std::abs(p * rest) + std::abs(bonus) + std::abs(policy));
@@ -220,10 +224,8 @@ void compare(Rows& rows, Written& written, int first, int end) {
           summed[i] ? sum[i] : Written::kPoisonSum);
 }
 
-template <class Tile>
-void check(Case const& of, int cluster) {
-  Rows rows(of, Layout<Tile>::kColumns);
-  Written written(of);
+ek::DlogitsTile operation_of(Rows const& rows, Case const& of, void* dz, int64_t stride,
+                             float* sums) {
   ek::DlogitsTile operation{};
   operation.head.bias = of.bias ? rows.bias.data() : nullptr;
   operation.head.softcap = of.softcap;
@@ -233,14 +235,49 @@ void check(Case const& of, int cluster) {
                    rows.target.data(),
                    of.first < 0 ? nullptr : &of.first,
                    &of.number,
-                   written.dz(),
-                   written.stride,
-                   of.bias_gradient ? written.sums.data() + written.guard : nullptr,
+                   dz,
+                   stride,
+                   of.bias_gradient ? sums : nullptr,
                    of.start,
                    of.stop,
                    of.has_entropy};
-  launch<Tile>(operation, rows, cluster);
+  return operation;
+}
+
+template <class Tile>
+void check(Case const& of, int cluster) {
+  Rows rows(of, Layout<Tile>::kColumns);
+  Written written(of);
+  float* const sums = written.sums.data() + written.guard;
+  launch<Tile>(operation_of(rows, of, written.dz(), written.stride, sums), rows, cluster);
   compare(rows, written, of.first < 0 ? 0 : of.first, of.number < of.rows ? of.number : of.rows);
+}
+
+// Rows 2^32 columns apart, in memory that nobody else touches: as those that lie together.
+template <class Tile>
+void check_far(int cluster) {
+  Case const of = {"far", 40, 40, 8, 40, 40, -1, true, true, true, 0};
+  int const rows_of_sums = 3;
+  int64_t const stride = int64_t(1) << 32, count = of.rows * stride;
+  size_t const bytes = size_t(count) * 2 + size_t(rows_of_sums) * stride * 4;
+  void* const memory = mmap(nullptr, bytes, PROT_READ | PROT_WRITE,
+                            MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  if (memory == MAP_FAILED) return say("no memory of %zu bytes", bytes);
+  auto* const dz = static_cast<uint16_t*>(memory);
+  auto* const sums = reinterpret_cast<float*>(dz + count);
+  Rows rows(of, Layout<Tile>::kColumns);
+  Written near(of);
+  float* const near_sums = near.sums.data() + near.guard;
+  launch<Tile>(operation_of(rows, of, near.dz(), near.stride, near_sums), rows, cluster);
+  launch<Tile>(operation_of(rows, of, dz, stride, sums), rows, cluster);
+  for (int n = 0; n < of.stop - of.start; ++n) {
+    for (int t = 0; t < of.rows; ++t)
+      if (dz[t * stride + n] != near.dz()[t * near.stride + n]) say("far: dz[%d, %d]", t, n);
+    for (int i = 0; i < rows_of_sums; ++i)
+      if (std::memcmp(&sums[i * stride + n], &near_sums[i * near.stride + n], sizeof(float)))
+        say("far: partial [%d, %d]", i, n);
+  }
+  munmap(memory, bytes);
 }
 
 // What dlogits_tile.h takes for granted of each thread's rows and columns.
@@ -272,6 +309,7 @@ void check_layout(int neighbours) {
 template <class Tile>
 void run(int cluster, int neighbours) {
   check_layout<Tile>(neighbours);
+  check_far<Tile>(cluster);
   for (Case const& each : kCases) check<Tile>(each, cluster);
 }
 

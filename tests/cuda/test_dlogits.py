@@ -53,6 +53,26 @@ MUTANTS = (
     Mutant("an infinite log p", TEXT, "x < low ? low : x", "x"),
     Mutant("a lost NaN", TEXT, "x > 0.0f ? 0.0f :", "!(x < 0.0f) ? 0.0f :"),
     Mutant("another row's fields", TEXT, "load(2 * m + 1, at + 8)", "load(2 * m + 1, at)"),
+    Mutant("rows of dz in 32 bits", TEXT, "(at + 8 * h) * out", "(at + 8 * h) * (int)out"),
+    Mutant(
+        "rows of partials in 32 bits",
+        TEXT,
+        "* out.stride_dz + column]",
+        "* (int)out.stride_dz + column]",
+    ),
+    Mutant(
+        "a gradient that is not given",
+        TEXT,
+        "out.has_entropy ? field[4 * next] : 0.0f",
+        "field[4 * next]",
+    ),
+    Mutant("half of a tail", TEXT, "    high >>= 16;\n", ""),
+    Mutant(
+        "rows that are read",
+        "tile_order.h",
+        "(*range.first + block_rows - 1) / block_rows",
+        "*range.first / block_rows",
+    ),
     Mutant("a bias of another chunk", TEXT, "int64_t(out.start) + start", "start"),
 )
 
@@ -71,6 +91,6 @@ def test_what_no_kernel_can_write_is_refused(tmp_path):
 
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)
 def test_a_broken_kernel_has_wrong_values(tmp_path, mutant):
-    options = ["-DEK_ONE_TILE"] if mutant.file == TEXT else []
+    options = [] if mutant.file == "tiled_mma.h" else ["-DEK_ONE_TILE"]
     program = host.build(tmp_path, [SOURCE], cute=True, mutant=mutant, options=options)
     assert host.failure(program) == "value"
