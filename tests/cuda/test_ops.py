@@ -23,7 +23,7 @@ from . import host
 
 pytest.importorskip("triton")
 
-from entropy_kernels._triton.common import cutlass
+from entropy_kernels._triton.common import cutlass, tiles
 from entropy_kernels._triton.common.tiles import Tile
 from entropy_kernels.verification.question import Question
 
@@ -139,6 +139,16 @@ def test_the_check_of_a_backward_passes(flags, extension):
     for case in checks.cases(question, CPU, checks.Sizes(hidden=16), TILE, thorough=False):
         case.run()
     assert {"forward", "merge", "dlogits"} == set(extension.launched)
+
+
+def test_the_check_of_rows_that_are_read_passes(extension):
+    """Their logits are Triton's, which stores them, and csrc/cuda recomputes the others."""
+    key = tiles.Key("forward", "interpreter", "any", tiles.ANY, tiles.ANY)
+    (storing,) = [tile for tile in tiles.TILES[key] if tile.variant == "cublas"]
+    question = Question("dlogits", torch.bfloat16, TILE, ("bias", "stored"))
+    for case in checks.cases(question, CPU, checks.Sizes(hidden=16), storing, thorough=False):
+        case.run()
+    assert set(extension.launched) == {"dlogits"}
 
 
 def test_a_step_of_the_loss(extension, monkeypatch):
