@@ -28,6 +28,7 @@ ALL = ("0", "40000", "0", "1")  # every size, and the seeds of two schedules
 # With 128 threads of a block, of which sanitizers and mutants take less time.
 FEW_THREADS = ["-DEK_SELECTION_THREADS=128"]
 ONE_BLOCK, BLOCKS, MANY = ("257", "257"), ("4097", "4097"), ("0", "5100")
+ROUNDS = ("600002", "600002")  # more than the blocks of a grid read at once
 KEYS, SCAN, SELECT = "keys.h", "block_scan.h", "selection.cu"
 # Name, the sanitizer that must notice or "", the sizes, the file, what stands there and what comes.
 MUTANTS = [
@@ -81,6 +82,10 @@ MUTANTS = [
     ("one of many equal lanes", "", MANY, SELECT, "(__popc(same))", "(1)"),
     ("ties of this block twice", "", MANY, SELECT,
      "b < blockIdx.x; b += kThreads", "b <= blockIdx.x; b += kThreads"),
+    ("ties of one round of a block", "", ROUNDS, SELECT,
+     "* rounds * kRound;\n  int ties", "* kRound;\n  int ties"),
+    ("blocks of one round", "", ROUNDS, SELECT,
+     "* rounds * kRound;\n  Keys<0> const", "* kRound;\n  Keys<0> const"),
 ]  # fmt: skip
 
 
@@ -221,8 +226,9 @@ def test_any_threshold_and_quota(kernels, kind, threshold):
         assert torch.equal(kernels.select_largest(*arguments), want)
 
 
-def test_sorted_by_a_program(folder):
-    done = host.run(host.build(folder / "plain", PROGRAM), *ALL)
+@pytest.mark.parametrize(("sizes", "options"), [(ALL, []), ((*ROUNDS, "0"), FEW_THREADS)])
+def test_sorted_by_a_program(tmp_path, sizes, options):
+    done = host.run(host.build(tmp_path, PROGRAM, options=options), *sizes)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
