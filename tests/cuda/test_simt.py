@@ -1,6 +1,7 @@
 """The layer that runs CUDA kernels on the host: right kernels pass, and each fault is seen."""
 
 import re
+import subprocess
 
 import pytest
 
@@ -77,6 +78,12 @@ def test_what_does_not_compile_is_no_failure(tmp_path):
     mutant = host.Mutant("nonsense", "block_scan.h", "#pragma once", "nonsense;")
     with pytest.raises(host.DoesNotCompile, match="nonsense"):
         host.build(tmp_path, [host.HERE / "selection_host.cpp"], mutant=mutant)
+
+
+def test_a_crash_is_no_failure():
+    done = subprocess.run(["sh", "-c", "kill -SEGV $$"], capture_output=True, text=True)
+    with pytest.raises(host.Crash):
+        host.how_failed(done)
 
 
 def test_a_mutant_stands_in_one_place(tmp_path):
