@@ -6,12 +6,13 @@ Tensors are fake ones on a GPU that need not be there, and the extension is one 
 import re
 import warnings
 from contextlib import contextmanager
+from unittest import mock
 
 import pytest
 import torch
 
 import entropy_kernels as ek
-from entropy_kernels import _extensions, _radix, backends
+from entropy_kernels import _extensions, _radix, backends, device
 from tests import cuda_extension
 
 pytest.importorskip("triton")
@@ -219,6 +220,30 @@ def test_a_loss_takes_every_part_of_csrc(extension):
         given = make_head(B, L), floats(B, L), floats(B), bools(B, L)
         backward(ek.high_entropy_policy_loss(*given, backend=backend)[0])
     assert extension.launched == ["forward", "merge", "top", "ratio_loss", "dlogits"]
+
+
+def test_every_launch_is_on_the_gpu_of_its_tensors(monkeypatch):
+    current = []
+
+    @contextmanager
+    def on(where):
+        current.append(where)
+        yield
+        current.pop()
+
+    def run(name, given):
+        if name == "forward_splits":
+            return -(-given["vocabulary"] // given["tile"].columns)
+        assert current[-1:] == [GPU], name
+        return None
+
+    extension = cuda_extension.install(monkeypatch, cuda_extension.Extension(run))
+    with on_gpu(), mock.patch.object(device, "on", on):
+        backend = ek.Backend("cuda", max_active_rows=MOST)
+        given = make_head(B, L), floats(B, L), floats(B), bools(B, L)
+        backward(ek.high_entropy_policy_loss(*given, backend=backend)[0])
+        ek.top_entropy_mask(floats((1 << 17) + 1), impl="cuda")
+    assert {*extension.launched} == cuda_extension.calls().keys() - {"forward_splits"}
 
 
 @pytest.mark.parametrize(
