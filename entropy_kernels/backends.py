@@ -74,7 +74,7 @@ def resolve(op: str, impl: str, where: torch.device, dtype: torch.dtype | None =
     known = OPS[op]
     fits = known.dtypes is None or dtype in known.dtypes
     if impl == "auto":
-        if fits and prefers_cuda(op, where):
+        if fits and _prefers_cuda(op, where):
             return "cuda"
         if fits and verified(op, where):
             return "triton"
@@ -104,7 +104,7 @@ def resolve_head(
         return resolve(op, impl, where)
     stored = stored and group is None
     call = call_of(head, keep_logits=keep_logits, stored=stored, statistics=statistics)
-    if group is None and prefers_cuda(op, where, *call):
+    if group is None and _prefers_cuda(op, where, *call):
         return "cuda"
     if verified(op, where, *call, group):
         return "triton"
@@ -194,7 +194,7 @@ def verified(op: str, where: torch.device, *call: Any) -> bool:
 
 
 @constant
-def prefers_cuda(op: str, where: torch.device, *call: Any) -> bool:
+def _prefers_cuda(op: str, where: torch.device, *call: Any) -> bool:
     """Whether "auto" takes csrc/cuda's kernels before Triton's: they are faster, and right."""
     if not first_use.asks(where) or why_not("cuda", where, op) is not None:
         return False
