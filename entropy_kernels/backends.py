@@ -5,6 +5,7 @@ Triton is imported when it is first asked for: a machine without it has the othe
 
 import functools
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -320,7 +321,7 @@ def in_one_block(impl: str, values: Tensor) -> bool:
     return values.numel() <= cuda_selection.most_of_one_block()
 
 
-def selection(impl: str, where: torch.device) -> Any:
+def selection(impl: str, where: torch.device) -> ModuleType:
     """The module whose `radix_pick` and `select_largest` are those of `ops` on that device."""
     name = resolve("selection", impl, where)
     if name == "triton":
