@@ -4,6 +4,8 @@ import pytest
 
 pytest.importorskip("triton")
 
+from benchmarks.gpu import costs
+from entropy_kernels._extensions import load
 from entropy_kernels._triton.common import cutlass
 from tests.cuda import host, machine_code
 from tests.cuda.machine_code import WANTED, Kernel
@@ -50,6 +52,18 @@ def test_every_tile_of_the_table_is_built_with_as_many_stages(kernels):
     found = [(x.architecture.removesuffix("a"), x.name, x.statistics, x.tile) for x in heads]
     assert set(found) == wanted
     assert len(found) == len(wanted)
+
+
+def test_predictions_count_the_kernels_that_are_built(kernels):
+    """nvcc 13.0 made those of costs.json; another compiler counts otherwise."""
+    compiler = load("cuda")[0].compiler
+    if not compiler.startswith("nvcc 13.0"):
+        pytest.skip(f"costs.json has the instructions of nvcc 13.0; got {compiler}")
+    known = costs.read()
+    found = costs.of_cuda([])
+    assert found
+    for architecture, counted in found.items():
+        assert sorted(counted) == [x for x in known[architecture] if x.variant == "cutlass"]
 
 
 def test_plain_kernels_are_the_same_on_every_architecture(kernels):
