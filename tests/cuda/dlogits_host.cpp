@@ -309,8 +309,9 @@ void check_layout(int neighbours) {
 template <class Tile>
 void run(int cluster, int neighbours) {
   check_layout<Tile>(neighbours);
-  check_far<Tile>(cluster);
   for (Case const& each : kCases) check<Tile>(each, cluster);
+  // A kernel that is wrong near by may write where there is no memory.
+  if (wrong == 0) check_far<Tile>(cluster);
 }
 
 }  // namespace
