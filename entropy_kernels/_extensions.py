@@ -2,6 +2,7 @@
 
 import functools
 import importlib
+from importlib.machinery import PathFinder
 from pathlib import Path
 from types import ModuleType
 
@@ -21,18 +22,15 @@ def load(name: str) -> tuple[ModuleType | None, str | None]:
     is loaded later joins that thread pool instead of starting another.
     """
     full_name = f"{__package__}._{name}"
+    again = f"reinstall with {_COMPILERS.get(name, 'a C++ compiler')} on PATH"
+    # Beside this file alone: the finder of an editable install knows those of another checkout.
+    if PathFinder.find_spec(full_name, [str(_PACKAGE)]) is None:
+        why = why_not_built(_PACKAGE, name) or f"{_PACKAGE} has none; {again}"
+        return None, f"{full_name} is not built: {why}"
     try:
         module = importlib.import_module(full_name)
     except ImportError as error:
-        absent = isinstance(error, ModuleNotFoundError) and error.name == full_name
-        why = why_not_built(_PACKAGE, name) if absent else None
-        if why is not None:
-            return None, f"{full_name} is not built: {why}"
-        state = "is not built" if absent else "does not load"
-        return None, (
-            f"{full_name} {state}: {type(error).__name__}: {error}; "
-            f"reinstall with {_COMPILERS.get(name, 'a C++ compiler')} on PATH"
-        )
+        return None, f"{full_name} does not load: {type(error).__name__}: {error}; {again}"
     sources = digest(_PACKAGE.parent, name)
     if sources not in (None, getattr(module, "sources", None)):
         return None, f"{full_name} is not built from this csrc/; run pip install -e . again"
