@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SOURCES = ROOT / "csrc" / "cuda"
 HERE = Path(__file__).parent
 CPU_SECONDS = 100  # of a program, after which it hangs
-# Headers compiled once for all workers and sessions.
+# Headers compiled once for all workers and runs.
 SHARED = ROOT / "build" / "cuda-tests"
 SANITIZERS = {
     "": ("-O1",),
