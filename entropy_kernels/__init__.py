@@ -21,6 +21,7 @@ from .nn import HighEntropyPolicyLoss
 from .options import KL, Aggregation, Backend, Correction, EntropyBonus, Parallel, Selection
 from .ratio_loss import ratio_loss
 from .streaming_threshold import StreamingThreshold
+from .support import Support
 from .top_entropy_mask import top_entropy_mask
 
 __version__ = "0.1.0"
@@ -37,6 +38,7 @@ __all__ = [
     "Parallel",
     "Selection",
     "StreamingThreshold",
+    "Support",
     "entropy_threshold",
     "high_entropy_policy_loss",
     "linear_logprob_entropy",
