@@ -46,6 +46,8 @@ OPS = {
     "linear_logprob_entropy": _Op(("auto", "reference", "torch", "cpu", "triton", "cuda")),
     "ratio_loss": _Op(("auto", "torch", "cpu", "triton", "cuda"), dtypes=(torch.float32,)),
     "selection": _Op(("auto", "torch", "cpu", "triton", "cuda")),
+    "support": _Op(("auto", "reference", "torch", "cpu", "triton", "cuda")),
+    "entropy_from_logits": _Op(("auto", "torch", "cpu", "triton", "cuda")),
 }
 
 
@@ -151,7 +153,7 @@ def _warn_of_the_torch_path(why: str) -> None:
 
 
 @functools.cache
-def _why_no_triton() -> str | None:
+def why_no_triton() -> str | None:
     """Why Triton's kernels do not load; None where they do."""
     try:
         import triton
@@ -169,7 +171,7 @@ def _why_no_triton() -> str | None:
 
 @constant
 def _why_not_triton(where: torch.device) -> str | None:
-    if (why := _why_no_triton()) is not None:
+    if (why := why_no_triton()) is not None:
         return why
     if where.type == "cuda" or (where.type == "cpu" and device.interpreting()):
         return None
@@ -217,15 +219,6 @@ def stores_rows(
 
     wrong = first_use.refused("forward", where, dtype, hidden, options)
     return choice.stores_rows(where, dtype, hidden, wrong)
-
-
-def products() -> int:
-    """Multiplications in the matrix products of all compiled kernels so far: half their flops."""
-    if _why_no_triton() is not None:
-        return _native.products()
-    from ._triton.common import products as of_triton
-
-    return _native.products() + of_triton.counted()
 
 
 def forward(

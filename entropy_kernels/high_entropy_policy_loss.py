@@ -286,12 +286,13 @@ def _on_rows(
         impl=backend.impl,
     )
     # Padding rows are zero: adding them changes nothing.
-    zeros = [x.new_zeros(target.numel()).index_add(0, index_R, x) for x in outputs[:3]]
+    zeros = [x.new_zeros(target.numel()).index_add(0, index_R, x) for x in outputs[:2]]
     if most is not None:
         # A factor, which where() would keep from the gradients.
         poison = torch.where(rows.sum() <= most, 1.0, torch.nan)
         zeros = [x * poison for x in zeros]
-    return LogprobEntropy(*(x.reshape(target.shape) for x in zeros))
+    logprob, entropy = (x.reshape(target.shape) for x in zeros)
+    return LogprobEntropy(logprob, entropy, logsumexp=None)
 
 
 def _compact(rows_T: Tensor, most: int | None) -> tuple[Tensor, Tensor | None]:

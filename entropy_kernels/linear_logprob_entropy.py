@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from . import _vocab_parallel, backends, ops, reference
+from . import _support_head, _vocab_parallel, backends, ops, reference
 from ._arguments import as_scalar, check_flag, check_group, check_threshold, check_whole, shown
 from ._main_grad import GradientInto, check_main_grad
 from ._rows import STATISTICS, check_statistics, check_values
 from ._shapes import Float
 from .head import Head
+from .support import Support
 from .verification.question import options_of
 
 
@@ -25,11 +26,12 @@ class LogprobEntropy(NamedTuple):
     """The head's outputs per token, fp32, in the shape of the targets; entropy in nats.
 
     The fields after logsumexp are None unless `statistics` names them, and not differentiable.
+    logsumexp is None with a support, whose sets of one form no logit.
     """
 
     logprob: Float[Tensor, "*tokens"]
     entropy: Float[Tensor, "*tokens"]
-    logsumexp: Float[Tensor, "*tokens"]
+    logsumexp: Float[Tensor, "*tokens"] | None
     varentropy: Float[Tensor, "*tokens"] | None = None
     max_prob: Float[Tensor, "*tokens"] | None = None
     sum_p2: Float[Tensor, "*tokens"] | None = None
@@ -45,6 +47,7 @@ def linear_logprob_entropy(
     max_active_rows: int | None = None,
     main_grad: Float[Tensor, "V D"] | None = None,
     statistics: Collection[str] = (),
+    support: Support | None = None,
     impl: str = "auto",
 ) -> LogprobEntropy:
     """Log-probability of each target and entropy of its distribution, from hidden states.
@@ -91,6 +94,11 @@ def linear_logprob_entropy(
         statistics: names of further outputs of the same pass, fp32 and not differentiable:
             "varentropy", Var_p(log p) = sum p (log p)^2 - entropy^2 (nats^2); "max_prob";
             "sum_p2", sum p^2; "sum_p2_logp", sum p^2 log p (nats).
+        support: the ids that top-k, top-p or min-p left to each token: `Support`. The distribution,
+            its entropy and statistics are then over each token's set. A forward costs D
+            multiplications per id, and a backward twice as many for the tokens with a gradient. A
+            set of one has log-prob 0 and entropy 0, no gradient and no cost. The weight's gradient
+            is zero outside of the sets. Repeats are refused where values are checked, as below.
         impl: "auto", the fastest backend known to be right here; "cpu", the compiled kernels;
             "triton", the GPU kernels; "torch", blocks of torch.mm on any device. "cuda" takes the
             kernels of csrc/cuda, and Triton's for what those lack, told once. "reference", the
@@ -109,7 +117,8 @@ def linear_logprob_entropy(
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit; temperature or logit_scale <= 0; a
-            target outside [0, V); an unknown name in `statistics`. vocab_group with
+            target outside [0, V); an unknown name in `statistics`; a set without its target.
+            keep_logits or keep_logits_above with a support. vocab_group with
             impl="reference"; keep_logits together with keep_logits_above; ranks of vocab_group with
             different numbers of tokens. A main_grad whose weight requires no gradient, or in the
             memory of hidden, weight or bias. The checks that would synchronise with a GPU are left
@@ -130,37 +139,76 @@ def linear_logprob_entropy(
     check_statistics(statistics)
     shape = head.target.shape
     head = head.flat(fp64=impl == "reference")
+    run: dict[str, Any] = {
+        "max_active_rows": max_active_rows,
+        "main_grad": main_grad,
+        "with_statistics": bool(statistics),
+    }
+    if support is None:
+        stored = keep_logits, keep_logits_above
+        outputs = _on_vocabulary(head, impl, vocab_group, stored, run, statistics)
+    else:
+        if keep_logits or keep_logits_above is not None:
+            raise ValueError("keep_logits and keep_logits_above have no meaning with a support")
+        outputs = _on_support(head, support, impl, vocab_group, run)
+    *per_token, rows = outputs
+    assert rows is not None
+    named = {name: rows[STATISTICS.index(name)].reshape(shape) for name in statistics}
+    logprob, entropy, logsumexp = (None if x is None else x.reshape(shape) for x in per_token[:3])
+    assert logprob is not None
+    assert entropy is not None
+    return LogprobEntropy(logprob, entropy, logsumexp, **named)
+
+
+def _on_vocabulary(
+    head: Head,
+    impl: str,
+    group: ProcessGroup | None,
+    stored: tuple[bool, float | Tensor | None],
+    run: dict[str, Any],
+    statistics: Collection[str],
+) -> tuple[Tensor | None, ...]:
+    """logprob, entropy, logsumexp, what backward alone reads, and statistics, of a flat head."""
+    keep_logits, above = stored
     name = backends.resolve_head(
         impl,
         head,
         keep_logits=keep_logits,
-        stored=keep_logits_above is not None,
+        stored=above is not None,
         statistics=bool(statistics),
-        group=vocab_group,
+        group=group,
     )
     check_statistics(statistics, name)
-    store_above, store_rows = _room(keep_logits_above, keep_logits, max_active_rows, name, head)
-    run: dict[str, Any] = {
-        "keep_logits": keep_logits,
-        "max_active_rows": max_active_rows,
-        "main_grad": main_grad,
-        "impl": name,
-        "with_statistics": bool(statistics),
-    }
+    store_above, store_rows = _room(above, keep_logits, run["max_active_rows"], name, head)
     if name == "reference":
-        if vocab_group is not None:
+        if group is not None:
             raise ValueError('impl="reference" holds all logits; it has no vocab_group')
-        outputs = _reference(head, main_grad, bool(statistics))
-    elif vocab_group is not None:
+        return _reference(head, run["main_grad"], bool(statistics))
+    run = run | {"impl": name, "keep_logits": keep_logits}
+    if group is not None:
         check_statistics(statistics, "vocab_group")
-        outputs = _vocab_parallel.linear_logprob_entropy(head, vocab_group, **run)
-    else:
-        outputs = ops.linear_logprob_entropy(
-            **ops.in_schema(head), **run, store_above=store_above, store_rows=store_rows
+        return _vocab_parallel.linear_logprob_entropy(head, group, **run)
+    return ops.linear_logprob_entropy(
+        **ops.in_schema(head), **run, store_above=store_above, store_rows=store_rows
+    )
+
+
+def _on_support(
+    head: Head, support: Support, impl: str, group: ProcessGroup | None, run: dict[str, Any]
+) -> tuple[Tensor | None, ...]:
+    """logprob, entropy, no logsumexp, and statistics, of a flat head over the sets."""
+    support.check(head.target.shape[0], head.target.device)
+    name = backends.resolve("support", impl, head.hidden.device)
+    if name == "reference":
+        if group is not None:
+            raise ValueError('impl="reference" holds all logits; it has no vocab_group')
+        logprob, entropy, _, rows = _reference(
+            head, run["main_grad"], run["with_statistics"], support
         )
-    *per_token, rows = outputs
-    named = {name: rows[STATISTICS.index(name)].reshape(shape) for name in statistics}
-    return LogprobEntropy(*(x.reshape(shape) for x in per_token[:3]), **named)
+        return logprob, entropy, None, rows
+    support_run = _support_head.Run(**run, impl=name, group=group)
+    logprob, entropy, rows = _support_head.linear_logprob_entropy(head, support, support_run)
+    return logprob, entropy, None, rows
 
 
 def check_options(
@@ -213,10 +261,12 @@ def _room(
 
 
 def _reference(
-    head: Head, main_grad: Tensor | None, with_statistics: bool
+    head: Head, main_grad: Tensor | None, with_statistics: bool, support: Support | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The specification, in fp64 for fp64 inputs and in fp32 for all others; last as in the op."""
     check_values(head, head.weight.shape[0])
+    if support is not None:
+        support.check_values(head.target, head.valid, head.weight.shape[0])
     dtype = torch.float64 if head.hidden.dtype == torch.float64 else torch.float32
     weight = head.weight.to(dtype)
     if main_grad is not None:
@@ -226,5 +276,5 @@ def _reference(
     rows = head.hidden[:0]
     if with_statistics:
         with torch.no_grad():
-            rows = torch.stack(reference.head_statistics(head))
-    return *reference.linear_logprob_entropy(head), rows
+            rows = torch.stack(reference.head_statistics(head, support))
+    return *reference.linear_logprob_entropy(head, support), rows

@@ -15,19 +15,23 @@ import torch
 from torch import Tensor
 
 from .head import Head
+from .support import Support
 
 LOG_RATIO_BOUND = 20.0
 
 
-def linear_logprob_entropy(head: Head) -> tuple[Tensor, Tensor, Tensor]:
+def linear_logprob_entropy(
+    head: Head, support: Support | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """Log-probability of each target, entropy of each distribution, and log-sum-exp.
 
     z = softcap * tanh(logit_scale * (h W^T + b) / softcap) / temperature,   p = softmax(z)
     logprob_t = log p[target_t],   H_t = -sum_j p_j log p_j   (paper, equation 1; nats)
 
-    Rows whose target is `ignore_index` give zeros and carry no gradient.
+    Rows whose target is `ignore_index` give zeros and carry no gradient. With a `support` z is -inf
+    outside of a row's set.
     """
-    z_TV = _logits(head)
+    z_TV = _logits(head, support)
     logsumexp_T = z_TV.logsumexp(1)
     # A row of -inf throughout has no distribution, nor has one with inf.
     logsumexp_T = torch.where(logsumexp_T.isfinite(), logsumexp_T, torch.nan)
@@ -46,7 +50,9 @@ def linear_logprob_entropy(head: Head) -> tuple[Tensor, Tensor, Tensor]:
     )
 
 
-def head_statistics(head: Head) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def head_statistics(
+    head: Head, support: Support | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Varentropy, largest probability, sum of p^2 and sum of p^2 log p of the same distributions.
 
     varentropy_t = Var_p(log p) = sum_j p_j (log p_j + H_t)^2 = sum_j p_j (log p_j)^2 - H_t^2
@@ -56,7 +62,7 @@ def head_statistics(head: Head) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     H sum_p2 + sum_p2_logp is the expectation under p of p_j (log p_j + H), the discriminator of
     entropy changes (arXiv 2602.03392). Rows whose target is `ignore_index` give zeros.
     """
-    logp_TV = _logits(head).log_softmax(1)
+    logp_TV = _logits(head, support).log_softmax(1)
     p_TV = logp_TV.exp()
     # Where p is 0 every term is, whatever its log.
     logp_TV = torch.where(p_TV == 0, 0.0, logp_TV)
@@ -73,8 +79,8 @@ def head_statistics(head: Head) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return varentropy_T, max_prob_T, sum_p2_T, sum_p2_logp_T
 
 
-def _logits(head: Head) -> Tensor:
-    """softcap * tanh(logit_scale * (h W^T + b) / softcap) / temperature."""
+def _logits(head: Head, support: Support | None) -> Tensor:
+    """softcap * tanh(logit_scale * (h W^T + b) / softcap) / temperature; -inf outside of a set."""
     z_TV = head.hidden @ head.weight.T
     if head.bias is not None:
         z_TV = z_TV + head.bias
@@ -82,7 +88,13 @@ def _logits(head: Head) -> Tensor:
     if head.softcap is not None:
         z_TV = head.softcap * torch.tanh(z_TV / head.softcap)
     temperature = 1.0 if head.temperature is None else head.temperature
-    return z_TV / torch.as_tensor(temperature, device=z_TV.device, dtype=z_TV.dtype).reshape(-1, 1)
+    z_TV = z_TV / torch.as_tensor(temperature, device=z_TV.device, dtype=z_TV.dtype).reshape(-1, 1)
+    if support is None:
+        return z_TV
+    inside_TV = torch.zeros_like(z_TV, dtype=torch.bool)
+    for t, (begin, end) in enumerate(zip(support.offsets, support.offsets[1:], strict=False)):
+        inside_TV[t, support.token_ids[begin:end].long()] = True
+    return z_TV.where(inside_TV, -torch.inf)
 
 
 def ratio_loss(

@@ -29,7 +29,7 @@ class Support:
 
     @staticmethod
     def of(sets: Iterable[Iterable[int]], device: torch.device | str | None = None) -> "Support":
-        """The support whose token t has the ids `sets[t]`, such as vLLM's `SamplingMask.token_ids`."""
+        """The support whose token t has the ids `sets[t]`; vLLM's `SamplingMask.token_ids` fits."""
         parts = [torch.as_tensor(list(ids), dtype=torch.int64) for ids in sets]
         lengths = torch.tensor([0, *map(len, parts)])
         ids = torch.cat([*parts, torch.empty(0, dtype=torch.int64)])
@@ -53,9 +53,7 @@ class Support:
         end_R = sizes_R.cumsum(0)
         zero = end_R.new_zeros(1)
         number = torch.arange(int(sizes_R.sum()), device=end_R.device)
-        number += (begin_R - end_R + sizes_R).repeat_interleave(
-            sizes_R, output_size=number.numel()
-        )
+        number += (begin_R - end_R + sizes_R).repeat_interleave(sizes_R, output_size=number.numel())
         return Support(self.token_ids[number], torch.cat([zero, end_R]))
 
     def to(self, device: torch.device | str) -> "Support":

@@ -11,8 +11,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from . import backends, ops
+from . import _native, ops
 from ._ops import add_op_namespace_prefix
+from ._torch import pair_products
+from .backends import why_no_triton
 from .verification.truth import entropy_quantiles, scale_to_entropy
 
 _NAMESPACE = add_op_namespace_prefix("").removesuffix("::")
@@ -22,6 +24,16 @@ _PRODUCTS = {
     *("aten.bmm.default", "aten.bmm.out", "aten.bmm.dtype", "aten.bmm.dtype_out"),
     *("aten.addmm.out", "aten.addmm.dtype_out", "aten.addmm_.default", _LINEAR),
 }
+
+
+def products() -> int:
+    """Multiplications that torch does not count, of compiled kernels and of pairs, so far."""
+    own = _native.products() + pair_products.products()
+    if why_no_triton() is not None:
+        return own
+    from ._triton.common import products as of_triton
+
+    return own + of_triton.counted()
 
 
 class Watch(TorchDispatchMode):
@@ -39,7 +51,7 @@ class Watch(TorchDispatchMode):
 
     def __enter__(self) -> "Watch":
         if self._depth == 0:
-            self._before = backends.products()
+            self._before = products()
         self._depth += 1
         return super().__enter__()
 
@@ -47,7 +59,7 @@ class Watch(TorchDispatchMode):
         super().__exit__(*exception)
         self._depth -= 1
         if self._depth == 0:
-            self.products += backends.products() - self._before
+            self.products += products() - self._before
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         body = ops.BODIES.get(func.__name__.split(".")[0])

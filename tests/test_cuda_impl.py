@@ -267,7 +267,7 @@ def test_what_cannot_run_at_all_is_refused_with_its_reason(
     if "driver" in change:
         monkeypatch.setattr(extension, "driver_version", lambda: change["driver"])
     if "triton" in change:
-        monkeypatch.setattr(backends, "_why_no_triton", lambda: change["triton"])
+        monkeypatch.setattr(backends, "why_no_triton", lambda: change["triton"])
     with on_gpu("gfx942" if "hip" in change else "sm_90"):
         hidden, entropy = torch.zeros(T, 64, device=where), torch.zeros(T, device=where)
         head = ek.Head(hidden, torch.zeros(V, 64, device=where), entropy.long())

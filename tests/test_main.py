@@ -101,7 +101,7 @@ def test_a_wrong_result_fails(capsys, monkeypatch):
 def test_a_triton_that_is_too_old_is_named(monkeypatch, capsys):
     triton = pytest.importorskip("triton")
     monkeypatch.setattr(triton, "__version__", "3.5.1")
-    monkeypatch.setattr(backends, "_why_no_triton", backends._why_no_triton.__wrapped__)
+    monkeypatch.setattr(backends, "why_no_triton", backends.why_no_triton.__wrapped__)
     assert main.main([]) == 0
     why = (
         "Triton must be 3.6 or newer; got 3.5.1. It is torch's own: torch 2.10 and newer bring one"

@@ -78,6 +78,6 @@ def test_what_the_kernel_cannot_do_is_refused(monkeypatch):
         ratio_loss(*(x.double() for x in values), mask)
     with pytest.raises(ValueError, match=r'impl="triton" cannot run: .* got meta'):
         ratio_loss(*(x.to("meta") for x in (*values, mask)))
-    monkeypatch.setattr(backends, "_why_no_triton", lambda: "Triton does not load: gone")
+    monkeypatch.setattr(backends, "why_no_triton", lambda: "Triton does not load: gone")
     with pytest.raises(ValueError, match=r'impl="triton" cannot run: Triton does not load: gone'):
         ratio_loss(*values, mask)

@@ -187,7 +187,7 @@ def test_auto_takes_a_kernel_only_where_it_was_found_right(monkeypatch):
 
 
 def test_without_triton_the_torch_path_is_taken(monkeypatch):
-    monkeypatch.setattr(backends, "_why_no_triton", lambda: "Triton does not load: gone")
+    monkeypatch.setattr(backends, "why_no_triton", lambda: "Triton does not load: gone")
     assert backends.resolve("selection", "auto", torch.device("cuda", 0)) == "torch"
     assert backends.why_not("triton", torch.device("cuda", 0)) == "Triton does not load: gone"
 

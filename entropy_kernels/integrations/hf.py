@@ -136,7 +136,8 @@ class _HeadForward:
         found = linear_logprob_entropy(head, statistics=statistics, impl=self.impl)
         # FSDP gathers the weight again for backward when the gradient reaches what the head
         # returned. So all results come from that tensor, and are no views of it.
-        packed = torch.stack(found[:3], -1)
+        assert found.logsumexp is not None
+        packed = torch.stack([found.logprob, found.entropy, found.logsumexp], -1)
         self.found = found._replace(
             logprob=packed[..., 0].clone(),
             entropy=packed[..., 1].clone(),
