@@ -6,7 +6,7 @@ code of bf16, and fp32 is for tests: both get none and all, and fp32 all at odd 
 matrices whose rows are not dense and hidden sizes that no block divides: both are loaded number by
 number.
 
-T tokens, R active rows, D hidden, V vocabulary, B sequences, L their length.
+T tokens, R active rows, D hidden, V vocabulary, B sequences, L their length, P pairs.
 """
 
 import itertools
@@ -21,7 +21,9 @@ from entropy_kernels._rows import ForwardRows
 from entropy_kernels._triton.common.tiles import Tile
 from entropy_kernels._triton.head_backward import launch as head_backward
 from entropy_kernels._triton.head_forward import launch as head_forward
+from entropy_kernels._triton.pair_products.launch import pair_dots, pair_sums
 from entropy_kernels._triton.ratio_loss.launch import ratio_loss
+from entropy_kernels._triton.sampling.launch import entropy_from_logits
 from entropy_kernels._triton.selection.launch import radix_histogram, radix_pick, select_largest
 from entropy_kernels.head import Head
 
@@ -51,7 +53,8 @@ class Case(NamedTuple):
 def cases() -> Iterator[Case]:
     """The calls that are possible on the architecture that `device` tells."""
     seen = set()
-    for case in itertools.chain(_forwards(), _backwards(), _selection(), _ratio_loss()):
+    others = (_selection(), _ratio_loss(), _support(), _entropy_from_logits())
+    for case in itertools.chain(_forwards(), _backwards(), *others):
         if case[:4] not in seen:
             seen.add(case[:4])
             yield case
@@ -182,3 +185,35 @@ def _ratio_loss() -> Iterator[Case]:
         arguments: list[Any] = [*tokens, selected, _empty(sequences), 0.2, 0.28, dual_clip, 20.0]
         flags = (f"B={sequences}", f"L={length}", *("dual_clip",) * (dual_clip is not None))
         yield Case("ratio_loss", "float32", None, flags, partial(ratio_loss, *arguments))
+
+
+def _support() -> Iterator[Case]:
+    """Gradients in the dtype of the rows and in fp32; the bias's has one column."""
+    count, pairs, vocabulary = 8192, 1 << 16, 32768
+    index = _empty(pairs, dtype=torch.int64)
+    for dtype, hidden in itertools.product(
+        (torch.bfloat16, torch.float16, torch.float32), (1, 100, 1024)
+    ):
+        rows, weight = (_empty(n, hidden, dtype=dtype) for n in (count, vocabulary))
+        for flags in ((), ("keep",), ("add",), ("add", "fp32")):
+            keep = _empty(pairs, dtype=torch.bool) if "keep" in flags else None
+            out = weight.float() if "fp32" in flags else weight
+            launches: list[Callable[[], object]] = [
+                partial(pair_dots, rows, weight, index, index, keep),
+                partial(pair_sums, _empty(pairs), rows, index, index, out, "add" in flags),
+            ]
+            name = (f"D={hidden}", *flags)
+            yield Case("support", _name(dtype), None, name, partial(_all, launches))
+
+
+def _entropy_from_logits() -> Iterator[Case]:
+    for dtype, rows, columns, flags in itertools.product(
+        (torch.bfloat16, torch.float16, torch.float32),
+        (1, 64),
+        (151936, 50257),
+        ((), ("temperature",)),
+    ):
+        temperature = _empty(rows) if flags else None
+        launch = partial(entropy_from_logits, _empty(rows, columns, dtype=dtype), temperature)
+        name = (f"R={rows}", f"V={columns}", *flags)
+        yield Case("entropy_from_logits", _name(dtype), None, name, launch)

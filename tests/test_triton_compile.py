@@ -73,7 +73,8 @@ def _products(launches: list[Launch]) -> list[Launch]:
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_everything_compiles(compiled: Compiled, target: str):
-    assert {x.op for x in compiled(target)} == {"forward", "dlogits", "selection", "ratio_loss"}
+    ops = {"forward", "dlogits", "selection", "ratio_loss", "support", "entropy_from_logits"}
+    assert {x.op for x in compiled(target)} == ops
     _assert_all(target, compiled(target), lambda x: not x.error)
 
 

@@ -32,6 +32,11 @@ def count(rows: Tensor, each: int, but: Tensor | None = None) -> None:
         _unread.append((rows, but, each))
 
 
+def counting() -> bool:
+    """Whether anybody has asked: what only a count needs is not computed before."""
+    return _unread is not None
+
+
 def counted() -> int:
     """Multiplications in the kernels' products since this was first asked: half their flops."""
     global _counted, _unread
