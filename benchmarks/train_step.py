@@ -84,6 +84,7 @@ def make_rollouts(shape: Shape) -> Rollouts:
         prompt_length_B=torch.full((B,), P),
         response_length_B=torch.full((B,), L),
         sampler_logprob_T=torch.zeros(B * L),
+        sampler_entropy_T=torch.zeros(B * L),
         truncated_B=torch.ones(B, dtype=torch.bool),
         reward_B=torch.zeros(B),
         timed_out_B=torch.zeros(B, dtype=torch.bool),

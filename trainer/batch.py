@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from entropy_kernels import Support
 from trainer.ranks import Ranks
 from trainer.tasks.problem import Problem
 
@@ -32,10 +33,12 @@ class Rollouts:
     prompt_length_B: Tensor  # int64
     response_length_B: Tensor  # int64
     sampler_logprob_T: Tensor  # fp32: as the engine sampled the tokens
+    sampler_entropy_T: Tensor  # fp32: of the distributions that it sampled from, nats
     truncated_B: Tensor  # bool: stopped by the length limit
     reward_B: Tensor  # fp32: the verdict, without terms
     timed_out_B: Tensor  # bool: the verifier took too long
     crashed_B: Tensor  # bool: the verifier failed
+    kept: Support | None = None  # the ids that each of T tokens was sampled from; None: all
 
     def __len__(self) -> int:
         return len(self.problems)
@@ -61,32 +64,59 @@ class Rollouts:
         return _places(self.response_length_B, index, count)
 
     def rows(self, index: Tensor) -> "Rollouts":
-        """The sequences at `index`, an int64 tensor, in its order; a GPU is waited for twice."""
+        """The sequences at `index`, an int64 tensor, in its order.
+
+        A GPU is waited for twice, and once more for kept sets.
+        """
         length_2B = torch.stack([self.length_B, self.response_length_B])
         n, t = length_2B[:, index].sum(1).tolist()
         at = {"B": index, "N": _places(self.length_B, index, n), "T": self.places(index, t)}
         picked: dict[str, Any] = {
             name: x[at[name[-1]]] if isinstance(x, Tensor) else [x[b] for b in index.tolist()]
             for name, x in vars(self).items()
+            if name != "kept"
         }
-        return Rollouts(**picked)
+        return Rollouts(**picked, kept=self.kept and self.kept.at(at["T"]))
 
     def to(self, device: torch.device) -> "Rollouts":
         """The same on `device`."""
         moved: dict[str, Any] = {
-            name: x.to(device) for name, x in vars(self).items() if isinstance(x, Tensor)
+            name: x.to(device) for name, x in vars(self).items() if isinstance(x, Tensor | Support)
         }
         return replace(self, **moved)
 
     @staticmethod
     def concatenate(parts: "Sequence[Rollouts]") -> "Rollouts":
-        """The sequences of all `parts`."""
-        joined: dict[str, Any] = {}
-        for name in (field.name for field in fields(Rollouts)):
+        """The sequences of all `parts`.
+
+        Raises:
+            ValueError: some parts have kept sets and others have none.
+        """
+        joined: dict[str, Any] = {"kept": concatenate([part.kept for part in parts])}
+        for name in (field.name for field in fields(Rollouts) if field.name not in joined):
             values = [getattr(part, name) for part in parts]
             tensors = isinstance(values[0], Tensor)
             joined[name] = torch.cat(values) if tensors else [x for value in values for x in value]
         return Rollouts(**joined)
+
+
+def concatenate(parts: "Sequence[Support | None]") -> Support | None:
+    """The sets of all `parts`, one after the other; None where no part has any.
+
+    Raises:
+        ValueError: some parts have sets and others have none.
+    """
+    sets = [part for part in parts if part is not None]
+    if not sets:
+        return None
+    if len(sets) < len(parts):
+        raise ValueError(
+            "kept sets must be those of all parts or of none: responses of a truncated sampler "
+            f"cannot be joined with others; got sets of {len(sets)} of {len(parts)} parts"
+        )
+    zero = sets[0].offsets.new_zeros(1)
+    sizes = torch.cat([part.offsets.diff() for part in sets])
+    return Support(torch.cat([part.token_ids for part in sets]), torch.cat([zero, sizes.cumsum(0)]))
 
 
 @dataclass(frozen=True)

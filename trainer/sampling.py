@@ -11,8 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from trainer.batch import Rollouts
-from trainer.config import Reward
+from trainer.batch import Rollouts, concatenate
+from trainer.config import NO_TRUNCATION, Reward, Truncation
 from trainer.engines.engine import Engine, Sampled
 from trainer.launch.limits import check_length
 from trainer.model.tokens import prompt_ids, response_text
@@ -93,6 +93,7 @@ def _round(run: Run, number: int) -> Rollouts:
         group_size=rollout.group_size,
         max_new_tokens=rollout.max_new_tokens,
         temperature=rollout.temperature,
+        truncation=rollout.truncation,
         seed=run.seed(number),
         ranks=run.ranks,
     )
@@ -109,6 +110,7 @@ def sample(
     max_new_tokens: int,
     temperature: float,
     seed: int,
+    truncation: Truncation = NO_TRUNCATION,
     first: int = 0,
     ranks: Ranks | None = None,
 ) -> Rollouts:
@@ -130,6 +132,7 @@ def sample(
         [_seed(seed, first + group, member) for group, member in rows],
         max_new_tokens=max_new_tokens,
         temperature=temperature,
+        truncation=truncation,
     )
     groups = [group for group, _ in rows]
     parts = ranks.gather(_verified(policy, verifier, problems, prompts, groups, sampled))
@@ -178,8 +181,10 @@ def _verified(
         prompt_length_B=torch.tensor(list(map(len, asked))),
         response_length_B=torch.tensor(list(map(len, answered))),
         sampler_logprob_T=torch.cat([one.logprobs for one in sampled]),
+        sampler_entropy_T=torch.cat([one.entropies for one in sampled]),
         truncated_B=~torch.tensor(ended),
         reward_B=torch.tensor(verdicts.rewards, dtype=torch.float32),
         timed_out_B=torch.tensor(verdicts.timed_out),
         crashed_B=torch.tensor(verdicts.crashed),
+        kept=concatenate([one.kept for one in sampled]),
     )

@@ -213,6 +213,7 @@ def make_rollouts(
         "prompt_length_B": torch.tensor(list(map(len, prompts))),
         "response_length_B": torch.tensor(list(map(len, answers))),
         "sampler_logprob_T": torch.zeros(sum(map(len, answers))),
+        "sampler_entropy_T": torch.zeros(sum(map(len, answers))),
         "truncated_B": nothing,
         "reward_B": nothing.float(),
         "timed_out_B": nothing,

@@ -146,7 +146,8 @@ class Fixed:
 
     def sample(self, prompts, seeds, **options):
         self.prompts = prompts
-        return [Sampled(torch.tensor(self.tokens), torch.zeros(len(self.tokens))) for _ in prompts]
+        nothing = torch.zeros(len(self.tokens))
+        return [Sampled(torch.tensor(self.tokens), nothing, nothing) for _ in prompts]
 
 
 @pytest.mark.parametrize(("keep", "text"), [(False, "1 1"), (True, "<user> 1 1 <assistant>")])

@@ -4,9 +4,10 @@ from trainer.config.algorithm import Algorithm
 from trainer.config.data import Data, Reward
 from trainer.config.model import Model, Optimizer, WarmStart, is_flash
 from trainer.config.run import Config, Eval, Tracking
-from trainer.config.sampling import Engine, Rollout
+from trainer.config.sampling import NO_TRUNCATION, Engine, Rollout, Truncation
 
 __all__ = [
+    "NO_TRUNCATION",
     "Algorithm",
     "Config",
     "Data",
@@ -17,6 +18,7 @@ __all__ = [
     "Reward",
     "Rollout",
     "Tracking",
+    "Truncation",
     "WarmStart",
     "is_flash",
 ]

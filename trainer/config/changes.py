@@ -59,6 +59,7 @@ KEPT = frozenset(
         *(f"warm_start.{n}" for n in ("steps", "traces", "batch_size", "learning_rate")),
         *(f"warm_start.{n}" for n in ("warmup_steps", "weight_decay")),
         *(f"rollout.{n}" for n in ("prompts", "group_size", "max_new_tokens", "temperature")),
+        *(f"rollout.{n}" for n in ("top_k", "top_p", "min_p")),
         *(f"reward.{n}" for n in ("function", "right", "failed", "format", "format_weight")),
         "reward.drop_truncated",
         "reward.keep_special_tokens",

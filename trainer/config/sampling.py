@@ -47,6 +47,38 @@ class Engine:
 
 
 @dataclass(frozen=True)
+class Truncation:
+    """What is left of the vocabulary to sample from: min-p, then top-k, then top-p, as in vLLM.
+
+    The temperature comes first. By default nothing is cut off. Greedy sampling needs no truncation
+    and ignores it.
+    """
+
+    top_k: int = 0
+    """The number of most probable tokens that are kept; 0: all."""
+    top_p: float = 1.0
+    """The most probable tokens are kept until their mass reaches this share; 1.0: all."""
+    min_p: float = 0.0
+    """Tokens are kept that are at least this share as probable as the most probable; 0.0: all."""
+
+    def __post_init__(self) -> None:
+        at_least(self, 0, "top_k")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p must lie in (0, 1]; got {self.top_p}")
+        if not 0 <= self.min_p <= 1:
+            raise ValueError(f"min_p must lie in [0, 1]; got {self.min_p}")
+
+    @property
+    def off(self) -> bool:
+        """Whether the whole vocabulary is kept."""
+        return self == NO_TRUNCATION
+
+
+NO_TRUNCATION = Truncation()
+"""The whole vocabulary is kept."""
+
+
+@dataclass(frozen=True)
 class Rollout:
     """How responses are sampled."""
 
@@ -58,6 +90,14 @@ class Rollout:
     """The longest response in tokens, end-of-sequence included."""
     temperature: float = 1.0
     """The temperature of sampling, and of the log-probs and entropies in the loss."""
+    top_k: int = 0
+    """Sample from the `top_k` most probable tokens; 0: from all. With `top_k`, `top_p` or `min_p`
+    log-probs and entropies are over the tokens that are kept, in the loss too."""
+    top_p: float = 1.0
+    """Sample from the most probable tokens whose mass reaches this share; 1.0: from all."""
+    min_p: float = 0.0
+    """Sample from tokens at least this share as probable as the most probable one; 0.0: from
+    all."""
     batch_size: int = 256
     """The number of sequences that an engine samples at once."""
 
@@ -70,3 +110,9 @@ class Rollout:
             )
         if not self.temperature > 0:
             raise ValueError(f"temperature must be > 0 to train on; got {self.temperature}")
+        _ = self.truncation  # which checks itself
+
+    @property
+    def truncation(self) -> Truncation:
+        """What is left of the vocabulary to sample from."""
+        return Truncation(self.top_k, self.top_p, self.min_p)

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+from trainer.config import NO_TRUNCATION, Truncation
 from trainer.engines.engine import Sampled
 from trainer.finite import NotFinite, first_nonfinite
 from trainer.model.probes import check_cache
@@ -55,8 +56,11 @@ class TransformersEngine:
         *,
         max_new_tokens: int,
         temperature: float,
+        truncation: Truncation = NO_TRUNCATION,
     ) -> list[Sampled]:
         """As `Engine.sample`."""
+        if not truncation.off:
+            raise ValueError(f"this engine does not truncate yet; got {truncation}")
         self._policy.train(False)
         if not self._checked and prompts:
             check_cache(self._policy, _cache(self._policy))
@@ -115,11 +119,15 @@ class TransformersEngine:
         rows = torch.arange(len(mask), device=mask.device)  # the sequence of each row of the batch
         running = torch.ones_like(rows, dtype=torch.bool)
         response_BL = torch.zeros_like(uniform_BL, dtype=torch.long)
-        logprob_BL, length_B = torch.zeros_like(uniform_BL), torch.zeros_like(rows)
+        logprob_BL, entropy_BL = torch.zeros_like(uniform_BL), torch.zeros_like(uniform_BL)
+        length_B = torch.zeros_like(rows)
         for step in range(uniform_BL.shape[1]):
-            token, logprob = _draw(self.process(logits), temperature, uniform_BL[rows, step])
+            token, logprob, entropy = _draw(
+                self.process(logits), temperature, uniform_BL[rows, step]
+            )
             response_BL[rows[running], step] = token[running]
             logprob_BL[rows[running], step] = logprob[running]
+            entropy_BL[rows[running], step] = entropy[running]
             length_B[rows[running]] += 1
             running = running & ~torch.isin(token, eos_ids)
             if step + 1 == uniform_BL.shape[1] or not running.any():
@@ -136,9 +144,13 @@ class TransformersEngine:
                 past_key_values=cache,
                 use_cache=True,
             ).logits[:, -1]
-        response_BL, logprob_BL = response_BL.cpu(), logprob_BL.cpu()
+        tokens, logprobs, entropies = response_BL.cpu(), logprob_BL.cpu(), entropy_BL.cpu()
         return [
-            Sampled(response_BL[b, :length].clone(), logprob_BL[b, :length].clone())
+            Sampled(
+                tokens[b, :length].clone(),
+                logprobs[b, :length].clone(),
+                entropies[b, :length].clone(),
+            )
             for b, length in enumerate(length_B.tolist())
         ]
 
@@ -171,8 +183,9 @@ def _cache(policy: Policy) -> DynamicCache:
     return cache
 
 
-def _draw(logits_BV: Tensor, temperature: float, uniform_B: Tensor) -> tuple[Tensor, Tensor]:
-    """A token per row by inversion of the distribution function, and its log-probability."""
+def _draw(logits_BV: Tensor, temperature: float, uniform_B: Tensor) -> tuple[Tensor, ...]:
+    """A token per row by inversion of the distribution function, its log-probability, and the
+    entropy of the row."""
     logprob_BV = (logits_BV.float() / (temperature or 1.0)).log_softmax(1)
     if temperature == 0:
         token_B = logits_BV.argmax(1)
@@ -182,4 +195,5 @@ def _draw(logits_BV: Tensor, temperature: float, uniform_B: Tensor) -> tuple[Ten
         at_B1 = (uniform_B * cdf_BV[:, -1]).unsqueeze(1)
         token_B = torch.searchsorted(cdf_BV, at_B1, right=True).squeeze(1)
         token_B = token_B.clamp_max(logits_BV.shape[1] - 1)
-    return token_B, logprob_BV.gather(1, token_B.unsqueeze(1)).squeeze(1)
+    entropy_B = -(logprob_BV.exp() * logprob_BV.clamp_min(-1e30)).sum(1)
+    return token_B, logprob_BV.gather(1, token_B.unsqueeze(1)).squeeze(1), entropy_B

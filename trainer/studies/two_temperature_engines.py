@@ -6,7 +6,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from trainer.config import Config
+from trainer.config import NO_TRUNCATION, Config, Truncation
 from trainer.engines.engine import Engine, Sampled
 from trainer.engines.transformers import TransformersEngine
 from trainer.engines.vllm import VllmEngine
@@ -30,12 +30,17 @@ class _AtTemperatureOne:
         *,
         max_new_tokens: int,
         temperature: float,
+        truncation: Truncation = NO_TRUNCATION,
     ) -> list[Sampled]:
         """As `Engine.sample`; ValueError for another temperature than 1."""
         if temperature != 1:
             raise ValueError(f"temperature, replaced by two, must be 1; got {temperature}")
         return super().sample(  # type: ignore[misc]
-            prompts, seeds, max_new_tokens=max_new_tokens, temperature=temperature
+            prompts,
+            seeds,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            truncation=truncation,
         )
 
 
