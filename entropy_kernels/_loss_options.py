@@ -145,9 +145,11 @@ class LossOptions:
         """The option, if any, that reads log-probs or entropies of tokens that are not selected."""
         if self.sequence_over == "all":
             return f'loss_type={self.loss_type!r} with sequence_over="all"'
-        kind = self.correction.type
-        if on_policy and kind is not None and kind.startswith("sequence"):
-            return f"Correction.type={kind!r} without old_logprob"
+        kind, current = self.correction.type, self.correction.of == "current"
+        if (on_policy or current) and kind is not None and kind.startswith("sequence"):
+            return f"Correction.type={kind!r} " + (
+                'with of="current"' if current else "without old_logprob"
+            )
         if self.kl.on == "all":
             return 'KL.on="all"'
         return 'EntropyBonus.on="all"' if self.entropy_bonus.on == "all" else None

@@ -52,20 +52,20 @@ def kl_divergence(
 
 
 def mismatch(
-    old_logprob: Float[Tensor, "*tokens"],
+    logprob: Float[Tensor, "*tokens"],
     sampler_logprob: Float[Tensor, "*tokens"],
     mask: Bool[Tensor, "*tokens"],
     correction: str | None = None,
     group: ProcessGroup | None = None,
 ) -> Float[Tensor, "*tokens"]:
-    """log(pi_old / pi_sampler) of each token, or for "sequence_..." the sum over its sequence,
-    whose tokens the ranks of `group` share.
+    """log(pi / pi_sampler) of each token, or for "sequence_..." the sum over its sequence, whose
+    tokens the ranks of `group` share; `logprob` is of the old policy or of the current one.
 
     Clamped to 20 on both sides. It is 0 outside of `mask` and where sampler_logprob is NaN: an
     engine that did not report one.
     """
     known = mask & ~sampler_logprob.isnan()
-    log_ratio = torch.where(known, old_logprob - sampler_logprob, 0.0).detach()
+    log_ratio = torch.where(known, logprob - sampler_logprob, 0.0).detach()
     if correction is not None and correction.startswith("sequence"):
         total = all_reduce_sum(log_ratio.sum(1, keepdim=True), group)
         log_ratio = total.expand_as(log_ratio)
@@ -75,7 +75,8 @@ def mismatch(
 def correction_weight(
     ratio: Float[Tensor, "*tokens"], correction: str, *, cap: float | None, floor: float | None
 ) -> Float[Tensor, "*tokens"]:
-    """TIS clamps the ratio into [floor, cap]; MIS (IcePop) makes it 0 outside. None: no bound.
+    """c(r): TIS clamps the ratio into [floor, cap]; MIS (IcePop) makes it 0 outside. None: no
+    bound.
 
     TIS: fengyao.notion.site/off-policy-rl; IcePop: arXiv 2510.18855; both of tokens and sequences:
     richardli.xyz/rl-collapse. A ratio of NaN stays one.

@@ -98,25 +98,34 @@ class KL:
 
 @dataclass(frozen=True, eq=False)
 class Correction:
-    """A weight w_t = pi_old / pi_sampler of the token's loss, as the engine that sampled differs.
+    """A weight w_t of the token's loss, as the engine that sampled differs from the policy.
 
-    It multiplies the loss of the tokens, not their KL, and not the denominator.
+    With r_t = pi_old / pi_sampler it is w_t = c(r_t), where c is what `type` makes of a ratio. It
+    multiplies the loss of the tokens, not their KL, and not the denominator.
+
+    Where old_logprob is the sampler's own, the loss has the ratio to the sampler already. So with
+    of="current", r_t = sg(pi) / pi_sampler and w_t = c(r_t) / r_t: the weight and the ratio of the
+    loss together are c(r_t). "tis" then truncates the ratio, and "mis" keeps it or drops the token.
     """
 
     type: str | None = None
-    """"tis" truncates w_t to [floor, cap] (fengyao.notion.site/off-policy-rl); "mis" makes it 0
+    """"tis" truncates r_t to [floor, cap] (fengyao.notion.site/off-policy-rl); "mis" makes it 0
     outside (IcePop, arXiv 2510.18855). "sequence_truncate" and "sequence_mask" do so with the
     product over the sequence's mask (richardli.xyz/rl-collapse). None gives metrics alone."""
     cap: float | None = 2.0
-    """The upper bound of w_t; None: no bound."""
+    """The upper bound of r_t; None: no bound."""
     floor: float | None = None
-    """The lower bound of w_t; None: no bound."""
+    """The lower bound of r_t; None: no bound."""
     sampler_logprob: Float[Tensor, "*tokens"] | None = None
     """The log-probabilities that the engine reported, without gradient; a type needs them. NaN, a
     token that it did not report, is not corrected."""
+    of: str = "old"
+    """Whose probability is over the sampler's: that of the "old" policy, or the "current" one's,
+    without gradient, where old_logprob is the sampler's."""
 
     def __post_init__(self) -> None:
         check_choice("Correction.type", self.type, (None, *CORRECTIONS))
+        check_choice("Correction.of", self.of, ("old", "current"))
         for name, bound in {"cap": self.cap, "floor": self.floor}.items():
             if bound is not None:
                 check_number(f"Correction.{name}", bound, "a number >= 0 or None", lambda x: x >= 0)

@@ -107,8 +107,9 @@ def ratio_loss(
           away (clip/low includes the dual clip). From it also head/active_rows, the number of
           tokens with a gradient, unless the loss has a KL or a bonus;
         - with a reference kl/reference;
-        - with a sampler mismatch/k3 and mismatch/max_ratio, and with a type of correction
-          mismatch/outside, the share of tokens whose ratio was truncated or masked.
+        - with a sampler mismatch/k3, mismatch/max_ratio and mismatch/difference, the mean of
+          |log r_t| with r_t as in `Correction`. With a type of correction also mismatch/outside,
+          the share of tokens whose ratio was truncated or masked.
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit, an unknown word, a bound out of its
@@ -204,18 +205,27 @@ def _factor(
     if sampler is None:
         return factor, {}
     sampler, kind = sampler.to(old.dtype), options.correction.type
-    log_ratio = mismatch(old, sampler, tokens.mask)
+    current = options.correction.of == "current"
+    policy = tokens.logprob.detach() if current else old
+    log_ratio = mismatch(policy, sampler, tokens.mask)
     among = selected.sum().clamp_min(1)
     excess = torch.where(selected, log_ratio.expm1() - log_ratio, 0.0)
     largest = _largest(log_ratio.exp(), selected)
-    metrics = {"mismatch/k3": excess.sum() / among, "mismatch/max_ratio": largest}
+    distance = torch.where(selected, log_ratio, 0.0).abs().sum() / among
+    metrics = {
+        "mismatch/k3": excess.sum() / among,
+        "mismatch/max_ratio": largest,
+        "mismatch/difference": distance,
+    }
     if kind is None:
         return factor, metrics
-    ratio = mismatch(old, sampler, tokens.mask, kind, options.parallel.sequence_group).exp()
+    ratio = mismatch(policy, sampler, tokens.mask, kind, options.parallel.sequence_group).exp()
     bounds = {"cap": options.correction.cap, "floor": options.correction.floor}
     corrected = correction_weight(ratio, kind, **bounds)
     metrics["mismatch/outside"] = (selected & (corrected != ratio)).sum() / among
-    return corrected if factor is None else factor * corrected, metrics
+    # The ratio of the current policy is in the loss already.
+    weight = corrected / ratio if current else corrected
+    return weight if factor is None else factor * weight, metrics
 
 
 def _by_function(

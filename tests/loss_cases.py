@@ -67,6 +67,7 @@ PLACES = {
     "correction_cap": (ek.Correction, "cap"),
     "correction_floor": (ek.Correction, "floor"),
     "sampler_logprob": (ek.Correction, "sampler_logprob"),
+    "correction_of": (ek.Correction, "of"),
     "aggregation": (ek.Aggregation, "type"),
     **{name: (ek.Aggregation, name) for name in ("num_sequences", "sequence_over")},
     "token_weight": (ek.Aggregation, "token_weight"),

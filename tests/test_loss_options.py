@@ -70,6 +70,10 @@ BEYOND = {
     "kl": ({"kl_on": "all"}, 'KL.on="all" reads tokens that are not selected'),
     "entropy": ({"entropy_on": "all"}, 'EntropyBonus.on="all" reads'),
     "correction": ({"correction": "sequence_mask"}, "'sequence_mask' without old_logprob"),
+    "current": (
+        {"correction": "sequence_mask", "correction_of": "current"},
+        "'sequence_mask' with of=\"current\" reads",
+    ),
 }
 
 

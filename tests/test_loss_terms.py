@@ -140,6 +140,7 @@ def test_corrections_are_weights(case, correction, cap, floor, loss_type):
     expected = {
         "mismatch/k3": (move.exp() - 1 - move)[kept].mean(),
         "mismatch/max_ratio": move.exp()[kept].max(),
+        "mismatch/difference": move.abs()[kept].mean(),
         "mismatch/outside": (weight != by_hand(correction, move, case.mask, None, None))[kept]
         .double()
         .mean(),
@@ -148,6 +149,46 @@ def test_corrections_are_weights(case, correction, cap, floor, loss_type):
         torch.testing.assert_close(metrics[name].double(), value)
     if correction.endswith(("mis", "mask")):
         assert (got[1][weight == 0] == 0).all()
+
+
+@pytest.mark.parametrize("correction", loss_terms.CORRECTIONS)
+@pytest.mark.parametrize(("cap", "floor"), [(1.1, None), (1.1, 0.9), (None, 0.8)])
+@pytest.mark.parametrize("loss_type", ["dapo", "gspo_token"])
+def test_where_old_is_the_sampler_the_whole_ratio_is_corrected(
+    case, correction, cap, floor, loss_type
+):
+    """The ratio is in the loss: its weight is what makes of it the corrected one."""
+    move = case.logprob - case.old
+    options = {"sampler_logprob": case.old, "correction": correction, "correction_of": "current"}
+    options |= {"correction_cap": cap, "correction_floor": floor, "loss_type": loss_type}
+    got = gradient(case.logprob, loss_of(case, **options))
+    total = by_hand(correction, move, case.mask, None, None)
+    corrected = by_hand(correction, move, case.mask, cap, floor)
+    weight = corrected / total
+    want = gradient(case.logprob, loss_of(case, token_weight=weight, loss_type=loss_type))
+    assert_gradients_equal(got, want)
+    kept = case.mask & case.selected
+    outside = (corrected != total)[kept].double().mean()
+    metrics = case.both(**options)[1]
+    torch.testing.assert_close(metrics["mismatch/outside"].double(), outside)
+    assert metrics["mismatch/outside"] > 0
+    torch.testing.assert_close(metrics["mismatch/difference"].double(), move.abs()[kept].mean())
+
+
+def test_of_the_current_policy_tis_is_the_truncated_ratio_by_its_formula():
+    """Without clips: the loss is -min(r, cap) A, and its gradient -min(sg(r), cap) A."""
+    old = torch.tensor([[-2.0, -2.0, -2.0]], dtype=torch.float64)
+    move = torch.tensor([[0.1, 1.5, -1.0]], dtype=torch.float64)
+    advantage, mask = torch.tensor([[-1.0, -1.0, 2.0]], dtype=torch.float64), old < 0
+    options = {"clip_low": 1.0, "clip_high": 9.0, "denominator": 1.0, "correction_of": "current"}
+    options |= {"sampler_logprob": old, "correction_cap": 2.0}
+    ratio = move.exp()
+    for correction, kept in (("tis", ratio.clamp(max=2)), ("mis", ratio * (ratio <= 2))):
+        loss, grad = gradient(
+            old + move,
+            lambda x, c=correction: ratio_loss(x, old, advantage, mask, correction=c, **options)[0],
+        )
+        assert_gradients_equal((loss, grad), (-(kept * advantage).sum(), -kept * advantage))
 
 
 def test_a_log_prob_that_the_engine_did_not_report_is_not_corrected(case):
