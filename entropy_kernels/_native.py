@@ -14,22 +14,15 @@ from torch import Tensor
 
 from . import _extensions, _processor
 from ._compiler import constant
+from ._native_arguments import DTYPES, count, is_plain, pointer
+from ._native_arguments import products as products
+from ._native_rows import entropy_from_logits as entropy_from_logits
+from ._native_rows import pair_dots as pair_dots
+from ._native_rows import pair_sums as pair_sums
 from ._rows import ForwardRows, active_rows, spread
 from .head import Head
 
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 PANEL = 64  # tokens that the kernels' vectors hold together: kPanel
-_products = 0
-
-
-def products() -> int:
-    """Multiplications in the extension's products since it was loaded: half their flops."""
-    return _products
-
-
-def _count(more: int) -> None:
-    global _products
-    _products += more
 
 
 def cpu() -> ModuleType | None:
@@ -53,7 +46,7 @@ def build(name: str) -> str:
 @functools.cache
 def instruction_set(dtype: torch.dtype) -> str:
     """The instruction set that heads of `dtype` run on; see _processor. The caller has `cpu()`."""
-    return _processor.instruction_set(_module(), _DTYPES[dtype])
+    return _processor.instruction_set(_module(), DTYPES[dtype])
 
 
 @functools.cache
@@ -82,10 +75,10 @@ def radix_histogram(
     number of threads. Nothing is differentiable. The caller has checked `cpu()`.
     """
     module = _module()
-    assert _is_plain(values, torch.float32)
-    assert mask is None or (_is_plain(mask, torch.bool) and mask.numel() == values.numel())
+    assert is_plain(values, torch.float32)
+    assert mask is None or (is_plain(mask, torch.bool) and mask.numel() == values.numel())
     assert 1 <= bits <= 20
-    assert _is_plain(counts, torch.int64)
+    assert is_plain(counts, torch.int64)
     assert counts.numel() == 1 << bits
     assert 0 <= prefix_bits <= 32
     assert 0 <= prefix < 1 << prefix_bits
@@ -120,13 +113,13 @@ def ratio_loss(
     inputs = [
         x.contiguous() for x in (logprob_BL, old_logprob_BL, advantage_BL, selected_BL, weight_B)
     ]
-    assert all(_is_plain(x, torch.bool if x is inputs[3] else torch.float32) for x in inputs)
+    assert all(is_plain(x, torch.bool if x is inputs[3] else torch.float32) for x in inputs)
     assert all(x.shape == logprob_BL.shape for x in inputs[:4])
     assert weight_B.shape == logprob_BL.shape[:1]
     assert 0 < log_ratio_bound <= 80
     loss, grad_BL = torch.empty(()), torch.empty(logprob_BL.shape)
     sums, counts = torch.empty(4), torch.empty(3, dtype=torch.int64)
-    logprob_ptr, old_logprob_ptr, advantage_ptr, selected_ptr, weight_ptr = map(_pointer, inputs)
+    logprob_ptr, old_logprob_ptr, advantage_ptr, selected_ptr, weight_ptr = map(pointer, inputs)
     _module().ratio_loss(
         logprob_ptr=logprob_ptr,
         old_logprob_ptr=old_logprob_ptr,
@@ -146,11 +139,6 @@ def ratio_loss(
         counts_ptr=counts.data_ptr(),
     )
     return loss, grad_BL, sums, counts
-
-
-def _is_plain(tensor: Tensor, dtype: torch.dtype) -> bool:
-    """Whether data_ptr() is the first of numel() values of `dtype` in this machine's memory."""
-    return tensor.dtype == dtype and tensor.device.type == "cpu" and tensor.is_contiguous()
 
 
 def forward(
@@ -173,16 +161,16 @@ def forward(
     index_R = None if keep_logits or bool(valid_T.all()) else valid_T.nonzero().squeeze(1)
     rows = torch.zeros(5, tokens)
     if statistics is not None:
-        assert _is_plain(statistics, torch.float32)
+        assert is_plain(statistics, torch.float32)
         assert statistics.shape == (4, tokens)  # what csrc fills
         statistics.zero_()
-    _count(
+    count(
         _module().linear_logprob_entropy(
-            _module().Head(**description, logits_ptr=_pointer(logits if keep_logits else None)),
-            index_ptr=_pointer(index_R),
+            _module().Head(**description, logits_ptr=pointer(logits if keep_logits else None)),
+            index_ptr=pointer(index_R),
             count=tokens if index_R is None else index_R.numel(),
             rows_ptr=rows.data_ptr(),
-            statistics_ptr=_pointer(statistics),
+            statistics_ptr=pointer(statistics),
             isa=isa or instruction_set(head.hidden.dtype),
         )
     )
@@ -231,24 +219,24 @@ def backward(
     own = torch.empty(head.weight.shape, dtype=head.weight.dtype) if alone else None
     dweight_VD = main_grad if add else own
     assert dweight_VD is None or (
-        _is_plain(dweight_VD, dweight_VD.dtype) and dweight_VD.shape == head.weight.shape
+        is_plain(dweight_VD, dweight_VD.dtype) and dweight_VD.shape == head.weight.shape
     )
     dbias_V = torch.empty(head.weight.shape[0]) if need_bias else None
     logits = rows.logits if rows.logits.numel() else None
-    _count(
+    count(
         _module().linear_logprob_entropy_backward(
-            _module().Head(**description, logits_ptr=_pointer(logits)),
+            _module().Head(**description, logits_ptr=pointer(logits)),
             index_ptr=index_R.data_ptr(),
             count=index_R.numel(),
             rows_ptr=row_values.data_ptr(),
-            grad_logprob_ptr=_pointer(grad_logprob_R),
-            grad_entropy_ptr=_pointer(grad_entropy_R),
-            grad_logsumexp_ptr=_pointer(grad_logsumexp_R),
-            dhidden_ptr=_pointer(dhidden_RD),
-            dweight_ptr=_pointer(dweight_VD),
-            dweight_dtype=_DTYPES[(head.weight if dweight_VD is None else dweight_VD).dtype],
+            grad_logprob_ptr=pointer(grad_logprob_R),
+            grad_entropy_ptr=pointer(grad_entropy_R),
+            grad_logsumexp_ptr=pointer(grad_logsumexp_R),
+            dhidden_ptr=pointer(dhidden_RD),
+            dweight_ptr=pointer(dweight_VD),
+            dweight_dtype=DTYPES[(head.weight if dweight_VD is None else dweight_VD).dtype],
             add_dweight=add,
-            dbias_ptr=_pointer(dbias_V),
+            dbias_ptr=pointer(dbias_V),
             isa=isa or instruction_set(head.hidden.dtype),
         )
     )
@@ -276,14 +264,14 @@ def _describe(head: Head) -> tuple[dict[str, Any], list[Tensor | None]]:
         "temperature_ptr": None if temperature_T is None else temperature_T.contiguous(),
     }
     return {
-        **{name: _pointer(tensor) for name, tensor in inputs.items()},
+        **{name: pointer(tensor) for name, tensor in inputs.items()},
         "hidden_stride": hidden_TD.stride(0),
         "weight_stride": weight_VD.stride(0),
         "softcap": head.softcap or 0.0,
         "tokens": head.target.shape[0],
         "dim": hidden_TD.shape[1],
         "vocabulary": weight_VD.shape[0],
-        "dtype": _DTYPES[hidden_TD.dtype],
+        "dtype": DTYPES[hidden_TD.dtype],
         "threads": torch.get_num_threads(),
         **caches(),
     }, [*inputs.values()]
@@ -293,7 +281,3 @@ def _module() -> ModuleType:
     module = cpu()
     assert module is not None, why_missing("cpu")
     return module
-
-
-def _pointer(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()

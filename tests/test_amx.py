@@ -208,7 +208,7 @@ def test_the_model_is_not_chosen_unless_it_is_named(monkeypatch):
         _native, "instruction_set", functools.cache(_native.instruction_set.__wrapped__)
     )
     monkeypatch.delenv("EK_CPU_ISA", raising=False)
-    assert "amx_model" not in {_native.instruction_set(d) for d in _native._DTYPES}
+    assert "amx_model" not in {_native.instruction_set(d) for d in _native.DTYPES}
     # Sets without products of these dtypes are not said to run them.
     assert _native.instruction_set(torch.float32) != "amx"
 

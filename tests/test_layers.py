@@ -27,7 +27,11 @@ ALLOWED = {
     "_build_record": set(),
     "_processor": set(),
     "_extensions": {"_build_record"},
-    "_native": {"_extensions", "_processor", "_rows", "head"},
+    "_native_arguments": {"_extensions"},
+    "_native_rows": {"_native_arguments", "_processor"},
+    "_native": {
+        *("_extensions", "_native_arguments", "_native_rows", "_processor", "_rows", "head"),
+    },
     "_torch": {"_rows", "device", "head"},
     "device": set(),
     "_cuda_kernels": {"_extensions", "_rows", "device"},

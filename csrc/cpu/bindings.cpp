@@ -125,6 +125,58 @@ std::int64_t linear_logprob_entropy_backward(const Head& head, Pointer index_ptr
   return without_gil([&] { return chosen.backward(call, signal_raised); });
 }
 
+std::int64_t pair_dots(Pointer left_ptr, std::int64_t left_stride, Pointer right_ptr,
+                       std::int64_t right_stride, int dtype, Pointer left_row_ptr,
+                       Pointer right_row_ptr, std::int64_t pairs, std::int64_t dim, int threads,
+                       Pointer out_ptr, const std::string& isa) {
+  const Kernels& chosen = kernels(isa);
+  const auto type = static_cast<Dtype>(dtype);
+  const entropy_kernels::PairDots call{{as<const void>(left_ptr), left_stride, type},
+                                       {as<const void>(right_ptr), right_stride, type},
+                                       as<const std::int64_t>(left_row_ptr),
+                                       as<const std::int64_t>(right_row_ptr),
+                                       pairs,
+                                       dim,
+                                       threads,
+                                       as<float>(out_ptr)};
+  return without_gil([&] { return chosen.pair_dots(call, signal_raised); });
+}
+
+std::int64_t pair_sums(Pointer scale_ptr, Pointer rows_ptr, std::int64_t rows_stride,
+                       int rows_dtype, Pointer row_ptr, Pointer place_ptr, std::int64_t pairs,
+                       std::int64_t dim, int threads, Pointer out_ptr, std::int64_t out_stride,
+                       int out_dtype, bool add, const std::string& isa) {
+  const Kernels& chosen = kernels(isa);
+  const entropy_kernels::PairSums call{
+      as<const float>(scale_ptr),
+      {as<const void>(rows_ptr), rows_stride, static_cast<Dtype>(rows_dtype)},
+      as<const std::int64_t>(row_ptr),
+      as<const std::int64_t>(place_ptr),
+      pairs,
+      dim,
+      threads,
+      as<void>(out_ptr),
+      out_stride,
+      static_cast<Dtype>(out_dtype),
+      add};
+  return without_gil([&] { return chosen.pair_sums(call, signal_raised); });
+}
+
+void row_entropies(Pointer logits_ptr, std::int64_t stride, int dtype, Pointer temperature_ptr,
+                   std::int64_t temperature_stride, std::int64_t rows, std::int64_t vocabulary,
+                   int threads, Pointer out_ptr, const std::string& isa) {
+  const Kernels& chosen = kernels(isa);
+  const entropy_kernels::RowEntropies call{
+      {as<const void>(logits_ptr), stride, static_cast<Dtype>(dtype)},
+      as<const float>(temperature_ptr),
+      temperature_stride,
+      rows,
+      vocabulary,
+      threads,
+      as<float>(out_ptr)};
+  without_gil([&] { return chosen.row_entropies(call, signal_raised); });
+}
+
 py::dict caches() {
   const entropy_kernels::Caches sizes = entropy_kernels::machine_caches();
   return py::dict(py::arg("l2") = sizes.l2, py::arg("last") = sizes.last);
@@ -191,6 +243,21 @@ PYBIND11_MODULE(_cpu, m) {
         py::arg("add_dweight"), py::arg("dbias_ptr"), py::arg("isa"),
         "Writes the gradients of the rows at `index`, except those whose pointer is 0. dweight has "
         "dweight_dtype, and is added to if add_dweight. Returns the number of multiplications.");
+  m.def("pair_dots", &pair_dots, py::kw_only(), py::arg("left_ptr"), py::arg("left_stride"),
+        py::arg("right_ptr"), py::arg("right_stride"), py::arg("dtype"), py::arg("left_row_ptr"),
+        py::arg("right_row_ptr"), py::arg("pairs"), py::arg("dim"), py::arg("threads"),
+        py::arg("out_ptr"), py::arg("isa"),
+        "Writes the dot product of each pair of rows. Returns the number of multiplications.");
+  m.def("pair_sums", &pair_sums, py::kw_only(), py::arg("scale_ptr"), py::arg("rows_ptr"),
+        py::arg("rows_stride"), py::arg("rows_dtype"), py::arg("row_ptr"), py::arg("place_ptr"),
+        py::arg("pairs"), py::arg("dim"), py::arg("threads"), py::arg("out_ptr"),
+        py::arg("out_stride"), py::arg("out_dtype"), py::arg("add"), py::arg("isa"),
+        "Writes or adds the sum of scaled rows of each run of equal places. Returns the number of "
+        "multiplications.");
+  m.def("row_entropies", &row_entropies, py::kw_only(), py::arg("logits_ptr"), py::arg("stride"),
+        py::arg("dtype"), py::arg("temperature_ptr"), py::arg("temperature_stride"),
+        py::arg("rows"), py::arg("vocabulary"), py::arg("threads"), py::arg("out_ptr"),
+        py::arg("isa"), "Writes the entropy of softmax(logits / temperature) of each row.");
   m.def("caches", &caches, "Bytes of the second-level cache and of the last level.");
   m.def("instruction_sets", &instruction_sets, py::arg("models") = false,
         "The sets that this machine can run, best first. With models, slow models of sets that it "

@@ -77,17 +77,61 @@ struct BackwardCall {
   Gradients out;
 };
 
+// Rows of any dtype. Values of a row are contiguous; the stride is in elements.
+struct Matrix {
+  const void* data;
+  std::int64_t stride;
+  Dtype dtype;
+};
+
+// P products of a row of `left` and a row of `right`, both of one dtype:
+//   out[n] = left[left_row[n]] . right[right_row[n]]
+struct PairDots {
+  Matrix left, right;
+  const std::int64_t *left_row, *right_row;  // [P] each
+  std::int64_t pairs, dim;
+  int threads;
+  float* out;  // [P]
+};
+
+// Sums of scaled rows over each run of equal places, which do not fall:
+//   out[place] = sum of scale[n] * rows[row[n]] over the run, or += if `add`
+struct PairSums {
+  const float* scale;  // [P]; rows of pairs with 0 are not read
+  Matrix rows;
+  const std::int64_t *row, *place;  // [P] each
+  std::int64_t pairs, dim;
+  int threads;
+  void* out;  // a run whose scales are all 0 leaves its row as it is
+  std::int64_t out_stride;
+  Dtype out_dtype;
+  bool add;
+};
+
+// The entropy of softmax(logits / temperature) per row, R rows of V logits.
+struct RowEntropies {
+  Matrix logits;
+  const float* temperature;         // [R], [1] or nullptr for 1
+  std::int64_t temperature_stride;  // 1, or 0 for one temperature
+  std::int64_t rows, vocabulary;
+  int threads;
+  float* out;  // [R]
+};
+
 // The calling thread asks this between blocks. true ends the work; outputs are then undefined.
 using Stop = bool (*)();
 
-// The kernels of one instruction set. forward and backward return how many multiplications they
-// have done, or -1 if they were stopped.
+// The kernels of one instruction set. Those that take a Stop return how many multiplications their
+// products have done, or -1 if they were stopped.
 struct Kernels {
   const char* name;
   double (*seconds)(Dtype);  // the time of a small product of inputs of that dtype
   bool (*agrees)();          // whether products of bf16 are those of fp32, except for rounding
   std::int64_t (*forward)(const ForwardCall&, Stop);
   std::int64_t (*backward)(const BackwardCall&, Stop);
+  std::int64_t (*pair_dots)(const PairDots&, Stop);
+  std::int64_t (*pair_sums)(const PairSums&, Stop);
+  std::int64_t (*row_entropies)(const RowEntropies&, Stop);
 };
 
 // The `i`-th of the sets that this machine can run, best first; nullptr beyond the last.

@@ -1,6 +1,8 @@
 // The kernels of one instruction set; compiled once per set, see isa.h.
 #include "linear_logprob_entropy.h"
 #include "linear_logprob_entropy_backward.h"
+#include "pair_products.h"
+#include "row_entropies.h"
 
 #ifdef EK_TILES
 #include "tiles.h"
@@ -104,6 +106,7 @@ static bool agrees() {
 }
 
 extern const entropy_kernels::Kernels kernels;
-const entropy_kernels::Kernels kernels{EK_NAME, seconds, agrees, forward_any, backward_any};
+const entropy_kernels::Kernels kernels{EK_NAME,      seconds,   agrees,    forward_any,
+                                       backward_any, pair_dots, pair_sums, row_entropies};
 
 }  // namespace EK_ISA

@@ -28,23 +28,7 @@ static void write_weight(const Gradients& out, std::int64_t dim, std::int64_t ro
                          std::int64_t first, std::int64_t count, const float* values) {
   const Dtype dtype = out.weight_dtype;
   char* to = static_cast<char*>(out.weight) + (row * dim + first) * bytes_of(dtype);
-  if (dtype == Dtype::f32) {
-    auto* sum = reinterpret_cast<float*>(to);
-    if (!out.add_weight)
-      std::memcpy(sum, values, count * 4);
-    else
-      for (std::int64_t i = 0; i < count; ++i) sum[i] += values[i];
-    return;
-  }
-  auto* half = reinterpret_cast<std::uint16_t*>(to);
-  if (!out.add_weight) {
-    for (std::int64_t i = 0; i < count; ++i)
-      half[i] = dtype == Dtype::bf16 ? to_bf16(values[i]) : to_f16(values[i]);
-  } else if (dtype == Dtype::bf16) {
-    for (std::int64_t i = 0; i < count; ++i) half[i] = to_bf16(from_bf16(half[i]) + values[i]);
-  } else {
-    for (std::int64_t i = 0; i < count; ++i) half[i] = to_f16(from_f16(half[i]) + values[i]);
-  }
+  write_values(to, dtype, out.add_weight, count, values);
 }
 
 // One thread's part of the vocabulary, block by block.

@@ -4,14 +4,12 @@
 #include "head.h"
 #include "isa.h"
 #include "product.h"
+#include "values.h"
 
 namespace EK_ISA {
 
-using entropy_kernels::Dtype;
 using entropy_kernels::Head;
 using entropy_kernels::Rows;
-
-static inline std::int64_t bytes_of(Dtype dtype) { return dtype == Dtype::f32 ? 4 : 2; }
 
 // Reads `dim` values of one row as units; zero fills the last unit up.
 template <class E>

@@ -21,6 +21,18 @@ using entropy_kernels::ForwardRows;
 constexpr float kLowest = -1e30f;          // the maximum's start; finite, so -inf - m is no NaN
 constexpr float kLowestExponent = -87.0f;  // exp of less is subnormal
 
+// Makes s and t relative to a maximum that is larger by -shift: t <- a (t + (1 + s) shift). The new
+// maximum stays out; the old one, if there was one, is in `sum`. a = exp(shift).
+static inline void move_sums(double shift, double a, double sum, double& s, double& t) {
+  t = a * t + (a == 0 ? 0 : a * sum * shift);
+  s = a * sum;
+}
+
+// Whether s holds no more than maxima and logits of -inf over `count` logits: exp(-87) each.
+static inline bool is_vanishing(double s, std::int64_t count) {
+  return s <= 1.7e-38 * double(count);
+}
+
 // The sums of a panel of 64 tokens over the part of the vocabulary that has been walked. s leaves
 // one maximum out and holds those that tie with it. `present` is 0 before the first logit, then 1.
 // S is Statistics or NoStatistics.
@@ -41,13 +53,12 @@ struct Running {
     }
   }
 
-  // Makes the sums relative to a larger maximum, which stays out: t <- a (t + (1 + s) shift).
+  // Makes the sums relative to a larger maximum, which stays out.
   void move(int i, float to) {
     const double shift = (double(max[i]) - double(to)) / temperature[i];
     const double a = std::exp(shift), sum = s[i] + present[i];
     statistics.move(i, shift, a, t[i], sum, present[i]);
-    t[i] = a * t[i] + (a == 0 ? 0 : a * sum * shift);
-    s[i] = a * sum;
+    move_sums(shift, a, sum, s[i], t[i]);
     present[i] = 1.0f;
     max[i] = to;
   }
@@ -143,8 +154,7 @@ static void finish(const ForwardCall& call, const Running<S>& running, int i, st
   const Head& head = call.head;
   const ForwardRows& out = call.out;
   const double temperature = head.temperature == nullptr ? 1.0 : head.temperature[token];
-  // Maxima that were left out, and logits of -inf, have added exp(-87) each.
-  const bool vanishing = running.s[i] <= 1.7e-38 * double(head.vocabulary);
+  const bool vanishing = is_vanishing(running.s[i], head.vocabulary);
   const double s = vanishing ? 0.0 : running.s[i], t = vanishing ? 0.0 : running.t[i];
   const double log_sum = std::log1p(s);
   const double nan = std::numeric_limits<double>::quiet_NaN();

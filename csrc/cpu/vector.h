@@ -112,19 +112,24 @@ static inline std::uint16_t to_f16(float f) {
 }
 #endif
 
+static inline Vec from_f16(HalfVec x) {
+#if defined(__AVX512F__)
+  return (Vec)_mm512_cvtph_ps((__m256i)x);
+#elif defined(__F16C__)
+  return (Vec)_mm256_cvtph_ps((__m128i)x);
+#elif defined(__aarch64__)
+  return (Vec)vcvt_f32_f16((float16x4_t)x);
+#else
+  Vec wide{};
+  for (int i = 0; i < kLanes; ++i) wide[i] = from_f16(x[i]);
+  return wide;
+#endif
+}
+
 // Converts `count` values from fp16 to fp32, whole vectors by the processor's instruction if any.
 static inline void widen_f16(const char* from, std::int64_t count, float* to) {
   std::int64_t i = 0;
-#if defined(__AVX512F__) || defined(__F16C__)
-  for (; i + kLanes <= count; i += kLanes) {
-    const auto half = read_as<HalfVec>(from + 2 * i);
-#ifdef __AVX512F__
-    store(to + i, (Vec)_mm512_cvtph_ps((__m256i)half));
-#else
-    store(to + i, (Vec)_mm256_cvtph_ps((__m128i)half));
-#endif
-  }
-#endif
+  for (; i + kLanes <= count; i += kLanes) store(to + i, from_f16(read_as<HalfVec>(from + 2 * i)));
   for (; i < count; ++i) to[i] = from_f16(read_as<std::uint16_t>(from + 2 * i));
 }
 
