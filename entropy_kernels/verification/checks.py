@@ -14,6 +14,8 @@ from .._triton.common.tiles import Tile
 from .._triton.head_forward.launch import splits
 from .head_cases import Case, compare, no_answer, numbered, stored_rows, twice
 from .head_runs import Shape
+from .logit_cases import entropy_cases
+from .pair_cases import support_cases
 from .question import Question
 from .token_cases import KINDS, ratio_loss_cases, selection_cases
 
@@ -102,6 +104,11 @@ def cases(
         every = selection_cases(impl, where, small=gpu.interpreting())
         # The longest alone in the interpreter, which takes milliseconds per program.
         return every[-len(KINDS) :] if gpu.interpreting() else every
+    quick = gpu.interpreting() or not thorough
+    if question.op == "support":
+        return support_cases(question.dtype, where, small=gpu.interpreting(), quick=quick)
+    if question.op == "entropy_from_logits":
+        return entropy_cases(question.dtype, where, quick=quick)
     is_forward = question.op == "forward"
     summing = question.tile if is_forward else forward
     shape, launch = _sizes(summing, question.tile, sizes, where)

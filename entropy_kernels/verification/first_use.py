@@ -79,7 +79,7 @@ def right(
 ) -> Answer:
     """Whether all kernels of a call are right on `where`, or why they are not taken.
 
-    op: "linear_logprob_entropy", "ratio_loss" or "selection".
+    op: "linear_logprob_entropy", or one of `question.OPS` beside the head's.
     hidden, tokens, vocabulary: D, T and V; 0 where one is not known.
     options: of `question.call_of`.
     group: the ranks that share a vocabulary. They agree, by one all-reduce per kind of call: one

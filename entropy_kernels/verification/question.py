@@ -10,7 +10,7 @@ from torch import Tensor
 from .._triton.common.tiles import Tile
 from ..head import Head
 
-OPS = ("forward", "dlogits", "ratio_loss", "selection")
+OPS = ("forward", "dlogits", "ratio_loss", "selection", "support", "entropy_from_logits")
 # Options of a call that its forward or its backward is compiled for, in the order of the texts.
 FLAGS = {
     "forward": ("bias", "temperature", "softcap", "statistics", "keep_logits", "stored", "odd V"),
@@ -21,8 +21,8 @@ FLAGS = {
 class Question(NamedTuple):
     """Whether the kernels of one op compute rightly, compiled for one dtype, tile and flags.
 
-    op: one of OPS; ratio_loss and selection are one question each, without tile, and "cuda" as
-        the flag of csrc/cuda's.
+    op: one of OPS; all but forward and dlogits are one question each, without tile. Of ratio_loss
+        and selection "cuda" is the flag of csrc/cuda's. "support" is both products of pairs.
     tile: None too where a backward reads all logits.
     flags: options of the call out of FLAGS; "odd V" and "odd D" where one is no multiple of 16, for
         which Triton compiles other code; "ragged" where a block of depth reaches beyond D. Numbers
