@@ -20,6 +20,7 @@ from .linear_logprob_entropy import LogprobEntropy, linear_logprob_entropy
 from .nn import HighEntropyPolicyLoss
 from .options import KL, Aggregation, Backend, Correction, EntropyBonus, Parallel, Selection
 from .ratio_loss import ratio_loss
+from .sampling import Truncated, entropy_from_logits, truncate
 from .streaming_threshold import StreamingThreshold
 from .support import Support
 from .top_entropy_mask import top_entropy_mask
@@ -39,6 +40,8 @@ __all__ = [
     "Selection",
     "StreamingThreshold",
     "Support",
+    "Truncated",
+    "entropy_from_logits",
     "entropy_threshold",
     "high_entropy_policy_loss",
     "linear_logprob_entropy",
@@ -46,4 +49,5 @@ __all__ = [
     "ratio_loss",
     "token_rules",
     "top_entropy_mask",
+    "truncate",
 ]

@@ -44,8 +44,8 @@ def entropy_from_logits(
     Neither term of H is negative, so that small entropies keep their digits.
 
     Args:
-        logits: fp32, bf16 or fp16, contiguous along V; they are not copied. Entries of -inf, as of a mask,
-            have no probability. A row of -inf throughout, or with NaN or inf, gives NaN.
+        logits: fp32, bf16 or fp16, contiguous along V; they are not copied. Entries of -inf, such
+            as a mask's, have no probability. A row of -inf throughout, or with NaN or inf, is NaN.
         temperature: > 0, a number or one per row. Give 1 for rows that are drawn greedily.
         impl: "cpu", compiled, takes a CPU; "triton" a GPU, and "cuda" is the same; "torch" any
             device, in blocks of bounded memory. "auto" is the fastest one known to be right there.
@@ -73,12 +73,11 @@ def truncate(
 ) -> Truncated:
     """The ids that min-p, top-k and top-p leave of each row, and their distribution.
 
-    They come in vLLM's order: the temperature; min-p keeps ids whose probability is at least
-    `min_p` times the largest; top-k the `top_k` largest; top-p the least number of the largest ids
-    whose share of the mass left reaches `top_p`, at least one. Equal logits are in the order of
-    their ids, so a set has `top_k` ids at most. vLLM and transformers keep all that equal the
-    `top_k`-th. Ids with a logit of -inf are in no set. Where all three are off, a set has all
-    others.
+    The order is vLLM's. The temperature comes first. Min-p keeps ids that are at least `min_p`
+    times as probable as the first. Top-k keeps the `top_k` most probable of these. Top-p keeps the
+    fewest of these whose share of their mass reaches `top_p`, at least one. Equal logits are in the
+    order of their ids, so a set has at most `top_k` ids. vLLM and transformers keep all that equal
+    the `top_k`-th. Ids with a logit of -inf are in no set; all others are where all three are off.
 
     Args:
         logits: fp32, bf16 or fp16. A row of -inf throughout, or with NaN or inf, gives a set of one

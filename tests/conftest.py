@@ -25,11 +25,12 @@ PACKAGE = find_spec("entropy_kernels")
 assert PACKAGE is not None
 assert PACKAGE.origin is not None
 # All of the package but the Triton kernels, whose interpreter does not see through a wrapped one;
-# and but the head and the options, as torch.compile does not through the __init__ of a dataclass.
+# and but the head, the support and the options, as torch.compile does not through the __init__ of
+# a dataclass.
 CHECKED = [
     f"entropy_kernels.{path.stem}"
     for path in Path(PACKAGE.origin).parent.iterdir()
-    if path.stem not in ("_triton", "options", "_loss_options", "head")
+    if path.stem not in ("_triton", "options", "_loss_options", "head", "support")
 ]
 # Ignored by what a shell starts in the background, and by all that this starts in turn.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:

@@ -47,6 +47,7 @@ ALLOWED = {
     "_radix": {"_torch", "backends", "distributed", "ops"},
     "entropy_threshold": {"_radix", "backends"},
     "top_entropy_mask": {"_radix", "backends"},
+    "sampling": {"_torch", "backends", "support"},
     "streaming_threshold": {"_radix", "backends", "distributed"},
     "options": {"backends", "loss_terms"},
     "_loss_options": {"losses", "options"},
