@@ -39,8 +39,7 @@ class Shape(NamedTuple):
 
 def make_policy(shape: Shape) -> Policy:
     """A Qwen3-0.6B with the shape's layers, width and vocabulary, random weights, checkpointing."""
-    from tokenizers import Tokenizer, models
-    from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+    from transformers import Qwen3Config, Qwen3ForCausalLM
 
     heads = max(shape.hidden // 64, 2)
     settings = Qwen3Config(
@@ -62,6 +61,14 @@ def make_policy(shape: Shape) -> Policy:
     torch.manual_seed(0)
     model = Qwen3ForCausalLM(settings)
     torch.nn.init.constant_(model.model.norm.weight, SPREAD)
+    return as_policy(model)
+
+
+def as_policy(model: Any) -> Policy:
+    """The checked policy of a causal LM, with checkpointing and a tokenizer of three words."""
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
     checkpoint_activations(model)
     words = Tokenizer(models.WordLevel({"<pad>": PAD, "<eos>": EOS, "<unk>": 2}, "<unk>"))
     named = {"pad_token": "<pad>", "eos_token": "<eos>", "unk_token": "<unk>"}
@@ -104,7 +111,7 @@ class Step:
             algorithm=replace(Algorithm(), **changes),
             optimizer=Optimizer(tokens_per_micro_batch=tokens, grad_clip=GRAD_CLIP),
         )
-        self.optimizer = _optimizer(self.policy.model)
+        self.optimizer = make_optimizer(self.policy.model)
         old_T, entropy_T, threshold, _ = score(self.policy, rollouts, self.settings, self.ranks)
         noise_T = 0.02 * torch.randn(old_T.shape, generator=torch.Generator().manual_seed(1))
         advantage_B = torch.linspace(-1, 1.5, shape.sequences)
@@ -133,14 +140,14 @@ class Step:
         }
 
 
-def _optimizer(model: Any) -> torch.optim.Optimizer:
+def make_optimizer(model: Any, rate: float = LEARNING_RATE) -> torch.optim.Optimizer:
     """AdamW whose moments exist, as after every step but the first."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, betas=(0.9, 0.95), weight_decay=0.0)
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
     optimizer.zero_grad()
-    optimizer.param_groups[0]["lr"] = LEARNING_RATE
+    optimizer.param_groups[0]["lr"] = rate
     return optimizer
 
 

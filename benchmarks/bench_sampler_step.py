@@ -1,0 +1,184 @@
+"""A training step with what the sampler knows: without a scoring pass, and over the kept sets.
+
+A step on responses that are there, of Qwen3-0.6B's shape with a quarter of its layers and of Gemma
+3 270M's shape, random weights, fp32, checkpointed layers, 20% of the tokens. Contestants: eager
+logits with a scoring pass; the trainer's step with one; the trainer's with log-probs and entropies
+of the sampler; and that over sets of 8 ids in the mean, half of them of one id. They share one
+model and alternate in one process. Products of the head are counted in a first round, whose losses
+and gradients are compared; nothing wrong is timed.
+"""
+
+import ctypes
+import functools
+import math
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks import runner
+from benchmarks.sampler_step import CPU, PARTS, Bench, Parts, Shape, eager, ours
+from entropy_kernels._bench import rounds as rounds_of
+from entropy_kernels.backends import STORED_LOGITS_BYTES
+from entropy_kernels.high_entropy_policy_loss import LEAST_ROW_BYTES
+from entropy_kernels.testing import Watch
+from trainer.update import at_least
+
+SHAPES = {
+    Shape("qwen3", 2, 64, 960, 7, 1024, 151936): 3,
+    Shape("gemma3", 2, 64, 960, 18, 640, 262144): 3,
+}
+QUICK = Shape("qwen3", 2, 4, 60, 2, 32, 512), 2
+LARGEST_ERROR = 1e-4
+HEAD = ("scoring head", "head")
+
+Step = Callable[[Bench], dict[str, float]]
+# The first holds logits; another's results are those of the step that its last part names.
+CONTESTANTS: dict[str, tuple[str, Step]] = {
+    "eager": ("all logits, scoring pass", eager),
+    "ours": ("ours, scoring pass", partial(ours, source="old")),
+    "ours-known": ("ours, the sampler's log-probs and entropies", partial(ours, source="sampler")),
+    "ours-support": (
+        "ours, the same over the kept sets",
+        partial(ours, source="sampler", truncated=True),
+    ),
+}
+
+
+@pytest.mark.timeout(0)
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: shape.model)
+def bench_sampler_step(shape, start, record):
+    record(functools.partial(measure, *start(SHAPES, shape, QUICK)))
+
+
+def measure(shape: Shape, rounds: int, folder: Path, log=print) -> list[dict[str, Any]]:
+    """The result file's entries."""
+    about = runner.about_this_run(torch.float32) | {
+        "op": "sampler_step",
+        "device": "cpu",
+        "shape": shape._asdict(),
+        "rounds": rounds,
+    }
+    log("step with a sampler, " + ", ".join(f"{n} {x}" for n, x in about["shape"].items()))
+    bench = Bench(shape)
+    about["sets"] = sets(bench)
+    entries = {
+        name: {"name": name, "label": label} | counted(bench, name, step)
+        for name, (label, step) in CONTESTANTS.items()
+    }
+    truth = {True: bench.run(partial(eager, truncated=True), Parts())}
+    truth[False] = entries["eager"]["sums"]
+    for name, entry in entries.items():
+        entry["error"] = error(entry["sums"], truth[name == "ours-support"])
+        log(f"{name}: error {entry['error']:.1e}, {entry['head_products']:.3g} products")
+        entry |= {"turn": [], "wall_s": [], "cpu_s": [], "parts_s": {}, "part_peak_bytes": {}}
+    found: dict[str, Parts] = {}
+
+    def run(name: str) -> None:
+        _trim()
+        found[name] = Parts()
+        bench.run(CONTESTANTS[name][1], found[name])
+
+    runs = {name: partial(run, name) for name in entries}
+    for name, sample in rounds_of.alternate(runs, CPU, rounds):
+        join(entries[name], sample, found.pop(name))
+        log(f"{name}: " + in_short(entries[name]))
+    log(f"wrote {runner.write(folder, about, list(entries.values()))}")
+    return list(entries.values())
+
+
+def _trim() -> None:
+    """Gives free memory back to the system, so that it is no part of the next peak."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+
+
+def sets(bench: Bench) -> dict[str, float]:
+    """What the sets are like: of all tokens, and of those that are trained on."""
+    kept = bench.truncated.kept
+    assert kept is not None
+    size_T = kept.sizes.double()
+    return {
+        "mean": float(size_T.mean()),
+        "singletons": float((size_T == 1).double().mean()),
+        "p99": float(size_T.quantile(0.99)),
+        "largest": float(size_T.max()),
+        "selected_mean": float(size_T[selected(bench, truncated=True)].mean()),
+    }
+
+
+def selected(bench: Bench, truncated: bool) -> torch.Tensor:
+    """The tokens that are trained on, bool [T]."""
+    entropy_T = (bench.truncated if truncated else bench.rollouts).sampler_entropy_T
+    fraction = bench.settings("sampler").algorithm.fraction
+    rows = math.ceil(fraction * len(entropy_T))
+    return at_least(entropy_T, entropy_T.sort(descending=True).values[rows - 1])
+
+
+def counted(bench: Bench, name: str, step: Step) -> dict[str, Any]:
+    """Loss and norm of the gradient of a step, and products of its head, beside the formula's."""
+    with Watch() as watch:
+        parts = Parts(watch)
+        sums = bench.run(step, parts)
+    head = {part: parts.counts.get(part, 0) for part in HEAD}
+    by_formula = formula(bench, name)
+    return {
+        "sums": sums,
+        "head_products": sum(head.values()),
+        "part_products": head,
+        "formula_products": by_formula,
+        "units": sum(head.values()) / unit(bench.shape),
+        "formula_units": by_formula / unit(bench.shape),
+    }
+
+
+def unit(shape: Shape) -> int:
+    """One product of T x D x V."""
+    return shape.tokens * shape.hidden * shape.vocabulary
+
+
+def formula(bench: Bench, name: str) -> int:
+    """Multiplications of the head, as docs/benchmarks.md counts them."""
+    shape, scoring = bench.shape, unit(bench.shape)
+    if name == "eager":
+        return scoring + 3 * scoring
+    rows_T = selected(bench, truncated=name == "ours-support")
+    if name == "ours-support":
+        kept = bench.truncated.kept
+        assert kept is not None
+        size_R = kept.sizes[rows_T]
+        return 3 * shape.hidden * int(size_R[size_R > 1].sum())
+    products = 0
+    for rows in rows_T.view(shape.sequences, -1).sum(1).tolist():
+        fits = 4 * rows * shape.vocabulary <= STORED_LOGITS_BYTES["cpu"]
+        stored = fits and 4 * shape.hidden >= LEAST_ROW_BYTES["cpu"]
+        products += (3 if stored else 4) * rows * shape.hidden * shape.vocabulary
+    return products + (scoring if name == "ours" else 0)
+
+
+def error(sums: dict[str, float], truth: dict[str, float]) -> float:
+    """The largest relative error; refused where it is too large."""
+    found = max(abs(sums[k] / truth[k] - 1) for k in truth)
+    if not found <= LARGEST_ERROR:
+        raise runner.WrongResultError(f"{sums}, wanted {truth}")
+    return found
+
+
+def join(entry: dict[str, Any], sample: rounds_of.Sample, parts: Parts) -> None:
+    """Adds a round's sample to lists, and keeps the largest peaks."""
+    for key, value in sample._asdict().items():
+        entry[key].append(value)
+    for name in PARTS:
+        entry["parts_s"].setdefault(name, []).append(parts.seconds.get(name, 0.0))
+    for name, peak in parts.peaks.items():
+        entry["part_peak_bytes"][name] = max(entry["part_peak_bytes"].get(name, 0), peak)
+    entry["peak_bytes"] = max(entry["part_peak_bytes"].values(), default=0)
+
+
+def in_short(entry: dict[str, Any]) -> str:
+    parts = ", ".join(f"{n} {x[-1]:.3g}" for n, x in entry["parts_s"].items() if x[-1])
+    return f"{entry['wall_s'][-1]:.3g} s ({parts}), {entry['peak_bytes'] / 1e6:,.0f} MB"

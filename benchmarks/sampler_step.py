@@ -1,0 +1,289 @@
+"""The steps that bench_sampler_step measures, part by part, all on one model.
+
+One step is what a trainer does with responses that are there: what it needs to know of them before
+it updates, forward, loss, backward, clipping and AdamW, sequence by sequence. The learning rate is
+0, so every step finds the same model; AdamW does all of its work.
+
+B sequences, P prompt width, L response width, T = B * L, D hidden, V vocabulary, N pairs of a token
+and an id of its set.
+"""
+
+import random
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+import entropy_kernels as ek
+from benchmarks import train_step
+from benchmarks.peers import heads
+from entropy_kernels._bench.rounds import status, why_no_peak
+from entropy_kernels.testing import Watch, products
+from trainer.batch import Batch, Rollouts
+from trainer.config import Algorithm, Config, Optimizer, Rollout
+from trainer.policy import Policy
+from trainer.ranks import Ranks
+from trainer.update import at_least, score, update
+
+CPU = torch.device("cpu")
+PARTS = ("scoring", "scoring head", "forward", "head", "backward", "optimizer")
+# Sets of one, the mean of all, and the size that 1% of the sets exceed.
+SINGLETONS, MEAN_SIZE, LARGE_SIZE = 0.5, 8.0, 80.0
+
+
+class Shape(NamedTuple):
+    """Sizes of model and batch."""
+
+    model: str
+    """"qwen3", as Qwen3-0.6B, or "gemma3", as Gemma 3 270M."""
+    sequences: int
+    prompt: int
+    response: int
+    layers: int
+    hidden: int
+    vocabulary: int
+
+    @property
+    def tokens(self) -> int:
+        """T."""
+        return self.sequences * self.response
+
+
+def make_policy(shape: Shape) -> Policy:
+    """A model of random weights, tied and with checkpointed layers."""
+    if shape.model == "qwen3":
+        return train_step.make_policy(train_step.Shape(*shape[1:]))
+    from transformers import Gemma3ForCausalLM, Gemma3TextConfig
+
+    settings = Gemma3TextConfig(
+        vocab_size=shape.vocabulary,
+        hidden_size=shape.hidden,
+        intermediate_size=16 * shape.hidden // 5,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=4,
+        num_key_value_heads=1,
+        head_dim=256,
+        query_pre_attn_scalar=256,
+        sliding_window=512,
+        max_position_embeddings=32_768,
+        tie_word_embeddings=True,
+        pad_token_id=train_step.PAD,
+        eos_token_id=train_step.EOS,
+        bos_token_id=None,
+        attn_implementation="sdpa",
+    )
+    torch.manual_seed(0)
+    model = Gemma3ForCausalLM(settings)
+    # Its norm multiplies by 1 + weight.
+    torch.nn.init.constant_(model.model.norm.weight, train_step.SPREAD - 1)
+    return train_step.as_policy(model)
+
+
+def set_sizes(tokens: int) -> Tensor:
+    """Sizes of sets, int64 [T], ascending: half of one id, the others log-normal, all of mean 8.
+
+    The normal distribution's quantiles give them, so every number of tokens has the same mix.
+    """
+    ones = round(SINGLETONS * tokens)
+    quantile = (torch.arange(tokens - ones) + 0.5) / (tokens - ones)
+    normal = torch.special.ndtri(quantile.double())
+    # Two ids at least, and m = exp(mu + s^2 / 2) more in the mean; of 2 + exp(mu + s z) ids, the
+    # quantile z of LARGE_SIZE gives s.
+    more = (MEAN_SIZE - SINGLETONS) / (1 - SINGLETONS) - 2
+    z = float(torch.special.ndtri(torch.tensor(1 - 0.01 / (1 - SINGLETONS)).double()))
+    gap = torch.tensor((LARGE_SIZE - 2) / more).log()
+    s = float(z - (z * z - 2 * gap).sqrt())
+    tail = (normal * s + (torch.tensor(more).log() - s * s / 2)).exp()
+    tail = 2 + (tail * more / tail.mean()).round().long()
+    return torch.cat([torch.ones(ones, dtype=torch.long), tail])
+
+
+def make_sets(entropy_T: Tensor, target_T: Tensor, vocabulary: int) -> ek.Support:
+    """Random sets with each token's target; the higher its entropy, the larger its set."""
+    size_T = torch.empty_like(target_T)
+    size_T[entropy_T.argsort()] = set_sizes(len(target_T)).clamp_max(vocabulary // 2)
+    draw, sets = random.Random(0), []
+    for target, size in zip(target_T.tolist(), size_T.tolist(), strict=True):
+        others = draw.sample(range(vocabulary), size)
+        sets.append(sorted({target, *[x for x in others if x != target][: size - 1]}))
+    return ek.Support.of(sets)
+
+
+@dataclass
+class Parts:
+    """Seconds, peaks of resident memory and counted products of a step, by part.
+
+    A part lasts until the next begins. Peaks are above what was there before the step.
+    """
+
+    watch: Watch | None = None
+    """Counts products where it is given; then no time is worth anything."""
+    seconds: dict[str, float] = field(default_factory=dict)
+    peaks: dict[str, int] = field(default_factory=dict)
+    counts: dict[str, int] = field(default_factory=dict)
+    now: str = ""
+    _base: int = 0
+    _began: tuple[float, int] = (0.0, 0)
+
+    def begin(self, name: str) -> None:
+        """Ends the part that is under way, if any; "" begins none."""
+        at = time.perf_counter()
+        count = products() + (self.watch.products if self.watch else 0)
+        if self.now:
+            began, counted = self._began
+            self.seconds[self.now] = self.seconds.get(self.now, 0.0) + at - began
+            self.counts[self.now] = self.counts.get(self.now, 0) + count - counted
+        if why_no_peak(CPU) is None:
+            if self.now:
+                peak = status("VmHWM") - self._base
+                self.peaks[self.now] = max(self.peaks.get(self.now, 0), peak)
+            else:
+                self._base = status("VmRSS")
+            open("/proc/self/clear_refs", "w").write("5")
+        self.now, self._began = name, (time.perf_counter(), count)
+
+
+class Bench:
+    """One model with AdamW's moments, responses, and what a sampler would tell of them."""
+
+    def __init__(self, shape: Shape):
+        self.shape, self.ranks, self.parts = shape, Ranks(CPU), Parts()
+        self.policy = make_policy(shape)
+        self.optimizer = train_step.make_optimizer(self.policy.model, rate=0.0)
+        self.advantage_B = torch.linspace(-1, 1.5, shape.sequences)
+        self._tap()
+        settings = self.settings("old")
+        rollouts = train_step.make_rollouts(train_step.Shape(*shape[1:]))
+        self.rollouts = self._told(rollouts, settings)
+        entropy_T, target_T = self.rollouts.sampler_entropy_T, rollouts.response_T
+        kept = make_sets(entropy_T, target_T, shape.vocabulary)
+        self.truncated = self._told(replace(rollouts, kept=kept), settings)
+
+    def _told(self, rollouts: Rollouts, settings: Config) -> Rollouts:
+        """The same with the log-probs and entropies of an exact sampler."""
+        found = score(self.policy, rollouts, settings, self.ranks)
+        return replace(
+            rollouts, sampler_logprob_T=found.logprob_T, sampler_entropy_T=found.entropy_T
+        )
+
+    def settings(self, source: str) -> Config:
+        """Sources "old", by a scoring pass, or "sampler"; micro-batches of one sequence."""
+        shape, old = self.shape, {"old": "recomputed", "sampler": "sampler"}[source]
+        return Config(
+            rollout=Rollout(max_new_tokens=shape.response),
+            algorithm=replace(Algorithm(), old_logprob=old, entropy_source=source),
+            optimizer=Optimizer(
+                tokens_per_micro_batch=shape.prompt + shape.response,
+                grad_clip=train_step.GRAD_CLIP,
+            ),
+        )
+
+    def _tap(self) -> None:
+        """Tells `self.parts` where the backbone ends, where its backward begins and ends."""
+        lm_head = self.policy.lm_head
+        states = lm_head.hidden_states
+
+        def hidden_states(*args: Any, **options: Any) -> Tensor:
+            trains = torch.is_grad_enabled()
+            self.parts.begin("forward" if trains else "scoring")
+            hidden = states(*args, **options)
+            if trains:
+                hidden.register_hook(lambda _: self.parts.begin("backward"))
+            self.parts.begin("head" if trains else "scoring head")
+            return hidden
+
+        object.__setattr__(lm_head, "hidden_states", hidden_states)
+        # The last gradient: the tied weight's, of the embedding too.
+        embedding = self.policy.model.get_input_embeddings().weight
+        embedding.register_post_accumulate_grad_hook(lambda _: self.parts.begin("optimizer"))
+
+    def run(self, step: "Callable[[Bench], dict[str, float]]", parts: Parts) -> dict[str, float]:
+        """The loss and the norm of the gradient of a step, whose parts `parts` has afterwards."""
+        self.parts = parts
+        parts.begin("scoring")
+        try:
+            found = step(self)
+        finally:
+            parts.begin("")
+            self.parts = Parts()
+        return found
+
+
+def ours(bench: Bench, source: str, truncated: bool = False) -> dict[str, float]:
+    """The trainer's step; the mask by the entropies of `source`."""
+    settings = bench.settings(source)
+    rollouts = bench.truncated if truncated else bench.rollouts
+    if source == "old":
+        logprob_T, entropy_T, threshold, _ = score(bench.policy, rollouts, settings, bench.ranks)
+    else:
+        logprob_T, entropy_T = rollouts.sampler_logprob_T, rollouts.sampler_entropy_T
+        threshold = ek.entropy_threshold(entropy_T, fraction=settings.algorithm.fraction)
+    selected_T = at_least(entropy_T, threshold)
+    batch = Batch(rollouts, bench.advantage_B, logprob_T, selected_T, threshold)
+    found, _ = update(bench.policy, bench.optimizer, batch, settings, bench.ranks)
+    return {name: found[name] for name in ("loss", "grad_norm")}
+
+
+def eager(bench: Bench, truncated: bool = False) -> dict[str, float]:
+    """All logits of a sequence at a time, by TRL's functions; the mask multiplies.
+
+    With `truncated` logits outside of a token's set are -inf.
+    """
+    policy, algorithm = bench.policy, bench.settings("old").algorithm
+    rollouts = bench.truncated if truncated else bench.rollouts
+    policy.train(False)
+    with torch.no_grad():
+        found = [_eager_head(policy, part, truncated) for part in _sequences(rollouts)]
+    old_T, entropy_T = (torch.cat(x) for x in zip(*found, strict=True))
+    selected_T = ek.top_entropy_mask(entropy_T, fraction=algorithm.fraction)
+    policy.train()
+    losses = torch.zeros(len(rollouts))
+    for b, part in enumerate(_sequences(rollouts)):
+        at = rollouts.places(torch.tensor([b]))
+        logprob_L, _ = _eager_head(policy, part, truncated)
+        ratio_L = (logprob_L - old_T[at]).exp()
+        clipped_L = ratio_L.clamp(1 - algorithm.clip_low, 1 + algorithm.clip_high)
+        advantage = bench.advantage_B[b]
+        objective_L = torch.minimum(ratio_L * advantage, clipped_L * advantage)
+        loss = -(objective_L * selected_T[at]).sum() / selected_T.sum()
+        loss.backward()
+        losses[b] = loss.detach()
+    limit = train_step.GRAD_CLIP
+    norm = torch.nn.utils.clip_grad_norm_(policy.model.parameters(), limit)
+    bench.optimizer.step()
+    bench.optimizer.zero_grad()
+    return {"loss": float(losses.sum()), "grad_norm": float(norm)}
+
+
+def _sequences(rollouts: Rollouts) -> list[Rollouts]:
+    return [rollouts.rows(torch.tensor([b])) for b in range(len(rollouts))]
+
+
+def _eager_head(policy: Policy, part: Rollouts, truncated: bool) -> tuple[Tensor, Tensor]:
+    """Log-probs and entropies of the responses of one sequence."""
+    prompt = int(part.prompt_length_B[0])
+    tokens = part.tokens_N.view(1, -1)[:, :-1]
+    hidden = policy.lm_head.hidden_states(input_ids=tokens, use_cache=False)
+    hidden_TD = hidden[0, prompt - 1 :]
+    weight_VD = policy.lm_head(hidden_TD, part.response_T).weight
+    if truncated:
+        return _masked_head(hidden_TD, weight_VD, part)
+    logprob_T, entropy_T = heads()[0].head(hidden_TD, weight_VD, part.response_T)
+    assert entropy_T is not None
+    return logprob_T, entropy_T
+
+
+def _masked_head(hidden_TD: Tensor, weight_VD: Tensor, part: Rollouts) -> tuple[Tensor, Tensor]:
+    """Plain PyTorch, with logits of -inf outside of the sets."""
+    kept = part.kept
+    assert kept is not None
+    row_N = torch.arange(len(hidden_TD)).repeat_interleave(kept.sizes)
+    away_TV = torch.ones(len(hidden_TD), len(weight_VD), dtype=torch.bool)
+    away_TV[row_N, kept.token_ids] = False
+    logp_TV = (hidden_TD @ weight_VD.T).masked_fill(away_TV, -torch.inf).log_softmax(1)
+    with torch.no_grad():
+        entropy_T = torch.special.entr(logp_TV.exp()).sum(1)
+    return logp_TV.gather(1, part.response_T.unsqueeze(1)).squeeze(1), entropy_T
