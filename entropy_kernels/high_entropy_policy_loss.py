@@ -162,7 +162,7 @@ def high_entropy_policy_loss(
         means = {"entropy/mean": mask, "entropy/selected_mean": selected}
     else:
         selected = selected & mask
-        found = _on_rows(head, selected, parallel.vocab_group, backend)
+        found = on_rows(head, selected, parallel.vocab_group, backend)
         entropy, means = found.entropy.detach(), {"entropy/selected_mean": selected}
 
     if not options.counts_left:
@@ -259,7 +259,7 @@ def _on_mask(
     )
 
 
-def _on_rows(
+def on_rows(
     head: Head, rows: Tensor, vocab_group: ProcessGroup | None, backend: Backend
 ) -> LogprobEntropy:
     """The head on the tokens of `rows` alone; zeros elsewhere.

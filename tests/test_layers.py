@@ -75,8 +75,9 @@ ALLOWED = {
         *("options", "testing", "top_entropy_mask", "verification"),
     },
     "integrations": {
-        *("_rows", "_token_logprobs", "backends", "head", "linear_logprob_entropy"),
-        *("options", "ratio_loss", "streaming_threshold", "top_entropy_mask"),
+        *("_rows", "_token_logprobs", "backends", "head", "high_entropy_policy_loss"),
+        *("linear_logprob_entropy", "options", "ratio_loss", "streaming_threshold", "support"),
+        "top_entropy_mask",
     },
     "__main__": ANYTHING,
     "__init__": ANYTHING,

@@ -7,25 +7,25 @@ whatever stands around it stays: every loss, PEFT, DDP, FSDP2, gradient checkpoi
 n scored tokens, D hidden, V vocabulary, B sequences, L their length.
 """
 
-import inspect
-from collections.abc import Callable
-from decimal import Decimal
+from dataclasses import replace
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from .._arguments import check_choice
 from ..backends import beside_head, check_impl
 from ..head import Head
-from ..linear_logprob_entropy import linear_logprob_entropy
-from ..streaming_threshold import StreamingThreshold
-from ..top_entropy_mask import top_entropy_mask
+from ..high_entropy_policy_loss import on_rows
+from ..linear_logprob_entropy import LogprobEntropy, linear_logprob_entropy
+from ..options import Backend
+from ..support import Support
 from ._caller import running_model
 from ._head import as_linear, factor_of_states, measure, parts
 from ._patch import Patch, require
+from ._trl_rollout import OLD_LOGPROBS, SOURCES, Rollout, Told
+from ._trl_step import choice_of_step
 
 SCOPES = ("micro-batch", "step")
 # What TRL's function can return besides the log-probabilities, and what ours can.
@@ -37,7 +37,13 @@ _in_force: tuple[dict[str, str], Patch] | None = None
 _measured: WeakKeyDictionary[Any, tuple[float, float | None]] = WeakKeyDictionary()
 
 
-def patch_trl(*, scope: str = "micro-batch", impl: str = "auto") -> Patch:
+def patch_trl(
+    *,
+    scope: str = "micro-batch",
+    entropy_source: str = "current",
+    old_logprob: str = "recomputed",
+    impl: str = "auto",
+) -> Patch:
     """Let TRL's trainers score tokens by `linear_logprob_entropy`, until the patch is undone.
 
     In fp32, and with `cast_lm_head_to_fp32`, losses, gradients and metrics stay what they were, to
@@ -66,6 +72,13 @@ def patch_trl(*, scope: str = "micro-batch", impl: str = "auto") -> Patch:
     the names of a few families from the config instead, and misses RecurrentGemma's and xLSTM's
     bound.
 
+    A GRPOTrainer's rollout_func may return two more fields, a list with an entry per completion.
+    "sampling_entropies": the entropy, in nats, of the distribution that each token was sampled
+    from; see `entropy_source`. "sampling_sets": the ids that top-k, top-p or min-p left to each
+    token, as a list of lists or a `Support`. Log-probs, ratios, entropies and a KL term are then
+    over these sets, with the reference too. A token with an empty set, such as one of a tool, has
+    log-prob 0 and no gradient. Reward functions get both fields, as they get all.
+
     Some calls go on to TRL's own function. They want the mean logit or whether the label is the
     most likely token, which SFT, DPO and KTO log. Or they are in fp64, or have a temperature, a
     `logit_scale` or a softcap that is not positive.
@@ -79,6 +92,16 @@ def patch_trl(*, scope: str = "micro-batch", impl: str = "auto") -> Patch:
             more forward pass of each, with dropout drawn anew, and none without gradient
             accumulation. In evaluation, and for a caller of `get_high_entropy_mask` that does not
             train, a step is one call; each call's own threshold is taken.
+        entropy_source: whose entropies `top_entropy_quantile` selects by. "current": those of the
+            policy that is trained, as TRL. "sampler": "sampling_entropies", by TRL's rule. The
+            selection is then known before the forward, and the head runs on the selected tokens
+            alone. It runs on all where the loss reads others: `beta`, ratios of sequences, VESPO,
+            or `off_policy_mask_threshold`. scope="step" then scores nothing more. In what is
+            logged, tokens that the head leaves out count as unclipped, with the sampler's entropy.
+        old_logprob: "recomputed": TRL's, which scores all completions before the first loss where
+            steps are not aligned or vLLM's log-probs are corrected. "sampler": the log-probs of
+            rollout_func or vLLM, without that pass. The ratio is then to the policy that sampled,
+            and TRL's correction for vLLM is 1.
         impl: as in `linear_logprob_entropy`. With scope="step" it also names the kernel of the
             threshold, which beside the reference is torch's.
 
@@ -88,12 +111,13 @@ def patch_trl(*, scope: str = "micro-batch", impl: str = "auto") -> Patch:
 
     Raises:
         ImportError: where TRL is not 1.16.
-        ValueError: an unknown scope or `impl`, or others than those of the patch in force. What
-            follows comes while training. An `impl` that cannot run where the model is. DeepSpeed
-            ZeRO-3, which takes the head's weight apart before backward. A head that is more than a
-            linear layer with plain LoRA, layers between backbone and head, or logits that no scale
-            and softcap explain. With scope="step" an optimizer step whose micro-batches were not
-            generated together.
+        ValueError: an unknown option, or others than those of the patch in force. What follows
+            comes while training. Fields of rollout_func that are missing or do not fit its
+            completions; log-probs that are NaN. An `impl` that cannot run where the model is.
+            DeepSpeed ZeRO-3, which takes the head's weight apart before backward. A head that is
+            more than a linear layer with plain LoRA, layers between backbone and head, or logits
+            that no scale and softcap explain. With scope="step" an optimizer step whose
+            micro-batches were not generated together.
     """
     global _in_force
     require("trl", "1.16", "1.17")
@@ -101,18 +125,27 @@ def patch_trl(*, scope: str = "micro-batch", impl: str = "auto") -> Patch:
     from trl.trainer import utils
 
     check_choice("scope", scope, SCOPES)
+    check_choice("entropy_source", entropy_source, SOURCES)
+    check_choice("old_logprob", old_logprob, OLD_LOGPROBS)
     check_impl(impl)
-    options = {"scope": scope, "impl": impl}
+    options = {
+        "scope": scope,
+        "entropy_source": entropy_source,
+        "old_logprob": old_logprob,
+        "impl": impl,
+    }
     if _in_force is not None and _in_force[1].active:
         if _in_force[0] != options:
             raise ValueError(f"TRL is patched with {_in_force[0]}; undo that before {options}")
         return _in_force[1]
+    function = LogProbFunction(impl)
     replacements: list[tuple[Any, str, Any]] = [
-        (utils, "_ChunkedLogProbFunction", LogProbFunction(impl)),
+        (utils, "_ChunkedLogProbFunction", function),
         (utils, "_use_triton", _drops_unlabelled),
+        *Rollout(function, entropy_source, old_logprob).replacements(GRPOTrainer),
     ]
     if scope == "step":
-        choose = _choice_of_step(beside_head(impl))
+        choose = choice_of_step(beside_head(impl), entropy_source == "sampler")
         replacements.append((GRPOTrainer, "get_high_entropy_mask", choose))
     _in_force = options, Patch(*replacements)
     return _in_force[1]
@@ -120,6 +153,8 @@ def patch_trl(*, scope: str = "micro-batch", impl: str = "auto") -> Patch:
 
 class LogProbFunction:
     """Stands in for `trl.kernels.ChunkedLogProbFunction`."""
+
+    told: Told | None = None
 
     def __init__(self, impl: str = "auto") -> None:
         self.impl = impl
@@ -159,6 +194,12 @@ class LogProbFunction:
             logit_scale, softcap = _scale_and_softcap(model)
         positive = temperature > 0 and logit_scale > 0 and (softcap is None or softcap > 0)
         if not (positive and _COMPUTED.issuperset(outputs)) or hidden.dtype == torch.float64:
+            if self.told is not None:
+                raise ValueError(
+                    "fields of rollout_func need a positive temperature, scale and softcap, and a "
+                    f"dtype of at most 32 bits; got {temperature=}, {logit_scale=}, {softcap=}, "
+                    f"{hidden.dtype}"
+                )
             return ChunkedLogProbFunction.apply(
                 hidden,
                 weight,
@@ -170,22 +211,37 @@ class LogProbFunction:
                 logit_scale,
                 outputs,
             )
-        found = linear_logprob_entropy(
-            Head(
-                hidden,
-                weight.to(hidden.dtype),
-                targets,
-                bias=None if bias is None else bias.to(hidden.dtype),
-                temperature=temperature,
-                softcap=softcap,
-                logit_scale=logit_scale,
-            ),
-            statistics=("sum_p2",) if "log_sum_sq_probs" in outputs else (),
-            impl=self.impl,
+        head = Head(
+            hidden,
+            weight.to(hidden.dtype),
+            targets,
+            bias=None if bias is None else bias.to(hidden.dtype),
+            temperature=temperature,
+            softcap=softcap,
+            logit_scale=logit_scale,
         )
+        statistics = ("sum_p2",) if "log_sum_sq_probs" in outputs else ()
+        if self.told is None:
+            found = linear_logprob_entropy(head, statistics=statistics, impl=self.impl)
+        else:
+            found = _of_told(head, *self.told.take(len(targets)), self.impl)
         entropy = found.entropy if "entropy" in outputs else None
         log_sum_sq_probs = None if found.sum_p2 is None else found.sum_p2.log()
         return found.logprob, entropy, log_sum_sq_probs, None, None
+
+
+def _of_told(
+    head: Head, selected_n: Tensor | None, support: Support | None, impl: str
+) -> LogprobEntropy:
+    """The head on the selected tokens, over their sets; zeros elsewhere."""
+    if support is None:
+        assert selected_n is not None
+        return on_rows(head, selected_n, None, Backend(impl=impl))
+    none = support.sizes == 0
+    if selected_n is not None:
+        none |= ~selected_n
+    head = replace(head, target=head.target.masked_fill(none, head.ignore_index))
+    return linear_logprob_entropy(head, support=support, impl=impl)
 
 
 def _with_adapters(
@@ -214,93 +270,3 @@ def _drops_unlabelled(device: torch.device) -> bool:
     from trl.kernels.chunked_logprob import _use_triton
 
     return device.type == "cpu" or _use_triton(device)
-
-
-def _choice_of_step(impl: str) -> Callable[..., Tensor]:
-    """What stands in for GRPOTrainer.get_high_entropy_mask."""
-
-    def get_high_entropy_mask(
-        self: Any, entropies: Tensor, mask: Tensor, threshold: float
-    ) -> Tensor:
-        return high_entropy_mask_of_step(self, entropies, mask, threshold, impl)
-
-    return get_high_entropy_mask
-
-
-def high_entropy_mask_of_step(
-    self: Any, entropies: Tensor, mask: Tensor, threshold: float, impl: str = "auto"
-) -> Tensor:
-    """`GRPOTrainer.get_high_entropy_mask`, by the threshold of the whole optimizer step.
-
-    entropies [B, L], mask [B, L] of any dtype; threshold: the quantile, 1 - fraction. While `self`
-    trains, n and k are of all micro-batches of its step, and the entropies of the others are the
-    current policy's. In evaluation, and for any other caller, n and k are of the call. Another
-    threshold in the same step scores the other micro-batches once more. Collective, as TRL's.
-
-    Raises:
-        ValueError: a threshold outside [0, 1]; as `patch_trl`.
-    """
-    fraction = _fraction(self, float(threshold))
-    entropy_BL, valid_BL = entropies.detach().float(), mask.bool()
-    group = dist.group.WORLD if dist.is_initialized() else None
-    if getattr(self, "is_in_train", False) is not True or not self.model.training:
-        return top_entropy_mask(
-            entropy_BL, valid_BL, fraction, ties="threshold", group=group, impl=impl
-        )
-    none: tuple[range, dict[float, StreamingThreshold]] = (range(0), {})
-    steps, found = getattr(self, "_threshold_of_step", none)
-    if self._step not in steps:
-        steps, found = _micro_batches(self), {}
-        self._threshold_of_step = steps, found
-    if fraction not in found:
-        found[fraction] = StreamingThreshold(
-            fraction, group=group, device=entropy_BL.device, impl=impl
-        )
-        found[fraction].update(entropy_BL, valid_BL)
-        for step in steps:
-            if step != self._step:
-                found[fraction].update(*_score(self, step))
-    return found[fraction].mask(entropy_BL, valid_BL)
-
-
-def _fraction(trainer: Any, threshold: float) -> float:
-    """1 - threshold: the trainer's own fraction where TRL made the threshold of it, rounding."""
-    if not 0 <= threshold <= 1:
-        raise ValueError(f"threshold must be a quantile in [0, 1]; got {threshold}")
-    own = getattr(trainer, "top_entropy_quantile", None)
-    if isinstance(own, int | float) and 0 < own <= 1 and 1 - own == threshold:
-        return own
-    # The quantile 1 leaves the highest entropy.
-    return max(float(1 - Decimal(str(threshold))), 1e-12)
-
-
-def _micro_batches(trainer: Any) -> range:
-    """Numbers of the micro-batches of the optimizer step that begins, all of them generated."""
-    count = trainer.current_gradient_accumulation_steps
-    generated = trainer.args.steps_per_generation * trainer.num_iterations
-    used = trainer._step % generated
-    if used + count > generated:
-        raise ValueError(
-            f'scope="step" needs the {count} micro-batches of an optimizer step generated before '
-            f"it begins, but {generated - used} are: steps_per_generation * num_iterations = "
-            f"{generated}, of which {used} are done. Make it a multiple of "
-            f"gradient_accumulation_steps = {trainer.args.gradient_accumulation_steps}"
-        )
-    return range(trainer._step, trainer._step + count)
-
-
-@torch.no_grad()
-def _score(trainer: Any, step: int) -> tuple[Tensor, Tensor]:
-    """Entropies and mask [B, L] of a micro-batch, by the current policy."""
-    inputs = trainer._buffered_inputs[step % trainer.args.steps_per_generation]
-    ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)
-    attention = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
-    mask = inputs["completion_mask"]
-    if "tool_mask" in inputs:
-        mask = mask * inputs["tool_mask"]
-    takes = inspect.signature(trainer._get_per_token_logps_and_entropies).parameters
-    of_images = {name: value for name, value in inputs.items() if name in takes}
-    _, entropies, _ = trainer._get_per_token_logps_and_entropies(
-        trainer.model, ids, attention, mask.shape[1], compute_entropy=True, **of_images
-    )
-    return entropies, mask.bool()

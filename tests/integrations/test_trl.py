@@ -15,7 +15,7 @@ from peft import LoraConfig
 from trl.trainer import utils
 from trl.trainer.grpo_trainer import GRPOTrainer
 
-from entropy_kernels.integrations import _patch
+from entropy_kernels.integrations import _patch, _trl_step
 from entropy_kernels.integrations import trl as adapter
 from entropy_kernels.integrations.trl import LogProbFunction, patch_trl
 from tests.integrations.counted import Counted
@@ -132,20 +132,20 @@ class StepByStep:
 
     def __init__(self, monkeypatch, besides=None, first=0):
         self.seen = {}
-        choose = adapter.high_entropy_mask_of_step
+        choose = _trl_step.high_entropy_mask_of_step
 
-        def chosen(trainer, entropies, mask, threshold, impl):
+        def chosen(trainer, entropies, mask, threshold, *rest):
             if besides is not None and trainer._step >= first:
-                choose(trainer, entropies, mask, threshold, impl)
+                choose(trainer, entropies, mask, threshold, *rest)
                 threshold = besides
-            keep = choose(trainer, entropies, mask, threshold, impl)
+            keep = choose(trainer, entropies, mask, threshold, *rest)
             if trainer.model.training:
                 row = (entropies.detach()[mask.bool()], keep[mask.bool()])
                 self.seen.setdefault(trainer.state.global_step, []).append(row)
             assert not (keep & ~mask.bool()).any()
             return keep
 
-        monkeypatch.setattr(adapter, "high_entropy_mask_of_step", chosen)
+        monkeypatch.setattr(_trl_step, "high_entropy_mask_of_step", chosen)
 
 
 def assert_exact(seen, quantile, micro_batches):

@@ -12,7 +12,7 @@ pytest.importorskip("trl", reason="the adapter is for TRL")
 from trl import GRPOConfig
 from trl.trainer.grpo_trainer import GRPOTrainer
 
-from entropy_kernels.integrations import trl as adapter
+from entropy_kernels.integrations import _trl_rollout, _trl_step
 from entropy_kernels.integrations.trl import patch_trl
 from tests.integrations.signatures import assert_same_parameters, names_in_docs, replacements
 
@@ -23,7 +23,7 @@ def test_replacements_take_what_was_taken():
     }
     function, ours = found.pop("_ChunkedLogProbFunction")
     assert_same_parameters(ours.apply, function.forward)
-    assert set(found) == {"_use_triton", "get_high_entropy_mask"}
+    assert set(found) == {"_use_triton", "get_high_entropy_mask", *_trl_rollout._METHODS}
     for theirs, ours in found.values():
         assert_same_parameters(ours, theirs)
 
@@ -67,16 +67,16 @@ def test_thresholds_of_rounded_fractions():
     for k in range(1, 490):
         threshold = 1 - k / 490
         trainer.top_entropy_quantile = k / 490
-        assert adapter.high_entropy_mask_of_step(trainer, entropies, mask, threshold).sum() == k
+        assert _trl_step.high_entropy_mask_of_step(trainer, entropies, mask, threshold).sum() == k
     del trainer.top_entropy_quantile
     for tenths in range(1, 10):
-        keep = adapter.high_entropy_mask_of_step(trainer, entropies, mask, 1 - tenths / 10)
+        keep = _trl_step.high_entropy_mask_of_step(trainer, entropies, mask, 1 - tenths / 10)
         assert keep.sum() == 49 * tenths
 
 
 @pytest.mark.parametrize("threshold", [-0.1, 1.5, math.nan])
 def test_a_threshold_that_is_no_quantile_is_refused(threshold):
     with pytest.raises(ValueError, match=r"threshold must be a quantile in \[0, 1\]; got"):
-        adapter.high_entropy_mask_of_step(
+        _trl_step.high_entropy_mask_of_step(
             trainer_of_no_run(), torch.rand(1, 9), torch.ones(1, 9), threshold
         )
