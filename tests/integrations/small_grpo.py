@@ -43,7 +43,9 @@ def distinct_tokens(completion_ids: list[list[int]], **_: Any) -> list[float]:
     return [len(set(ids)) / 10 for ids in completion_ids]
 
 
-def build_trainer(folder: Any, *, model: Any = None, peft: Any = None, **changes: Any) -> Any:
+def build_trainer(
+    folder: Any, *, model: Any = None, peft: Any = None, rollout_func: Any = None, **changes: Any
+) -> Any:
     """`changes` are settings of its GRPOConfig. Prompts have 1 to 7 words."""
     sums = [" + ".join("0123456789"[i % 7 : i % 7 + 1 + i % 4]) for i in range(64)]
     return GRPOTrainer(
@@ -53,12 +55,17 @@ def build_trainer(folder: Any, *, model: Any = None, peft: Any = None, **changes
         train_dataset=Dataset.from_list([{"prompt": f"{text} ="} for text in sums]),
         processing_class=build_tokenizer(),
         peft_config=peft,
+        rollout_func=rollout_func,
     )
 
 
 def train(folder: Any, **options: Any) -> Tensor:
     """Loss, grad_norm and entropy [steps, 3] of a run."""
-    trainer = build_trainer(folder, **options)
+    return columns(build_trainer(folder, **options))
+
+
+def columns(trainer: Any) -> Tensor:
+    """The same of a trainer's own run."""
     trainer.train()
     rows = [row for row in trainer.state.log_history if "loss" in row]
     return torch.tensor([[row[name] for name in COLUMNS] for row in rows], dtype=torch.float64)
