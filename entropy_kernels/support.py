@@ -24,7 +24,7 @@ class Support:
 
     token_ids: Int[Tensor, " N"]
     """Ids in [0, V), int64 or int32."""
-    offsets: Int[Tensor, " T+1"]
+    offsets: Int[Tensor, " ends"]
     """Where each token's set begins, and a last number N; int64 or int32, from 0, not falling."""
 
     @staticmethod
