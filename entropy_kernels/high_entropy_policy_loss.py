@@ -30,6 +30,7 @@ from .head import Head
 from .linear_logprob_entropy import LogprobEntropy, linear_logprob_entropy
 from .options import KL, Aggregation, Backend, Correction, EntropyBonus, Parallel, Selection
 from .ratio_loss import loss_of_tokens
+from .support import Support
 from .top_entropy_mask import top_entropy_mask
 
 # On a CPU, of a weight's row: below so many bytes a product of hidden states costs less than the
@@ -48,6 +49,7 @@ def high_entropy_policy_loss(
     threshold: float | Float[Tensor, ""] | None = None,
     selection: Selection = Selection(),
     lengths: Int[Tensor, " B"] | None = None,
+    support: Support | None = None,
     loss_type: str | Callable[..., Tensor] = "dapo",
     clip_low: float | Float[Tensor, "..."] | None = None,
     clip_high: float | Float[Tensor, "..."] | None = None,
@@ -93,6 +95,10 @@ def high_entropy_policy_loss(
             the sequence_group. A number as `denominator` or `num_sequences` is taken as it is.
             Metrics are of this rank; `distributed.join_metrics` joins them.
         backend: the kernels, main_grad and max_active_rows: `Backend`.
+        support: the ids that a sampler kept of each token's vocabulary: `Support`. The policy is then
+            the truncated one that sampled: log-probs, ratios, entropies and with them the choice of
+            tokens are over the sets, and each of the three ways costs as many products as the sets
+            of its tokens have ids: `linear_logprob_entropy`. A set of one has no gradient.
         lengths, loss_type, clip_low, clip_high, dual_clip, denominator: as in `ratio_loss`.
         aggregation, kl, correction, entropy_bonus: as in `ratio_loss`. With `selected` the head
             knows the selected tokens alone, and an option that reads others raises.
@@ -150,7 +156,7 @@ def high_entropy_policy_loss(
         threshold = as_scalar(threshold, torch.float32, mask.device)
         least = threshold * (1 - selection.threshold_tolerance)
     if selected is None:
-        found = _on_mask(head, mask, least, parallel.vocab_group, backend)
+        found = _on_mask(head, mask, least, support, parallel.vocab_group, backend)
         entropy = found.entropy.detach()
         if least is None:
             ways = fraction, selection, lengths, options, backend.impl
@@ -162,7 +168,10 @@ def high_entropy_policy_loss(
         means = {"entropy/mean": mask, "entropy/selected_mean": selected}
     else:
         selected = selected & mask
-        found = on_rows(head, selected, parallel.vocab_group, backend)
+        if support is None:
+            found = on_rows(head, selected, parallel.vocab_group, backend)
+        else:
+            found = _on_mask(head, selected, None, support, parallel.vocab_group, backend)
         entropy, means = found.entropy.detach(), {"entropy/selected_mean": selected}
 
     if not options.counts_left:
@@ -245,6 +254,7 @@ def _on_mask(
     head: Head,
     mask: Tensor,
     above: Tensor | None,
+    support: Support | None,
     vocab_group: ProcessGroup | None,
     backend: Backend,
 ) -> LogprobEntropy:
@@ -252,9 +262,10 @@ def _on_mask(
     return linear_logprob_entropy(
         replace(head, target=head.target.masked_fill(~mask, head.ignore_index)),
         vocab_group=vocab_group,
-        keep_logits_above=above,
+        keep_logits_above=above if support is None else None,
         max_active_rows=backend.max_active_rows,
         main_grad=backend.main_grad,
+        support=support,
         impl=backend.impl,
     )
 

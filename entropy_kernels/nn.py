@@ -11,6 +11,7 @@ from ._loss_options import LossOptions
 from .head import Head
 from .high_entropy_policy_loss import check_choice_of_tokens, high_entropy_policy_loss
 from .options import KL, Aggregation, Backend, Correction, EntropyBonus, Parallel, Selection
+from .support import Support
 
 Options = TypeVar("Options", LossOptions, Aggregation, KL, Correction, Backend)
 
@@ -66,6 +67,7 @@ class HighEntropyPolicyLoss(torch.nn.Module):
         selected: Tensor | None = None,
         threshold: float | Tensor | None = None,
         lengths: Tensor | None = None,
+        support: Support | None = None,
         denominator: str | float | Tensor | None = None,
         num_sequences: float | Tensor | None = None,
         token_weight: Tensor | None = None,
@@ -99,6 +101,7 @@ class HighEntropyPolicyLoss(torch.nn.Module):
             threshold=threshold,
             selection=self.selection,
             lengths=lengths,
+            support=support,
             backend=_with(self.backend, main_grad=main_grad, max_active_rows=max_active_rows),
             **vars(loss),
         )

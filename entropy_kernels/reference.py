@@ -157,14 +157,16 @@ def high_entropy_policy_loss(
     advantage_T: Tensor,
     mask_T: Tensor,
     fraction: float = 0.2,
+    support: Support | None = None,
     **ratio: Any,
 ) -> Tensor:
     """Equation 6 of the paper on one batch: select the top entropies, then the clipped loss.
 
-    The selection itself carries no gradient. A target of ignore_index is no token.
+    The selection itself carries no gradient. A target of ignore_index is no token. With a `support`
+    the policy is that over each token's set.
     """
     mask_T = mask_T & (head.target != head.ignore_index)
-    logprob_T, entropy_T, _ = linear_logprob_entropy(head)
+    logprob_T, entropy_T, _ = linear_logprob_entropy(head, support)
     selected_T = top_entropy_mask(entropy_T.detach(), mask_T, fraction)
     old = None if old_logprob_T is None else old_logprob_T[None]
     return ratio_loss(

@@ -16,7 +16,8 @@ ANYTHING = None
 EVERYWHERE = {"_arguments", "_compiler", "_ops", "_shapes"}
 ALLOWED = {
     "head": set(),
-    "reference": {"head"},
+    "support": set(),
+    "reference": {"head", "support"},
     "distributed": set(),
     "losses": {"distributed"},
     "loss_terms": {"distributed", "losses"},
@@ -58,18 +59,22 @@ ALLOWED = {
         *("_loss_options", "_loss_tokens", "_ratio_kernel", "backends", "loss_terms", "losses"),
         "options",
     },
+    "_pair_products": {"_native", "_torch", "_triton"},
+    "_support_head": {
+        *("_pair_products", "_rows", "_torch", "distributed", "head", "support"),
+    },
     "_vocab_parallel": {"_rows", "_torch", "backends", "distributed", "head", "ops"},
     "_token_logprobs": {"_rows", "_torch", "backends", "head", "ops"},
     "linear_logprob_entropy": {
-        *("_main_grad", "_rows", "_vocab_parallel", "backends", "head", "ops", "reference"),
-        "verification",
+        *("_main_grad", "_rows", "_support_head", "_vocab_parallel", "backends", "head", "ops"),
+        *("reference", "support", "verification"),
     },
     "high_entropy_policy_loss": {
         *("_loss_options", "_loss_tokens", "_main_grad", "_ragged", "_rows", "backends", "head"),
-        *("linear_logprob_entropy", "options", "ratio_loss", "top_entropy_mask"),
+        *("linear_logprob_entropy", "options", "ratio_loss", "support", "top_entropy_mask"),
     },
-    "nn": {"_loss_options", "head", "high_entropy_policy_loss", "options"},
-    "testing": {"backends", "ops", "verification"},
+    "nn": {"_loss_options", "head", "high_entropy_policy_loss", "options", "support"},
+    "testing": {"_native", "_torch", "_triton", "backends", "ops", "verification"},
     "_bench": {
         *("_native", "backends", "head", "high_entropy_policy_loss", "linear_logprob_entropy"),
         *("options", "testing", "top_entropy_mask", "verification"),
