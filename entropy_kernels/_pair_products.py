@@ -23,11 +23,7 @@ def pair_dots(
         from ._triton.pair_products import launch
 
         return launch.pair_dots(left, right, i_P, j_P, keep_P)
-    dots = (
-        _native.pair_dots
-        if impl == "cpu" and hasattr(_native, "pair_dots")
-        else torch_pairs.pair_dots
-    )
+    dots = _native.pair_dots if impl == "cpu" else torch_pairs.pair_dots
     if keep_P is None:
         return dots(left, right, i_P, j_P)
     at = keep_P.nonzero().squeeze(1)
@@ -54,9 +50,5 @@ def pair_sums(
 
         launch.pair_sums(scale_P, rows, i_P, place_P, out, add)
         return
-    sums = (
-        _native.pair_sums
-        if impl == "cpu" and hasattr(_native, "pair_sums")
-        else torch_pairs.pair_sums
-    )
+    sums = _native.pair_sums if impl == "cpu" else torch_pairs.pair_sums
     sums(scale_P, rows, i_P, place_P, out, add)

@@ -116,7 +116,9 @@ class EntropyProcessor(RequestProcessor[_Request]):
             )
         self._v2 = None if isinstance(state, torch.device) else state
         self._pinned = self.device.type == "cuda"
-        slots = vllm_config.scheduler_config.max_num_seqs if self._v2 is None else state.max_num_reqs
+        slots = (
+            vllm_config.scheduler_config.max_num_seqs if self._v2 is None else state.max_num_reqs
+        )
         self.records = Records(self.device, slots)
         self._slots = slots
         self._free = list(range(slots))  # V1
