@@ -202,7 +202,7 @@ def test_vllm_keeps_the_same(limits):
         p = scores.softmax(1)
         scores = scores.masked_fill(p < limits["min_p"] * p.amax(1, keepdim=True), -math.inf)
     k = torch.full((30,), min(limits["top_k"], 400)) if "top_k" in limits else None
-    p = torch.full((30,), limits["top_p"]).double() if "top_p" in limits else None
+    p = torch.full((30,), limits["top_p"], dtype=torch.float64) if "top_p" in limits else None
     scores = apply_top_k_top_p_pytorch(scores, k, p)
     want = [row.nonzero().squeeze(1).tolist() for row in scores > -math.inf]
     assert [sorted(ids) for ids, _ in sets(ek.truncate(logits, 0.7, **limits))] == want
