@@ -315,9 +315,7 @@ def entropy_from_logits(impl: str, where: torch.device) -> Callable[..., Tensor]
         from ._triton.sampling.launch import entropy_from_logits as triton_entropy_from_logits
 
         return triton_entropy_from_logits
-    if name == "cpu" and hasattr(_native, "entropy_from_logits"):
-        return _native.entropy_from_logits
-    return torch_sampling.entropy_from_logits
+    return _native.entropy_from_logits if name == "cpu" else torch_sampling.entropy_from_logits
 
 
 def in_one_block(impl: str, values: Tensor) -> bool:

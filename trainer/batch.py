@@ -92,7 +92,7 @@ class Rollouts:
         Raises:
             ValueError: some parts have kept sets and others have none.
         """
-        joined: dict[str, Any] = {"kept": concatenate([part.kept for part in parts])}
+        joined: dict[str, Any] = {"kept": concatenate_kept([part.kept for part in parts])}
         for name in (field.name for field in fields(Rollouts) if field.name not in joined):
             values = [getattr(part, name) for part in parts]
             tensors = isinstance(values[0], Tensor)
@@ -100,7 +100,7 @@ class Rollouts:
         return Rollouts(**joined)
 
 
-def concatenate(parts: "Sequence[Support | None]") -> Support | None:
+def concatenate_kept(parts: Sequence[Support | None]) -> Support | None:
     """The sets of all `parts`, one after the other; None where no part has any.
 
     Raises:
@@ -114,9 +114,7 @@ def concatenate(parts: "Sequence[Support | None]") -> Support | None:
             "kept sets must be those of all parts or of none: responses of a truncated sampler "
             f"cannot be joined with others; got sets of {len(sets)} of {len(parts)} parts"
         )
-    zero = sets[0].offsets.new_zeros(1)
-    sizes = torch.cat([part.offsets.diff() for part in sets])
-    return Support(torch.cat([part.token_ids for part in sets]), torch.cat([zero, sizes.cumsum(0)]))
+    return Support.concatenate(sets)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from trainer.batch import Rollouts, concatenate
+from trainer.batch import Rollouts, concatenate_kept
 from trainer.config import NO_TRUNCATION, Reward, Truncation
 from trainer.engines.engine import Engine, Sampled
 from trainer.launch.limits import check_length
@@ -186,5 +186,5 @@ def _verified(
         reward_B=torch.tensor(verdicts.rewards, dtype=torch.float32),
         timed_out_B=torch.tensor(verdicts.timed_out),
         crashed_B=torch.tensor(verdicts.crashed),
-        kept=concatenate([one.kept for one in sampled]),
+        kept=concatenate_kept([one.kept for one in sampled]),
     )

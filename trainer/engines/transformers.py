@@ -1,16 +1,18 @@
 """Sampling with transformers: one prefill per prompt, then one token per step.
 
-B sequences of a batch, P prompt width, L response width, V vocabulary.
+B sequences of a batch, P prompt width, L response width, V vocabulary. N kept ids of all rows.
 """
 
 import copy
 from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+import entropy_kernels as ek
 from trainer.config import NO_TRUNCATION, Truncation
 from trainer.engines.engine import Sampled
 from trainer.finite import NotFinite, first_nonfinite
@@ -59,8 +61,6 @@ class TransformersEngine:
         truncation: Truncation = NO_TRUNCATION,
     ) -> list[Sampled]:
         """As `Engine.sample`."""
-        if not truncation.off:
-            raise ValueError(f"this engine does not truncate yet; got {truncation}")
         self._policy.train(False)
         if not self._checked and prompts:
             check_cache(self._policy, _cache(self._policy))
@@ -73,6 +73,7 @@ class TransformersEngine:
                 prompts[start : start + size],
                 _uniform(seeds[start : start + size], max_new_tokens).to(self._policy.device),
                 temperature,
+                truncation,
             )
         ]
 
@@ -96,7 +97,11 @@ class TransformersEngine:
 
     @torch.no_grad()
     def _batch(
-        self, prompts: Sequence[Sequence[int]], uniform_BL: Tensor, temperature: float
+        self,
+        prompts: Sequence[Sequence[int]],
+        uniform_BL: Tensor,
+        temperature: float,
+        truncation: Truncation,
     ) -> list[Sampled]:
         """One response to each prompt; `uniform_BL` are their random numbers."""
         policy = self._policy
@@ -118,17 +123,11 @@ class TransformersEngine:
         logits, mask = logits[keep], mask[keep]
         rows = torch.arange(len(mask), device=mask.device)  # the sequence of each row of the batch
         running = torch.ones_like(rows, dtype=torch.bool)
-        response_BL = torch.zeros_like(uniform_BL, dtype=torch.long)
-        logprob_BL, entropy_BL = torch.zeros_like(uniform_BL), torch.zeros_like(uniform_BL)
-        length_B = torch.zeros_like(rows)
+        steps: list[tuple[Tensor, _Drawn]] = []
         for step in range(uniform_BL.shape[1]):
-            token, logprob, entropy = _draw(
-                self.process(logits), temperature, uniform_BL[rows, step]
-            )
-            response_BL[rows[running], step] = token[running]
-            logprob_BL[rows[running], step] = logprob[running]
-            entropy_BL[rows[running], step] = entropy[running]
-            length_B[rows[running]] += 1
+            drawn = _draw(self.process(logits), temperature, truncation, uniform_BL[rows, step])
+            steps.append((rows[running], drawn.at(running.nonzero().squeeze(1))))
+            token = drawn.token
             running = running & ~torch.isin(token, eos_ids)
             if step + 1 == uniform_BL.shape[1] or not running.any():
                 break
@@ -144,15 +143,35 @@ class TransformersEngine:
                 past_key_values=cache,
                 use_cache=True,
             ).logits[:, -1]
-        tokens, logprobs, entropies = response_BL.cpu(), logprob_BL.cpu(), entropy_BL.cpu()
-        return [
-            Sampled(
-                tokens[b, :length].clone(),
-                logprobs[b, :length].clone(),
-                entropies[b, :length].clone(),
-            )
-            for b, length in enumerate(length_B.tolist())
-        ]
+        return _responses(steps)
+
+
+class _Drawn(NamedTuple):
+    """A token per row, its log-probability, the row's entropy, and the ids that it kept."""
+
+    token: Tensor
+    logprob: Tensor
+    entropy: Tensor
+    kept: ek.Support | None = None
+
+    def at(self, index: Tensor) -> "_Drawn":
+        kept = self.kept and self.kept.at(index)
+        return _Drawn(self.token[index], self.logprob[index], self.entropy[index], kept)
+
+
+def _responses(steps: Sequence[tuple[Tensor, _Drawn]]) -> list[Sampled]:
+    """What each sequence drew; each step has the numbers of its sequences, and what they drew."""
+    sequence = torch.cat([rows for rows, _ in steps])
+    drawn = _Drawn(
+        torch.cat([one.token for _, one in steps]),
+        torch.cat([one.logprob for _, one in steps]),
+        torch.cat([one.entropy for _, one in steps]),
+        ek.Support.concatenate(sets) if (sets := [x.kept for _, x in steps if x.kept]) else None,
+    ).at(sequence.argsort(stable=True))
+    lengths = sequence.bincount().tolist()
+    kept = [None] * len(lengths) if drawn.kept is None else drawn.kept.to("cpu").split(lengths)
+    of_tokens = (x.cpu().split(lengths) for x in (drawn.token, drawn.logprob, drawn.entropy))
+    return [Sampled(*one) for one in zip(*of_tokens, kept, strict=True)]
 
 
 def _uniform(seeds: Sequence[int], count: int) -> Tensor:
@@ -183,9 +202,12 @@ def _cache(policy: Policy) -> DynamicCache:
     return cache
 
 
-def _draw(logits_BV: Tensor, temperature: float, uniform_B: Tensor) -> tuple[Tensor, ...]:
-    """A token per row by inversion of the distribution function, its log-probability, and the
-    entropy of the row."""
+def _draw(
+    logits_BV: Tensor, temperature: float, truncation: Truncation, uniform_B: Tensor
+) -> _Drawn:
+    """A token per row by inversion of the distribution function, which truncation may cut."""
+    if temperature and not truncation.off:
+        return _draw_truncated(logits_BV, temperature, truncation, uniform_B)
     logprob_BV = (logits_BV.float() / (temperature or 1.0)).log_softmax(1)
     if temperature == 0:
         token_B = logits_BV.argmax(1)
@@ -195,5 +217,29 @@ def _draw(logits_BV: Tensor, temperature: float, uniform_B: Tensor) -> tuple[Ten
         at_B1 = (uniform_B * cdf_BV[:, -1]).unsqueeze(1)
         token_B = torch.searchsorted(cdf_BV, at_B1, right=True).squeeze(1)
         token_B = token_B.clamp_max(logits_BV.shape[1] - 1)
-    entropy_B = -(logprob_BV.exp() * logprob_BV.clamp_min(-1e30)).sum(1)
-    return token_B, logprob_BV.gather(1, token_B.unsqueeze(1)).squeeze(1), entropy_B
+    return _Drawn(
+        token_B,
+        logprob_BV.gather(1, token_B.unsqueeze(1)).squeeze(1),
+        ek.entropy_from_logits(logits_BV, temperature or 1.0),
+    )
+
+
+def _draw_truncated(
+    logits_BV: Tensor, temperature: float, truncation: Truncation, uniform_B: Tensor
+) -> _Drawn:
+    found = ek.truncate(
+        logits_BV,
+        temperature,
+        top_k=truncation.top_k,
+        top_p=truncation.top_p,
+        min_p=truncation.min_p,
+    )
+    begin_B, end_B = found.support.offsets[:-1], found.support.offsets[1:]
+    # The mass of all sets before each id and of its own set up to it.
+    mass_N = found.logprob.double().exp().cumsum(0)
+    before_B = torch.cat([mass_N.new_zeros(1), mass_N])[begin_B]
+    at_B = before_B + uniform_B * (mass_N[end_B - 1] - before_B)
+    place_B = torch.searchsorted(mass_N, at_B, right=True).clamp(begin_B, end_B - 1)
+    return _Drawn(
+        found.support.token_ids[place_B], found.logprob[place_B], found.entropy, found.support
+    )
