@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import safetensors.numpy
 import torch
 from torch import Tensor
@@ -36,7 +37,7 @@ class _Record:
     slot: int | None = None
     reach: int = 0  # as many positions may have been written
     earlier: Tensor | None = None  # fp32 [reach] on the host, from slots that it has left
-    sets: dict[int, "np.ndarray[Any, Any]"] = field(default_factory=dict)
+    sets: dict[int, npt.NDArray[np.int32]] = field(default_factory=dict)
     shared: bool = False  # another request came with the same key
 
     @property
@@ -115,7 +116,7 @@ class Records:
         position_R = position_R.clamp(0, self._table.shape[1] - 1)
         self._table.index_put_((slot_R, position_R), entropy_R)
 
-    def write_set(self, slot: int, position: int, ids: "np.ndarray[Any, Any]") -> None:
+    def write_set(self, slot: int, position: int, ids: npt.NDArray[np.int32]) -> None:
         """The set of one token, ids on the host."""
         if (record := self._by_slot.get(slot)) is not None:
             record.sets[position] = ids
@@ -148,7 +149,7 @@ class Records:
             for slot in [slot for slot, left in self._left.items() if left is record]:
                 del self._left[slot]
 
-    def _entropies(self, record: _Record, n: int) -> "np.ndarray[Any, Any]":
+    def _entropies(self, record: _Record, n: int) -> npt.NDArray[np.float32]:
         values = torch.full((n,), torch.nan)
         if record.earlier is not None:
             values[: len(record.earlier)] = record.earlier[:n]
@@ -204,7 +205,7 @@ def decode(
 
 
 def _problems(
-    found: Mapping[str, "np.ndarray[Any, Any]"], keys: Sequence[Key], lengths: Sequence[int]
+    found: Mapping[str, npt.NDArray[Any]], keys: Sequence[Key], lengths: Sequence[int]
 ) -> Iterable[str]:
     begin = 0
     for key, n, shared in zip(keys, lengths, found["shared"], strict=True):
@@ -218,7 +219,7 @@ def _problems(
 
 
 def _split(
-    found: Mapping[str, "np.ndarray[Any, Any]"], lengths: Sequence[int]
+    found: Mapping[str, npt.NDArray[Any]], lengths: Sequence[int]
 ) -> list[tuple[Tensor, Support | None]]:
     entropies = torch.from_numpy(found["entropies"].copy())
     sizes, ids = torch.from_numpy(found["sizes"].copy()), torch.from_numpy(found["ids"].copy())

@@ -24,7 +24,7 @@ from ._vllm_request import Asked, asked_by, check_params
 __all__ = ["Recorded", "forget", "options", "recorded", "take", "take_async"]
 
 PROCESSOR = f"{__package__}.vllm_processors:EntropyProcessor"
-EXTENSION = f"{__package__}._vllm_worker.WorkerExtension"
+EXTENSION = f"{__package__}.vllm_worker.WorkerExtension"
 Params = TypeVar("Params")
 
 

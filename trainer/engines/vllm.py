@@ -6,6 +6,7 @@ and have not run on one.
 """
 
 import copy
+import itertools
 import os
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
@@ -14,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trainer.config import Config
+from entropy_kernels.integrations import vllm as entropies
+from trainer.config import NO_TRUNCATION, Config, Truncation
 from trainer.config import Engine as Settings
 from trainer.engines.engine import Sampled
 from trainer.engines.vllm_setup import backend, own_threads, set_environment
@@ -35,7 +37,7 @@ class VllmEngine:
     """
 
     logits_processors: Sequence[str] = ()
-    """vLLM's logits processors, "module:Class", that a subclass needs."""
+    """vLLM's logits processors, "module:Class", that a subclass needs; entropies come after."""
 
     def __init__(self, policy: Policy, config: Config, device: torch.device):
         settings = config.engine
@@ -51,11 +53,11 @@ class VllmEngine:
             options = _options(config, device, self._sleeps)
             if policy.rope:
                 options["max_model_len"] = policy.longest  # which decides on their scale
-            if self.logits_processors:
-                options["logits_processors"] = list(self.logits_processors)
-            self._llm = LLM(folder, **options)
+            options["logits_processors"] = list(self.logits_processors)
+            self._llm = LLM(folder, **entropies.options(**options))
         self._longest = self._llm.llm_engine.model_config.max_model_len
         self._push = _pusher(self._llm, policy, settings, device)
+        self._keys = itertools.count()
 
     def sample(
         self,
@@ -64,6 +66,7 @@ class VllmEngine:
         *,
         max_new_tokens: int,
         temperature: float,
+        truncation: Truncation = NO_TRUNCATION,
     ) -> list[Sampled]:
         """As `Engine.sample`."""
         from vllm import SamplingParams
@@ -72,10 +75,14 @@ class VllmEngine:
             return []
         longest = max(map(len, prompts))
         check_length("engine.max_model_len, {}", self._longest, longest, max_new_tokens)
+        keys = [next(self._keys) for _ in prompts]
         parameters = [
             SamplingParams(
                 seed=seed,
                 temperature=temperature,
+                top_k=truncation.top_k,
+                top_p=truncation.top_p,
+                min_p=truncation.min_p,
                 max_tokens=max_new_tokens,
                 stop_token_ids=self._eos_ids,
                 ignore_eos=True,  # the policy's own are stop_token_ids
@@ -87,8 +94,11 @@ class VllmEngine:
             for seed in seeds
         ]
         requests: list[Any] = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
-        answers = self._llm.generate(requests, parameters, use_tqdm=False)
-        return [_sampled(answer.outputs[0]) for answer in answers]
+        asking = [entropies.recorded(p, key, True) for p, key in zip(parameters, keys, strict=True)]
+        answers = self._llm.generate(requests, asking, use_tqdm=False)
+        lengths = [len(answer.outputs[0].token_ids) for answer in answers]
+        found = entropies.take(self._llm, keys, lengths)
+        return [_sampled(a.outputs[0], one) for a, one in zip(answers, found, strict=True)]
 
     def sleep(self) -> None:
         """Free the GPU that the trainer shares: weights and cache; elsewhere nothing."""
@@ -116,9 +126,10 @@ class VllmEngine:
         return None
 
 
-def _sampled(completion: Any) -> Sampled:
+def _sampled(completion: Any, recorded: entropies.Recorded) -> Sampled:
     logprobs = torch.tensor(completion.logprobs.logprobs, dtype=torch.float32)
-    return Sampled(torch.tensor(completion.token_ids, dtype=torch.long), logprobs)
+    tokens = torch.tensor(completion.token_ids, dtype=torch.long)
+    return Sampled(tokens, logprobs, recorded.entropies, recorded.kept)
 
 
 def _write_configuration(policy: Policy, folder: str) -> None:

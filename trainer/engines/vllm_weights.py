@@ -38,6 +38,7 @@ from vllm.model_executor.model_loader.reload import (
     initialize_layerwise_reload,
 )
 
+from entropy_kernels.integrations.vllm_worker import WorkerExtension as EntropyExtension
 from trainer.config import Engine as Settings
 from trainer.engines.vllm_setup import TRAINER
 from trainer.policy import Policy
@@ -79,8 +80,8 @@ def repack_tied_head(model: torch.nn.Module) -> None:
             module.quant_method.process_weights_after_loading(module)
 
 
-class WorkerExtension:
-    """Adds nothing to vLLM's worker but the import of this module."""
+class WorkerExtension(EntropyExtension):
+    """Adds nothing more to vLLM's worker than the import of this module."""
 
 
 def _end_with(trainer: int) -> None:
