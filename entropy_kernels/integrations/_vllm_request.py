@@ -22,10 +22,8 @@ class Asked:
     min_p: float = 0.0
 
     def __post_init__(self) -> None:
-        if isinstance(self.key, bool) or not isinstance(self.key, (int, str)):
-            raise ValueError(f"{NAME}'s key must be an int or a str; got {self.key!r}")
-        if not isinstance(self.top_k, int) or self.top_k < 0:
-            raise ValueError(f"{NAME}'s top_k must be an int of at least 0; got {self.top_k!r}")
+        if self.top_k < 0:
+            raise ValueError(f"{NAME}'s top_k must be at least 0; got {self.top_k}")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"{NAME}'s top_p must lie in (0, 1]; got {self.top_p}")
         if not 0 <= self.min_p <= 1:
@@ -50,13 +48,16 @@ def asked_by(params: Any) -> Asked | None:
     entry = (params.extra_args or {}).get(NAME)
     if entry is None:
         return None
-    try:
-        return Asked(**entry)
-    except TypeError:
-        names = ", ".join(Asked.__dataclass_fields__)
+    types = {"key": (int, str), "top_k": (int,), "top_p": (int, float), "min_p": (int, float)}
+    if not (isinstance(entry, dict) and "key" in entry and entry.keys() <= types.keys()):
         raise ValueError(
-            f'extra_args["{NAME}"] must have a key, and may have {names}; got {entry!r}'
-        ) from None
+            f'extra_args["{NAME}"] must have a key, and may have {", ".join(types)}; got {entry!r}'
+        )
+    for name, value in entry.items():
+        if isinstance(value, bool) or not isinstance(value, types[name]):
+            wanted = " or ".join(x.__name__ for x in types[name])
+            raise ValueError(f"{NAME}'s {name} must be {wanted}; got {value!r}")
+    return Asked(**entry)
 
 
 def check_params(params: Any) -> None:

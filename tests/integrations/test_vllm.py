@@ -189,12 +189,14 @@ def test_params_that_cannot_be_recorded_are_refused(params, message):
 @pytest.mark.parametrize(
     ("entry", "message"),
     [
-        ({"key": 1.5}, "key must be an int or a str; got 1.5"),
-        ({"key": True}, "key must be an int or a str; got True"),
+        ({"key": 1.5}, "key must be int or str; got 1.5"),
+        ({"key": True}, "key must be int or str; got True"),
         ({}, "must have a key, and may have key, top_k, top_p, min_p; got {}"),
         ([1], r"must have a key.*got \[1\]"),
-        ({"key": 1, "top_k": -1}, "top_k must be an int of at least 0; got -1"),
+        ({"key": 1, "top_k": -1}, "top_k must be at least 0; got -1"),
         ({"key": 1, "top_p": 0.0}, r"top_p must lie in \(0, 1\]; got 0.0"),
+        ({"key": 1, "top_k": 1.5}, "top_k must be int; got 1.5"),
+        ({"key": 1, "min_p": "a"}, "min_p must be int or float; got 'a'"),
         ({"key": 1, "min_p": 2}, r"min_p must lie in \[0, 1\]; got 2"),
     ],
 )
