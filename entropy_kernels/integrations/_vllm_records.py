@@ -49,11 +49,13 @@ class _Record:
 class Records:
     """A table of entropies on the device, [S+1, W], whose last row is for nobody, and what left it.
 
-    The table has 4 (S+1) W bytes. W is 256, doubled until the longest response fits.
+    The table has 4 (S+1) W bytes. W is 256, doubled until the longest response fits. `drafts` are
+    tokens that vLLM may reject in a step.
     """
 
-    def __init__(self, device: torch.device, slots: int):
+    def __init__(self, device: torch.device, slots: int, drafts: int = 0):
         self.nobody = slots
+        self._slack = 2 + drafts
         self._device = device
         self._table = torch.full((slots + 1, WIDTH), torch.nan, device=device)
         self._by_key: dict[Key, _Record] = {}
@@ -74,8 +76,8 @@ class Records:
             old = record.slot
             self.end(old, idle=False)
             self._left[old] = record
-        # vLLM may take back a token or two, and no more.
-        record.shared |= start + 2 < record.reach
+        # A preempted request goes on where it was, but for a token or two that vLLM takes back.
+        record.shared |= start + self._slack < record.reach
         record.slot = slot
         self._by_slot[slot] = record
         self._table[slot] = torch.nan

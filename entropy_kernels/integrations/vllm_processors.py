@@ -119,7 +119,9 @@ class EntropyProcessor(RequestProcessor[_Request]):
         slots = (
             vllm_config.scheduler_config.max_num_seqs if self._v2 is None else state.max_num_reqs
         )
-        self.records = Records(self.device, slots)
+        speculative = getattr(vllm_config, "speculative_config", None)
+        drafts = speculative.num_speculative_tokens if speculative else 0
+        self.records = Records(self.device, slots, drafts)
         self._slots = slots
         self._free = list(range(slots))  # V1
         self._table: tuple[Tensor, Tensor] | None = None
