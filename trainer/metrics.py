@@ -13,10 +13,13 @@ import torch
 from torch import Tensor
 
 import entropy_kernels as ek
-from trainer.config import Config
+from trainer.config import Config, sources
+from trainer.config.sources import in_bf16
 
-# Prefixes of metrics that are added up, not averaged, when parts of a step are joined.
+# Prefixes of metrics that are added up, not averaged, when parts of a step are joined, and endings
+# of those whose largest value is taken.
 SUMS = ("head/", "skipped/", "sum/", "tokens/")
+MAXIMA = ("/max", "/max_ratio")
 
 
 @dataclass
@@ -31,7 +34,7 @@ class Meter:
         """Add the metrics of one part."""
         for name, value in metrics.items():
             before = self.totals.get(name, 0.0)
-            if name.endswith("/max"):
+            if name.endswith(MAXIMA):
                 self.totals[name] = max(before, float(value))
             elif name.startswith(SUMS):
                 self.totals[name] = before + float(value)
@@ -46,7 +49,7 @@ class Meter:
         for part in parts:
             for name, value in part.totals.items():
                 before = total.totals.get(name, 0.0)
-                joined = max(before, value) if name.endswith("/max") else before + value
+                joined = max(before, value) if name.endswith(MAXIMA) else before + value
                 total.totals[name] = joined
             for name, weight in part.weights.items():
                 total.weights[name] = total.weights.get(name, 0.0) + weight
@@ -112,19 +115,35 @@ def clock(device: torch.device) -> float:
 
 
 def correction(settings: Config, sampler_logprob: Tensor | None = None) -> ek.Correction:
-    """The correction of pi_old / pi_sampler in the loss; its type is None if none is wanted.
+    """The correction of the policy's ratio to the sampler in the loss; type None if none is wanted.
 
     "auto" is none in fp32, where both give the same log-probs up to rounding, and "tis" in bf16.
+    The ratio is the old policy's, or the current one's where the sampler's log-probs are the old
+    ones: it is in the loss then, and is measured with any type.
     """
     algorithm, name = settings.algorithm, settings.algorithm.correction
+    of = "current" if sources(settings).old_logprob == "sampler" else "old"
     if name == "auto":
-        dtypes = settings.model.compute_dtype or settings.model.dtype, settings.engine.dtype
-        name = "tis" if "bfloat16" in dtypes else "none"
+        name = "tis" if in_bf16(settings) else "none"
     if name == "none":
-        return ek.Correction()
-    return ek.Correction(
-        name, algorithm.correction_cap, algorithm.correction_floor, sampler_logprob
-    )
+        return ek.Correction(sampler_logprob=sampler_logprob if of == "current" else None, of=of)
+    bounds = algorithm.correction_cap, algorithm.correction_floor
+    return ek.Correction(name, *bounds, sampler_logprob, of)
+
+
+def mismatch_in_loss(metrics: dict[str, float], settings: Config, moved: bool) -> dict[str, float]:
+    """Metrics of an update, the mismatch of its loss by the names of `mismatch_metrics`.
+
+    It is that of the policy that sampled until the weights have `moved`, and only where the loss
+    has the sampler's log-probs for old ones; elsewhere it is left out.
+    """
+    measured = not moved and sources(settings).old_logprob == "sampler"
+    names = {"mismatch/k3": "mismatch/kl", "mismatch/outside": "mismatch/corrected"}
+    return {
+        names.get(name, name): value
+        for name, value in metrics.items()
+        if measured or not name.startswith("mismatch/")
+    }
 
 
 def mismatch_metrics(

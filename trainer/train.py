@@ -11,8 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import entropy_kernels as ek
-from entropy_kernels.backends import beside_head
 from trainer import checkpoint
 from trainer.advantages import group_advantages
 from trainer.batch import Batch
@@ -22,7 +20,7 @@ from trainer.finite import naming_step
 from trainer.launch.lock import owned
 from trainer.launch.notes import stop_is_told
 from trainer.launch.stop import asked, end_if, finishing
-from trainer.metrics import Meter, clock, mismatch_metrics
+from trainer.metrics import Meter, clock, mismatch_in_loss
 from trainer.ranks import join
 from trainer.report.page import LiveReport
 from trainer.report.progress import progress
@@ -31,7 +29,8 @@ from trainer.rewards.terms import shaped_reward
 from trainer.run import Run, check_start, start
 from trainer.samples import entropy_metrics, write_samples
 from trainer.sampling import sample_useful
-from trainer.update import at_least, check_statistics, score, update
+from trainer.statistics import old_policy
+from trainer.update import check_statistics, update
 
 
 def train(
@@ -118,36 +117,25 @@ def _step(run: Run) -> dict[str, float]:
             return metrics | {"skipped/all_truncated": 1.0, "time/step": sampled - began}
     run.engine.sleep()
 
-    # Old-policy log-probs and entropies in one pass; tau and the mask over the whole step.
-    old_logprob_T, entropy_T, threshold, head_seconds = score(policy, rollouts, settings, run.ranks)
-    if algorithm.which == "top":
-        selected_T = at_least(entropy_T, threshold)
-    else:
-        torch.manual_seed(run.seed(-1))  # the same on every rank; rounds of sampling have others
-        selected_T = ek.top_entropy_mask(
-            entropy_T,
-            fraction=algorithm.fraction,
-            which=algorithm.which,
-            impl=beside_head(settings.model.impl),
-        )
-    scored = clock(policy.device)
+    # Log-probs and entropies, of the sampler or of a scoring pass; tau and the mask over the step.
+    old = old_policy(run, rollouts)
+    scored = clock(policy.device) if old.scored else sampled
     metrics["time/score"] = scored - sampled
 
     # An optimizer step on each mini-batch of whole groups.
-    batch = Batch(rollouts, advantage_B, old_logprob_T, selected_T, threshold)
-    updated, seconds = _update(run, batch, entropy_T)
+    batch = Batch(rollouts, advantage_B, old.logprob_T, old.selected_T, old.threshold)
+    updated, seconds = _update(run, batch, old.entropy_T)
     run.engine.update_weights(policy.weights())
     ended = clock(policy.device)
 
-    write_samples(run, everything, batch, entropy_T)
-    metrics |= updated | entropy_metrics(entropy_T)
-    metrics |= mismatch_metrics(old_logprob_T, rollouts.sampler_logprob_T, settings)
+    write_samples(run, everything, batch, old.entropy_T)
+    metrics |= updated | entropy_metrics(old.entropy_T) | old.metrics
     return metrics | {
         "updates": float(run.progress.updates - updates),
-        "entropy/threshold": float(threshold),
+        "entropy/threshold": float(old.threshold),
         "tokens_per_second": metrics["tokens"] / (ended - began),
         "time/update": ended - scored,
-        "time/head": head_seconds + seconds,
+        "time/head": old.head_seconds + seconds,
         "time/step": ended - began,
     }
 
@@ -157,15 +145,17 @@ def _update(run: Run, batch: Batch, entropy_T: Tensor) -> tuple[dict[str, float]
     finite."""
     if poisoned := check_statistics(run.policy, batch, entropy_T, run.ranks, run.guard):
         return poisoned, 0.0
-    meter, head_seconds, rate = Meter(), 0.0, 0.0
+    meter, head_seconds, rate, moved = Meter(), 0.0, 0.0, False
     for index in _mini_batches(batch.rollouts.group_B, run.settings.optimizer.mini_batches):
         rate = run.set_learning_rate()
         updated, seconds = update(
             run.policy, run.optimizer, batch.rows(index), run.settings, run.ranks, run.guard
         )
-        run.progress.updates += took_step(updated)
         head_seconds += seconds
-        meter.add(updated, weight=updated["head/rows"])
+        weight = updated["head/rows"]
+        meter.add(mismatch_in_loss(updated, run.settings, moved), weight)
+        moved |= took_step(updated)
+        run.progress.updates += took_step(updated)
     return meter.result() | {"lr": rate}, head_seconds
 
 

@@ -23,10 +23,7 @@ from trainer.ranks import Ranks
 # and differ by rounding, which must not drop the token at the threshold.
 TIE = 1e-5
 # Metrics of a micro-batch that the step has as a whole.
-OF_THE_STEP = (
-    *("entropy/threshold", "entropy/mean"),
-    *("mismatch/k3", "mismatch/max_ratio", "mismatch/outside"),
-)
+OF_THE_STEP = ("entropy/threshold", "entropy/mean")
 
 
 class Scores(NamedTuple):
@@ -43,8 +40,17 @@ class Scores(NamedTuple):
 
 
 @torch.no_grad()
-def score(policy: Policy, rollouts: Rollouts, settings: config.Config, ranks: Ranks) -> Scores:
-    """Log-probs and entropies under the current weights, in one pass, and their threshold."""
+def score(
+    policy: Policy,
+    rollouts: Rollouts,
+    settings: config.Config,
+    ranks: Ranks,
+    selected_T: Tensor | None = None,
+) -> Scores:
+    """Log-probs and entropies under the current weights, in one pass, and their threshold.
+
+    With `selected_T` the head runs on these tokens alone. The others have 0, and do not count.
+    """
     policy.train(False)
     threshold = ek.StreamingThreshold(
         settings.algorithm.fraction,
@@ -55,17 +61,24 @@ def score(policy: Policy, rollouts: Rollouts, settings: config.Config, ranks: Ra
     score_2T = torch.zeros((2, len(rollouts.sampler_logprob_T)), device=policy.device)
     watch = Stopwatch(policy.device)
 
-    def statistics(head: ek.Head) -> ek.LogprobEntropy:
-        watch.start()
-        found = ek.linear_logprob_entropy(head, impl=settings.model.impl)
-        watch.stop()
-        return found
-
     for index in micro_batches(rollouts, settings.optimizer.tokens_per_micro_batch, ranks):
         part = rollouts.rows(index)
+        at = rollouts.places(index, len(part.sampler_logprob_T))
+        rows = None if selected_T is None else selected_T[at].nonzero().squeeze(1)
+
+        def statistics(
+            head: ek.Head, kept: ek.Support | None = part.kept, rows: Tensor | None = rows
+        ) -> ek.LogprobEntropy:
+            watch.start()
+            if rows is not None:
+                head, kept = head.at(rows), kept and kept.at(rows)
+            found = ek.linear_logprob_entropy(head, support=kept, impl=settings.model.impl)
+            watch.stop()
+            return found
+
         packed = pack(part, policy.layout)
         found = policy(packed, settings.rollout.temperature, statistics)
-        at = rollouts.places(index, len(part.sampler_logprob_T))
+        at = at if rows is None else at[rows]
         score_2T[:, at] = torch.stack([found.logprob, found.entropy])
         threshold.update(found.entropy)
     release(policy)
@@ -83,14 +96,16 @@ def check_statistics(
 ) -> dict[str, float]:
     """{"skipped/nonfinite_NAME": 1} for the first statistic of a step that is not finite, if any.
 
+    `entropy_T` selects the tokens.
+
     Raises:
         NotFinite: a weight is not finite either, or `guard` has counted too many skips.
     """
     name = nonfinite_statistic(
         {
+            "sampler_logprob": batch.rollouts.sampler_logprob_T,
             "logprob": batch.old_logprob_T,
             "entropy": entropy_T,
-            "sampler_logprob": batch.rollouts.sampler_logprob_T,
             "reward": batch.rollouts.reward_B,
             "advantage": batch.advantage_B,
         }
@@ -169,8 +184,8 @@ def _nothing_to_learn(batch: Batch, settings: config.Algorithm) -> str | None:
     if not batch.advantage_B.any():
         return "skipped/no_advantage"
     # The current entropies select their tokens during the update.
-    old = settings.entropy_source == "old" or settings.fraction == 1
-    return "skipped/no_tokens" if old and not batch.selected_T.any() else None
+    none = settings.mask_known and not batch.selected_T.any()
+    return "skipped/no_tokens" if none else None
 
 
 def _no_update(batch: Batch, reason: str) -> dict[str, float]:
@@ -219,7 +234,7 @@ def _loss(head: ek.Head, part: Batch, settings: config.Config) -> tuple[Tensor, 
     """
     algorithm, rollouts = settings.algorithm, part.rollouts
     # With all tokens a threshold would drop those whose entropy fell below the lowest old one.
-    if algorithm.entropy_source == "old" or algorithm.fraction == 1:
+    if algorithm.mask_known:
         tokens: dict[str, Any] = {"selected": part.selected_T}
     else:
         tie = ek.Selection(threshold_tolerance=TIE)
@@ -238,6 +253,7 @@ def _loss(head: ek.Head, part: Batch, settings: config.Config) -> tuple[Tensor, 
         denominator=algorithm.denominator if by_sequence else 1.0,
         aggregation=ek.Aggregation(num_sequences=1.0 if by_sequence else None),
         correction=correction(settings, rollouts.sampler_logprob_T),
+        support=rollouts.kept,
         # Later micro-batches add to the first one's gradient where it is; FSDP2 has it elsewhere.
         backend=ek.Backend(
             settings.model.impl, main_grad=head.weight.grad if head.weight.is_leaf else None

@@ -166,7 +166,8 @@ def test_a_statistic_that_is_not_finite_skips_its_step(model, tmp_path, monkeypa
 
     seen = []
     monkeypatch.setattr(loop, "check_statistics", poison)
-    config = settings(tmp_path, model, steps=3)
+    algorithm = Algorithm(min_groups=1, max_rounds=2, entropy_source="old")
+    config = settings(tmp_path, model, steps=3, algorithm=algorithm)
     train(config)
     rows = read_rows(tmp_path / "run" / "metrics.jsonl")
     assert [row.get(f"skipped/nonfinite_{name}", 0) for row in rows] == [0, 0, 1, 0]

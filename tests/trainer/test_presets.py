@@ -60,7 +60,7 @@ def test_the_numbers_of_the_paper(name):
 def test_high_entropy_differs_from_dapo_in_the_tokens_alone(size):
     """As the authors' two scripts do, which differ in one line."""
     dapo, ours = PRESETS[f"qwen3-{size}-dapo"](), PRESETS[f"qwen3-{size}"]()
-    tokens = {"fraction": 1.0, "entropy_source": "old"}
+    tokens = {"fraction": 1.0, "entropy_source": "auto"}
     assert replace(ours, name=dapo.name, algorithm=replace(ours.algorithm, **tokens)) == dapo
     assert dapo.model.path == f"Qwen/Qwen3-{size.upper()}-Base"
 

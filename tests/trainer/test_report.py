@@ -76,7 +76,7 @@ def test_page_of_a_whole_run(tmp_path):
         assert f"<h3>{title}</h3>" in text
     assert "Not drawn: Skipped steps: none; Verifier failures: none." in parsed.text
     assert "Ended: step 120 of 120, at 20" in parsed.text
-    assert "top 20% of tokens by old entropy" in parsed.text
+    assert "top 20% of tokens by sampler entropy" in parsed.text
     assert "0 of 120" in parsed.text
     assert "notice" not in text.split("</style>")[1]
     assert "Step 1\n" in parsed.text

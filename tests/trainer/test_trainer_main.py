@@ -105,7 +105,7 @@ def test_a_bad_option_stops_with_status_2(capsys, arguments):
         (lambda: Algorithm(fraction=1.5), r"fraction must lie in \(0, 1\]; got 1.5"),
         (
             lambda: Algorithm(which="bottom", entropy_source="current"),
-            "which='bottom' needs entropy_source=\"old\".* got 'current'",
+            'which=\'bottom\' needs entropies .*"sampler" or "old"; got "current"',
         ),
         (lambda: Optimizer(mini_batches=0), "mini_batches must be at least 1; got 0"),
         (lambda: Config(keep_checkpoints=0), "keep_checkpoints must be at least 1; got 0"),

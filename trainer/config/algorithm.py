@@ -16,9 +16,18 @@ class Algorithm:
     """The share of the response tokens that is trained on (1.0: all)."""
     which: Literal["top", "bottom", "random"] = "top"
     """Tokens of the highest entropy (the paper), of the lowest (its ablation), or random ones."""
-    entropy_source: Literal["current", "old"] = "old"
-    """"current": entropies of the policy being trained (the paper); the head runs on all tokens.
-    "old": entropies of the sampling policy; the head runs on the selected tokens only."""
+    old_logprob: Literal["auto", "sampler", "recomputed"] = "auto"
+    """The log-probs that ratios are taken to: the "sampler"'s, as the engine reported them, or
+    "recomputed" by the policy in a scoring pass, a forward over all responses. "auto" is the
+    sampler's in fp32 where its entropies select too, and "recomputed" elsewhere."""
+    entropy_source: Literal["auto", "sampler", "old", "current"] = "auto"
+    """Whose entropies select the tokens. "sampler": the engine's, known without a scoring pass;
+    "old": the policy's before the step's updates, from that pass; the head then trains on the
+    selected tokens only. "current": those of the policy being trained (the paper); the head runs on
+    all tokens. "auto" is "sampler" in fp32 or with the sampler's log-probs, and "old" elsewhere."""
+    compare_every: int = 20
+    """RL steps between comparisons of the sampler's log-probs, entropies and tokens with the
+    policy's, for which the scoring pass runs anyway; 0: never."""
     denominator: Literal["selected", "all"] = "selected"
     """The count that the loss is divided by: selected tokens (paper v2) or all (v1 and TRL)."""
     clip_low: float = 0.2
@@ -48,7 +57,7 @@ class Algorithm:
 
     def __post_init__(self) -> None:
         at_least(self, 1, "max_rounds", "min_groups")
-        at_least(self, 0, "overlong_cache")
+        at_least(self, 0, "overlong_cache", "compare_every")
         if not 0 < self.fraction <= 1:
             raise ValueError(f"fraction must lie in (0, 1]; got {self.fraction}")
         if not 0 <= self.correction_floor <= 1 <= self.correction_cap:
@@ -56,8 +65,13 @@ class Algorithm:
                 "0 <= correction_floor <= 1 <= correction_cap is wanted, or equal policies would "
                 f"be corrected; got {self.correction_floor} and {self.correction_cap}"
             )
-        if self.which != "top" and self.entropy_source != "old":
+        if self.which != "top" and self.entropy_source == "current":
             raise ValueError(
-                f'which={self.which!r} needs entropy_source="old": a threshold keeps the top; '
-                f"got {self.entropy_source!r}"
+                f"which={self.which!r} needs entropies that are known before the update, as a "
+                f'threshold keeps the top: entropy_source "sampler" or "old"; got "current"'
             )
+
+    @property
+    def mask_known(self) -> bool:
+        """Whether the tokens are known before the forward of an update."""
+        return self.entropy_source != "current" or self.fraction == 1

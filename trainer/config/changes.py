@@ -10,8 +10,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from trainer.config.files import close_names, leaves
+from trainer.config.files import close_names, fill, leaves
 from trainer.config.run import Config
+from trainer.config.sources import sources
 
 _ROUNDING = "sums are rounded otherwise"
 _JUDGED = "answers near the limit may be judged otherwise"
@@ -42,6 +43,7 @@ FREE: Mapping[str, str] = {
     "reward.seconds": _JUDGED,
     "reward.gigabytes": _JUDGED,
     "reward.workers": "",
+    "algorithm.compare_every": _ROUNDING,
     "optimizer.tokens_per_micro_batch": _ROUNDING,
     "optimizer.max_nonfinite": "",
     "tracking": "",
@@ -63,7 +65,8 @@ KEPT = frozenset(
         *(f"reward.{n}" for n in ("function", "right", "failed", "format", "format_weight")),
         "reward.drop_truncated",
         "reward.keep_special_tokens",
-        *(f"algorithm.{n}" for n in ("loss_type", "fraction", "which", "entropy_source")),
+        *(f"algorithm.{n}" for n in ("loss_type", "fraction", "which")),
+        *(f"algorithm.{n}" for n in ("old_logprob", "entropy_source")),
         *(f"algorithm.{n}" for n in ("denominator", "clip_low", "clip_high", "dual_clip")),
         *(f"algorithm.{n}" for n in ("correction", "correction_cap", "correction_floor")),
         *(f"algorithm.{n}" for n in ("advantage", "max_rounds", "min_groups")),
@@ -111,13 +114,19 @@ def differences(before: Mapping[str, Any], now: Config, directory: Path) -> list
 
     A setting that `before` lacks, as of a run that began before there was one, had its default.
     Paths are the same where they lead to the same place; those of `before` began in `directory`.
+    Sources of log-probs and entropies are compared by what "auto" stands for.
     """
-    old, new = dict(_flat(asdict(Config()))) | dict(_flat(before)), dict(_flat(asdict(now)))
+    old, new = _standing(recorded(before)), _standing(now)
     return [
         Change(name, old[name], new[name], effect(name))
         for name in sorted(new)
         if old[name] != new[name] and not _same_place(name, old[name], new[name], directory)
     ]
+
+
+def recorded(values: Mapping[str, Any]) -> Config:
+    """The settings in a run.json, by name; defaults for those that it lacks. They are unchecked."""
+    return fill(Config(), dict(_flat(values)))
 
 
 def known_names(names: Sequence[str]) -> tuple[str, ...]:
@@ -133,6 +142,12 @@ def known_names(names: Sequence[str]) -> tuple[str, ...]:
         if name not in known:
             raise ValueError(f"no setting {name!r} to be changed{close_names(name, known)}")
     return found
+
+
+def _standing(config: Config) -> dict[str, Any]:
+    """The settings by name, those of `sources` with what "auto" stands for."""
+    resolved = {f"algorithm.{name}": value for name, value in asdict(sources(config)).items()}
+    return dict(_flat(asdict(config))) | resolved
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -5,6 +5,7 @@ T tokens, D hidden, V vocabulary; a unit of the head is one product of T x D x V
 
 from typing import NamedTuple
 
+from trainer.config import sources
 from trainer.plan.job import Job
 
 # Products of scores with attention's three operands in backward, by those of forward: two to one,
@@ -47,6 +48,13 @@ def head_units(job: Job) -> float:
     return 1 + 3 * fraction
 
 
+def scoring_units(job: Job) -> float:
+    """Units of the head in the scoring passes of a step, over the selected tokens or all."""
+    if not sources(job.config).score_selected:
+        return job.scoring_passes
+    return job.comparisons + (1 - job.comparisons) * job.config.algorithm.fraction
+
+
 def unit(job: Job) -> float:
     """Flops of one product of all response tokens with the head."""
     return 2.0 * job.sequences * job.response * job.architecture.head
@@ -74,8 +82,8 @@ def step_flops(job: Job) -> Flops:
     return Flops(
         prefill=job.rounds * prefill,
         decode=job.rounds * decode,
-        score_backbone=forward,
-        score_head=unit(job),
+        score_backbone=job.scoring_passes * forward,
+        score_head=scoring_units(job) * unit(job),
         forward=forward,
         backward=2 * products + factor * attention,
         recompute=recompute if job.config.model.gradient_checkpointing else 0.0,

@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from trainer.config import Config
+from trainer.config import Config, sources
 from trainer.launch.limits import check_model, check_ranks
 from trainer.plan.architectures import Architecture
 from trainer.plan.devices import Device
@@ -202,8 +202,18 @@ class Job:
     @property
     def mask_known(self) -> bool:
         """Whether the tokens are known before the forward of the update."""
-        algorithm = self.config.algorithm
-        return algorithm.entropy_source == "old" or algorithm.fraction == 1
+        return self.config.algorithm.mask_known
+
+    @property
+    def comparisons(self) -> float:
+        """Comparisons of sampler and policy in a step, which need a scoring pass over all."""
+        every = self.config.algorithm.compare_every
+        return 1 / every if every else 0.0
+
+    @property
+    def scoring_passes(self) -> float:
+        """Scoring passes in a step: one, or those of comparisons alone."""
+        return 1.0 if sources(self.config).score else self.comparisons
 
     @property
     def stored_logits(self) -> int:

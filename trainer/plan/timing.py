@@ -32,7 +32,7 @@ def step_seconds(job: Job, flops: Flops, memory: Memory) -> Seconds:
     return Seconds(
         prefill=job.rounds * prefill,
         decode=job.rounds * decode,
-        score=max(flops.score / rate, count * gather),
+        score=max(flops.score / rate, job.scoring_passes * count * gather),
         update=max(flops.update / rate, count * (2 * gather + reduce)),
         push=gather,
     )

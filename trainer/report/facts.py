@@ -5,6 +5,8 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
+from trainer.config import sources
+from trainer.config.changes import recorded
 from trainer.report.curves import Columns
 from trainer.report.progress import evaluated
 from trainer.report.skips import KINDS, Skips, advice, plain
@@ -38,7 +40,7 @@ def facts(run: Mapping[str, Any], rows: Sequence[Row], skips: Skips) -> list[tup
     tokens = "all tokens"
     if algorithm["fraction"] < 1:
         kept = f"{algorithm['which']} {algorithm['fraction']:.0%} of tokens"
-        tokens = f"{kept} by {algorithm['entropy_source']} entropy"
+        tokens = f"{kept} by {sources(recorded(config)).entropy_source} entropy"
     began = datetime.fromisoformat(run["starts"][0]["time"])
     seconds = _total(rows, "time/step") + _total(rows, "time/evaluate")
     versions = ", ".join(f"{name} {version}" for name, version in last["versions"].items())

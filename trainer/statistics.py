@@ -1,0 +1,98 @@
+"""What is known of a step's tokens before its first update: old log-probs, and who is selected.
+
+T response tokens.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+import entropy_kernels as ek
+from entropy_kernels.backends import beside_head
+from trainer.batch import Rollouts
+from trainer.config import Config, sources
+from trainer.metrics import mismatch_metrics
+from trainer.run import Run
+from trainer.update import Scores, at_least, score
+
+
+class Statistics(NamedTuple):
+    """Of the policy that sampled, and equal on every rank."""
+
+    logprob_T: Tensor
+    """Log-probs that ratios are taken to, nats; with a pass over selected tokens only theirs."""
+    entropy_T: Tensor
+    """Entropies that the threshold is taken of, nats."""
+    threshold: Tensor
+    """The one that `algorithm.fraction` of the tokens reach."""
+    selected_T: Tensor
+    """The tokens to train on, by these entropies."""
+    scored: bool
+    """Whether there was a scoring pass."""
+    head_seconds: float
+    """Seconds that this rank spent in its head."""
+    metrics: dict[str, float]
+    """How far the policy is from the sampler, as far as the pass tells."""
+
+
+def old_policy(run: Run, rollouts: Rollouts) -> Statistics:
+    """What the sampler has told, or a scoring pass finds, as `sources` has it.
+
+    Every rank holds all responses, so the threshold is exact over all ranks.
+    """
+    settings, of, every = run.settings, sources(run.settings), run.settings.algorithm.compare_every
+    due = every > 0 and run.progress.step % every == 0
+    logprob_T, entropy_T = rollouts.sampler_logprob_T, rollouts.sampler_entropy_T
+    impl = beside_head(settings.model.impl)
+    threshold = ek.entropy_threshold(entropy_T, fraction=settings.algorithm.fraction, impl=impl)
+    selected_T = _select(run, entropy_T, threshold)
+    if not (of.score or due):
+        return Statistics(logprob_T, entropy_T, threshold, selected_T, False, 0.0, {})
+    alone = of.score_selected and not due
+    found = score(run.policy, rollouts, settings, run.ranks, selected_T if alone else None)
+    metrics = {}
+    if not alone:
+        policy_T = _select(run, found.entropy_T, found.threshold)
+        metrics = _compare(settings, rollouts, found, selected_T, policy_T) if due else {}
+        if not of.sampler_selects:
+            entropy_T, threshold, selected_T = found.entropy_T, found.threshold, policy_T
+    if of.old_logprob == "recomputed":
+        logprob_T = found.logprob_T
+        at = selected_T if of.score_selected else slice(None)
+        metrics |= mismatch_metrics(logprob_T[at], rollouts.sampler_logprob_T[at], settings)
+    seconds = found.head_seconds
+    return Statistics(logprob_T, entropy_T, threshold, selected_T, True, seconds, metrics)
+
+
+def _select(run: Run, entropy_T: Tensor, threshold: Tensor) -> Tensor:
+    """The tokens that these entropies select, `threshold` theirs."""
+    algorithm = run.settings.algorithm
+    if algorithm.which == "top":
+        return at_least(entropy_T, threshold)
+    torch.manual_seed(run.seed(-1))  # the same on every rank; rounds of sampling have others
+    return ek.top_entropy_mask(
+        entropy_T,
+        fraction=algorithm.fraction,
+        which=algorithm.which,
+        impl=beside_head(run.settings.model.impl),
+    )
+
+
+def _compare(
+    settings: Config, rollouts: Rollouts, found: Scores, sampler_T: Tensor, policy_T: Tensor
+) -> dict[str, float]:
+    """What the sampler tells beside what the policy finds, over all response tokens.
+
+    `sampler_T` and `policy_T` are the tokens that their entropies select. mask/overlap is those of
+    both over those of either, mask/shared over those of the sampler. mask/entropy_difference is the
+    largest of a token, nats. mismatch/all_... are as `mismatch_metrics` has them.
+    """
+    both = (sampler_T & policy_T).sum()
+    difference_T = (rollouts.sampler_entropy_T - found.entropy_T).abs()
+    mismatch = mismatch_metrics(found.logprob_T, rollouts.sampler_logprob_T, settings)
+    return {name.replace("/", "/all_"): value for name, value in mismatch.items()} | {
+        "mask/overlap": float(both / (sampler_T | policy_T).sum()),
+        "mask/shared": float(both / sampler_T.sum()),
+        "mask/entropy_difference": float(difference_T.max()),
+    }
