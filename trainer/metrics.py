@@ -118,8 +118,8 @@ def correction(settings: Config, sampler_logprob: Tensor | None = None) -> ek.Co
     """The correction of the policy's ratio to the sampler in the loss; type None if none is wanted.
 
     "auto" is none in fp32, where both give the same log-probs up to rounding, and "tis" in bf16.
-    The ratio is the old policy's, or the current one's where the sampler's log-probs are the old
-    ones: it is in the loss then, and is measured with any type.
+    The ratio is the old policy's. Where the old log-probs are the sampler's, it is the current
+    policy's, which the loss has already, and is measured with any type.
     """
     algorithm, name = settings.algorithm, settings.algorithm.correction
     of = "current" if sources(settings).old_logprob == "sampler" else "old"
@@ -134,8 +134,8 @@ def correction(settings: Config, sampler_logprob: Tensor | None = None) -> ek.Co
 def mismatch_in_loss(metrics: dict[str, float], settings: Config, moved: bool) -> dict[str, float]:
     """Metrics of an update, the mismatch of its loss by the names of `mismatch_metrics`.
 
-    It is that of the policy that sampled until the weights have `moved`, and only where the loss
-    has the sampler's log-probs for old ones; elsewhere it is left out.
+    The loss has it where its old log-probs are the sampler's. It is that of the policy that sampled
+    until the weights have `moved`, and is left out after that.
     """
     measured = not moved and sources(settings).old_logprob == "sampler"
     names = {"mismatch/k3": "mismatch/kl", "mismatch/outside": "mismatch/corrected"}

@@ -18,7 +18,7 @@ from trainer.update import Scores, at_least, score
 
 
 class Statistics(NamedTuple):
-    """Of the policy that sampled, and equal on every rank."""
+    """Statistics of the policy that sampled, equal on every rank."""
 
     logprob_T: Tensor
     """Log-probs that ratios are taken to, nats; with a pass over selected tokens only theirs."""

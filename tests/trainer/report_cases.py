@@ -49,6 +49,7 @@ def metrics_row(rng: random.Random, step: int, steps: int) -> dict[str, float]:
         "entropy/threshold": tau,
         "entropy/selected_fraction": 0.2 + rng.gauss(0, 0.003),
         "entropy/selected_mean": tau + 0.4,
+        **({} if step % 20 else {"mask/overlap": 0.97, "mask/shared": 0.985}),
         "head/rows": rows,
         "head/active_rows": rows // 5,
         "clip/low": abs(rng.gauss(0.006, 0.002)),

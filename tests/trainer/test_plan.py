@@ -209,6 +209,28 @@ def test_units_of_the_head(preset, changes, units):
     assert head_units(job_of(preset, changes=changes)) == pytest.approx(units)
 
 
+@pytest.mark.parametrize(
+    ("old", "entropies", "every", "passes", "units"),
+    [
+        ("recomputed", "old", 20, 1, 1),
+        ("recomputed", "sampler", 0, 1, 0.2),  # the head on the selected tokens alone
+        ("recomputed", "sampler", 4, 1, 0.2 * 3 / 4 + 1 / 4),
+        ("sampler", "sampler", 20, 1 / 20, 1 / 20),  # comparisons alone
+        ("sampler", "sampler", 0, 0, 0),
+    ],
+)
+def test_a_step_has_the_scoring_passes_that_its_sources_need(old, entropies, every, passes, units):
+    names = {"old_logprob": old, "entropy_source": entropies, "compare_every": every}
+    job = job_of("qwen3-1.7b", 2, changes={f"algorithm.{k}": v for k, v in names.items()})
+    flops = step_flops(job)
+    assert flops.score_backbone == pytest.approx(passes * flops.forward)
+    assert flops.score_head == pytest.approx(units * unit(job))
+    assert flops.update_head == step_flops(job_of("qwen3-1.7b", 2)).update_head
+    slow = replace(job, device=replace(job.device, link=1e6))
+    gather = slow.micro_batches * 2 * collective_seconds(slow)[0]
+    assert plan(slow).seconds.score == pytest.approx(passes * gather)
+
+
 def test_the_heads_share_counts_scoring_and_update():
     found = plan(BIG)
     layers = found.flops.score_backbone + found.flops.update - found.flops.update_head

@@ -49,10 +49,12 @@ CASES = {
 # Runs: name -> objective.
 ROUNDS = partial(Algorithm, min_groups=1, max_rounds=2)
 RUNS = {
-    "dapo": ROUNDS(),
+    # Of the sampler, compared with the policy on some steps.
+    "dapo": ROUNDS(compare_every=2),
     "grpo": ROUNDS(loss_type="grpo", entropy_source="current", denominator="all"),
-    "bottom": ROUNDS(which="bottom"),
-    "random": ROUNDS(which="random", fraction=0.5),
+    "mask": ROUNDS(old_logprob="recomputed", entropy_source="sampler", compare_every=0),
+    "bottom": ROUNDS(which="bottom", entropy_source="old", correction="mis"),
+    "random": ROUNDS(which="random", fraction=0.5, correction="tis"),
 }
 
 

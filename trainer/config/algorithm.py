@@ -17,14 +17,14 @@ class Algorithm:
     which: Literal["top", "bottom", "random"] = "top"
     """Tokens of the highest entropy (the paper), of the lowest (its ablation), or random ones."""
     old_logprob: Literal["auto", "sampler", "recomputed"] = "auto"
-    """The log-probs that ratios are taken to: the "sampler"'s, as the engine reported them, or
-    "recomputed" by the policy in a scoring pass, a forward over all responses. "auto" is the
-    sampler's in fp32 where its entropies select too, and "recomputed" elsewhere."""
+    """The log-probs that ratios are taken to. "sampler": as the engine reported them;
+    "recomputed": by the policy in a scoring pass, a forward over all responses. "auto" is "sampler"
+    in fp32 where its entropies select too, and "recomputed" elsewhere."""
     entropy_source: Literal["auto", "sampler", "old", "current"] = "auto"
     """Whose entropies select the tokens. "sampler": the engine's, known without a scoring pass;
-    "old": the policy's before the step's updates, from that pass; the head then trains on the
-    selected tokens only. "current": those of the policy being trained (the paper); the head runs on
-    all tokens. "auto" is "sampler" in fp32 or with the sampler's log-probs, and "old" elsewhere."""
+    "old": the policy's before the step's updates, from that pass. With either the head trains on
+    the selected tokens only. "current": those of the policy being trained (the paper); the head
+    runs on all tokens. "auto" is "sampler" in fp32 or with the sampler's log-probs, else "old"."""
     compare_every: int = 20
     """RL steps between comparisons of the sampler's log-probs, entropies and tokens with the
     policy's, for which the scoring pass runs anyway; 0: never."""

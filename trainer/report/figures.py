@@ -131,7 +131,8 @@ UPDATES = (
     ),
     Figure(
         "Sampler and trainer: KL",
-        "Estimate of KL(sampler || old policy) per token; rounding alone keeps it small.",
+        "Estimate of KL(sampler || policy before updates) per token, of the tokens that the step "
+        "measures; rounding alone keeps it small.",
         "nats",
         (Curve("mismatch/kl", "KL", "c1"),),
     ),
@@ -179,6 +180,16 @@ TOKENS = (
         (Curve("entropy/selected_fraction", "selected", "c1"),),
         smooth=False,
     ),
+    Figure(
+        "Tokens of sampler and policy",
+        "Tokens that the entropies of both select, on the steps that compare them.",
+        "% of tokens",
+        (
+            Curve("mask/overlap", "of those of either", "c1", True),
+            Curve("mask/shared", "of the sampler's", "c2", True),
+        ),
+        smooth=False,
+    ),
 )
 COST = (
     Figure(
@@ -190,7 +201,8 @@ COST = (
     ),
     Figure(
         "Time of a step",
-        "Its parts: sampling, scoring by the old policy, update. Evaluation is not in it.",
+        "Its parts: sampling, a scoring pass of the policy where there is one, update. Evaluation "
+        "is not in it.",
         "seconds",
         (
             Curve("time/sample", "sample", "c1"),
