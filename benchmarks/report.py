@@ -15,11 +15,13 @@ from pathlib import Path
 
 from benchmarks import cost_tables as cost
 from benchmarks import head_tables as head
+from benchmarks import sampler_runs
 from benchmarks import step_tables as step
 from benchmarks.engine_runs import panels as run_panels
 from benchmarks.gpu.table import in_short
 from benchmarks.gpu.table import runs as gpu_runs
 from benchmarks.predicted_tables import predicted
+from benchmarks.sampler_tables import sampler_step_tables
 from benchmarks.tables import Run, by_make, by_shape, make_heading, processor_of
 from trainer.report.charts import figure
 
@@ -62,9 +64,12 @@ def render(root: Path) -> dict[Path, str]:
     runs = read(root / "benchmarks" / "results")
     shapes = by_shape(runs["linear_logprob_entropy"])
     of_gpus = measured(root / RESULTS)
+    trained = sampler_runs.of(root / RESULTS)
     blocks = {
         root / "README.md": "\n\n".join([_in_short(runs), *of_gpus]),
-        root / "docs" / "benchmarks.md": "\n\n".join([_summary(runs), *(of_gpus or [predicted()])]),
+        root / "docs" / "benchmarks.md": "\n\n".join(
+            [_summary(runs), *trained, *(of_gpus or [predicted()])]
+        ),
     }
     texts = {path: between_markers(path, block) for path, block in blocks.items()} | {
         root / "benchmarks" / "results" / "README.md": _full_page(runs),
@@ -138,6 +143,7 @@ def _summary_of_make(runs: dict[str, list[Run]]) -> list[str]:
         "entropy_threshold": step.threshold_in_short,
         "ratio_loss": step.ratio_loss_in_short,
         "train_step": step.train_step_tables,
+        "sampler_step": sampler_step_tables,
     }
     return parts + [make(runs[op]) for op, make in tables.items() if op in runs]
 
@@ -151,6 +157,7 @@ def _full_page(runs: dict[str, list[Run]]) -> str:
         "ratio_loss": step.ratio_loss_tables,
         "trl_step": step.trl_step_tables,
         "train_step": step.train_step_tables,
+        "sampler_step": sampler_step_tables,
     }
     parts = [FULL_PAGE]
     for of_make in by_make(runs):

