@@ -84,7 +84,7 @@ def test_the_suite_writes_what_its_tables_read(tmp_path):
 
 def test_the_tables_have_shares_of_the_step():
     def entry(name, wall, head, units):
-        seconds = dict.fromkeys(PARTS, [0.0, 0.0]) | {"head": [head] * 2, "scoring": [1.0, 1.0]}
+        seconds = {key: [0.0, 0.0] for key in PARTS} | {"head": [head] * 2, "scoring": [1.0, 1.0]}
         return {
             "name": name,
             "label": name,
