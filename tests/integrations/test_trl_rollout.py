@@ -1,11 +1,13 @@
 """What a rollout_func of TRL's knows of its tokens reaches the loss, and is right there."""
 
 import math
+import os
 import statistics
 from contextlib import nullcontext
 
 import pytest
 import torch
+import torch.distributed as dist
 
 pytest.importorskip("trl", reason="the adapter is for TRL")
 
@@ -17,7 +19,9 @@ from entropy_kernels.integrations.trl import patch_trl
 from tests.integrations.counted import Counted
 from tests.integrations.rollouts import SampleOneByOne, as_supports, build
 from tests.integrations.small_grpo import LOSS_TYPES, columns, difference
+from tests.processes import spawn
 from tests.trainer.small import WORDS
+from tests.trainer.worlds import meeting, place
 
 # Other projects' deprecations are theirs.
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -253,10 +257,31 @@ def test_a_log_prob_that_nobody_reads_may_be_anything(tmp_path, monkeypatch):
 
     kept = Kept(monkeypatch)
     both = {"entropy_source": "sampler", "old_logprob": "sampler"}
-    got = run(tmp_path, patch_trl(**both), rollout, max_steps=1)
+    settings = {"max_steps": 1, "logging_nan_inf_filter": False}
+    got = run(tmp_path, patch_trl(**both), rollout, **settings)
     assert (kept.inputs[0]["old_per_token_logps"] == -200).any()
     assert not (kept.keeps[0] & (kept.inputs[0]["old_per_token_logps"] == -200)).any()
     assert got.isfinite().all()
+
+
+def _rank(rank, folder, port):
+    """TRL's own run and one by the sampler's entropies, on two processes."""
+    os.environ |= place(rank, 2, port)
+    torch.set_num_threads(1)
+    options = {"ddp_backend": "gloo", "max_steps": 2}
+    want = run(f"{folder}/{rank}", nullcontext(), **options)
+    got = run(f"{folder}/{rank}", patch_trl(entropy_source="sampler"), **options)
+    torch.save(difference(got, want), f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_two_processes(tmp_path):
+    """The threshold is of both, as TRL's."""
+    store = meeting()
+    spawn(_rank, args=(str(tmp_path), store.port), nprocs=2)
+    for rank in range(2):
+        assert (torch.load(tmp_path / f"{rank}.pt") < FIVE_DIGITS).all()
 
 
 def test_an_evaluation_takes_what_its_own_rollouts_know(tmp_path):
