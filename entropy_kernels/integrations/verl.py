@@ -40,6 +40,7 @@ from ..top_entropy_mask import top_entropy_mask
 from ._caller import running_model
 from ._head import factor_of_states, measure
 from ._patch import Patch, require
+from ._verl_rollout import Rollout
 
 LOSS_MODE = "high_entropy"
 BACKENDS = ("torch", "liger")
@@ -55,6 +56,8 @@ def patch_verl(
     fraction: float = 0.2,
     over_ranks: bool = False,
     denominator: str = "selected",
+    entropy_source: str = "current",
+    sets: bool = False,
 ) -> Patch:
     """Give verl 0.9's fused head our kernels, and its actor the loss_mode "high_entropy".
 
@@ -85,6 +88,15 @@ def patch_verl(
             number together: histograms of 40 KB are summed, no entropy moves.
         denominator: "selected", ceil(fraction * tokens of the mini-batch) (paper v2), or "all", the
             tokens of the mini-batch (v1).
+        entropy_source: whose entropies "high_entropy" selects by. "current": those of the policy
+            that is trained. "sampler": `AgentLoopOutput.extra_fields["rollout_entropies"]`, a list
+            with the entropy, in nats, of the distribution that each response token was sampled
+            from; 0 for a tool's. `calculate_entropy` is then not needed, and the head runs on the
+            selected tokens alone. It runs on all with a KL loss, an entropy coefficient,
+            distillation or Ulysses.
+        sets: `extra_fields["rollout_sets"]` has the ids that top-k, top-p or min-p left to each
+            response token, as a list of lists or a `Support`; none for a tool's. Log-probs and
+            entropies of actor and reference are then over these sets, and 0 for prompts and tools.
 
     Returns:
         The patch, with `undo`. Called again with the same options, that which is in force.
@@ -93,18 +105,22 @@ def patch_verl(
         ImportError: verl is missing or not 0.9.
         ValueError: options out of range; verl is patched with other options, or has another
             "high_entropy". Later, by what verl calls: `impl_backend=triton`, and the heads and
-            settings named above.
+            settings named above; extra_fields that are missing or do not fit their response.
     """
     global _in_force
     check_impl(impl)
     check_fraction(fraction)
     check_flag("over_ranks", over_ranks)
     check_choice("denominator", denominator, ("selected", "all"))
+    check_choice("entropy_source", entropy_source, ("current", "sampler"))
+    check_flag("sets", sets)
     options = {
         "impl": impl,
         "fraction": fraction,
         "over_ranks": over_ranks,
         "denominator": denominator,
+        "entropy_source": entropy_source,
+        "sets": sets,
     }
     if _in_force is not None and _in_force.active:
         if _in_force.options != options:
@@ -129,12 +145,14 @@ class _VerlPatch(Patch):
         if LOSS_MODE in self._registry:
             raise ValueError(f"verl has a policy loss {LOSS_MODE!r} already")
         loss = _HighEntropyLoss(losses, options)
+        rollout = loss.rollout
         ppo_loss = loss.ppo_loss
         holders = [losses, *(sys.modules[name] for name in _COPIES if name in sys.modules)]
         super().__init__(
-            (FusedLinearForPPO, "forward", _head(options["impl"])),
+            (FusedLinearForPPO, "forward", _head(options["impl"], rollout)),
             (monkey_patch, "patch_forward_with_backends", _checked(monkey_patch)),
             *((holder, "ppo_loss", ppo_loss) for holder in holders),
+            *rollout.replacements(),
         )
         core_algos.register_policy_loss(LOSS_MODE)(loss.policy_loss)
 
@@ -144,7 +162,7 @@ class _VerlPatch(Patch):
         self._registry.pop(LOSS_MODE, None)
 
 
-def _head(impl: str) -> Any:
+def _head(impl: str, rollout: Rollout) -> Any:
     """What stands in for FusedLinearForPPO.forward."""
 
     def forward(
@@ -157,9 +175,10 @@ def _head(impl: str) -> Any:
         """log_probs and entropy, fp32, of input_ids' shape."""
         if not torch.compiler.is_compiling():
             _check_adapters(running_model("forward_with_torch_backend"))
-        found = linear_logprob_entropy(
-            Head(hidden_states, vocab_weights, input_ids.long(), temperature=temperature), impl=impl
-        )
+        head = Head(hidden_states, vocab_weights, input_ids.long(), temperature=temperature)
+        if rollout.known is not None:
+            return rollout.known.score(head, impl)
+        found = linear_logprob_entropy(head, impl=impl)
         return found.logprob, found.entropy
 
     return forward
@@ -224,6 +243,8 @@ class _HighEntropyLoss:
         self._ppo_loss, self._pad = losses.ppo_loss, losses.no_padding_2_padding
         self._fraction, self._denominator = options["fraction"], options["denominator"]
         self._over_ranks, self._impl = options["over_ranks"], beside_head(options["impl"])
+        self._by_sampler = options["entropy_source"] == "sampler"
+        self.rollout = Rollout(self._by_sampler, options["sets"], self._select)
         self._entropy: Tensor | None = None
         self._group: Any = None
 
@@ -238,12 +259,20 @@ class _HighEntropyLoss:
                 f"loss_mode={LOSS_MODE} runs on the strategies {', '.join(STRATEGIES)}; "
                 f"got {config.strategy}"
             )
-        if model_output.get("entropy") is None:
+        known = self.rollout.known
+        if self._by_sampler and (known is None or known.selected_BL is None):
+            raise ValueError(
+                f'{LOSS_MODE} with entropy_source="sampler" runs in FSDP\'s engine only'
+            )
+        if not self._by_sampler and model_output.get("entropy") is None:
             raise ValueError(
                 f"loss_mode={LOSS_MODE} needs actor_rollout_ref.actor.calculate_entropy=True"
             )
-        self._entropy = self._pad(model_output["entropy"], data).detach().float()
-        self._group = dp_group if self._over_ranks else None
+        if self._by_sampler:
+            self._entropy = known.entropy_BL
+        else:
+            self._entropy = self._pad(model_output["entropy"], data).detach().float()
+        self._group = dp_group
         try:
             return self._ppo_loss(config, model_output, data, dp_group)
         finally:
@@ -272,9 +301,10 @@ class _HighEntropyLoss:
         if self._entropy is None:
             raise ValueError(f"loss_mode={LOSS_MODE} runs inside verl's ppo_loss only")
         mask = response_mask.bool()
-        selected = top_entropy_mask(
-            self._entropy, mask, self._fraction, group=self._group, impl=self._impl
-        )
+        if self._by_sampler:
+            selected = self.rollout.known.selected_BL
+        else:
+            selected = self._select(self._entropy, mask, self._group)
         low, high = config.clip_ratio_low, config.clip_ratio_high
         loss, found = ratio_loss(
             log_prob,
@@ -299,6 +329,10 @@ class _HighEntropyLoss:
         }
         values = torch.stack([x.float() for x in metrics.values()]).tolist()
         return loss, dict(zip(metrics, values, strict=True))
+
+    def _select(self, entropy_BL: Tensor, mask_BL: Tensor, dp_group: Any) -> Tensor:
+        group = dp_group if self._over_ranks else None
+        return top_entropy_mask(entropy_BL, mask_BL, self._fraction, group=group, impl=self._impl)
 
     def _count(self, info: dict[str, Any]) -> float | str:
         """The mini-batch's count of tokens, a rank's share of it; without one, that of the call."""
