@@ -9,6 +9,8 @@ With S_t the set of token t, z its logits and d = (z - max) / temperature over t
 A set of one has p = 1: it needs no logit and gets no gradient. Values of pairs are fp64, of which
 there are as many as ids in sets; the three products with D columns are the backend's, fp32.
 
+Where nobody has looked, as on a GPU, a row whose set is wrong has NaN outputs and gradients.
+
 T tokens, D hidden, V vocabulary, N pairs of a token and an id of its set, P pairs of those.
 """
 
@@ -20,8 +22,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 
+from . import _rows
 from ._pair_products import pair_dots, pair_sums
-from ._rows import check_values, is_active, sees_values
 from ._torch.statistics import finish_statistics
 from .distributed import all_reduce_sum, gather_counts
 from .head import Head
@@ -42,28 +44,36 @@ class Run(NamedTuple):
 class _Columns(NamedTuple):
     """This rank's rows of the weight: ids from `first` on, of `total` over all ranks."""
 
-    first: int
-    total: int
+    first: int | Tensor
+    total: int | Tensor
 
 
 @torch.compiler.disable
 def linear_logprob_entropy(head: Head, support: Support, run: Run) -> tuple[Tensor, Tensor, Tensor]:
     """logprob and entropy, fp32 [T], and statistics, fp32 [4, T] or empty, of a flat head."""
-    columns = _columns(head, run.group)
-    if sees_values(head.hidden.device):
-        check_values(head, columns.total)
-        support.check_values(head.target, head.valid, columns.total)
+    columns = _columns(head, support, run.group)
+    if _rows.sees_values(head.hidden.device):
+        _rows.check_values(head, int(columns.total))
+        support.check_values(head.target, head.valid, int(columns.total))
     return _SupportHead.apply(head.hidden, head.weight, head.bias, head, support, run, columns)
 
 
-def _columns(head: Head, group: ProcessGroup | None) -> _Columns:
+def _columns(head: Head, support: Support, group: ProcessGroup | None) -> _Columns:
     rows = head.weight.shape[0]
     if group is None:
         return _Columns(0, rows)
     if dist.get_rank(group) < 0:
         raise ValueError("vocab_group must be a group that this process belongs to")
-    rows_N = gather_counts(head.target.new_full((), rows), group)
-    return _Columns(int(rows_N[: dist.get_rank(group)].sum()), int(rows_N.sum()))
+    sizes = rows, head.target.shape[0], support.token_ids.shape[0]
+    sizes_N3 = gather_counts(torch.stack([head.target.new_full((), x) for x in sizes]), group)
+    if _rows.sees_values(head.hidden.device):
+        for name, counts in (("tokens", sizes_N3[:, 1]), ("token_ids of sets", sizes_N3[:, 2])):
+            if len(counts.unique()) > 1:
+                raise ValueError(
+                    f"every rank of vocab_group must have the same {name}; got {counts.tolist()} "
+                    "of them"
+                )
+    return _Columns(sizes_N3[: dist.get_rank(group), 0].sum(), sizes_N3[:, 0].sum())
 
 
 class _Pairs(NamedTuple):
@@ -81,20 +91,40 @@ class _Sets(NamedTuple):
     row_N: Tensor
     id_N: Tensor
     sizes_T: Tensor
+    wrong: Tensor | None  # bool []: offsets do not cover token_ids
 
     @staticmethod
     def of(support: Support) -> "_Sets":
-        sizes_T = support.sizes
+        count, offsets, wrong = support.token_ids.numel(), support.offsets.long(), None
+        if not _rows.sees_values(offsets.device):
+            # Offsets that would lead out of memory become others that do not.
+            offsets = offsets.clamp(0, count).cummax(0).values
+            offsets[0], offsets[-1] = 0, count
+            wrong = (offsets != support.offsets).any()
+        sizes_T = offsets.diff()
         row_N = torch.arange(len(sizes_T), device=sizes_T.device)
-        row_N = row_N.repeat_interleave(sizes_T, output_size=support.token_ids.numel())
-        return _Sets(row_N, support.token_ids.long(), sizes_T)
+        row_N = row_N.repeat_interleave(sizes_T, output_size=count)
+        return _Sets(row_N, support.token_ids.long(), sizes_T, wrong)
+
+    def wrong_T(self, head: Head, columns: _Columns) -> Tensor:
+        """Which rows have a target without a fitting set: it is not in it once, or a bad id is."""
+        if _rows.sees_values(self.row_N.device):
+            return torch.zeros_like(head.valid)
+        outside_N = (self.id_N < 0) | (self.id_N >= columns.total)
+        found_N = self.is_target(head).double().masked_fill(outside_N, torch.nan)
+        wrong_T = head.valid & (self.sum(found_N) != 1)
+        return wrong_T if self.wrong is None else wrong_T | head.valid & self.wrong
+
+    def is_target(self, head: Head) -> Tensor:
+        """Which pairs are a token and its target."""
+        return self.id_N == head.target[self.row_N]
 
     def pairs(self, rows_T: Tensor, head: Head, columns: _Columns, compact: bool) -> _Pairs:
         """The pairs of the rows of `rows_T`, bool, whose ids this rank has."""
-        own_N = self.id_N - columns.first
-        keep_N = rows_T[self.row_N] & (own_N >= 0) & (own_N < head.weight.shape[0])
-        if not compact:
-            return _Pairs(None, self.row_N, own_N.where(keep_N, 0), keep_N)
+        own_N, rows = self.id_N - columns.first, head.weight.shape[0]
+        keep_N = rows_T[self.row_N] & (own_N >= 0) & (own_N < rows)
+        if not compact and rows:
+            return _Pairs(None, self.row_N, own_N.clamp(0, rows - 1), keep_N)
         at = keep_N.nonzero().squeeze(1)
         return _Pairs(at, self.row_N[at], own_N[at], None)
 
@@ -120,7 +150,8 @@ class _SupportHead(torch.autograd.Function):
         columns: _Columns,
     ) -> tuple[Tensor, Tensor, Tensor]:
         sets = _Sets.of(support)
-        live_T = head.valid & (sets.sizes_T > 1)
+        wrong_T = sets.wrong_T(head, columns)
+        live_T = head.valid & (sets.sizes_T > 1) | wrong_T
         pairs = sets.pairs(live_T, head, columns, _compacts(run.impl))
         product_P = pair_dots(run.impl, hidden_TD, weight_VD, *pairs[1:])
         if bias_V is not None:
@@ -130,14 +161,12 @@ class _SupportHead(torch.autograd.Function):
         if pairs.number_P is not None:
             z_N = product_P.new_zeros(len(sets.row_N)).index_copy_(0, pairs.number_P, product_P)
         z_N = all_reduce_sum(z_N, run.group)
-        logp_N, rows = _distribution(z_N, sets, live_T, head)
+        logp_N, rows = _distribution(z_N, sets, live_T, wrong_T, head, run.with_statistics)
+        logprob_T, entropy_T, statistics = rows
         tensors, ctx.head_options = head.split()
-        ctx.save_for_backward(z_N, logp_N, rows[1], live_T, *sets, *tensors)
+        ctx.save_for_backward(z_N, logp_N, entropy_T, live_T, *sets, *tensors)
         ctx.run, ctx.columns = run, columns
         ctx.set_materialize_grads(False)
-        logprob_T, entropy_T, statistics = rows
-        if not run.with_statistics:
-            statistics = statistics[:0].flatten()
         ctx.mark_non_differentiable(statistics)
         return logprob_T.float(), entropy_T.float(), statistics
 
@@ -147,33 +176,31 @@ class _SupportHead(torch.autograd.Function):
         ctx: Any, grad_T: Tensor | None, grad_entropy_T: Tensor | None, _: Any
     ) -> tuple[Tensor | None, ...]:
         z_N, logp_N, entropy_T, live_T, *rest = ctx.saved_tensors
-        sets, head = _Sets(*rest[:3]), Head.joined(rest[3:], ctx.head_options)
+        sets, head = _Sets(*rest[:4]), Head.joined(rest[4:], ctx.head_options)
         run, needs = ctx.run, ctx.needs_input_grad
-        active_T = is_active((grad_T, grad_entropy_T), head.target, head.ignore_index) & live_T
-        poison = _beyond(active_T, run)
+        active_T = _rows.is_active((grad_T, grad_entropy_T), head.target, head.ignore_index)
+        active_T &= live_T
         dz_N = _gradient(z_N, logp_N, entropy_T, grad_T, grad_entropy_T, sets, head)
         dz_N = dz_N.where(active_T[sets.row_N], 0.0).float()
+        if (poison := _beyond(active_T, run.max_active_rows)) is not None:
+            dz_N *= poison
         pairs = sets.pairs(active_T, head, ctx.columns, _compacts(run.impl))
         dz_P = dz_N if pairs.number_P is None else dz_N[pairs.number_P]
         if pairs.keep_P is not None:
             dz_P = dz_P.where(pairs.keep_P, 0.0)
-        dhidden_TD = _hidden(dz_P, pairs, head, run) if needs[0] else None
-        dweight_VD = dbias_V = None
+        dhidden_TD = dweight_VD = dbias_V = None
+        if needs[0]:
+            dhidden_TD = _hidden(dz_P, pairs, active_T, sets.sizes_T, head, run)
         if needs[1] or needs[2]:
             order_P = pairs.id_P.argsort(stable=True)
             by_id = pairs.row_P[order_P], pairs.id_P[order_P]
             dz_P = dz_P[order_P]
             if needs[1]:
                 dweight_VD = _weight(dz_P, by_id, head, run)
-            if needs[2] and head.bias is not None:
+            if needs[2]:
                 ones_T1 = torch.ones(len(head.target), 1, device=dz_P.device)
                 dbias_V = torch.zeros_like(head.bias)
                 pair_sums(run.impl, dz_P, ones_T1, *by_id, dbias_V.unsqueeze(1))
-        if poison is not None:
-            into = dweight_VD if run.main_grad is None else run.main_grad
-            for gradient in (dhidden_TD, into if needs[1] else None, dbias_V):
-                if gradient is not None:
-                    gradient.mul_(poison)
         return dhidden_TD, dweight_VD, dbias_V, None, None, None, None
 
 
@@ -183,9 +210,14 @@ def _compacts(impl: str) -> bool:
 
 
 def _distribution(
-    z_N: Tensor, sets: _Sets, live_T: Tensor, head: Head
+    z_N: Tensor,
+    sets: _Sets,
+    live_T: Tensor,
+    wrong_T: Tensor,
+    head: Head,
+    with_statistics: bool,
 ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
-    """log p of each pair, fp64, and log-prob and entropy, fp64 [T], statistics, fp32 [4, T]."""
+    """log p of each pair, fp64; log-prob and entropy, fp64 [T], statistics, fp32 [4, T] or [0]."""
     row_N, z_N = sets.row_N, z_N.double()
     if head.softcap is not None:
         z_N = head.softcap * torch.tanh(z_N / head.softcap)
@@ -193,7 +225,7 @@ def _distribution(
         z_N = z_N / head.temperature_T[row_N]
     max_T = sets.max(z_N)
     # A row of -inf throughout has no distribution, nor has one with inf.
-    max_T = torch.where(max_T.isfinite(), max_T, torch.nan).where(live_T, 0.0)
+    max_T = torch.where(max_T.isfinite() & ~wrong_T, max_T, torch.nan).where(live_T, 0.0)
     d_N = z_N.where(live_T[row_N], 0.0) - max_T[row_N]
     # The first maximum of each set is left out of the sums.
     number_N = torch.arange(len(row_N), device=row_N.device)
@@ -204,17 +236,20 @@ def _distribution(
     s_T, t_T = sets.sum(e_N), sets.sum(e_N * finite_N)
     log_sum_T = s_T.log1p()
     logp_N = d_N - log_sum_T[row_N]
-    is_target_N = sets.id_N == head.target[row_N]
-    logprob_T = sets.sum(logp_N.where(is_target_N, 0.0))
-    # On a GPU, where nobody has looked: a target that is not in its set, or is there twice.
-    logprob_T = logprob_T.where(sets.sum(is_target_N.double()) == 1, torch.nan)
-    entropy_T = log_sum_T - t_T / (1 + s_T)
-    more = [sets.sum(x_N) for x_N in (e_N * finite_N**2, e_N**2, e_N**2 * finite_N)]
-    statistics = finish_statistics(torch.stack([s_T, t_T, *more]))
-    alone_T = head.valid & (sets.sizes_T == 1)
-    certain = statistics.new_tensor([0.0, 1.0, 1.0, 0.0]).unsqueeze(1)
-    statistics = statistics.where(live_T, torch.where(alone_T, certain, 0.0))
-    return logp_N, (logprob_T.where(live_T, 0.0), entropy_T.where(live_T, 0.0), statistics)
+
+    def rows(x_T: Tensor, of_one: float | Tensor = 0.0) -> Tensor:
+        """Those of live rows; a set of one has `of_one`, a wrong one NaN."""
+        alone_T = head.valid & ~live_T
+        return x_T.where(live_T, torch.where(alone_T, of_one, 0.0)).masked_fill(wrong_T, torch.nan)
+
+    logprob_T = rows(sets.sum(logp_N.where(sets.is_target(head), 0.0)))
+    entropy_T = rows(log_sum_T - t_T / (1 + s_T))
+    statistics = torch.empty(0, device=z_N.device)
+    if with_statistics:
+        more = [sets.sum(x_N) for x_N in (e_N * finite_N**2, e_N**2, e_N**2 * finite_N)]
+        statistics = finish_statistics(torch.stack([s_T, t_T, *more]))
+        statistics = rows(statistics, statistics.new_tensor([0.0, 1.0, 1.0, 0.0]).unsqueeze(1))
+    return logp_N, (logprob_T, entropy_T, statistics)
 
 
 def _gradient(
@@ -230,8 +265,8 @@ def _gradient(
     row_N, p_N = sets.row_N, logp_N.exp()
     dz_N = torch.zeros_like(p_N)
     if grad_T is not None:
-        is_target_N = sets.id_N == head.target[row_N]
-        dz_N += grad_T.double()[row_N] * torch.where(is_target_N, -logp_N.expm1(), -p_N)
+        slope_N = torch.where(sets.is_target(head), -logp_N.expm1(), -p_N)
+        dz_N += grad_T.double()[row_N] * slope_N
     if grad_entropy_T is not None:
         slope_N = (p_N * (logp_N + entropy_T[row_N])).masked_fill(logp_N == -torch.inf, 0.0)
         dz_N -= grad_entropy_T.double()[row_N] * slope_N
@@ -242,25 +277,39 @@ def _gradient(
     return dz_N
 
 
-def _beyond(active_T: Tensor, run: Run) -> Tensor | None:
-    """With a bound for the active rows, a factor of every gradient: NaN beyond it."""
-    if run.max_active_rows is None:
+def _beyond(active_T: Tensor, most: int | None) -> Tensor | None:
+    """With a bound for the active rows, a factor of their gradients: NaN beyond it."""
+    if most is None:
         return None
     count = active_T.sum()
-    if sees_values(active_T.device):
-        if int(count) > run.max_active_rows:
-            raise ValueError(
-                f"max_active_rows is {run.max_active_rows}; got gradients at {int(count)} rows"
-            )
-        return None
-    return torch.where(count <= run.max_active_rows, 1.0, torch.nan)
+    if not _rows.sees_values(active_T.device):
+        return torch.where(count <= most, 1.0, torch.nan)
+    if int(count) > most:
+        raise ValueError(f"max_active_rows is {most}; got gradients at {int(count)} rows")
+    return None
 
 
-def _hidden(dz_P: Tensor, pairs: _Pairs, head: Head, run: Run) -> Tensor:
-    dtype = head.hidden.dtype if run.group is None else torch.float32
-    out_TD = torch.zeros(head.hidden.shape, dtype=dtype, device=head.hidden.device)
+def _hidden(
+    dz_P: Tensor, pairs: _Pairs, active_T: Tensor, sizes_T: Tensor, head: Head, run: Run
+) -> Tensor:
+    hidden_TD, group, most = head.hidden, run.group, run.max_active_rows
+    dtype = hidden_TD.dtype if group is None else torch.float32
+    out_TD = torch.zeros(hidden_TD.shape, dtype=dtype, device=hidden_TD.device)
+    if not _rows.sees_values(hidden_TD.device):
+        # A row whose target has no set at all has no pair that could be NaN.
+        out_TD.masked_fill_((active_T & (sizes_T == 0)).unsqueeze(1), torch.nan)
     pair_sums(run.impl, dz_P, head.weight, pairs.id_P, pairs.row_P, out_TD)
-    return all_reduce_sum(out_TD, run.group).to(head.hidden.dtype)
+    if group is None:
+        return out_TD
+    if most is None:
+        index_R = active_T.nonzero().squeeze(1)
+    else:
+        # Places left over are of row 0: the same sum again.
+        size = min(most, active_T.numel())
+        index_R = torch.nonzero_static(active_T, size=size).squeeze(1).clamp_min(0)
+    if index_R.numel():
+        out_TD[index_R] = all_reduce_sum(out_TD[index_R], group)
+    return out_TD.to(hidden_TD.dtype)
 
 
 def _weight(dz_P: Tensor, by_id: tuple[Tensor, Tensor], head: Head, run: Run) -> Tensor | None:

@@ -197,6 +197,8 @@ def _on_support(
     head: Head, support: Support, impl: str, group: ProcessGroup | None, run: dict[str, Any]
 ) -> tuple[Tensor | None, ...]:
     """logprob, entropy, no logsumexp, and statistics, of a flat head over the sets."""
+    if not isinstance(support, Support):
+        raise ValueError(f"support must be a Support or None; got {shown(support)}")
     support.check(head.target.shape[0], head.target.device)
     name = backends.resolve("support", impl, head.hidden.device)
     if name == "reference":

@@ -94,6 +94,10 @@ class Support:
                 f"Support.offsets must be [{tokens + 1}], one more than there are tokens; "
                 f"got {tuple(self.offsets.shape)}"
             )
+        if tokens == 0 and self.token_ids.numel():
+            raise ValueError(
+                f"Support.token_ids must be empty without tokens; got {self.token_ids.numel()}"
+            )
 
     def check_values(self, target_T: Tensor, valid_T: Tensor, vocabulary: int) -> None:
         """Checks values: offsets that cover token_ids, ids, repeats, and each target in its set.
