@@ -115,9 +115,9 @@ resolve: $(VENV)/.dev
 # Runs the program of tests/cpp under sanitizers. Then runs a copy of the package and its tests of
 # csrc/ with a module built under sanitizers, without the tests of other backends and of time.
 SANITIZED := $(CURDIR)/build/sanitize
-SANITIZED_TESTS := native native_ratio_loss native_linear_logprob_entropy linear_logprob_entropy \
-	linear_logprob_entropy_cost linear_logprob_entropy_calls head_statistics \
-	main_grad ratio_loss entropy_threshold top_entropy_mask streaming_threshold \
+SANITIZED_TESTS := native native_rows native_ratio_loss native_linear_logprob_entropy \
+	linear_logprob_entropy linear_logprob_entropy_cost linear_logprob_entropy_calls \
+	head_statistics main_grad ratio_loss entropy_threshold top_entropy_mask streaming_threshold \
 	high_entropy_policy_loss amx
 SANITIZED_NAMES := not triton and not ctrl_c and not hundred_million and not time_is_linear
 RUNTIMES = $(shell $(CXX) -print-file-name=libasan.so) $(shell $(CXX) -print-file-name=libubsan.so)

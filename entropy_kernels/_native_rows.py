@@ -10,7 +10,9 @@ from . import _processor
 from ._native_arguments import DTYPES, count, has_rows, is_plain, loaded, pointer
 
 
-def pair_dots(left: Tensor, right: Tensor, i_P: Tensor, j_P: Tensor, keep_P: None = None) -> Tensor:
+def pair_dots(
+    left: Tensor, right: Tensor, i_P: Tensor, j_P: Tensor, keep_P: Tensor | None = None
+) -> Tensor:
     """left[i] . right[j] of each pair, fp32 [P], with fp32 sums.
 
     left and right are [*, D] of one dtype with contiguous rows; i_P and j_P are int64. The caller

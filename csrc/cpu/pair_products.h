@@ -15,7 +15,7 @@ using entropy_kernels::PairSums;
 using entropy_kernels::Stop;
 
 constexpr int kDotSums = 4;                 // vectors of sums in a dot product
-constexpr std::int64_t kAhead = 4;          // pairs that rows are asked for ahead
+constexpr std::int64_t kAhead = 8;          // pairs that rows are asked for ahead
 constexpr int kTogether = 4;                // rows that are added while a sum is in a register
 constexpr std::int64_t kPiece = 512;        // pairs of a run that are summed by themselves
 constexpr std::int64_t kPairsPerStop = 64;  // pairs between questions whether to stop
@@ -168,7 +168,7 @@ class PieceSums {
     std::int64_t all = 0;
     std::fill(sums_.begin(), sums_.end(), 0.0f);
     for (std::int64_t n = begin; n < end; ++n) {
-      const std::int64_t ahead = n + 2 * kAhead;
+      const std::int64_t ahead = n + kAhead;
       if (ahead < call_.pairs && call_.scale[ahead] != 0)
         ask_for(row_of(call_.rows, call_.row[ahead]), call_.dim * bytes_of(kDtype));
       if (call_.scale[n] == 0) continue;

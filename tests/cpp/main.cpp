@@ -34,6 +34,8 @@ int main(int count, char** names) {
       {"poisoned gradient", test_poisoned_gradient},
       {"radix histogram", test_radix_histogram},
       {"ratio loss", test_ratio_loss},
+      {"pair products", test_pair_products},
+      {"row entropies", test_row_entropies},
   };
   bool failed = false;
   for (const auto& test : tests) {

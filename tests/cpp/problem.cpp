@@ -25,31 +25,8 @@ std::uint16_t encode(float x, Dtype dtype) {
   if (std::isinf(x)) return std::uint16_t(sign | 0x7c00);
   int exponent;
   const double part = std::frexp(std::fabs(x), &exponent);  // in [.5, 1)
-  if (exponent < -13) return std::uint16_t(sign | int(std::ldexp(std::fabs(x), 24)));
+  if (x == 0 || exponent < -13) return std::uint16_t(sign | int(std::ldexp(std::fabs(x), 24)));
   return std::uint16_t(sign | ((exponent + 14) << 10) | (int(std::ldexp(part, 11)) - 1024));
-}
-
-float decode(std::uint16_t bits, Dtype dtype) {
-  if (dtype == Dtype::bf16) return bits_as<float>(std::uint32_t{bits} << 16);
-  const int exponent = (bits >> 10) & 31, part = bits & 1023;
-  double x = exponent == 0 ? std::ldexp(part, -24) : std::ldexp(1024 + part, exponent - 25);
-  if (exponent == 31) x = part != 0 ? NAN : INFINITY;
-  return float((bits & 0x8000) != 0 ? -x : x);
-}
-
-// Encodes rows of D values, `stride` apart.
-std::vector<char> encoded(const std::vector<float>& values, std::int64_t dim, std::int64_t stride,
-                          Dtype dtype) {
-  const std::int64_t rows = std::int64_t(values.size()) / dim, size = dtype == Dtype::f32 ? 4 : 2;
-  std::vector<char> out(rows * stride * size);
-  for (std::int64_t r = 0; r < rows; ++r)
-    for (std::int64_t d = 0; d < dim; ++d) {
-      const float x = values[r * dim + d];
-      const std::uint16_t half = dtype == Dtype::f32 ? 0 : encode(x, dtype);
-      const void* from = dtype == Dtype::f32 ? static_cast<const void*>(&x) : &half;
-      std::memcpy(out.data() + (r * stride + d) * size, from, size);
-    }
-  return out;
 }
 
 const float* given(const std::vector<float>& values) {
@@ -69,6 +46,28 @@ std::string name_of(Dtype dtype) {
 float rounded(float x, Dtype dtype) {
   if (dtype == Dtype::f32) return x;
   return float(dtype == Dtype::bf16 ? nearest(x, 8, 0x1p-133) : nearest(x, 11, 0x1p-24));
+}
+
+float decode(std::uint16_t bits, Dtype dtype) {
+  if (dtype == Dtype::bf16) return bits_as<float>(std::uint32_t{bits} << 16);
+  const int exponent = (bits >> 10) & 31, part = bits & 1023;
+  double x = exponent == 0 ? std::ldexp(part, -24) : std::ldexp(1024 + part, exponent - 25);
+  if (exponent == 31) x = part != 0 ? NAN : INFINITY;
+  return float((bits & 0x8000) != 0 ? -x : x);
+}
+
+std::vector<char> encoded(const std::vector<float>& values, std::int64_t dim, std::int64_t stride,
+                          Dtype dtype) {
+  const std::int64_t rows = std::int64_t(values.size()) / dim, size = dtype == Dtype::f32 ? 4 : 2;
+  std::vector<char> out(rows * stride * size);
+  for (std::int64_t r = 0; r < rows; ++r)
+    for (std::int64_t d = 0; d < dim; ++d) {
+      const float x = values[r * dim + d];
+      const std::uint16_t half = dtype == Dtype::f32 ? 0 : encode(x, dtype);
+      const void* from = dtype == Dtype::f32 ? static_cast<const void*>(&x) : &half;
+      std::memcpy(out.data() + (r * stride + d) * size, from, size);
+    }
+  return out;
 }
 
 Problem::Problem(std::int64_t tokens, std::int64_t dim, std::int64_t vocabulary, Dtype dtype,

@@ -62,3 +62,7 @@ struct Random {
 
 std::string name_of(Dtype dtype);
 float rounded(float x, Dtype dtype);  // to nearest even
+float decode(std::uint16_t bits, Dtype dtype);
+// Rows of D values in the dtype's bytes, `stride` apart.
+std::vector<char> encoded(const std::vector<float>& values, std::int64_t dim, std::int64_t stride,
+                          Dtype dtype);

@@ -13,3 +13,5 @@ void test_poisoned_column(Report& report);
 void test_poisoned_gradient(Report& report);
 void test_radix_histogram(Report& report);
 void test_ratio_loss(Report& report);
+void test_pair_products(Report& report);
+void test_row_entropies(Report& report);
