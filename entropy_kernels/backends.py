@@ -78,9 +78,10 @@ def resolve(op: str, impl: str, where: torch.device, dtype: torch.dtype | None =
     known = OPS[op]
     fits = known.dtypes is None or dtype in known.dtypes
     if impl == "auto":
-        if fits and _prefers_cuda(op, where):
+        call = () if known.dtypes or dtype is None else (dtype,)
+        if fits and _prefers_cuda(op, where, *call):
             return "cuda"
-        if fits and verified(op, where):
+        if fits and verified(op, where, *call):
             return "triton"
         return "cpu" if fits and why_not("cpu", where) is None else "torch"
     if (why := why_not(impl, where, op)) is not None:
@@ -128,8 +129,9 @@ def why_not(impl: str, where: torch.device, op: str = "linear_logprob_entropy") 
     if impl == "triton":
         return _why_not_triton(where)
     if impl == "cuda":
-        # The head's other kernels are Triton's: those that number rows, and what csrc/cuda lacks.
-        beside = _why_not_triton(where) if op == "linear_logprob_entropy" else None
+        # The head's other kernels are Triton's: those that number rows, and what csrc/cuda lacks,
+        # such as all of its head over sets.
+        beside = None if op in ("ratio_loss", "selection") else _why_not_triton(where)
         return cuda_module.why_not(where) or beside
     if impl == "cpu":
         on_cpu = where.type == "cpu"

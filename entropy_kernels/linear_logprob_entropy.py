@@ -200,7 +200,7 @@ def _on_support(
     if not isinstance(support, Support):
         raise ValueError(f"support must be a Support or None; got {shown(support)}")
     support.check(head.target.shape[0], head.target.device)
-    name = backends.resolve("support", impl, head.hidden.device)
+    name = backends.resolve("support", impl, head.hidden.device, head.hidden.dtype)
     if name == "reference":
         if group is not None:
             raise ValueError('impl="reference" holds all logits; it has no vocab_group')

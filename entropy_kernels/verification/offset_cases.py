@@ -55,14 +55,14 @@ def _far_rows(tiles: Tiles, dtype: torch.dtype, device: torch.device, name: str)
     y = torch.arange(T, device=device)
     gradients: list[Any] = [torch.randn(T, device=device) for _ in range(3)]
     far = {"hidden": h, "weight": w}
-    far[name] = _spread(far[name])
+    far[name] = spread(far[name])
     _, got = ours(tiles, (far["hidden"], far["weight"], y, None), gradients, {})
     _, near = ours(tiles, (h, w, y, None), gradients, {})
     for x, wanted in zip(got, near, strict=True):
         assert torch.equal(x, wanted), f"{name} is read elsewhere beyond 2^31"
 
 
-def _spread(rows: Tensor) -> Tensor:
+def spread(rows: Tensor) -> Tensor:
     """The same rows, 2^30 elements apart, with zeros where an offset in 32 bits would read."""
     stride = 1 << 30
     size = ((len(rows) + 2) * stride + rows.shape[1]) * rows.element_size()
