@@ -63,7 +63,13 @@ def test_a_call_asks_for_what_it_runs(checked):
     assert asked[6] == "dlogits float32 keep_logits"
     for op in ("selection", "ratio_loss"):
         assert backends.resolve(op, "auto", CPU, torch.float32) == "triton"
-    assert asked[7:] == ["selection float32", "ratio_loss float32"]
+    for op in ("support", "entropy_from_logits"):
+        for dtype in (torch.bfloat16, torch.float32):
+            assert backends.resolve(op, "auto", CPU, dtype) == "triton"
+    assert asked[7:] == [
+        *("selection float32", "ratio_loss float32", "support bfloat16", "support float32"),
+        *("entropy_from_logits bfloat16", "entropy_from_logits float32"),
+    ]
     count = len(asked)
     assert taken(make_head(), keep_logits=True) == taken(make_head(), stored=True) == "triton"
     assert len(asked) == count
@@ -95,6 +101,9 @@ def test_every_public_function_asks(checked):
     loss, _ = ek.high_entropy_policy_loss(head, -row, row - 0.5, row > 0.2)
     loss.backward()
     assert {text.split()[0] for text in asked} == {"forward", "dlogits", "selection", "ratio_loss"}
+    asked.clear()
+    ek.linear_logprob_entropy(head, support=ek.Support.of([[0, 1]] * T))
+    assert asked == ["support float32"]
     asked.clear()
     linear_token_logprobs(make_head(torch.float16), torch.arange(3))
     assert [text.split()[:2] for text in asked] == 2 * [

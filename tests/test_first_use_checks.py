@@ -14,6 +14,8 @@ from tests.marks import nan_is_meant
 pytest.importorskip("triton")
 
 from entropy_kernels._triton.head_forward import launch
+from entropy_kernels._triton.pair_products import launch as pair_products
+from entropy_kernels._triton.sampling import launch as entropies
 from entropy_kernels.verification import checks, first_use
 from entropy_kernels.verification.question import Question
 from tests.first_use_cases import CPU, call, make_head, taken
@@ -96,6 +98,29 @@ def test_a_kernel_that_is_slightly_wrong_is_refused(monkeypatch):
     torch.testing.assert_close(got[:3], ek.linear_logprob_entropy(head, impl="torch")[:3])
     assert "no forward kernel is right" in str(told[-1].message)
     assert all("exceeds" in answer.reason for answer in first_use.known(CPU).values())
+
+
+def test_products_of_pairs_and_entropies_of_logits_are_taken_where_they_are_right():
+    for op in ("support", "entropy_from_logits"):
+        assert backends.resolve(op, "auto", CPU, torch.bfloat16) == "triton"
+    assert {*first_use.known(CPU)} == {"support bfloat16", "entropy_from_logits bfloat16"}
+
+
+@pytest.mark.parametrize("name", ["pair_dots", "pair_sums", "entropy_from_logits"])
+def test_products_and_entropies_that_are_slightly_wrong_are_refused(monkeypatch, name):
+    where = entropies if name == "entropy_from_logits" else pair_products
+    op = "entropy_from_logits" if where is entropies else "support"
+    whole = getattr(where, name)
+
+    def off(*arguments):
+        got = whole(*arguments)
+        (arguments[4] if got is None else got).mul_(1 + 1e-4)
+        return got
+
+    monkeypatch.setattr(where, name, off)
+    with pytest.warns(RuntimeWarning, match=f"{op} float32 is not taken on .* the error exceeds"):
+        assert backends.resolve(op, "auto", CPU, torch.float32) == "torch"
+    assert not first_use.known(CPU)[f"{op} float32"].right
 
 
 class Seen(TorchDispatchMode):

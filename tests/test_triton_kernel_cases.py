@@ -16,7 +16,9 @@ from entropy_kernels._triton.head_forward import launch_store, launch_variants
 from entropy_kernels._triton.ratio_loss import launch as ratio_loss
 from entropy_kernels._triton.selection import launch as selection
 from entropy_kernels.verification.head_cases import head_cases
+from entropy_kernels.verification.logit_cases import entropy_cases
 from entropy_kernels.verification.offset_cases import offset_cases
+from entropy_kernels.verification.pair_cases import support_cases
 from entropy_kernels.verification.token_cases import ratio_loss_cases, selection_cases
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -65,8 +67,10 @@ def test_head(run):
             *offset_cases(PAIRS[0], torch.float32, DEVICE, small=True),
             *ratio_loss_cases("triton", DEVICE, small=True),
             *selection_cases("triton", DEVICE, small=True),
+            *support_cases(torch.bfloat16, DEVICE, small=True),
+            *entropy_cases(torch.bfloat16, DEVICE),
         )
     ],
 )
-def test_offsets_ratio_loss_and_selection(run):
+def test_what_is_not_a_plain_head(run):
     run()

@@ -17,7 +17,9 @@ from triton.runtime.errors import InterpreterError
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from entropy_kernels import _triton, device
+from entropy_kernels.verification.logit_cases import entropy_cases
 from entropy_kernels.verification.offset_cases import offset_cases
+from entropy_kernels.verification.pair_cases import support_cases
 from entropy_kernels.verification.token_cases import ratio_loss_cases, selection_cases
 from tests.interpreter_sanitizer import kernels_of, sanitized
 from tests.marks import nan_is_meant
@@ -42,6 +44,8 @@ def cases():
     yield from ((name, run) for name, run in heads if any(x in name for x in HEADS))
     yield from (case[:2] for case in tokens if any(x in case.name for x in TOKENS))
     yield from (x[:2] for x in offset_cases(PAIRS[0], torch.float32, DEVICE, small=True))
+    yield from (x[:2] for x in support_cases(torch.float32, DEVICE, small=True, quick=True))
+    yield from (x[:2] for x in entropy_cases(torch.float32, DEVICE, quick=True))
 
 
 @pytest.mark.slow

@@ -80,9 +80,9 @@ def questions(where: torch.device) -> Iterator[Asked]:
     impls += (("cuda",),) * (cuda_module.why_missing() is None)
     for flags, op in itertools.product(impls, ("selection", "ratio_loss")):
         yield Asked(Question(op, torch.float32, flags=flags))
-    for op, dtype in itertools.product(("support", "entropy_from_logits"), DTYPES):
-        yield Asked(Question(op, dtype))
     small = device.interpreting()
+    for op in ("support", "entropy_from_logits"):
+        yield from (Asked(Question(op, dtype)) for dtype in DTYPES[-1 if small else 0 :])
     head, sizes = (_of_head_interpreted, (SMALL_HIDDEN,)) if small else (_of_head, HIDDEN)
     seen: set[Question] = set()
     for dtype, hidden in itertools.product(DTYPES, sizes):
