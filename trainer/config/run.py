@@ -8,7 +8,7 @@ from trainer.config.algorithm import Algorithm
 from trainer.config.checks import at_least
 from trainer.config.data import Data, Reward
 from trainer.config.model import Model, Optimizer, WarmStart
-from trainer.config.sampling import Engine, Rollout
+from trainer.config.sampling import Engine, Rollout, Truncation
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,12 @@ class Eval:
     """Sampled responses per problem; a greedy one is added."""
     temperature: float = 1.0
     """The temperature of the sampled responses."""
+    top_k: int = 0
+    """The sampled responses are drawn from the `top_k` most probable tokens; 0: from all."""
+    top_p: float = 1.0
+    """They are drawn from the most probable tokens whose mass reaches this share; 1.0: from all."""
+    min_p: float = 0.0
+    """They are drawn from tokens at least this share as probable as the most probable one."""
     max_new_tokens: int = 0
     """The longest response in tokens; 0: as in `rollout`."""
 
@@ -38,6 +44,12 @@ class Eval:
             raise ValueError(
                 f"eval.temperature must be > 0, greedy responses are added; got {self.temperature}"
             )
+        _ = self.truncation  # which checks itself
+
+    @property
+    def truncation(self) -> Truncation:
+        """What is left of the vocabulary to sample from."""
+        return Truncation(self.top_k, self.top_p, self.min_p)
 
 
 @dataclass(frozen=True)

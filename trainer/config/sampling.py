@@ -73,6 +73,12 @@ class Truncation:
         """Whether the whole vocabulary is kept."""
         return self == NO_TRUNCATION
 
+    def __str__(self) -> str:
+        """As in "top-k 20, top-p 0.9"; empty where the whole vocabulary is kept."""
+        named = {"min-p": self.min_p, "top-k": self.top_k, "top-p": self.top_p}
+        off = {"min-p": 0.0, "top-k": 0, "top-p": 1.0}
+        return ", ".join(f"{name} {x:g}" for name, x in named.items() if x != off[name])
+
 
 NO_TRUNCATION = Truncation()
 """The whole vocabulary is kept."""

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 
 from trainer.batch import Rollouts
+from trainer.config import Truncation
 from trainer.engines.engine import Engine
 from trainer.evaluation.sets import EvaluationSet
 from trainer.policy import Policy
@@ -19,6 +20,7 @@ def answers(
     samples: int,
     max_new_tokens: int,
     temperature: float,
+    truncation: Truncation,
     at_once: int,
     seed: int = 0,
     first: int = 0,
@@ -38,6 +40,7 @@ def answers(
             group_size=samples,
             max_new_tokens=max_new_tokens,
             temperature=temperature,
+            truncation=truncation,
             seed=one.seed(seed),
             first=start,
             ranks=ranks,

@@ -18,7 +18,14 @@ from trainer.evaluation.answers import answers
 from trainer.evaluation.generations import append, open_folder, rows
 from trainer.evaluation.results import Tally, show, write_results
 from trainer.evaluation.sets import HELD_OUT, EvaluationSet, make_set, warn_of_repeats
-from trainer.evaluation.settings import SAMPLES, Evaluation, given, samples_of, temperature_of
+from trainer.evaluation.settings import (
+    SAMPLES,
+    Evaluation,
+    given,
+    samples_of,
+    temperature_of,
+    truncation_of,
+)
 from trainer.launch.lock import owned
 from trainer.launch.needs import check_needs
 from trainer.model.tokens import prompt_ids
@@ -79,6 +86,7 @@ class Opened(Generic[Settings]):
             samples=samples_of(settings),
             max_new_tokens=settings.max_new_tokens,
             temperature=temperature_of(settings),
+            truncation=truncation_of(settings),
             at_once=settings.batch_size,
             seed=settings.seed,
             first=first,
@@ -155,6 +163,9 @@ def resolved(settings: Settings, ranks: Ranks) -> Settings:
         out=settings.out or str(Path("evaluations") / re.sub(r"[^\w.-]+", "-", model).strip("-.")),
         samples=given(settings.samples, SAMPLES if settings.data else own.eval.samples),
         temperature=given(settings.temperature, own.eval.temperature),
+        top_k=given(settings.top_k, own.eval.top_k),
+        top_p=given(settings.top_p, own.eval.top_p),
+        min_p=given(settings.min_p, own.eval.min_p),
         max_new_tokens=settings.max_new_tokens or limit,
         template=TEMPLATES.get(settings.template, settings.template or own.data.template),
         instruction=instruction,
@@ -313,6 +324,7 @@ def engine_config(settings: Evaluation) -> Config:
         rollout=Rollout(
             max_new_tokens=settings.max_new_tokens,
             temperature=temperature_of(settings) or 1.0,
+            **asdict(truncation_of(settings)),
             batch_size=settings.batch_size,
         ),
         reward=_reward(settings),

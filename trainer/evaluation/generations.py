@@ -20,6 +20,8 @@ from trainer.log import append_text, replace_text
 from trainer.tasks.problem import Problem
 
 FILE = "generations.jsonl"
+# What settings were before there were these.
+_BEFORE = {"top_k": 0, "top_p": 1.0, "min_p": 0.0}
 
 
 def open_folder(
@@ -38,7 +40,7 @@ def open_folder(
     path, now = folder / "settings.json", json.loads(json.dumps(settings))
     # Without an answer it is as good as new, such as after a start that failed.
     answered = (folder / FILE).exists() and (folder / FILE).stat().st_size
-    before = _settings(path) if answered and path.exists() else now
+    before = _BEFORE | _settings(path) if answered and path.exists() else now
     different = [
         f"{name} was {before.get(name)!r}, now {now.get(name)!r}"
         for name in sorted((before.keys() | now.keys()) - set(free))

@@ -14,8 +14,9 @@ def evaluate(run: Run) -> dict[str, float]:
 
     Metrics are "eval/NAME" of the held-out problems and "eval/SET.NAME" of another set, NAME being
 
-    - "accuracy", the share of right responses at `eval.temperature`, with its 95% interval "low",
-      "high" and its "standard_error" over problems; "greedy", "greedy_low", "greedy_high";
+    - "accuracy", the share of right responses at `eval.temperature`, `eval.top_k`, `eval.top_p` and
+      `eval.min_p`, with its 95% interval "low", "high" and its "standard_error" over problems;
+      "greedy", "greedy_low", "greedy_high";
     - "problems", how many were asked; "reward", the mean verdict on sampled responses;
     - of sampled responses "length" in tokens and the share "truncated"; of all, how often the
       verifier ran into its time limit, "timeouts", and failed, "crashes".
@@ -67,6 +68,7 @@ def _answers(run: Run, one: EvaluationSet, samples: int, temperature: float) -> 
         samples=samples,
         max_new_tokens=run.settings.eval.max_new_tokens or rollout.max_new_tokens,
         temperature=temperature,
+        truncation=run.settings.eval.truncation,
         at_once=rollout.prompts * rollout.group_size,
     )
     return Rollouts.concatenate(list(portions))

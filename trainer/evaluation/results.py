@@ -11,7 +11,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from trainer.config import Reward
+from trainer.config import Reward, Truncation
 from trainer.evaluation.estimates import (
     Estimate,
     average,
@@ -92,7 +92,7 @@ def summarize(rows: Sequence[Row], reward: Reward, sampled: bool = True) -> dict
     "reward", the mean verdict. "length" in tokens: mean, percentiles and maximum. "truncated", the
     share that the length limit cut. "timeouts" and "crashes" of the verifier, which count as wrong.
     "entropy", in nats per token: the mean of -log p over the sampled tokens, which estimates that
-    of the distributions; none if greedy.
+    of the distributions, as truncation left them; none if greedy.
     """
     samples = len(rows[0]["reward"])
     right = [sum(map(reward.is_right, row["reward"])) for row in rows]
@@ -134,7 +134,10 @@ def show(results: Mapping[str, Any]) -> None:
     partial = not all(
         math.isclose(own["reward"], own[f"avg@{samples}"]["value"]) for own in sets.values()
     )
-    table = Table(title=results["settings"]["model"])
+    asked = results["settings"]
+    truncation = Truncation(asked["top_k"], asked["top_p"], asked["min_p"])
+    how = str(truncation) if asked["temperature"] else "greedy"
+    table = Table(title=", ".join(filter(None, (asked["model"], how))))
     table.add_column("data")
     for title in ("problems", f"acc@{samples}", "95% interval", f"len@{samples}", "truncated"):
         table.add_column(title, justify="right")

@@ -5,7 +5,7 @@ from typing import Literal, TypeVar
 
 import tyro
 
-from trainer.config import Engine
+from trainer.config import Engine, Truncation
 
 SAMPLES = 16
 T = TypeVar("T")
@@ -27,8 +27,16 @@ class Evaluation:
     problems: int = 0
     """The number of problems of each set; 0: all, or for held-out as in training."""
     temperature: float | None = None
-    """The sampling temperature, without top-p or top-k; 0 is greedy. By default the run's
-    `eval.temperature`, or 1."""
+    """The sampling temperature; 0 is greedy. By default the run's `eval.temperature`, or 1."""
+    top_k: int | None = None
+    """Sample from the `top_k` most probable tokens; 0: from all. By default the run's `eval.top_k`,
+    or 0."""
+    top_p: float | None = None
+    """Sample from the most probable tokens whose mass reaches this share; 1: from all. By default
+    the run's `eval.top_p`, or 1."""
+    min_p: float | None = None
+    """Sample from tokens at least this share as probable as the most probable one; 0: from all. By
+    default the run's `eval.min_p`, or 0."""
     max_new_tokens: int = 0
     """The longest response in tokens; 0: the run's limit, or 20,480 if the model has room."""
     template: str = ""
@@ -77,6 +85,7 @@ class Evaluation:
             value = getattr(self, name)
             if value is not None and not value >= low:
                 raise ValueError(f"{name} must be at least {low}; got {value}")
+        _ = truncation_of(self)  # which checks itself
 
 
 def given(value: T | None, default: T) -> T:
@@ -92,3 +101,10 @@ def samples_of(settings: Evaluation) -> int:
 def temperature_of(settings: Evaluation) -> float:
     """The sampling temperature, once `resolved`."""
     return given(settings.temperature, 1.0)
+
+
+def truncation_of(settings: Evaluation) -> Truncation:
+    """What is left of the vocabulary to sample from, once `resolved`."""
+    return Truncation(
+        given(settings.top_k, 0), given(settings.top_p, 1.0), given(settings.min_p, 0.0)
+    )

@@ -47,12 +47,17 @@ def facts(run: Mapping[str, Any], rows: Sequence[Row], skips: Skips) -> list[tup
     commits = dict.fromkeys(
         start["commit"][:10] + (" + edits" if start["dirty"] else "") for start in run["starts"]
     )
+    truncations = {
+        "Sampling": recorded(config).rollout.truncation,
+        "Evaluation": recorded(config).eval.truncation,
+    }
     starts = f", in {len(run['starts'])} starts" if len(run["starts"]) > 1 else ""
     return [
         ("Model", f"{config['model']['path']}, {config['model']['dtype']}"),
         ("Task", config["data"]["task"]),
         ("Objective", f"{algorithm['loss_type']}, {tokens}"),
         ("Batch", f"{rollout['prompts']} prompts, {rollout['group_size']} responses each"),
+        *((name, str(one)) for name, one in truncations.items() if not one.off),
         ("Steps", f"{rows[-1]['step']:,} of {config['steps']:,}, seed {config['seed']}"),
         (
             "Updates",
