@@ -86,7 +86,7 @@ def test_a_run_samples_trains_and_evaluates_with_truncation(model, tmp_path):
         assert row["eval/accuracy"] == row["eval/greedy"]
     entropies = [row["entropy/mean"] for row in logged if "entropy/mean" in row]
     assert entropies
-    # Of four tokens there are no more than ln 4.
+    # Four tokens have ln 4 at most.
     assert 0 < max(entropies) < 1.387
     page = (config.folder / "report.html").read_text()
     for words in ("top-k 4, top-p 0.7", "top-k 1"):

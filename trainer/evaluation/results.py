@@ -92,7 +92,7 @@ def summarize(rows: Sequence[Row], reward: Reward, sampled: bool = True) -> dict
     "reward", the mean verdict. "length" in tokens: mean, percentiles and maximum. "truncated", the
     share that the length limit cut. "timeouts" and "crashes" of the verifier, which count as wrong.
     "entropy", in nats per token: the mean of -log p over the sampled tokens, which estimates that
-    of the distributions, as truncation left them; none if greedy.
+    of the distributions that were sampled from. Greedy ones have none.
     """
     samples = len(rows[0]["reward"])
     right = [sum(map(reward.is_right, row["reward"])) for row in rows]
