@@ -8,7 +8,7 @@ import torch
 from tests.trainer.small import EVEN, WORDS, build_model, build_tokenizer, sampled, settings
 from tests.trainer.update_cases import ALONE
 from tests.trainer.vllm_cases import IGNORED, SHAPE  # first: it skips where vLLM is missing
-from trainer.config import Engine, Rollout
+from trainer.config import Engine, Rollout, Truncation
 from trainer.engines.transformers import TransformersEngine
 from trainer.engines.vllm import VllmEngine
 from trainer.policy import Policy
@@ -60,6 +60,8 @@ def assert_same(got, want):
     for one, other in zip(got, want, strict=True):
         assert one.tokens.tolist() == other.tokens.tolist()
         torch.testing.assert_close(one.logprobs, other.logprobs, atol=1e-5, rtol=0)
+        torch.testing.assert_close(one.entropies, other.entropies, atol=1e-5, rtol=0)
+        assert one.kept is None
 
 
 def test_is_transformers_greedy_after_every_push(pair):
@@ -109,6 +111,30 @@ def test_log_probs_are_those_that_the_trainer_scores(pair, tmp_path):
         assert not is_eos[:-1].any()
         assert is_eos[-1] == ended[b]
         assert len(tokens) == 16 or ended[b]
+
+
+@pytest.mark.parametrize("temperature", [0, 0.7])
+def test_truncated_responses_come_with_their_sets(pair, temperature):
+    """Log-probs and entropies are over them. Greedy ones are not truncated."""
+    engine, policy = pair
+    options = {"max_new_tokens": 16, "temperature": temperature}
+    found = engine.sample(PROMPTS, range(4), **options, truncation=Truncation(top_k=6, top_p=0.9))
+    for prompt, one in zip(PROMPTS, found, strict=True):
+        n = len(one.tokens)
+        with torch.no_grad():
+            logits = policy.model(torch.tensor([prompt + one.tokens.tolist()])).logits[0]
+        logits = logits[len(prompt) - 1 : -1].float() / (temperature or 1)
+        assert (one.kept is None) == (temperature == 0)
+        if one.kept is not None:
+            one.kept.check_values(one.tokens, torch.ones(n, dtype=torch.bool), len(WORDS))
+            assert one.kept.sizes.max() <= 6
+            row = torch.arange(n).repeat_interleave(one.kept.sizes)
+            outside = torch.ones_like(logits, dtype=torch.bool)
+            outside[row, one.kept.token_ids] = False
+            logits = logits.masked_fill(outside, -100.0)
+        want = torch.distributions.Categorical(logits=logits)
+        torch.testing.assert_close(one.logprobs, want.log_prob(one.tokens), atol=1e-5, rtol=0)
+        torch.testing.assert_close(one.entropies, want.entropy(), atol=1e-5, rtol=0)
 
 
 def test_a_response_depends_on_its_seed_and_on_no_other_request(pair):

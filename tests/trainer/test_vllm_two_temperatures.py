@@ -95,8 +95,9 @@ def test_vllm_samples_from_the_distribution_of_two_temperatures(tmp_path):
         ids = torch.tensor([prompt + one.tokens.tolist()])
         with torch.no_grad():
             logits = policy.model(input_ids=ids).logits[0, len(prompt) - 1 : -1].float()
-        want = two(None, logits).log_softmax(1).gather(1, one.tokens.unsqueeze(1)).squeeze(1)
-        torch.testing.assert_close(one.logprobs, want, atol=1e-4, rtol=1e-4)
+        want = torch.distributions.Categorical(logits=two(None, logits))
+        torch.testing.assert_close(one.logprobs, want.log_prob(one.tokens), atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(one.entropies, want.entropy(), atol=1e-4, rtol=1e-4)
         entropy = torch.distributions.Categorical(logits=logits).entropy()
         used |= set((entropy > two.threshold).tolist())
     assert used == {False, True}
