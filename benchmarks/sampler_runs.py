@@ -205,8 +205,8 @@ def _training_table(found: Mapping[str, Any]) -> str:
                 *(_percent(runs, *which) for which in _EVALUATED),
                 f"{100 * sum(overlap) / len(overlap):.3f}%" if overlap else "",
                 f"{100 * min(overlap):.2f}%" if overlap else "",
-                f"{max(run['entropy_difference'] for run in runs):.1e}",
-                f"1 + {max(run['max_ratio'] for run in runs) - 1:.1e}",
+                _largest(runs, "entropy_difference", 0),
+                "1 + " + _largest(runs, "max_ratio", 1),
             ]
         )
     return table(columns, rows)
@@ -217,6 +217,12 @@ _EVALUATED = (("eval/accuracy", 0), ("eval/accuracy", -1), ("eval/greedy", -1))
 
 def _of(found: Mapping[str, Any], way: Way) -> list[Mapping[str, Any]]:
     return [r for r in found["runs"] if (r["engine"], r["source"]) == (way.engine, way.source)]
+
+
+def _largest(runs: Sequence[Mapping[str, Any]], name: str, less: float) -> str:
+    """The largest of the runs that have measured it, `less` so much."""
+    known = [run[name] - less for run in runs if run[name] is not None]
+    return f"{max(known):.1e}" if known else "?"
 
 
 def _percent(runs: Sequence[Mapping[str, Any]], name: str, place: int) -> str:
