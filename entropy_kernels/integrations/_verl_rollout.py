@@ -8,7 +8,7 @@ T rows that the head is given, B sequences, L the longest response.
 """
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -165,16 +165,16 @@ def _places(data: Any) -> tuple[Known, Tensor]:
     return known, mask_BL.bool()
 
 
-def _field(data: Any, name: str, known: Known, mask_BL: Tensor) -> list[Sequence[Any]]:
+def _field(data: Any, name: str, known: Known, mask_BL: Tensor) -> list[Any]:
     """What the agent loop returned, per response; zeros of padding sequences."""
-    if name in data.keys():  # noqa: SIM118  a TensorDict
-        found = data[name].tolist()
-    elif "extra_fields" in data.keys():  # noqa: SIM118
-        found = [fields.get(name) for fields in data["extra_fields"].tolist()]
-    else:
-        found = [None] * len(mask_BL)
+    from verl.utils import tensordict_utils as tu
+
+    found = tu.get(data, name)
+    if found is None:
+        dicts = tu.get(data, "extra_fields") or [{}] * len(mask_BL)
+        found = [fields.get(name) for fields in dicts]
     counts, some = known.response_BL.sum(1).tolist(), mask_BL.any(1).tolist()
-    rows: list[Sequence[Any]] = []
+    rows: list[Any] = []
     for row, count, sampled in zip(found, counts, some, strict=True):
         if not sampled:
             row = [0.0] * count if name == ENTROPIES else [[]] * count
@@ -188,7 +188,7 @@ def _field(data: Any, name: str, known: Known, mask_BL: Tensor) -> list[Sequence
     return rows
 
 
-def _entropies(rows: list[Sequence[float]], known: Known) -> Tensor:
+def _entropies(rows: list[Any], known: Known) -> Tensor:
     flat = torch.cat([torch.as_tensor(row, dtype=torch.float32).cpu() for row in rows])
     if not bool((flat.isfinite() & (flat >= 0)).all()):
         raise ValueError(f"extra_fields[{ENTROPIES!r}] must be finite and not negative")

@@ -9,56 +9,18 @@ import torch
 
 from entropy_kernels.integrations.verl import patch_verl
 from entropy_kernels.testing import Watch
+from tests.integrations.small_engine import (
+    PROMPTS,
+    RESPONSES,
+    engine_of,
+    micro_batch,
+    on_a_cpu,  # noqa: F401  a fixture
+)
 from tests.integrations.small_models import VOCABULARY as V
-from tests.integrations.small_verl import MISSING, actor, fused, losses, nested, tu
+from tests.integrations.small_verl import actor, fused, losses
 
-engines = pytest.importorskip("verl.workers.engine.fsdp.transformer_impl", reason=MISSING)
-
-PROMPTS, RESPONSES = [3, 2, 4], [9, 12, 6]
 D = 16
-TEMPERATURE = 0.8
-
-
-@pytest.fixture(autouse=True)
-def _on_a_cpu(monkeypatch):
-    """Without CUDA verl takes "cuda" for the device all the same."""
-    monkeypatch.setattr(engines, "get_device_id", lambda: "cpu")
-    monkeypatch.setattr(engines, "get_device_name", lambda: "cpu")
-
-
-def engine_of(model, dtype):
-    """verl's engine around a model that it did not build: its own needs CUDA or an NPU."""
-    engine = object.__new__(engines.FSDPEngineWithLMHead)
-    engine.module, engine._autocast_dtype = model, dtype
-    engine.use_ulysses_sp = engine.pad_to_length = False
-    engine.ulysses_device_mesh = None
-    return engine
-
-
-def micro_batch(temperature=TEMPERATURE):
-    generator = torch.Generator().manual_seed(1)
-    lengths = [p + r for p, r in zip(PROMPTS, RESPONSES, strict=True)]
-
-    ids = [torch.randint(V, (n,), generator=generator) for n in lengths]
-    tensors = {
-        "input_ids": nested(ids),
-        "position_ids": nested(torch.arange(n) for n in lengths),
-        "prompts": nested(x[:p] for x, p in zip(ids, PROMPTS, strict=True)),
-        "responses": nested(x[p:] for x, p in zip(ids, PROMPTS, strict=True)),
-        "response_mask": nested(torch.ones(r, dtype=torch.int64) for r in RESPONSES),
-        "old_log_probs": nested(-6 + torch.randn(r, generator=generator) for r in RESPONSES),
-        "advantages": nested(torch.randn(r, generator=generator) for r in RESPONSES),
-    }
-    settings = {
-        "temperature": temperature,
-        "use_fused_kernels": True,
-        "use_remove_padding": True,
-        "calculate_entropy": True,
-        "dp_size": 1,
-        "batch_num_tokens": sum(RESPONSES),
-        "global_batch_size": len(RESPONSES),
-    }
-    return tu.get_tensordict(tensors, settings)
+pytestmark = pytest.mark.usefixtures("on_a_cpu")
 
 
 def loss_of(engine, loss_mode, **options):
