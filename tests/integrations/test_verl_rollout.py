@@ -240,21 +240,20 @@ def test_extra_fields_pass_through_the_trainer_v0():
 
 
 def test_extra_fields_pass_through_the_trainer_v1():
-    """AgentLoopOutput's own dictionary, and the TensorDict that is put into the queue."""
-    loops = pytest.importorskip("verl.experimental.agent_loop.agent_loop", reason=MISSING)
-    outputs = [
-        loops.AgentLoopOutput(
-            prompt_ids=[1, 2],
-            response_ids=list(range(n)),
-            response_mask=[1] * n,
-            metrics=loops.AgentLoopMetrics(),
-            extra_fields={"rollout_entropies": [0.5 * n] * n},
-        )
+    """The TensorDict that is put into the queue, of AgentLoopOutput.as_dict()'s dictionaries."""
+    fields = [
+        {
+            "responses": torch.arange(n),
+            "input_ids": torch.arange(n + 2),
+            "response_mask": torch.ones(n, dtype=torch.int64),
+            "extra_fields": {"rollout_entropies": [0.5 * n] * n},
+        }
         for n in (2, 3)
     ]
-    data = tu.list_of_dict_to_tensordict([output.as_dict() for output in outputs])
+    data = tu.list_of_dict_to_tensordict(fields)
     data = tu.index_select_tensor_dict(data, torch.tensor([1, 0]))
-    found = [fields["rollout_entropies"] for fields in data["extra_fields"].tolist()]
+    known, mask_BL = _verl_rollout._places(data)
+    found = _verl_rollout._field(data, "rollout_entropies", known, mask_BL)
     assert found == [[1.5] * 3, [1.0] * 2]
 
 
