@@ -151,6 +151,7 @@ class Rollout:
             if sampled.old_BL is not None:
                 # Their ratio is 1: exp of another difference may be inf, and 0 times it NaN.
                 logps = torch.where(sampled.selected_BL, logps, sampled.old_BL)
+            assert sampled.entropy_BL is not None
             entropies = torch.where(sampled.selected_BL, entropies, sampled.entropy_BL)
         return logps, entropies, aux_loss
 

@@ -120,7 +120,7 @@ class Rollout:
     def _read(self, engine: Any, micro_batch: Any, loss_function: Any) -> Known | None:
         from verl.workers.engine.fsdp import transformer_impl
 
-        config = getattr(loss_function, "keywords", {}).get("config")
+        config: Any = getattr(loss_function, "keywords", {}).get("config")
         mode = getattr(getattr(config, "policy_loss", None), "loss_mode", None)
         selects = self.entropies and mode == "high_entropy"
         if not selects and not self.sets:
@@ -178,6 +178,9 @@ def _field(data: Any, name: str, known: Known, mask_BL: Tensor) -> list[Any]:
     for row, count, sampled in zip(found, counts, some, strict=True):
         if not sampled:
             row = [0.0] * count if name == ENTROPIES else [[]] * count
+        if isinstance(row, dict):
+            # AgentLoopOutput.as_dict() takes a dataclass apart.
+            row = Support(**row)
         got = None if row is None else len(row.sizes if isinstance(row, Support) else row)
         if got != count:
             raise ValueError(

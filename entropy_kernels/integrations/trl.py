@@ -224,7 +224,8 @@ class LogProbFunction:
         if self.told is None:
             found = linear_logprob_entropy(head, statistics=statistics, impl=self.impl)
         else:
-            found = _of_told(head, *self.told.take(len(targets)), self.impl)
+            selected_n, support = self.told.take(len(targets))
+            found = _of_told(head, selected_n, support, self.impl)
         entropy = found.entropy if "entropy" in outputs else None
         log_sum_sq_probs = None if found.sum_p2 is None else found.sum_p2.log()
         return found.logprob, entropy, log_sum_sq_probs, None, None

@@ -246,6 +246,7 @@ class _HighEntropyLoss:
         self._by_sampler = options["entropy_source"] == "sampler"
         self.rollout = Rollout(self._by_sampler, options["sets"], self._select)
         self._entropy: Tensor | None = None
+        self._selected: Tensor | None = None
         self._group: Any = None
 
     def ppo_loss(
@@ -259,24 +260,24 @@ class _HighEntropyLoss:
                 f"loss_mode={LOSS_MODE} runs on the strategies {', '.join(STRATEGIES)}; "
                 f"got {config.strategy}"
             )
-        known = self.rollout.known
-        if self._by_sampler and (known is None or known.selected_BL is None):
-            raise ValueError(
-                f'{LOSS_MODE} with entropy_source="sampler" runs in FSDP\'s engine only'
-            )
-        if not self._by_sampler and model_output.get("entropy") is None:
+        if self._by_sampler:
+            known = self.rollout.known
+            if known is None or known.selected_BL is None:
+                raise ValueError(
+                    f'{LOSS_MODE} with entropy_source="sampler" runs in FSDP\'s engine only'
+                )
+            self._entropy, self._selected = known.entropy_BL, known.selected_BL
+        elif model_output.get("entropy") is None:
             raise ValueError(
                 f"loss_mode={LOSS_MODE} needs actor_rollout_ref.actor.calculate_entropy=True"
             )
-        if self._by_sampler:
-            self._entropy = known.entropy_BL
         else:
             self._entropy = self._pad(model_output["entropy"], data).detach().float()
-        self._group = dp_group
+            self._group = dp_group
         try:
             return self._ppo_loss(config, model_output, data, dp_group)
         finally:
-            self._entropy = self._group = None
+            self._entropy = self._selected = self._group = None
 
     def policy_loss(
         self,
@@ -298,13 +299,11 @@ class _HighEntropyLoss:
             raise ValueError(
                 f"loss_mode={LOSS_MODE} has loss_agg_mode=token-mean; got {loss_agg_mode}"
             )
-        if self._entropy is None:
+        entropy, selected, mask = self._entropy, self._selected, response_mask.bool()
+        if entropy is None:
             raise ValueError(f"loss_mode={LOSS_MODE} runs inside verl's ppo_loss only")
-        mask = response_mask.bool()
-        if self._by_sampler:
-            selected = self.rollout.known.selected_BL
-        else:
-            selected = self._select(self._entropy, mask, self._group)
+        if selected is None:
+            selected = self._select(entropy, mask, self._group)
         low, high = config.clip_ratio_low, config.clip_ratio_high
         loss, found = ratio_loss(
             log_prob,
@@ -319,7 +318,7 @@ class _HighEntropyLoss:
             aggregation=Aggregation(token_weight=rollout_is_weights),
             impl=self._impl,
         )
-        chosen, valid = (torch.where(of, self._entropy, 0).sum() for of in (selected, mask))
+        chosen, valid = (torch.where(of, entropy, 0).sum() for of in (selected, mask))
         metrics = {
             "actor/pg_clipfrac": found["clip/low"] + found["clip/high"],
             "actor/ppo_kl": found["kl/k1"],

@@ -315,6 +315,8 @@ def test_the_module_for_verls_workers_patches_with_the_papers_settings(monkeypat
         "fraction": 0.2,
         "over_ranks": False,
         "denominator": "selected",
+        "entropy_source": "current",
+        "sets": False,
     }
     patch.undo()
     assert attributes() == before

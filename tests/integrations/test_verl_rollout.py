@@ -166,9 +166,14 @@ def sets_of(model):
     return found
 
 
-@pytest.mark.parametrize("as_supports", [True, False])
+def as_fields(rows):
+    """What AgentLoopOutput.as_dict() makes of a Support."""
+    return {**vars(Support.of(rows))}
+
+
+@pytest.mark.parametrize("given", [list, Support.of, as_fields])
 @pytest.mark.parametrize("unpadded", [True, False])
-def test_log_probs_and_entropies_are_over_the_sets(unpadded, as_supports):
+def test_log_probs_and_entropies_are_over_the_sets(unpadded, given):
     """In the pass of old log-probs, which has no loss, and in training; 0 for prompts."""
     model = fused()
     sets, want, entropy = sets_of(model), [], []
@@ -179,9 +184,8 @@ def test_log_probs_and_entropies_are_over_the_sets(unpadded, as_supports):
             logp = z_V[row].log_softmax(0)
             want.append(float(logp[row.index(int(target))]))
             entropy.append(-float((logp.exp() * logp).sum()))
-    if as_supports:
-        sets = [Support.of(rows) for rows in sets]
-    data = micro_batch(rollout_sets=sets, use_remove_padding=unpadded)
+    given_sets = [given(rows) for rows in sets]
+    data = micro_batch(rollout_sets=given_sets, use_remove_padding=unpadded)
     with patch_verl(sets=True):
         with torch.no_grad():
             _, old = engine_of(model, torch.float32).forward_step(data, None, forward_only=True)

@@ -23,6 +23,13 @@ def test_replacements_take_what_was_taken():
         assert_same_parameters(ours, theirs)
 
 
+def test_the_engines_step_takes_what_it_took():
+    found = replacements(lambda: patch_verl(sets=True))
+    assert "forward_step" in {name for name, _, _ in found}
+    for _, theirs, ours in found:
+        assert_same_parameters(ours, theirs)
+
+
 def test_the_registered_loss_takes_what_verls_own_takes():
     theirs = parameters(core_algos.get_policy_loss_fn("vanilla"))
     ours = parameters(adapter._HighEntropyLoss.policy_loss)
