@@ -8,6 +8,8 @@ from torch import Tensor
 
 # Elements of one block of gathered rows, fp32.
 _BLOCK = {"cpu": 1 << 18, "cuda": 1 << 24}
+# Terms that one fp32 sum takes in a row; sums of blocks are added to each other.
+_TERMS = 2048
 _products = 0
 
 
@@ -23,7 +25,7 @@ def _count(more: int) -> None:
 
 def _pairs_per_block(rows: Tensor) -> int:
     block = _BLOCK["cuda" if rows.is_cuda else "cpu"]
-    return max(1, block // max(rows.shape[1], 1))
+    return max(1, min(_TERMS, block // max(rows.shape[1], 1)))
 
 
 def pair_dots(left: Tensor, right: Tensor, i_P: Tensor, j_P: Tensor) -> Tensor:
