@@ -81,8 +81,8 @@ ALLOWED = {
     },
     "integrations": {
         *("_rows", "_token_logprobs", "backends", "head", "high_entropy_policy_loss"),
-        *("linear_logprob_entropy", "options", "ratio_loss", "streaming_threshold", "support"),
-        "top_entropy_mask",
+        *("linear_logprob_entropy", "options", "ratio_loss", "sampling", "streaming_threshold"),
+        *("support", "top_entropy_mask"),
     },
     "__main__": ANYTHING,
     "__init__": ANYTHING,
@@ -90,6 +90,8 @@ ALLOWED = {
 # integrations.hf is what knows the head of a model: a trainer that looked for it itself would be
 # a second place to know it.
 PUBLIC_MODULES = {"backends", "distributed", "integrations.hf", "nn", "reference", "testing"}
+# What a trainer of vLLM's samples needs, which this one does too.
+PUBLIC_MODULES |= {f"integrations.vllm{part}" for part in ("", "_processors", "_worker")}
 PUBLIC_NAMES = {*entropy_kernels.__all__, *PUBLIC_MODULES, "__version__"}
 
 

@@ -31,7 +31,7 @@ Key = int | str
 
 @dataclass(eq=False)
 class _Record:
-    """Of one request."""
+    """What is known of one request."""
 
     key: Key
     slot: int | None = None
@@ -124,7 +124,7 @@ class Records:
             record.sets[position] = ids
 
     def read(self, keys: Sequence[Key], lengths: Sequence[int]) -> bytes:
-        """Of each request the first `length` tokens; NaN where nothing is known. See `decode`."""
+        """The first `length` tokens of each request, NaN where nothing is known; see `decode`."""
         self._wait()
         found = [self._by_key.get(key, _Record(key)) for key in keys]
         rows = [self._entropies(record, n) for record, n in zip(found, lengths, strict=True)]

@@ -1,14 +1,14 @@
 """Entropies of sampled tokens out of vLLM, and the sets of ids that they were sampled from.
 
-    from entropy_kernels.integrations import vllm as entropies
+With this module as `entropies`:
 
     llm = LLM(model, **entropies.options(logprobs_mode="processed_logprobs"))
-    params = [entropies.recorded(SamplingParams(temperature=0.7), key) for key in range(len(prompts))]
-    answers = llm.generate(prompts, params)
+    asking = [entropies.recorded(params, key) for key in range(len(prompts))]
+    answers = llm.generate(prompts, asking)
     lengths = [len(answer.outputs[0].token_ids) for answer in answers]
     found = entropies.take(llm, range(len(prompts)), lengths)   # found[b].entropies: fp32 [n]
 
-docs/engines.md says what is recorded, what it costs and what cannot be recorded. vLLM 0.32 or newer.
+docs/engines.md says what is recorded, its cost and its limits. It needs vLLM 0.32 or newer.
 """
 
 import pkgutil
@@ -32,8 +32,9 @@ class Recorded(NamedTuple):
     """What was recorded of one response: n tokens, on the CPU."""
 
     entropies: Tensor
-    """Entropies in nats of the distributions that the tokens were sampled from, fp32 [n]: of
-    softmax(logits / temperature), or over the kept set; untempered where the request was greedy."""
+    """The entropies in nats of softmax(logits / temperature), over the kept set, fp32 [n].
+
+    They are untempered where the request was greedy."""
     kept: Support | None
     """The ids that were left to sample from, a set per token; None: nothing was cut off."""
 

@@ -229,7 +229,7 @@ def test_options_keep_what_a_trainer_has():
         "logits_processors": ["a:B", vllm.PROCESSOR],
         "worker_extension_cls": own,
     }
-    with pytest.raises(ValueError, match="must be a subclass of entropy_kernels.integrations.vllm"):
+    with pytest.raises(ValueError, match=r"must be a subclass of entropy_kernels\.integrations"):
         vllm.options(worker_extension_cls=f"{__name__}.Params")
 
 
