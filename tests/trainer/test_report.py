@@ -67,11 +67,12 @@ def test_page_of_a_whole_run(tmp_path):
     log = make_run(tmp_path / "demo", names=("", "aime24", "math500"))
     text, parsed = page(log.folder)
     assert len(text) < 1_000_000
-    assert count(parsed, "svg") == 18
+    assert count(parsed, "svg") == 19
     for title in (
         *("Held-out accuracy", "Accuracy on aime24, math500", "Training reward", "Loss"),
         *("Kinds of responses", "Response length", "Truncated responses", "Groups"),
         *("Gradient norm", "Sampler and trainer: KL", "Sampler and trainer: largest ratio"),
+        "Tokens of sampler and policy",
     ):
         assert f"<h3>{title}</h3>" in text
     assert "Not drawn: Skipped steps: none; Verifier failures: none." in parsed.text
