@@ -10,7 +10,8 @@ def sampler_step_tables(runs: list[Run]) -> str:
     """Everything about the steps, the first model's first."""
     title = (
         "**A step with what the sampler knows.** 20% of the tokens, micro-batches of one sequence. "
-        "The head's share is of the step. MB is the largest in a part beyond weights and moments."
+        "The head's share is without the scoring pass's head. MB is the largest in a part beyond "
+        "weights and moments."
     )
     parts = [title]
     for run in sorted(runs, key=lambda run: run["shape"]["model"], reverse=True):
@@ -42,11 +43,15 @@ def _times(run: Run) -> str:
 
 
 def _products(run: Run) -> str:
-    columns = ["head's products, T x D x V", "counted", "by the formula", "MB scoring"]
-    columns += ["MB backbone", "MB head", "MB optimizer"]
+    columns = ["products, counted", "the head's, of T x D x V", "by the formula"]
+    columns += ["scoring's share of all", "head's share of all"]
+    columns += ["MB scoring", "MB backbone", "MB head", "MB optimizer"]
     rows = []
     for entry in run["contestants"]:
         cells = [entry["label"], f"{entry['units']:.4f}", f"{entry['formula_units']:.4f}"]
+        for names in (SCORING, ("head",)):
+            part = sum(entry["products"][name] for name in names)
+            cells.append(f"{part / sum(entry['products'].values()):.2%}")
         for names in (SCORING, BACKBONE, ("head",), ("optimizer",)):
             peaks = [entry["part_peak_bytes"].get(name, 0) for name in names]
             cells.append(f"{max(peaks) / 1e6:,.0f}")

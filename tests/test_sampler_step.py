@@ -45,6 +45,12 @@ def test_every_step_finds_the_same_gradient_and_its_products_are_the_formulas(sh
         found[name] = suite.counted(bench, name, step)
         suite.error(found[name]["sums"], truth[name == "ours-support"])
         assert found[name]["head_products"] == found[name]["formula_products"], name
+    layers = sum(x.numel() for x in bench.policy.model.model.layers.parameters())
+    read = shape.sequences * (shape.prompt + shape.response - 1)
+    for entry in found.values():
+        assert entry["products"]["forward"] == pytest.approx(layers * read, rel=0.02)
+        # Checkpointed: forward again, without each layer's last product, and two for gradients.
+        assert 2.5 < entry["products"]["backward"] / entry["products"]["forward"] < 3
     units = {name: entry["units"] for name, entry in found.items()}
     each = 3 if shape.hidden > 512 else 4
     rows = shape.tokens // 5
@@ -93,6 +99,14 @@ def test_the_tables_have_shares_of_the_step():
             "part_peak_bytes": {"head": 3_000_000},
             "units": units,
             "formula_units": units,
+            "products": {
+                "scoring": 2,
+                "scoring head": 0,
+                "forward": 4,
+                "backward": 12,
+                "head": 2,
+                "optimizer": 0,
+            },
         }
 
     sets = {"mean": 8.0, "singletons": 0.5, "p99": 80.0, "largest": 300.0, "selected_mean": 30.0}
@@ -110,5 +124,5 @@ def test_the_tables_have_shares_of_the_step():
     }
     text = sampler_tables.sampler_step_tables([run])
     assert "| ours | 2.00 | 0.50 | 1.00 | 0.00 | 0.10 | 0.00 | 50.0% | 5.0% |" in text
-    assert "| ours | 0.6000 | 0.6000 | 0 | 0 | 3 | 0 |" in text
+    assert "| ours | 0.6000 | 0.6000 | 10.00% | 10.00% | 0 | 0 | 3 | 0 |" in text
     assert "sets of 8.0 ids in the mean, 50% of one id" in text
