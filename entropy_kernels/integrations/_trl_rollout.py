@@ -25,6 +25,7 @@ _METHODS = (
     "_generate",
     "_generate_and_score_completions",
     "_get_per_token_logps_and_entropies",
+    "compute_loss",
     "_compute_loss",
 )
 
@@ -42,7 +43,7 @@ class Told:
 
     @torch.compiler.disable
     def take(self, count: int) -> tuple[Tensor | None, Support | None]:
-        """Of the next `count` tokens."""
+        """What is known of the next `count` tokens."""
         first, self.taken = self.taken, self.taken + count
         if self.taken > self.count:
             self.check()
@@ -74,7 +75,7 @@ class Sampled:
     """The sampler's log-probs, which answer the next call for those of the old policy."""
 
     def told(self, scored_BL: Tensor) -> Told:
-        """Of the tokens that the head scores, in its order."""
+        """What the head is told of the tokens that it scores, in its order."""
         selected, support = self.selected_BL, None
         if self.sets is not None:
             device = scored_BL.device
@@ -155,7 +156,28 @@ class Rollout:
             entropies = torch.where(sampled.selected_BL, entropies, sampled.entropy_BL)
         return logps, entropies, aux_loss
 
+    def compute_loss(
+        self,
+        original: Any,
+        trainer: Any,
+        model: Any,
+        inputs: dict[str, Any],
+        *args: Any,
+        **options: Any,
+    ) -> Any:
+        """Check that what is known reached the loss."""
+        trainer._loss_of_trl = False
+        loss = original(trainer, model, inputs, *args, **options)
+        selects = self.entropy_source == "sampler" and trainer.top_entropy_quantile < 1
+        if not trainer._loss_of_trl and (selects or SETS in inputs):
+            raise ValueError(
+                f"{type(trainer).__name__} has a _compute_loss of its own, which does not call "
+                "GRPOTrainer's, and knows nothing of the fields of rollout_func"
+            )
+        return loss
+
     def _compute_loss(self, original: Any, trainer: Any, model: Any, inputs: dict[str, Any]) -> Any:
+        trainer._loss_of_trl = True
         entropy_BL, sets = inputs.get(ENTROPIES), inputs.get(SETS)
         fraction = trainer.top_entropy_quantile
         if self.entropy_source != "sampler" or fraction >= 1 or entropy_BL is None:

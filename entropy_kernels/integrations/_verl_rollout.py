@@ -27,7 +27,7 @@ ENTROPIES, SETS = "rollout_entropies", "rollout_sets"
 
 @dataclass
 class Known:
-    """Of a micro-batch's responses."""
+    """What is known of a micro-batch's responses."""
 
     place_BL: Tensor
     """The row of the head that predicts each token."""

@@ -178,6 +178,8 @@ def _head(impl: str, rollout: Rollout) -> Any:
         head = Head(hidden_states, vocab_weights, input_ids.long(), temperature=temperature)
         if rollout.known is not None:
             return rollout.known.score(head, impl)
+        if rollout.sets:
+            raise ValueError("sets=True runs in FSDP's engine only")
         found = linear_logprob_entropy(head, impl=impl)
         return found.logprob, found.entropy
 

@@ -4,11 +4,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from entropy_kernels import Support
-from tests.integrations.small_grpo import build_trainer
+from tests.integrations.small_grpo import build_trainer, columns
 
 SEED = 5
+ALL_FIELDS = ("sampling_entropies", "sampling_sets")
 
 
 @dataclass
@@ -62,3 +64,10 @@ def as_supports(sets: list[list[list[int]]]) -> list[Support]:
 def build(folder: Any, rollout: Any, **options: Any) -> Any:
     """A trainer whose steps are aligned: each completion is used once, by the policy it is of."""
     return build_trainer(folder, rollout_func=rollout, **{"num_iterations": 1} | options)
+
+
+def run(folder: Any, patch: Any, rollout: Any = None, **options: Any) -> Tensor:
+    """Loss, grad_norm and entropy of each step of a run under the patch."""
+    with patch:
+        trainer = build(folder, rollout or SampleOneByOne(), top_entropy_quantile=0.2, **options)
+        return columns(trainer)

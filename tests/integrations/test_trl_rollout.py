@@ -17,7 +17,7 @@ from entropy_kernels.integrations import _trl_rollout, _trl_step
 from entropy_kernels.integrations import trl as adapter
 from entropy_kernels.integrations.trl import patch_trl
 from tests.integrations.counted import Counted
-from tests.integrations.rollouts import SampleOneByOne, as_supports, build
+from tests.integrations.rollouts import ALL_FIELDS, SampleOneByOne, as_supports, build, run
 from tests.integrations.small_grpo import LOSS_TYPES, columns, difference
 from tests.processes import spawn
 from tests.trainer.small import WORDS
@@ -29,7 +29,6 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 D, V = 16, len(WORDS)
 FIVE_DIGITS = 1e-5
 TOP = 3
-ALL_FIELDS = ("sampling_entropies", "sampling_sets")
 
 
 @pytest.fixture(autouse=True)
@@ -37,13 +36,6 @@ def _undone():
     yield
     if adapter._in_force is not None:
         adapter._in_force[1].undo()
-
-
-def run(folder, patch, rollout=None, **options):
-    """Loss, grad_norm and entropy of each step."""
-    with patch:
-        trainer = build(folder, rollout or SampleOneByOne(), top_entropy_quantile=0.2, **options)
-        return columns(trainer)
 
 
 class Kept:
@@ -290,63 +282,3 @@ def test_an_evaluation_takes_what_its_own_rollouts_know(tmp_path):
         trainer.train()
         trainer.eval_dataset = trainer.train_dataset.select(range(2))
         assert math.isfinite(trainer.evaluate()["eval_loss"])
-
-
-WRONG = {
-    "no field": (SampleOneByOne(fields=()), "needs a rollout_func that returns sampling_entropies"),
-    "too few": (
-        SampleOneByOne(changes={"sampling_entropies": [[1.0]] * 8}),
-        r"sampling_entropies must have one entry for each .*got \[1, 1",
-    ),
-    "sets too few": (
-        SampleOneByOne(fields=ALL_FIELDS, changes={"sampling_sets": [[[1]]] * 8}),
-        r"sampling_sets must have one entry for each .*got \[1, 1",
-    ),
-}
-
-
-@pytest.mark.parametrize("name", WRONG)
-def test_fields_that_do_not_fit_are_refused(tmp_path, name):
-    rollout, message = WRONG[name]
-    with pytest.raises(ValueError, match=message):
-        run(tmp_path, patch_trl(entropy_source="sampler"), rollout)
-
-
-@pytest.mark.parametrize("value", [math.nan, math.inf, -1.0])
-def test_entropies_that_are_none_are_refused(tmp_path, value):
-    sampler = SampleOneByOne()
-
-    def rollout(prompts, trainer):
-        found = sampler(prompts, trainer)
-        found["sampling_entropies"][3][0] = value
-        return found
-
-    with pytest.raises(ValueError, match="sampling_entropies must be finite and not negative"):
-        run(tmp_path, patch_trl(entropy_source="sampler"), rollout)
-
-
-@pytest.mark.parametrize("value", [None, math.nan])
-def test_missing_log_probs_are_refused(tmp_path, value):
-    sampler = SampleOneByOne()
-
-    def rollout(prompts, trainer):
-        found = sampler(prompts, trainer)
-        found["logprobs"][3][0] = value
-        return found
-
-    with pytest.raises(ValueError, match="needs every log-prob; got None or NaN"):
-        run(tmp_path, patch_trl(old_logprob="sampler"), rollout)
-
-
-def test_a_trainer_without_rollout_func_has_no_entropies(tmp_path):
-    with patch_trl(entropy_source="sampler"):
-        trainer = build(tmp_path, None, top_entropy_quantile=0.2)
-        with pytest.raises(ValueError, match=r"needs a rollout_func .* got no extra field"):
-            trainer.train()
-
-
-def test_unknown_sources_are_refused():
-    with pytest.raises(ValueError, match="entropy_source must be one of current, sampler; got"):
-        patch_trl(entropy_source="old")
-    with pytest.raises(ValueError, match="old_logprob must be one of recomputed, sampler; got"):
-        patch_trl(old_logprob="current")

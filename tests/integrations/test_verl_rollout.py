@@ -20,7 +20,7 @@ from tests.integrations.small_engine import (
     on_a_cpu,  # noqa: F401  a fixture
 )
 from tests.integrations.small_models import VOCABULARY as V
-from tests.integrations.small_verl import MISSING, actor, fused, losses, tu
+from tests.integrations.small_verl import MISSING, actor, fused, heads, losses, tu
 
 protocol = pytest.importorskip("verl.protocol", reason=MISSING)
 padding = pytest.importorskip("verl.workers.utils.padding", reason=MISSING)
@@ -310,6 +310,12 @@ def test_another_engines_loss_is_refused():
         pytest.raises(ValueError, match="in FSDP's engine only"),
     ):
         losses.ppo_loss(actor(), output, data)
+
+
+def test_another_engines_head_is_refused():
+    head = heads.FusedLinearForPPO()
+    with patch_verl(sets=True), pytest.raises(ValueError, match="in FSDP's engine only"):
+        head(torch.randn(1, 3, D), torch.randn(V, D), torch.zeros(1, 3, dtype=torch.int64))
 
 
 def test_a_critics_step_reads_nothing():
