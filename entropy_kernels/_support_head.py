@@ -14,6 +14,7 @@ Where nobody has looked, as on a GPU, a row whose set is wrong has NaN outputs a
 T tokens, D hidden, V vocabulary, N pairs of a token and an id of its set, P pairs of those.
 """
 
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -55,7 +56,9 @@ def linear_logprob_entropy(head: Head, support: Support, run: Run) -> tuple[Tens
     if _rows.sees_values(head.hidden.device):
         _rows.check_values(head, int(columns.total))
         support.check_values(head.target, head.valid, int(columns.total))
-    return _SupportHead.apply(head.hidden, head.weight, head.bias, head, support, run, columns)
+    rows = [x if x.stride(1) == 1 else x.contiguous() for x in (head.hidden, head.weight)]
+    head = replace(head, hidden=rows[0], weight=rows[1])
+    return _SupportHead.apply(*rows, head.bias, head, support, run, columns)
 
 
 def _columns(head: Head, support: Support, group: ProcessGroup | None) -> _Columns:

@@ -95,9 +95,9 @@ def high_entropy_policy_loss(
             the sequence_group. A number as `denominator` or `num_sequences` is taken as it is.
             Metrics are of this rank; `distributed.join_metrics` joins them.
         backend: the kernels, main_grad and max_active_rows: `Backend`.
-        support: the ids that a sampler kept of each token's vocabulary: `Support`. Log-probs, ratios,
-            entropies and the choice of tokens are then those of the truncated policy that sampled.
-            Each of the three ways costs D products per id in the sets of its tokens.
+        support: the ids that a sampler kept of each token's vocabulary: `Support`. Log-probs,
+            ratios, entropies and the choice of tokens are then those of the truncated policy that
+            sampled. Each of the three ways costs D products per id in the sets of its tokens.
         lengths, loss_type, clip_low, clip_high, dual_clip, denominator: as in `ratio_loss`.
         aggregation, kl, correction, entropy_bonus: as in `ratio_loss`. With `selected` the head
             knows the selected tokens alone, and an option that reads others raises.
