@@ -102,7 +102,7 @@ def test_every_public_function_asks(checked):
     loss.backward()
     assert {text.split()[0] for text in asked} == {"forward", "dlogits", "selection", "ratio_loss"}
     asked.clear()
-    ek.linear_logprob_entropy(head, support=ek.Support.of([[0, 1]] * T))
+    ek.linear_logprob_entropy(head, support=ek.Support.of([[y, V - 1 - y] for y in head.target]))
     assert asked == ["support float32"]
     asked.clear()
     linear_token_logprobs(make_head(torch.float16), torch.arange(3))
