@@ -310,9 +310,11 @@ def ratio_loss(impl: str) -> Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]
     return _native.ratio_loss if impl == "cpu" else torch_ratio_loss.ratio_loss
 
 
-def entropy_from_logits(impl: str, where: torch.device) -> Callable[..., Tensor]:
+def entropy_from_logits(
+    impl: str, where: torch.device, dtype: torch.dtype
+) -> Callable[..., Tensor]:
     """The backend's entropies of logits; all take and return what `_torch.sampling`'s does."""
-    name = resolve("entropy_from_logits", impl, where)
+    name = resolve("entropy_from_logits", impl, where, dtype)
     if name in ("triton", "cuda"):
         from ._triton.sampling.launch import entropy_from_logits as triton_entropy_from_logits
 

@@ -58,7 +58,7 @@ def entropy_from_logits(
     """
     _check_logits(logits)
     temperature_R = _temperature(temperature, logits)
-    kernel = backends.entropy_from_logits(impl, logits.device)
+    kernel = backends.entropy_from_logits(impl, logits.device, logits.dtype)
     with torch.no_grad():
         return kernel(logits.detach(), temperature_R)
 

@@ -17,7 +17,13 @@ from benchmarks.gpu.setting import setting_of
 from entropy_kernels import backends
 from entropy_kernels._triton.common import tiles
 from entropy_kernels._triton.common.tiles import Tile
-from entropy_kernels.verification import head_cases, offset_cases, token_cases
+from entropy_kernels.verification import (
+    head_cases,
+    logit_cases,
+    offset_cases,
+    pair_cases,
+    token_cases,
+)
 from entropy_kernels.verification.head_cases import Case
 
 STAGE = "correctness"
@@ -33,7 +39,7 @@ class Group(NamedTuple):
     forward: Tile | None = None
     dlogits: Tile | None = None
     impl: str = ""
-    """Whose selection and loss; empty for the head."""
+    """Whose selection and loss, or products of pairs and entropies; empty for the head."""
     large: bool = False
     """Tensors of more than 2^31 elements."""
 
@@ -48,6 +54,7 @@ def groups(architecture: str, quick: bool) -> Iterator[Group]:
         yield _head_group(first, dtypes[0])
         yield _head_group(first, dtypes[0], large=True)
         yield from (Group(f"tokens {impl}", "", impl=impl) for impl in ("triton", "torch"))
+        yield from (Group(f"sampler {dtype}", dtype, impl="triton") for dtype in dtypes)
         yield from (_head_group(first, dtype) for dtype in dtypes[1:])
         yield from (_head_group(pair, dtypes[0]) for pair in others if pair not in last)
         if "cuda" in backends.available():
@@ -105,7 +112,11 @@ def _kernels(group: Group, case: Case, architecture: str) -> list[str]:
 
 def cases(group: Group, device: torch.device, quick: bool) -> list[Case]:
     """Names are unique; `quick` makes them small."""
-    if group.impl:
+    if group.impl and group.dtype:
+        dtype = getattr(torch, group.dtype)
+        found = pair_cases.support_cases(dtype, device, quick)
+        found += logit_cases.entropy_cases(dtype, device)
+    elif group.impl:
         found = token_cases.ratio_loss_cases(group.impl, device, quick)
         found += token_cases.selection_cases(group.impl, device, quick)
     else:

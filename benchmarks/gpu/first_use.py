@@ -23,10 +23,12 @@ WAYS = {
     "a threshold known beforehand": ("stored", "gradient"),
     "a mask known beforehand": ("keep_logits", "gradient"),
 }
+# These are asked about by dtype.
+OF_SAMPLER = ("support", "entropy_from_logits")
 
 
 def run(rows: Rows, job: Row) -> None:
-    """The calls of one hidden size; those of selection and loss where it is 0."""
+    """The calls of one hidden size; those of all but the head where it is 0."""
     if not ours.has_triton():
         return
     setting, hidden = setting_of(rows, job), job["hidden"]
@@ -34,8 +36,9 @@ def run(rows: Rows, job: Row) -> None:
         # What the interpreter finds is of no use to anybody.
         place = {"EK_CACHE_DIR": folder} if setting.quick else {}
         with mock.patch.dict(os.environ, place | {first_use.VARIABLE: "force"}):
-            for op in () if hidden else ("selection", "ratio_loss"):
-                ask = partial(first_use.right, op, setting.device)
+            for op in () if hidden else ("selection", "ratio_loss", *OF_SAMPLER):
+                dtype = setting.sizes.dtype if op in OF_SAMPLER else torch.float32
+                ask = partial(first_use.right, op, setting.device, dtype)
                 rows.measure(STAGE, f"first use: {op}", partial(_asked, setting, ask), kernels=[op])
             ways = list(WAYS.items())[: 1 if setting.quick else None]
             for way, options in ways if hidden else ():
