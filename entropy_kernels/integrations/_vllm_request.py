@@ -70,8 +70,8 @@ def check_params(params: Any) -> None:
             f"requests whose entropies are recorded must have n=1 and a key each; got n={params.n}"
         )
     # All of these change the logits behind our processor, under one runner of vLLM or both.
-    wanted = {"presence_penalty": 0, "frequency_penalty": 0, "repetition_penalty": 1}
-    wanted["thinking_token_budget"] = None
+    wanted: dict[str, int | None] = {"presence_penalty": 0, "frequency_penalty": 0}
+    wanted |= {"repetition_penalty": 1, "thinking_token_budget": None}
     if asked.cuts:
         wanted |= {"top_k": 0, "top_p": 1, "min_p": 0}
     for name, value in wanted.items():

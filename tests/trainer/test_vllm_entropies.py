@@ -92,7 +92,7 @@ def entropy(logits):
     return -(logprob.exp() * logprob.clamp_min(-1e30)).sum(1)
 
 
-@pytest.fixture(scope="module", params=["float32 inside", "bfloat16 beside"])
+@pytest.fixture(scope="module", params=["float32 inside", "float32 beside"])
 def case(request, tmp_path_factory):
     monkeypatch = pytest.MonkeyPatch()
     case = Case(tmp_path_factory.mktemp("model"), *request.param.split(), monkeypatch)
