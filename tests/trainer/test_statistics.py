@@ -68,14 +68,14 @@ def noisy(monkeypatch):
     ("model", "old", "entropy", "want"),
     [
         (FP32, "auto", "auto", ("sampler", "sampler")),
-        (BF16, "auto", "auto", ("recomputed", "old")),
+        (BF16, "auto", "auto", ("recomputed", "sampler")),
         # Files of runs that began when there was always a pass.
         *((m, "auto", "old", ("recomputed", "old")) for m in (FP32, BF16)),
         *((m, "auto", "current", ("recomputed", "current")) for m in (FP32, BF16)),
         (FP32, "auto", "sampler", ("sampler", "sampler")),
         (BF16, "auto", "sampler", ("recomputed", "sampler")),
         *((m, "sampler", "auto", ("sampler", "sampler")) for m in (FP32, BF16)),
-        *((m, "recomputed", "auto", ("recomputed", "old")) for m in (FP32, BF16)),
+        *((m, "recomputed", "auto", ("recomputed", "sampler")) for m in (FP32, BF16)),
         *((BF16, *mix, mix) for mix in MIXES),
         *((FP32, *mix, mix) for mix in MIXES),
     ],
@@ -87,7 +87,7 @@ def test_what_auto_stands_for(model, old, entropy, want):
 
 def test_bf16_in_the_engine_is_bf16():
     config = Config(engine=Engine(kind="vllm", dtype="bfloat16"))
-    assert sources(config) == Sources("recomputed", "old")
+    assert sources(config) == Sources("recomputed", "sampler")
 
 
 @pytest.mark.parametrize(
@@ -112,9 +112,12 @@ def test_a_run_of_an_older_version_goes_on_with_its_pass():
         "algorithm.entropy_source was old, now sampler",
         "algorithm.old_logprob was recomputed, now sampler",
     ]
-    # In bf16 "auto" is what there was.
-    before["model"]["compute_dtype"] = "bfloat16"
-    assert not differences(before, Config(model=BF16), Path())
+    # A run with the current policy's entropies names them, and is as it was.
+    before["algorithm"]["entropy_source"] = "current"
+    now = Config(algorithm=Algorithm(entropy_source="current"))
+    assert not differences(before, now, Path())
+    named = replace(now, algorithm=replace(now.algorithm, old_logprob="recomputed"))
+    assert not differences(before, named, Path())
 
 
 def test_no_forward_of_the_model_beside_those_of_the_updates(model, tmp_path, monkeypatch):

@@ -19,12 +19,12 @@ class Algorithm:
     old_logprob: Literal["auto", "sampler", "recomputed"] = "auto"
     """The log-probs that ratios are taken to. "sampler": as the engine reported them;
     "recomputed": by the policy in a scoring pass, a forward over all responses. "auto" is "sampler"
-    in fp32 where its entropies select too, and "recomputed" elsewhere."""
+    in fp32 with the sampler's entropies, and "recomputed" elsewhere."""
     entropy_source: Literal["auto", "sampler", "old", "current"] = "auto"
     """Whose entropies select the tokens. "sampler": the engine's, known without a scoring pass;
     "old": the policy's before the step's updates, from that pass. With either the head trains on
     the selected tokens only. "current": those of the policy being trained (the paper); the head
-    runs on all tokens. "auto" is "sampler" in fp32 or with the sampler's log-probs, else "old"."""
+    runs on all tokens. "auto" is "sampler"."""
     compare_every: int = 20
     """RL steps between comparisons of the sampler's log-probs, entropies and tokens with the
     policy's, for which the scoring pass runs anyway; 0: never."""

@@ -32,17 +32,18 @@ class Sources:
 def sources(settings: Config) -> Sources:
     """What a step of `settings` takes from the sampler.
 
-    "auto" is the sampler in fp32, where it agrees with the policy, and a scoring pass in bf16. A
-    source that is named decides for the other: entropies of the "old" policy need the pass, and the
-    "current" policy's were always used with it.
+    "auto" takes entropies from the sampler: they only choose tokens, and do so alike. It takes
+    log-probs from it too in fp32, where they are the policy's to rounding. In bf16 they are not,
+    and each ratio would have the difference as a factor: the policy recomputes them there.
+    docs/trainer.md has the measurement. Beside a pass that is asked for, "old" or "current"
+    entropies, log-probs are recomputed as well, as in all runs before there was a choice.
     """
-    algorithm, exact = settings.algorithm, not in_bf16(settings)
+    algorithm = settings.algorithm
     old, entropy = algorithm.old_logprob, algorithm.entropy_source
-    if entropy == "auto":
-        agrees = old == "sampler" or (old == "auto" and exact)
-        entropy = "sampler" if agrees else "old"
+    entropy = "sampler" if entropy == "auto" else entropy
     if old == "auto":
-        old = "sampler" if entropy == "sampler" and exact else "recomputed"
+        exact = entropy == "sampler" and not in_bf16(settings)
+        old = "sampler" if exact else "recomputed"
     return Sources(old, entropy)
 
 
