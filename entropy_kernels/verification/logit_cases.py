@@ -26,9 +26,9 @@ RELATIVE = 4e-5
 def entropy_cases(dtype: torch.dtype, device: torch.device, quick: bool = False) -> list[Case]:
     """Entropies from log V down to 1e-25, with temperatures and without."""
     name = str(dtype).removeprefix("torch.")
-    pairs = itertools.product(SHAPES, TEMPERATURES)
+    pairs = [*itertools.product(SHAPES, TEMPERATURES)]
     if quick:
-        pairs = zip(SHAPES, TEMPERATURES, strict=False)
+        pairs = [*zip(SHAPES, TEMPERATURES, strict=False)]
     return [
         Case(
             f"entropy_from_logits {name} R={R} V={V} blocks={tiles} temperatures: {kind}",

@@ -82,8 +82,10 @@ def pairs(dtype: torch.dtype, device: torch.device, hidden: int, count: int, kin
     rows[50] = torch.nan
     i_P = torch.where(live_P, table[torch.randint(50, (count,))], 50)
     scale_P = torch.where(live_P, torch.randn(count), 0.0)
-    found = (2 * run_P + 1, scale_P, i_P, rows.to(dtype))
-    return Pairs(*(x.to(device) for x in found), places)
+    place_P, scale_P, i_P, rows = (
+        x.to(device) for x in (2 * run_P + 1, scale_P, i_P, rows.to(dtype))
+    )
+    return Pairs(place_P, scale_P, i_P, rows, places)
 
 
 def check_dots(
