@@ -231,6 +231,7 @@ static std::int64_t sums(const PairSums& call, Stop stop) {
 }
 
 static std::int64_t pair_sums(const PairSums& call, Stop stop) {
+  if (call.dim == 0) return 0;
   return with_dtype(call.rows.dtype, [&](auto dtype) { return sums<dtype.value>(call, stop); });
 }
 
