@@ -208,6 +208,26 @@ def test_vllm_keeps_the_same(limits):
     assert [sorted(ids) for ids, _ in sets(ek.truncate(logits, 0.7, **limits))] == want
 
 
+@pytest.mark.parametrize("first", [1, 1024])
+def test_a_share_that_is_reached_is_enough(first, monkeypatch):
+    """Four equal ids: two have half of the mass."""
+    monkeypatch.setattr(sampling, "_FIRST", first)
+    logits = torch.full((1, 7), -math.inf)
+    logits[0, 2:6] = 1.0
+    for top_p, kept in ((0.25, 1), (0.5, 2), (0.501, 3), (0.75, 3), (1.0, 4)):
+        got = ek.truncate(logits, top_p=top_p)
+        assert got.support.token_ids.tolist() == list(range(2, 2 + kept))
+        assert got.entropy.tolist() == pytest.approx([math.log(kept)])
+
+
+def test_the_mass_of_what_min_p_leaves_counts_beyond_the_first_candidates(monkeypatch):
+    monkeypatch.setattr(sampling, "_FIRST", 8)
+    logits = torch.tensor([[1.0] + [0.1] * 12 + [0.04] * 5]).log()
+    # 0.52 of 2.2, not of 2.4, is 1.144.
+    got = ek.truncate(logits, min_p=0.05, top_p=0.52)
+    assert got.support.token_ids.tolist() == [0, 1, 2]
+
+
 def test_a_set_of_one_is_certain():
     got = ek.truncate(torch.randn(5, 50), top_k=1)
     assert got.support.sizes.tolist() == [1] * 5
