@@ -3,8 +3,9 @@
 T tokens, D hidden, V vocabulary, N pairs of a token and an id of its set.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -40,6 +41,19 @@ class Support:
         """The support whose token t has the ids where `kept[t]` is true."""
         zero = torch.zeros(1, dtype=torch.int64, device=kept.device)
         return Support(kept.nonzero()[:, 1], torch.cat([zero, kept.sum(1).cumsum(0)]))
+
+    @staticmethod
+    def concatenate(parts: "Sequence[Support]") -> "Support":
+        """The sets of all `parts`, one part or more, one after the other."""
+        sizes = torch.cat([part.sizes for part in parts])
+        ends = torch.cat([sizes.new_zeros(1), sizes.cumsum(0)])
+        return Support(torch.cat([part.token_ids for part in parts]), ends)
+
+    def split(self, counts: Sequence[int]) -> "list[Support]":
+        """The sets of the first counts[0] tokens, those of the next counts[1], ...: views."""
+        ends = torch.tensor([0, *counts]).cumsum(0).tolist()
+        pieces = [self.offsets[begin : end + 1] for begin, end in pairwise(ends)]
+        return [Support(self.token_ids[piece[0] : piece[-1]], piece - piece[0]) for piece in pieces]
 
     @property
     def sizes(self) -> Int[Tensor, " T"]:
