@@ -1,5 +1,6 @@
 """Entropies and sets out of a plain vLLM against a forward pass of transformers."""
 
+import gc
 import subprocess
 import sys
 from pathlib import Path
@@ -98,6 +99,8 @@ def case(request, tmp_path_factory):
     case = Case(tmp_path_factory.mktemp("model"), *request.param.split(), monkeypatch)
     yield case
     case.llm.llm_engine.engine_core.shutdown()
+    del case.llm
+    gc.collect()  # vLLM's sockets, while its warnings are ignored
     monkeypatch.undo()
 
 
