@@ -102,7 +102,8 @@ class _Sets(NamedTuple):
         if not _rows.sees_values(offsets.device):
             # Offsets that would lead out of memory become others that do not.
             offsets = offsets.clamp(0, count).cummax(0).values
-            offsets[0], offsets[-1] = 0, count
+            offsets[:1].fill_(0)
+            offsets[-1:].fill_(count)
             wrong = (offsets != support.offsets).any()
         sizes_T = offsets.diff()
         row_N = torch.arange(len(sizes_T), device=sizes_T.device)
@@ -251,7 +252,9 @@ def _distribution(
     if with_statistics:
         more = [sets.sum(x_N) for x_N in (e_N * finite_N**2, e_N**2, e_N**2 * finite_N)]
         statistics = finish_statistics(torch.stack([s_T, t_T, *more]))
-        statistics = rows(statistics, statistics.new_tensor([0.0, 1.0, 1.0, 0.0]).unsqueeze(1))
+        of_one_41 = statistics.new_zeros(4, 1)
+        of_one_41[1:3].fill_(1.0)  # max_prob and sum_p2
+        statistics = rows(statistics, of_one_41)
     return logp_N, (logprob_T, entropy_T, statistics)
 
 

@@ -113,7 +113,7 @@ def linear_logprob_entropy(
 
     Never allocates [T, V] unless `keep_logits` asks for it, or `keep_logits_above` for few tokens.
     Forward does not synchronise with a CUDA device. Backward does once, for the number of active
-    rows, unless `max_active_rows` is given.
+    rows, unless `max_active_rows` is given. With a support the torch path does in both.
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit; temperature or logit_scale <= 0; a

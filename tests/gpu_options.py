@@ -131,3 +131,14 @@ CALLS: dict[str, Callable[[], Options]] = {
     "statistics": lambda: {"statistics": STATISTICS},
     "a bound of no row": lambda: {"max_active_rows": 0},
 }
+
+
+def sets_of_three() -> ek.Support:
+    ids = torch.randint(V, (3 * T,), device="cuda")
+    return ek.Support(ids, 3 * torch.arange(T + 1, device="cuda"))
+
+
+SETS: dict[str, Callable[[], Options]] = {
+    "support": lambda: {"support": sets_of_three()},
+    "support with statistics": lambda: {"support": sets_of_three(), "statistics": STATISTICS},
+}

@@ -35,6 +35,7 @@ from tests.gpu_options import (
     HEADS,
     LOSSES,
     MOST,
+    SETS,
     B,
     D,
     L,
@@ -79,7 +80,7 @@ def head_alone(impl: str, options: Options, **of_head: Any) -> None:
     """Forward and backward of the head, all outputs with a gradient."""
     bound = {"max_active_rows": MOST} | options
     found = ek.linear_logprob_entropy(make_head(B, L, **of_head), **bound, impl=impl)
-    backward(sum(x.sum() for x in found[:3]))
+    backward(sum(x.sum() for x in found[:3] if x is not None))
 
 
 def ratio_loss(options: Options, *shape: int) -> None:
@@ -197,6 +198,10 @@ WAITS: dict[str, tuple[Callable[[], object], set[str]]] = {
         lambda: head_alone("torch", {"max_active_rows": None}),
         {"nonzero at head_backward.py"},
     ),
+    "sets, torch": (
+        lambda: head_alone("torch", SETS["support"]()),
+        {"nonzero at _support_head.py"},
+    ),
     "selected without a bound": (
         lambda: policy_loss("torch", {"selected": bools(B, L), "backend": ek.Backend("torch")}),
         {"nonzero at high_entropy_policy_loss.py"},
@@ -228,7 +233,7 @@ WAITS: dict[str, tuple[Callable[[], object], set[str]]] = {
 
 def test_every_option_is_tried():
     with fake_gpu():
-        heads, calls = ([x() for x in table.values()] for table in (HEADS, CALLS))
+        heads, calls = ([x() for x in table.values()] for table in (HEADS, CALLS | SETS))
         of_loss = [x() for x in (LOSSES | CHOICES).values()]
     tried = {name for options in (*heads, *calls, *of_loss) for name in options}
     groups = [x for options in of_loss for x in options.values() if is_dataclass(x)]
@@ -287,6 +292,16 @@ def test_no_option_of_the_head_waits(name, impl):
     with fake_gpu():
         options = CALLS[name]()
         assert count(lambda: head_alone(impl, options)) == {}
+
+
+@pytest.mark.parametrize("impl", ["triton", "cuda"])
+@pytest.mark.parametrize("name", SETS)
+def test_no_head_over_sets_waits(name, impl):
+    with fake_gpu():
+        options = SETS[name]()
+        assert count(lambda: head_alone(impl, options)) == {}
+        policy = {"fraction": 0.5, "support": options["support"]}
+        assert count(lambda: policy_loss(impl, policy)) == {}
 
 
 @pytest.mark.parametrize("impl", IMPLS)
