@@ -202,6 +202,7 @@ class _SupportHead(torch.autograd.Function):
             if needs[1]:
                 dweight_VD = _weight(dz_P, by_id, head, run)
             if needs[2]:
+                assert head.bias is not None
                 ones_T1 = torch.ones(len(head.target), 1, device=dz_P.device)
                 dbias_V = torch.zeros_like(head.bias)
                 pair_sums(run.impl, dz_P, ones_T1, *by_id, dbias_V.unsqueeze(1))

@@ -22,7 +22,6 @@ from ._cuda_kernels import selection as cuda_selection
 from ._rows import ForwardRows, check_active_rows
 from ._torch import head_backward, head_forward
 from ._torch import ratio_loss as torch_ratio_loss
-from ._torch import sampling as torch_sampling
 from ._torch import selection as torch_selection
 from .head import Head
 from .verification import first_use
@@ -308,18 +307,6 @@ def ratio_loss(impl: str) -> Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]
     if impl == "cuda":
         return cuda_ratio_loss.ratio_loss
     return _native.ratio_loss if impl == "cpu" else torch_ratio_loss.ratio_loss
-
-
-def entropy_from_logits(
-    impl: str, where: torch.device, dtype: torch.dtype
-) -> Callable[..., Tensor]:
-    """The backend's entropies of logits; all take and return what `_torch.sampling`'s does."""
-    name = resolve("entropy_from_logits", impl, where, dtype)
-    if name in ("triton", "cuda"):
-        from ._triton.sampling.launch import entropy_from_logits as triton_entropy_from_logits
-
-        return triton_entropy_from_logits
-    return _native.entropy_from_logits if name == "cpu" else torch_sampling.entropy_from_logits
 
 
 def in_one_block(impl: str, values: Tensor) -> bool:

@@ -3,12 +3,13 @@
 Nothing here is differentiable. R rows, V vocabulary, N pairs of a row and an id of its set.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import backends
+from . import _native, backends
 from ._arguments import check_number, check_tensor, check_values, check_whole, shown
 from ._shapes import Float, Int
 from ._torch import sampling as torch_sampling
@@ -58,9 +59,9 @@ def entropy_from_logits(
     """
     _check_logits(logits)
     temperature_R = _temperature(temperature, logits)
-    kernel = backends.entropy_from_logits(impl, logits.device, logits.dtype)
+    name = backends.resolve("entropy_from_logits", impl, logits.device, logits.dtype)
     with torch.no_grad():
-        return kernel(logits.detach(), temperature_R)
+        return _kernel(name)(logits.detach(), temperature_R)
 
 
 def truncate(
@@ -109,6 +110,15 @@ def truncate(
     zero = kept.sizes.new_zeros(1)
     support = Support(kept.token_ids, torch.cat([zero, kept.sizes.cumsum(0)]))
     return Truncated(support, kept.logprob, kept.entropy)
+
+
+def _kernel(impl: str) -> Callable[[Tensor, Tensor | None], Tensor]:
+    """The backend's entropies of logits; all take and return what `_torch.sampling`'s does."""
+    if impl in ("triton", "cuda"):
+        from ._triton.sampling.launch import entropy_from_logits as of_triton
+
+        return of_triton
+    return _native.entropy_from_logits if impl == "cpu" else torch_sampling.entropy_from_logits
 
 
 def _check_logits(logits: Tensor) -> None:

@@ -73,8 +73,8 @@ def recorded(params: Params, key: int | str, sets: bool = False) -> Params:
         ValueError: `params` ask for what changes logits later (penalties, a thinking budget), for
             n > 1, or are recorded already.
     """
-    if asked_by(params) is not None:
-        raise ValueError(f"params are recorded already, under the key {asked_by(params).key!r}")
+    if (before := asked_by(params)) is not None:
+        raise ValueError(f"params are recorded already, under the key {before.key!r}")
     copy: Any = params.clone()  # type: ignore[attr-defined]
     asked = Asked(key)
     if sets:
@@ -82,7 +82,7 @@ def recorded(params: Params, key: int | str, sets: bool = False) -> Params:
         copy.top_k, copy.top_p, copy.min_p = 0, 1.0, 0.0
     copy.extra_args = {**(copy.extra_args or {}), records.NAME: asked.plain()}
     check_params(copy)
-    return copy  # type: ignore[no-any-return]
+    return copy
 
 
 def take(llm: Any, keys: Iterable[int | str], lengths: Iterable[int]) -> list[Recorded]:
