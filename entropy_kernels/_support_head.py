@@ -194,7 +194,7 @@ class _SupportHead(torch.autograd.Function):
             dz_P = dz_P.where(pairs.keep_P, 0.0)
         dhidden_TD = dweight_VD = dbias_V = None
         if needs[0]:
-            dhidden_TD = _hidden(dz_P, pairs, active_T, sets.sizes_T, head, run)
+            dhidden_TD = _hidden(dz_P, pairs, active_T, entropy_T, head, run)
         if needs[1] or needs[2]:
             order_P = pairs.id_P.argsort(stable=True)
             by_id = pairs.row_P[order_P], pairs.id_P[order_P]
@@ -297,14 +297,14 @@ def _beyond(active_T: Tensor, most: int | None) -> Tensor | None:
 
 
 def _hidden(
-    dz_P: Tensor, pairs: _Pairs, active_T: Tensor, sizes_T: Tensor, head: Head, run: Run
+    dz_P: Tensor, pairs: _Pairs, active_T: Tensor, entropy_T: Tensor, head: Head, run: Run
 ) -> Tensor:
     hidden_TD, group, most = head.hidden, run.group, run.max_active_rows
     dtype = hidden_TD.dtype if group is None else torch.float32
     out_TD = torch.zeros(hidden_TD.shape, dtype=dtype, device=hidden_TD.device)
     if not _rows.sees_values(hidden_TD.device):
-        # A row whose target has no set at all has no pair that could be NaN.
-        out_TD.masked_fill_((active_T & (sizes_T == 0)).unsqueeze(1), torch.nan)
+        # A row with a wrong set may have no pair that could be NaN, or none that is kept.
+        out_TD.masked_fill_((active_T & entropy_T.isnan()).unsqueeze(1), torch.nan)
     pair_sums(run.impl, dz_P, head.weight, pairs.id_P, pairs.row_P, out_TD)
     if group is None:
         return out_TD

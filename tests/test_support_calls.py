@@ -171,6 +171,7 @@ UNCHECKED = {
     "twice": sets(lambda found, y: found[2].append(y)),
     "without its target": sets(lambda found, y: found[2].remove(y)),
     "another alone": sets(lambda found, y: found.__setitem__(2, [(y + 1) % V])),
+    "too large alone": sets(lambda found, y: found.__setitem__(2, [V])),
     "empty": sets(lambda found, y: found[2].clear()),
 }
 
