@@ -243,6 +243,19 @@ def test_a_row_without_a_distribution_shows():
     assert got.entropy.isnan().tolist() == [False, True, True]
 
 
+@pytest.mark.parametrize("limits", [{}, {"top_k": 3}, {"top_p": 0.5}, {"min_p": 0.1}], ids=str)
+@pytest.mark.parametrize("value", [math.inf, math.nan, -math.nan])
+@pytest.mark.parametrize("first", [4, 1024])
+def test_inf_and_nan_leave_a_set_of_one(first, value, limits, monkeypatch):
+    monkeypatch.setattr(sampling, "_FIRST", first)
+    logits = torch.zeros(2, 9)
+    logits[1, 5] = value
+    got = ek.truncate(logits, **limits)
+    assert got.support.sizes[1] == 1
+    assert got.logprob.isnan().nonzero().flatten().tolist() == [len(got.logprob) - 1]
+    assert got.entropy.isnan().tolist() == [False, True]
+
+
 def test_no_rows():
     got = ek.truncate(torch.zeros(0, 4), top_p=0.5)
     assert (got.support.offsets.tolist(), got.logprob.shape, got.entropy.shape) == ([0], (0,), (0,))

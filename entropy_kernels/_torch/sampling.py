@@ -88,7 +88,9 @@ def _among_largest(
     most_R1, whole = values_RC[:, :1], count == logits_RV.shape[1]
     d_RC = _exponents(values_RC, most_R1, temperature_R)
     e_RC, place_C = d_RC.exp(), torch.arange(count, device=logits_RV.device)
-    allowed_RC = (values_RC > -torch.inf) & (place_C < limits.top_k.unsqueeze(1))
+    # A row with NaN or inf has it first, and no distribution.
+    allowed_RC = (values_RC > -torch.inf) & (most_R1 < torch.inf)
+    allowed_RC &= place_C < limits.top_k.unsqueeze(1)
     allowed_RC &= e_RC >= limits.min_p.unsqueeze(1)  # which 0 allows all
     # The mass up to each place, without the first one's, which is 1.
     mass_RC = e_RC.double().masked_fill_(~allowed_RC, 0)
