@@ -138,7 +138,7 @@ def _temperature(temperature: float | Tensor, logits: Tensor) -> Tensor | None:
     if isinstance(temperature, Tensor):
         _check_rows("temperature", temperature, logits)
         check_values("temperature", temperature, wanted, _FP32.tiny, _FP32.max)
-        return temperature.detach().float()
+        return temperature.detach().float().contiguous()
     check_number("temperature", temperature, wanted, lambda x: _FP32.tiny <= x <= _FP32.max)
     return None if temperature == 1 else torch.full((1,), temperature, device=logits.device)
 

@@ -45,6 +45,17 @@ def truth(logits, temperature):
     return others.log1p() - t / (1 + others)
 
 
+def test_temperatures_need_not_lie_side_by_side(where):
+    impl, device = where
+    logits = rows(301).to(device)
+    strided = torch.linspace(0.3, 1.7, 2 * len(logits), device=device)[::2]
+    same = torch.tensor(0.7, device=device).expand(len(logits))
+    for temperature in (strided, same, strided.double()):
+        got = ek.entropy_from_logits(logits, temperature, impl=impl)
+        want = ek.entropy_from_logits(logits, temperature.float().contiguous(), impl=impl)
+        assert torch.equal(got, want)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("vocabulary", [1, 7, 301, 4097])
 def test_entropies_are_those_of_fp64(where, vocabulary, dtype):
