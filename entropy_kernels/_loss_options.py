@@ -154,11 +154,11 @@ class LossOptions:
             return 'KL.on="all"'
         return 'EntropyBonus.on="all"' if self.entropy_bonus.on == "all" else None
 
-    def check_call(self, has_entropy: bool) -> None:
+    def check_call(self, has_entropy: bool, has_old: bool) -> None:
         """What a call needs, and a loss whose options are fixed beforehand does not."""
         _check_sequences(self)
         _check_aggregation(self)
-        _check_correction(self)
+        _check_correction(self, has_old)
         if self.parallel.group is not None and not self.counts_left:
             given = self.denominator, self.aggregation.num_sequences
             raise ValueError(
@@ -255,12 +255,14 @@ def _check_aggregation(options: LossOptions) -> None:
         )
 
 
-def _check_correction(options: LossOptions) -> None:
+def _check_correction(options: LossOptions, has_old: bool) -> None:
     kind = options.correction.type
     if kind is None:
         return
     if options.correction.sampler_logprob is None:
         raise ValueError(f"Correction.type={kind!r} needs sampler_logprob")
+    if options.correction.of == "current" and not has_old:
+        raise ValueError('Correction.of="current" needs old_logprob, the sampler\'s; got None')
     if options.loss_type == "vespo":
         raise ValueError(
             'loss_type="vespo" has a weight of its own for the whole mismatch: give '

@@ -121,7 +121,7 @@ class Correction:
     token that it did not report, is not corrected."""
     of: str = "old"
     """Whose probability is over the sampler's: that of the "old" policy, or the "current" one's,
-    without gradient, where old_logprob is the sampler's."""
+    without gradient, where old_logprob is the sampler's. A type then needs old_logprob."""
 
     def __post_init__(self) -> None:
         check_choice("Correction.type", self.type, (None, *CORRECTIONS))

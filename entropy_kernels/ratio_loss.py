@@ -142,7 +142,7 @@ def loss_of_tokens(
     tokens: Tokens, options: LossOptions, impl: str
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """`ratio_loss` of tokens that are checked, in rows where the loss needs sequences."""
-    options.check_call(tokens.entropy is not None)
+    options.check_call(tokens.entropy is not None, tokens.old_logprob is not None)
     by_kernel = options.has_kernel
     dtype = torch.float64 if tokens.logprob.dtype == torch.float64 else torch.float32
     impl = resolve("ratio_loss", impl, tokens.logprob.device, dtype) if by_kernel else plain(impl)

@@ -81,9 +81,18 @@ BEYOND = {
 def test_what_reads_other_tokens_cannot_have_the_head_on_the_selected_alone(options, message):
     h, w, y, old, advantage, mask, _ = head_batch()
     more = {"reference_logprob": old, "sampler_logprob": old, "selected": mask}
+    old = old if options.get("correction_of") == "current" else None
     with pytest.raises(ValueError, match=message):
-        policy_loss(h, w, y, None, advantage, mask, **more, **options)
-    policy_loss(h, w, y, None, advantage, mask, **(more | {"selected": None}), **options)
+        policy_loss(h, w, y, old, advantage, mask, **more, **options)
+    policy_loss(h, w, y, old, advantage, mask, **(more | {"selected": None}), **options)
+
+
+def test_a_ratio_that_is_not_in_the_loss_is_not_corrected():
+    h, w, y, old, advantage, mask, _ = head_batch()
+    options = {"sampler_logprob": old, "correction_of": "current"}
+    with pytest.raises(ValueError, match="needs old_logprob, the sampler's; got None"):
+        policy_loss(h, w, y, None, advantage, mask, correction="tis", **options)
+    policy_loss(h, w, y, None, advantage, mask, **options)  # metrics alone
 
 
 FUNCTIONS = {
