@@ -10,7 +10,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from ._arguments import check_tensor
+from ._arguments import check_tensor, shown
 from ._shapes import Bool, Int
 
 
@@ -30,17 +30,35 @@ class Support:
 
     @staticmethod
     def of(sets: Iterable[Iterable[int]], device: torch.device | str | None = None) -> "Support":
-        """The support whose token t has the ids `sets[t]`; vLLM's `SamplingMask.token_ids` fits."""
-        parts = [torch.as_tensor(list(ids), dtype=torch.int64) for ids in sets]
+        """The support whose token t has the ids `sets[t]`; vLLM's `SamplingMask.token_ids` fits.
+
+        Raises:
+            ValueError: a set of lists, as of several sequences whose lists are not joined.
+        """
+        rows = [list(ids) for ids in sets]
+        if isinstance(first := next((x for ids in rows for x in ids[:1]), 0), Sequence):
+            raise ValueError(
+                "sets must have a list of ids per token, all sequences' tokens in one list; got "
+                f"{shown(first)} in place of an id"
+            )
+        parts = [torch.as_tensor(ids, dtype=torch.int64) for ids in rows]
         lengths = torch.tensor([0, *map(len, parts)])
         ids = torch.cat([*parts, torch.empty(0, dtype=torch.int64)])
         return Support(ids.to(device), lengths.cumsum(0).to(device))
 
     @staticmethod
-    def from_mask(kept: Bool[Tensor, "T V"]) -> "Support":
-        """The support whose token t has the ids where `kept[t]` is true."""
+    def from_mask(kept: Bool[Tensor, "*tokens V"]) -> "Support":
+        """The support whose tokens have the ids where `kept` is true, [T, V] or [B, L, V].
+
+        Raises:
+            ValueError: `kept` is not bool, or has no dimension of tokens.
+        """
+        check_tensor("kept", kept, "bool")
+        if kept.ndim < 2:
+            raise ValueError(f"kept must be [T, V] or [B, L, V]; got {tuple(kept.shape)}")
+        kept_TV = kept.flatten(0, -2)
         zero = torch.zeros(1, dtype=torch.int64, device=kept.device)
-        return Support(kept.nonzero()[:, 1], torch.cat([zero, kept.sum(1).cumsum(0)]))
+        return Support(kept_TV.nonzero()[:, 1], torch.cat([zero, kept_TV.sum(1).cumsum(0)]))
 
     @staticmethod
     def concatenate(parts: "Sequence[Support]") -> "Support":
@@ -91,8 +109,8 @@ class Support:
             raise ValueError(f"Support.token_ids must be [N]; got {tuple(self.token_ids.shape)}")
         if self.offsets.shape != (tokens + 1,):
             raise ValueError(
-                f"Support.offsets must be [{tokens + 1}], one more than there are tokens; "
-                f"got {tuple(self.offsets.shape)}"
+                f"Support.offsets must be [{tokens + 1}], one more than the head's target has "
+                f"tokens, prompt and padding included; got {tuple(self.offsets.shape)}"
             )
         if tokens == 0 and self.token_ids.numel():
             raise ValueError(
@@ -134,5 +152,6 @@ class Support:
             t = int(missing.nonzero()[0])
             raise ValueError(
                 f"the target of each token must be in its set; got target {int(target_T[t])} at "
-                f"token {t}, whose set of {int(sizes[t])} ids is without it"
+                f"token {t}, whose set of {int(sizes[t])} ids is without it; a target of the "
+                "head's ignore_index needs none"
             )

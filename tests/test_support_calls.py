@@ -36,8 +36,19 @@ def test_a_support_is_a_list_of_sets(sets, random):
         row[ids] = True
     of_mask = ek.Support.from_mask(kept)
     wanted = ek.Support.of([sorted(ids) for ids in sets])
-    assert torch.equal(of_mask.token_ids, wanted.token_ids)
-    assert torch.equal(of_mask.offsets, wanted.offsets)
+    of_batch = ek.Support.from_mask(kept.unflatten(0, (1, -1)) if sets else kept)
+    for found in (of_mask, of_batch):
+        assert torch.equal(found.token_ids, wanted.token_ids)
+        assert torch.equal(found.offsets, wanted.offsets)
+
+
+def test_sets_of_another_form_are_refused(unchecked_shapes):
+    with pytest.raises(ValueError, match="all sequences' tokens in one list; got a list in"):
+        ek.Support.of([[], [[3, 4], [5]]])
+    with pytest.raises(ValueError, match=r"kept must be a bool tensor; got .*int64"):
+        ek.Support.from_mask(torch.tensor([[2, 0]]))
+    with pytest.raises(ValueError, match=r"kept must be \[T, V\] or \[B, L, V\]; got \(2,\)"):
+        ek.Support.from_mask(torch.tensor([True, False]))
 
 
 @settings(max_examples=30)
