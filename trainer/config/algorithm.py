@@ -37,9 +37,10 @@ class Algorithm:
     dual_clip: float | None = None
     """The ratio's upper bound for negative advantages; 10 in the paper's scripts."""
     correction: Literal["auto", "none", "tis", "mis"] = "auto"
-    """How the loss corrects for the engine's mismatch, r = pi_old / pi_sampler per token. "tis"
-    truncates r to [correction_floor, correction_cap], "mis" drops tokens outside of it. "auto" is
-    "tis" in bf16 and "none" in fp32."""
+    """How the loss corrects for the engine's mismatch, r = pi_old / pi_sampler per token, or
+    pi / pi_sampler where old_logprob is the sampler's. "tis" truncates r to [correction_floor,
+    correction_cap], "mis" drops tokens outside of it. "auto" is "tis" in bf16 and "none" in
+    fp32."""
     correction_cap: float = 2.0
     """The upper bound of the corrected ratio."""
     correction_floor: float = 0.0

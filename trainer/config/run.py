@@ -31,9 +31,11 @@ class Eval:
     top_k: int = 0
     """The sampled responses are drawn from the `top_k` most probable tokens; 0: from all."""
     top_p: float = 1.0
-    """They are drawn from the most probable tokens whose mass reaches this share; 1.0: from all."""
+    """The sampled responses are drawn from the most probable tokens whose mass reaches this share;
+    1.0: from all."""
     min_p: float = 0.0
-    """They are drawn from tokens at least this share as probable as the most probable one."""
+    """The sampled responses are drawn from tokens at least this share as probable as the most
+    probable one; 0.0: from all."""
     max_new_tokens: int = 0
     """The longest response in tokens; 0: as in `rollout`."""
 
