@@ -7,6 +7,7 @@ import torch
 
 import entropy_kernels as ek
 from entropy_kernels import backends
+from entropy_kernels._torch import sampling
 from tests.conftest import BACKENDS, params_of
 
 EPS = torch.finfo(torch.float32).eps
@@ -43,6 +44,17 @@ def truth(logits, temperature):
     others = d.exp().scatter(1, d.argmax(1, keepdim=True), 0).sum(1)
     t = torch.where(d.isinf(), 0, d * d.exp()).sum(1)
     return others.log1p() - t / (1 + others)
+
+
+def test_blocks_of_rows_have_their_own_temperatures(monkeypatch):
+    logits, per_row = rows(301), torch.linspace(0.3, 1.7, 7)
+    want = ek.entropy_from_logits(logits, per_row, impl="torch")
+    kept = ek.truncate(logits, per_row, top_p=0.9)
+    monkeypatch.setitem(sampling._BLOCK, "cpu", 2 * 301)
+    assert torch.equal(ek.entropy_from_logits(logits, per_row, impl="torch"), want)
+    others = ek.truncate(logits, per_row, top_p=0.9)
+    assert torch.equal(others.entropy, kept.entropy)
+    assert torch.equal(others.logprob, kept.logprob)
 
 
 def test_temperatures_need_not_lie_side_by_side(where):
