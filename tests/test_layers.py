@@ -48,7 +48,7 @@ ALLOWED = {
     "_radix": {"_torch", "backends", "distributed", "ops"},
     "entropy_threshold": {"_radix", "backends"},
     "top_entropy_mask": {"_radix", "backends"},
-    "sampling": {"_torch", "backends", "support"},
+    "sampling": {"_native", "_torch", "_triton", "backends", "support"},
     "streaming_threshold": {"_radix", "backends", "distributed"},
     "options": {"backends", "loss_terms"},
     "_loss_options": {"losses", "options"},
