@@ -39,7 +39,7 @@ def _undone():
 
 
 class Kept:
-    """Of every loss: the micro-batch, its mask, the tokens selected and those with a gradient.
+    """Each loss's micro-batch, its mask, the tokens selected and those with a gradient.
 
     It stands around TRL's own methods, so it comes before the patch.
     """

@@ -55,7 +55,7 @@ def logits_of(model):
 
 
 def entropies_of(model):
-    """Of each response token by the model itself, in fp64."""
+    """Each response token's entropy by the model itself, in fp64."""
     rows = [z.double().log_softmax(-1) for z in logits_of(model)]
     return [(-(logp.exp() * logp).sum(-1)).tolist() for logp in rows]
 

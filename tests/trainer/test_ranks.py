@@ -49,7 +49,7 @@ CASES = {
 # Runs: name -> objective.
 ROUNDS = partial(Algorithm, min_groups=1, max_rounds=2)
 RUNS = {
-    # Of the sampler, compared with the policy on some steps.
+    # The sampler's entropies, compared with the policy's on some steps.
     "dapo": ROUNDS(compare_every=2),
     "grpo": ROUNDS(loss_type="grpo", entropy_source="current", denominator="all"),
     "mask": ROUNDS(old_logprob="recomputed", entropy_source="sampler", compare_every=0),

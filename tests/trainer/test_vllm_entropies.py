@@ -68,7 +68,7 @@ class Case:
         return answers, tokens, found
 
     def logits(self, prompt, tokens, temperature):
-        """Of each token of a response, by one forward pass: fp32 [n, V]."""
+        """The logits of each token of a response, by one forward pass: fp32 [n, V]."""
         with torch.no_grad():
             logits = self.model(torch.tensor([[*prompt, *tokens]])).logits[0]
         return logits[len(prompt) - 1 : -1].float() / temperature
