@@ -56,6 +56,15 @@ ANY = {
     ("reference.py", "high_entropy_policy_loss", "ratio"),
     ("integrations/liger.py", "apply", "return"),
     ("integrations/trl.py", "high_entropy_mask_of_step", "self"),
+    # vLLM's own options and objects, which differ between its two runners and its versions.
+    ("integrations/vllm.py", "options", "llm_options"),
+    ("integrations/vllm.py", "options", "return"),
+    ("integrations/vllm.py", "take", "llm"),
+    ("integrations/vllm.py", "take_async", "engine"),
+    ("integrations/vllm.py", "forget", "llm"),
+    ("integrations/vllm_processors.py", "__init__", "vllm_config"),
+    ("integrations/vllm_processors.py", "__init__", "state"),
+    ("integrations/vllm_processors.py", "apply", "ctx"),
 }
 
 

@@ -30,7 +30,7 @@ class RequestProcessor(ProcessorV1, ProcessorV2, Generic[Held]):
     penalties (V1) and temperature.
     """
 
-    def __init__(self, vllm_config: Any, state: Any, is_pin_memory: bool | None = None):
+    def __init__(self, vllm_config: Any, state: Any, is_pin_memory: bool | None = None) -> None:
         self.device: torch.device = state if isinstance(state, torch.device) else state.device
         self.held: dict[int, Held] = {}
         """What those that ask for something have, by place."""
@@ -106,7 +106,7 @@ class _Rows(NamedTuple):
 class EntropyProcessor(RequestProcessor[_Request]):
     """Records the entropies of requests that ask for it, and cuts their logits where they ask."""
 
-    def __init__(self, vllm_config: Any, state: Any, is_pin_memory: bool | None = None):
+    def __init__(self, vllm_config: Any, state: Any, is_pin_memory: bool | None = None) -> None:
         super().__init__(vllm_config, state, is_pin_memory)
         if getattr(vllm_config.parallel_config, "enable_batch_sharded_sampling", False):
             raise ValueError(
