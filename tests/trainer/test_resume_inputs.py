@@ -80,13 +80,13 @@ def test_other_columns_are_named_and_not_their_contents(model, tmp_path):
 
 def test_the_model_and_the_verifier_are_noted(model, tmp_path, monkeypatch, capsys):
     use_task(Even())
-    (tmp_path / "package").mkdir()
-    verifier = tmp_path / "package" / "mine.py"
+    verifier = tmp_path / "package" / "inner" / "mine.py"  # without an __init__.py
+    verifier.parent.mkdir(parents=True)
     verifier.write_text("def check(prompt, response, answer):\n    return len(response) > 1\n")
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{ROOT}")
     own = save_folder(tmp_path / "model", spread=0.2)
-    config = settings(tmp_path, own, steps=4, reward=Reward("package.mine:check", workers=1))
+    config = settings(tmp_path, own, steps=4, reward=Reward("package.inner.mine:check", workers=1))
     crash(config)
     inputs = run_json(config)["starts"][0]["inputs"]
     assert inputs["model"]

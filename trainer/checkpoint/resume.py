@@ -179,9 +179,9 @@ def _folder_digest(folder: Path) -> str:
 def _module_digest(name: str) -> str:
     """A digest of the file of the module `name`, which is not imported."""
     where: Sequence[str] | None = None
-    parts = name.split(".")
-    for i in range(len(parts)):
-        spec = importlib.machinery.PathFinder.find_spec(".".join(parts[: i + 1]), where)
+    # By its last part: a whole name makes Python look for packages that are not imported.
+    for part in name.split("."):
+        spec = importlib.machinery.PathFinder.find_spec(part, where)
         if spec is None:
             return ""
         where = spec.submodule_search_locations
