@@ -107,6 +107,40 @@ def test_the_training_loop(name):
     assert_same_gradients(gradients(model), want_grads, digits=5e-5)
 
 
+def test_the_two_ways_to_the_sampler_s_sets_are_one_and_the_head_trains_them():
+    """Those of docs/usage.md, as they are printed: of a batch's logits, and of vLLM's lists."""
+    model = build("qwen3")
+    given = variables(model)
+    mask, target = given["mask"], given["target"]
+    with torch.no_grad():
+        logits = model(given["input_ids"], attention_mask=given["attention_mask"]).logits[:, :-1]
+    kept = logits >= logits.topk(5).values[..., -1:]
+    kept.scatter_(-1, target[..., None], True)
+    cut = logits.masked_fill(~kept, -torch.inf)
+    lists = [[row.nonzero()[:, 0].tolist() for row in kept[b][mask[b]]] for b in range(len(kept))]
+    outputs = [SimpleNamespace(sampling_mask=SimpleNamespace(token_ids=ids)) for ids in lists]
+    head = lm_head(model)
+    hidden = head.hidden_states(given["input_ids"], attention_mask=given["attention_mask"])[:, :-1]
+    given |= {
+        "ek": ek,
+        "torch": torch,
+        "head": head,
+        "hidden": hidden,
+        "outputs": outputs,
+        "truncated_logits": cut,
+    }
+    first, second, use = snippet("docs/usage.md", "Over the sampler's kept set").split("\n\n")
+    want = cut.log_softmax(-1).gather(-1, target[..., None])[..., 0]
+    losses = []
+    for block in (first, second):
+        namespace = dict(given)
+        exec(f"{block}\n{use}", namespace)
+        losses.append(namespace["loss"])
+        torch.testing.assert_close(namespace["out"].logprob[mask], want[mask], rtol=1e-5, atol=1e-6)
+        assert namespace["out"].logprob[~mask].count_nonzero() == 0
+    assert losses[0] == losses[1]
+
+
 def test_the_loop_that_keeps_the_head_s_gradient():
     """That of docs/method.md, as it is printed: two steps of two micro-batches, tied and not."""
     loop = snippet("docs/method.md", "Gradients in existing memory")
