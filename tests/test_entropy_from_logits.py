@@ -46,13 +46,14 @@ def truth(logits, temperature):
     return others.log1p() - t / (1 + others)
 
 
-def test_blocks_of_rows_have_their_own_temperatures(monkeypatch):
+def test_blocks_of_rows_have_their_own_temperatures_and_limits(monkeypatch):
     logits, per_row = rows(301), torch.linspace(0.3, 1.7, 7)
     want = ek.entropy_from_logits(logits, per_row, impl="torch")
-    kept = ek.truncate(logits, per_row, top_p=0.9)
+    limits = {"top_p": torch.linspace(0.5, 0.99, 7), "top_k": torch.arange(7) + 3}
+    kept = ek.truncate(logits, per_row, **limits)
     monkeypatch.setitem(sampling._BLOCK, "cpu", 2 * 301)
     assert torch.equal(ek.entropy_from_logits(logits, per_row, impl="torch"), want)
-    others = ek.truncate(logits, per_row, top_p=0.9)
+    others = ek.truncate(logits, per_row, **limits)
     assert torch.equal(others.entropy, kept.entropy)
     assert torch.equal(others.logprob, kept.logprob)
 
