@@ -139,6 +139,11 @@ BAD = {
         {},
         r"not repeat an id in a set; got \d+ twice in the set of token 2",
     ),
+    "twice in order": (
+        lambda kept, y: ek.Support(y.repeat_interleave(2), 2 * torch.arange(T + 1)),
+        {},
+        r"not repeat an id in a set; got \d+ twice in the set of token 0",
+    ),
     "without its target": (
         sets(lambda found, y: found[2].remove(y)),
         {},
@@ -203,6 +208,17 @@ def test_what_nobody_checks_is_nan_in_its_row_alone(impl, device, wrong, output,
         assert x.isnan().nonzero().flatten().tolist() == [2]
     getattr(found, output).sum().backward()
     assert h.grad.isnan().any(1).nonzero().flatten().tolist() == [2]
+
+
+@nan_is_meant
+def test_a_bound_that_nobody_checks_is_nan_beyond_it_alone(monkeypatch):
+    monkeypatch.setattr(_rows, "sees_values", lambda device: False)
+    h, w, y = torch.randn(T, D, requires_grad=True), torch.randn(V, D), torch.arange(T)
+    everything = ek.Support.from_mask(torch.ones(T, V, dtype=torch.bool))
+    for most, broken in ((T, False), (T - 1, True)):
+        found = logprob_entropy(h, w, y, support=everything, max_active_rows=most, impl="torch")
+        (slope,) = torch.autograd.grad(found.entropy.sum(), h)
+        assert bool(slope.isnan().any()) == broken
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
