@@ -15,6 +15,7 @@ import entropy_kernels as ek
 from entropy_kernels import losses
 from entropy_kernels._rows import STATISTICS
 from entropy_kernels.loss_terms import AGGREGATIONS, CORRECTIONS, KL_TYPES
+from tests.host_waits import backward
 
 B, L, D, V = 4, 16, 64, 1000
 T, MOST = B * L, 13
@@ -34,6 +35,22 @@ def make_head(*shape: int, size: int = D, **options: Any) -> ek.Head:
     hidden, weight = (floats(*x, size, dtype=torch.bfloat16) for x in (shape, (V,)))
     target = torch.randint(V, shape, device="cuda")
     return ek.Head(hidden.requires_grad_(), weight.requires_grad_(), target, **options)
+
+
+def policy_loss(impl: str, options: Options, head: ek.Head | None = None) -> None:
+    """Forward and backward of the loss on a head."""
+    tokens = {"old_logprob": floats(B, L), "advantage": floats(B), "mask": bools(B, L)}
+    backend = ek.Backend(impl, max_active_rows=MOST)
+    tokens |= {"backend": backend} | options
+    loss, _ = ek.high_entropy_policy_loss(make_head(B, L) if head is None else head, **tokens)
+    backward(loss)
+
+
+def head_alone(impl: str, options: Options, **of_head: Any) -> None:
+    """Forward and backward of the head, all outputs with a gradient."""
+    bound = {"max_active_rows": MOST} | options
+    found = ek.linear_logprob_entropy(make_head(B, L, **of_head), **bound, impl=impl)
+    backward(sum(x.sum() for x in found[:3] if x is not None))
 
 
 def with_loss(name: str) -> Options:
@@ -64,6 +81,9 @@ LOSSES: dict[str, Callable[[], Options]] = {
             "correction": ek.Correction(kind, 2.0, 0.5, floats(B, L)),
         }
         for kind in (None, *CORRECTIONS)
+    },
+    "correction of the current policy": lambda: {
+        "correction": ek.Correction("tis", 2.0, 0.5, floats(B, L), of="current"),
     },
     "kl per token": lambda: {"kl": ek.KL(floats(B, L), reference_logprob=floats(B, L))},
     "kl of one tensor": lambda: {"kl": ek.KL(floats(), reference_logprob=floats(B, L))},

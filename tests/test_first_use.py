@@ -4,6 +4,7 @@ The interpreter stands for the GPU. T tokens, V vocabulary.
 """
 
 import dataclasses
+import itertools
 import os
 import signal
 import subprocess
@@ -61,15 +62,10 @@ def test_a_call_asks_for_what_it_runs(checked):
     assert taken(make_head(), keep_logits=True) == "triton"
     assert [text.partition(" keep_logits")[2] for text in asked[5:]] == [" ragged", ""]
     assert asked[6] == "dlogits float32 keep_logits"
-    for op in ("selection", "ratio_loss"):
-        assert backends.resolve(op, "auto", CPU, torch.float32) == "triton"
-    for op in ("support", "entropy_from_logits"):
-        for dtype in (torch.bfloat16, torch.float32):
-            assert backends.resolve(op, "auto", CPU, dtype) == "triton"
-    assert asked[7:] == [
-        *("selection float32", "ratio_loss float32", "support bfloat16", "support float32"),
-        *("entropy_from_logits bfloat16", "entropy_from_logits float32"),
-    ]
+    ops = itertools.product(("support", "entropy_from_logits"), ("bfloat16", "float32"))
+    for op, dtype in [("selection", "float32"), ("ratio_loss", "float32"), *ops]:
+        assert backends.resolve(op, "auto", CPU, getattr(torch, dtype)) == "triton"
+        assert asked[-1] == f"{op} {dtype}"
     count = len(asked)
     assert taken(make_head(), keep_logits=True) == taken(make_head(), stored=True) == "triton"
     assert len(asked) == count
@@ -326,12 +322,10 @@ def test_an_interrupt_waits_for_the_case_and_leaves_no_mark(checked, monkeypatch
 
 
 def test_a_tile_that_ended_two_processes_is_told_in_each_later_one(checked, monkeypatch):
-    asked, _ = checked
-    # Asked here, not by the check's thread: this one holds the answers' lock meanwhile.
-    check, folder = checks.check, first_use.record(CPU).folder
+    asked, check = checked[0], checks.check
+    folder = first_use.record(CPU).folder  # not asked in a thread, which would wait for the lock
 
-    def end(*args, **options):
-        """Leaves the mark of a process that ended."""
+    def end(*args, **options):  # leaves the mark of a process that ended
         [mark] = (x for x in folder.glob("*.started") if "dead" not in x.name)
         mark.with_name(mark.name.replace(".started", "dead.started")).write_text(mark.read_text())
         raise KeyboardInterrupt
@@ -351,4 +345,4 @@ def test_a_tile_that_ended_two_processes_is_told_in_each_later_one(checked, monk
     first_use.forget()
     assert taken(make_head(gradient=False)) == "triton"
     assert [text.split()[2] for text in asked] == ["tma", "pointer"]
-    assert not list(first_use.record(CPU).folder.glob("*.started"))
+    assert not list(folder.glob("*.started"))

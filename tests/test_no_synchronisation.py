@@ -44,7 +44,9 @@ from tests.gpu_options import (
     V,
     bools,
     floats,
+    head_alone,
     make_head,
+    policy_loss,
 )
 from tests.host_waits import HostWaits, backward, fake_gpu
 from tests.interpreter_sanitizer import kernels_of
@@ -65,22 +67,6 @@ def count(run: Callable[[], object]) -> dict[str, int]:
     with HostWaits() as waits, suppress(DataDependentOutputException, DynamicOutputShapeException):
         run()
     return dict(waits.found)
-
-
-def policy_loss(impl: str, options: Options, head: ek.Head | None = None) -> None:
-    """Forward and backward of the loss on a head."""
-    tokens = {"old_logprob": floats(B, L), "advantage": floats(B), "mask": bools(B, L)}
-    backend = ek.Backend(impl, max_active_rows=MOST)
-    tokens |= {"backend": backend} | options
-    loss, _ = ek.high_entropy_policy_loss(make_head(B, L) if head is None else head, **tokens)
-    backward(loss)
-
-
-def head_alone(impl: str, options: Options, **of_head: Any) -> None:
-    """Forward and backward of the head, all outputs with a gradient."""
-    bound = {"max_active_rows": MOST} | options
-    found = ek.linear_logprob_entropy(make_head(B, L, **of_head), **bound, impl=impl)
-    backward(sum(x.sum() for x in found[:3] if x is not None))
 
 
 def ratio_loss(options: Options, *shape: int) -> None:
@@ -279,6 +265,9 @@ def test_no_launcher_of_any_kernel_waits_on_any_architecture():
         with fake_gpu(arch) as launches, HostWaits() as waits:
             for options, size in itertools.product(CALLS.values(), (D, 1024, 4096)):
                 head_alone("triton", options(), size=size)
+            for options in SETS.values():
+                head_alone("triton", options())
+            ek.entropy_from_logits(floats(T, V), impl="triton")
             selection("triton")
             ratio_loss({"impl": "triton", "dual_clip": 3.0}, T)
         assert waits.found == {}

@@ -91,8 +91,11 @@ def _compare(
     both = (sampler_T & policy_T).sum()
     difference_T = (rollouts.sampler_entropy_T - found.entropy_T).abs()
     mismatch = mismatch_metrics(found.logprob_T, rollouts.sampler_logprob_T, settings)
-    return {name.replace("/", "/all_"): value for name, value in mismatch.items()} | {
+    metrics = {name.replace("/", "/all_"): value for name, value in mismatch.items()}
+    metrics["mask/entropy_difference"] = float(difference_T.max())
+    if settings.algorithm.which == "random":  # drawn without looking at entropies
+        return metrics
+    return metrics | {
         "mask/overlap": float(both / (sampler_T | policy_T).sum()),
         "mask/shared": float(both / sampler_T.sum()),
-        "mask/entropy_difference": float(difference_T.max()),
     }

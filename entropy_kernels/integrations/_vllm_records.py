@@ -22,7 +22,7 @@ from ._vllm_request import NAME
 __all__ = ["FORGET", "NAME", "READ", "Records", "decode"]
 
 READ, FORGET = "entropy_kernels_read", "entropy_kernels_forget"
-LIMIT_BYTES = 2**30
+LIMIT_BYTES = 2**33
 """On the host, of requests that have no slot and were not taken; beyond it the oldest are lost."""
 WIDTH = 256
 NO_SET = -1
@@ -217,7 +217,10 @@ def _problems(
         if shared:
             yield f"two requests had the key {key!r}, and each needs one of its own"
         elif known < n or cut not in (0, n):
-            yield f"{known} entropies and {cut} sets are known of the {n} tokens of key {key!r}"
+            yield (
+                f"{known} entropies and {cut} sets are known of the {n} tokens of key {key!r} "
+                f"(the oldest are lost where over {LIMIT_BYTES >> 20:,} MiB wait to be taken)"
+            )
 
 
 def _split(
