@@ -3,6 +3,7 @@
 T tokens, D hidden, V vocabulary, N pairs of a token and an id of its set.
 """
 
+import operator
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -33,18 +34,24 @@ class Support:
         """The support whose token t has the ids `sets[t]`; vLLM's `SamplingMask.token_ids` fits.
 
         Raises:
-            ValueError: a set of lists, as of several sequences whose lists are not joined.
+            ValueError: no list of ids per token, such as lists of several sequences that are not
+                joined; ids that are no whole numbers.
         """
-        rows = [list(ids) for ids in sets]
-        if isinstance(first := next((x for ids in rows for x in ids[:1]), 0), Sequence):
-            raise ValueError(
-                "sets must have a list of ids per token, all sequences' tokens in one list; got "
-                f"{shown(first)} in place of an id"
-            )
-        parts = [torch.as_tensor(ids, dtype=torch.int64) for ids in rows]
-        lengths = torch.tensor([0, *map(len, parts)])
-        ids = torch.cat([*parts, torch.empty(0, dtype=torch.int64)])
-        return Support(ids.to(device), lengths.cumsum(0).to(device))
+        wanted = "sets must have a list of ids per token, all sequences' tokens in one list"
+        if not isinstance(sets, Iterable):
+            raise ValueError(f"{wanted}; got {shown(sets)}")
+        ids: list[int] = []
+        lengths = [0]
+        for one in sets:
+            if not isinstance(one, Iterable):
+                raise ValueError(f"{wanted}; got {shown(one)} in place of a list")
+            for x in one.tolist() if isinstance(one, Tensor) else one:
+                if isinstance(x, bool) or not hasattr(x, "__index__"):
+                    raise ValueError(f"{wanted}; got {shown(x)} in place of an id")
+                ids.append(operator.index(x))
+            lengths.append(len(ids))
+        ids_N = torch.tensor(ids, dtype=torch.int64, device=device)
+        return Support(ids_N, torch.tensor(lengths, device=device))
 
     @staticmethod
     def from_mask(kept: Bool[Tensor, "*tokens V"]) -> "Support":

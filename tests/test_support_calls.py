@@ -45,6 +45,11 @@ def test_a_support_is_a_list_of_sets(sets, random):
 def test_sets_of_another_form_are_refused(unchecked_shapes):
     with pytest.raises(ValueError, match="all sequences' tokens in one list; got a list in"):
         ek.Support.of([[], [[3, 4], [5]]])
+    for wrong in (1.5, True, "a"):
+        with pytest.raises(ValueError, match=f"got {wrong!r} in place of an id"):
+            ek.Support.of([[2], [4, wrong]])
+    with pytest.raises(ValueError, match="got 3 in place of a list"):
+        ek.Support.of([3])
     with pytest.raises(ValueError, match=r"kept must be a bool tensor; got .*int64"):
         ek.Support.from_mask(torch.tensor([[2, 0]]))
     with pytest.raises(ValueError, match=r"kept must be \[T, V\] or \[B, L, V\]; got \(2,\)"):
