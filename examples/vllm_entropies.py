@@ -5,22 +5,23 @@
 Needs vLLM 0.32 or newer. Nothing of the model runs a second time.
 """
 
-import sys
+import argparse
 
 import torch
-from vllm import LLM, SamplingParams
 
 import entropy_kernels as ek
 from entropy_kernels.integrations import vllm as entropies
 
 
-def main(model: str, *prompts: str) -> None:
+def main(model: str, prompts: list[str]) -> None:
+    from vllm import LLM, SamplingParams
+
     options = {"logprobs_mode": "processed_logprobs", "max_model_len": 512}
     llm = LLM(model, **entropies.options(**options))
     params = SamplingParams(temperature=1.0, top_p=0.95, max_tokens=64, seed=0)
     # Each request has a key. sets=True: the ids that top-p left to each token, too.
     asking = [entropies.recorded(params, key, sets=True) for key in range(len(prompts))]
-    answers = llm.generate(list(prompts), asking)
+    answers = llm.generate(prompts, asking)
     tokens = [torch.tensor(answer.outputs[0].token_ids) for answer in answers]
     found = entropies.take(llm, range(len(prompts)), map(len, tokens))
 
@@ -38,4 +39,7 @@ def main(model: str, *prompts: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*(sys.argv[1:] or ["Qwen/Qwen3-0.6B", "What is 7 times 8?", "Name a colour."]))
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("model", nargs="?", default="Qwen/Qwen3-0.6B")
+    parser.add_argument("prompts", nargs="*", default=["What is 7 times 8?", "Name a colour."])
+    main(**vars(parser.parse_args()))
