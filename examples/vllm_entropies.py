@@ -13,11 +13,13 @@ import entropy_kernels as ek
 from entropy_kernels.integrations import vllm as entropies
 
 
-def main(model: str, prompts: list[str]) -> None:
+def main(model: str, prompts: list[str], dtype: str) -> None:
     from vllm import LLM, SamplingParams
 
+    # A few short answers need little memory, of which vLLM takes most by default, and no compiler.
     options = {"logprobs_mode": "processed_logprobs", "max_model_len": 512}
-    llm = LLM(model, **entropies.options(**options))
+    options |= {"kv_cache_memory_bytes": 2**28, "enforce_eager": True}
+    llm = LLM(model, dtype=dtype, **entropies.options(**options))
     params = SamplingParams(temperature=1.0, top_p=0.95, max_tokens=64, seed=0)
     # Each request has a key. sets=True: the ids that top-p left to each token, too.
     asking = [entropies.recorded(params, key, sets=True) for key in range(len(prompts))]
@@ -42,4 +44,5 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("model", nargs="?", default="Qwen/Qwen3-0.6B")
     parser.add_argument("prompts", nargs="*", default=["What is 7 times 8?", "Name a colour."])
+    parser.add_argument("--dtype", default="auto", help="vLLM's dtype of weights")
     main(**vars(parser.parse_args()))
