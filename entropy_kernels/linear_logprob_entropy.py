@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from . import _support_head, _vocab_parallel, backends, ops, reference
+from . import _vocab_parallel, backends, ops, reference
 from ._arguments import as_scalar, check_flag, check_group, check_threshold, check_whole, shown
 from ._main_grad import GradientInto, check_main_grad
 from ._rows import STATISTICS, check_statistics, check_values
@@ -208,6 +208,8 @@ def _on_support(
             head, run["main_grad"], run["with_statistics"], support
         )
         return logprob, entropy, None, rows
+    from . import _support_head  # whose import brings torch.compile's
+
     support_run = _support_head.Run(**run, impl=name, group=group)
     logprob, entropy, rows = _support_head.linear_logprob_entropy(head, support, support_run)
     return logprob, entropy, None, rows
