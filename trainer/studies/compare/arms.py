@@ -19,7 +19,7 @@ ALWAYS: Mapping[str, Any] = {
     "clip_high": 0.28,
     "fraction": 0.2,
     "which": "top",
-    "entropy_source": "old",
+    "entropy_source": "auto",
     "denominator": "selected",
 }
 
