@@ -51,6 +51,7 @@ def test_beside_the_reference_the_threshold_of_a_step_is_torch_s(ran, tmp_path):
 def step_of_verl(impl):
     """What the patch gives to verl, called as verl calls it."""
     options = {"impl": impl, "fraction": 0.2, "over_ranks": False, "denominator": "selected"}
+    options |= {"entropy_source": "current", "sets": False}
     B, L, D, V = 2, 5, 16, 40
     hidden, weight = torch.randn(B, L, D, requires_grad=True), torch.randn(V, D, requires_grad=True)
     logprob, entropy = verl._head(impl)(None, hidden, weight, torch.randint(V, (B, L)))

@@ -10,7 +10,7 @@ from unittest.mock import patch
 import pytest
 import torch
 
-from entropy_kernels.integrations import _lm_head, hf, trl, verl
+from entropy_kernels.integrations import _lm_head, _trl_step, hf, trl, verl
 from entropy_kernels.integrations.liger import LinearScaledCrossEntropy
 from tests.gpu_options import B, L, T, bools, floats, make_head
 from tests.host_waits import HostWaits, backward, fake_gpu
@@ -38,7 +38,7 @@ def test_trl():
         assert files(lambda: backward(logprob.sum())) == OF_BACKWARD
         trainer = SimpleNamespace(is_in_train=False, top_entropy_quantile=0.2)
         given = trainer, floats(B, L), bools(B, L).int(), 0.8
-        assert files(lambda: trl.high_entropy_mask_of_step(*given)) == set()
+        assert files(lambda: _trl_step.high_entropy_mask_of_step(*given)) == set()
 
 
 def test_verl():
@@ -52,6 +52,8 @@ def test_verl():
             "fraction": 0.2,
             "denominator": "selected",
             "over_ranks": False,
+            "entropy_source": "current",
+            "sets": False,
             "impl": "triton",
         }
         losses = SimpleNamespace(ppo_loss=None, no_padding_2_padding=None)
