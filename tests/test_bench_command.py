@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -113,6 +114,8 @@ def test_a_wrong_contestant_is_named_and_never_timed(which, status, capsys, monk
 
     real = command.entrants
     monkeypatch.setattr(command, "entrants", entrants)
+    # Some processors make oneDNN's products wrong by themselves.
+    monkeypatch.setattr(step, "products_by_onednn", nullcontext)
     file = tmp_path / "result.json"
     assert main.main([*TINY, "--json", str(file)]) == status
     printed = capsys.readouterr().out

@@ -132,13 +132,16 @@ def test_gradients_of_packed_rows_are_those_of_padded_ones(family, attention):
     batch = off_policy(policy)
     policy.layout = "padded"
     want, expected = gradients(policy, batch, configure())
+    assert 0 <= expected.pop("mismatch/difference") < 1e-6
     if family == "bloom":
         return
     for layout in ("row", "rows") if attention == "sdpa" else ("rows",):
         policy.layout = layout
         got, metrics = gradients(policy, batch, configure())
         assert distance(got, want) < 2e-6
-        assert metrics == pytest.approx(expected, rel=1e-5, abs=1e-6)
+        # A mean of |log r| of equal policies: nothing but rounding, which other layouts do otherwise.
+        assert 0 <= metrics.pop("mismatch/difference") < 1e-6
+        assert metrics == pytest.approx(expected, rel=1e-5, abs=1e-7)
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
