@@ -1,4 +1,4 @@
-"""Whether oneDNN multiplies fp32 in bf16 on this processor, as it may where that has tiles (AMX)."""
+"""Whether oneDNN multiplies fp32 in bf16 here, as it may where the processor has tiles (AMX)."""
 
 import functools
 

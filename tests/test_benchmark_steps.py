@@ -30,7 +30,7 @@ def test_peers_that_are_installed_compute_the_step(monkeypatch):
             # A compiler takes longer than all the rest.
             results = (contestant.uncompiled or contestant.run)(problem)
             if contestant.name == "eager-onednn" and onednn.rounds_fp32():
-                with pytest.raises(WrongResultError, match="is off by .* is allowed"):
+                with pytest.raises(WrongResultError, match=r"is off by .* is allowed"):
                     runner.check(results, truth, torch.float32, exact=contestant.exact)
                 continue
             errors = runner.check(results, truth, torch.float32, exact=contestant.exact)

@@ -139,7 +139,7 @@ def test_gradients_of_packed_rows_are_those_of_padded_ones(family, attention):
         policy.layout = layout
         got, metrics = gradients(policy, batch, configure())
         assert distance(got, want) < 2e-6
-        # A mean of |log r| of equal policies: nothing but rounding, which other layouts do otherwise.
+        # A mean of |log r| of equal policies is rounding alone, which differs by layout.
         assert 0 <= metrics.pop("mismatch/difference") < 1e-6
         assert metrics == pytest.approx(expected, rel=1e-5, abs=1e-7)
 
