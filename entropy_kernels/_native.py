@@ -14,7 +14,7 @@ from torch import Tensor
 
 from . import _extensions, _processor
 from ._compiler import constant
-from ._native_arguments import DTYPES, count, is_plain, pointer
+from ._native_arguments import DTYPES, count, is_plain, loaded, pointer
 from ._native_arguments import products as products
 from ._native_rows import entropy_from_logits as entropy_from_logits
 from ._native_rows import pair_dots as pair_dots
@@ -46,13 +46,13 @@ def build(name: str) -> str:
 @functools.cache
 def instruction_set(dtype: torch.dtype) -> str:
     """The instruction set that heads of `dtype` run on; see _processor. The caller has `cpu()`."""
-    return _processor.instruction_set(_module(), DTYPES[dtype])
+    return _processor.instruction_set(loaded(), DTYPES[dtype])
 
 
 @functools.cache
 def caches() -> dict[str, int]:
     """Bytes of this machine's `l2` and `last` cache, which blocks of the head are fitted to."""
-    return dict(_module().caches())
+    return dict(loaded().caches())
 
 
 def radix_histogram(
@@ -74,7 +74,7 @@ def radix_histogram(
     None is all), counts contiguous int64 [2**bits] with bits <= 20. Integers: the same at any
     number of threads. Nothing is differentiable. The caller has checked `cpu()`.
     """
-    module = _module()
+    module = loaded()
     assert is_plain(values, torch.float32)
     assert mask is None or (is_plain(mask, torch.bool) and mask.numel() == values.numel())
     assert 1 <= bits <= 20
@@ -120,7 +120,7 @@ def ratio_loss(
     loss, grad_BL = torch.empty(()), torch.empty(logprob_BL.shape)
     sums, counts = torch.empty(4), torch.empty(3, dtype=torch.int64)
     logprob_ptr, old_logprob_ptr, advantage_ptr, selected_ptr, weight_ptr = map(pointer, inputs)
-    _module().ratio_loss(
+    loaded().ratio_loss(
         logprob_ptr=logprob_ptr,
         old_logprob_ptr=old_logprob_ptr,
         advantage_ptr=advantage_ptr,
@@ -165,8 +165,8 @@ def forward(
         assert statistics.shape == (4, tokens)  # what csrc fills
         statistics.zero_()
     count(
-        _module().linear_logprob_entropy(
-            _module().Head(**description, logits_ptr=pointer(logits if keep_logits else None)),
+        loaded().linear_logprob_entropy(
+            loaded().Head(**description, logits_ptr=pointer(logits if keep_logits else None)),
             index_ptr=pointer(index_R),
             count=tokens if index_R is None else index_R.numel(),
             rows_ptr=rows.data_ptr(),
@@ -224,8 +224,8 @@ def backward(
     dbias_V = torch.empty(head.weight.shape[0]) if need_bias else None
     logits = rows.logits if rows.logits.numel() else None
     count(
-        _module().linear_logprob_entropy_backward(
-            _module().Head(**description, logits_ptr=pointer(logits)),
+        loaded().linear_logprob_entropy_backward(
+            loaded().Head(**description, logits_ptr=pointer(logits)),
             index_ptr=index_R.data_ptr(),
             count=index_R.numel(),
             rows_ptr=row_values.data_ptr(),
@@ -275,9 +275,3 @@ def _describe(head: Head) -> tuple[dict[str, Any], list[Tensor | None]]:
         "threads": torch.get_num_threads(),
         **caches(),
     }, [*inputs.values()]
-
-
-def _module() -> ModuleType:
-    module = cpu()
-    assert module is not None, why_missing("cpu")
-    return module

@@ -10,16 +10,12 @@ from . import _processor
 from ._native_arguments import DTYPES, count, has_rows, is_plain, loaded, pointer
 
 
-def pair_dots(
-    left: Tensor, right: Tensor, i_P: Tensor, j_P: Tensor, keep_P: Tensor | None = None
-) -> Tensor:
+def pair_dots(left: Tensor, right: Tensor, i_P: Tensor, j_P: Tensor) -> Tensor:
     """left[i] . right[j] of each pair, fp32 [P], with fp32 sums.
 
-    left and right are [*, D] of one dtype with contiguous rows; i_P and j_P are int64. The caller
-    leaves out pairs that it does not want, so `keep_P` is None. Each product has a sum of its own:
-    the same bits at any number of threads.
+    left and right are [*, D] of one dtype with contiguous rows; i_P and j_P are int64. Each product
+    has a sum of its own: the same bits at any number of threads.
     """
-    assert keep_P is None
     assert has_rows(left)
     assert has_rows(right)
     assert left.dtype == right.dtype

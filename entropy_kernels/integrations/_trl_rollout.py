@@ -79,9 +79,7 @@ class Sampled:
         selected, support = self.selected_BL, None
         if self.sets is not None:
             device = scored_BL.device
-            sizes = torch.cat([s.sizes.to(device) for s in self.sets])
-            ids = torch.cat([s.token_ids.to(device) for s in self.sets])
-            support = Support(ids, torch.cat([sizes.new_zeros(1), sizes.cumsum(0)]))
+            support = Support.concatenate([s.to(device) for s in self.sets])
             lengths_B = torch.tensor([len(s.offsets) - 1 for s in self.sets], device=device)
             number_BL = torch.arange(scored_BL.shape[1], device=device)
             number_BL = number_BL + (lengths_B.cumsum(0) - lengths_B).unsqueeze(1)

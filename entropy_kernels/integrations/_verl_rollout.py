@@ -203,7 +203,4 @@ def _entropies(rows: list[Any], known: Known) -> Tensor:
 
 def _support(rows: list[Any], known: Known) -> Support:
     each = [row if isinstance(row, Support) else Support.of(row) for row in rows]
-    sizes = torch.cat([s.sizes.cpu() for s in each])
-    ids = torch.cat([s.token_ids.cpu() for s in each])
-    joined = Support(ids, torch.cat([sizes.new_zeros(1), sizes.cumsum(0)]))
-    return joined.to(known.place_BL.device)
+    return Support.concatenate([s.to("cpu") for s in each]).to(known.place_BL.device)

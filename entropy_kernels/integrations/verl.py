@@ -162,7 +162,7 @@ class _VerlPatch(Patch):
         self._registry.pop(LOSS_MODE, None)
 
 
-def _head(impl: str, rollout: Rollout | None = None) -> Any:
+def _head(impl: str, rollout: Rollout) -> Any:
     """What stands in for FusedLinearForPPO.forward."""
 
     def forward(
@@ -176,9 +176,9 @@ def _head(impl: str, rollout: Rollout | None = None) -> Any:
         if not torch.compiler.is_compiling():
             _check_adapters(running_model("forward_with_torch_backend"))
         head = Head(hidden_states, vocab_weights, input_ids.long(), temperature=temperature)
-        if rollout is not None and rollout.known is not None:
+        if rollout.known is not None:
             return rollout.known.score(head, impl)
-        if rollout is not None and rollout.sets:
+        if rollout.sets:
             raise ValueError("sets=True runs in FSDP's engine only")
         found = linear_logprob_entropy(head, impl=impl)
         return found.logprob, found.entropy

@@ -54,7 +54,9 @@ def step_of_verl(impl):
     options |= {"entropy_source": "current", "sets": False}
     B, L, D, V = 2, 5, 16, 40
     hidden, weight = torch.randn(B, L, D, requires_grad=True), torch.randn(V, D, requires_grad=True)
-    logprob, entropy = verl._head(impl)(None, hidden, weight, torch.randint(V, (B, L)))
+    nothing_known = verl.Rollout(False, False, torch.where)
+    forward = verl._head(impl, nothing_known)
+    logprob, entropy = forward(None, hidden, weight, torch.randint(V, (B, L)))
     config = SimpleNamespace(
         policy_loss={"loss_mode": "high_entropy"},
         strategy="fsdp",

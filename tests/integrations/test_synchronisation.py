@@ -44,7 +44,7 @@ def test_trl():
 def test_verl():
     with fake_gpu(), HostWaits() as forward:
         head = make_head(B, L)
-        forward_of_head = verl._head("triton")
+        forward_of_head = verl._head("triton", verl.Rollout(False, False, torch.where))
         logprob, _ = forward_of_head(None, head.hidden, head.weight, head.target, floats(B, L))
         assert forward.found == {}
         assert files(lambda: backward(logprob.sum())) == {"item at launch_rows.py"}
