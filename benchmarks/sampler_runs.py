@@ -1,14 +1,15 @@
 """Trainings with the sampler's log-probs and entropies, and with recomputed ones, by two engines.
 
 python -m benchmarks.sampler_runs [--root runs] [--seeds 3] [--jobs 2]
-python -m benchmarks.sampler_runs --times [--root runs]
+python -m benchmarks.sampler_runs --part times [--root runs]
+python -m benchmarks.sampler_runs --part bf16 [--root runs]
 
 The first call trains the tiny preset with each seed in the four ways of two engines and two
 sources. Those of a seed share model, warm start, problems and evaluations. The second runs 20 steps
-of each way alone, for the times of a step and its parts. What is finished is not done again. Each
-writes its part of benchmarks/results/sampler_runs.json, whose tables `python -m benchmarks.report`
-puts into docs/benchmarks.md. To be run with an interpreter that has vLLM (`make test-vllm` makes
-one).
+of each way alone, for the times of a step and its parts. The third runs 20 steps of each engine in
+bf16 with fp32 weights, and compares in each. What is finished is not done again. Each writes its
+part of benchmarks/results/sampler_runs.json, whose tables `python -m benchmarks.report` puts into
+docs/benchmarks.md. To be run with an interpreter that has vLLM (`make test-vllm` makes one).
 """
 
 import argparse
@@ -18,7 +19,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from statistics import median
+from statistics import mean, median
 from typing import Any
 
 from benchmarks.sources import versions
@@ -34,7 +35,8 @@ from trainer.studies.compare.driver import drive, is_finished
 
 RESULT = Path(__file__).parent / "results" / "sampler_runs.json"
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1"}
-TIMED_STEPS = 20
+FEW_STEPS = 20
+FOLDERS = {"trainings": "sampler-runs", "times": "sampler-times", "bf16": "sampler-bf16"}
 TIMES = ("sample", "score", "update", "head", "step")
 EVALUATION = ("eval/accuracy", "eval/greedy", "eval/problems")
 TITLE = (
@@ -59,16 +61,16 @@ class Way:
         """For tables."""
         return f"{'vLLM' if self.engine == 'vllm' else self.engine}, {self.source}"
 
-    def config(self, base: Config, seed: int, timed: bool) -> Config:
-        """Its run with `seed`; a timed one has few steps and compares no masks."""
+    def config(self, base: Config, seed: int, part: str) -> Config:
+        """Its run with `seed`; "times" and "bf16" have few steps, and "times" compares no masks."""
         entropies = "old" if self.source == "recomputed" else "sampler"
-        every = 0 if timed else COMPARE_EVERY[self.source]
-        kind = "times" if timed else "runs"
+        every = 0 if part == "times" else COMPARE_EVERY[self.source]
         return replace(
             base,
-            name=f"sampler-{kind}/{self.engine}-{self.source}/seed-{seed}",
+            name=f"{FOLDERS[part]}/{self.engine}-{self.source}/seed-{seed}",
             seed=seed,
-            steps=TIMED_STEPS if timed else base.steps,
+            steps=base.steps if part == "trainings" else FEW_STEPS,
+            model=replace(base.model, compute_dtype="bfloat16" if part == "bf16" else None),
             engine=replace(base.engine, kind=self.engine),
             algorithm=replace(
                 base.algorithm,
@@ -87,20 +89,22 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--root", default="runs")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--jobs", type=int, default=2)
-    parser.add_argument("--times", action="store_true", help="few steps of each way, alone")
+    parser.add_argument("--part", choices=FOLDERS, default="trainings")
     parser.add_argument("--out", type=Path, default=RESULT)
     options = parser.parse_args(arguments)
     os.environ.update(ENVIRONMENT)
     base = replace(PRESETS["tiny"](), root=options.root)
-    timed, seeds = options.times, range(1 if options.times else options.seeds)
-    runs = {(way, seed): way.config(base, seed, timed) for seed in seeds for way in WAYS}
-    outcome = drive(list(runs.values()), 1 if timed else options.jobs)
+    part = options.part
+    seeds = range(options.seeds if part == "trainings" else 1)
+    ways = [way for way in WAYS if part != "bf16" or way.source == "recomputed"]
+    runs = {(way, seed): way.config(base, seed, part) for seed in seeds for way in ways}
+    outcome = drive(list(runs.values()), 1 if part == "times" else options.jobs)
     for name, lines in outcome.failed.items():
         print(f"{name} failed:\n{lines}", file=sys.stderr)
     if outcome.failed:
         return 1
     result = json.loads(options.out.read_text()) if options.out.exists() else {}
-    result["times" if timed else "trainings"] = times(runs) if timed else trainings(runs)
+    result[part] = times(runs) if part == "times" else trainings(runs)
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(result_text(result))
     print(f"{tables(result)}\n\n{options.out}")
@@ -161,7 +165,7 @@ def _training(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     evaluations = [row for row in rows if "eval/accuracy" in row]
     known = {
         name: [row[name] for row in rows if row.get(name) is not None]
-        for name in ("mask/overlap", "mask/entropy_difference", "mismatch/max_ratio")
+        for name in ("mask/overlap", "mask/entropy_difference", "mismatch/max_ratio", "mismatch/kl")
     }
     return {
         "steps": len(rows) - 1,
@@ -170,6 +174,7 @@ def _training(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "overlap": [_short(value) for value in known["mask/overlap"]],
         "entropy_difference": _short(max(known["mask/entropy_difference"], default=None)),
         "max_ratio": _short(max(known["mismatch/max_ratio"], default=None)),
+        "kl": _short(mean(kl) if (kl := known["mismatch/kl"]) else None),
     }
 
 
@@ -185,6 +190,8 @@ def tables(result: Mapping[str, Any]) -> str:
     if "trainings" in result:
         parts += [_training_table(result["trainings"]), _difference_table(result["trainings"])]
         parts.append(_small_print(result["trainings"]))
+    if "bf16" in result:
+        parts += [_bf16_table(result["bf16"]), _small_print(result["bf16"])]
     if "times" in result:
         parts += [_time_table(result["times"]), _small_print(result["times"])]
     return "\n\n".join(parts)
@@ -209,6 +216,18 @@ def _training_table(found: Mapping[str, Any]) -> str:
                 "1 + " + _largest(runs, "max_ratio", 1),
             ]
         )
+    return table(columns, rows)
+
+
+def _bf16_table(found: Mapping[str, Any]) -> str:
+    columns = ["bf16, weights in fp32", "steps", "masks' overlap", "its least"]
+    columns += ["largest difference of an entropy, nats", "KL (k3), mean", "largest ratio"]
+    rows = []
+    for run in found["runs"]:
+        overlap, engine = run["overlap"], Way(run["engine"], "")
+        cells = [f"{100 * mean(overlap):.2f}%", f"{100 * min(overlap):.2f}%"]
+        cells += [f"{run['entropy_difference']:.2g}", f"{run['kl']:.1e}", f"{run['max_ratio']:.3f}"]
+        rows.append([engine.label.rstrip(", "), str(run["steps"]), *cells])
     return table(columns, rows)
 
 

@@ -28,7 +28,12 @@ def rows_of(accuracy, steps):
     for step in range(1, steps + 1):
         rows.append(
             {"step": step, "time/step": 2.0, "time/sample": 1.0, "time/update": 0.7}
-            | {"time/score": 0.25, "time/head": 0.1, "mismatch/max_ratio": 1.001}
+            | {
+                "time/score": 0.25,
+                "time/head": 0.1,
+                "mismatch/max_ratio": 1.001,
+                "mismatch/kl": 2.5e-4,
+            }
             | {"mask/overlap": 0.98 + 0.02 * (step > 1), "mask/entropy_difference": 1e-6}
         )
     rows[-1] |= evaluation
@@ -40,8 +45,8 @@ def base(tmp_path):
     return replace(PRESETS["tiny"](), root=str(tmp_path), steps=STEPS)
 
 
-def configs(base, seeds, timed=False):
-    return {(way, seed): way.config(base, seed, timed) for seed in range(seeds) for way in WAYS}
+def configs(base, seeds, part="trainings", ways=WAYS):
+    return {(way, seed): way.config(base, seed, part) for seed in range(seeds) for way in ways}
 
 
 def test_ways_differ_in_engine_and_sources_alone(base):
@@ -70,12 +75,24 @@ def test_trainings_are_joined_and_compared_within_seeds(base):
 
 
 def test_times_are_medians_and_have_the_share_of_scoring(base, monkeypatch):
-    monkeypatch.setattr(sampler_runs, "TIMED_STEPS", 5)
-    runs = configs(base, 1, timed=True)
+    monkeypatch.setattr(sampler_runs, "FEW_STEPS", 5)
+    runs = configs(base, 1, "times")
     for config in runs.values():
         write(config, rows_of(0.5, 5))
     text = tables({"times": times(runs)})
     assert "| vLLM, recomputed | 2.000 | 1.000 | 0.250 | 0.700 | 0.100 | 12.5% |" in text
+
+
+def test_runs_in_bf16_show_how_far_the_engines_are_from_the_policy(base, monkeypatch):
+    monkeypatch.setattr(sampler_runs, "FEW_STEPS", 5)
+    runs = configs(base, 1, "bf16", [way for way in WAYS if way.source == "recomputed"])
+    for config in runs.values():
+        assert config.model.compute_dtype == "bfloat16"
+        assert config.model.dtype == "float32"
+        assert config.algorithm.compare_every == 1
+        write(config, rows_of(0.5, 5))
+    text = tables({"bf16": trainings(runs)})
+    assert "| vLLM | 5 | 99.60% | 98.00% | 1e-06 | 2.5e-04 | 1.001 |" in text
 
 
 def test_unfinished_and_edited_runs_are_refused(base):
