@@ -23,9 +23,9 @@ LEFT_OUT = shutil.ignore_patterns(
 OF_THE_CHECKOUT = {
     *("test_architecture", "test_benchmark_steps", "test_benchmarks", "test_costs", "test_cpp"),
     *("test_cuda_build", "test_callers_mistakes_elsewhere", "test_english", "test_examples"),
-    *("test_gpu_rows", "test_gpu_run"),
+    *("test_gpu_rows", "test_gpu_run", "test_tile_model"),
     *("test_gpu_script", "test_hub_kernel", "test_layers", "test_loss_parity", "test_main"),
-    *("test_readme", "test_resolution", "test_several_ranks", "test_tile_model"),
+    *("test_readme", "test_resolution", "test_sampler_step", "test_several_ranks"),
     *("test_triton_compile", "test_triton_kernel_cases", "test_triton_ratio_loss"),
     *("test_triton_sanitizer", "test_triton_selection", "test_types", "test_wheel", "test_wiring"),
 }

@@ -203,7 +203,6 @@ def test_products_assert_what_they_cannot_read():
         (rows, rows, index, index + 1),
         (rows, rows, index - 1, index),
         (rows, rows, index[:3], index),
-        (rows, rows, index, index, torch.ones(4, dtype=torch.bool)),
     ]
     for arguments in dots:
         with pytest.raises(AssertionError):
