@@ -112,6 +112,18 @@ def scores(policy, rollouts, tokens):
     return torch.stack(score(policy, rollouts, config, ALONE)[:2])
 
 
+def of_rounding(policy, rollouts, alone):
+    """The change by weights that round otherwise, which a recurrence amplifies: no leak is as small."""
+    nudged = Policy(copy.deepcopy(policy.model), policy.tokenizer)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for weight in nudged.model.parameters():
+            weight.mul_(1 + torch.randn_like(weight) * torch.finfo(weight.dtype).eps / 2)
+    change = (scores(nudged, rollouts, 1) - alone).abs().max().item()
+    assert change < 1e-3
+    return change
+
+
 @pytest.fixture(scope="module")
 def others():
     """Responses of a model that can be sampled, for those that cannot."""
@@ -136,7 +148,8 @@ def test_scores_depend_on_no_other_sequence_and_are_the_samplers(name, own, layo
         rollouts = roll(policy)
         assert rollouts.response_length_B.max() > 12
     together, alone = scores(policy, rollouts, 10**6), scores(policy, rollouts, 1)
-    assert (together - alone).abs().max() < 2e-5
+    bound = 2e-5 if layout else max(2e-5, of_rounding(policy, rollouts, alone))
+    assert (together - alone).abs().max() < bound
     assert torch.equal(together, scores(policy, rollouts, 10**6))
     if layout is not None:
         difference = together[0] - rollouts.sampler_logprob_T
