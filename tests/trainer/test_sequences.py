@@ -113,7 +113,7 @@ def scores(policy, rollouts, tokens):
 
 
 def of_rounding(policy, rollouts, alone):
-    """The change by weights that round otherwise, which a recurrence amplifies: no leak is as small."""
+    """The change by weights that round otherwise, amplified by recurrence: no leak is as small."""
     nudged = Policy(copy.deepcopy(policy.model), policy.tokenizer)
     torch.manual_seed(0)
     with torch.no_grad():
