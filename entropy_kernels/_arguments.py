@@ -154,6 +154,17 @@ def check_finite(name: str, x: object) -> None:
     check_number(name, x, "a finite number", math.isfinite)
 
 
+def check_coefficient(name: str, x: object) -> None:
+    """A finite number, or a tensor of one."""
+    if not isinstance(x, Tensor):
+        check_finite(name, x)
+        return
+    check_tensor(name, x, "floating-point")
+    if x.numel() != 1 or x.is_meta:
+        raise ValueError(f"{name} must be one number; got {shown(x)}")
+    check_values(name, x, "finite", -LARGEST, LARGEST)
+
+
 def check_flag(name: str, x: object) -> None:
     if not isinstance(x, bool):
         raise ValueError(f"{name} must be True or False; got {shown(x)}")

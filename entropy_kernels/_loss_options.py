@@ -141,6 +141,12 @@ class LossOptions:
             )
         return True
 
+    @property
+    def has_bonus(self) -> bool:
+        """Whether there is an entropy bonus; the value of a tensor is not looked at."""
+        coef = self.entropy_bonus.coef
+        return isinstance(coef, Tensor) or coef != 0
+
     def reads_beyond_selected(self, on_policy: bool) -> str | None:
         """The option, if any, that reads log-probs or entropies of tokens that are not selected."""
         if self.sequence_over == "all":
@@ -169,7 +175,7 @@ class LossOptions:
         coef = self.kl.coef
         if (isinstance(coef, Tensor) or coef != 0) and self.kl.reference_logprob is None:
             raise ValueError(f"KL.coef={coef} needs reference_logprob")
-        if self.entropy_bonus.coef != 0 and not has_entropy:
+        if self.has_bonus and not has_entropy:
             raise ValueError(f"EntropyBonus.coef={self.entropy_bonus.coef} needs entropy")
 
 

@@ -20,7 +20,7 @@ from ._shapes import Bool, Float, Int
 # How the metrics of parts join, by name: these add up, take the largest or the smallest, or are
 # means over the valid tokens; all others are means over the selected tokens.
 _SUMS = ("loss", "tokens/all", "tokens/selected", "head/active_rows")
-_LARGEST = ("ratio/max", "mismatch/max_ratio")
+_LARGEST = ("ratio/max", "mismatch/max_ratio", "entropy/coefficient")
 _SMALLEST = ("entropy/threshold",)
 _OF_THE_MASK = ("entropy/mean", "entropy/selected_fraction")
 
@@ -169,6 +169,7 @@ def join_metrics(
     group: ProcessGroup | None = None,
     *,
     kl_on: str = "selected",
+    entropy_on: str = "selected",
 ) -> dict[str, Float[Tensor, ""]]:
     """The metrics of a whole step, from those of its micro-batches and of the ranks of `group`.
 
@@ -182,7 +183,8 @@ def join_metrics(
             means over the selected tokens. "loss" adds up over micro-batches and is averaged over
             ranks, which gives the step's loss if denominators are the mean count per rank.
         group: every rank calls, with the same names; 8 bytes per metric and rank are all-reduced.
-        kl_on: the loss's own option, which says over what tokens kl/reference is the mean.
+        kl_on, entropy_on: the loss's own options KL.on and EntropyBonus.on. They say over what
+            tokens kl/reference, and entropy/of_bonus with entropy/bonus, are means.
 
     Returns 0-dim fp64 tensors; nothing waits for a GPU.
 
@@ -195,18 +197,21 @@ def join_metrics(
         raise ValueError("parts must be the metrics of at least one micro-batch; got none")
     check_group("group", group)
     check_choice("kl_on", kl_on, ("selected", "all"))
-    joined = _join(parts, kl_on)
+    check_choice("entropy_on", entropy_on, ("selected", "all"))
+    of_the_mask = set(_OF_THE_MASK)
+    of_the_mask |= {"kl/reference"} if kl_on == "all" else set()
+    of_the_mask |= {"entropy/of_bonus", "entropy/bonus"} if entropy_on == "all" else set()
+    joined = _join(parts, of_the_mask)
     if group is None:
         return joined
     rows = _gather(torch.stack(list(joined.values())), group)
-    joined = _join([dict(zip(joined, row, strict=True)) for row in rows], kl_on)
+    joined = _join([dict(zip(joined, row, strict=True)) for row in rows], of_the_mask)
     if "loss" in joined:
         joined["loss"] = joined["loss"] / len(rows)
     return joined
 
 
-def _join(parts: Sequence[Mapping[str, Tensor]], kl_on: str) -> dict[str, Tensor]:
-    of_the_mask = (*_OF_THE_MASK, "kl/reference") if kl_on == "all" else _OF_THE_MASK
+def _join(parts: Sequence[Mapping[str, Tensor]], of_the_mask: set[str]) -> dict[str, Tensor]:
     columns = {name: torch.stack([p[name].detach().double() for p in parts]) for name in parts[0]}
     joined = {}
     for name, values in sorted(columns.items()):

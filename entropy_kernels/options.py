@@ -11,6 +11,7 @@ from torch.distributed import ProcessGroup
 
 from ._arguments import (
     check_choice,
+    check_coefficient,
     check_count,
     check_finite,
     check_group,
@@ -139,15 +140,22 @@ class Correction:
 
 @dataclass(frozen=True, eq=False)
 class EntropyBonus:
-    """coef H_t, subtracted from the loss and aggregated as the loss is."""
+    """coef H_t, in nats, subtracted from the loss and aggregated as the loss is.
 
-    coef: float = 0.0
-    """A negative one is a cost of entropy."""
+    H_t is the entropy of the policy being trained, with gradient.
+    """
+
+    coef: float | Float[Tensor, ""] = 0.0
+    """A number, or a 0-dim tensor, such as one that changes from step to step: it may be on a GPU,
+    and gets no gradient. A negative one is a cost of entropy."""
     on: str = "selected"
-    """As in `KL`."""
+    """The "selected" tokens: all others stay without a gradient, and the head's backward stays
+    sparse. With "all" of the mask every row gets a gradient, and it is dense. Words as denominator
+    then count all of the mask for the bonus. A number N as denominator divides the sum over all:
+    for a mean over the step's M tokens give coef N / M."""
 
     def __post_init__(self) -> None:
-        check_finite("EntropyBonus.coef", self.coef)
+        check_coefficient("EntropyBonus.coef", self.coef)
         check_choice("EntropyBonus.on", self.on, ON)
 
 

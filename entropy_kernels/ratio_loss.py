@@ -8,6 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from ._arguments import as_scalar
 from ._loss_options import LossOptions
 from ._loss_tokens import Tokens, check_contents, read_tokens
 from ._ratio_kernel import clipped_by_kernel, of_ratios, plain
@@ -107,6 +108,8 @@ def ratio_loss(
           away (clip/low includes the dual clip). From it also head/active_rows, the number of
           tokens with a gradient, unless the loss has a KL or a bonus;
         - with a reference kl/reference;
+        - with an entropy bonus entropy/of_bonus, the mean entropy of its tokens, nats;
+          entropy/coefficient, its coefficient, and entropy/bonus, their product;
         - with a sampler mismatch/k3, mismatch/max_ratio and mismatch/difference, the mean of
           |log r_t| with r_t as in `Correction`. With a type of correction also mismatch/outside,
           the share of tokens whose ratio was truncated or masked.
@@ -173,11 +176,11 @@ def loss_of_tokens(
     if tokens.reference_logprob is not None:
         term, metrics["kl/reference"] = _kl(tokens, old, kl.type, on[kl.on], scales[kl.on])
         total = total + term
-    if tokens.entropy is not None and bonus.coef != 0:
-        entropy = torch.where(on[bonus.on], tokens.entropy.to(dtype), 0.0)
-        entropy = entropy + poison(entropy, entropy.isnan())
-        total = total - bonus.coef * _sum(entropy, scales[bonus.on])
-    if tokens.reference_logprob is not None or bonus.coef != 0:
+    if tokens.entropy is not None and options.has_bonus:
+        coef = as_scalar(bonus.coef, dtype, mask.device)
+        term, found = _bonus(tokens.entropy.to(dtype), coef, on[bonus.on], scales[bonus.on])
+        total, metrics = total - term, metrics | found
+    if tokens.reference_logprob is not None or options.has_bonus:
         metrics.pop("head/active_rows", None)
     return total, metrics
 
@@ -272,6 +275,17 @@ def _kl(
     coef = coef.detach().to(new.dtype) if isinstance(coef, Tensor) else coef
     term = torch.where(on & (coef != 0), coef * kl, 0.0)
     return _sum(term + poison(new, term.isnan()), scale_B), mean
+
+
+def _bonus(
+    entropy: Tensor, coef: Tensor, on: Tensor, scale_B: Tensor
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The bonus and its metrics; the other tokens may hold anything."""
+    entropy = torch.where(on, entropy, 0.0)
+    mean = entropy.detach().sum() / on.sum().clamp_min(1)
+    entropy = entropy + poison(entropy, entropy.isnan())
+    metrics = {"entropy/of_bonus": mean, "entropy/bonus": coef * mean, "entropy/coefficient": coef}
+    return coef * _sum(entropy, scale_B), metrics
 
 
 def _sum(x: Tensor, scale_B: Tensor) -> Tensor:

@@ -111,6 +111,8 @@ LOSSES: dict[str, Callable[[], Options]] = {
     "soft mask": lambda: {"aggregation": ek.Aggregation(token_weight=bools(B, L))},
     "entropy bonus": lambda: {"entropy_bonus": ek.EntropyBonus(0.01)},
     "entropy bonus on all": lambda: {"entropy_bonus": ek.EntropyBonus(0.01, "all")},
+    "entropy bonus of a tensor": lambda: {"entropy_bonus": ek.EntropyBonus(floats())},
+    "entropy bonus of a CPU's tensor": lambda: {"entropy_bonus": ek.EntropyBonus(torch.ones(()))},
     "advantage per token": lambda: {"advantage": floats(B, L)},
     "on-policy": lambda: {"old_logprob": None},
 }

@@ -90,7 +90,11 @@ WRONG_FIELDS = {
     "kl_coef": mistakes.number(INF, -INF, of=(B, L)) | contents(ENTROPY, INF),
     "kl_type": mistakes.word(),
     "kl_on": mistakes.word(),
-    "entropy_coef": mistakes.number(INF, -INF),
+    "entropy_coef": mistakes.number(INF, -INF, of=())
+    | {
+        "a broken tensor": (torch.tensor(NAN), "nan"),
+        "an infinite one": (torch.tensor(INF), "inf"),
+    },
     "entropy_on": mistakes.word(),
 }
 GROUPED = ("aggregation", "kl", "correction", "entropy_bonus", "parallel")

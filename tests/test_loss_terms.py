@@ -1,4 +1,4 @@
-"""The KL to a reference, the correction of a sampler, weights, the entropy bonus, aggregations."""
+"""The KL to a reference, the correction of a sampler, weights, aggregations."""
 
 import functools
 import math
@@ -222,17 +222,6 @@ def test_a_nan_of_the_kl_is_in_the_loss_and_in_the_gradient(case, kind, broken):
     assert grad.isnan().nonzero().tolist() == [[0, 1]]
 
 
-def test_a_nan_of_the_entropy_bonus_is_in_the_loss_and_in_the_gradient(case):
-    entropy = torch.rand_like(case.logprob)
-    entropy[0, 1] = torch.nan
-    loss, grad = gradient(
-        entropy,
-        lambda x: case.both(entropy=x, entropy_coef=0.01, selected=None)[0],
-    )
-    assert loss.isnan()
-    assert grad.isnan().nonzero().tolist() == [[0, 1]]
-
-
 def test_a_small_mismatch_has_a_metric_with_digits():
     old = -torch.rand(1000)
     sampler = (old + 1e-4 * torch.randn(1000)).clamp_max(0)
@@ -265,20 +254,6 @@ def test_weights_multiply_the_loss_of_their_tokens(case, loss_type):
     given = weight > 0, (weight > 0).double()
     as_bool, as_ones = (case.both(token_weight=x, loss_type=loss_type)[0] for x in given)
     assert torch.equal(as_bool, as_ones)
-
-
-@pytest.mark.parametrize("on", ["selected", "all"])
-def test_the_entropy_bonus_is_on_its_tokens(case, on):
-    entropy = torch.rand(case.mask.shape, dtype=torch.float64)
-    kept = case.mask & case.selected
-    tokens = kept if on == "selected" else case.mask
-    dirty = entropy.masked_fill(~tokens, torch.nan).requires_grad_()
-    loss = loss_of(case, entropy=dirty, entropy_coef=0.1, entropy_on=on)(case.logprob)
-    want = loss_of(case)(case.logprob) - 0.1 * entropy[tokens].mean()
-    torch.testing.assert_close(loss, want, rtol=1e-12, atol=0)
-    loss.backward()
-    want = torch.where(tokens, -0.1 / tokens.sum().double(), 0.0)
-    torch.testing.assert_close(dirty.grad, want, rtol=1e-12, atol=0)
 
 
 def steps(case, **more):

@@ -52,7 +52,8 @@ def in_parts(tensors, advantage, options, group):
     found = [loss_of(rows(tensors, i), advantage[i], options | counts) for i in parts]
     metrics = [m | {"loss": loss} for loss, m, _ in found]
     grads = [torch.cat(g) for g in zip(*(g for _, _, g in found), strict=True)]
-    return join_metrics(metrics, group, kl_on=options.get("kl_on", "selected")), grads
+    on = {name: options.get(name, "selected") for name in ("kl_on", "entropy_on")}
+    return join_metrics(metrics, group, **on), grads
 
 
 SPLIT = {
