@@ -13,6 +13,7 @@ with warnings.catch_warnings():
     import torch as _torch  # noqa: F401
 
 from . import losses, token_rules
+from .entropy_control import EntropyController
 from .entropy_threshold import entropy_threshold
 from .head import Head
 from .high_entropy_policy_loss import high_entropy_policy_loss
@@ -33,6 +34,7 @@ __all__ = [
     "Backend",
     "Correction",
     "EntropyBonus",
+    "EntropyController",
     "Head",
     "HighEntropyPolicyLoss",
     "LogprobEntropy",

@@ -16,6 +16,9 @@ from unittest import mock
 import torch
 from torch import Tensor
 
+# The state of TRL's entropy control.
+CONTROLLED = ("entropy_coef", "_last_world_entropy")
+
 
 def has(package: str) -> bool:
     return importlib.util.find_spec(package) is not None
@@ -53,8 +56,12 @@ def trl(
     beta: float = 0.0,
     unbiased_kl: bool = False,
     importance: Tensor | None = None,
+    adaptive: dict[str, float] | None = None,
 ) -> Tensor:
-    """`_compute_loss` of GRPOTrainer (of GMPOTrainer for "gmpo"), with what it reads of itself."""
+    """`_compute_loss` of GRPOTrainer (of GMPOTrainer for "gmpo"), with what it reads of itself.
+
+    `adaptive` holds the entropy control: its arguments, and its state, which the call moves on.
+    """
     trainer = _trl_trainers()["gmpo" if loss_type == "gmpo" else "grpo"]
     entropy = torch.zeros_like(logprob) if entropy is None else entropy
     self = SimpleNamespace(
@@ -94,6 +101,12 @@ def trl(
         model=SimpleNamespace(training=False),
         _metrics={"eval": defaultdict(list)},
     )
+    if adaptive is not None:
+        self.use_adaptive_entropy = self._entropy_bonus_enabled = self.model.training = True
+        self.accelerator.sync_gradients, self._entropy_window_stats = True, None
+        self._metrics = {"train": defaultdict(list)}
+        vars(self.args).update(adaptive)
+        vars(self).update({name: adaptive[name] for name in CONTROLLED})
     self.get_high_entropy_mask = functools.partial(trainer.get_high_entropy_mask, self)
     ids = torch.zeros(mask.shape, dtype=torch.long)
     inputs = {
@@ -108,7 +121,10 @@ def trl(
     }
     if importance is not None:
         inputs["importance_sampling_ratio"] = importance
-    return trainer._compute_loss(self, None, inputs)
+    loss = trainer._compute_loss(self, None, inputs)
+    if adaptive is not None:
+        adaptive |= {name: getattr(self, name) for name in CONTROLLED}
+    return loss
 
 
 class _Stub(ModuleType):

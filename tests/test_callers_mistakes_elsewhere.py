@@ -206,6 +206,35 @@ CALLS = {f"losses.{name}": of_loss(name) for name in LOSSES} | {
         {},
         {"fraction": FRACTION, "mode": mistakes.word(), "group": mistakes.group(), **IMPL},
     ),
+    "EntropyController": Call(
+        lambda **options: ek.EntropyController(**options),
+        {"target": 0.2},
+        {
+            "target": mistakes.number(-0.1, INF)
+            | {"three": ((0.1, 0.2, 0.3), "0.3"), "upside down": ((0.3, 0.1), "(0.3, 0.1)")},
+            "coef": mistakes.number(-0.1, 1.1, INF),
+            "delta": mistakes.number(-0.1, INF),
+            "bounds": mistakes.number() | {"upside down": ((1.0, 0.0), "(1.0, 0.0)")},
+            "group": mistakes.group(),
+        },
+    ),
+    "update of a controller": Call(
+        lambda **options: ek.EntropyController(0.2).update(**options),
+        {"entropy": 0.1, "tokens": 3},
+        {"entropy": mistakes.number(-0.1, INF), "tokens": mistakes.number(-1, INF)},
+    ),
+    "load_state_dict of a controller": Call(
+        lambda state: ek.EntropyController(0.2).load_state_dict(state),
+        {"state": {"coef": 0.1, "entropy": None}},
+        {
+            "state": mistakes.not_tensors()
+            | {
+                "a name": ({"coef": 0.1}, "'coef'"),
+                "a broken coef": ({"coef": NAN, "entropy": 0.1}, "nan"),
+                "a word": ({"coef": 0.1, "entropy": "low"}, "'low'"),
+            }
+        },
+    ),
     "update": Call(streaming("update"), SELECT, WRONG_SELECT),
     "mask": Call(streaming("mask"), SELECT, WRONG_SELECT),
     "load_state_dict": Call(

@@ -50,6 +50,7 @@ ALLOWED = {
     "top_entropy_mask": {"_radix", "backends"},
     "sampling": {"_native", "_torch", "_triton", "backends", "support"},
     "streaming_threshold": {"_radix", "backends", "distributed"},
+    "entropy_control": {"distributed"},
     "options": {"backends", "loss_terms"},
     "_loss_options": {"losses", "options"},
     "_ragged": set(),
