@@ -201,6 +201,54 @@ CALLS = {f"losses.{name}": of_loss(name) for name in LOSSES} | {
             "mu": mistakes.number(-1),
         },
     ),
+    "gradient_magnitude": Call(
+        token_rules.gradient_magnitude,
+        GRAD | {"old_logprob": LOGPROB, "advantage": ADVANTAGE},
+        {
+            **{name: mistakes.floats(LOGPROB) for name in ("logprob", "old_logprob", "entropy")},
+            "advantage": mistakes.floats(ADVANTAGE),
+            "clip_low": mistakes.number(-1),
+            "clip_high": mistakes.number(-1),
+            "reference_logprob": mistakes.floats(LOGPROB, optional=True),
+            "kl_coef": mistakes.number(INF),
+        },
+    ),
+    "silence_spurious": Call(
+        token_rules.silence_spurious,
+        GRAD | {"advantage": ADVANTAGE, "mask": MASK, "threshold": torch.tensor(0.5)},
+        {
+            **{name: mistakes.floats(LOGPROB) for name in ("logprob", "entropy")},
+            "advantage": mistakes.floats(ADVANTAGE),
+            "mask": mistakes.mask(MASK),
+            "threshold": mistakes.not_tensors() | {"two values": (torch.zeros(2), "(2,)")},
+            "below": mistakes.number(0, 1.5),
+        },
+    ),
+    "surprisal_band": Call(
+        token_rules.surprisal_band,
+        GRAD | {"mask": MASK},
+        {
+            **{name: mistakes.floats(LOGPROB) for name in ("logprob", "entropy")},
+            "mask": mistakes.mask(MASK),
+            "low": mistakes.number(-1),
+            "high": mistakes.number(0.1),
+        },
+    ),
+    "random_tokens": Call(
+        token_rules.random_tokens,
+        {"mask": MASK},
+        {"mask": alone(mistakes.mask(MASK)), **SHARE, "generator": mistakes.generator()},
+    ),
+    "random_prefixes": Call(
+        token_rules.random_prefixes,
+        {"mask": MASK},
+        {
+            "mask": alone(mistakes.mask(MASK)),
+            **SHARE,
+            "least": mistakes.number(0, 1.5),
+            "generator": mistakes.generator(),
+        },
+    ),
     "StreamingThreshold": Call(
         lambda **options: ek.StreamingThreshold(**options),
         {},

@@ -147,16 +147,17 @@ RULES: dict[str, Callable[[], object]] = {
     "kl_cov": lambda: token_rules.kl_cov(floats(B, L), floats(B), bools(B, L)),
     "entropy_advantage": lambda: token_rules.entropy_advantage(floats(B), floats(B, L)),
     "two_clip_ranges": lambda: token_rules.two_clip_ranges(bools(B, L)),
-    "select_token": lambda: token_rules.select_token(
-        floats(B, L), floats(B, L), floats(B, L), bools(B, L)
-    ),
+    "select_token": lambda: token_rules.select_token(*[floats(B, L)] * 3, bools(B, L)),
     "discriminator": lambda: token_rules.discriminator(floats(B, L), floats(B, L)),
-    "expected_discriminator": lambda: token_rules.expected_discriminator(
-        floats(B, L), floats(B, L), floats(B, L)
-    ),
+    "expected_discriminator": lambda: token_rules.expected_discriminator(*[floats(B, L)] * 3),
     "clip_discriminator": lambda: token_rules.clip_discriminator(
         floats(B, L), floats(B), bools(B, L), centre=floats(B, L)
     ),
+    "gradient_magnitude": lambda: token_rules.gradient_magnitude(*[floats(B, L)] * 4),
+    "silenced": lambda: token_rules.silence_spurious(*[floats(B, L)] * 3, bools(B, L), floats()),
+    "surprisal_band": lambda: token_rules.surprisal_band(*[floats(B, L)] * 2, bools(B, L)),
+    "random_tokens": lambda: token_rules.random_tokens(bools(B, L)),
+    "random_prefixes": lambda: token_rules.random_prefixes(bools(B, L)),
     "lengths on the GPU, a loss of tokens": lambda: ratio_loss(
         {"lengths": lengths("cuda"), "advantage": floats(B)}, T
     ),

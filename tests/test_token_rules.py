@@ -186,3 +186,102 @@ def test_archers_two_ranges_with_a_kl_for_the_rest(case):
 
     # The ranges are fp32, as tensors from a mask are.
     torch.testing.assert_close(got, gradient(case.logprob, written), rtol=1e-6, atol=1e-9)
+
+
+def test_gradient_magnitude_is_the_entropy_times_the_loss_s_derivative(case):
+    """Of the clipped loss with a KL, one token at a time: -w is the derivative in log pi."""
+    entropy = torch.rand(6, 9, dtype=torch.float64)
+    reference = case.logprob.flip(1)
+    options = {"clip_low": 0.1, "clip_high": 0.3}
+    kl = {"reference_logprob": reference, "kl_coef": 0.25}
+    given = case.logprob, case.old, entropy, case.advantage
+    plain = token_rules.gradient_magnitude(*given, **options)
+    with_kl = token_rules.gradient_magnitude(*given, **options, **kl)
+    clipped = 0
+    for b, t in case.mask.nonzero().tolist():
+        x = case.logprob[b, t].clone().requires_grad_()
+        ratio, a = (x - case.old[b, t]).exp(), case.advantage[b, t]
+        objective = torch.minimum(ratio * a, ratio.clamp(0.9, 1.3) * a)
+        (slope,) = torch.autograd.grad(objective, x, retain_graph=True)
+        torch.testing.assert_close(plain[b, t], (entropy[b, t] * slope).abs())
+        clipped += bool(slope == 0 and a != 0)
+        d = reference[b, t] - x
+        (slope,) = torch.autograd.grad(objective - 0.25 * (d.exp() - d - 1), x)
+        torch.testing.assert_close(with_kl[b, t], (entropy[b, t] * slope).abs())
+    assert 2 < clipped < case.mask.sum() - 2
+    of_sequences = token_rules.gradient_magnitude(*given[:3], case.advantage_B)
+    of_tokens = token_rules.gradient_magnitude(
+        *given[:3], case.advantage_B[:, None].expand_as(entropy)
+    )
+    assert torch.equal(of_sequences, of_tokens)
+
+
+def test_gradient_magnitude_needs_the_reference_of_its_kl(case):
+    given = case.logprob, case.old, case.logprob.exp(), case.advantage
+    with pytest.raises(ValueError, match=r"kl_coef needs reference_logprob; got kl_coef=0.1"):
+        token_rules.gradient_magnitude(*given, kl_coef=0.1)
+
+
+def test_silenced_are_rare_tokens_of_certain_distributions_in_right_responses():
+    g = torch.Generator().manual_seed(2)
+    logprob = -8 * torch.rand(4, 50, generator=g, dtype=torch.float64)
+    entropy = torch.rand(4, 50, generator=g, dtype=torch.float64)
+    advantage = torch.tensor([1.0, -1.0, 0.0, 2.0], dtype=torch.float64)
+    mask = torch.rand(4, 50, generator=g) < 0.9
+    threshold = ek.entropy_threshold(entropy.float(), mask, fraction=0.2).double()
+    got = token_rules.silence_spurious(logprob, entropy, advantage, mask, threshold)
+    silenced = 0
+    for b in range(4):
+        for t in range(50):
+            a, p, h = advantage[b], logprob[b, t].exp(), entropy[b, t]
+            spurious = bool(a > 0 and p < 0.002 and h < threshold)
+            assert bool(got[b, t]) == (bool(mask[b, t]) and not spurious)
+            silenced += spurious and bool(mask[b, t])
+    assert silenced > 5
+    # 80% of the entropies lie below the threshold, and a token with A <= 0 is kept.
+    assert got[1].equal(mask[1])
+    assert got[2].equal(mask[2])
+
+
+def test_the_band_is_its_two_bounds(tokens):
+    logits, target, logprob, entropy, *_ = tokens
+    mask = torch.rand(T) < 0.8
+    got = token_rules.surprisal_band(logprob, entropy, mask, low=0.6, high=1.4)
+    outside = [0, 0]
+    for t in range(T):
+        logp = logits[t].log_softmax(0)
+        index = -logp[target[t]] / -(logp.exp() * logp).sum()
+        assert bool(got[t]) == (bool(mask[t]) and 0.6 <= float(index) <= 1.4)
+        outside[0] += bool(index < 0.6)
+        outside[1] += bool(index > 1.4)
+    assert min(outside) > 2
+    assert 2 < got.sum() < mask.sum() - 2
+
+
+def test_a_certain_token_surprises_nobody():
+    zero, mask = torch.zeros(1), torch.tensor([True])
+    assert not token_rules.surprisal_band(zero, zero, mask)
+    assert token_rules.surprisal_band(zero, zero, mask, low=0.0)
+
+
+@pytest.mark.parametrize("broken", ["logprob", "entropy", "advantage", "old_logprob"])
+def test_the_newer_rules_hold_a_token_with_a_nan(broken):
+    """Each of these is dropped, or ranks last, with the numbers as they were."""
+    x = {"logprob": -9.0, "entropy": 0.1, "advantage": 1.0, "old_logprob": -9.0, "threshold": 0.5}
+    given = {name: torch.tensor([value]) for name, value in x.items()}
+    mask = torch.tensor([True])
+
+    def rules():
+        spurious = token_rules.silence_spurious(
+            given["logprob"], given["entropy"], given["advantage"], mask, given["threshold"][0]
+        )
+        return spurious, token_rules.surprisal_band(given["logprob"], given["entropy"], mask)
+
+    assert not any(rules())
+    given[broken] = torch.tensor([torch.nan])
+    if broken != "old_logprob":
+        assert rules()[0]
+    if broken in ("logprob", "entropy"):
+        assert rules()[1]
+    names = "logprob", "old_logprob", "entropy", "advantage"
+    assert token_rules.gradient_magnitude(*(given[name] for name in names)).isnan()
