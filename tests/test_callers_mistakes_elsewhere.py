@@ -246,6 +246,7 @@ CALLS = {f"losses.{name}": of_loss(name) for name in LOSSES} | {
             "mask": alone(mistakes.mask(MASK)),
             **SHARE,
             "least": mistakes.number(0, 1.5),
+            "lengths": mistakes.not_tensors(optional=True),
             "generator": mistakes.generator(),
         },
     ),

@@ -21,7 +21,7 @@ ALLOWED = {
     "distributed": set(),
     "losses": {"distributed"},
     "loss_terms": {"distributed", "losses"},
-    "token_rules": {"losses"},
+    "token_rules": {"_ragged", "losses"},
     "_bounds": set(),
     "_rows": {"head"},
     "_main_grad": {"head"},

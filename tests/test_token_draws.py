@@ -33,7 +33,7 @@ def test_each_token_is_drawn_with_its_probability_and_weighs_its_inverse():
 def test_the_weighted_sum_over_random_prefixes_is_that_over_all(monkeypatch, fraction, least):
     """Its mean over a fine grid of u, the only random number, whatever the tokens' numbers."""
     count, n = 200_000, 7
-    u = ((torch.arange(count, dtype=torch.float64) + 0.5) / count)[:, None]
+    u = (torch.arange(count, dtype=torch.float64) + 0.5) / count
     mask = torch.ones(1, 9, dtype=torch.bool)
     mask[0, [2, 8]] = False  # a token between that does not count, and padding
     mask = mask.expand(count, 9)
@@ -66,6 +66,22 @@ def test_at_one_half_every_length_is_as_likely():
     assert ((lengths[1:] - 10_000).abs() < 5 * (50_000 * 0.2 * 0.8) ** 0.5).all()
     full = weight[kept.all(1)][0]
     torch.testing.assert_close(full, 1 / torch.tensor([1.0, 0.8, 0.6, 0.4, 0.2]))
+
+
+@pytest.mark.parametrize("fraction", [0.3, 1.0])
+def test_prefixes_of_sequences_one_after_the_other_are_those_of_rows(fraction):
+    lengths = torch.tensor([9, 0, 4, 1, 7])
+    there = torch.arange(9) < lengths[:, None]
+    mask = there & (torch.rand(5, 9, generator=torch.Generator().manual_seed(1)) < 0.8)
+    for seed in range(5):
+        rows = token_rules.random_prefixes(
+            mask, fraction, generator=torch.Generator().manual_seed(seed)
+        )
+        ragged = token_rules.random_prefixes(
+            mask[there], fraction, lengths=lengths, generator=torch.Generator().manual_seed(seed)
+        )
+        for got, want in zip(ragged, rows, strict=True):
+            assert torch.equal(got, want[there])
 
 
 def test_nothing_is_drawn_of_nothing():

@@ -189,7 +189,7 @@ def test_archers_two_ranges_with_a_kl_for_the_rest(case):
 
 
 def test_gradient_magnitude_is_the_entropy_times_the_loss_s_derivative(case):
-    """Of the clipped loss with a KL, one token at a time: -w is the derivative in log pi."""
+    """The loss is clipped and has a KL, one token at a time; -w is its derivative in log pi."""
     entropy = torch.rand(6, 9, dtype=torch.float64)
     reference = case.logprob.flip(1)
     options = {"clip_low": 0.1, "clip_high": 0.3}

@@ -78,6 +78,21 @@ class Rollouts:
         }
         return Rollouts(**picked, kept=self.kept and self.kept.at(at["T"]))
 
+    def cut(self, length_B: Tensor, count: int) -> "Rollouts":
+        """The same with responses of `length_B` tokens, `count` in all: the first of each.
+
+        `responses` and verdicts stay those of the whole ones.
+        """
+        begin_B = self.response_length_B.cumsum(0) - self.response_length_B
+        at = {"T": _runs(begin_B, length_B, count)}
+        begin_B, read_B = self.length_B.cumsum(0) - self.length_B, self.prompt_length_B + length_B
+        prompts = len(self.tokens_N) - len(self.sampler_logprob_T)
+        at["N"] = _runs(begin_B, read_B, prompts + count)
+        tensors = {n: x for n, x in vars(self).items() if n[-1] in at and isinstance(x, Tensor)}
+        cut: dict[str, Any] = {name: x[at[name[-1]]] for name, x in tensors.items()}
+        kept = self.kept and self.kept.at(at["T"])
+        return replace(self, response_length_B=length_B, kept=kept, **cut)
+
     def to(self, device: torch.device) -> "Rollouts":
         """The same on `device`."""
         moved: dict[str, Any] = {
@@ -126,6 +141,8 @@ class Batch:
     old_logprob_T: Tensor
     selected_T: Tensor  # by the old policy's entropies
     threshold: Tensor  # of the old policy's entropies over the whole step
+    weight_T: Tensor | None = None  # factors of the tokens' losses; None: 1
+    kept_length_B: Tensor | None = None  # what responses are to be cut to; None: not at all
 
     def rows(self, index: Tensor) -> "Batch":
         """The batch of the sequences at `index`."""
@@ -137,6 +154,25 @@ class Batch:
             self.old_logprob_T[at],
             self.selected_T[at],
             self.threshold,
+            None if self.weight_T is None else self.weight_T[at],
+            None if self.kept_length_B is None else self.kept_length_B[index],
+        )
+
+    def cut(self) -> "Batch":
+        """The batch with responses of `kept_length_B` tokens; what is behind is not read."""
+        length_B = self.kept_length_B
+        if length_B is None:
+            return self
+        count = int(length_B.sum())
+        whole_B = self.rollouts.response_length_B
+        at = _runs(whole_B.cumsum(0) - whole_B, length_B, count)
+        return replace(
+            self,
+            rollouts=self.rollouts.cut(length_B, count),
+            old_logprob_T=self.old_logprob_T[at],
+            selected_T=self.selected_T[at],
+            weight_T=None if self.weight_T is None else self.weight_T[at],
+            kept_length_B=None,
         )
 
 

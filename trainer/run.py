@@ -28,6 +28,7 @@ from trainer.policy import Policy, check_policy, read_policy
 from trainer.ranks import Ranks, local_ranks
 from trainer.report.progress import WARM_START, progress
 from trainer.rewards.verifier import Verifier
+from trainer.rules import Rule
 from trainer.tasks import make_task
 from trainer.tasks.benchmarks import check_sets
 from trainer.tasks.lengths import Room, check_prompts
@@ -51,6 +52,7 @@ class Run:
     progress: Progress
     fresh: bool = False  # nothing is on disk yet
     sets: Sequence[EvaluationSet] = ()  # what it is evaluated on
+    rule: Rule | None = None  # what chooses tokens; None: what `algorithm.which` names
     guard: Guard = field(init=False)
 
     def __post_init__(self) -> None:

@@ -13,8 +13,9 @@ from entropy_kernels.backends import beside_head
 from trainer.batch import Rollouts
 from trainer.config import Config, sources
 from trainer.metrics import mismatch_metrics
+from trainer.rules import DRAWN, Choice, Tokens, choose, rule_named
 from trainer.run import Run
-from trainer.update import Scores, at_least, score
+from trainer.update import Scores, score
 
 
 class Statistics(NamedTuple):
@@ -26,8 +27,8 @@ class Statistics(NamedTuple):
     """Entropies that the threshold is taken of, nats."""
     threshold: Tensor
     """The one that `algorithm.fraction` of the tokens reach."""
-    selected_T: Tensor
-    """The tokens to train on, by these entropies."""
+    choice: Choice
+    """The tokens to train on, by these statistics."""
     scored: bool
     """Whether there was a scoring pass."""
     head_seconds: float
@@ -36,7 +37,7 @@ class Statistics(NamedTuple):
     """How far the policy is from the sampler, as far as the pass tells."""
 
 
-def old_policy(run: Run, rollouts: Rollouts) -> Statistics:
+def old_policy(run: Run, rollouts: Rollouts, advantage_B: Tensor) -> Statistics:
     """What the sampler has told, or a scoring pass finds, as `sources` has it.
 
     Every rank holds all responses, so the threshold is exact over all ranks.
@@ -46,37 +47,46 @@ def old_policy(run: Run, rollouts: Rollouts) -> Statistics:
     logprob_T, entropy_T = rollouts.sampler_logprob_T, rollouts.sampler_entropy_T
     impl = beside_head(settings.model.impl)
     threshold = ek.entropy_threshold(entropy_T, fraction=settings.algorithm.fraction, impl=impl)
-    selected_T = _select(run, entropy_T, threshold)
+    lengths_B = rollouts.response_length_B
+    advantage_T = advantage_B.repeat_interleave(lengths_B, output_size=len(entropy_T))
+    choice = _choose(run, logprob_T, entropy_T, threshold, advantage_T, lengths_B)
     if not (of.score or due):
-        return Statistics(logprob_T, entropy_T, threshold, selected_T, False, 0.0, {})
+        return Statistics(logprob_T, entropy_T, threshold, choice, False, 0.0, {})
     alone = of.score_selected and not due
-    found = score(run.policy, rollouts, settings, run.ranks, selected_T if alone else None)
+    found = score(run.policy, rollouts, settings, run.ranks, choice.selected_T if alone else None)
     metrics = {}
     if not alone:
-        policy_T = _select(run, found.entropy_T, found.threshold)
-        metrics = _compare(settings, rollouts, found, selected_T, policy_T) if due else {}
+        given = found.logprob_T, found.entropy_T, found.threshold, advantage_T, lengths_B
+        by_policy = _choose(run, *given)
+        both = choice.selected_T, by_policy.selected_T
+        metrics = _compare(settings, rollouts, found, *both) if due else {}
         if not of.sampler_selects:
-            entropy_T, threshold, selected_T = found.entropy_T, found.threshold, policy_T
+            entropy_T, threshold, choice = found.entropy_T, found.threshold, by_policy
     if of.old_logprob == "recomputed":
         logprob_T = found.logprob_T
-        at = selected_T if of.score_selected else slice(None)
+        at = choice.selected_T if of.score_selected else slice(None)
         metrics |= mismatch_metrics(logprob_T[at], rollouts.sampler_logprob_T[at], settings)
     seconds = found.head_seconds
-    return Statistics(logprob_T, entropy_T, threshold, selected_T, True, seconds, metrics)
+    return Statistics(logprob_T, entropy_T, threshold, choice, True, seconds, metrics)
 
 
-def _select(run: Run, entropy_T: Tensor, threshold: Tensor) -> Tensor:
-    """The tokens that these entropies select, `threshold` theirs."""
+def _choose(
+    run: Run,
+    logprob_T: Tensor,
+    entropy_T: Tensor,
+    threshold: Tensor,
+    advantage_T: Tensor,
+    lengths_B: Tensor,
+) -> Choice:
+    """What the run's rule chooses by these statistics, `threshold` that of these entropies."""
     algorithm = run.settings.algorithm
-    if algorithm.which == "top":
-        return at_least(entropy_T, threshold)
-    torch.manual_seed(run.seed(-1))  # the same on every rank; rounds of sampling have others
-    return ek.top_entropy_mask(
-        entropy_T,
-        fraction=algorithm.fraction,
-        which=algorithm.which,
-        impl=beside_head(run.settings.model.impl),
+    # The same on every rank; rounds of sampling have other seeds.
+    generator = torch.Generator(entropy_T.device).manual_seed(run.seed(-1))
+    tokens = Tokens(
+        *(logprob_T, entropy_T, threshold, advantage_T, lengths_B),
+        *(algorithm.fraction, generator, beside_head(run.settings.model.impl)),
     )
+    return choose(run.rule or rule_named(algorithm.which), algorithm.which, tokens)
 
 
 def _compare(
@@ -93,7 +103,7 @@ def _compare(
     mismatch = mismatch_metrics(found.logprob_T, rollouts.sampler_logprob_T, settings)
     metrics = {name.replace("/", "/all_"): value for name, value in mismatch.items()}
     metrics["mask/entropy_difference"] = float(difference_T.max())
-    if settings.algorithm.which == "random":  # drawn without looking at entropies
+    if settings.algorithm.which in DRAWN:
         return metrics
     return metrics | {
         "mask/overlap": float(both / (sampler_T | policy_T).sum()),

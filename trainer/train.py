@@ -5,6 +5,7 @@ Names follow "Beyond the 80/20 Rule" (arXiv 2506.01939). B sequences, T response
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from trainer.report.page import LiveReport
 from trainer.report.progress import progress
 from trainer.report.skips import took_step
 from trainer.rewards.terms import shaped_reward
+from trainer.rules import Rule, name_of, rule_named
 from trainer.run import Run, check_start, start
 from trainer.samples import entropy_metrics, write_samples
 from trainer.sampling import sample_useful
@@ -39,20 +41,27 @@ def train(
     *,
     allow_changes: Sequence[str] = (),
     branch: str = "",
+    rule: Rule | None = None,
 ) -> Path:
     """Train up to `settings.steps`, from the last checkpoint where there is one.
 
-    `on_step` is called when a step is on disk; the other arguments are those of `start`. Returns
-    the path of the report.
+    `on_step` is called when a step is on disk. `rule` chooses the tokens in the place of
+    `algorithm.which`, for which the run notes its name. The other arguments are those of `start`.
+    Returns the path of the report.
 
     Raises:
         ValueError: somebody else works in the run's folder, or what `start` raises.
         KeyboardInterrupt: `trainer.launch.stop.Stopped`, where a signal has ended it.
     """
+    if rule is not None:
+        algorithm = replace(settings.algorithm, which=name_of(rule))
+        settings = replace(settings, algorithm=algorithm)
+    rule = rule or rule_named(settings.algorithm.which)
     check_start(settings)
     group = settings.model.compute_dtype is not None
     with join(settings.device, group) as ranks, owned(settings.folder, ranks):
         run = start(settings, ranks, allow_changes, branch)
+        run.rule = rule
         try:
             with stop_is_told(run):
                 return _train(run, on_step)
@@ -118,12 +127,16 @@ def _step(run: Run) -> dict[str, float]:
     run.engine.sleep()
 
     # Log-probs and entropies, of the sampler or of a scoring pass; tau and the mask over the step.
-    old = old_policy(run, rollouts)
+    old = old_policy(run, rollouts, advantage_B)
     scored = clock(policy.device) if old.scored else sampled
     metrics["time/score"] = scored - sampled
 
     # An optimizer step on each mini-batch of whole groups.
-    batch = Batch(rollouts, advantage_B, old.logprob_T, old.selected_T, old.threshold)
+    choice = old.choice
+    batch = Batch(
+        *(rollouts, advantage_B, old.logprob_T, choice.selected_T, old.threshold),
+        *(choice.weight_T, choice.kept_length_B),
+    )
     updated, seconds = _update(run, batch, old.entropy_T)
     run.engine.update_weights(policy.weights())
     ended = clock(policy.device)

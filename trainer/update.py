@@ -4,6 +4,7 @@ B sequences, T response tokens, D hidden.
 """
 
 import math
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -138,6 +139,8 @@ def update(
     guard = guard or Guard(limit=settings.optimizer.max_nonfinite)
     if reason := _nothing_to_learn(batch, settings.algorithm):
         return _no_update(batch, reason), 0.0
+    everything, over_all = len(batch.selected_T), _divides_by_all(batch, settings.algorithm)
+    batch = _cut(batch, over_all and settings.algorithm.loss_type == "grpo")
     policy.train()
     meter, watch = Meter(), Stopwatch(policy.device)
     parts = micro_batches(batch.rollouts, settings.optimizer.tokens_per_micro_batch, ranks)
@@ -145,8 +148,9 @@ def update(
     for metrics in numbers(found_in):
         meter.add(metrics, weight=metrics["tokens/selected"])
     found = Meter.of(ranks.gather(meter)).result()
-    selected, everything = int(found.pop("tokens/selected")), int(found.pop("tokens/all"))
-    tokens = selected if settings.algorithm.denominator == "selected" else everything
+    selected = int(found.pop("tokens/selected"))
+    found.pop("tokens/all")  # those that are left of cut responses
+    tokens = everything if over_all else selected
     count = max(len(batch.rollouts) if settings.algorithm.loss_type == "grpo" else tokens, 1)
     named = [(name, p) for name, p in policy.model.named_parameters() if p.grad is not None]
     for _, parameter in named:
@@ -174,6 +178,22 @@ def update(
         "skipped/nonfinite_loss": float(not math.isfinite(loss)),
         "skipped/no_tokens": float(not selected),
     }, watch.seconds
+
+
+def _divides_by_all(batch: Batch, settings: config.Algorithm) -> bool:
+    """Whether the loss is divided by the number of all tokens, also of those that are cut off."""
+    return batch.weight_T is not None or settings.denominator == "all"
+
+
+def _cut(batch: Batch, means_of_whole: bool) -> Batch:
+    """`batch` with its responses cut. `means_of_whole`: their means are those of whole ones."""
+    cut = batch.cut()
+    if cut is batch or not means_of_whole:
+        return cut
+    kept_B = cut.rollouts.response_length_B
+    share_B = kept_B.float() / batch.rollouts.response_length_B
+    share_T = share_B.repeat_interleave(kept_B, output_size=len(cut.selected_T))
+    return replace(cut, weight_T=share_T if cut.weight_T is None else cut.weight_T * share_T)
 
 
 def _nothing_to_learn(batch: Batch, settings: config.Algorithm) -> str | None:
@@ -240,6 +260,7 @@ def _loss(head: ek.Head, part: Batch, settings: config.Config) -> tuple[Tensor, 
         tie = ek.Selection(threshold_tolerance=TIE)
         tokens = {"threshold": part.threshold, "selection": tie}
     by_sequence = algorithm.loss_type == "grpo"
+    over_all = _divides_by_all(part, algorithm)
     return ek.high_entropy_policy_loss(
         head,
         part.old_logprob_T,
@@ -250,8 +271,10 @@ def _loss(head: ek.Head, part: Batch, settings: config.Config) -> tuple[Tensor, 
         clip_low=algorithm.clip_low,
         clip_high=algorithm.clip_high,
         dual_clip=algorithm.dual_clip,
-        denominator=algorithm.denominator if by_sequence else 1.0,
-        aggregation=ek.Aggregation(num_sequences=1.0 if by_sequence else None),
+        denominator=("all" if over_all else "selected") if by_sequence else 1.0,
+        aggregation=ek.Aggregation(
+            num_sequences=1.0 if by_sequence else None, token_weight=part.weight_T
+        ),
         correction=correction(settings, rollouts.sampler_logprob_T),
         support=rollouts.kept,
         # Later micro-batches add to the first one's gradient where it is; FSDP2 has it elsewhere.

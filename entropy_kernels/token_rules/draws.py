@@ -1,10 +1,14 @@
-"""Random tokens with weights that leave the gradient unbiased; B sequences of L tokens."""
+"""Random tokens with weights that leave the gradient unbiased.
+
+B sequences of L tokens, or T tokens of B sequences.
+"""
 
 import torch
 from torch import Generator, Tensor
 
 from .._arguments import check_fraction, check_generator, check_tensor, check_whole
-from .._shapes import Bool, Float
+from .._ragged import check_lengths, on_device, sequence_numbers
+from .._shapes import Bool, Float, Int
 
 
 def random_tokens(
@@ -26,12 +30,13 @@ def random_tokens(
 
 
 def random_prefixes(
-    mask: Bool[Tensor, "B L"],
+    mask: Bool[Tensor, "*tokens"],
     fraction: float = 0.5,
     *,
     least: int = 1,
+    lengths: Int[Tensor, " B"] | None = None,
     generator: Generator | None = None,
-) -> tuple[Bool[Tensor, "B L"], Float[Tensor, "B L"]]:
+) -> tuple[Bool[Tensor, "*tokens"], Float[Tensor, "*tokens"]]:
     """The first tokens of each sequence, cut at random, and their weights 1 / P(kept), fp32.
 
     NAT's random prefix cutting (arXiv 2603.06619): what is behind the cut needs no forward either.
@@ -40,20 +45,35 @@ def random_prefixes(
     for t <= least. At fraction 0.5 the length is uniform over 1 to n; at 1 all is kept. A sequence
     keeps `fraction` of its tokens on average, and up to one token more. Use weights and denominator
     as those of `random_tokens`. We have not found the paper's distribution: these lengths are ours.
+
+    mask is [B, L], or [T] with `lengths`: int64 [B], tokens of sequences one after the other.
     """
     check_tensor("mask", mask, "bool")
-    if mask.ndim != 2:
-        raise ValueError(f"mask must be [B, L]; got {tuple(mask.shape)}")
     check_fraction(fraction)
     check_whole("least", least, 1, "an int >= 1")
     check_generator(generator, mask, "mask")
-    place_BL = mask.cumsum(1)
-    count_B1 = place_BL[:, -1:].double() if mask.shape[1] else place_BL.double()
-    u_B1 = torch.rand((len(mask), 1), generator=generator, dtype=torch.float64, device=mask.device)
+    if lengths is not None:
+        check_lengths(lengths, mask, "mask")
+    elif mask.ndim != 2:
+        raise ValueError(f"mask must be [B, L], or [T] with lengths; got {tuple(mask.shape)}")
+    sequences = len(mask) if lengths is None else len(lengths)
+    u_B = torch.rand(sequences, generator=generator, dtype=torch.float64, device=mask.device)
+    place, count, u = _places(mask, u_B, lengths)
     if fraction == 1:
         return mask, mask.float()
-    length_B1 = (count_B1 * u_B1 ** (1 / fraction - 1)).ceil().clamp_min(least)
-    kept_BL = mask & (place_BL <= length_B1)
-    before_BL = (place_BL - 1).clamp_min(0) / count_B1.clamp_min(1)
-    p_BL = (1 - before_BL ** (fraction / (1 - fraction))).masked_fill(place_BL <= least, 1.0)
-    return kept_BL, torch.where(kept_BL, 1 / p_BL, 0.0).float()
+    kept = mask & (place <= (count * u ** (1 / fraction - 1)).ceil().clamp_min(least))
+    before = (place - 1).clamp_min(0) / count.clamp_min(1)
+    p = (1 - before ** (fraction / (1 - fraction))).masked_fill(place <= least, 1.0)
+    return kept, torch.where(kept, 1 / p, 0.0).float()
+
+
+def _places(mask: Tensor, u_B: Tensor, lengths_B: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Each token's place in its sequence, from 1, fp64, the sequence's count, and its u."""
+    if lengths_B is None:
+        count_B = mask.sum(1).double()
+        return mask.cumsum(1).double(), count_B[:, None], u_B[:, None]
+    sequence_T = sequence_numbers(on_device(lengths_B, mask), len(mask))
+    count_B = torch.zeros_like(u_B).index_add(0, sequence_T, mask.double())
+    before_B = count_B.cumsum(0) - count_B
+    place_T = mask.cumsum(0) - before_B[sequence_T]
+    return place_T, count_B[sequence_T], u_B[sequence_T]

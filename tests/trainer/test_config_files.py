@@ -172,8 +172,8 @@ def test_a_dataclass_around_it_has_options_of_its_own(tmp_path):
         ("a.yaml", "model.gradient_checkpointing: 1", ".* must be true or false; got 1"),
         (
             "a.toml",
-            'algorithm.which = "most"',
-            'algorithm.which must be one of "top", "bottom", "random"; got \'most\'',
+            'algorithm.loss_type = "most"',
+            'algorithm.loss_type must be one of "dapo", "grpo"; got \'most\'',
         ),
         ("a.toml", "optimizer.betas = [0.9]", r"optimizer.betas must be a list: a number, .*0.9\]"),
         ("a.toml", "engine.devices = 1", "engine.devices must be a list, each a whole .* got 1"),

@@ -5,6 +5,11 @@ from typing import Literal
 
 from trainer.config.checks import at_least
 
+OF_FRACTION = ("top", "bottom", "random", "gmts", "nat-random", "nat-prefix")
+"""Rules that train on `fraction` of the tokens."""
+OTHERS = ("stapo", "rsi", "clip-cov", "clip-discriminator")
+"""Rules that keep as many as it comes to."""
+
 
 @dataclass(frozen=True)
 class Algorithm:
@@ -14,8 +19,10 @@ class Algorithm:
     """"dapo": one mean over the tokens of the step; "grpo": a mean of the sequences' means."""
     fraction: float = 0.2
     """The share of the response tokens that is trained on (1.0: all)."""
-    which: Literal["top", "bottom", "random"] = "top"
-    """Tokens of the highest entropy (the paper), of the lowest (its ablation), or random ones."""
+    which: str = "top"
+    """The rule that chooses the tokens. "top" takes the highest entropies (the paper), "bottom" the
+    lowest, "random" any. Others are stapo, rsi, gmts, nat-random, nat-prefix, clip-cov,
+    clip-discriminator, and "module:function" of your own: docs/trainer.md."""
     old_logprob: Literal["auto", "sampler", "recomputed"] = "auto"
     """The log-probs that ratios are taken to. "sampler": as the engine reported them;
     "recomputed": by the policy in a scoring pass, a forward over all responses. "auto" is "sampler"
@@ -29,7 +36,8 @@ class Algorithm:
     """RL steps between comparisons of the sampler's log-probs, entropies and tokens with the
     policy's, for which the scoring pass runs anyway; 0: never."""
     denominator: Literal["selected", "all"] = "selected"
-    """The count that the loss is divided by: selected tokens (paper v2) or all (v1 and TRL)."""
+    """The count that the loss is divided by: selected tokens (paper v2) or all (v1 and TRL). It is
+    all for rules that weigh tokens: nat-random, nat-prefix, clip-cov."""
     clip_low: float = 0.2
     """The ratio is clipped below 1 - clip_low."""
     clip_high: float = 0.28
@@ -66,6 +74,11 @@ class Algorithm:
                 "0 <= correction_floor <= 1 <= correction_cap is wanted, or equal policies would "
                 f"be corrected; got {self.correction_floor} and {self.correction_cap}"
             )
+        known = (*OF_FRACTION, *OTHERS)
+        if self.which not in known and not all(self.which.partition(":")):
+            raise ValueError(
+                f'which must be one of {", ".join(known)} or "module:function"; got {self.which!r}'
+            )
         if self.which != "top" and self.entropy_source == "current":
             raise ValueError(
                 f"which={self.which!r} needs entropies that are known before the update, as a "
@@ -76,3 +89,8 @@ class Algorithm:
     def mask_known(self) -> bool:
         """Whether the tokens are known before the forward of an update."""
         return self.entropy_source != "current" or self.fraction == 1
+
+    @property
+    def share(self) -> float:
+        """The share of the tokens that is trained on; 1, the most, where a rule does not say."""
+        return self.fraction if self.which in OF_FRACTION else 1.0

@@ -42,7 +42,7 @@ class Flops(NamedTuple):
 
 def head_units(job: Job) -> float:
     """Units of the head in an update, each over all response tokens: see docs/method.md."""
-    fraction = job.config.algorithm.fraction
+    fraction = job.config.algorithm.share
     if job.mask_known:
         return (3 if job.stored_logits else 4) * fraction
     return 1 + 3 * fraction
@@ -52,7 +52,7 @@ def scoring_units(job: Job) -> float:
     """Units of the head in the scoring passes of a step, over the selected tokens or all."""
     if not sources(job.config).score_selected:
         return job.scoring_passes
-    return job.comparisons + (1 - job.comparisons) * job.config.algorithm.fraction
+    return job.comparisons + (1 - job.comparisons) * job.config.algorithm.share
 
 
 def unit(job: Job) -> float:

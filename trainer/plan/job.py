@@ -197,7 +197,7 @@ class Job:
     @property
     def selected_rows(self) -> int:
         """Rows of the largest micro-batch that are trained on."""
-        return math.ceil(self.config.algorithm.fraction * self.micro_batch)
+        return math.ceil(self.config.algorithm.share * self.micro_batch)
 
     @property
     def mask_known(self) -> bool:

@@ -80,7 +80,7 @@ def as_dict(plan: Plan) -> dict[str, Any]:
 
 def head_variants(plan: Plan) -> dict[str, float]:
     """Units of the head in an update, by how it is computed."""
-    fraction = plan.job.config.algorithm.fraction
+    fraction = plan.job.config.algorithm.share
     return {
         "eager logits [T, V]": 3.0,
         "compaction: 1 + 3f": 1 + 3 * fraction,
@@ -199,9 +199,7 @@ def _flops(plan: Plan) -> Table:
 
 
 def _head(plan: Plan) -> Table:
-    table = Table(
-        title=f"The head, f = {plan.job.config.algorithm.fraction:g}", title_justify="left"
-    )
+    table = Table(title=f"The head, f = {plan.job.config.algorithm.share:g}", title_justify="left")
     for heading in ("", "units", "flops", "of the trainer's"):
         table.add_column(heading, justify="right" if heading else "left")
     for name, units in head_variants(plan).items():

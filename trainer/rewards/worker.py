@@ -6,7 +6,6 @@ that its function takes to import.
 """
 
 import faulthandler
-import importlib
 import inspect
 import json
 import numbers
@@ -18,6 +17,8 @@ from contextlib import suppress
 from decimal import Decimal
 from multiprocessing.connection import Connection
 from typing import Any
+
+from trainer.functions import function_named
 
 # The trainer kills a process after its time limit. Without a trainer it ends by itself, this much
 # later, whatever it is doing: the timer is a thread that needs nothing of the interpreter.
@@ -32,20 +33,7 @@ def load(name: str) -> Callable[..., Any]:
     Raises ValueError, naming what is missing, for what cannot be imported or called as
     `function(prompt=..., response=..., answer=...)`.
     """
-    module_name, _, attribute = name.partition(":")
-    if not module_name or not attribute:
-        raise ValueError(f'a verifier is named "module:function"; got {name!r}')
-    try:
-        module = importlib.import_module(module_name)
-    except Exception as error:  # of any kind: the module runs on import
-        raise ValueError(
-            f"{name}: cannot import {module_name}: {type(error).__name__}: {error}"
-        ) from error
-    if not hasattr(module, attribute):
-        raise ValueError(f"{name}: {module.__file__} has no {attribute!r}")
-    function = getattr(module, attribute)
-    if not callable(function):
-        raise ValueError(f"{name}: a {type(function).__name__} is not callable")
+    function = function_named(name, "a verifier")
     signature = inspect.signature(function)
     try:
         signature.bind(prompt="", response="", answer="")
