@@ -2,6 +2,7 @@
 
 python -m benchmarks.paper                  does what is missing, then writes docs/paper.md anew
 python -m benchmarks.paper --hours 1        starts no run that would not end within an hour
+python -m benchmarks.paper --rules          runs the rules of later papers instead; resumes too
 python -m benchmarks.paper --render         docs/paper.md and its figures from the result files
 python -m benchmarks.paper --check          fails where they are not what the result files say
 
@@ -65,6 +66,11 @@ class Task:
         """The file with the results of its training runs."""
         return RUNS / self.label / "comparison.json"
 
+    @property
+    def rules(self) -> Path:
+        """The file with the results of the rules' arms."""
+        return RUNS / self.label / "rules.json"
+
 
 TASKS = (
     Task("ladder", "tiny", "ladder", 48),
@@ -100,13 +106,14 @@ class Analysis:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--hours", type=float, default=0.0)
+    parser.add_argument("--rules", action="store_true")
     parser.add_argument("--render", action="store_true")
     parser.add_argument("--check", action="store_true")
     options = parser.parse_args()
     os.chdir(ROOT)
     status = 0
     if not (options.render or options.check):
-        status = study(options.hours)
+        status = rules(options.hours) if options.rules else study(options.hours)
     return status or paper_page.write(ROOT, check=options.check)
 
 
@@ -114,6 +121,13 @@ def study(hours: float) -> int:
     """Train and analyse what is missing; 0 where all is done."""
     failed = [task.label for task in TASKS if _run(comparison(task, hours))]
     failed += analyse()
+    keep()
+    return int(bool(failed))
+
+
+def rules(hours: float) -> int:
+    """Train what is missing of the arms of rules; 0 where all is done."""
+    failed = [task.label for task in TASKS if _run(rules_comparison(task, hours))]
     keep()
     return int(bool(failed))
 
@@ -136,6 +150,7 @@ def keep() -> None:
     """Write the results that exist to RESULTS, after all runs: a run notes a dirty checkout."""
     RESULTS.mkdir(parents=True, exist_ok=True)
     found = {task.comparison: RESULTS / f"{task.label}-comparison.json" for task in TASKS}
+    found |= {task.rules: RESULTS / f"{task.label}-rules.json" for task in TASKS}
     found |= {a.file: RESULTS / f"{a.name}.json" for task in TASKS for a in analyses(task)}
     for source, target in found.items():
         if source.exists():
@@ -144,11 +159,19 @@ def keep() -> None:
 
 def comparison(task: Task, hours: float) -> list[str]:
     """The command of all training runs of `task`."""
+    return _comparison(task, task.comparison, hours)
+
+
+def rules_comparison(task: Task, hours: float) -> list[str]:
+    """The command of the runs of the rules' arms: beside the others, so runs of both are shared."""
+    return [*_comparison(task, task.rules, hours), "--studies", "rules"]
+
+
+def _comparison(task: Task, out: Path, hours: float) -> list[str]:
     train = [part for name, value in TRAIN.items() for part in (f"--{name}", str(value))]
     return [
         *("compare", task.preset, "--label", task.label, "--seeds", str(SEEDS)),
-        *("--jobs", str(JOBS), "--hours", str(hours)),
-        *("--out", str(task.comparison), *train),
+        *("--jobs", str(JOBS), "--hours", str(hours), "--out", str(out), *train),
     ]
 
 

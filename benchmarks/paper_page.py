@@ -17,6 +17,7 @@ BLOCKS: dict[str, Callable[[Path], str]] = {
     "evolution": tables.evolution,
     "ablation": tables.ablation,
     "algorithms": tables.algorithms,
+    "rules": tables.rules,
     "fractions": findings.fractions,
     "masks": findings.masks,
 }

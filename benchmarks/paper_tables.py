@@ -1,7 +1,7 @@
 """Tables and figures of docs/paper.md, from the files in benchmarks/results/paper/ alone."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from statistics import fmean
@@ -118,11 +118,15 @@ def evolution(results: Path) -> str:
     return "\n\n".join([table(columns, [paper, *rows]), *parts])
 
 
+# Studies whose results are in a file of their own.
+FILES: Mapping[Study, str] = {"rules": "rules"}
+
+
 def comparison(study: Study, results: Path) -> str:
     """Arms, their differences and curves, by task."""
     parts = []
     for label in LABELS:
-        path = results / f"{label}-comparison.json"
+        path = results / f"{label}-{FILES.get(study, 'comparison')}.json"
         if not path.exists():
             continue
         found = json.loads(path.read_text())
@@ -144,6 +148,7 @@ def comparison(study: Study, results: Path) -> str:
 
 ablation = partial(comparison, "ablation")
 algorithms = partial(comparison, "algorithms")
+rules = partial(comparison, "rules")
 
 
 def figures(results: Path) -> dict[str, str]:
@@ -159,11 +164,10 @@ def figures(results: Path) -> dict[str, str]:
             for path in sorted(results.glob(f"{label}-{middle}-seed-*.json"))[:1]:
                 found = json.loads(path.read_text())
                 drawn[f"{label}-{kind}.svg"] = draw(found, f"{WHERE}/{path.name}")
-        path = results / f"{label}-comparison.json"
-        if path.exists():
-            found = json.loads(path.read_text())
-            studies: tuple[Study, ...] = ("ablation", "algorithms")
-            for study in studies:
+        for study in STUDIES:
+            path = results / f"{label}-{FILES.get(study, 'comparison')}.json"
+            if path.exists():
+                found = json.loads(path.read_text())
                 source = f"{WHERE}/{path.name}"
                 drawn[f"{label}-{study}.svg"] = report.curves(found, study, source)
     if gains := findings.draw_fractions(results):

@@ -50,9 +50,26 @@ def test_studies_have_the_arms_of_the_paper():
     }
     assert fractions == {0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 0.8, 1.0}
     assert set(STUDIES["algorithms"]) == {"ppo", "grpo", "all", "top-20"}
-    every = runs(Comparison(seeds=2))
+    studies = tuple(STUDIES)
+    assert {arm for study in studies for arm in STUDIES[study]} == set(ARMS)
+    every = runs(Comparison(studies=studies, seeds=2))
     assert len({config.name for config in every}) == len(every) == 2 * len(ARMS)
     assert [config.seed for config in every] == [0] * len(ARMS) + [1] * len(ARMS)
+
+
+@pytest.mark.parametrize("name", ["gmts", "clip-cov", "my.module:rule"])
+def test_any_rule_is_an_arm(name):
+    (config,) = runs(Comparison(arms=(name,), seeds=1))
+    assert config.name == f"ladder/{name}/seed-0"
+    top = arm_config(Config(), "ladder", "top-20", 0).algorithm
+    assert config.algorithm == replace(top, which=name)
+
+
+def test_a_rule_that_cannot_be_imported_is_told_before_any_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(driver, "drive", lambda *_: pytest.fail("the runs began"))
+    asked = Comparison(arms=("no.such:rule",), config=small(tmp_path))
+    with pytest.raises(ValueError, match=r"no\.such:rule: cannot import no\.such"):
+        compare(asked)
 
 
 def test_an_arm_named_twice_is_run_once():

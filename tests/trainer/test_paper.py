@@ -14,6 +14,7 @@ from trainer.studies.analyze.evolution import Evolution
 from trainer.studies.analyze.patterns import Patterns
 from trainer.studies.analyze.temperatures import Temperatures
 from trainer.studies.compare import Comparison, runs
+from trainer.studies.compare.arms import STUDIES
 
 ROOT = Path(__file__).parents[2]
 SETTINGS = {"patterns": Patterns, "evolution": Evolution, "temperatures": Temperatures}
@@ -60,6 +61,18 @@ def test_commands_are_understood(task):
         run = re.sub(r"/checkpoints/.*", "", asked.model)
         assert str(Path(run).relative_to(paper.RUNS)) in trained
         assert asked.data == (task.data,)
+
+
+@pytest.mark.parametrize("task", paper.TASKS, ids=lambda task: task.label)
+def test_the_rules_are_runs_beside_the_others(task):
+    found = []
+    for command, *rest in (paper.comparison(task, 0.0), paper.rules_comparison(task, 0.0)):
+        settings = parse(rest, command, around=lambda c: Comparison(config=c))
+        found.append({config.name: config for config in runs(settings)})
+    both = found[0].keys() & found[1].keys()
+    assert {name.split("/")[1] for name in both} == {"top-20", "all", "random-20"}
+    assert all(found[0][name] == found[1][name] for name in both)
+    assert len(found[1]) == paper.SEEDS * len(STUDIES["rules"])
 
 
 def test_blocks_are_filled_and_an_unknown_page_is_refused(tmp_path):

@@ -11,6 +11,11 @@ OTHERS = ("stapo", "rsi", "clip-cov", "clip-discriminator")
 """Rules that keep as many as it comes to."""
 
 
+def is_rule(name: str) -> bool:
+    """Whether `name` is a rule's, or has the form of "module:function"."""
+    return name in (*OF_FRACTION, *OTHERS) or all(name.partition(":"))
+
+
 @dataclass(frozen=True)
 class Algorithm:
     """The objective: GRPO or DAPO on the high-entropy tokens."""
@@ -74,10 +79,10 @@ class Algorithm:
                 "0 <= correction_floor <= 1 <= correction_cap is wanted, or equal policies would "
                 f"be corrected; got {self.correction_floor} and {self.correction_cap}"
             )
-        known = (*OF_FRACTION, *OTHERS)
-        if self.which not in known and not all(self.which.partition(":")):
+        if not is_rule(self.which):
+            names = ", ".join((*OF_FRACTION, *OTHERS))
             raise ValueError(
-                f'which must be one of {", ".join(known)} or "module:function"; got {self.which!r}'
+                f'which must be one of {names} or "module:function"; got {self.which!r}'
             )
         if self.which != "top" and self.entropy_source == "current":
             raise ValueError(

@@ -15,7 +15,7 @@ import tyro
 
 from trainer.config import Config
 from trainer.launch.needs import check_needs
-from trainer.studies.compare.arms import ALWAYS, ARMS, STUDIES, Study, arm_config
+from trainer.studies.compare.arms import ALWAYS, ARMS, STUDIES, Study, arm_config, is_arm
 
 
 @dataclass(frozen=True)
@@ -23,9 +23,10 @@ class Comparison:
     """The runs to compare, and how they are done."""
 
     studies: tuple[Study, ...] = ("ablation", "algorithms")
-    """The studies whose arms are run: fractions of the tokens with their controls; algorithms."""
+    """The studies whose arms are run: fractions of the tokens with their controls; algorithms;
+    rules of later papers."""
     arms: tuple[str, ...] = ()
-    """Only these arms, of any study."""
+    """Only these arms, of any study, or rules by the names that --algorithm.which takes."""
     seeds: int = 5
     """Replications of each arm."""
     first_seed: int = 0
@@ -47,8 +48,10 @@ class Comparison:
                 raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}")
         if self.hours < 0:
             raise ValueError(f"hours must be at least 0; got {self.hours}")
-        if unknown := set(self.arms) - set(ARMS):
-            raise ValueError(f"no arm {', '.join(sorted(unknown))}; there are {', '.join(ARMS)}")
+        if unknown := sorted(arm for arm in self.arms if not is_arm(arm)):
+            raise ValueError(
+                f"no arm {', '.join(unknown)}; there are {', '.join(ARMS)}, and rules by name"
+            )
 
 
 def runs(settings: Comparison) -> list[Config]:
@@ -64,12 +67,15 @@ def compare(settings: Comparison) -> int:
     """Do the runs that are missing and write the results; 0 if all are finished."""
     from trainer.launch.lock import owned
     from trainer.report.progress import progress
+    from trainer.rules import rule_named
     from trainer.studies.compare.collect import collect, write
     from trainer.studies.compare.driver import drive, is_finished
     from trainer.studies.compare.report import write_files
 
     configs = runs(settings)
     check_needs(*configs)
+    for config in configs:
+        rule_named(config.algorithm.which)
     folder = Path(settings.config.root) / _label(settings)
     out = Path(settings.out or folder / "comparison.json")
     if out.is_dir():

@@ -12,7 +12,11 @@ from trainer.studies.compare.arms import STUDIES, Study
 from trainer.studies.compare.differences import Difference, Interval, differences, interval
 
 Results = Mapping[str, Any]
-BASELINES = ("top-20", "all")
+BASELINES: Mapping[Study, tuple[str, ...]] = {
+    "ablation": ("top-20", "all"),
+    "algorithms": ("top-20", "all"),
+    "rules": ("top-20", "all", "random-20"),
+}
 """What every other arm of a study is compared with."""
 EMPHASIZED = ("top-20", "all", "random-20", "bottom-80", "ppo", "grpo")
 WINDOW = 5
@@ -24,7 +28,7 @@ def write_files(results: Results, path: Path) -> list[Path]:
     """Write the tables and figures of `results`, a file at `path`, beside it; their paths."""
     written = []
     for study in STUDIES:
-        if _seeds(results, study):
+        if set(_arms(results, study)) - (set(BASELINES["rules"]) if study == "rules" else set()):
             page, svg = (path.with_name(f"{path.stem}-{study}{end}") for end in (".md", ".svg"))
             replace_text(
                 page, f"{arm_table(results, study)}\n\n{difference_table(results, study)}\n"
@@ -74,14 +78,14 @@ def arm_table(results: Results, study: Study) -> str:
 
 def found_differences(results: Results, study: Study) -> list[Difference]:
     """Differences of final accuracy between each arm and the baselines, over two seeds or more."""
-    arms = _arms(results, study)
+    arms, bases = _arms(results, study), BASELINES[study]
     values = {arm: final(results, arm) for arm in arms}
     pairs = [
         (arm, base)
-        for base in BASELINES
+        for base in bases
         if base in arms
         for arm in arms
-        if arm not in BASELINES[: BASELINES.index(base) + 1]
+        if arm not in bases[: bases.index(base) + 1]
         and len(values[arm].keys() & values[base].keys()) > 1
     ]
     asked = [problems(results, arm) for arm in arms]
@@ -89,7 +93,7 @@ def found_differences(results: Results, study: Study) -> list[Difference]:
 
 
 def difference_table(results: Results, study: Study) -> str:
-    """Final accuracy of each arm less that of "top-20" and of "all", within seeds.
+    """Final accuracy of each arm less that of each of BASELINES, within seeds.
 
     The least number of problems of any arm stands below.
     """
@@ -127,7 +131,7 @@ def curves(results: Results, study: Study, source: str) -> str:
         rows = interval(list(_values(results, arm, lambda run: run["rows"]).values())).mean
         after = interval(list(final(results, arm).values()))
         at = [mark(max(rows, 1.0), after)]
-        marks.append(Series(NAMES.get(arm, arm), at, _color(arm, study), joined=False))
+        marks.append(Series(NAMES.get(arm, arm), at, _color(results, arm, study), joined=False))
     panels.append(
         Panel("final accuracy by backward rows paid", "rows of the head's backward", marks, True)
     )
@@ -207,7 +211,7 @@ def _curve(results: Results, study: Study, part: str, name: str, title: str) -> 
             else:
                 marks.append(mark(step, found))
         style = "" if arm in EMPHASIZED else "thin"
-        series.append(Series(NAMES.get(arm, arm), marks, _color(arm, study), style))
+        series.append(Series(NAMES.get(arm, arm), marks, _color(results, arm, study), style))
     return Panel(title, "RL step", series)
 
 
@@ -219,9 +223,9 @@ def _around(run: Mapping[str, Any], name: str, step: int, smooth: bool) -> float
     return sum(values) / len(values) if values else None
 
 
-def _color(arm: str, study: Study) -> int:
-    """The same in every figure of a study, whichever arms it has."""
-    return STUDIES[study].index(arm)
+def _color(results: Results, arm: str, study: Study) -> int:
+    """The same in every figure of a study, whichever of its arms it has."""
+    return _listed(results, study).index(arm)
 
 
 def _runs(results: Results, arm: str) -> list[Mapping[str, Any]]:
@@ -230,11 +234,14 @@ def _runs(results: Results, arm: str) -> list[Mapping[str, Any]]:
 
 def _arms(results: Results, study: Study) -> list[str]:
     """The arms of the study that have runs."""
-    return [arm for arm in STUDIES[study] if _runs(results, arm)]
+    return [arm for arm in _listed(results, study) if _runs(results, arm)]
 
 
-def _seeds(results: Results, study: Study) -> set[int]:
-    return {run["seed"] for arm in STUDIES[study] for run in _runs(results, arm)}
+def _listed(results: Results, study: Study) -> list[str]:
+    """The arms of the study; the rules' have those of no study too, rules of the user's."""
+    known = {arm for arms in STUDIES.values() for arm in arms}
+    others = (run["arm"] for run in results["runs"] if run["arm"] not in known)
+    return [*STUDIES[study], *(dict.fromkeys(others) if study == "rules" else ())]
 
 
 def _values(results: Results, arm: str, value: Any) -> dict[int, float]:
