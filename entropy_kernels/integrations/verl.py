@@ -41,6 +41,7 @@ from ._caller import running_model
 from ._head import factor_of_states, measure
 from ._patch import Patch, require
 from ._verl_rollout import Rollout
+from ._verl_squares import Squares
 
 LOSS_MODE = "high_entropy"
 BACKENDS = ("torch", "liger")
@@ -64,7 +65,8 @@ def patch_verl(
     The head keeps verl's signature, shapes ([T, D] or [B, L, D]) and temperature, which divides the
     logits of both outputs. log_probs are fp32, as verl's. Entropies are fp32 too, where verl rounds
     them to the dtype of the hidden states. Many 16-bit entropies tie, and a mask of the highest
-    fifth would be drawn among the ties. Rows whose label is -100 give zeros.
+    fifth would be drawn among the ties. Rows whose label is -100 give zeros. In FSDP's engine
+    `actor.calculate_sum_pi_squared` works, which verl refuses with fused kernels.
 
     "high_entropy", for `actor_rollout_ref.actor.policy_loss.loss_mode`, is equation 6 of arXiv
     2506.01939v2. It is the clipped ratio loss with dual clip of verl's "vanilla". Of the n response
@@ -145,14 +147,15 @@ class _VerlPatch(Patch):
         if LOSS_MODE in self._registry:
             raise ValueError(f"verl has a policy loss {LOSS_MODE!r} already")
         loss = _HighEntropyLoss(losses, options)
-        rollout = loss.rollout
+        rollout, squares = loss.rollout, Squares(loss.rollout)
         ppo_loss = loss.ppo_loss
         holders = [losses, *(sys.modules[name] for name in _COPIES if name in sys.modules)]
         super().__init__(
-            (FusedLinearForPPO, "forward", _head(options["impl"], rollout)),
+            (FusedLinearForPPO, "forward", _head(options["impl"], rollout, squares)),
             (monkey_patch, "patch_forward_with_backends", _checked(monkey_patch)),
             *((holder, "ppo_loss", ppo_loss) for holder in holders),
             *rollout.replacements(),
+            *squares.replacements(),
         )
         core_algos.register_policy_loss(LOSS_MODE)(loss.policy_loss)
 
@@ -162,7 +165,7 @@ class _VerlPatch(Patch):
         self._registry.pop(LOSS_MODE, None)
 
 
-def _head(impl: str, rollout: Rollout) -> Any:
+def _head(impl: str, rollout: Rollout, squares: Squares) -> Any:
     """What stands in for FusedLinearForPPO.forward."""
 
     def forward(
@@ -180,7 +183,8 @@ def _head(impl: str, rollout: Rollout) -> Any:
             return rollout.known.score(head, impl)
         if rollout.sets:
             raise ValueError("sets=True runs in FSDP's engine only")
-        found = linear_logprob_entropy(head, impl=impl)
+        found = linear_logprob_entropy(head, statistics=squares.statistics, impl=impl)
+        squares.keep(found.sum_p2)
         return found.logprob, found.entropy
 
     return forward

@@ -18,7 +18,9 @@ algorithm = pytest.importorskip("verl.trainer.config.algorithm", reason=MISSING)
 
 def test_replacements_take_what_was_taken():
     found = replacements(patch_verl)
-    assert {name for name, _, _ in found} == {"forward", "patch_forward_with_backends", "ppo_loss"}
+    engine = {"prepare_model_inputs", "prepare_model_outputs"}
+    others = {"forward", "patch_forward_with_backends", "ppo_loss"}
+    assert {name for name, _, _ in found} == engine | others
     for _, theirs, ours in found:
         assert_same_parameters(ours, theirs)
 
