@@ -195,7 +195,7 @@ def backward(
     *,
     isa: str | None = None,
     main_grad: Tensor | None = None,
-    reduce_hidden: Callable[[Tensor], None] | None = None,
+    reduce_hidden: Callable[[Tensor, Tensor], None] | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of hidden, weight and bias, from those of logprob, entropy and log-sum-exp.
 
@@ -203,8 +203,8 @@ def backward(
     `main_grad`, contiguous [V, D] of any of the dtypes. Beyond its outputs it holds R x D fp32 for
     each thread, the same twice for all, and some MB of blocks.
 
-    `reduce_hidden` changes the hidden states' gradient of the active rows, fp32 [R, D], in place
-    before it is rounded. It adds what ranks with other rows of the weight have.
+    `reduce_hidden` takes the hidden states' gradient of the active rows, fp32 [R, D], and their
+    numbers, [R], before it is rounded. It may change it in place, to add what other ranks have.
     """
     description, inputs = _describe(head)
     index_R = active_rows(gradients, head.target, head.ignore_index)
@@ -242,7 +242,7 @@ def backward(
     )
     del inputs
     if dhidden_RD is not None and reduce_hidden is not None:
-        reduce_hidden(dhidden_RD)
+        reduce_hidden(dhidden_RD, index_R)
     dhidden_TD = None if dhidden_RD is None else spread(dhidden_RD, index_R, head.hidden)
     if dbias_V is not None and head.bias is not None:
         dbias_V = dbias_V.to(head.bias.dtype)

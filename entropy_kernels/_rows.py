@@ -90,6 +90,30 @@ def is_active(gradients: Iterable[Tensor | None], target_T: Tensor, ignore_index
     return active_T & (target_T != ignore_index)
 
 
+def numbers(active_T: Tensor, most: int | None) -> tuple[Tensor, Tensor | None]:
+    """Numbers [R] of the active rows; with a bound `most` of them, which the host knows, or 1.
+
+    Then places may be left over: their number is 0, and the second, bool [R], is false there.
+    """
+    if most is None:
+        return active_T.nonzero().squeeze(1), None
+    room = min(max(most, 1), active_T.numel())
+    index_R = torch.nonzero_static(active_T, size=room).squeeze(1)
+    return index_R.clamp_min(0), index_R >= 0
+
+
+def beyond(active_T: Tensor, most: int | None) -> Tensor | None:
+    """With a bound for the active rows, a factor of their gradients: NaN beyond it."""
+    if most is None:
+        return None
+    count = active_T.sum()
+    if not sees_values(active_T.device):
+        return torch.where(count <= most, 1.0, torch.nan)
+    if int(count) > most:
+        raise ValueError(f"max_active_rows is {most}; got gradients at {int(count)} rows")
+    return None
+
+
 def spread(rows_RD: Tensor, index_R: Tensor, like_TD: Tensor) -> Tensor:
     """`rows_RD` at the rows `index_R` of a contiguous tensor like `like_TD`, zero elsewhere."""
     out_TD = torch.zeros_like(like_TD, memory_format=torch.contiguous_format)

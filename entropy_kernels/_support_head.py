@@ -186,7 +186,7 @@ class _SupportHead(torch.autograd.Function):
         active_T &= live_T
         dz_N = _gradient(z_N, logp_N, entropy_T, grad_T, grad_entropy_T, sets, head)
         dz_N = dz_N.where(active_T[sets.row_N], 0.0).float()
-        if (poison := _beyond(active_T, run.max_active_rows)) is not None:
+        if (poison := _rows.beyond(active_T, run.max_active_rows)) is not None:
             dz_N *= poison
         pairs = sets.pairs(active_T, head, ctx.columns, _compacts(run.impl))
         dz_P = dz_N if pairs.number_P is None else dz_N[pairs.number_P]
@@ -282,18 +282,6 @@ def _gradient(
     if head.softcap is not None:
         dz_N *= 1 - torch.tanh(z_N.double() / head.softcap).square()
     return dz_N
-
-
-def _beyond(active_T: Tensor, most: int | None) -> Tensor | None:
-    """With a bound for the active rows, a factor of their gradients: NaN beyond it."""
-    if most is None:
-        return None
-    count = active_T.sum()
-    if not _rows.sees_values(active_T.device):
-        return torch.where(count <= most, 1.0, torch.nan)
-    if int(count) > most:
-        raise ValueError(f"max_active_rows is {most}; got gradients at {int(count)} rows")
-    return None
 
 
 def _hidden(

@@ -156,7 +156,7 @@ class _Sharded(torch.autograd.Function):
         return dhidden_TD, dweight_VD, dbias_V, None, None, None
 
 
-def _add_over_ranks(rows_RD: Tensor, group: ProcessGroup) -> None:
+def _add_over_ranks(rows_RD: Tensor, _: Tensor, group: ProcessGroup) -> None:
     if rows_RD.numel():
         dist.all_reduce(rows_RD, group=group)
 

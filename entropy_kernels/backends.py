@@ -262,7 +262,7 @@ def backward(
     *,
     max_active_rows: int | None = None,
     main_grad: Tensor | None = None,
-    reduce_hidden: Callable[[Tensor], None] | None = None,
+    reduce_hidden: Callable[[Tensor, Tensor], None] | None = None,
 ) -> Gradients:
     """Gradients of hidden, weight and bias; None for one not needed, or added to main_grad."""
     with torch.autocast(head.hidden.device.type, enabled=False):

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from . import _vocab_parallel, backends, ops, reference
+from . import _token_ids, _vocab_parallel, backends, ops, reference
 from ._arguments import as_scalar, check_flag, check_group, check_threshold, check_whole, shown
 from ._main_grad import GradientInto, check_main_grad
 from ._rows import STATISTICS, check_statistics, check_values
-from ._shapes import Float
+from ._shapes import Float, Int
 from .head import Head
 from .support import Support
 from .verification.question import options_of
@@ -25,7 +25,8 @@ from .verification.question import options_of
 class LogprobEntropy(NamedTuple):
     """The head's outputs per token, fp32, in the shape of the targets; entropy in nats.
 
-    The fields after logsumexp are None unless `statistics` names them, and not differentiable.
+    The fields after logsumexp are None unless `statistics` names them, and not differentiable. The
+    last, [*tokens, K], is None unless `token_ids` are given, and differentiable.
     logsumexp is None with a support, whose sets of one form no logit.
     """
 
@@ -36,6 +37,7 @@ class LogprobEntropy(NamedTuple):
     max_prob: Float[Tensor, "*tokens"] | None = None
     sum_p2: Float[Tensor, "*tokens"] | None = None
     sum_p2_logp: Float[Tensor, "*tokens"] | None = None
+    token_logprobs: Float[Tensor, "*tokens K"] | None = None
 
 
 def linear_logprob_entropy(
@@ -48,6 +50,7 @@ def linear_logprob_entropy(
     main_grad: Float[Tensor, "V D"] | None = None,
     statistics: Collection[str] = (),
     support: Support | None = None,
+    token_ids: Int[Tensor, " K"] | Int[Tensor, "*tokens K"] | None = None,
     impl: str = "auto",
 ) -> LogprobEntropy:
     """Log-probability of each target and entropy of its distribution, from hidden states.
@@ -99,6 +102,12 @@ def linear_logprob_entropy(
             multiplications per id, and a backward twice as many for the tokens with a gradient. A
             set of one has log-prob 0 and entropy 0, no gradient and no cost. The weight's gradient
             is zero outside of the sets. Repeats are refused where values are checked, as below.
+        token_ids: int64 or int32 ids whose log-probabilities are wanted in every row, [K]; or ids
+            per token, such as a teacher's top k. They may repeat. The target's is `logprob`, to the
+            bit. Forward costs D multiplications per id, and a backward twice as many more for the
+            tokens with a gradient. A token whose gradients add up to 0, as those of a log-ratio do,
+            costs its ids alone. Ids per token of a 16-bit weight hold fp32 [V, D] in backward,
+            which a main_grad of fp32 spares.
         impl: "auto", the fastest backend known to be right here; "cpu", the compiled kernels;
             "triton", the GPU kernels; "torch", blocks of torch.mm on any device. "cuda" takes the
             kernels of csrc/cuda, and Triton's for what those lack, told once. "reference", the
@@ -106,6 +115,8 @@ def linear_logprob_entropy(
 
     Precision: logits and their sums are fp32 whatever the inputs; gradients are accumulated in
     fp32 and rounded once. Entropy is log s - E[z - max], both terms non-negative; logprob <= 0.
+    Gradients of chosen ids are computed from 1 - p where p is near 1. For 16-bit products p of ids
+    per token is rounded before their own gradient is added, but the likeliest one's.
     All statistics but varentropy are sums of terms of one sign. varentropy is a sum of two
     non-negative terms and keeps its digits at any small entropy (1e-6, 1e-12). At high entropies
     its relative error grows by E[(z - max)^2] / varentropy, 20 for normally distributed logits.
@@ -113,18 +124,20 @@ def linear_logprob_entropy(
 
     Never allocates [T, V] unless `keep_logits` asks for it, or `keep_logits_above` for few tokens.
     Forward does not synchronise with a CUDA device. Backward does once, for the number of active
-    rows, unless `max_active_rows` is given. With a support the torch path does in both.
+    rows, unless `max_active_rows` is given, and twice with shared `token_ids`. With a support or
+    ids per token the torch path does in both.
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit; temperature or logit_scale <= 0; a
-            target outside [0, V); an unknown name in `statistics`; a set without its target.
-            keep_logits or keep_logits_above with a support. vocab_group with
-            impl="reference"; keep_logits together with keep_logits_above; ranks of vocab_group with
-            different numbers of tokens. A main_grad whose weight requires no gradient, or in the
-            memory of hidden, weight or bias. The checks that would synchronise with a GPU are left
-            out there: a bad target or temperature tensor makes that row's outputs and their
-            gradients NaN, and numbers of tokens are not compared. torch.compile leaves out the
-            check of main_grad's memory.
+            target or id outside [0, V); an unknown name in `statistics`; a set without its target.
+            keep_logits, keep_logits_above or token_ids with a support. vocab_group with
+            impl="reference" or token_ids; keep_logits together with keep_logits_above; ranks of
+            vocab_group with different numbers of tokens. A main_grad whose weight requires no
+            gradient, or in the memory of hidden, weight or bias. The checks that would synchronise
+            with a GPU are left out there: a bad target or temperature tensor makes that row's
+            outputs and their gradients NaN, and numbers of tokens are not compared. A bad id makes
+            its log-prob NaN, and its row's gradients where one arrives at it. torch.compile leaves
+            out the check of main_grad's memory.
     """
     if not isinstance(head, Head):
         raise ValueError(f"head must be a Head; got {shown(head)}")
@@ -138,6 +151,7 @@ def linear_logprob_entropy(
     check_main_grad(main_grad, head)
     check_statistics(statistics)
     shape = head.target.shape
+    ids = None if token_ids is None else _token_ids.flat(token_ids, head)
     head = head.flat(fp64=impl == "reference")
     run: dict[str, Any] = {
         "max_active_rows": max_active_rows,
@@ -146,18 +160,22 @@ def linear_logprob_entropy(
     }
     if support is None:
         stored = keep_logits, keep_logits_above
-        outputs = _on_vocabulary(head, impl, vocab_group, stored, run, statistics)
+        outputs = _on_vocabulary(head, impl, vocab_group, stored, run, statistics, ids)
     else:
+        if ids is not None:
+            raise ValueError("token_ids have no meaning with a support, which names its own ids")
         if keep_logits or keep_logits_above is not None:
             raise ValueError("keep_logits and keep_logits_above have no meaning with a support")
         outputs = _on_support(head, support, impl, vocab_group, run)
-    *per_token, rows = outputs
+    *per_token, rows, chosen = outputs if ids is not None else (*outputs, None)
     assert rows is not None
     named = {name: rows[STATISTICS.index(name)].reshape(shape) for name in statistics}
     logprob, entropy, logsumexp = (None if x is None else x.reshape(shape) for x in per_token[:3])
     assert logprob is not None
     assert entropy is not None
-    return LogprobEntropy(logprob, entropy, logsumexp, **named)
+    if chosen is not None:
+        chosen = chosen.reshape(*shape, chosen.shape[1])
+    return LogprobEntropy(logprob, entropy, logsumexp, **named, token_logprobs=chosen)
 
 
 def _on_vocabulary(
@@ -167,8 +185,12 @@ def _on_vocabulary(
     stored: tuple[bool, float | Tensor | None],
     run: dict[str, Any],
     statistics: Collection[str],
+    ids: Tensor | None,
 ) -> tuple[Tensor | None, ...]:
-    """logprob, entropy, logsumexp, what backward alone reads, and statistics, of a flat head."""
+    """logprob, entropy, logsumexp, what backward alone reads, and statistics, of a flat head.
+
+    Then the log-probs of flat `ids`, where there are any.
+    """
     keep_logits, above = stored
     name = backends.resolve_head(
         impl,
@@ -183,14 +205,19 @@ def _on_vocabulary(
     if name == "reference":
         if group is not None:
             raise ValueError('impl="reference" holds all logits; it has no vocab_group')
-        return _reference(head, run["main_grad"], bool(statistics))
+        return _reference(head, run["main_grad"], bool(statistics), ids=ids)
     run = run | {"impl": name, "keep_logits": keep_logits}
     if group is not None:
+        if ids is not None:
+            raise ValueError("token_ids have no vocab_group")
         check_statistics(statistics, "vocab_group")
         return _vocab_parallel.linear_logprob_entropy(head, group, **run)
-    return ops.linear_logprob_entropy(
-        **ops.in_schema(head), **run, store_above=store_above, store_rows=store_rows
-    )
+    run = run | {"store_above": store_above, "store_rows": store_rows}
+    if ids is not None:
+        from . import _token_logprobs  # as below
+
+        return _token_logprobs.linear_logprob_entropy(head, ids, impl, _token_logprobs.Run(**run))
+    return ops.linear_logprob_entropy(**ops.in_schema(head), **run)
 
 
 def _on_support(
@@ -265,12 +292,18 @@ def _room(
 
 
 def _reference(
-    head: Head, main_grad: Tensor | None, with_statistics: bool, support: Support | None = None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    head: Head,
+    main_grad: Tensor | None,
+    with_statistics: bool,
+    support: Support | None = None,
+    ids: Tensor | None = None,
+) -> tuple[Tensor, ...]:
     """The specification, in fp64 for fp64 inputs and in fp32 for all others; last as in the op."""
     check_values(head, head.weight.shape[0])
     if support is not None:
         support.check_values(head.target, head.valid, head.weight.shape[0])
+    if ids is not None:
+        _token_ids.check_values(ids, head)
     dtype = torch.float64 if head.hidden.dtype == torch.float64 else torch.float32
     weight = head.weight.to(dtype)
     if main_grad is not None:
@@ -281,4 +314,5 @@ def _reference(
     if with_statistics:
         with torch.no_grad():
             rows = torch.stack(reference.head_statistics(head, support))
-    return *reference.linear_logprob_entropy(head, support), rows
+    found = *reference.linear_logprob_entropy(head, support), rows
+    return found if ids is None else (*found, reference.token_logprobs(head, ids))

@@ -79,6 +79,18 @@ def head_statistics(
     return varentropy_T, max_prob_T, sum_p2_T, sum_p2_logp_T
 
 
+def token_logprobs(head: Head, token_ids: Tensor) -> Tensor:
+    """Log-probabilities of chosen ids in every row, [T, K].
+
+    token_logprobs_tk = log p[id_tk], or log p[id_k] of ids that all rows share, of the same
+    distributions. Rows whose target is `ignore_index` give zeros, whatever their ids.
+    """
+    logp_TV = _logits(head, None).log_softmax(1)
+    valid_T1 = (head.target != head.ignore_index).unsqueeze(1)
+    ids_TK = token_ids.expand(len(logp_TV), -1).where(valid_T1, 0)
+    return torch.where(valid_T1, logp_TV.gather(1, ids_TK), logp_TV.new_zeros(()))
+
+
 def _logits(head: Head, support: Support | None) -> Tensor:
     """softcap * tanh(logit_scale * (h W^T + b) / softcap) / temperature; -inf outside of a set."""
     z_TV = head.hidden @ head.weight.T

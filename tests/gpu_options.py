@@ -50,7 +50,8 @@ def head_alone(impl: str, options: Options, **of_head: Any) -> None:
     """Forward and backward of the head, all outputs with a gradient."""
     bound = {"max_active_rows": MOST} | options
     found = ek.linear_logprob_entropy(make_head(B, L, **of_head), **bound, impl=impl)
-    backward(sum(x.sum() for x in found[:3] if x is not None))
+    outputs = *found[:3], found.token_logprobs
+    backward(sum(x.sum() for x in outputs if x is not None))
 
 
 def with_loss(name: str) -> Options:
@@ -152,6 +153,16 @@ CALLS: dict[str, Callable[[], Options]] = {
     "keep_logits_above on the GPU": lambda: {"keep_logits_above": floats()},
     "statistics": lambda: {"statistics": STATISTICS},
     "a bound of no row": lambda: {"max_active_rows": 0},
+}
+
+
+IDS: dict[str, Callable[[], Options]] = {
+    "shared": lambda: {"token_ids": torch.randint(V, (5,), device="cuda")},
+    "per token": lambda: {"token_ids": torch.randint(V, (B, L, 3), device="cuda")},
+    "per token, kept logits": lambda: {
+        "token_ids": torch.randint(V, (B, L, 3), device="cuda"),
+        "keep_logits": True,
+    },
 }
 
 

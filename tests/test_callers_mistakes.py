@@ -109,6 +109,15 @@ WRONG_TOKENS = {
     "entropy": mistakes.tensor(ENTROPY, torch.float64, torch.bfloat16, torch.int64),
     "mask": mistakes.mask(MASK, optional=True),
 }
+PER_TOKEN = torch.zeros(B, L, 2, dtype=torch.int64)
+IDS_PER_TOKEN = {
+    label: x
+    for label, x in mistakes.tensor(
+        PER_TOKEN, torch.int8, torch.float32, torch.bool, optional=True
+    ).items()
+    # Other numbers of ids, and a row of no sequences, are right.
+    if label not in ("one less", "0-dim")
+}
 RUN = {"vocab_group": mistakes.group(), **WRONG_BACKEND}
 CALLS = {
     "linear_logprob_entropy": Call(
@@ -127,6 +136,13 @@ CALLS = {
                 "an array": (np.zeros(1), "array"),
             }
             | {"names": (["max_prob", "foo"], "foo"), "numbers": ([1, 2], "[1, 2]")},
+            "token_ids": IDS_PER_TOKEN
+            | {
+                "no axis": (torch.tensor(3), "()"),
+                "one axis too few": (TARGET, "(2, 3)"),
+                "out of range": (torch.tensor([0, V]), str(V)),
+                "negative": (torch.tensor([-1, 2]), "-1"),
+            },
         },
     ),
     "ratio_loss": Call(

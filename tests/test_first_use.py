@@ -17,7 +17,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import entropy_kernels as ek
 from entropy_kernels import backends
-from entropy_kernels._token_logprobs import linear_token_logprobs
 from tests.marks import nan_is_meant
 
 pytest.importorskip("triton")
@@ -101,7 +100,7 @@ def test_every_public_function_asks(checked):
     ek.linear_logprob_entropy(head, support=ek.Support.of([[y, V - 1 - y] for y in head.target]))
     assert asked == ["support float32"]
     asked.clear()
-    linear_token_logprobs(make_head(torch.float16), torch.arange(3))
+    ek.linear_logprob_entropy(make_head(torch.float16), token_ids=torch.arange(3))
     assert [text.split()[:2] for text in asked] == 2 * [
         ["forward", "float16"],
         ["dlogits", "float16"],

@@ -65,10 +65,14 @@ ALLOWED = {
         *("_pair_products", "_rows", "_torch", "distributed", "head", "support"),
     },
     "_vocab_parallel": {"_rows", "_torch", "backends", "distributed", "head", "ops"},
-    "_token_logprobs": {"_rows", "_torch", "backends", "head", "ops"},
+    "_token_ids": {"head"},
+    "_token_gradients": {"_pair_products", "_rows", "_torch", "backends", "head"},
+    "_token_logprobs": {
+        *("_pair_products", "_rows", "_token_gradients", "_token_ids", "backends", "head", "ops"),
+    },
     "linear_logprob_entropy": {
-        *("_main_grad", "_rows", "_support_head", "_vocab_parallel", "backends", "head", "ops"),
-        *("reference", "support", "verification"),
+        *("_main_grad", "_rows", "_support_head", "_token_ids", "_token_logprobs"),
+        *("_vocab_parallel", "backends", "head", "ops", "reference", "support", "verification"),
     },
     "high_entropy_policy_loss": {
         *("_loss_options", "_loss_tokens", "_main_grad", "_ragged", "_rows", "backends", "head"),
@@ -81,7 +85,7 @@ ALLOWED = {
         *("options", "testing", "top_entropy_mask", "verification"),
     },
     "integrations": {
-        *("_rows", "_token_logprobs", "backends", "head", "high_entropy_policy_loss"),
+        *("_rows", "backends", "head", "high_entropy_policy_loss"),
         *("linear_logprob_entropy", "options", "ratio_loss", "sampling", "streaming_threshold"),
         *("support", "top_entropy_mask"),
     },

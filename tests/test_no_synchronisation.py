@@ -33,6 +33,7 @@ from tests.gpu_options import (
     CALLS,
     CHOICES,
     HEADS,
+    IDS,
     LOSSES,
     MOST,
     SETS,
@@ -189,6 +190,14 @@ WAITS: dict[str, tuple[Callable[[], object], set[str]]] = {
         lambda: head_alone("torch", SETS["support"]()),
         {"nonzero at _support_head.py"},
     ),
+    "ids per token, torch": (
+        lambda: head_alone("torch", IDS["per token"]()),
+        {"nonzero at pair_products.py"},
+    ),
+    "shared ids without a bound": (
+        lambda: head_alone("triton", IDS["shared"]() | {"max_active_rows": None}),
+        {"nonzero at _rows.py"},
+    ),
     "selected without a bound": (
         lambda: policy_loss("torch", {"selected": bools(B, L), "backend": ek.Backend("torch")}),
         {"nonzero at high_entropy_policy_loss.py"},
@@ -220,7 +229,7 @@ WAITS: dict[str, tuple[Callable[[], object], set[str]]] = {
 
 def test_every_option_is_tried():
     with fake_gpu():
-        heads, calls = ([x() for x in table.values()] for table in (HEADS, CALLS | SETS))
+        heads, calls = ([x() for x in table.values()] for table in (HEADS, CALLS | SETS | IDS))
         of_loss = [x() for x in (LOSSES | CHOICES).values()]
     tried = {name for options in (*heads, *calls, *of_loss) for name in options}
     groups = [x for options in of_loss for x in options.values() if is_dataclass(x)]
@@ -266,7 +275,7 @@ def test_no_launcher_of_any_kernel_waits_on_any_architecture():
         with fake_gpu(arch) as launches, HostWaits() as waits:
             for options, size in itertools.product(CALLS.values(), (D, 1024, 4096)):
                 head_alone("triton", options(), size=size)
-            for options in SETS.values():
+            for options in (SETS | IDS).values():
                 head_alone("triton", options())
             ek.entropy_from_logits(floats(T, V), impl="triton")
             selection("triton")
@@ -282,6 +291,15 @@ def test_no_option_of_the_head_waits(name, impl):
     with fake_gpu():
         options = CALLS[name]()
         assert count(lambda: head_alone(impl, options)) == {}
+
+
+@pytest.mark.parametrize("impl", ["triton", "cuda"])
+@pytest.mark.parametrize("name", IDS)
+def test_no_log_probs_of_chosen_ids_wait(name, impl):
+    with fake_gpu():
+        assert count(lambda: head_alone(impl, IDS[name]())) == {}
+        of_head = {"bias": floats(V, dtype=torch.bfloat16).requires_grad_(), "softcap": 30.0}
+        assert count(lambda: head_alone(impl, IDS[name](), **of_head)) == {}
 
 
 @pytest.mark.parametrize("impl", ["triton", "cuda"])

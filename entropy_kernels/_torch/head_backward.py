@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .._rows import ForwardRows, is_active, spread
+from .._rows import ForwardRows, is_active, numbers, spread
 from ..head import Head
 from .blocks import (
     EXPONENT_OF_ZERO,
@@ -70,7 +70,7 @@ def backward(
     needs: tuple[bool, bool, bool],
     *,
     main_grad: Tensor | None = None,
-    reduce_hidden: Callable[[Tensor], None] | None = None,
+    reduce_hidden: Callable[[Tensor, Tensor], None] | None = None,
     max_active_rows: int | None = None,
 ) -> Gradients:
     """Gradients of hidden, weight and bias, from those of logprob, entropy and log-sum-exp.
@@ -79,8 +79,8 @@ def backward(
     `main_grad`, [V, D] of any dtype. On CUDA the host waits for the number of active rows, unless
     `max_active_rows` bounds it. More of them then make every gradient NaN.
 
-    `reduce_hidden` changes the hidden states' gradient of the active rows, fp32 [R, D], in place
-    before it is rounded. It adds what ranks with other rows of the weight have.
+    `reduce_hidden` takes the hidden states' gradient of the active rows, fp32 [R, D], and their
+    numbers, [R], before it is rounded. It may change it in place, to add what other ranks have.
     """
     active_T = is_active(gradients, head.target, head.ignore_index)
     hidden_RD, active, poison = _gather(active_T, max_active_rows, gradients, head, rows)
@@ -91,7 +91,7 @@ def backward(
     if dhidden_RD is None:
         return None, dweight_VD, dbias_V
     if reduce_hidden is not None:
-        reduce_hidden(dhidden_RD)
+        reduce_hidden(dhidden_RD, active.number)
     if poison is None:
         return spread(dhidden_RD, active.number, head.hidden), dweight_VD, dbias_V
     dhidden_TD = torch.zeros_like(head.hidden, memory_format=torch.contiguous_format)
@@ -107,14 +107,9 @@ def _gather(
     With a bound they are filled up to it by row 0, with numbers that make its gradient zero
     whatever that row holds. Then also a factor of every gradient, 0-dim: NaN beyond the bound.
     """
-    if most is None:
-        index_R, real_R, poison = active_T.nonzero().squeeze(1), None, None
-    else:
-        # At least one, so that what is beyond a bound of 0 has a row to be seen at.
-        room = min(max(most, 1), active_T.numel())
-        index_R = torch.nonzero_static(active_T, size=room).squeeze(1)
-        index_R, real_R = index_R.clamp_min(0), index_R >= 0
-        poison = torch.where(active_T.sum() <= most, 1.0, torch.nan)
+    # At least one, so that what is beyond a bound of 0 has a row to be seen at.
+    index_R, real_R = numbers(active_T, most)
+    poison = None if most is None else torch.where(active_T.sum() <= most, 1.0, torch.nan)
 
     def pick(x_T: Tensor | None, other: float = 0) -> Any:
         x_R = at(x_T, index_R)

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from .._shapes import Float, Int
-from .._token_logprobs import linear_token_logprobs
 from ..backends import check_impl
 from ..head import Head
 from ..linear_logprob_entropy import linear_logprob_entropy
@@ -56,7 +55,7 @@ class LinearScaledCrossEntropy:
             selected_token_ids: int64 [K], tokens whose log-probabilities are wanted in every row,
                 in any order, repeats allowed. Their gradients and those of nll and entropy are
                 added in fp32 and rounded once; only K columns of logits are held.
-            impl: as in `linear_logprob_entropy`; the reference has no `selected_token_ids`.
+            impl: as in `linear_logprob_entropy`.
 
         Returns:
             nll [T]; (nll, entropy [T]) with `return_entropy`; the log-probabilities [T, K] come
@@ -89,15 +88,11 @@ class LinearScaledCrossEntropy:
         _check_temperature(temperature)
         ignored = _as_int64(ignore_index)
         _check_ids(selected_token_ids, weight)
-        outputs: tuple[Tensor, ...]
         head = Head(_input, weight, target, temperature=float(temperature), ignore_index=ignored)
-        if selected_token_ids is None:
-            found = linear_logprob_entropy(head, impl=impl)
-            outputs = found.logprob, found.entropy
-        else:
-            outputs = linear_token_logprobs(head, selected_token_ids, impl=impl)
-        logprob, entropy, *selected = outputs
-        outputs = (-logprob, *([entropy] if return_entropy else []), *selected)
+        found = linear_logprob_entropy(head, token_ids=selected_token_ids, impl=impl)
+        outputs = (-found.logprob, *([found.entropy] if return_entropy else []))
+        if found.token_logprobs is not None:
+            outputs += (found.token_logprobs,)
         return outputs if len(outputs) > 1 else outputs[0]
 
 

@@ -57,7 +57,7 @@ def backward(
     needs: tuple[bool, bool, bool],
     *,
     main_grad: Tensor | None = None,
-    reduce_hidden: Callable[[Tensor], None] | None = None,
+    reduce_hidden: Callable[[Tensor, Tensor], None] | None = None,
     max_active_rows: int | None = None,
     tile: Tile | None = None,
     chunk_v: int | None = None,
@@ -68,8 +68,9 @@ def backward(
 
     main_grad: [V, D] of any dtype. The weight's gradient is added to it in fp32 and rounded once;
         None is returned for it.
-    reduce_hidden: changes the hidden states' gradient of the active rows, fp32 [C, D], in place
-        before it is rounded. It adds the gradients of ranks that hold other rows of the weight.
+    reduce_hidden: takes the hidden states' gradient of the active rows, fp32 [C, D], and their
+        numbers, before it is rounded. It may change it in place, to add what other ranks have.
+        Places left over are zeros of row 0.
     max_active_rows: C, a bound of the number of rows with a gradient. With it the host waits for
         nothing, and a CUDA graph can hold the call. More active rows make every gradient NaN.
         Without it the host reads their number, one synchronisation, and C is exact.
@@ -124,7 +125,7 @@ def backward(
         )
         dhidden_CD, dweight_VD, dbias_V = _gradients(dlogits, needs, main_grad, chunk_v)
         if dhidden_CD is not None and reduce_hidden is not None:
-            reduce_hidden(dhidden_CD)
+            reduce_hidden(dhidden_CD, active.rows)
         dhidden_TD = None if dhidden_CD is None else spread(dhidden_CD, active, head.hidden)
     return dhidden_TD, dweight_VD, dbias_V
 
