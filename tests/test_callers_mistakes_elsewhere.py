@@ -306,6 +306,8 @@ CALLS = {f"losses.{name}": of_loss(name) for name in LOSSES} | {
             "target": at_hand(mistakes.tensor(IDS, torch.float32, optional=True)),
             "temperature": at_hand(mistakes.number(0, -1.0, INF, of=(1, 4))),
             "statistics": {"a word": ("foo", "foo"), "a number": (3, "3"), "names": (["a"], "a")},
+            "token_ids": mistakes.not_tensors(optional=True)
+            | {"floats": (torch.rand(2), "float32"), "out of range": (torch.tensor([-1]), "-1")},
         },
     ),
 }

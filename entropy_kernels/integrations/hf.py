@@ -31,8 +31,9 @@ __all__ = ["LMHead", "LogprobEntropyOutput", "lm_head", "patch_lm_head"]
 class LogprobEntropyOutput(ModelOutput):
     """What a patched model returns for targets, in place of logits.
 
-    logprob, entropy (nats) and logsumexp are fp32, of the targets' shape and differentiable. The
-    statistics are None unless asked for. The rest is what the model returned.
+    logprob, entropy (nats) and logsumexp are fp32, of the targets' shape and differentiable, and so
+    is token_logprobs, with K more numbers per target. It and the statistics are None unless asked
+    for. The rest is what the model returned.
     """
 
     logprob: Float[Tensor, "*tokens"] | None = None
@@ -42,6 +43,7 @@ class LogprobEntropyOutput(ModelOutput):
     max_prob: Float[Tensor, "*tokens"] | None = None
     sum_p2: Float[Tensor, "*tokens"] | None = None
     sum_p2_logp: Float[Tensor, "*tokens"] | None = None
+    token_logprobs: Float[Tensor, "*tokens K"] | None = None
     past_key_values: Any = None
     hidden_states: Any = None
     attentions: Any = None
@@ -57,14 +59,17 @@ def patch_lm_head(model: nn.Module, *, impl: str = "auto") -> Patch:
 
     Afterwards
 
-        out = model(input_ids, attention_mask=..., target=target, temperature=1.0, statistics=())
+        out = model(
+            input_ids, attention_mask=..., target=target, temperature=1.0, statistics=(),
+            token_ids=None,
+        )
 
     is a `LogprobEntropyOutput`. `target[b, l]` is the token that position l predicts, commonly
     `input_ids[b, l + 1]`: nothing is shifted, unlike with `labels`. -100 means none: zeros and no
     gradient. Its shape is that of the logits without V: [B, L], or what `logits_to_keep` leaves of
-    it. `temperature` and `statistics` are those of `linear_logprob_entropy`; a temperature a token
-    must be fp32. `use_cache` is false unless given. Without `target` the model is what it was, so
-    `generate` still gets its logits.
+    it. `temperature`, `statistics` and `token_ids` are those of `linear_logprob_entropy`; a
+    temperature a token must be fp32. `use_cache` is false unless given. Without `target` the model
+    is what it was, so `generate` still gets its logits.
 
     The model's own forward runs and calls its head, whose product is replaced; [B, L, V] logits
     never exist, and backward runs on the rows with gradient. So whatever acts on the model keeps
@@ -94,8 +99,8 @@ def patch_lm_head(model: nn.Module, *, impl: str = "auto") -> Patch:
         ValueError: another model, wrapper or head; prompt learning; an offloaded or tensor-parallel
             head. A function of the logits that no scale and softcap explain, naming both. Another
             `impl` than that of the patch in force. When called: `target` with `labels`;
-            `temperature` or `statistics` without `target`; a weight that FSDP has not gathered.
-            Also a head, or a forward that does not know `target`, replaced since.
+            `temperature`, `statistics` or `token_ids` without `target`; a weight that FSDP has not
+            gathered. Also a head, or a forward that does not know `target`, replaced since.
     """
     check_impl(impl)
     inner = causal_lm(model)
@@ -122,32 +127,40 @@ class _HeadForward:
         self.lm_head, self.impl = lm_head, impl
         self.head: Any = causal_lm(lm_head.model).get_output_embeddings()
         self.original = getattr(self.head, slot(self.head))
-        self.asked: tuple[Tensor, float | Tensor, Collection[str]] | None = None
+        self.asked: tuple[Tensor, float | Tensor, Collection[str], Tensor | None] | None = None
         self.found: LogprobEntropy | None = None
 
     def __call__(self, hidden: Tensor, *args: Any, **more: Any) -> Tensor:
         if self.asked is None:
             return self.original(hidden, *args, **more)
         check_call(self.found, args, more)
-        target, temperature, statistics = self.asked
+        target, temperature, statistics, ids = self.asked
         if isinstance(temperature, Tensor):
             temperature = temperature.to(hidden.device)
         head = self.lm_head(hidden, target.to(hidden.device), temperature)
-        found = linear_logprob_entropy(head, statistics=statistics, impl=self.impl)
+        found = linear_logprob_entropy(
+            head,
+            statistics=statistics,
+            token_ids=None if ids is None else ids.to(hidden.device),
+            impl=self.impl,
+        )
         # FSDP gathers the weight again for backward when the gradient reaches what the head
         # returned. So all results come from that tensor, and are no views of it.
         assert found.logsumexp is not None
         packed = torch.stack([found.logprob, found.entropy, found.logsumexp], -1)
+        if found.token_logprobs is not None:
+            packed = torch.cat([packed, found.token_logprobs], -1)
         self.found = found._replace(
             logprob=packed[..., 0].clone(),
             entropy=packed[..., 1].clone(),
             logsumexp=packed[..., 2].clone(),
+            token_logprobs=None if ids is None else packed[..., 3:].clone(),
         )
         return packed
 
 
 class _ModelForward:
-    """A causal LM's forward with three more options, see `patch_lm_head`."""
+    """A causal LM's forward with four more options, see `patch_lm_head`."""
 
     patch: Patch
 
@@ -176,22 +189,28 @@ class _ModelForward:
         target: Tensor | None = None,
         temperature: float | Tensor = 1.0,
         statistics: Collection[str] = (),
+        token_ids: Tensor | None = None,
         **options: Any,
     ) -> Any:
         if args and isinstance(args[0], nn.Module):
             # Some bind what they find as `model.forward` to the model, as if it were a function.
             args = args[1:]
         if target is None:
-            if statistics or isinstance(temperature, Tensor) or temperature != 1:
-                raise ValueError("temperature and statistics are of targets; got target=None")
+            given = statistics or token_ids is not None
+            if given or isinstance(temperature, Tensor) or temperature != 1:
+                raise ValueError(
+                    "temperature, statistics and token_ids are of targets; got target=None"
+                )
             return self.original(*args, **options)
         check_tensor("target", target)
         check_temperature(temperature)
         check_statistics(statistics)
+        if token_ids is not None:
+            check_tensor("token_ids", token_ids)
         self._check(temperature, options)
         if self.no_cache and options.get("use_cache") is None:
             options["use_cache"] = False
-        self.head.asked = target, temperature, statistics
+        self.head.asked = target, temperature, statistics, token_ids
         try:
             output, found = self.original(*args, **options), self.head.found
         finally:

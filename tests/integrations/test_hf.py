@@ -113,6 +113,27 @@ def test_statistics_are_of_the_logits_that_the_model_returns():
     assert found.sum_p2 is None
 
 
+@pytest.mark.parametrize("form", ["shared", "per token"])
+def test_log_probs_of_chosen_ids_are_those_of_the_logits(form):
+    model, tokens = build("gemma2"), batch()
+    inputs = {name: x for name, x in tokens.items() if name != "target"}
+    ids = torch.tensor([3, 0, 3])
+    if form == "per token":
+        ids = torch.stack([tokens["input_ids"], tokens["input_ids"].flip(1)], -1)
+    valid = (tokens["target"] != -100)[..., None]
+    logp = (model(**inputs).logits.double() / 0.7).log_softmax(-1)
+    want = logp.gather(-1, ids.expand(*logp.shape[:2], -1)) * valid
+    slope = torch.randn(want.shape)
+    weight = model.get_output_embeddings().weight
+    (wanted,) = torch.autograd.grad((want * slope).sum(), weight)
+    with patch_lm_head(model):
+        found = model(**tokens, temperature=0.7, token_ids=ids)
+        assert model(**tokens).token_logprobs is None
+    torch.testing.assert_close(found.token_logprobs.double(), want, rtol=1e-5, atol=1e-5)
+    (got,) = torch.autograd.grad((found.token_logprobs * slope).sum(), weight)
+    torch.testing.assert_close(got, wanted.float(), rtol=1e-4, atol=1e-4)
+
+
 def test_generation_is_unchanged():
     model = build("gemma2")
     tokens = batch()
@@ -260,6 +281,8 @@ def test_what_a_call_cannot_honour():
             model(**tokens, temperature=0.5)
         with pytest.raises(ValueError, match="target=None"):
             model(**tokens, statistics=("max_prob",))
+        with pytest.raises(ValueError, match="target=None"):
+            model(**tokens, token_ids=target)
         with pytest.raises(ValueError, match=r"must be fp32; got torch\.bfloat16"):
             model(**tokens, target=target, temperature=torch.ones(3, 11, dtype=torch.bfloat16))
         with pytest.raises(ValueError, match="return_dict"):
