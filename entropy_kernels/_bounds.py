@@ -92,7 +92,13 @@ class GpuArithmetic(NamedTuple):
         ]
 
     def statistics(
-        self, varentropy: Tensor, max_prob: Tensor, sum_p2: Tensor, sum_p2_logp: Tensor
+        self,
+        varentropy: Tensor,
+        max_prob: Tensor,
+        sum_p2: Tensor,
+        sum_p2_logp: Tensor,
+        mean_logit: Tensor,
+        *_: Tensor,
     ) -> list[Tensor]:
         """What each of these may."""
         squares = torch.minimum(sum_p2, 2 * (1 - sum_p2))
@@ -102,7 +108,8 @@ class GpuArithmetic(NamedTuple):
             2 * squares,
             2 * sum_p2_logp.abs() + squares,
         ]
-        return [self.probability * x for x in each]
+        mean = torch.full_like(mean_logit, self.logit + self._sum * self.largest)
+        return [*(self.probability * x for x in each), mean + APPROXIMATE * mean_logit.abs()]
 
     def gradient(self, truth: Tensor) -> Tensor:
         """What a gradient of hidden states, weight or bias may; its terms err to either side."""

@@ -150,7 +150,7 @@ def forward(
 ) -> ForwardRows:
     """Log-probability, entropy and what backward needs; rows without a target are zero and free.
 
-    `statistics`, contiguous fp32 [4, T], is filled with what _rows.STATISTICS names. `isa` is one
+    `statistics`, contiguous fp32 [6, T], is filled with what _rows.STATISTICS names. `isa` is one
     that the extension lists, else `instruction_set`. Sums over the vocabulary are divided among
     torch's threads in fixed parts: the same bits at the same number of threads. Logits are stored
     in the kernels' own order, and those of rows without a target too.
@@ -162,7 +162,7 @@ def forward(
     rows = torch.zeros(5, tokens)
     if statistics is not None:
         assert is_plain(statistics, torch.float32)
-        assert statistics.shape == (4, tokens)  # what csrc fills
+        assert statistics.shape == (6, tokens)  # what csrc fills
         statistics.zero_()
     count(
         loaded().linear_logprob_entropy(

@@ -13,10 +13,15 @@ from ._arguments import shown
 from .head import Head
 
 # The statistics that forward adds on request, the rows of a fp32 [S, T]: variance of log p, the
-# largest p, and the sums of p^2 and of p^2 log p.
-STATISTICS = ("varentropy", "max_prob", "sum_p2", "sum_p2_logp")
+# largest p, the sums of p^2 and of p^2 log p, the mean logit, and 1 where the target is the first
+# of the largest logits, else 0. A row without an answer is NaN in all of them.
+STATISTICS = ("varentropy", "max_prob", "sum_p2", "sum_p2_logp", "mean_logit", "is_top1")
+# Those that have a meaning over sets of ids: a set of one forms no logit.
+OF_SETS = tuple(name for name in STATISTICS if name != "mean_logit")
 # S of each backend: it fills so many rows, the first of STATISTICS, and refuses the other names.
-FILLED = {"reference": 4, "torch": 4, "cpu": 4, "triton": 4, "cuda": 4, "vocab_group": 4}
+FILLED = {"reference": 6, "torch": 6, "cpu": 6, "triton": 6, "cuda": 6, "vocab_group": 6}
+# The kernels of csrc/cuda fill so many; with impl="cuda", Triton's fill all where more are wanted.
+FILLED_BY_CSRC_CUDA = 4
 
 
 class ForwardRows(NamedTuple):
@@ -54,6 +59,18 @@ class ForwardRows(NamedTuple):
 def filled(backend: str) -> tuple[str, ...]:
     """The statistics that a backend computes."""
     return STATISTICS[: FILLED[backend]]
+
+
+def wanted(names: Collection[str]) -> int:
+    """How many rows, from the first on, hold these statistics."""
+    return max([0, *(STATISTICS.index(name) + 1 for name in names)])
+
+
+def statistics_shape(backend: str, wanted: int, tokens: int) -> tuple[int, ...]:
+    """(S, T) of what a backend fills where the first `wanted` are asked for; (0,) for none."""
+    by_csrc_cuda = backend == "cuda" and wanted <= FILLED_BY_CSRC_CUDA
+    rows = FILLED_BY_CSRC_CUDA if by_csrc_cuda else FILLED[backend]
+    return (rows, tokens) if wanted else (0,)
 
 
 def check_statistics(names: Collection[str], backend: str | None = None) -> None:

@@ -37,7 +37,7 @@ class Run(NamedTuple):
     impl: str
     max_active_rows: int | None
     main_grad: Tensor | None
-    with_statistics: bool
+    statistics_wanted: int
     group: ProcessGroup | None
     """The ranks that share the vocabulary, in the order of their rows of the weight."""
 
@@ -51,7 +51,7 @@ class _Columns(NamedTuple):
 
 @torch.compiler.disable
 def linear_logprob_entropy(head: Head, support: Support, run: Run) -> tuple[Tensor, Tensor, Tensor]:
-    """logprob and entropy, fp32 [T], and statistics, fp32 [4, T] or empty, of a flat head."""
+    """logprob and entropy, fp32 [T], and statistics, fp32 [6, T] or empty, of a flat head."""
     columns = _columns(head, support, run.group)
     if _rows.sees_values(head.hidden.device):
         _rows.check_values(head, int(columns.total))
@@ -165,7 +165,7 @@ class _SupportHead(torch.autograd.Function):
         if pairs.number_P is not None:
             z_N = product_P.new_zeros(len(sets.row_N)).index_copy_(0, pairs.number_P, product_P)
         z_N = all_reduce_sum(z_N, run.group)
-        logp_N, rows = _distribution(z_N, sets, live_T, wrong_T, head, run.with_statistics)
+        logp_N, rows = _distribution(z_N, sets, live_T, wrong_T, head, run.statistics_wanted > 0)
         logprob_T, entropy_T, statistics = rows
         tensors, ctx.head_options = head.split()
         ctx.save_for_backward(z_N, logp_N, entropy_T, live_T, *sets, *tensors)
@@ -222,7 +222,7 @@ def _distribution(
     head: Head,
     with_statistics: bool,
 ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
-    """log p of each pair, fp64; log-prob and entropy, fp64 [T], statistics, fp32 [4, T] or [0]."""
+    """log p of each pair, fp64; log-prob and entropy, fp64 [T], statistics, fp32 [6, T] or [0]."""
     row_N, z_N = sets.row_N, z_N.double()
     if head.softcap is not None:
         z_N = head.softcap * torch.tanh(z_N / head.softcap)
@@ -252,10 +252,14 @@ def _distribution(
     statistics = torch.empty(0, device=z_N.device)
     if with_statistics:
         more = [sets.sum(x_N) for x_N in (e_N * finite_N**2, e_N**2, e_N**2 * finite_N)]
-        statistics = finish_statistics(torch.stack([s_T, t_T, *more]))
-        of_one_41 = statistics.new_zeros(4, 1)
-        of_one_41[1:3].fill_(1.0)  # max_prob and sum_p2
-        statistics = rows(statistics, of_one_41)
+        # Sets are in no order: the first maximum is that of the lowest id.
+        lowest_T = -sets.max(-sets.id_N.double().masked_fill(d_N != 0, torch.inf))
+        no_mean_T = torch.zeros_like(s_T)
+        sums = torch.stack([s_T, t_T, *more])
+        statistics = finish_statistics(sums, no_mean_T, lowest_T == head.target)
+        of_one_61 = statistics.new_zeros(6, 1)
+        of_one_61[[1, 2, 5]] = 1.0  # max_prob, sum_p2 and is_top1
+        statistics = rows(statistics, of_one_61)
     return logp_N, (logprob_T, entropy_T, statistics)
 
 

@@ -10,7 +10,8 @@ ranks of terms of one sign:
 
 A rank whose maximum is m adds its share of s by expm1(L_i) and its 1 to a count, so that s keeps
 its digits when the rest of the vocabulary has a mass of 1e-12. What backends return is fp32, these
-sums are fp64. Statistics are moved likewise; _torch/statistics.py finishes them.
+sums are fp64. Statistics are moved likewise; _torch/statistics.py finishes them. The mean logit is
+a sum over ranks too. The first of the largest logits lies on the first rank whose maximum is m.
 
 Backward runs on each rank's rows of the weight, with the maximum and sums of all columns.
 
@@ -45,6 +46,7 @@ class _Shard(NamedTuple):
     target_T: Tensor  # _IGNORED, or _ELSEWHERE where another rank has it
     in_range_T: Tensor  # whether a rank has it, or it is ignored
     masked: Tensor  # bool []: every logit is -inf
+    share: Tensor  # fp64 []: of the vocabulary
 
 
 class _Run(NamedTuple):
@@ -54,7 +56,7 @@ class _Run(NamedTuple):
     keep_logits: bool
     max_active_rows: int | None
     main_grad: Tensor | None
-    with_statistics: bool
+    statistics_wanted: int
 
 
 def linear_logprob_entropy(
@@ -67,9 +69,9 @@ def linear_logprob_entropy(
     first row. `run` is what `_Run` holds.
 
     Forward all-reduces two int64 per rank, the maximum (4 T bytes) and one tensor of sums (32 T
-    bytes, with statistics 56 T). Backward all-reduces the hidden states' gradient of the active
-    rows (4 R D bytes). All ranks must agree which rows are active, as they do where the loss is
-    computed from these outputs.
+    bytes, with statistics 64 T, and 4 T more). Backward all-reduces the hidden states' gradient of
+    the active rows (4 R D bytes). All ranks must agree which rows are active, as they do where the
+    loss is computed from these outputs.
     """
     if dist.get_rank(group) < 0:
         raise ValueError("vocab_group must be a group that this process belongs to")
@@ -97,7 +99,7 @@ def linear_logprob_entropy(
     own_T = own_T.where((own_T >= 0) & (own_T < rows), _ELSEWHERE)
     own_T = own_T.masked_fill(~head.valid, _IGNORED)
     in_range_T = ~head.valid | (target_T >= 0) & (target_T < total)
-    shard = _Shard(group, own_T, in_range_T, masked)
+    shard = _Shard(group, own_T, in_range_T, masked, rows / total.double())
     head = replace(head, weight=weight_VD, bias=bias_V, target=own_T, ignore_index=_IGNORED)
     return _Sharded.apply(head.hidden, head.weight, head.bias, head, shard, options)
 
@@ -121,7 +123,7 @@ class _Sharded(torch.autograd.Function):
             max_active_rows=None,
             main_grad=None,
             impl=run.impl,
-            with_statistics=run.with_statistics,
+            statistics_wanted=run.statistics_wanted,
         )
         rows_T, statistics = _merge(own_rows, statistics, shard, head.temperature_T)
         logprob_T, entropy_T, logsumexp_T, max_T, log_sum_T = rows_T
@@ -174,7 +176,7 @@ def _check(sizes_N2: Tensor) -> None:
 def _merge(
     own_rows: list[Tensor], statistics: Tensor, shard: _Shard, temperature_T: Tensor | None
 ) -> tuple[list[Tensor], Tensor]:
-    """logprob, entropy, logsumexp, max and log sum, and statistics [4, T] if there are any.
+    """logprob, entropy, logsumexp, max and log sum, and statistics [6, T] if there are any.
 
     A NaN of any rank poisons the row on all of them, by way of the sums.
     """
@@ -187,10 +189,12 @@ def _merge(
 
     mass_T = (log_sum_T + shift_T).exp()
     mean_T = log_sum_T - entropy_T + shift_T
-    top_T = shift_T == 0
-    terms = [top_T.double(), log_sum_T.expm1().where(top_T, mass_T), mass_T * mean_T]
+    is_top_T = shift_T == 0
+    terms = [is_top_T.double(), log_sum_T.expm1().where(is_top_T, mass_T), mass_T * mean_T]
     terms += _statistics_terms(statistics, mass_T, mean_T, log_sum_T + shift_T)
     sums = torch.stack(terms).masked_fill(shard.masked, 0)
+    if statistics.numel():
+        sums = torch.cat([sums, _mean_logit_term(statistics, shard)])
     # Its distance from the maximum, known to one rank.
     distance_T = (logprob_T + log_sum_T + shift_T).masked_fill(shard.masked, -torch.inf)
     distance_T = distance_T.where(shard.target_T >= 0, 0)
@@ -205,8 +209,10 @@ def _merge(
     ignored_T = shard.target_T == _IGNORED
     rows = [x.float().where(has_answer_T, torch.nan).masked_fill(ignored_T, 0) for x in rows]
     if more:
-        u_T, squares_T, t2_T = more
-        statistics = finish_statistics(torch.stack([s_T, t_T, u_T, squares_T - 1, t2_T]))
+        u_T, squares_T, t2_T, mean_logit_T = more
+        merged = torch.stack([s_T, t_T, u_T, squares_T - 1, t2_T])
+        is_top1_T = _is_top1(statistics, is_top_T, shard)
+        statistics = finish_statistics(merged, mean_logit_T, is_top1_T)
         statistics = statistics.where(has_answer_T, torch.nan).masked_fill(ignored_T, 0)
     return rows, statistics
 
@@ -217,9 +223,25 @@ def _statistics_terms(
     """This rank's part of u, 1 + s2 and t2, from the first of its statistics [S, T]."""
     if statistics.numel() == 0:
         return []
-    varentropy_T, _, sum_p2_T, sum_p2_logp_T = statistics[: _rows.FILLED["vocab_group"]].double()
+    varentropy_T, _, sum_p2_T, sum_p2_logp_T, *_ = statistics.double()
     return [
         mass_T * (varentropy_T + mean_T.square()),
         mass_T.square() * sum_p2_T,
         mass_T.square() * (sum_p2_logp_T + log_mass_T * sum_p2_T),
     ]
+
+
+def _mean_logit_term(statistics: Tensor, shard: _Shard) -> Tensor:
+    """This rank's part of the mean logit, fp64 [1, T]; that of -inf throughout is -inf."""
+    nothing = torch.where(shard.share > 0, -torch.inf, 0.0)
+    mean_1T = statistics[4:5].double() * shard.share
+    return torch.where(shard.masked, nothing, mean_1T)
+
+
+def _is_top1(statistics: Tensor, is_top_T: Tensor, shard: _Shard) -> Tensor:
+    """Whether the target is the first maximum of the first rank that has the largest logit."""
+    own_T = (statistics[5] == 1) & (shard.target_T >= 0)
+    before = dist.get_world_size(shard.group) - dist.get_rank(shard.group)
+    # The largest is of the first such rank, and odd where it has the target there.
+    code_T = torch.where(is_top_T, 2.0 * before + own_T, 0.0).float()
+    return all_reduce_max(code_T, shard.group) % 2 == 1

@@ -96,7 +96,7 @@ def resolve_head(
     *,
     keep_logits: bool = False,
     stored: bool = False,
-    statistics: bool = False,
+    statistics_wanted: int = 0,
     group: ProcessGroup | None = None,
 ) -> str:
     """The backend that runs a flat head; `stored` where rows above a threshold may be kept.
@@ -107,8 +107,10 @@ def resolve_head(
     if impl != "auto":
         return resolve(op, impl, where)
     stored = stored and group is None
-    call = call_of(head, keep_logits=keep_logits, stored=stored, statistics=statistics)
-    if group is None and _prefers_cuda(op, where, *call):
+    summed = statistics_wanted > 0
+    call = call_of(head, keep_logits=keep_logits, stored=stored, statistics=summed)
+    of_cuda = group is None and statistics_wanted <= _rows.FILLED_BY_CSRC_CUDA
+    if of_cuda and _prefers_cuda(op, where, *call):
         return "cuda"
     if verified(op, where, *call, group):
         return "triton"

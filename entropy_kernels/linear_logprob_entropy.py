@@ -15,8 +15,8 @@ from torch.distributed import ProcessGroup
 from . import _token_ids, _vocab_parallel, backends, ops, reference
 from ._arguments import as_scalar, check_flag, check_group, check_threshold, check_whole, shown
 from ._main_grad import GradientInto, check_main_grad
-from ._rows import STATISTICS, check_statistics, check_values
-from ._shapes import Float, Int
+from ._rows import OF_SETS, STATISTICS, check_statistics, check_values, wanted
+from ._shapes import Bool, Float, Int
 from .head import Head
 from .support import Support
 from .verification.question import options_of
@@ -25,9 +25,9 @@ from .verification.question import options_of
 class LogprobEntropy(NamedTuple):
     """The head's outputs per token, fp32, in the shape of the targets; entropy in nats.
 
-    The fields after logsumexp are None unless `statistics` names them, and not differentiable. The
-    last, [*tokens, K], is None unless `token_ids` are given, and differentiable.
-    logsumexp is None with a support, whose sets of one form no logit.
+    The fields after logsumexp are None unless `statistics` names them, and not differentiable.
+    is_top1 is bool. The last, [*tokens, K], is None unless `token_ids` are given, and
+    differentiable. logsumexp is None with a support, whose sets of one form no logit.
     """
 
     logprob: Float[Tensor, "*tokens"]
@@ -37,6 +37,8 @@ class LogprobEntropy(NamedTuple):
     max_prob: Float[Tensor, "*tokens"] | None = None
     sum_p2: Float[Tensor, "*tokens"] | None = None
     sum_p2_logp: Float[Tensor, "*tokens"] | None = None
+    mean_logit: Float[Tensor, "*tokens"] | None = None
+    is_top1: Bool[Tensor, "*tokens"] | None = None
     token_logprobs: Float[Tensor, "*tokens K"] | None = None
 
 
@@ -94,11 +96,13 @@ def linear_logprob_entropy(
             weights keep no gradient to add to. Every backward through the graph adds again, also
             one for hidden's gradient alone, except the reference's. An interrupted backward has
             added a part.
-        statistics: names of further outputs of the same pass, fp32 and not differentiable:
-            "varentropy", Var_p(log p) = sum p (log p)^2 - entropy^2 (nats^2); "max_prob";
-            "sum_p2", sum p^2; "sum_p2_logp", sum p^2 log p (nats).
+        statistics: names of further outputs of the same pass, not differentiable and fp32 but for
+            the last: "varentropy", Var_p(log p) = sum p (log p)^2 - entropy^2 (nats^2); "max_prob";
+            "sum_p2", sum p^2; "sum_p2_logp", sum p^2 log p (nats); "mean_logit", sum z / V (nats);
+            "is_top1", bool, whether z[target] is the largest of z and the first of equals.
         support: the ids that top-k, top-p or min-p left to each token: `Support`. The distribution,
-            its entropy and statistics are then over each token's set. A forward costs D
+            its entropy and statistics are then over each token's set, where is_top1 takes the
+            lowest id of equals. mean_logit is refused: sets of one form no logit. A forward costs D
             multiplications per id, and a backward twice as many for the tokens with a gradient. A
             set of one has log-prob 0 and entropy 0, no gradient and no cost. The weight's gradient
             is zero outside of the sets. Repeats are refused where values are checked, as below.
@@ -120,7 +124,8 @@ def linear_logprob_entropy(
     All statistics but varentropy are sums of terms of one sign. varentropy is a sum of two
     non-negative terms and keeps its digits at any small entropy (1e-6, 1e-12). At high entropies
     its relative error grows by E[(z - max)^2] / varentropy, 20 for normally distributed logits.
-    -inf logits (a masked vocabulary) are legal. NaN or inf in a row makes that row's outputs NaN.
+    -inf logits (a masked vocabulary) are legal. NaN or inf in a row makes that row's outputs NaN,
+    and its is_top1 false.
 
     Never allocates [T, V] unless `keep_logits` asks for it, or `keep_logits_above` for few tokens.
     Forward does not synchronise with a CUDA device. Backward does once, for the number of active
@@ -130,9 +135,9 @@ def linear_logprob_entropy(
     Raises:
         ValueError: shapes, dtypes or devices that do not fit; temperature or logit_scale <= 0; a
             target or id outside [0, V); an unknown name in `statistics`; a set without its target.
-            keep_logits, keep_logits_above or token_ids with a support. vocab_group with
-            impl="reference" or token_ids; keep_logits together with keep_logits_above; ranks of
-            vocab_group with different numbers of tokens. A main_grad whose weight requires no
+            "mean_logit", keep_logits, keep_logits_above or token_ids with a support. vocab_group
+            with impl="reference" or token_ids; keep_logits together with keep_logits_above; ranks
+            of vocab_group with different numbers of tokens. A main_grad whose weight requires no
             gradient, or in the memory of hidden, weight or bias. The checks that would synchronise
             with a GPU are left out there: a bad target or temperature tensor makes that row's
             outputs and their gradients NaN, and numbers of tokens are not compared. A bad id makes
@@ -156,7 +161,7 @@ def linear_logprob_entropy(
     run: dict[str, Any] = {
         "max_active_rows": max_active_rows,
         "main_grad": main_grad,
-        "with_statistics": bool(statistics),
+        "statistics_wanted": wanted(statistics),
     }
     if support is None:
         stored = keep_logits, keep_logits_above
@@ -166,10 +171,17 @@ def linear_logprob_entropy(
             raise ValueError("token_ids have no meaning with a support, which names its own ids")
         if keep_logits or keep_logits_above is not None:
             raise ValueError("keep_logits and keep_logits_above have no meaning with a support")
+        if not set(statistics) <= {*OF_SETS}:
+            raise ValueError(
+                f"with a support, statistics must be out of {', '.join(OF_SETS)}; got "
+                f"{', '.join(sorted({*statistics} - {*OF_SETS}))}: sets of one form no logit"
+            )
         outputs = _on_support(head, support, impl, vocab_group, run)
     *per_token, rows, chosen = outputs if ids is not None else (*outputs, None)
     assert rows is not None
     named = {name: rows[STATISTICS.index(name)].reshape(shape) for name in statistics}
+    if "is_top1" in named:
+        named["is_top1"] = named["is_top1"] == 1
     logprob, entropy, logsumexp = (None if x is None else x.reshape(shape) for x in per_token[:3])
     assert logprob is not None
     assert entropy is not None
@@ -197,7 +209,7 @@ def _on_vocabulary(
         head,
         keep_logits=keep_logits,
         stored=above is not None,
-        statistics=bool(statistics),
+        statistics_wanted=run["statistics_wanted"],
         group=group,
     )
     check_statistics(statistics, name)
@@ -232,7 +244,7 @@ def _on_support(
         if group is not None:
             raise ValueError('impl="reference" holds all logits; it has no vocab_group')
         logprob, entropy, _, rows = _reference(
-            head, run["main_grad"], run["with_statistics"], support
+            head, run["main_grad"], bool(run["statistics_wanted"]), support
         )
         return logprob, entropy, None, rows
     from . import _support_head  # whose import brings torch.compile's

@@ -15,7 +15,7 @@ from torch import Tensor
 from . import _native, _rows, backends
 from ._cuda_kernels import selection as cuda_selection
 from ._ops import add_op_namespace_prefix
-from ._rows import FILLED, ForwardRows, check_values
+from ._rows import ForwardRows, check_values, statistics_shape
 from ._torch.selection import exact_share
 from .head import Head
 
@@ -34,16 +34,16 @@ def _linear_logprob_entropy(
     impl: str,
     store_above: Tensor | None = None,
     store_rows: int = 0,
-    with_statistics: bool = False,
+    statistics_wanted: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """logprob, entropy, logsumexp; max, log_sum, stored logits and their places, for backward;
-    and statistics, fp32 [FILLED[impl], T], or an empty tensor.
+    and the first statistics_wanted statistics, fp32 [S, T], or an empty tensor.
 
     The head is flat. max_active_rows and main_grad, [V, D], are backward's. With store_above, a
     fp32 [], "triton" stores the logits of store_rows rows of at least that entropy.
     """
     head = Head(hidden, weight, target, bias, temperature, softcap, ignore_index)
-    shape = (FILLED[impl], target.shape[0]) if with_statistics else (0,)
+    shape = statistics_shape(impl, statistics_wanted, target.shape[0])
     statistics = hidden.new_empty(shape, dtype=torch.float32)
     if _rows.sees_values(hidden.device):
         check_values(head, weight.shape[0])
@@ -53,7 +53,7 @@ def _linear_logprob_entropy(
         keep_logits=keep_logits,
         store_above=store_above,
         store_rows=store_rows,
-        statistics=statistics if with_statistics else None,
+        statistics=statistics if statistics_wanted else None,
     )
     empty = hidden.new_empty(0, dtype=torch.int32)
     places = empty if rows.places is None else rows.places
@@ -92,7 +92,7 @@ def _(*arguments, **named):
     if given["store_above"] is not None:
         logits = logits.new_empty(given["store_rows"], shape[1])
         places = torch.empty_like(target, dtype=torch.int32)
-    statistics = (FILLED[impl], shape[0]) if given["with_statistics"] else (0,)
+    statistics = statistics_shape(impl, given["statistics_wanted"], shape[0])
     return *rows, logits, places, hidden.new_empty(statistics, dtype=torch.float32)
 
 

@@ -52,31 +52,39 @@ def linear_logprob_entropy(
 
 def head_statistics(
     head: Head, support: Support | None = None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Varentropy, largest probability, sum of p^2 and sum of p^2 log p of the same distributions.
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Varentropy, largest probability, sum of p^2, sum of p^2 log p, mean logit, and whether the
+    target is the most probable token, of the same distributions.
 
     varentropy_t = Var_p(log p) = sum_j p_j (log p_j + H_t)^2 = sum_j p_j (log p_j)^2 - H_t^2
     max_prob_t = max_j p_j,   sum_p2_t = sum_j p_j^2,   sum_p2_logp_t = sum_j p_j^2 log p_j
+    mean_logit_t = sum_j z_j / V,   is_top1_t = [argmax_j z_j = target_t], the first of equals
 
-    in nats^2, 1, 1 and nats. sum_p2 is the probability that two samples agree;
-    H sum_p2 + sum_p2_logp is the expectation under p of p_j (log p_j + H), the discriminator of
-    entropy changes (arXiv 2602.03392). Rows whose target is `ignore_index` give zeros.
+    in nats^2, 1, 1, nats and nats; is_top1 is 1 or 0. sum_p2 is the probability that two samples
+    agree; H sum_p2 + sum_p2_logp is the expectation under p of p_j (log p_j + H), the discriminator
+    of entropy changes (arXiv 2602.03392). Rows whose target is `ignore_index` give zeros.
     """
-    logp_TV = _logits(head, support).log_softmax(1)
+    z_TV = _logits(head, support)
+    logp_TV = z_TV.log_softmax(1)
     p_TV = logp_TV.exp()
     # Where p is 0 every term is, whatever its log.
     logp_TV = torch.where(p_TV == 0, 0.0, logp_TV)
     entropy_T = -(p_TV * logp_TV).sum(1, keepdim=True)
+    # NaN where a row has no distribution.
+    no_answer_T = 0 * p_TV.amax(1)
     statistics = (
         (p_TV * (logp_TV + entropy_T).square()).sum(1),
         p_TV.amax(1),
         p_TV.square().sum(1),
         (p_TV.square() * logp_TV).sum(1),
+        (z_TV / z_TV.shape[1]).sum(1) + no_answer_T,
+        (z_TV.argmax(1) == head.target) + no_answer_T,
     )
-    varentropy_T, max_prob_T, sum_p2_T, sum_p2_logp_T = (
-        torch.where(head.target == head.ignore_index, 0.0, x) for x in statistics
+    ignored_T = head.target == head.ignore_index
+    varentropy_T, max_prob_T, sum_p2_T, sum_p2_logp_T, mean_logit_T, is_top1_T = (
+        torch.where(ignored_T, 0.0, x) for x in statistics
     )
-    return varentropy_T, max_prob_T, sum_p2_T, sum_p2_logp_T
+    return varentropy_T, max_prob_T, sum_p2_T, sum_p2_logp_T, mean_logit_T, is_top1_T
 
 
 def token_logprobs(head: Head, token_ids: Tensor) -> Tensor:

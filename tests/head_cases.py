@@ -70,6 +70,11 @@ def with_statistics(head, *tensors, **options):
     return [x for x in head(*tensors, statistics=names, **options) if x is not None]
 
 
+def numbers(found):
+    """The outputs of a head that can be NaN."""
+    return [x for x in found if x is not None and x.is_floating_point()]
+
+
 def make(rows: str, shape: tuple[int, int, int], dtype: torch.dtype, device: str = "cpu"):
     """Hidden states, weight and targets whose logits are of one kind."""
     h, w, y = bend(rows, *(x.clone() for x in _peaked_head(*shape)))
@@ -94,6 +99,7 @@ def assert_as_reference(got, inputs, grads=None, *, operands=torch.float32, **op
 
 
 def check_statistics(got, h, w, y, factor=2.0, **options):
-    """Both bounds for each statistic of `got`, the first of _rows.STATISTICS."""
+    """Both bounds for each statistic of `got`, in the order of _rows.STATISTICS, and is_top1."""
     three = three_statistics(h, w, y, **options)
     truth.check_statistics(got, three, arithmetic_of(h, w, **options), factor)
+    truth.check_is_top1(got[5], h, w, y, **options)

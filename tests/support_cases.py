@@ -9,9 +9,9 @@ from torch import Tensor
 import entropy_kernels as ek
 from entropy_kernels import reference
 from entropy_kernels._bounds import assert_within_two_bounds, worst_of_orders
-from entropy_kernels._rows import STATISTICS
-from entropy_kernels.verification.truth import LOW_ENTROPY, TRUTH_ERROR
-from tests.head_cases import arithmetic_of, make
+from entropy_kernels._rows import OF_SETS
+from entropy_kernels.verification.truth import LOW_ENTROPY, TRUTH_ERROR, check_is_top1
+from tests.head_cases import arithmetic_of, make, numbers
 
 OUTPUTS = ("logprob", "entropy")
 
@@ -85,9 +85,11 @@ def check(head, inputs, kept_TV, *, keep=0.6, orders=8, support=None, **options)
     support = unsorted(kept_TV) if support is None else support
 
     def ours(h, w, y, bias):
-        found = head(h, w, y, bias=bias, support=support, statistics=STATISTICS, **options)
+        found = head(h, w, y, bias=bias, support=support, statistics=OF_SETS, **options)
         assert found.logsumexp is None
-        return [found.logprob, found.entropy, *found[3:]]
+        with torch.no_grad():
+            check_is_top1(found.is_top1, h, w, y, bias=bias, support=support, **options)
+        return numbers(found)
 
     def typed(dtype):
         upcast = [None if x is None else x.to(dtype) for x in (h, w, b)]
@@ -123,6 +125,7 @@ def allowances(truth, h, w, **options):
         return [0.0] * len(truth)
     logprob, entropy, *statistics = truth[:6]
     outputs = arithmetic.outputs(logprob, entropy, logprob)[:2]
-    found = [*outputs, *arithmetic.statistics(*statistics), *map(arithmetic.gradient, truth[6:])]
+    of_sets = arithmetic.statistics(*statistics, torch.zeros_like(entropy))[:4]
+    found = [*outputs, *of_sets, *map(arithmetic.gradient, truth[6:])]
     assert len(found) == len(truth)
     return found

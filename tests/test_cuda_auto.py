@@ -89,6 +89,9 @@ def test_auto_prefers_csrc_for_no_part_of_a_head(extension, monkeypatch):
         assert auto("head", keep_logits=True) == "cuda"
         monkeypatch.setattr(cutlass, "TILES", MEASURED)
         assert auto("head", head={"size": 60}) == "triton"
+        # csrc/cuda fills the first four statistics.
+        assert auto("head", statistics_wanted=4) == "cuda"
+        assert auto("head", statistics_wanted=5) == "triton"
         # Triton's forward stores rows at this size, and csrc/cuda's none.
         assert auto("head", head={"size": 4096}) == "cuda"
         assert auto("head", head={"size": 4096}, stored=True) == "triton"

@@ -146,6 +146,17 @@ def test_what_csrc_lacks_falls_to_triton_and_is_told_once(name, extension):
         assert re.fullmatch(f'impl="cuda" takes a Triton kernel for {op}: {why}', message)
 
 
+def test_a_forward_of_statistics_that_csrc_lacks_falls_alone(extension):
+    with on_gpu() as launches, warnings.catch_warnings(record=True) as told:
+        warnings.filterwarnings("always", category=RuntimeWarning)
+        for names in (("is_top1", "max_prob"), ("mean_logit",)):
+            step(make_head(B, L), statistics=names)
+    assert extension.launched == ["dlogits", "dlogits"]
+    assert [kernel for kernel in launches if "forward" in kernel]
+    (message,) = (str(one.message) for one in told if one.category is RuntimeWarning)
+    assert message.endswith("varentropy, max_prob, sum_p2, sum_p2_logp; got others, too")
+
+
 def test_a_backward_that_csrc_lacks_falls_alone(extension):
     with (
         on_gpu("sm_100"),

@@ -50,7 +50,7 @@ def test_a_call_asks_for_what_it_runs(checked):
     assert taken(make_head(torch.bfloat16, gradient=False)) == "triton"
     assert [text.split()[:3] for text in asked] == [["forward", "bfloat16", "pointer"]]
     head = make_head(torch.bfloat16, bias=torch.zeros(V).bfloat16(), temperature=0.5, softcap=9.0)
-    assert taken(head, statistics=True) == "triton"
+    assert taken(head, statistics_wanted=6) == "triton"
     assert asked[1].endswith(" bias temperature softcap statistics ragged")
     assert asked[2].endswith(" bias temperature softcap ragged")
     assert taken(make_head(), stored=True) == "triton"

@@ -145,7 +145,113 @@ def test_a_row_of_the_buffer_that_no_kernel_fills_is_never_returned(impl, device
     monkeypatch.setitem(_rows.FILLED, impl, _rows.FILLED[impl] + 1)
     h, w, y = make("peaked", (3, 8, 11), torch.float32, device)
     with pytest.raises((AssertionError, RuntimeError)):
-        ek.linear_logprob_entropy(ek.Head(h, w, y), statistics=("max_prob",), impl=impl)
+        ek.linear_logprob_entropy(ek.Head(h, w, y), statistics=NAMES, impl=impl)
+
+
+def equal_logits(shape: tuple[int, int, int], dtype: torch.dtype, device: str, forbids: bool):
+    """Hidden states, weight and bias of small integers, whose logits are exact; many are equal.
+
+    forbids: whether there is a bias, with words of -inf; otherwise it is None. Half of the targets
+    are the first maximum of their row, a quarter the last one.
+    """
+    T, D, V = shape
+    h = torch.randint(-2, 3, (T, D)).index_fill(0, torch.arange(0, T, 7), 0)
+    w = torch.randint(-1, 2, (max(V // 3, 1), D)).repeat(4, 1)[:V]
+    bias = torch.randint(-2, 3, (V,)).double().index_fill(0, torch.arange(0, V, 5), -torch.inf)
+    z = (h @ w.T).double() + (bias if forbids else 0.0)
+    first, last = z.argmax(1), V - 1 - z.flip(1).argmax(1)
+    kind = torch.arange(T) % 4
+    y = torch.where(kind < 2, first, torch.where(kind == 2, last, torch.randint(V, (T,))))
+    h, w, bias = (x.to(device, dtype) for x in (h, w, bias))
+    return h, w, y.to(device), bias if forbids else None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"softcap": 50.0},
+        {"logit_scale": 0.37},
+        {"temperature": "per token"},
+        {"bias": True},
+        {"bias": True, "softcap": 50.0, "temperature": "per token", "logit_scale": 0.37},
+    ],
+    ids=lambda o: "+".join(o) or "none",
+)
+def test_mean_logit_and_is_top1_are_those_of_fp64(head, impl, vocabulary, device, dtype, options):
+    """Also where the target ties with a word before it or behind it, and with forbidden words."""
+    options = dict(options)
+    forbids = options.pop("bias", False)
+    h, w, y, bias = equal_logits((70, 9, vocabulary), dtype, device, forbids)
+    if "temperature" in options:
+        options["temperature"] = torch.rand(70, device=device) + 0.5
+    y[::11] = -100
+    before = torch.get_num_threads()
+    try:
+        # The compiled kernels divide a vocabulary among threads.
+        for threads in (1, 3) if impl == "cpu" else (before,):
+            torch.set_num_threads(threads)
+            found = head(h, w, y, bias=bias, statistics=("is_top1", "mean_logit"), **options)
+            check_mean_logit_and_is_top1(found, h, w, y, bias, **options)
+    finally:
+        torch.set_num_threads(before)
+
+
+def check_mean_logit_and_is_top1(
+    found, h, w, y, bias, logit_scale=1.0, softcap=None, temperature=1.0
+):
+    b = 0.0 if bias is None else bias.double()
+    z = (h.double() @ w.double().T + b) * logit_scale
+    if softcap is not None:
+        z = softcap * (z / softcap).tanh()
+    z = z / torch.as_tensor(temperature, device=z.device).reshape(-1, 1)
+    assert found.is_top1.dtype == torch.bool
+    assert torch.equal(found.is_top1, (z.argmax(1) == y) & (y != -100))
+    assert 0.2 < found.is_top1.float().mean() < 0.8
+    mean = z.mean(1).masked_fill(y == -100, 0.0)
+    torch.testing.assert_close(found.mean_logit, mean.float(), rtol=2e-6, atol=2e-6)
+
+
+@pytest.mark.parametrize("place", [0, 1, 64, 96, -1])
+def test_is_top1_of_every_place(head, vocabulary, device, place):
+    """The target's column at the edges of tiles; ties before it, behind it and nowhere."""
+    w = torch.zeros(vocabulary, 4)
+    w[place] = 1.0
+    place %= vocabulary
+    w[(place + 5) % vocabulary, 1] = w[(place - 3) % vocabulary, 2] = 1.0
+    behind, before = place + 5 < vocabulary, place - 3 >= 0
+    # The weight's columns: the target alone, with one behind (or first of all), with one before it.
+    h = torch.tensor([[1.0, 0, 0, 0], [1, 1, 0, 0], [1, 0, 1, 0], [0, 1, 0, 0], [0, 0, 0, 0]])
+    w[place, 1:] = 0.0
+    y = torch.full((5,), place)
+    found = head(h.to(device), w.to(device), y.to(device), statistics=("is_top1",)).is_top1
+    assert found.tolist() == [True, behind, not before, False, place == 0]
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_a_row_without_an_answer_has_no_mean_logit_and_is_not_top1(head, device, value):
+    h, w, _ = make("peaked", (9, 8, 67), torch.float32, device)
+    w[:, 2] = w[:, 2].abs() + 1
+    clean = head(h, w, (h @ w.T).argmax(1), statistics=NAMES)
+    h[4, 2] = value
+    found = head(h, w, (h @ w.T).argmax(1), statistics=NAMES)
+    others = torch.arange(9, device=device) != 4
+    assert clean.is_top1.all()
+    assert torch.equal(found.is_top1, others)
+    assert torch.equal(found.mean_logit.isnan(), ~others)
+
+
+def test_many_logits_of_the_lowest_number_have_a_mean(head, vocabulary, device):
+    """Their sum exceeds fp32."""
+    lowest = torch.finfo(torch.float32).min
+    w = torch.full((vocabulary, 1), lowest, device=device)
+    w[3] = 1.0
+    y = torch.full((2,), 3, device=device)
+    found = head(torch.ones(2, 1, device=device), w, y, statistics=("mean_logit", "is_top1"))
+    want = lowest * (1 - 1 / vocabulary)
+    torch.testing.assert_close(found.mean_logit, torch.full((2,), want, device=device))
+    assert found.is_top1.all()
 
 
 def test_every_statistic_is_a_field_of_the_output():
@@ -163,6 +269,8 @@ def test_reference_implementation_takes_fp64():
     torch.testing.assert_close(found.max_prob, p.max(1).values)
     torch.testing.assert_close(found.sum_p2, p.square().sum(1))
     torch.testing.assert_close(found.sum_p2_logp, (p.square() * p.log()).sum(1))
+    torch.testing.assert_close(found.mean_logit, (h @ w.double().T).detach().mean(1))
+    assert torch.equal(found.is_top1, p.argmax(1) == y)
     assert not any(x.requires_grad for x in found[3:])
 
 
@@ -176,7 +284,7 @@ def test_instruction_sets_and_threads_agree():
         for isa in _native.cpu().instruction_sets(models=True):
             for threads in (1, 3):
                 torch.set_num_threads(threads)
-                statistics = torch.full((4, 70), torch.nan)
+                statistics = torch.full((6, 70), torch.nan)
                 head = ek.Head(h, w, y, temperature=temperature, softcap=12.0)
                 call = functools.partial(_native.forward, head, keep_logits=False, isa=isa)
                 assert all(map(torch.equal, call()[:6], call(statistics=statistics)[:6]))
@@ -197,7 +305,7 @@ def test_variants_of_triton(variant, split, rows):
     h, w, y = make(rows, (33, 40, 203), torch.float32, DEVICE)
     if variant not in tiles.variants(device.architecture(h.device), h, w):
         pytest.skip("this variant cannot run on these matrices here")
-    statistics = torch.full((4, 33), torch.nan, device=DEVICE)
+    statistics = torch.full((6, 33), torch.nan, device=DEVICE)
     call = functools.partial(
         forward,
         ek.Head(h, w, y, temperature=None),
@@ -213,7 +321,7 @@ def test_specialised_warps_have_no_statistics():
     from entropy_kernels._triton.head_forward.launch import forward
 
     h, w, y = make("peaked", (3, 8, 16), torch.float32, DEVICE)
-    statistics = torch.empty(4, 3, device=DEVICE)
+    statistics = torch.empty(6, 3, device=DEVICE)
     head = ek.Head(h, w, y, temperature=None)
     with pytest.raises(ValueError, match="variant must be one of"):
         forward(head, keep_logits=False, statistics=statistics, variant="tma_ws")

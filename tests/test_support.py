@@ -11,7 +11,7 @@ import entropy_kernels as ek
 from entropy_kernels import _rows
 from entropy_kernels.testing import Watch
 from entropy_kernels.verification.truth import ROWS
-from tests.head_cases import DTYPES, make
+from tests.head_cases import DTYPES, make, numbers
 from tests.marks import nan_is_meant, not_interpreted
 from tests.support_cases import check, make_sets, masked, random_sets, unsorted
 
@@ -78,9 +78,10 @@ def test_full_sets_are_the_whole_vocabulary(head, impl, device, shape):
     results = []
     for options in ({}, {"support": everything}):
         x, weight = h.clone().requires_grad_(), w.clone().requires_grad_()
-        found = head(x, weight, y, statistics=_rows.filled(impl), **options)
+        found = head(x, weight, y, statistics=_rows.OF_SETS, **options)
         (found.logprob - 0.5 * found.entropy).sum().backward()
-        results.append([*found[:2], *found[3:], x.grad, weight.grad])
+        outputs = found._replace(logsumexp=None)
+        results.append([*(z for z in outputs if z is not None), x.grad, weight.grad])
     for over_sets, dense in zip(*results, strict=True):
         torch.testing.assert_close(over_sets, dense, rtol=1e-4, atol=1e-5)
 
@@ -89,10 +90,10 @@ def test_the_specification_masks_logits(device, shape):
     (h, w, y), kept = make_sets("peaked", shape, torch.float64, device)
     head = ek.Head(h, w, y, temperature=0.5)
     found = ek.linear_logprob_entropy(
-        head, support=unsorted(kept), statistics=_rows.STATISTICS, impl="reference"
+        head, support=unsorted(kept), statistics=_rows.OF_SETS, impl="reference"
     )
     want = masked(torch.float64, h, w, y, kept, temperature=0.5)
-    for got, wanted in zip([*found[:2], *found[3:]], want, strict=True):
+    for got, wanted in zip(numbers(found), want, strict=True):
         torch.testing.assert_close(got, wanted, rtol=1e-10, atol=1e-13)
 
 
@@ -102,13 +103,32 @@ def test_a_set_of_one_is_certain_and_costs_nothing(head, device, shape):
     h.requires_grad_(), w.requires_grad_()
     support = ek.Support(y, torch.arange(shape[0] + 1, device=device))
     with Watch() as watch:
-        found = head(h, w, y, support=support, statistics=_rows.STATISTICS)
+        found = head(h, w, y, support=support, statistics=_rows.OF_SETS)
         (found.logprob - found.entropy).sum().backward()
     assert watch.products == 0
-    for x, want in zip([*found[:2], *found[3:]], (0, 0, 0, 1, 1, 0), strict=True):
+    for x, want in zip(numbers(found), (0, 0, 0, 1, 1, 0), strict=True):
         assert (x == want).all()
+    assert found.is_top1.all()
     assert not h.grad.any()
     assert not w.grad.any()
+
+
+def test_is_top1_is_the_lowest_id_of_equals(head, device):
+    """In whatever order the ids of a set come; words outside of it have larger logits."""
+    w = torch.zeros(40, 2, device=device)
+    w[[7, 20, 31], 0], w[3, 0], w[:, 1] = 1.0, 9.0, -1.0
+    sets = [[31, 7, 5, 20], [5, 20, 31, 7], [20, 7], [31, 20, 9], [20, 9], [31], [9, 31, 3]]
+    y = torch.tensor([7, 20, 7, 20, 9, 31, 31], device=device)
+    h = torch.tensor([[1.0, 0.0]] * 7, device=device)
+    found = head(h, w, y, support=ek.Support.of(sets, device), statistics=("is_top1",))
+    assert found.is_top1.tolist() == [True, False, True, True, False, True, False]
+
+
+@pytest.mark.parametrize("names", [("mean_logit",), ("max_prob", "mean_logit")])
+def test_sets_have_no_mean_logit(head, names, device, shape):
+    (h, w, y), kept = make_sets("peaked", shape, torch.float32, device)
+    with pytest.raises(ValueError, match="is_top1; got mean_logit: sets of one form no logit"):
+        head(h, w, y, support=unsorted(kept), statistics=names)
 
 
 @pytest.mark.parametrize("tokens", [0, 5])
@@ -119,7 +139,7 @@ def test_nothing_to_do(head, tokens, device):
     b = torch.randn(33, device=device, requires_grad=True)
     support = ek.Support.of([[]] * tokens, device)
     y = torch.full((tokens,), -100, device=device)
-    for options in ({}, {"max_active_rows": 0}, {"statistics": _rows.STATISTICS}):
+    for options in ({}, {"max_active_rows": 0}, {"statistics": _rows.OF_SETS}):
         found = head(h, w, y, bias=b, support=support, **options)
         assert all(x is None or (x.shape == (tokens,) and not x.any()) for x in found)
         (found.logprob + found.entropy).sum().backward()
@@ -234,10 +254,11 @@ def test_a_bad_row_poisons_itself_and_its_columns_alone(head, value, device):
     h[4, 3] = value
     w[:, 3] = w[:, 3].abs() + 1
     h.requires_grad_(), w.requires_grad_()
-    found = head(h, w, y, support=unsorted(kept), statistics=_rows.STATISTICS)
+    found = head(h, w, y, support=unsorted(kept), statistics=_rows.OF_SETS)
     assert clean.logprob.isfinite().all()
-    for x in (*found[:2], *found[3:]):
+    for x in numbers(found):
         assert x.isnan().nonzero().flatten().tolist() == [4]
+    assert not found.is_top1[4]
     (found.logprob + found.entropy).sum().backward()
     assert h.grad.isnan().any(1).nonzero().flatten().tolist() == [4]
     assert torch.equal(w.grad.isnan().any(1), kept[4])

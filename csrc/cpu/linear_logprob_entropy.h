@@ -106,9 +106,9 @@ class Walk {
       products_[thread] += height * here * head_.dim;
       take_targets(head_.target, token, here, first, height, tile, running(thread, p));
       if (head_.temperature != nullptr)
-        reduce_tile<true>(tile, height, running(thread, p));
+        reduce_tile<true>(tile, first, height, running(thread, p));
       else
-        reduce_tile<false>(tile, height, running(thread, p));
+        reduce_tile<false>(tile, first, height, running(thread, p));
     }
   }
 

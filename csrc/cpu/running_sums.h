@@ -18,6 +18,8 @@ namespace EK_ISA {
 using entropy_kernels::ForwardCall;
 using entropy_kernels::ForwardRows;
 
+static_assert(kTileRows * kShare <= 1);
+
 constexpr float kLowest = -1e30f;          // the maximum's start; finite, so -inf - m is no NaN
 constexpr float kLowestExponent = -87.0f;  // exp of less is subnormal
 
@@ -63,11 +65,14 @@ struct Running {
     max[i] = to;
   }
 
+  // Adds the sums over a later part of the vocabulary.
   void merge(Running other, int i) {
+    const bool higher = other.present[i] != 0 && (present[i] == 0 || other.max[i] > max[i]);
+    statistics.join(other.statistics, i, higher);
     if (other.present[i] == 0) {
       s[i] += other.s[i];  // may be a NaN
     } else {
-      if (present[i] == 0 || other.max[i] > max[i])
+      if (higher)
         move(i, other.max[i]);
       else
         other.move(i, max[i]);
@@ -83,21 +88,26 @@ static void cap_tile(float softcap, std::int64_t rows, float* tile) {
   for (std::int64_t i = 0; i < rows * kPanel; ++i) tile[i] = softcap * std::tanh(tile[i] / softcap);
 }
 
-// Moves the sums to the new maxima of a tile, and makes those logits -inf, which leaves them out.
-// A comparison waits for that of the row before, so the panel's vectors go side by side.
+// Moves the sums to the new maxima of a tile, whose first column is `column`, and makes those logits
+// -inf, which leaves them out. A comparison waits for that of the row before, so the panel's vectors go side by side.
 template <class S>
-static void take_maxima(float* tile, std::int64_t rows, Running<S>& running) {
+static void take_maxima(float* tile, std::int64_t column, std::int64_t rows, Running<S>& running) {
   float highest[kPanel];
   for (int j = 0; j < kPanel; j += kVectors * kLanes) {
     Vec top[kVectors];
+    typename S::Logits logits[kVectors];
 #pragma GCC unroll 8
     for (int v = 0; v < kVectors; ++v) top[v] = load(running.max + j + v * kLanes);
     for (std::int64_t r = 0; r < rows; ++r)
 #pragma GCC unroll 8
-      for (int v = 0; v < kVectors; ++v)
-        top[v] = larger(load(tile + r * kPanel + j + v * kLanes), top[v]);
+      for (int v = 0; v < kVectors; ++v) {
+        const Vec z = load(tile + r * kPanel + j + v * kLanes);
+        top[v] = larger(z, top[v]);
+        logits[v].add(z);
+      }
 #pragma GCC unroll 8
     for (int v = 0; v < kVectors; ++v) store(highest + j + v * kLanes, top[v]);
+    for (int v = 0; v < kVectors; ++v) running.statistics.add(logits[v], j + v * kLanes);
   }
   if (std::memcmp(highest, running.max, sizeof highest) == 0) return;
   for (int i = 0; i < kPanel; ++i) {
@@ -106,13 +116,14 @@ static void take_maxima(float* tile, std::int64_t rows, Running<S>& running) {
     while (tile[r * kPanel + i] != highest[i]) ++r;
     tile[r * kPanel + i] = -std::numeric_limits<float>::infinity();
     running.move(i, highest[i]);
+    running.statistics.rise(i, column + r);
   }
 }
 
-// Adds a tile of logits to the sums; overwrites some of the logits.
+// Adds a tile of logits, whose first column is `column`, to the sums; overwrites some of the logits.
 template <bool kScaled, class S>
-static void reduce_tile(float* tile, std::int64_t rows, Running<S>& running) {
-  take_maxima(tile, rows, running);
+static void reduce_tile(float* tile, std::int64_t column, std::int64_t rows, Running<S>& running) {
+  take_maxima(tile, column, rows, running);
   for (int j = 0; j < kPanel; j += kLanes) {
     const Vec max = load(running.max + j), temperature = load(running.temperature + j);
     const Vec low = splat(kLowestExponent);
@@ -166,7 +177,7 @@ static void finish(const ForwardCall& call, const Running<S>& running, int i, st
   out.logprob[token] = float((running.target[i] - max) / temperature - log_sum);
   out.entropy[token] = float(max - max + log_sum - t / (1.0 + s));
   out.logsumexp[token] = float(max / temperature + log_sum);
-  running.statistics.finish(i, s, t, max - max, token, head.tokens, out.statistics);
+  running.statistics.finish(head, i, s, t, max - max, token, out.statistics);
 }
 
 }  // namespace EK_ISA

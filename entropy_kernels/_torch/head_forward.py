@@ -11,6 +11,8 @@ E[z] would cancel. Logits and sums of a block are fp32, blocks are merged in fp6
 T tokens, D hidden, V vocabulary.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -37,7 +39,7 @@ LOWEST = -1e30
 def forward(head: Head, *, keep_logits: bool, statistics: Tensor | None = None) -> ForwardRows:
     """Log-probability, entropy and what backward needs; zeros in the rows without a target.
 
-    `statistics`, fp32 [4, T], is filled with what _rows.STATISTICS names.
+    `statistics`, fp32 [6, T], is filled with what _rows.STATISTICS names.
 
     On a CPU the rows without a target are dropped before the products. On CUDA the host would have
     to wait for their number, so they are computed, then zeroed.
@@ -51,7 +53,7 @@ def forward(head: Head, *, keep_logits: bool, statistics: Tensor | None = None) 
         return ForwardRows._make([*own_rows, rows.logits, None])
 
     index_R = valid_T.nonzero().squeeze(1)
-    some = None if statistics is None else statistics.new_empty(4, index_R.numel())
+    some = None if statistics is None else statistics.new_empty(6, index_R.numel())
     rows = _all_rows(head.at(index_R), False, some)
     if statistics is not None and some is not None:
         statistics.zero_().index_copy_(1, index_R, some)
@@ -70,6 +72,8 @@ def _all_rows(head: Head, keep_logits: bool, statistics: Tensor | None) -> Forwa
     fields = 2 if statistics is None else 5
     sums = torch.zeros(fields, count, dtype=torch.float64, device=head.hidden.device)
     target_logit_T = torch.zeros_like(max_T)
+    # For statistics: the sum of the logits, and the column of the first maximum.
+    total_T, first_T = torch.zeros_like(sums[0]), torch.full_like(head.target, -1)
     logits_TV = max_T.new_empty((count, vocabulary) if keep_logits else (0,))
     e_buffer = workspace(count, vocabulary, head.hidden)
 
@@ -85,29 +89,41 @@ def _all_rows(head: Head, keep_logits: bool, statistics: Tensor | None) -> Forwa
             target_logit_T[rows] = torch.where(
                 inside, z.gather(1, column).squeeze(1), target_logit_T[rows]
             )
-            scale = at(temperature_T, rows)
-            block = _block_sums(z, scale, e_buffer, statistics is not None)
+            scale, peak = at(temperature_T, rows), z.max(1)
+            if statistics is not None:
+                total_T[rows] += z.sum(1, dtype=torch.float64)
+                first = (peak.indices + v.start).where(peak.values > max_T[rows], first_T[rows])
+                first_T[rows] = first
+            block = _block_sums(z, peak, scale, e_buffer, statistics is not None)
             max_T[rows], sums[:, rows] = _merge((max_T[rows], *sums[:, rows]), block, scale)
 
     rows_T = _finish(max_T, sums[0], sums[1], target_logit_T, temperature_T)
-    # A row of -inf throughout has no distribution.
-    has_answer_T = (max_T > LOWEST) & (head.target >= 0) & (head.target < vocabulary)
+    # A row of -inf throughout has no distribution, nor has one with inf.
+    has_answer_T = (
+        (max_T > LOWEST) & (max_T < torch.inf) & (head.target >= 0) & (head.target < vocabulary)
+    )
     if temperature_T is not None:
         has_answer_T &= (temperature_T > 0) & (temperature_T < torch.inf)
     if statistics is not None:
-        statistics.copy_(torch.where(has_answer_T, finish_statistics(sums), torch.nan))
+        scale = 1.0 if temperature_T is None else temperature_T
+        more = total_T / vocabulary / scale, first_T == head.target
+        statistics.copy_(torch.where(has_answer_T, finish_statistics(sums, *more), torch.nan))
     rows_T = [torch.where(has_answer_T, x, torch.nan) for x in rows_T]
     return ForwardRows._make([*rows_T, logits_TV, None])
 
 
 def _block_sums(
-    z_TV: Tensor, temperature_T: Tensor | None, buffer: Tensor, with_statistics: bool
+    z_TV: Tensor,
+    peak: Sequence[Tensor],
+    temperature_T: Tensor | None,
+    buffer: Tensor,
+    with_statistics: bool,
 ) -> tuple[Tensor, ...]:
     """(max, s, t) of one block of logits, which is overwritten. NaN stays NaN throughout.
 
-    The sums of statistics.py follow where statistics are wanted.
+    The sums of statistics.py follow where statistics are wanted. peak: `z_TV.max(1)`.
     """
-    max_T, peak_T = z_TV.max(1)
+    max_T, peak_T = peak
     max_T = max_T.clamp_min(LOWEST)
     if few_passes(z_TV) and not with_statistics:
         if temperature_T is not None:
@@ -172,7 +188,6 @@ def _finish(
     max_T: Tensor, s_T: Tensor, t_T: Tensor, target_logit_T: Tensor, temperature_T: Tensor | None
 ) -> list[Tensor]:
     """Log-probability, entropy, log-sum-exp, max and log sum, fp32."""
-    max_T = max_T.where(max_T < torch.inf, torch.nan)  # a logit of inf leaves no distribution
     log_sum_T = s_T.log1p()
     distance_T, peak_T = target_logit_T.double() - max_T, max_T.double()
     if temperature_T is not None:

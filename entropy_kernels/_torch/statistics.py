@@ -1,4 +1,5 @@
-"""The sums behind varentropy, largest probability, and the sums of p^2 and p^2 log p.
+"""The sums behind varentropy, largest probability, the sums of p^2 and p^2 log p, mean logit, and
+whether the target is the first of the largest logits.
 
 Beside s and t of head_forward.py, relative to the same maximum m and with the same one
 maximum left out,
@@ -58,8 +59,8 @@ def merge_sums(
     return moved_u, s2_T, moved_t2
 
 
-def finish_statistics(sums: Tensor) -> Tensor:
-    """fp32 [4, T], in the order of _rows.STATISTICS, from (s, t, u, s2, t2) [5, T]."""
+def finish_statistics(sums: Tensor, mean_logit_T: Tensor, is_top1_T: Tensor) -> Tensor:
+    """fp32 [6, T], in the order of _rows.STATISTICS, from (s, t, u, s2, t2) [5, T] and the last."""
     s_T, t_T, u_T, s2_T, t2_T = sums
     z_T = 1 + s_T
     rows_T = [
@@ -67,5 +68,7 @@ def finish_statistics(sums: Tensor) -> Tensor:
         1 / z_T,
         (1 + s2_T) / z_T.square(),
         (t2_T - s_T.log1p() * (1 + s2_T)) / z_T.square(),
+        mean_logit_T,
+        is_top1_T,
     ]
-    return torch.stack(rows_T).float()
+    return torch.stack([x.float() for x in rows_T])

@@ -16,7 +16,7 @@ from transformers.utils import ModelOutput
 
 from .._arguments import check_tensor
 from .._rows import check_statistics
-from .._shapes import Float
+from .._shapes import Bool, Float
 from ..backends import check_impl
 from ..head import check_temperature
 from ..linear_logprob_entropy import LogprobEntropy, linear_logprob_entropy
@@ -43,6 +43,8 @@ class LogprobEntropyOutput(ModelOutput):
     max_prob: Float[Tensor, "*tokens"] | None = None
     sum_p2: Float[Tensor, "*tokens"] | None = None
     sum_p2_logp: Float[Tensor, "*tokens"] | None = None
+    mean_logit: Float[Tensor, "*tokens"] | None = None
+    is_top1: Bool[Tensor, "*tokens"] | None = None
     token_logprobs: Float[Tensor, "*tokens K"] | None = None
     past_key_values: Any = None
     hidden_states: Any = None

@@ -12,7 +12,7 @@ import torch
 from .. import device as gpu
 from .._triton.common.tiles import Tile
 from .._triton.head_forward.launch import splits
-from .head_cases import Case, compare, no_answer, numbered, stored_rows, twice
+from .head_cases import Case, compare, first_of_equals, no_answer, numbered, stored_rows, twice
 from .head_runs import Shape
 from .logit_cases import entropy_cases
 from .pair_cases import support_cases
@@ -154,6 +154,7 @@ def _of_forward(
         (f"{last} rows", compare, shape, last, (*_shared(ignored), *more), False),
         ("rows without an answer", no_answer, shape, names),
         ("the same bits twice", twice, shape, ignored, False),
+        *[("the first of equals", first_of_equals, shape, ignored)] * ("statistics" in names),
     ]
 
 

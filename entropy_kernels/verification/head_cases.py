@@ -87,6 +87,7 @@ def head_cases(
         ("rows without an answer", no_answer, shape, ("bias", "temperatures")),
         ("a masked vocabulary", masked, shape),
         ("statistics", compare, shape, "peaked", ("temperatures", "ignore", "statistics"), False),
+        ("the first of equals", first_of_equals, shape, ("temperatures", "ignore", "statistics")),
         ("same bits twice", twice, shape),
     ]
     if tiles[0] is None or tiles[0].variant == "cublas":
@@ -136,6 +137,10 @@ def compare(
         # A largest p of 1/2 is off by a whole rounding of a logit.
         arithmetic = arithmetic_of(inputs, options)
         truth.check_statistics(options["statistics"], three, arithmetic, factor=3.0)
+        if len(options["statistics"]) == len(STATISTICS):
+            truth.check_is_top1(
+                options["statistics"][5], *inputs[:3], bias=inputs[3], **of_head(options)
+            )
 
 
 def no_answer(
@@ -168,6 +173,39 @@ def no_answer(
         nothing = torch.full_like(bias, -math.inf)
         for x in forward(tiles, (h, w, y, nothing), options | launch)[:3]:
             assert x.isnan().sum() == len(x) - 1, "a row without a logit has an answer"
+
+
+def first_of_equals(
+    tiles: Tiles,
+    dtype: torch.dtype,
+    device: torch.device,
+    shape: Shape,
+    names: tuple[str, ...] = (),
+    **launch: Any,
+) -> None:
+    """is_top1 among logits that tie: those of small integers, which are exact.
+
+    Every row of the weight comes several times, and hidden states of zero make all logits equal.
+    """
+    (h, w, y, bias), options = make_inputs(shape, dtype, device, "peaked", names)
+    (T, _, V), few = shape, max(shape[2] // 5, 1)
+    if "softcap" in options:
+        options["softcap"] = 1e3  # which leaves integers apart
+    h, w = (torch.randint(-2, 3, x.shape, device=device).to(dtype) for x in (h, w))
+    h[::4] = 0
+    w = w[:few].repeat(6, 1)[:V].contiguous()
+    bias = None if bias is None else torch.zeros_like(bias)
+    z_TV = h.double() @ w.double().T
+    first_T, last_T = z_TV.argmax(1), V - 1 - z_TV.flip(1).argmax(1)
+    ignored_T = y == options.get("ignore_index", -100)
+    third = torch.arange(T, device=device) % 3
+    target_T = torch.where(third == 0, first_T, torch.where(third == 1, last_T, y.clamp_min(0)))
+    y = torch.where(ignored_T, y, target_T)
+    forward(tiles, (h, w, y, bias), options := options | launch)
+    if len(options["statistics"]) == len(STATISTICS):
+        want_T = (first_T == y) & ~ignored_T
+        wrong_T = (options["statistics"][5] == 1) != want_T
+        assert not wrong_T.any(), f"is_top1 of rows {wrong_T.nonzero().flatten().tolist()}"
 
 
 def masked(tiles: Tiles, dtype: torch.dtype, device: torch.device, shape: Shape) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .. import device as gpu
 from .._bounds import GpuArithmetic, assert_within_two_bounds
-from .._rows import ForwardRows
+from .._rows import FILLED_BY_CSRC_CUDA, ForwardRows
 from .._triton.common import cutlass
 from .._triton.common.tiles import TMA, variants
 from . import truth
@@ -43,7 +43,7 @@ def make_inputs(
     if "store" in options:
         chosen |= {"store_above": torch.zeros((), device=device), "store_rows": T}
     if "statistics" in options:
-        chosen["statistics"] = torch.full((4, T), math.nan, device=device)
+        chosen["statistics"] = torch.full((6, T), math.nan, device=device)
     if "ignore" in options:
         y[::3] = chosen["ignore_index"] = -1
     if "softcap" in options:
@@ -78,6 +78,8 @@ def forward(tiles: Tiles, inputs: Inputs, options: dict[str, Any]) -> ForwardRow
     without = {"keep_logits": TMA, "store_above": store_none, "statistics": ("tma_ws",)}
     if any(tile and options.get(x) is not None and tile.variant in without[x] for x in without):
         tile = None
+    if tile and tile.variant == cutlass.VARIANT and "statistics" in options:
+        options["statistics"] = options["statistics"][:FILLED_BY_CSRC_CUDA]
     return launch_forward(inputs, tile, options)
 
 

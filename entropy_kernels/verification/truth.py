@@ -13,6 +13,7 @@ from torch import Tensor
 from .. import reference
 from .._bounds import GpuArithmetic, assert_within_two_bounds, worst_elements, worst_of_orders
 from ..head import Head
+from ..support import Support
 from .launches import Inputs
 
 ROWS = ["peaked", "uniform", "tied", "very negative", "large"]
@@ -223,11 +224,44 @@ def check_statistics(
     arithmetic: GpuArithmetic | None,
     factor: float = 2.0,
 ) -> None:
-    """Both bounds for each statistic of `got`, the first of _rows.STATISTICS."""
+    """Both bounds for each statistic of `got`, the first of _rows.STATISTICS; not for is_top1."""
     more = [0.0] * len(got) if arithmetic is None else arithmetic.statistics(*three[0])
-    for one, *others, allowance in zip(got, *(x[: len(got)] for x in (*three, more)), strict=True):
+    for one, *others, allowance in zip(got[:5], *three, more, strict=False):
         assert one.dtype == torch.float32
         assert_within_two_bounds(one, *others, factor=factor, allowance=allowance)
+
+
+def check_is_top1(
+    got_T: Tensor,
+    h: Tensor,
+    w: Tensor,
+    y: Tensor,
+    *,
+    bias: Tensor | None = None,
+    support: Support | None = None,
+    **options: Any,
+) -> None:
+    """As fp64 has it, where that tells the target's logit from its rivals' by more than rounding.
+
+    got_T: bool, or 1 for true.
+    """
+    no_bias = torch.zeros_like(w[:, 0])
+    b = (no_bias if bias is None else bias).double()
+    head = Head(h.double(), w.double(), y, b, **options)
+    valid_T = y != head.ignore_index
+    column_T1 = y.where(valid_T, 0).unsqueeze(1)
+    z_TV = reference._logits(head, support)
+    own_T = z_TV.gather(1, column_T1).squeeze(1)
+    rival_T = z_TV.scatter(1, column_T1, -torch.inf).amax(1)
+    want_T = valid_T & (z_TV.argmax(1) == y)
+    # Sums of products in any order, and what comes after them.
+    terms_TV = h.double().abs() @ w.double().abs().T + b.abs().nan_to_num(posinf=0.0)
+    scale = 1.0 if head.temperature is None else torch.as_tensor(head.temperature).to(h.device)
+    most_T = terms_TV.amax(1) * head.logit_scale + (head.softcap or 0.0)
+    error_T = 2 * (h.shape[1] + 8) * torch.finfo(torch.float32).eps * most_T / scale
+    sure_T = ~valid_T | ((own_T - rival_T).abs() >= error_T)
+    wrong_T = sure_T & ((got_T == 1) != want_T)
+    assert not wrong_T.any(), f"is_top1 is wrong at rows {wrong_T.nonzero().flatten().tolist()}"
 
 
 def worst_of_shuffles(

@@ -7,9 +7,11 @@ import functools
 from collections.abc import Callable, Collection
 
 import torch
+from torch import Tensor
 
 from ... import device
 from ..._arguments import warn_caller
+from ..._rows import FILLED_BY_CSRC_CUDA, STATISTICS
 from ...head import Head
 from . import cutlass
 from .tiles import ANY, TMA, Tile, row
@@ -32,7 +34,7 @@ def forward_row(
     if keep_logits:
         usable -= {*TMA}
     if statistics:
-        # How many registers it needs for seven sums is unknown: Triton 3.6 alone has it.
+        # How many registers it needs for nine sums is unknown: Triton 3.6 alone has it.
         usable -= {"tma_ws"}
     if stores_rows:
         usable &= {"cublas"}
@@ -53,7 +55,13 @@ def first(found: tuple[Tile, ...], refused: Callable[[Tile], bool] | None) -> Ti
     return next((tile for tile in found if refused is None or not refused(tile)), found[0])
 
 
-def tell_of_triton(op: str, tile: Tile, head: Head, stores_rows: bool = False) -> None:
+def tell_of_triton(
+    op: str,
+    tile: Tile,
+    head: Head,
+    stores_rows: bool = False,
+    statistics: Tensor | None = None,
+) -> None:
     """Says once why impl="cuda" takes another tile than csrc/cuda's, where it does."""
     if tile.variant == cutlass.VARIANT:
         return
@@ -61,6 +69,9 @@ def tell_of_triton(op: str, tile: Tile, head: Head, stores_rows: bool = False) -
     why = cutlass.why_not(op, arch, hidden.dtype, hidden.shape[1], head.weight)
     if stores_rows:
         why = why or "keep_logits_above must be None, as it stores no single rows; got a threshold"
+    if statistics is not None and len(statistics) > FILLED_BY_CSRC_CUDA:
+        names = ", ".join(STATISTICS[:FILLED_BY_CSRC_CUDA])
+        why = why or f"statistics must be out of {names}; got others, too"
     _tell(op, why or "its kernel must be right on this GPU; --verify has found it to be wrong")
 
 

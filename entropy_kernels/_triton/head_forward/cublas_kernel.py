@@ -19,7 +19,7 @@ def forward_cublas_kernel(
     bias_ptr,
     target_ptr,  # [T]
     temperature_ptr,
-    partials_ptr,  # [4, S, T]; with statistics [7, S, T]
+    partials_ptr,  # [4, S, T]; with statistics [9, S, T]
     target_logit_ptr,  # [T], capped
     stride_temperature,
     first_t,
@@ -50,7 +50,7 @@ def forward_cublas_kernel(
     scale = LOG2E * inverse_temperature(
         temperature_ptr, stride_temperature, offs_t, mask_t, HAS_TEMPERATURE
     )
-    m, n, s, u, w, q, r = empty_sums(BLOCK_T)
+    m, n, s, u, w, q, r, mean, first = empty_sums(BLOCK_T)
 
     for tile in range(TILES):
         offs_v = (split * TILES + tile) * BLOCK_V + tl.arange(0, BLOCK_V)
@@ -59,12 +59,14 @@ def forward_cublas_kernel(
         z = cap(add_bias(z, bias_ptr, offs_v, V, HAS_BIAS), softcap, HAS_SOFTCAP)
         z = tl.where(mask, z, LOWEST)
         if STATISTICS:
-            m, n, s, u, w, q, r = update_statistics(m, n, s, u, w, q, r, z, scale)
+            m, n, s, u, w, q, r, mean, first = update_statistics(
+                m, n, s, u, w, q, r, mean, first, z, scale, offs_v, V
+            )
         else:
             m, n, s, u = update_sums(m, n, s, u, z, scale)
     store_sums(partials_ptr, split, n_split, offs_t, end_t, T, m, n, s, u)
     if STATISTICS:
-        store_statistics(partials_ptr, split, n_split, offs_t, end_t, T, w, q, r)
+        store_statistics(partials_ptr, split, n_split, offs_t, end_t, T, w, q, r, mean, first)
 
     start_v = split * TILES * BLOCK_V
     here = mask_t & (target >= start_v) & (target < start_v + TILES * BLOCK_V) & (target < V)

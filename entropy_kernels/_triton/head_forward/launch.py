@@ -1,10 +1,10 @@
 """Log-probability and entropy of every row: which kernel sums them, and in which order they run.
 
 Each program sums a block of rows over a split of the vocabulary, into four fp32 partials per row
-and split (row_sum_functions.py), with statistics seven (statistics_functions.py). One more kernel
+and split (row_sum_functions.py), with statistics nine (statistics_functions.py). One more kernel
 merges the splits. Nothing is atomic: a call gives the same bits every time.
 
-A call allocates its results and 4 T (4 S + 1) bytes, with statistics 4 T (7 S + 1). To that the
+A call allocates its results and 4 T (4 S + 1) bytes, with statistics 4 T (9 S + 1). To that the
 variant "cublas" adds a workspace of about WORKSPACE_BYTES, and the others the rows that have a
 target (launch_valid.py). "cublas" alone has whole rows of logits at hand, so only it can store
 those of some rows for backward.
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ... import device
 from ..._cuda_kernels import head as cuda_head
-from ..._rows import ForwardRows
+from ..._rows import FILLED_BY_CSRC_CUDA, ForwardRows
 from ...head import Head
 from ..common import choice, cutlass, products, tiles
 from ..common.tiles import Tile
@@ -63,7 +63,8 @@ def forward(
     keep_logits: stores the logits of all rows.
     store_above, store_rows: the variant "cublas" stores the logits [store_rows, V] of the first
         valid rows whose entropy is at least store_above, fp32 [].
-    statistics: fp32 [4, T], contiguous; filled with what _rows.STATISTICS names.
+    statistics: fp32 [6, T], contiguous; filled with what _rows.STATISTICS names. With impl="cuda"
+        or a tile of csrc/cuda it may be [4, T], for what that fills.
     per_split: blocks of columns in each split, for tests; by default `splits` chooses.
     chunk_rows: rows of logits that "cublas" has at a time, for tests.
     refused: which tiles are known to be wrong here. One is taken only if there is no other.
@@ -76,7 +77,7 @@ def forward(
     if statistics is not None:
         assert statistics.dtype == torch.float32
         assert statistics.is_contiguous()
-        assert statistics.shape == (4, count)  # what merge_kernel fills
+        assert statistics.shape in ((4, count), (6, count))  # what csrc/cuda and merge_kernel fill
     if count == 0:
         return rows
 
@@ -85,19 +86,23 @@ def forward(
             head,
             keep_logits=keep_logits,
             stores_rows=store_above is not None,
-            statistics=statistics is not None,
+            statistics=0 if statistics is None else len(statistics),
             impl=impl,
         )
         tile = choice.first(_of_variant(found, variant), refused)
         if impl == "cuda":
-            choice.tell_of_triton("forward", tile, head, store_above is not None)
+            choice.tell_of_triton("forward", tile, head, store_above is not None, statistics)
     if store_above is not None and tile.variant != "cublas":
         raise ValueError(f'store_above needs the variant "cublas"; got {tile.variant!r}')
     store = LogitStore.room(store_above, store_rows, count, vocabulary)
     if per_split is None:
         _, per_split = splits(tile, count, vocabulary, device.processors(head.hidden.device))
     n_split = triton.cdiv(vocabulary, tile.block_v * per_split)
+    filled, fields = statistics, 9
+    if statistics is not None and tile.variant != cutlass.VARIANT and len(statistics) == 4:
+        filled = _empty((6, count), head.hidden)
     if tile.variant == cutlass.VARIANT:
+        fields = 7
         n_split = cuda_head.splits(cutlass.block(head.hidden.device, tile), vocabulary)
     work = Work(
         head,
@@ -107,10 +112,10 @@ def forward(
         target_T=head.target.contiguous(),
         bias_V=None if head.bias is None else head.bias.contiguous(),
         temperature_T=head.temperature_T,
-        partials=_empty((4 if statistics is None else 7, n_split, count), head.hidden),
+        partials=_empty((4 if statistics is None else fields, n_split, count), head.hidden),
         target_logit_T=_empty((count,), head.hidden),
         rows=rows,
-        statistics=statistics,
+        statistics=filled,
         valid=None,
     )
     with device.on(head.hidden.device):
@@ -129,6 +134,8 @@ def forward(
                 launch(work, valid)
                 target_logits(work, valid)
             merge(work._replace(valid=valid), 0, count)
+        if filled is not None and statistics is not None and filled is not statistics:
+            statistics.copy_(filled[: len(statistics)])
     return rows if store is None else rows._replace(logits=store.logits, places=store.places)
 
 
@@ -141,20 +148,23 @@ def preferred(
     *,
     keep_logits: bool = False,
     stores_rows: bool = False,
-    statistics: bool = False,
+    statistics: int = 0,
     impl: str = "triton",
 ) -> tuple[Tile, ...]:
-    """The tiles that can run such a forward of `head`, the table's first choice first."""
+    """The tiles that can run such a forward of `head`, the table's first choice first.
+
+    statistics: rows of them.
+    """
     arch = device.architecture(head.hidden.device)
     usable = tiles.variants(arch, head.hidden, head.weight)
     count, hidden = head.hidden.shape
-    if impl == "cuda":
+    if impl == "cuda" and statistics <= FILLED_BY_CSRC_CUDA:
         usable |= cutlass.variants("forward", arch, head.hidden.dtype, hidden, head.weight)
     return choice.forward_row(
         (arch, head.hidden.dtype, hidden, count, usable),
         keep_logits=keep_logits,
         stores_rows=stores_rows,
-        statistics=statistics,
+        statistics=statistics > 0,
         softcap=head.softcap is not None,
     )
 

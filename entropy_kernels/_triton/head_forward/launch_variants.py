@@ -38,7 +38,7 @@ class Work(NamedTuple):
 
     n_split, tiles_per_split: S, and blocks of columns in each split.
     target_T, bias_V, temperature_T: the head's, contiguous, and one temperature per row.
-    partials: fp32 [4, S, T], with statistics [7, S, T].
+    partials: fp32 [4, S, T], with statistics [9, S, T], of csrc/cuda [7, S, T].
     target_logit_T: fp32, the capped logit of each row's target.
     valid: the rows that partials have, unless they have all of them in their order.
     rows, statistics: the results, to be filled.

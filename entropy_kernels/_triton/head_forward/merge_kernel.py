@@ -8,14 +8,14 @@ import triton.language as tl
 
 from ..common.logit_functions import LN2, LOG2E, LOWEST, log1p
 from .row_sum_functions import empty_sums, moved_sums
-from .statistics_functions import finish_statistics, moved_statistics
+from .statistics_functions import NOWHERE, finish_statistics, moved_statistics
 
 
 @triton.jit(
     do_not_specialize=["stride_temperature", "first_t", "end_t", "T", "n_split", "ignore_index"]
 )
 def merge_kernel(
-    partials_ptr,  # [4, S, T]; with statistics [7, S, T]
+    partials_ptr,  # [4, S, T]; with statistics [9, S, T]
     target_logit_ptr,  # [T], as partials in the order of slots
     slot_ptr,  # [T], where partials have each row; -1 for rows without a target
     target_ptr,  # [T]
@@ -25,7 +25,7 @@ def merge_kernel(
     logsumexp_ptr,
     max_ptr,
     log_sum_ptr,
-    statistics_ptr,  # [4, T]
+    statistics_ptr,  # [6, T]
     stride_temperature,
     first_t,
     end_t,
@@ -52,7 +52,7 @@ def merge_kernel(
         offs = offs_t.to(tl.int64) * stride_temperature
         temperature = tl.load(temperature_ptr + offs, mask=mask_t, other=1.0)
     scale = LOG2E / temperature
-    m, n, s, u, w, q, r = empty_sums(BLOCK_T)
+    m, n, s, u, w, q, r, mean, first = empty_sums(BLOCK_T)
     field = tl.cast(n_split, tl.int64) * T
 
     for start in range(0, n_split, BLOCK_S):
@@ -75,6 +75,10 @@ def merge_kernel(
             w += tl.sum(w_ST, 0)
             q += tl.sum(q_ST, 0)
             r += tl.sum(r_ST, 0)
+            mean += tl.sum(tl.load(ptrs + 7 * field, mask=mask, other=0.0), 0)
+            first_ST = tl.load(ptrs + 8 * field, mask=mask, other=0.0).to(tl.int32, bitcast=True)
+            tile_first = tl.min(tl.where(m_ST == top[None, :], first_ST, NOWHERE), 0)
+            first = tl.minimum(tl.where(m == top, first, NOWHERE), tile_first)
         n_ST, s_ST, u_ST = moved_sums(m_ST, n_ST, s_ST, u_ST, scale[None, :], top[None, :])
         n, s, u = moved_sums(m, n, s, u, scale, top)
         n += tl.sum(n_ST, 0)
@@ -103,5 +107,19 @@ def merge_kernel(
     tl.store(log_sum_ptr + offs_t, tl.where(valid, log_sum * factor, 0.0), mask=mask_t)
     if STATISTICS:
         finish_statistics(
-            statistics_ptr, offs_t, mask_t, T, n, rest, u, w, q, r, log_sum, valid, factor
+            statistics_ptr,
+            offs_t,
+            mask_t,
+            T,
+            n,
+            rest,
+            u,
+            w,
+            q,
+            r,
+            log_sum,
+            mean / temperature,
+            first == target,
+            valid,
+            factor,
         )

@@ -19,7 +19,7 @@ def forward_pointer_kernel(
     temperature_ptr,
     index_ptr,  # [T], the number of each of these rows
     number_ptr,
-    partials_ptr,  # [4, S, T]; with statistics [7, S, T]
+    partials_ptr,  # [4, S, T]; with statistics [9, S, T]
     logits_ptr,  # [T, V], without bias
     stride_ht,
     stride_hd,
@@ -59,7 +59,7 @@ def forward_pointer_kernel(
     scale = LOG2E * inverse_temperature(
         temperature_ptr, stride_temperature, offs_t, offs_t < n_rows, HAS_TEMPERATURE
     )
-    m, n, s, u, w, q, r = empty_sums(BLOCK_T)
+    m, n, s, u, w, q, r, mean, first = empty_sums(BLOCK_T)
 
     for tile in range(TILES):
         offs_v = (split * TILES + tile) * BLOCK_V + tl.arange(0, BLOCK_V)
@@ -87,10 +87,12 @@ def forward_pointer_kernel(
         z = cap(add_bias(acc, bias_ptr, offs_v, V, HAS_BIAS), softcap, HAS_SOFTCAP)
         z = tl.where((offs_v < V)[None, :], z, LOWEST)
         if STATISTICS:
-            m, n, s, u, w, q, r = update_statistics(m, n, s, u, w, q, r, z, scale)
+            m, n, s, u, w, q, r, mean, first = update_statistics(
+                m, n, s, u, w, q, r, mean, first, z, scale, offs_v, V
+            )
         else:
             m, n, s, u = update_sums(m, n, s, u, z, scale)
 
     store_sums(partials_ptr, split, n_split, offs_t, n_rows, T, m, n, s, u)
     if STATISTICS:
-        store_statistics(partials_ptr, split, n_split, offs_t, n_rows, T, w, q, r)
+        store_statistics(partials_ptr, split, n_split, offs_t, n_rows, T, w, q, r, mean, first)

@@ -10,7 +10,7 @@ u <- 2^shift (u + (s + n) shift), n <- 0. The maximum's own 1 never enters s. So
 
     H = log1p(s + n - 1) - ln(2) u / (s + n)
 
-has all its digits even at 1e-9: neither term is negative. Statistics, on request, need three more
+has all its digits even at 1e-9: neither term is negative. Statistics, on request, need five more
 numbers (statistics_functions.py).
 
 T tokens, V vocabulary, S vocabulary splits.
@@ -20,14 +20,15 @@ import triton
 import triton.language as tl
 
 from ..common.logit_functions import LOWEST, LOWEST_EXPONENT
-from .statistics_functions import moved_statistics, statistics_of_tile
+from .statistics_functions import NOWHERE, logits_of_tile, moved_statistics, statistics_of_tile
 
 
 @triton.jit
 def empty_sums(BLOCK_T: tl.constexpr):
-    """(m, n, s, u, w, q, r) of no columns."""
+    """(m, n, s, u, w, q, r, mean, first) of no columns."""
     zero = tl.zeros([BLOCK_T], tl.float32)
-    return tl.full([BLOCK_T], LOWEST, tl.float32), zero, zero, zero, zero, zero, zero
+    first = tl.full([BLOCK_T], NOWHERE, tl.int32)
+    return tl.full([BLOCK_T], LOWEST, tl.float32), zero, zero, zero, zero, zero, zero, zero, first
 
 
 @triton.jit
@@ -66,19 +67,24 @@ def update_sums(m, n, s, u, z, scale):
 
 
 @triton.jit
-def update_statistics(m, n, s, u, w, q, r, z, scale):
+def update_statistics(m, n, s, u, w, q, r, mean, first, z, scale, offs_v, V):
     """The sums [T], also those behind the statistics, with one more tile of columns."""
     top = tl.maximum(m, tl.max(z, 1))
+    tile_mean, tile_first = logits_of_tile(z, top, offs_v, V)
+    mean += tile_mean
+    # A column of an earlier tile stays where it ties.
+    first = tl.minimum(tl.where(m == top, first, NOWHERE), tile_first)
     w, q, r = moved_statistics(m, n, s, u, w, q, r, scale, top)
     n, s, u = moved_sums(m, n, s, u, scale, top)
     tile_n, tile_s, tile_u = sums_of_tile(z, top, scale)
     tile_w, tile_q, tile_r = statistics_of_tile(z, top, scale)
-    return top, n + tile_n, s + tile_s, u + tile_u, w + tile_w, q + tile_q, r + tile_r
+    w, q, r = w + tile_w, q + tile_q, r + tile_r
+    return top, n + tile_n, s + tile_s, u + tile_u, w, q, r, mean, first
 
 
 @triton.jit
 def store_sums(partials_ptr, split, n_split, offs_t, end_t, T, m, n, s, u):
-    """Into fields 0 to 3 of partials [4 or 7, S, T], rows before end_t."""
+    """Into fields 0 to 3 of partials [4 or 9, S, T], rows before end_t."""
     mask = offs_t < end_t
     offs = tl.cast(split, tl.int64) * T + offs_t
     field = tl.cast(n_split, tl.int64) * T

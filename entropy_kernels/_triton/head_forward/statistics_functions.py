@@ -1,4 +1,5 @@
-"""Sums behind varentropy, largest probability, and the sums of p^2 and p^2 log p: tile by tile.
+"""Sums behind varentropy, largest probability, the sums of p^2 and p^2 log p, the mean logit, and
+whether the target is the first of the largest logits: tile by tile.
 
 Three more numbers per row join n, s and u of row_sum_functions.py, in the same units and relative
 to the same largest logit:
@@ -14,6 +15,10 @@ With Z = s + n, L = log1p(Z - 1), R = Z - 1,
 
 w R - u^2 is not negative (Cauchy and Schwarz), so nothing cancels where the entropy is small.
 
+The others need no exponential: the mean of z over V, whose terms z / V cannot overflow, and the
+column `first` of the first maximum, which is the target's or not. The target's own logit would not
+do: it comes from another product, which may round otherwise.
+
 T tokens, V vocabulary, S vocabulary splits.
 """
 
@@ -21,6 +26,9 @@ import triton
 import triton.language as tl
 
 from ..common.logit_functions import LN2, LOWEST_EXPONENT
+
+# Behind every column.
+NOWHERE = tl.constexpr(2**31 - 1)
 
 
 @triton.jit
@@ -47,21 +55,34 @@ def statistics_of_tile(z, top, scale):
 
 
 @triton.jit
-def store_statistics(partials_ptr, split, n_split, offs_t, end_t, T, w, q, r):
-    """Into fields 4 to 6 of partials [7, S, T], rows before end_t."""
+def logits_of_tile(z, top, offs_v, V):
+    """The share of a tile z [T, V] in the mean logit, and its first column that holds top [T].
+
+    Without such a column it is NOWHERE.
+    """
+    mean = tl.sum(tl.where((offs_v < V)[None, :], z * (1.0 / V), 0.0), 1)
+    return mean, tl.min(tl.where(z == top[:, None], offs_v[None, :], NOWHERE), 1)
+
+
+@triton.jit
+def store_statistics(partials_ptr, split, n_split, offs_t, end_t, T, w, q, r, mean, first):
+    """Into fields 4 to 8 of partials [9, S, T], rows before end_t."""
     mask = offs_t < end_t
     field = tl.cast(n_split, tl.int64) * T
     offs = 4 * field + tl.cast(split, tl.int64) * T + offs_t
     tl.store(partials_ptr + offs, w, mask=mask)
     tl.store(partials_ptr + field + offs, q, mask=mask)
     tl.store(partials_ptr + 2 * field + offs, r, mask=mask)
+    tl.store(partials_ptr + 3 * field + offs, mean, mask=mask)
+    # A column's number keeps its bits.
+    tl.store(partials_ptr + 4 * field + offs, first.to(tl.float32, bitcast=True), mask=mask)
 
 
 @triton.jit
 def finish_statistics(
-    statistics_ptr, offs_t, mask_t, T, n, rest, u, w, q, r, log_sum, valid, factor
+    statistics_ptr, offs_t, mask_t, T, n, rest, u, w, q, r, log_sum, mean, is_top1, valid, factor
 ):
-    """Into statistics [4, T], in the order of STATISTICS; zeros and NaN as in `merge_kernel`."""
+    """Into statistics [6, T], in the order of STATISTICS; zeros and NaN as in `merge_kernel`."""
     most = 1.0 / (1.0 + rest)
     apart = w * rest - u * u
     apart = tl.where(apart < 0.0, 0.0, apart)
@@ -74,3 +95,6 @@ def finish_statistics(
     tl.store(ptrs + field, tl.where(valid, most * factor, 0.0), mask=mask_t)
     tl.store(ptrs + 2 * field, tl.where(valid, squares * factor, 0.0), mask=mask_t)
     tl.store(ptrs + 3 * field, tl.where(valid, weighted * factor, 0.0), mask=mask_t)
+    tl.store(ptrs + 4 * field, tl.where(valid, mean * factor, 0.0), mask=mask_t)
+    top1 = tl.where(is_top1, 1.0, 0.0)
+    tl.store(ptrs + 5 * field, tl.where(valid, top1 * factor, 0.0), mask=mask_t)

@@ -8,7 +8,7 @@ import triton.language as tl
 
 from ..common.logit_functions import LOG2E, LOWEST, add_bias, cap, dot, inverse_temperature, order
 from .row_sum_functions import empty_sums, store_sums, sums_of_tile, update_statistics, update_sums
-from .statistics_functions import statistics_of_tile, store_statistics
+from .statistics_functions import NOWHERE, logits_of_tile, statistics_of_tile, store_statistics
 
 
 @triton.jit(do_not_specialize=["stride_temperature", "T", "n_split"])
@@ -18,7 +18,7 @@ def forward_tma_kernel(
     bias_ptr,
     temperature_ptr,  # of the valid rows
     number_ptr,
-    partials_ptr,  # [4, S, T]; with statistics [7, S, T]
+    partials_ptr,  # [4, S, T]; with statistics [9, S, T]
     stride_temperature,
     T,
     D,
@@ -51,7 +51,7 @@ def forward_tma_kernel(
     n_units = n_blocks * n_split
     pid = tl.program_id(0)
     n_steps = tl.cdiv(n_units - pid, tl.num_programs(0)) * TILES
-    m, n, s, u, w, q, r = empty_sums(BLOCK_T)
+    m, n, s, u, w, q, r, mean, first = empty_sums(BLOCK_T)
 
     for step in tl.range(0, n_steps, flatten=FLATTEN, warp_specialize=WARP_SPECIALIZE):
         unit = pid + step // TILES * tl.num_programs(0)
@@ -82,8 +82,14 @@ def forward_tma_kernel(
                 w = tl.where(begins, 0.0, w)
                 q = tl.where(begins, 0.0, q)
                 r = tl.where(begins, 0.0, r)
-                m, n, s, u, w, q, r = update_statistics(m, n, s, u, w, q, r, z, scale)
-                store_statistics(partials_ptr, split, n_split, offs_t, n_rows, T, w, q, r)
+                mean = tl.where(begins, 0.0, mean)
+                first = tl.where(begins, NOWHERE, first)
+                m, n, s, u, w, q, r, mean, first = update_statistics(
+                    m, n, s, u, w, q, r, mean, first, z, scale, offs_v, V
+                )
+                store_statistics(
+                    partials_ptr, split, n_split, offs_t, n_rows, T, w, q, r, mean, first
+                )
             else:
                 m, n, s, u = update_sums(m, n, s, u, z, scale)
             store_sums(partials_ptr, split, n_split, offs_t, n_rows, T, m, n, s, u)
@@ -95,4 +101,7 @@ def forward_tma_kernel(
             store_sums(partials_ptr, split, n_split, offs_t, n_rows, T, top, ties, rest, product)
             if STATISTICS:
                 w, q, r = statistics_of_tile(z, top, scale)
-                store_statistics(partials_ptr, split, n_split, offs_t, n_rows, T, w, q, r)
+                mean, first = logits_of_tile(z, top, offs_v, V)
+                store_statistics(
+                    partials_ptr, split, n_split, offs_t, n_rows, T, w, q, r, mean, first
+                )
