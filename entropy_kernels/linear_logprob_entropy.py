@@ -228,7 +228,7 @@ def _on_vocabulary(
     if ids is not None:
         from . import _token_logprobs  # as below
 
-        return _token_logprobs.linear_logprob_entropy(head, ids, impl, _token_logprobs.Run(**run))
+        return _token_logprobs.linear_logprob_entropy(head, ids, impl, _token_ids.Run(run))
     return ops.linear_logprob_entropy(**ops.in_schema(head), **run)
 
 

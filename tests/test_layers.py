@@ -65,10 +65,11 @@ ALLOWED = {
         *("_pair_products", "_rows", "_torch", "distributed", "head", "support"),
     },
     "_vocab_parallel": {"_rows", "_torch", "backends", "distributed", "head", "ops"},
-    "_token_ids": {"head"},
-    "_token_gradients": {"_pair_products", "_rows", "_torch", "backends", "head"},
+    "_token_ids": {"_rows", "head"},
+    "_token_shared": {"_rows", "_token_ids", "_torch", "backends", "head"},
+    "_token_pairs": {"_pair_products", "_rows", "_token_ids", "backends", "head"},
     "_token_logprobs": {
-        *("_pair_products", "_rows", "_token_gradients", "_token_ids", "backends", "head", "ops"),
+        *("_rows", "_token_ids", "_token_pairs", "_token_shared", "backends", "head", "ops"),
     },
     "linear_logprob_entropy": {
         *("_main_grad", "_rows", "_support_head", "_token_ids", "_token_logprobs"),

@@ -184,7 +184,7 @@ WAITS: dict[str, tuple[Callable[[], object], set[str]]] = {
     ),
     "backward without a bound, torch": (
         lambda: head_alone("torch", {"max_active_rows": None}),
-        {"nonzero at head_backward.py"},
+        {"nonzero at _rows.py"},
     ),
     "sets, torch": (
         lambda: head_alone("torch", SETS["support"]()),
@@ -192,7 +192,7 @@ WAITS: dict[str, tuple[Callable[[], object], set[str]]] = {
     ),
     "ids per token, torch": (
         lambda: head_alone("torch", IDS["per token"]()),
-        {"nonzero at pair_products.py"},
+        {"nonzero at _pair_products.py"},
     ),
     "shared ids without a bound": (
         lambda: head_alone("triton", IDS["shared"]() | {"max_active_rows": None}),
