@@ -167,7 +167,7 @@ def masked_vocabulary(group):
         ek.Head(h, weight.detach(), y, bias=torch.full_like(b, -torch.inf)), vocab_group=group
     )
     return {
-        "found": [z.detach() for z in found],
+        "found": [z.detach() for z in found if z is not None],
         "hidden": x.grad,
         "weight": weight.grad,
         "nowhere": nowhere[:3],
