@@ -67,15 +67,20 @@ def top(tokens: Tokens) -> Choice:
 
 def bottom(tokens: Tokens) -> Choice:
     """The `fraction` of the lowest entropies."""
-    options = {"fraction": tokens.fraction, "impl": tokens.impl}
-    return Choice(ek.top_entropy_mask(tokens.entropy_T, which="bottom", **options))
+    found = ek.top_entropy_mask(
+        tokens.entropy_T, fraction=tokens.fraction, which="bottom", impl=tokens.impl
+    )
+    return Choice(found)
 
 
 def random(tokens: Tokens) -> Choice:
     """A random `fraction`, as if it were all."""
-    options = {"fraction": tokens.fraction, "impl": tokens.impl}
     found = ek.top_entropy_mask(
-        tokens.entropy_T, which="random", generator=tokens.generator, **options
+        tokens.entropy_T,
+        fraction=tokens.fraction,
+        which="random",
+        generator=tokens.generator,
+        impl=tokens.impl,
     )
     return Choice(found)
 
@@ -102,15 +107,16 @@ def gmts(tokens: Tokens) -> Choice:
 
 def nat_random(tokens: Tokens) -> Choice:
     """`random_tokens`: each with probability `fraction`, and weight 1 / `fraction`."""
-    options = {"generator": tokens.generator}
-    return Choice(*token_rules.random_tokens(tokens.everything, tokens.fraction, **options))
+    given = tokens.everything, tokens.fraction
+    return Choice(*token_rules.random_tokens(*given, generator=tokens.generator))
 
 
 def nat_prefix(tokens: Tokens) -> Choice:
     """`random_prefixes`: about `fraction` of each response, the rest of which is cut off."""
     lengths_B = tokens.lengths_B
-    options = {"lengths": lengths_B, "generator": tokens.generator}
-    kept_T, weight_T = token_rules.random_prefixes(tokens.everything, tokens.fraction, **options)
+    kept_T, weight_T = token_rules.random_prefixes(
+        tokens.everything, tokens.fraction, lengths=lengths_B, generator=tokens.generator
+    )
     sequence_T = torch.arange(len(lengths_B), device=kept_T.device).repeat_interleave(lengths_B)
     kept_B = torch.zeros_like(lengths_B).index_add(0, sequence_T, kept_T.long())
     return Choice(kept_T, weight_T, kept_B)

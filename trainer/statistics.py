@@ -106,6 +106,6 @@ def _compare(
     if settings.algorithm.which in DRAWN:
         return metrics
     return metrics | {
-        "mask/overlap": float(both / (sampler_T | policy_T).sum()),
-        "mask/shared": float(both / sampler_T.sum()),
+        "mask/overlap": float(both / (sampler_T | policy_T).sum().clamp_min(1)),
+        "mask/shared": float(both / sampler_T.sum().clamp_min(1)),
     }

@@ -55,6 +55,7 @@ RUNS = {
     "mask": ROUNDS(old_logprob="recomputed", entropy_source="sampler", compare_every=0),
     "bottom": ROUNDS(which="bottom", entropy_source="old", correction="mis"),
     "random": ROUNDS(which="random", fraction=0.5, correction="tis"),
+    "prefix": ROUNDS(loss_type="grpo", which="nat-prefix", fraction=0.5),
 }
 
 
