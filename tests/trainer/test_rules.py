@@ -48,9 +48,10 @@ def test_settings_and_rules_know_the_same_names():
 def test_a_rule_chooses_its_share(name):
     given = tokens()
     choice = choose(RULES[name], name, given)
-    share = float(choice.selected_T.float().mean())
+    shares = [RULES[name](tokens(seed=seed)).selected_T.float().mean() for seed in range(60)]
+    share = float(torch.stack(shares).mean())
     if name in OF_FRACTION:
-        assert share == pytest.approx(0.4, abs=0.3 if name == "nat-prefix" else 0.1)
+        assert share == pytest.approx(0.4, abs=0.1)  # the longest has most of the tokens
         assert Algorithm(which=name, fraction=0.4).share == 0.4
     else:
         assert 0 < share <= 1 == Algorithm(which=name, fraction=0.4).share
