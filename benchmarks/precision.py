@@ -7,14 +7,13 @@ One model of random weights, in bf16. Four samplers draw tokens from it and repo
 transformers and vLLM, each with logits in bf16 and with a head in fp32. The trainer reads all
 tokens with the same bf16 backbone, once per sampler. Four heads make log-probs of its hidden
 states. Each is compared with the sampler's, and with the same logits in fp64. Prints the tables and
-writes benchmarks/results/precision.json; `python -m benchmarks.report` puts them into
-docs/precision.md. Without vLLM its samplers are left out.
+writes benchmarks/results/precision.json and docs/precision.md. Without vLLM its samplers are left
+out.
 
 B sequences, P tokens of a prompt, L of a response, T response tokens, D hidden, V vocabulary.
 """
 
 import argparse
-import json
 import math
 import os
 import subprocess
@@ -31,26 +30,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import entropy_kernels as ek
+from benchmarks.precision_page import RESULT, tables, write
 from benchmarks.sources import commit, versions
-from benchmarks.tables import table
 from entropy_kernels._bench.machine import processor
 from entropy_kernels._bench.result_text import result_text
 
-RESULT = Path(__file__).parent / "results" / "precision.json"
 PROMPT, ROWS = 8, 256
 VLLM = {"vllm bf16": "model", "vllm fp32": "float32"}
-SAMPLERS = {
-    "transformers bf16": "transformers, logits in bf16",
-    "transformers fp32": "transformers, head in fp32",
-    "vllm bf16": "vLLM, logits in bf16 (its default)",
-    "vllm fp32": 'vLLM, `head_dtype` "float32"',
-}
-HEADS = {
-    "trl": "TRL 1.16's chunked head",
-    "eager": "eager: bf16 logits, bf16 log_softmax",
-    "upcast": "eager: bf16 logits, cast to fp32",
-    "ours": "ours",
-}
 Head = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
@@ -81,6 +67,8 @@ def main(arguments: list[str]) -> int:
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(result_text(result))
     print(f"{tables(result)}\n\n{options.out}")
+    if options.out == RESULT:
+        write()
     return 0
 
 
@@ -265,10 +253,11 @@ HEADS_OF: dict[str, Head] = {
 
 
 def mismatch(trainer_T: Tensor, sampler_T: Tensor) -> dict[str, float]:
-    """Of r = pi_trainer / pi_sampler over the sampler's tokens: k1, the mean of -log r; k3, the
-    mean of r - 1 - log r, with its standard error; the mean of |log r|; and the largest r.
+    """How far r = pi_trainer / pi_sampler is from 1 over the sampler's tokens.
 
-    k1 and k3 estimate KL(sampler || trainer), in nats (http://joschu.net/blog/kl-approx.html).
+    k1 is the mean of -log r, and k3 the mean of r - 1 - log r, with its standard error. Both
+    estimate KL(sampler || trainer), in nats (http://joschu.net/blog/kl-approx.html). The others are
+    the mean of |log r| and the largest r.
     """
     log_ratio = trainer_T - sampler_T.double()
     k3 = log_ratio.expm1() - log_ratio
@@ -301,41 +290,6 @@ def about(shape: Mapping[str, Any]) -> dict[str, Any]:
         "commit": commit("benchmarks", "entropy_kernels", "csrc"),
         "date": datetime.now(UTC).date().isoformat(),
     }
-
-
-def of(results: Path) -> str:
-    """What docs/precision.md shows; "" without a result in the folder."""
-    path = results / RESULT.name
-    return tables(json.loads(path.read_text())) if path.exists() else ""
-
-
-def tables(result: Mapping[str, Any]) -> str:
-    """Both tables of a result, and what it was measured with."""
-    rows = []
-    for row in result["mismatch"]:
-        k3 = f"{row['k3']:.1e} ± {row['k3_error']:.0e}"
-        k1, difference = f"{row['k1']:+.1e}", f"{row['difference']:.1e}"
-        named = [SAMPLERS[row["sampler"]], HEADS[row["head"]]]
-        rows.append([*named, k3, k1, difference, f"{row['max_ratio']:.3f}"])
-    columns = ["sampler, bf16", "trainer's head", "KL (k3)", "k1", "mean of \\|log r\\|"]
-    compared = table([*columns, "largest r"], rows)
-    names = ("logprob", "logprob_max", "entropy", "entropy_max")
-    of_fp64 = [
-        [HEADS[name], *(f"{found[key]:.1e}" for key in names)]
-        for name, found in result["errors"].items()
-    ]
-    columns = ["head", "log-prob: mean error, nats", "largest", "entropy: mean error", "largest"]
-    model = (
-        f"A Qwen3 of random weights in bf16: {result['layers']} layers, D = {result['width']:,}, "
-        f"V = {result['vocabulary']:,}. Its logits have a standard deviation of "
-        f"{result['spread']:g}, its tokens a mean entropy of {result['entropy']:.2f} nats. Each "
-        f"sampler drew {result['sequences']} sequences of {result['tokens']} tokens."
-    )
-    named = ", ".join(f"{name} {number}" for name, number in result["versions"].items())
-    measured = (
-        f"<sub>{result['machine']}; {named}; commit {result['commit']}; {result['date']}.</sub>"
-    )
-    return "\n\n".join([model, compared, table(columns, of_fp64), measured])
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+import entropy_kernels as ek
 from trainer import checkpoint
 from trainer.checkpoint import Progress
 from trainer.checkpoint.branch import branch as branch_from
@@ -17,6 +18,7 @@ from trainer.config import Config
 from trainer.config.changes import known_names
 from trainer.engines import make_engine
 from trainer.engines.engine import Engine
+from trainer.entropy_bonus import make_controller
 from trainer.evaluation.sets import EvaluationSet, sets_of_run
 from trainer.finite import Guard, check_finite
 from trainer.fsdp import scatter, shard, tensors
@@ -54,9 +56,13 @@ class Run:
     sets: Sequence[EvaluationSet] = ()  # what it is evaluated on
     rule: Rule | None = None  # what chooses tokens; None: what `algorithm.which` names
     guard: Guard = field(init=False)
+    control: ek.EntropyController | None = field(init=False)
 
     def __post_init__(self) -> None:
         self.guard = Guard(self.settings.optimizer.max_nonfinite)
+        self.control = make_controller(self.settings.algorithm)
+        if self.control is not None and self.progress.entropy:
+            self.control.load_state_dict(self.progress.entropy)
 
     def seed(self, part: int = 0) -> int:
         """The seed of a part of this step: a function of the run's seed, so a run resumes."""
@@ -72,6 +78,17 @@ class Run:
         """The rows of metrics.jsonl so far; empty on all ranks except the first."""
         path = self.log.metrics_path
         return read_rows(path) if self.ranks.first and path.exists() else []
+
+    @property
+    def entropy_coef(self) -> float:
+        """The coefficient of the entropy bonus in the next update."""
+        return self.control.coef if self.control else self.settings.algorithm.entropy_coef
+
+    def follow_entropy(self, entropy: float) -> None:
+        """Move that coefficient by the mean entropy of an update's tokens over all ranks, nats."""
+        if self.control is not None:
+            self.control.update(entropy)
+            self.progress.entropy = self.control.state_dict()
 
     def set_learning_rate(self) -> float:
         """Linear warm-up, then constant."""

@@ -161,13 +161,16 @@ def _update(run: Run, batch: Batch, entropy_T: Tensor) -> tuple[dict[str, float]
     meter, head_seconds, rate, moved = Meter(), 0.0, 0.0, False
     for index in _mini_batches(batch.rollouts.group_B, run.settings.optimizer.mini_batches):
         rate = run.set_learning_rate()
+        part, coef = batch.rows(index), run.entropy_coef
         updated, seconds = update(
-            run.policy, run.optimizer, batch.rows(index), run.settings, run.ranks, run.guard
+            run.policy, run.optimizer, part, run.settings, run.ranks, run.guard, coef
         )
         head_seconds += seconds
         weight = updated["head/rows"]
         meter.add(mismatch_in_loss(updated, run.settings, moved), weight)
         moved |= took_step(updated)
+        if took_step(updated) and run.control is not None:
+            run.follow_entropy(updated["entropy/of_bonus"])
         run.progress.updates += took_step(updated)
     return meter.result() | {"lr": rate}, head_seconds
 

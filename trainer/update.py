@@ -14,6 +14,7 @@ import entropy_kernels as ek
 from entropy_kernels.backends import beside_head
 from trainer import config
 from trainer.batch import Batch, Rollouts, micro_batches, pack
+from trainer.entropy_bonus import loss_on_all, make_bonus, metrics_of_bonus, sums_of_bonus
 from trainer.finite import Guard, check_finite, first_nonfinite, nonfinite_statistic
 from trainer.fsdp import release, whole
 from trainer.metrics import Meter, Stopwatch, correction, numbers
@@ -125,26 +126,29 @@ def update(
     settings: config.Config,
     ranks: Ranks,
     guard: Guard | None = None,
+    entropy_coef: float = 0.0,
 ) -> tuple[dict[str, float], float]:
     """One optimizer step on `batch`, which is the same on every rank.
 
     Micro-batches and ranks add up sums, and the gradient is divided once, by the count of the whole
     batch: how many there are changes nothing. A batch without a selected token or an advantage
     makes no step, nor does a loss or gradient that is not finite; "skipped/REASON" is then 1.
+    `entropy_coef` is the coefficient of the entropy bonus, where the settings have one.
     Returns the metrics, and the seconds that this rank spent in the head.
 
     Raises:
         NotFinite: a weight is not finite after the step, or `guard` has counted too many skips.
     """
     guard = guard or Guard(limit=settings.optimizer.max_nonfinite)
-    if reason := _nothing_to_learn(batch, settings.algorithm):
+    if reason := _nothing_to_learn(batch, settings.algorithm, entropy_coef):
         return _no_update(batch, reason), 0.0
     everything, over_all = len(batch.selected_T), _divides_by_all(batch, settings.algorithm)
     batch = _cut(batch, over_all and settings.algorithm.loss_type == "grpo")
     policy.train()
     meter, watch = Meter(), Stopwatch(policy.device)
     parts = micro_batches(batch.rollouts, settings.optimizer.tokens_per_micro_batch, ranks)
-    found_in = [_backward(policy, batch.rows(index), settings, watch) for index in parts]
+    bonus = make_bonus(batch, settings.algorithm, entropy_coef)
+    found_in = [_backward(policy, batch.rows(index), settings, watch, bonus) for index in parts]
     for metrics in numbers(found_in):
         meter.add(metrics, weight=metrics["tokens/selected"])
     found = Meter.of(ranks.gather(meter)).result()
@@ -157,6 +161,9 @@ def update(
         parameter.grad.div_(count / ranks.size)  # FSDP2 has divided by the number of ranks
     norm = whole(torch.nn.utils.get_total_norm([p.grad for _, p in named]))
     loss = found.pop("sum/loss") / count
+    if "sum/entropy" in found:
+        over = selected if settings.algorithm.entropy_over == "selected" else everything
+        found |= metrics_of_bonus(found.pop("sum/entropy"), over, entropy_coef)
     problem = None
     if not (norm.isfinite() and math.isfinite(loss)):
         names = ranks.gather(first_nonfinite((name, p.grad) for name, p in named))
@@ -196,12 +203,13 @@ def _cut(batch: Batch, means_of_whole: bool) -> Batch:
     return replace(cut, weight_T=share_T if cut.weight_T is None else cut.weight_T * share_T)
 
 
-def _nothing_to_learn(batch: Batch, settings: config.Algorithm) -> str | None:
+def _nothing_to_learn(batch: Batch, settings: config.Algorithm, entropy_coef: float) -> str | None:
     """Why `batch` has no gradient, as the name of a metric, if it has none.
 
     AdamW would still move the weights, by its moments.
     """
-    if not batch.advantage_B.any():
+    bonus = settings.has_bonus and entropy_coef != 0
+    if not (bonus or batch.advantage_B.any()):
         return "skipped/no_advantage"
     # The current entropies select their tokens during the update.
     none = settings.mask_known and not batch.selected_T.any()
@@ -222,7 +230,7 @@ def _no_update(batch: Batch, reason: str) -> dict[str, float]:
 
 
 def _backward(
-    policy: Policy, part: Batch, settings: config.Config, watch: Stopwatch
+    policy: Policy, part: Batch, settings: config.Config, watch: Stopwatch, bonus: ek.EntropyBonus
 ) -> dict[str, Any]:
     """Add the gradient of the sum of a micro-batch's losses, and return its metrics.
 
@@ -234,7 +242,7 @@ def _backward(
         if head.hidden.requires_grad:
             head.hidden.register_hook(lambda _: watch.stop())
         watch.start()
-        found = _loss(head, part, settings)
+        found = _loss(head, part, settings, bonus)
         watch.stop()
         return found
 
@@ -244,10 +252,12 @@ def _backward(
     loss.backward()
     for name in OF_THE_STEP:
         metrics.pop(name, None)  # of this micro-batch; the step has its own
-    return metrics | {"sum/loss": loss.detach()}
+    return sums_of_bonus(metrics, settings.algorithm) | {"sum/loss": loss.detach()}
 
 
-def _loss(head: ek.Head, part: Batch, settings: config.Config) -> tuple[Tensor, dict[str, Tensor]]:
+def _loss(
+    head: ek.Head, part: Batch, settings: config.Config, bonus: ek.EntropyBonus
+) -> tuple[Tensor, dict[str, Tensor]]:
     """The sum of the losses of the tokens ("dapo") or of the sequences' means ("grpo").
 
     It is equation 6 of the paper without its normalisation.
@@ -261,25 +271,30 @@ def _loss(head: ek.Head, part: Batch, settings: config.Config) -> tuple[Tensor, 
         tokens = {"threshold": part.threshold, "selection": tie}
     by_sequence = algorithm.loss_type == "grpo"
     over_all = _divides_by_all(part, algorithm)
+    options: dict[str, Any] = {
+        "lengths": rollouts.response_length_B,
+        "loss_type": algorithm.loss_type,
+        "clip_low": algorithm.clip_low,
+        "clip_high": algorithm.clip_high,
+        "dual_clip": algorithm.dual_clip,
+        "denominator": ("all" if over_all else "selected") if by_sequence else 1.0,
+        "aggregation": ek.Aggregation(
+            num_sequences=1.0 if by_sequence else None, token_weight=part.weight_T
+        ),
+        "correction": correction(settings, rollouts.sampler_logprob_T),
+        "entropy_bonus": bonus,
+    }
+    # Later micro-batches add to the first one's gradient where it is; FSDP2 has it elsewhere.
+    main_grad, impl = head.weight.grad if head.weight.is_leaf else None, settings.model.impl
+    if algorithm.mask_known and bonus.on == "all":
+        return loss_on_all(head, part, impl, main_grad, options)
     return ek.high_entropy_policy_loss(
         head,
         part.old_logprob_T,
         part.advantage_B,
         torch.ones_like(part.selected_T),
-        lengths=rollouts.response_length_B,
-        loss_type=algorithm.loss_type,
-        clip_low=algorithm.clip_low,
-        clip_high=algorithm.clip_high,
-        dual_clip=algorithm.dual_clip,
-        denominator=("all" if over_all else "selected") if by_sequence else 1.0,
-        aggregation=ek.Aggregation(
-            num_sequences=1.0 if by_sequence else None, token_weight=part.weight_T
-        ),
-        correction=correction(settings, rollouts.sampler_logprob_T),
         support=rollouts.kept,
-        # Later micro-batches add to the first one's gradient where it is; FSDP2 has it elsewhere.
-        backend=ek.Backend(
-            settings.model.impl, main_grad=head.weight.grad if head.weight.is_leaf else None
-        ),
+        backend=ek.Backend(impl, main_grad=main_grad),
         **tokens,
+        **options,
     )

@@ -5,7 +5,7 @@ checkpoints/step-000020/
                            index, a folder that transformers loads; of several, each its shards.
   optimizer/*.safetensors  AdamW's moments and step counts; missing before the first update
   config.json, ...         configuration of the model and of its generation, tokenizer
-  state.json               {"step", "next_problem", "updates"}: see `Progress`
+  state.json               {"step", "next_problem", "updates", "entropy"}: see `Progress`
   manifest.json            size and checksum of every other file
 
 This is the whole state of a run. The learning rate is a function of `updates`, the place in the
@@ -25,7 +25,7 @@ import re
 import secrets
 import shutil
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
@@ -52,6 +52,8 @@ class Progress:
     """Index of the first training problem not yet used."""
     updates: int = 0
     """Optimizer steps done, which give the learning rate."""
+    entropy: dict[str, float | None] = field(default_factory=dict)
+    """The state of `ek.EntropyController`; empty where nothing is controlled."""
 
 
 def save(

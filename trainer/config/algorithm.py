@@ -58,6 +58,21 @@ class Algorithm:
     """The upper bound of the corrected ratio."""
     correction_floor: float = 0.0
     """The lower bound of the corrected ratio."""
+    entropy_coef: float = 0.0
+    """Times the mean entropy of the tokens of `entropy_over`, nats, is subtracted from the loss.
+    With a target or a band it is where the coefficient begins."""
+    entropy_target: float | None = None
+    """A mean entropy, nats. At or below it the coefficient rises and applies; above it the
+    coefficient falls and does not apply: Skywork-OR1 (arXiv 2505.22312), as TRL has it."""
+    entropy_band: tuple[float, float] | None = None
+    """The mean entropies, nats, below which the coefficient rises and above which it falls."""
+    entropy_delta: float = 0.005
+    """By how much it rises or falls in an update."""
+    entropy_bounds: tuple[float, float] = (0.0, 1.0)
+    """The least and the largest coefficient of a target or band; a negative one costs entropy."""
+    entropy_over: Literal["selected", "all"] = "selected"
+    """The tokens whose entropies count: the selected ones, or all. With all every row of the head
+    gets a gradient."""
     advantage: Literal["grpo", "dr_grpo"] = "grpo"
     """"grpo" divides by the group's standard deviation, "dr_grpo" does not."""
     max_rounds: int = 1
@@ -84,11 +99,54 @@ class Algorithm:
             raise ValueError(
                 f'which must be one of {names} or "module:function"; got {self.which!r}'
             )
+        self._check_entropy()
         if self.which != "top" and self.entropy_source == "current":
             raise ValueError(
                 f"which={self.which!r} needs entropies that are known before the update, as a "
                 f'threshold keeps the top: entropy_source "sampler" or "old"; got "current"'
             )
+
+    def _check_entropy(self) -> None:
+        if self.entropy_target is not None and self.entropy_band is not None:
+            raise ValueError(
+                "entropy_target and entropy_band both say what is held; give one of them, got "
+                f"{self.entropy_target} and {self.entropy_band}"
+            )
+        for name in ("entropy_band", "entropy_bounds"):
+            pair = getattr(self, name)
+            if pair is not None and pair[0] > pair[1]:
+                raise ValueError(f"{name} must have the lower number first; got {pair}")
+        if self.entropy_band is not None and self.entropy_band[0] < 0:
+            raise ValueError(f"entropy_band must be at least 0; got {self.entropy_band}")
+        at_least(self, 0, "entropy_delta", *(["entropy_target"] if self.entropy_target else []))
+        low, high = self.entropy_bounds
+        if self.controls_entropy and not low <= self.entropy_coef <= high:
+            raise ValueError(
+                f"entropy_coef must lie within entropy_bounds, {self.entropy_bounds}; got "
+                f"{self.entropy_coef}"
+            )
+        unknown = not self.mask_known and self.denominator == "selected"
+        if self.bonus_on_all and self.loss_type == "dapo" and unknown:
+            raise ValueError(
+                'entropy_over="all" needs the number of selected tokens before the update: '
+                'entropy_source "sampler" or "old", or denominator="all"; got '
+                f"{self.entropy_source!r} and {self.denominator!r}"
+            )
+
+    @property
+    def controls_entropy(self) -> bool:
+        """Whether the coefficient of the entropy bonus follows the entropy."""
+        return self.entropy_target is not None or self.entropy_band is not None
+
+    @property
+    def has_bonus(self) -> bool:
+        """Whether the loss has an entropy bonus."""
+        return self.controls_entropy or self.entropy_coef != 0
+
+    @property
+    def bonus_on_all(self) -> bool:
+        """Whether every row of the head gets a gradient, of the bonus's."""
+        return self.has_bonus and self.entropy_over == "all"
 
     @property
     def mask_known(self) -> bool:

@@ -69,6 +69,7 @@ KEPT = frozenset(
         *(f"algorithm.{n}" for n in ("old_logprob", "entropy_source")),
         *(f"algorithm.{n}" for n in ("denominator", "clip_low", "clip_high", "dual_clip")),
         *(f"algorithm.{n}" for n in ("correction", "correction_cap", "correction_floor")),
+        *(f"algorithm.entropy_{n}" for n in ("coef", "target", "band", "delta", "bounds", "over")),
         *(f"algorithm.{n}" for n in ("advantage", "max_rounds", "min_groups")),
         *(f"algorithm.{n}" for n in ("overlong_cache", "overlong_factor")),
         *(f"optimizer.{n}" for n in ("learning_rate", "warmup_steps", "betas", "weight_decay")),

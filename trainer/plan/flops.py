@@ -42,7 +42,7 @@ class Flops(NamedTuple):
 
 def head_units(job: Job) -> float:
     """Units of the head in an update, each over all response tokens: see docs/method.md."""
-    fraction = job.config.algorithm.share
+    fraction = job.trained
     if job.mask_known:
         return (3 if job.stored_logits else 4) * fraction
     return 1 + 3 * fraction

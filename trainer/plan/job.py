@@ -197,12 +197,19 @@ class Job:
     @property
     def selected_rows(self) -> int:
         """Rows of the largest micro-batch that are trained on."""
-        return math.ceil(self.config.algorithm.share * self.micro_batch)
+        return math.ceil(self.trained * self.micro_batch)
+
+    @property
+    def trained(self) -> float:
+        """The share of the response tokens whose rows of the head get a gradient."""
+        algorithm = self.config.algorithm
+        return 1.0 if algorithm.bonus_on_all else algorithm.share
 
     @property
     def mask_known(self) -> bool:
         """Whether the tokens are known before the forward of the update."""
-        return self.config.algorithm.mask_known
+        algorithm = self.config.algorithm
+        return algorithm.mask_known and not algorithm.bonus_on_all
 
     @property
     def comparisons(self) -> float:
