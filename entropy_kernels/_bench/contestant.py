@@ -10,6 +10,11 @@ from torch import Tensor
 # The largest error relative to the truth's norm: where all is fp32; where results alone are rounded
 # to 16 bits; and where logits are, whose spacing in bf16 is 1/4 at the size of a peaked row's.
 FP32, ROUNDED_ONCE, ROUNDED_LOGITS = 1e-3, 1e-2, 0.25
+# What a step computes from hidden states and weight. Those that are told the selection compute the
+# rest, some without entropies; those that have it beforehand need log-probs of the selected alone.
+EVERYTHING = ("log-probs", "entropies", "selection", "loss", "gradients")
+TOLD = ("log-probs", "entropies", "loss", "gradients")
+NO_ENTROPIES = ("log-probs", "loss", "gradients")
 # Elements that are compared at a time.
 _CHUNK = 1 << 24
 
@@ -32,8 +37,12 @@ class Contestant:
     """Whether logits are fp32 when inputs have 16 bits."""
     uncompiled: Callable[[Any], Results] | None = None
     """Where `run` is compiled: what it was compiled from, whose products are counted."""
+    counted: Callable[[Any], Results] | None = None
+    """Where `run` hides products in one operation: what has as many, and is counted."""
     needs: tuple[str, ...] = ()
     """Modules without which it is listed and not run."""
+    computes: tuple[str, ...] = ()
+    """What of `EVERYTHING` it computes in the step; a selection that it is told is none."""
 
 
 class RefusedError(Exception):

@@ -3,6 +3,7 @@
 import gc
 from dataclasses import dataclass, field
 from functools import partial
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -28,7 +29,9 @@ class Measured:
 
     def as_entry(self) -> dict[str, Any]:
         """As in the result files of the benchmarks."""
-        found: dict[str, Any] = {"name": self.contestant.name, "label": self.contestant.label}
+        about = self.contestant
+        found: dict[str, Any] = {"name": about.name, "label": about.label}
+        found["computes"] = about.computes
         if self.refused:
             return found | {"refused": self.refused}
         columns = {key: [getattr(x, key) for x in self.samples] for key in Sample._fields}
@@ -60,6 +63,9 @@ def _look(one: Measured, problem: Problem, wanted: dict[str, torch.Tensor]) -> N
     contestant, device, dtype = one.contestant, problem.hidden.device, problem.hidden.dtype
     run = partial(contestant.run, problem)
     try:
+        missing = [name for name in contestant.needs if find_spec(name) is None]
+        if missing:
+            raise RefusedError(f"needs {' and '.join(missing)}")
         if device.type == "cpu" and contestant.uncompiled is None:
             # Libraries are loaded and threads started at a small size, and nothing else.
             contestant.run(_small(problem))

@@ -86,7 +86,8 @@ def footer(everyone: list[Measured], device: torch.device, gradient_bytes: int) 
         f"{f'peak is not measured: {why}' if why else peak}; error: the largest of loss, "
         "gradients, log-probs and entropies against fp64, relative to their norm, found before the "
         "timing. "
-        "Eager and torch.compile mask their loss to the same tokens as the row of fewer than all. "
+        "All others are told the tokens of the row of fewer than all, as a mask on their loss, and "
+        "compute log-probs, entropies and gradients of all; no entropies: less than ours computes. "
         "Known beforehand: the tokens to train on come from the old policy's entropies."
     )
     return textwrap.fill(text, WIDTH)
