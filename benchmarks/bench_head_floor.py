@@ -7,6 +7,9 @@ oneDNN's is faster, so it stands beside it. The weight's gradient goes to memory
 bare product writes it, ours adds to it. A second entry of ours takes fresh memory, whose pages the
 system clears. On one thread CPU time counts, on all of them wall time.
 
+TRL's head and torch's in chunks have the same products, and take fresh memory. The latter computes
+no entropies. Backward of both is given the rows that carry gradient.
+
 T tokens, D hidden, V vocabulary.
 """
 
@@ -26,12 +29,18 @@ from benchmarks.head_tables import OURS
 from benchmarks.linear_logprob_entropy import FLOOR_VOCABULARY, FRACTION, Problem, head_of
 from benchmarks.runner import Contestant, Results
 from entropy_kernels import backends
-from entropy_kernels._bench.step import our_forward, products_by_onednn
+from entropy_kernels._bench.others import torch_head, trl_head
+from entropy_kernels._bench.step import EagerHead, our_forward, products_by_onednn
 
 QUICK = (64, 32, 512), 2
 # Rows of hidden states in a block of a bare product, at most.
 BLOCK = {"forward": 512, "backward": 1024}
 DIRECTIONS = tuple(BLOCK)
+# Others' heads that recompute logits in backward, so their products are those of ours.
+OTHERS: dict[str, EagerHead] = {
+    "trl": trl_head,
+    "lce-chunked": functools.partial(torch_head, chunked=True),
+}
 
 
 @pytest.mark.timeout(0)
@@ -71,7 +80,11 @@ def contestants(problem: Problem) -> list[Contestant]:
                         f"{direction}, {name}, threads: {threads}",
                         functools.partial(_on, threads, run),
                         {"direction": direction},
-                        exact=True,
+                        exact=name not in OTHERS,
+                        counted=functools.partial(_bare, direction=direction, dweight_VD=None)
+                        if name in OTHERS and direction == "forward"
+                        else None,
+                        needs=("trl",) if name == "trl" else (),
                     )
                 )
     return found
@@ -90,7 +103,37 @@ def _runs(problem: Problem, direction: str) -> dict[str, Callable[[Problem], Res
     else:
         runs[impl] = _backward(problem, impl, torch.zeros_like(problem.weight))
         runs[f"{impl}-fresh"] = _backward(problem, impl, None)
+    for name, head in OTHERS.items():
+        alone = _other_forward if direction == "forward" else _other_backward()
+        runs[name] = functools.partial(alone, head=head)
     return runs
+
+
+def _other_forward(problem: Problem, head: EagerHead) -> Results:
+    with torch.no_grad():
+        logprob_T, entropy_T = head(problem.hidden, problem.weight, problem.target)
+    found = {"logprob": logprob_T}
+    return found if entropy_T is None else found | {"entropy": entropy_T}
+
+
+def _other_backward() -> Callable[..., Results]:
+    """Backward alone; the first call, which is the one that is checked, has the forward too."""
+    graph: list[Tensor] = []
+
+    def run(problem: Problem, head: EagerHead) -> Results:
+        rows = _rows(problem, "backward")
+        if not graph:
+            hidden_RD = problem.hidden.detach()[rows].requires_grad_()
+            weight_VD = problem.weight.detach().requires_grad_()
+            graph.extend(
+                [head(hidden_RD, weight_VD, problem.target[rows])[0], hidden_RD, weight_VD]
+            )
+        logprob_R, *leaves = graph
+        grad_R = problem.advantage[rows].to(logprob_R.dtype)
+        found = torch.autograd.grad(logprob_R, leaves, grad_R, retain_graph=True)
+        return dict(zip(("dhidden", "dweight"), found, strict=True))
+
+    return run
 
 
 def truth(problem: Problem, direction: str) -> Results:

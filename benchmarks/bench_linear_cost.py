@@ -1,7 +1,8 @@
 """How our step's cost grows: with tokens, with vocabulary, and with the fraction trained on.
 
 Every point of the three sweeps is a contestant: checked against fp64, and timed in alternation with
-all others.
+all others. So are points of TRL's head and of torch's: those of few enough logits, and of the
+fractions, which change nothing for them, the first and the last.
 
 T tokens, D hidden, V vocabulary.
 """
@@ -15,12 +16,15 @@ from torch import Tensor
 
 import entropy_kernels as ek
 from benchmarks import linear_logprob_entropy as op
-from benchmarks import runner
+from benchmarks import peers, runner
 from benchmarks.linear_logprob_entropy import FRACTION, Problem
 from benchmarks.runner import Contestant
 from entropy_kernels import backends
-from entropy_kernels._bench.step import ours
+from entropy_kernels._bench.step import EagerHead, dense, ours
 
+# The peers that are measured beside ours, and the most logits that they are given.
+OTHERS = ("trl", "lce")
+OTHERS_LOGITS = 8192 * 32768
 ROUNDS = 5
 QUICK_ROUNDS = 2
 
@@ -91,11 +95,14 @@ def measure(sweeps, dtype, rounds, folder, log=print):
         )
         for name, point in points.items()
     ]
+    contestants += _others(sweeps, points)
+    point_of = {contestant.name: points[contestant.setting["name"]] for contestant in contestants}
 
     def more(entry):
-        sweep, value, _, problem = points[entry["name"]]
+        sweep, value, _, problem = point_of[entry["name"]]
         products = 2 * problem.hidden.numel() * len(problem.weight)
-        return {"sweep": sweep, "value": value, "units": entry["flops"] / products}
+        who = entry["name"].removesuffix(f"{sweep}-{value:g}").rstrip("-") or "ours"
+        return {"who": who, "sweep": sweep, "value": value, "units": entry["flops"] / products}
 
     return runner.measure(
         "linear_cost",
@@ -112,6 +119,37 @@ def measure(sweeps, dtype, rounds, folder, log=print):
         fraction=FRACTION,
         impl=impl,
     )
+
+
+def _others(sweeps: Sweeps, points: dict[str, Point]) -> list[Contestant]:
+    """The same steps through the heads of `OTHERS`."""
+    ends = sweeps.fractions[0], sweeps.fractions[-1]
+    found = []
+    for peer in peers.heads():
+        for name, (sweep, value, fraction, problem) in points.items():
+            logits = len(problem.target) * len(problem.weight)
+            few = logits <= OTHERS_LOGITS and (sweep != "fraction" or value in ends)
+            if peer.name in OTHERS and few:
+                run = functools.partial(_dense, name=name, fraction=fraction, head=peer.head)
+                label = f"{sweep} {value:g}, {peer.label}"
+                at = {"name": name}
+                found.append(
+                    Contestant(
+                        f"{peer.name}-{name}",
+                        label,
+                        run,
+                        at,
+                        needs=peer.needs,
+                        computes=peer.computes,
+                    )
+                )
+    return found
+
+
+def _dense(
+    points: dict[str, Point], *, name: str, fraction: float, head: EagerHead
+) -> dict[str, Tensor]:
+    return dense(head, points[name].problem, fraction=fraction)
 
 
 def make_points(sweeps: Sweeps, dtype: torch.dtype) -> dict[str, Point]:

@@ -2,10 +2,11 @@
 
 A step on responses that are there, of Qwen3-0.6B's shape with a quarter of its layers and of Gemma
 3 270M's shape, random weights, fp32, checkpointed layers, 20% of the tokens. Contestants: eager
-logits with a scoring pass; the trainer's step with one; the trainer's with log-probs and entropies
-of the sampler; and that over sets of 8 ids in the mean, half of them of one id. They share one
-model and alternate in one process. Products of the head are counted in a first round, whose losses
-and gradients are compared; nothing wrong is timed.
+logits with a scoring pass; the same by TRL's kernels head; by torch's linear_cross_entropy, which
+has no entropies, with log-probs and entropies of the sampler; the trainer's step with a scoring
+pass; the trainer's with those of the sampler; and that over sets of 8 ids in the mean, half of them
+of one id. They share one model and alternate in one process. Products of the head are counted in a
+first round, whose losses and gradients are compared; nothing wrong is timed.
 """
 
 import ctypes
@@ -19,9 +20,10 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import runner
+from benchmarks import peers, runner
 from benchmarks.sampler_step import CPU, PARTS, Bench, Parts, Shape, eager, ours
 from entropy_kernels._bench import rounds as rounds_of
+from entropy_kernels._bench.others import torch_head, trl_head
 from entropy_kernels.backends import STORED_LOGITS_BYTES
 from entropy_kernels.high_entropy_policy_loss import LEAST_ROW_BYTES
 from entropy_kernels.testing import Watch
@@ -39,6 +41,11 @@ Step = Callable[[Bench], dict[str, float]]
 # The first holds logits; another's results are those of the step that its last part names.
 CONTESTANTS: dict[str, tuple[str, Step]] = {
     "eager": ("all logits, scoring pass", eager),
+    "trl": ("TRL's kernels head, scoring pass", partial(eager, head=trl_head)),
+    "lce-known": (
+        "torch's linear_cross_entropy, the sampler's log-probs and entropies",
+        partial(eager, head=torch_head, known=True),
+    ),
     "ours": ("ours, scoring pass", partial(ours, source="old")),
     "ours-known": ("ours, the sampler's log-probs and entropies", partial(ours, source="sampler")),
     "ours-support": (
@@ -68,6 +75,7 @@ def measure(shape: Shape, rounds: int, folder: Path, log=print) -> list[dict[str
     entries = {
         name: {"name": name, "label": label} | counted(bench, name, step)
         for name, (label, step) in CONTESTANTS.items()
+        if not peers.why_not(name)
     }
     truth = {True: bench.run(partial(eager, truncated=True), Parts())}
     truth[False] = entries["eager"]["sums"]
@@ -75,19 +83,20 @@ def measure(shape: Shape, rounds: int, folder: Path, log=print) -> list[dict[str
         entry["error"] = error(entry["sums"], truth[name == "ours-support"])
         log(f"{name}: error {entry['error']:.1e}, {entry['head_products']:.3g} products")
         entry |= {"turn": [], "wall_s": [], "cpu_s": [], "parts_s": {}, "part_peak_bytes": {}}
-    found: dict[str, Parts] = {}
+    parts: dict[str, Parts] = {}
 
     def run(name: str) -> None:
         _trim()
-        found[name] = Parts()
-        bench.run(CONTESTANTS[name][1], found[name])
+        parts[name] = Parts()
+        bench.run(CONTESTANTS[name][1], parts[name])
 
     runs = {name: partial(run, name) for name in entries}
     for name, sample in rounds_of.alternate(runs, CPU, rounds):
-        join(entries[name], sample, found.pop(name))
+        join(entries[name], sample, parts.pop(name))
         log(f"{name}: " + in_short(entries[name]))
-    log(f"wrote {runner.write(folder, about, list(entries.values()))}")
-    return list(entries.values())
+    found = list(entries.values()) + peers.refused(CONTESTANTS)
+    log(f"wrote {runner.write(folder, about, found)}")
+    return found
 
 
 def _trim() -> None:
@@ -146,8 +155,10 @@ def unit(shape: Shape) -> int:
 def formula(bench: Bench, name: str) -> int:
     """Multiplications of the head, as docs/benchmarks.md counts them."""
     shape, scoring = bench.shape, unit(bench.shape)
-    if name == "eager":
-        return scoring + 3 * scoring
+    # A scoring pass, and a step whose logits are kept, or multiplied again for backward.
+    others = {"eager": 1 + 3, "trl": 1 + 4, "lce-known": 3}
+    if name in others:
+        return others[name] * scoring
     rows_T = selected(bench, truncated=name == "ours-support")
     if name == "ours-support":
         kept = bench.truncated.kept

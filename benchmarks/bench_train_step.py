@@ -2,7 +2,8 @@
 
 Forward, loss, backward, clipping and AdamW on responses that are there already, in fp32, with
 activation checkpointing: the trainer's own code, and beside it a step of the same model that holds
-all logits, with TRL's functions. A Qwen3 of random weights and Qwen3-0.6B's shape, and one of a
+all logits, with TRL's functions. The same step by TRL's kernels head; and by torch's, which has no
+entropies and is told the mask. A Qwen3 of random weights and Qwen3-0.6B's shape, and one of a
 quarter of its layers, where the head is nearly half of the step.
 
 Each contestant runs in processes of its own, because two models with optimizers do not fit side by
@@ -26,7 +27,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import runner, train_step
+from benchmarks import peers, runner, train_step
 from benchmarks.environment import CORES
 from benchmarks.train_step import Shape
 from entropy_kernels._bench.rounds import status
@@ -41,6 +42,8 @@ QUICK = Shape(2, 4, 12, 2, 32, 128), 2
 # What each changes of the trainer's configuration; the first holds logits.
 CONTESTANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "eager": ("all logits, 20% of the tokens", {}),
+    "trl": ("TRL's kernels head, 20% of the tokens", {}),
+    "lce": ("torch's linear_cross_entropy, no entropies, 20% known beforehand", {}),
     "ours-all": ("ours, all tokens", {"fraction": 1.0}),
     "ours": ("ours, 20% of the tokens, current policy", {"entropy_source": "current"}),
     "ours-known": ("ours, 20% of the tokens, known beforehand", {"entropy_source": "old"}),
@@ -63,7 +66,9 @@ def measure(shape: Shape, rounds: int, folder: Path, log=print) -> list[dict[str
     }
     log("step of the trainer, " + ", ".join(f"{n} {x}" for n, x in about["shape"].items()))
     entries = {
-        name: {"name": name, "label": label, "runs": []} for name, (label, _) in CONTESTANTS.items()
+        name: {"name": name, "label": label, "runs": []}
+        for name, (label, _) in CONTESTANTS.items()
+        if not peers.why_not(name)
     }
     names = list(entries)
     for number in range(rounds):
@@ -75,8 +80,9 @@ def measure(shape: Shape, rounds: int, folder: Path, log=print) -> list[dict[str
     for entry in entries.values():
         join(entry, wanted)
         log(f"{entry['name']}: error {entry['error']:.1e}")
-    log(f"wrote {runner.write(folder, about, list(entries.values()))}")
-    return list(entries.values())
+    found = list(entries.values()) + peers.refused(CONTESTANTS)
+    log(f"wrote {runner.write(folder, about, found)}")
+    return found
 
 
 def _in_short(entries: dict[str, Any]) -> str:

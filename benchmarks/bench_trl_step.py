@@ -1,7 +1,9 @@
 """The training step of TRL's GRPOTrainer, with its own fused head and with ours.
 
 One micro-batch: the trainer's own loss, DAPO's, and its backward, on completions that are there
-already. No generation and no optimizer, which the head does not change. The backbone has a single
+already. No generation and no optimizer, which the head does not change. TRL's head is that of its
+kernels; beside it, torch's linear_cross_entropy in its place. That one has no entropies, so it
+trains on all tokens. The backbone has a single
 layer, so that most of a step is the head, as in the largest vocabularies of small models.
 
 On a CPU TRL scores prompts too; ours, like TRL on a GPU, the completions alone. One contestant is
@@ -22,6 +24,7 @@ from torch import Tensor
 
 from benchmarks import runner
 from benchmarks.runner import Contestant
+from entropy_kernels._bench.others import torch_head
 
 # The process that measures memory imports this module.
 MODULE = "benchmarks.bench_trl_step"
@@ -102,6 +105,13 @@ def contestants() -> list[Contestant]:
             needs=needs,
         ),
         Contestant(
+            "lce-all",
+            "torch's linear_cross_entropy, no entropies, all tokens, prompts not scored",
+            _by_torch,
+            all_tokens,
+            needs=needs,
+        ),
+        Contestant(
             "ours-all",
             "patch_trl(), all tokens",
             functools.partial(_ours, quantile=1.0),
@@ -122,6 +132,27 @@ def _labelled(problem: Problem) -> dict[str, Tensor]:
 
     with Patch((utils, "_use_triton", lambda device: True)):
         return _step(problem, 0.2)
+
+
+class _TorchHead:
+    """Stands in for TRL's function at a temperature of 1, with zeros for entropies."""
+
+    @staticmethod
+    def apply(
+        hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, *others: Any
+    ) -> tuple[Tensor | None, ...]:
+        logprob = torch_head(hidden, weight, targets)[0]
+        return logprob, torch.zeros_like(logprob), None, None, None
+
+
+def _by_torch(problem: Problem) -> dict[str, Tensor]:
+    from trl.trainer import utils
+
+    from entropy_kernels.integrations._patch import Patch
+
+    head = (utils, "_ChunkedLogProbFunction", _TorchHead)
+    with Patch(head, (utils, "_use_triton", lambda device: True)):
+        return _step(problem, 1.0)
 
 
 def _ours(problem: Problem, quantile: float = 0.2) -> dict[str, Tensor]:

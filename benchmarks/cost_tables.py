@@ -8,24 +8,39 @@ from trainer.report.charts import Mark, Panel, Series
 
 SWEEPS = {"tokens": "tokens", "vocabulary": "vocabulary", "fraction": "fraction of tokens"}
 CLOCKS = ("wall_s", "cpu_s")
+# Whose points there are, and how a row begins.
+WHO = {"ours": "", "trl": "TRL's head: ", "lce": "torch's linear_cross_entropy, no entropies: "}
 # (value, p20, p50, p80)
 Points = list[tuple[float, float, float, float]]
 
 
 def cost_in_short(runs: list[Run]) -> str:
     """Exponents of the fits, and how far the fractions are from a straight line."""
-    rows = []
-    for sweep, label in SWEEPS.items():
-        values = sorted(point[0] for point in cost_points(runs[0], sweep))
-        row = [f"{label}, {values[0]:,g} to {values[-1]:,g}"]
-        for run in runs:
-            wall, cpu = (cost_points(run, sweep, clock) for clock in ("wall_s", "cpu_s"))
-            if sweep == "fraction":
-                row.append(f"straight within {deviation(wall):.0%} (CPU {deviation(cpu):.0%})")
-            else:
-                row.append(f"exponent {exponent(wall):.2f} (CPU {exponent(cpu):.2f})")
-        rows.append(row)
+    rows = [
+        _growth(runs, sweep, who)
+        for who in WHO
+        for sweep in SWEEPS
+        if cost_points(runs[0], sweep, who=who)
+    ]
     return table(["growth of the time of a step", *(DTYPES[run["dtype"]] for run in runs)], rows)
+
+
+def _growth(runs: list[Run], sweep: str, who: str) -> list[str]:
+    """One row: the exponent, or how far the fractions are from a straight line."""
+    values = sorted(point[0] for point in cost_points(runs[0], sweep, who=who))
+    row = [f"{WHO[who]}{SWEEPS[sweep]}, {values[0]:,g} to {values[-1]:,g}"]
+    for run in runs:
+        wall, cpu = (cost_points(run, sweep, clock, who) for clock in CLOCKS)
+        if len(wall) < 2:
+            row.append("")
+        elif sweep == "fraction" and who == "ours":
+            row.append(f"straight within {deviation(wall):.0%} (CPU {deviation(cpu):.0%})")
+        elif sweep == "fraction":
+            (_, _, first, _), *_, (_, _, last, _) = sorted(wall)
+            row.append(f"{last / first:.2f} times from the first to the last")
+        else:
+            row.append(f"exponent {exponent(wall):.2f} (CPU {exponent(cpu):.2f})")
+    return row
 
 
 def cost_tables(runs: list[Run]) -> str:
@@ -42,12 +57,12 @@ def cost_tables(runs: list[Run]) -> str:
     return "\n\n".join([*parts, "\n".join(about(run) for run in runs)])
 
 
-def cost_points(run: Run, sweep: str, clock: str = "wall_s") -> Points:
-    """(value, p20, p50, p80) of one sweep."""
+def cost_points(run: Run, sweep: str, clock: str = "wall_s", who: str = "ours") -> Points:
+    """(value, p20, p50, p80) of one sweep of ours or of another's head."""
     return [
         (entry["value"], *(quantile(entry[clock], q) for q in (0.2, 0.5, 0.8)))
         for entry in run["contestants"]
-        if entry["sweep"] == sweep and clock in entry
+        if clock in entry and entry["sweep"] == sweep and entry.get("who", "ours") == who
     ]
 
 

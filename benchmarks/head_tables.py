@@ -18,12 +18,16 @@ from benchmarks.tables import (
     spread,
     table,
 )
+from entropy_kernels._bench.contestant import EVERYTHING
 from trainer.report.charts import Mark, Panel, Series
 
 OURS = "cpu"
+FRACTIONS = (1.0, 0.5, 0.2, 0.1)
 NAMES = {"cpu": "ours, compiled", "torch": "ours, PyTorch", "floor": "torch.mm alone"}
 # The libraries that compute the bare products, with their names in a table.
 LIBRARIES = {"mm": "torch.mm", "mm-onednn": "torch.mm by oneDNN"}
+# Others' heads with the same products.
+HEADS = {"trl": "TRL's head", "lce-chunked": "torch's in chunks, no entropies"}
 
 
 def in_short(runs: list[Run], floors: list[Run]) -> str:
@@ -42,12 +46,7 @@ def in_short(runs: list[Run], floors: list[Run]) -> str:
 def _facts(run: Run, floors: list[Run]) -> dict[str, str]:
     eager, fifth = run["contestants"][0], named(run, f"{OURS}-0.2")
     by_onednn = named(run, "eager-onednn")
-    others = [
-        entry
-        for entry in run["contestants"]
-        if "wall_s" in entry and entry["name"] != "floor" and not entry["label"].startswith("ours")
-    ]
-    fastest = min(others, key=lambda entry: quantile(entry["wall_s"], 0.5))
+    with_entropies, without = fastest_others(run)
     floor = next((x for x in floors if all(x[k] == run[k] for k in ("shape", "dtype"))), None)
     products = {
         f"{direction} / its products by the faster library, {threads_of(n)}": cell(
@@ -56,7 +55,6 @@ def _facts(run: Run, floors: list[Run]) -> dict[str, str]:
         for direction in ("forward", "backward")
         for n in sorted({1, run["threads"]})
     }
-    against = cell(median_ratio(fifth, fastest))
     beyond = fifth["peak_bytes"] - _gradient_bytes(run) if fifth.get("peak_bytes") else None
     return {
         "20% of the tokens / eager": cell(median_ratio(fifth, eager)),
@@ -66,11 +64,65 @@ def _facts(run: Run, floors: list[Run]) -> dict[str, str]:
             median_ratio(named(run, f"{OURS}-1"), by_onednn)
         ),
         "20%, known beforehand / eager": cell(median_ratio(named(run, f"{OURS}-0.2-known"), eager)),
-        "20% / the fastest other": f"{against} ({fastest['name']})" if against else "",
+        **{
+            f"{fraction:.0%} / the fastest other with entropies": _against(
+                named(run, f"{OURS}-{fraction:g}"), with_entropies
+            )
+            for fraction in FRACTIONS
+        },
+        "20% / the fastest other without entropies": _against(fifth, without),
         **products,
         "MB beyond the gradients at 20%": cell(None if beyond is None else beyond / 1e6, 0),
         "error of the gradients / eager's": cell(_error_ratio(fifth, eager)),
     }
+
+
+def fastest_others(run: Run) -> tuple[Run, Run]:
+    """The fastest of the others that have entropies, and of those that compute less; or empty."""
+    groups: dict[bool, list[Run]] = {True: [], False: []}
+    for entry in run["contestants"]:
+        others = entry["name"] != "floor" and not entry["label"].startswith("ours")
+        if "wall_s" in entry and others:
+            groups[has_entropies(entry)].append(entry)
+    with_entropies, without = (
+        min(group, key=lambda entry: quantile(entry["wall_s"], 0.5), default={})
+        for group in (groups[True], groups[False])
+    )
+    return with_entropies, without
+
+
+def has_entropies(entry: Run) -> bool:
+    """Older files say it in the label alone."""
+    if "computes" in entry:
+        return "entropies" in entry["computes"]
+    return "no entropies" not in entry["label"]
+
+
+def _against(entry: Run, other: Run) -> str:
+    against = cell(median_ratio(entry, other))
+    return f"{against} ({other['name']})" if against else ""
+
+
+def computes_table(runs: list[Run]) -> str:
+    """Who computes what: a row per set of results; empty where no file says it."""
+    found: dict[tuple[str, ...], list[str]] = {}
+    for run in runs:
+        for entry in run["contestants"]:
+            if "wall_s" in entry and "computes" in entry:
+                names = found.setdefault(tuple(entry["computes"]), [])
+                names += [] if entry["name"] in names else [entry["name"]]
+    if not found:
+        return ""
+    rows = [
+        [", ".join(names), *("yes" if x in computes else "" for x in EVERYTHING)]
+        for computes, names in sorted(found.items(), key=lambda item: -len(item[0]))
+    ]
+    note = (
+        "What each computes in a step. A selection is one that it finds itself, exactly; the "
+        "others are told the tokens, as a mask on their loss, and take as long at any fraction. "
+        "Those that know the tokens beforehand have the log-probs of these tokens alone."
+    )
+    return f"{note}\n\n{table(['', *EVERYTHING], rows)}"
 
 
 def _gradient_bytes(run: Run) -> int:
@@ -164,6 +216,7 @@ def floor_tables(runs: list[Run]) -> str:
     parts = []
     columns = [*(f"{LIBRARIES[name]}, GF/s" for name in LIBRARIES), "ours, GF/s", "ours / the best"]
     columns.append("ours into fresh memory, GF/s")
+    columns += [f"{name}, GF/s" for name in HEADS.values()]
     for run in (run for shape in by_shape(runs) for run in shape):
         shape = " x ".join(str(size) for size in run["shape"].values())
         rows = []
@@ -174,7 +227,8 @@ def floor_tables(runs: list[Run]) -> str:
                 rates = [_rate(entry, clock) for entry in entries]
                 fresh = _rate(named(run, f"{direction}-{OURS}-fresh-{n}"), clock)
                 ratio = cell(over_the_best(run, direction, n))
-                rows.append([f"{direction}, {threads_of(n)}", *rates, ratio, fresh])
+                others = [_rate(named(run, f"{direction}-{name}-{n}"), clock) for name in HEADS]
+                rows.append([f"{direction}, {threads_of(n)}", *rates, ratio, fresh, *others])
         head = f"The head against its products, {shape}, {DTYPES[run['dtype']]}"
         parts.append(f"{head}\n\n{table(['', *columns], rows)}\n\n{about(run)}")
     return "\n\n".join(parts)

@@ -17,6 +17,7 @@ from benchmarks import peers
 from benchmarks.runner import Contestant
 from entropy_kernels import _rows, backends
 from entropy_kernels._bench import step
+from entropy_kernels._bench.contestant import TOLD
 from entropy_kernels._bench.entrants import our_contestant
 from entropy_kernels._bench.step import (
     Problem,
@@ -100,7 +101,9 @@ def contestants(
             partial(dense, peer.head, **at),
             setting,
             uncompiled=plain if peer.compiled else None,
+            counted=partial(dense, peer.counted, **at) if peer.counted else None,
             needs=peer.needs,
+            computes=peer.computes,
         )
         for peer in peers.heads()
     ]
@@ -108,9 +111,9 @@ def contestants(
         # Its own place is beside eager, whose head it has.
         by_onednn = partial(dense_by_onednn, peers.heads()[0].head, **at)
         label = f"{found[0].label}, oneDNN's products"
-        found.insert(1, Contestant("eager-onednn", label, by_onednn, setting))
+        found.insert(1, Contestant("eager-onednn", label, by_onednn, setting, computes=TOLD))
     label = "torch.compile of all logits"
-    found.append(Contestant("compile", label, compiled, setting, uncompiled=plain))
+    found.append(Contestant("compile", label, compiled, setting, uncompiled=plain, computes=TOLD))
     found.append(
         Contestant(
             "liger-grpo",
@@ -119,6 +122,7 @@ def contestants(
             setting,
             uncompiled=partial(_liger_grpo, compiled=False),
             needs=("liger_kernel",),
+            computes=("loss", "gradients"),
         )
     )
     for impl in backends.available() if impls is None else impls:
@@ -138,5 +142,6 @@ def _our_contestants(impl: str) -> list[Contestant]:
         (f"{impl}-forward-statistics", ", with all statistics", _rows.filled(impl)),
     ):
         run = partial(our_forward, impl=impl, statistics=statistics)
-        found.append(Contestant(name, label + more, run, setting, exact=True))
+        computes = "log-probs", "entropies"
+        found.append(Contestant(name, label + more, run, setting, exact=True, computes=computes))
     return found

@@ -6,21 +6,22 @@ where it has none. A whole loss is one only where its options can mean the same 
 T tokens, B sequences, L their length, D hidden, V vocabulary.
 """
 
+from collections.abc import Mapping
 from functools import partial
 from importlib.util import find_spec
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from benchmarks.chunked_head import ChunkedHead
-from entropy_kernels._bench.step import SEQUENCES, Head, plain_head
+from entropy_kernels._bench.contestant import NO_ENTROPIES, TOLD
+from entropy_kernels._bench.entrants import TORCH_HEADS
+from entropy_kernels._bench.others import torch_head, trl_head, why_no_torch_head
+from entropy_kernels._bench.step import SEQUENCES, EagerHead, plain_head
 
 CHUNK = 512
-# The vocabulary of a block of TRL 1.16: trl.trainer.utils._CHUNKED_LOGPROB_CHUNK_SIZE, whose module
-# imports a whole trainer.
-TRL_CHUNK = 32768
 
 
 class Peer(NamedTuple):
@@ -28,10 +29,13 @@ class Peer(NamedTuple):
 
     name: str
     label: str
-    head: Head
+    head: EagerHead
     needs: tuple[str, ...] = ()
     compiled: bool = False
     """Whether torch.compile's code computes it, in which products cannot be counted."""
+    counted: EagerHead | None = None
+    """A head with the same products, where one operation hides them."""
+    computes: tuple[str, ...] = TOLD
 
 
 def heads() -> list[Peer]:
@@ -45,11 +49,45 @@ def heads() -> list[Peer]:
     return [
         eager,
         Peer("eager-batch", batch, many, ("trl",)),
-        Peer("trl", "TRL's fused head", trl_head, ("trl",)),
+        Peer("trl", "TRL's fused head, of its kernels", trl_head, ("trl",)),
         Peer("liger", "Liger's fused head, its fallback for CPUs", liger_head, ("liger_kernel",)),
         Peer("chunked", "prime-rl's scheme: chunked, logits recomputed", ChunkedHead.apply),
         Peer("checkpoint", f"chunks of {CHUNK} tokens, checkpointed", _checkpointed_head),
-        Peer("cce", cce, _cce_head, ("cut_cross_entropy", "triton"), compiled=True),
+        Peer(
+            "cce",
+            cce,
+            _cce_head,
+            ("cut_cross_entropy", "triton"),
+            compiled=True,
+            computes=NO_ENTROPIES,
+        ),
+        *(
+            Peer(
+                name,
+                label,
+                partial(torch_head, chunked=chunked),
+                # In chunks the logits are multiplied again, within one operation.
+                counted=_checkpointed_head if chunked else None,
+                computes=NO_ENTROPIES,
+            )
+            for name, label, chunked in TORCH_HEADS
+        ),
+    ]
+
+
+def why_not(name: str) -> str:
+    """Why a step's contestant cannot run here, by its name; empty where it can."""
+    if name.startswith("trl") and find_spec("trl") is None:
+        return "needs trl"
+    return why_no_torch_head() if name.startswith("lce") else ""
+
+
+def refused(contestants: Mapping[str, tuple[str, Any]]) -> list[dict[str, str]]:
+    """Entries of a result file for those of a label each that cannot run here."""
+    return [
+        {"name": name, "label": label, "refused": why_not(name)}
+        for name, (label, _) in contestants.items()
+        if why_not(name)
     ]
 
 
@@ -92,15 +130,6 @@ def _trl_head(
     target_BL = target_T.view(sequences, -1)
     found = selective_log_softmax_and_entropy(logits_BLV, target_BL, entropy_requires_grad=False)
     return found[0].flatten(), found[1].flatten()
-
-
-def trl_head(hidden_TD: Tensor, weight_VD: Tensor, target_T: Tensor) -> tuple[Tensor, Tensor]:
-    from trl.kernels import ChunkedLogProbFunction
-
-    found = ChunkedLogProbFunction.apply(
-        hidden_TD, weight_VD, None, target_T, 1.0, TRL_CHUNK, None, 1.0, ("entropy",)
-    )
-    return found[0], found[1]
 
 
 def liger_head(hidden_TD: Tensor, weight_VD: Tensor, target_T: Tensor) -> tuple[Tensor, Tensor]:

@@ -138,6 +138,7 @@ def _summary_of_make(runs: dict[str, list[Run]]) -> list[str]:
         of_head = runs["linear_logprob_entropy"]
         parts.append(head.in_short(of_head, runs.get("head_floor", [])))
         parts.append(head.section(by_shape(of_head)[0], head.compact))
+        parts += filter(None, [head.computes_table(by_shape(of_head)[0])])
     tables = {
         "linear_cost": cost.cost_in_short,
         "entropy_threshold": step.threshold_in_short,
@@ -167,7 +168,8 @@ def _full_page(runs: dict[str, list[Run]]) -> str:
 
 
 def _all_shapes(runs: list[Run]) -> str:
-    return "\n\n".join(head.section(shape, head.full) for shape in by_shape(runs))
+    sections = [head.section(shape, head.full) for shape in by_shape(runs)]
+    return "\n\n".join([*sections, *filter(None, [head.computes_table(runs)])])
 
 
 if __name__ == "__main__":

@@ -49,7 +49,11 @@ def run_suite(
     log: Callable[[str], None] = print,
 ) -> list[dict[str, Any]]:
     """One entry per contestant: its error, products and samples, or why it was refused."""
-    entries = {c.name: {"name": c.name, "label": c.label} for c in contestants}
+    entries = {
+        c.name: {"name": c.name, "label": c.label}
+        | ({"computes": c.computes} if c.computes else {})
+        for c in contestants
+    }
     passed, present = [], []
     for contestant in contestants:
         missing = [name for name in contestant.needs if find_spec(name) is None]
@@ -71,7 +75,7 @@ def run_suite(
                 continue
             entry["errors"], entry["error"] = errors, max(errors.values(), default=0.0)
             with Watch() as watch:
-                (contestant.uncompiled or contestant.run)(problem)
+                (contestant.counted or contestant.uncompiled or contestant.run)(problem)
             entry["flops"] = 2 * watch.products
             passed.append(contestant)
             log(f"{contestant.name}: error {entry['error']:.1e}, {entry['flops']:.3g} flops")
@@ -169,6 +173,7 @@ def about_this_run(dtype: torch.dtype) -> dict[str, Any]:
     """Machine, instruction set and libraries for `dtype`; versions, commit and date."""
     return machine.about(dtype) | {
         "dtype": str(dtype).removeprefix("torch."),
+        "fp32_products": torch.get_float32_matmul_precision(),
         "versions": versions(["torch", "trl", "liger-kernel", "cut-cross-entropy"]),
         "environment": {name: x for name, x in os.environ.items() if name.startswith("OMP_")},
         "commit": commit("entropy_kernels", "csrc", "benchmarks/*.py"),

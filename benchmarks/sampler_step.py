@@ -22,6 +22,7 @@ import entropy_kernels as ek
 from benchmarks import train_step
 from benchmarks.peers import heads
 from entropy_kernels._bench.rounds import status, why_no_peak
+from entropy_kernels._bench.step import EagerHead
 from entropy_kernels.testing import Watch, products
 from trainer.batch import Batch, Rollouts
 from trainer.config import Algorithm, Config, Optimizer, Rollout
@@ -229,23 +230,28 @@ def ours(bench: Bench, source: str, truncated: bool = False) -> dict[str, float]
     return {name: found[name] for name in ("loss", "grad_norm")}
 
 
-def eager(bench: Bench, truncated: bool = False) -> dict[str, float]:
-    """All logits of a sequence at a time, by TRL's functions; the mask multiplies.
+def eager(
+    bench: Bench, truncated: bool = False, head: EagerHead | None = None, known: bool = False
+) -> dict[str, float]:
+    """All logits of a sequence at a time, by TRL's functions, or `head`; the mask multiplies.
 
-    With `truncated` logits outside of a token's set are -inf.
+    With `truncated` logits outside of a token's set are -inf. With `known` there is no scoring
+    pass: log-probs and entropies are the sampler's, so a head without entropies is enough.
     """
     policy, algorithm = bench.policy, bench.settings("old").algorithm
     rollouts = bench.truncated if truncated else bench.rollouts
-    policy.train(False)
-    with torch.no_grad():
-        found = [_eager_head(policy, part, truncated) for part in _sequences(rollouts)]
-    old_T, entropy_T = (torch.cat(x) for x in zip(*found, strict=True))
+    old_T, entropy_T = rollouts.sampler_logprob_T, rollouts.sampler_entropy_T
+    if not known:
+        policy.train(False)
+        with torch.no_grad():
+            found = [_eager_head(policy, part, truncated, head) for part in _sequences(rollouts)]
+        old_T, entropy_T = (torch.cat(x) for x in zip(*found, strict=True))
     selected_T = ek.top_entropy_mask(entropy_T, fraction=algorithm.fraction)
     policy.train()
     losses = torch.zeros(len(rollouts))
     for b, part in enumerate(_sequences(rollouts)):
         at = rollouts.places(torch.tensor([b]))
-        logprob_L, _ = _eager_head(policy, part, truncated)
+        logprob_L, _ = _eager_head(policy, part, truncated, head)
         ratio_L = (logprob_L - old_T[at]).exp()
         clipped_L = ratio_L.clamp(1 - algorithm.clip_low, 1 + algorithm.clip_high)
         advantage = bench.advantage_B[b]
@@ -264,7 +270,9 @@ def _sequences(rollouts: Rollouts) -> list[Rollouts]:
     return [rollouts.rows(torch.tensor([b])) for b in range(len(rollouts))]
 
 
-def _eager_head(policy: Policy, part: Rollouts, truncated: bool) -> tuple[Tensor, Tensor]:
+def _eager_head(
+    policy: Policy, part: Rollouts, truncated: bool, head: EagerHead | None
+) -> tuple[Tensor, Tensor | None]:
     """Log-probs and entropies of the responses of one sequence."""
     prompt = int(part.prompt_length_B[0])
     tokens = part.tokens_N.view(1, -1)[:, :-1]
@@ -273,9 +281,7 @@ def _eager_head(policy: Policy, part: Rollouts, truncated: bool) -> tuple[Tensor
     weight_VD = policy.lm_head(hidden_TD, part.response_T).weight
     if truncated:
         return _masked_head(hidden_TD, weight_VD, part)
-    logprob_T, entropy_T = heads()[0].head(hidden_TD, weight_VD, part.response_T)
-    assert entropy_T is not None
-    return logprob_T, entropy_T
+    return (head or heads()[0].head)(hidden_TD, weight_VD, part.response_T)
 
 
 def _masked_head(hidden_TD: Tensor, weight_VD: Tensor, part: Rollouts) -> tuple[Tensor, Tensor]:

@@ -33,6 +33,10 @@ def _times(run: Run) -> str:
     columns += ["optimizer", "scoring's share", "head's share"]
     rows = []
     for entry in run["contestants"]:
+        if "refused" in entry:
+            refused = f"refused: {entry['refused']}"
+            rows.append([entry["label"], refused, *[""] * (len(columns) - 2)])
+            continue
         cells = [entry["label"], f"{quantile(entry['wall_s'], 0.5):.2f}"]
         cells.append(cell(median_ratio(entry, first)))
         for names in (SCORING, BACKBONE, ("head",), ("optimizer",)):
@@ -48,6 +52,8 @@ def _products(run: Run) -> str:
     columns += ["MB scoring", "MB backbone", "MB head", "MB optimizer"]
     rows = []
     for entry in run["contestants"]:
+        if "refused" in entry:
+            continue
         cells = [entry["label"], f"{entry['units']:.4f}", f"{entry['formula_units']:.4f}"]
         for names in (SCORING, ("head",)):
             part = sum(entry["products"][name] for name in names)

@@ -93,6 +93,10 @@ def _train_step_table(run: Run) -> str:
     columns += [*(f"MB {part}" for part in PARTS), "MB beyond"]
     rows = []
     for entry in run["contestants"]:
+        if "refused" in entry:
+            refused = f"refused: {entry['refused']}"
+            rows.append([entry["label"], refused, *[""] * (len(columns) - 2)])
+            continue
         cells = [entry["label"], *(_speed(run, entry, tokens) if timed else [])]
         cells += [f"{entry[f'{part}_bytes'] / 1e6:,.0f}" for part in PARTS]
         state = sum(entry[f"{part}_bytes"] for part in PARTS)

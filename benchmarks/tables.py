@@ -62,6 +62,8 @@ def about(run: Run, more: str = "") -> str:
     threads = f"{run['threads']} threads" if run["threads"] > 1 else "1 thread"
     instruction = f", {run['instruction']}" if run.get("instruction") else ""
     libraries = f" with {run['blas']}" if run.get("blas") else ""
+    if run["dtype"] == "float32" and "fp32_products" in run:
+        libraries += f", fp32 products of {run['fp32_products']} precision"
     rounds = f"{run['rounds']} rounds" if run["rounds"] > 1 else "1 round"
     return (
         f"<sub>{DTYPES[run['dtype']]}: {run['machine']}, {threads}{instruction}; "

@@ -11,6 +11,8 @@ import torch
 
 import entropy_kernels as ek
 from benchmarks.peers import heads
+from entropy_kernels._bench.others import torch_head, trl_head
+from entropy_kernels._bench.step import EagerHead
 from trainer.batch import Batch, Rollouts
 from trainer.config import Algorithm, Config, Optimizer, Rollout
 from trainer.model.modes import checkpoint_activations
@@ -103,7 +105,7 @@ class Step:
     """A policy with AdamW's moments in place and a batch, before the step."""
 
     def __init__(self, shape: Shape, name: str, changes: dict[str, Any]):
-        self.eager, self.ranks = name == "eager", Ranks(torch.device("cpu"))
+        self.head, self.ranks = others().get(name), Ranks(torch.device("cpu"))
         self.policy, rollouts = make_policy(shape), make_rollouts(shape)
         tokens = shape.sequences * (shape.prompt + shape.response)
         self.settings = Config(
@@ -121,9 +123,9 @@ class Step:
 
     def run(self) -> dict[str, Any]:
         """The optimizer step; what it found, and how much memory the state takes."""
-        if self.eager:
+        if self.head is not None:
             loss, norm, seconds = _eager_update(
-                self.policy, self.optimizer, self.batch, self.settings
+                self.policy, self.optimizer, self.batch, self.settings, self.head
             )
         else:
             found, seconds = update(
@@ -140,6 +142,11 @@ class Step:
         }
 
 
+def others() -> dict[str, EagerHead]:
+    """The heads of the steps that are not the trainer's own, by contestant."""
+    return {"eager": heads()[0].head, "trl": trl_head, "lce": torch_head}
+
+
 def make_optimizer(model: Any, rate: float = LEARNING_RATE) -> torch.optim.Optimizer:
     """AdamW whose moments exist, as after every step but the first."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, betas=(0.9, 0.95), weight_decay=0.0)
@@ -152,9 +159,16 @@ def make_optimizer(model: Any, rate: float = LEARNING_RATE) -> torch.optim.Optim
 
 
 def _eager_update(
-    policy: Policy, optimizer: torch.optim.Optimizer, batch: Batch, settings: Config
+    policy: Policy,
+    optimizer: torch.optim.Optimizer,
+    batch: Batch,
+    settings: Config,
+    head: EagerHead,
 ) -> tuple[float, float, float]:
-    """Loss, norm of the gradient, and the seconds of the head; the mask multiplies."""
+    """Loss, norm of the gradient, and the seconds of the head; the mask multiplies.
+
+    A head without entropies takes the mask of the batch.
+    """
     policy.train()
     rollouts, algorithm = batch.rollouts, settings.algorithm
     prompt = int(rollouts.prompt_length_B[0])  # as long as every other
@@ -162,11 +176,11 @@ def _eager_update(
     hidden = policy.lm_head.hidden_states(input_ids=tokens, use_cache=False)
     began = time.perf_counter()
     leaf = hidden[:, prompt - 1 :].flatten(0, 1).detach().requires_grad_()
-    head = heads()[0].head
     weight = policy.lm_head(leaf, rollouts.response_T).weight
     logprob_T, entropy_T = head(leaf, weight, rollouts.response_T)
-    assert entropy_T is not None
-    selected_T = ek.top_entropy_mask(entropy_T.detach(), fraction=algorithm.fraction)
+    selected_T = batch.selected_T
+    if entropy_T is not None:
+        selected_T = ek.top_entropy_mask(entropy_T.detach(), fraction=algorithm.fraction)
     ratio_T = (logprob_T - batch.old_logprob_T).exp()
     clipped_T = ratio_T.clamp(1 - algorithm.clip_low, 1 + algorithm.clip_high)
     advantage_T = batch.advantage_B.repeat_interleave(rollouts.response_length_B)

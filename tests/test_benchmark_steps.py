@@ -8,6 +8,7 @@ from benchmarks import (
     chunked_head,
     cost_tables,
     head_tables,
+    peers,
     runner,
     step_tables,
     tables,
@@ -15,7 +16,12 @@ from benchmarks import (
 )
 from benchmarks import bench_trl_step as trl_step
 from benchmarks import linear_logprob_entropy as op
-from entropy_kernels._bench.contestant import WrongResultError
+from entropy_kernels._bench.contestant import (
+    EVERYTHING,
+    NO_ENTROPIES,
+    TOLD,
+    WrongResultError,
+)
 from tests import onednn
 
 
@@ -36,7 +42,7 @@ def test_peers_that_are_installed_compute_the_step(monkeypatch):
             errors = runner.check(results, truth, torch.float32, exact=contestant.exact)
             assert max(errors.values(), default=0.0) < 1e-5
             checked.append(contestant.name)
-    assert {"eager", "chunked", "checkpoint", "floor"} <= set(checked)
+    assert {"eager", "chunked", "checkpoint", "lce", "lce-chunked", "floor"} <= set(checked)
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -56,6 +62,8 @@ def test_both_heads_compute_the_step_of_trls_trainer():
     flops = {entry["name"]: entry["flops"] for entry in entries}
     assert flops["ours"] < flops["trl-labels"] < flops["trl"]
     assert flops["ours-all"] == flops["trl-labels"]
+    # All logits are kept, and the prompts are not scored.
+    assert flops["lce-all"] < flops["trl-labels"]
 
 
 def test_every_step_of_the_trainer_finds_the_same_loss_and_gradient():
@@ -63,10 +71,13 @@ def test_every_step_of_the_trainer_finds_the_same_loss_and_gradient():
     found = {
         name: train_step.Step(shape, name, changes).run()
         for name, (_, changes) in bench_train_step.CONTESTANTS.items()
+        if not peers.why_not(name)
     }
     eager = found["eager"]["sums"]
-    assert found["ours"]["sums"] == pytest.approx(eager, rel=1e-5)
-    assert found["ours-known"]["sums"] == pytest.approx(eager, rel=1e-5)
+    same = [name for name in found if name != "ours-all"]
+    assert {"lce", "ours", "ours-known"} <= set(same)
+    for name in same:
+        assert found[name]["sums"] == pytest.approx(eager, rel=1e-5), name
     assert found["ours-all"]["sums"] != pytest.approx(eager, rel=1e-2)
     assert all(run["head_s"] > 0 for run in found.values())
 
@@ -109,6 +120,29 @@ def test_the_ratio_of_the_tables_is_to_the_faster_library():
     assert head_tables.over_the_best(run, "forward", 1) == 1.5
     assert head_tables.over_the_best(run, "forward", 2) == pytest.approx(1.2)
     assert head_tables.over_the_best(run, "backward", 1) is None
+
+
+def test_the_fastest_others_are_those_that_compute_as_much_and_those_that_do_less():
+    def entry(name, wall, computes=None, label=""):
+        more = {} if computes is None else {"computes": computes}
+        return {"name": name, "label": label or name, "wall_s": [wall] * 3, **more}
+
+    everyone = [
+        entry("eager", 4.0, TOLD),
+        entry("trl", 3.0, TOLD),
+        entry("lce", 2.0, NO_ENTROPIES),
+        entry("cce", 2.5, label="cce, no entropies"),
+        entry("floor", 0.1),
+        entry("cpu-0.2", 1.0, EVERYTHING, "ours"),
+    ]
+    with_entropies, without = head_tables.fastest_others({"contestants": everyone})
+    assert (with_entropies["name"], without["name"]) == ("trl", "lce")
+    assert head_tables.fastest_others({"contestants": everyone[3:]}) == ({}, everyone[3])
+    table = head_tables.computes_table([{"contestants": everyone}])
+    assert table.endswith(
+        "| eager, trl | yes | yes |  | yes | yes |\n| lce | yes |  |  | yes | yes |"
+    )
+    assert head_tables.computes_table([{"contestants": everyone[3:5]}]) == ""
 
 
 def test_fits_find_exponents_and_straight_lines():

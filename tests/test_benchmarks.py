@@ -24,6 +24,7 @@ from benchmarks import (
 from benchmarks.runner import Contestant
 from entropy_kernels import _native
 from entropy_kernels._bench import machine
+from entropy_kernels._bench.contestant import EVERYTHING
 from entropy_kernels._bench.result_text import result_text
 from tests import onednn
 from trainer.report.charts import FRAME
@@ -133,9 +134,14 @@ def test_suite_counts_products_and_lists_what_is_missing(tree):
         }
         units = {entry["name"]: round(entry["units"], 6) for entry in entries if "units" in entry}
         assert units["eager"] == 3
-        assert units["checkpoint"] == units["chunked"] == 4
+        assert units["lce"] == 3
+        assert units["checkpoint"] == units["chunked"] == units["lce-chunked"] == 4
         assert units["torch-1"] == 4
         assert units["torch-0.2"] == units["floor"] == 1.6
+        computes = {entry["name"]: entry.get("computes", ()) for entry in entries}
+        assert computes["torch-0.2"] == list(EVERYTHING)
+        assert "selection" not in computes["eager"]
+        assert "entropies" not in computes["lce"]
         # With so small a D the logits are recomputed, not stored.
         assert units["torch-0.2-known"] == 0.8
         assert units["torch-forward"] == 1
@@ -153,6 +159,7 @@ def test_the_head_and_its_bare_products_do_the_same_work(tree):
                 assert {f"{direction}-{name}-{threads}" for name in ("mm", ours)} <= set(entries)
             assert f"{backward}-{ours}-fresh-{threads}" in entries
         for direction in floor.DIRECTIONS:
+            assert f"{direction}-lce-chunked-1" in entries
             flops = {x["flops"] for name, x in entries.items() if name.startswith(direction)}
             assert len(flops) == 1
         sizes = math.prod(run["shape"].values())
@@ -178,8 +185,15 @@ def test_quantile_refuses_what_is_too_long_and_is_listed_so():
 
 def test_cost_is_measured_at_all_points_of_its_sweeps(tree):
     for run in _runs(tree, "linear_cost"):
-        points = {(entry["sweep"], entry["value"]): entry["units"] for entry in run["contestants"]}
+        ours = [entry for entry in run["contestants"] if entry.get("who") == "ours"]
+        points = {(entry["sweep"], entry["value"]): entry["units"] for entry in ours}
         sweeps = cost.QUICK
+        others = {x["name"]: x for x in run["contestants"] if x["name"].startswith(("lce", "trl"))}
+        ends = ("fraction-0.2", "fraction-1")
+        kept = {f"{sweep}-{value:g}" for sweep, value in points} - {"fraction-0.6"}
+        assert set(ends) <= kept
+        assert {name for name in others if "wall_s" in others[name]} == {f"lce-{x}" for x in kept}
+        assert {x["units"] for x in others.values() if "wall_s" in x} == {3}
         assert {value for sweep, value in points if sweep == "tokens"} == set(sweeps.tokens)
         assert {v for sweep, v in points if sweep == "vocabulary"} == set(sweeps.vocabularies)
         assert points["fraction", 1.0] == pytest.approx(4, rel=0.05)
@@ -202,6 +216,11 @@ def test_report_renders_every_result_file(tree):
     assert torch.__version__ in text
     assert "exponent" in text
     assert "20,000 entropies" in text
+    assert ", fp32 products of highest precision;" in text
+    assert "torch's linear_cross_entropy, no entropies: tokens" in text
+    everything = " | ".join(["yes"] * len(EVERYTHING))
+    assert re.search(rf"^\| torch-1, .*torch-0.2-half \| {everything} \|$", text, re.M)
+    assert re.search(r"^\| .*lce, lce-chunked.* \| yes \|  \|  \| yes \| yes \|$", text, re.M)
     assert "512 tokens" in text
     assert "4 prompts of 3 tokens, completions of 8" in texts["README.md"]
     assert "refused: on purpose" in texts["README.md"]
@@ -221,6 +240,7 @@ def test_result_files_name_what_was_measured_and_with_what(tree):
         assert path.stem.endswith(f"-{here.slug}")
         assert {"vendor", "family", "model", "name", "make"} <= set(run["processor"])
         assert run["blas"] == machine.libraries()
+        assert run["fp32_products"] == "highest"
         if _native.cpu() is not None:
             dtype = getattr(torch, run["dtype"])
             assert run["instruction"] == _native.instruction_set(dtype)
@@ -283,7 +303,7 @@ def test_report_has_no_section_without_a_result_file(tree, tmp_path):
     write_pages(tmp_path)
     texts = report.render(tmp_path)
     assert {path.name for path in texts} == {"README.md", "benchmarks.md", "benchmarks.svg"}
-    assert not any("exponent" in text or "entropies |" in text for text in texts.values())
+    assert not any("exponent" in text or "20,000 entropies" in text for text in texts.values())
 
 
 def _refuse_one(path):

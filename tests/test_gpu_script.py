@@ -9,7 +9,6 @@ import torch
 
 pytest.importorskip("triton")
 
-from benchmarks import peers
 from benchmarks.gpu import contest, correctness, one_launch, steps, tune
 from benchmarks.gpu.__main__ import main
 from benchmarks.gpu.contest import Entry
@@ -18,6 +17,7 @@ from benchmarks.gpu.problem import make_problem
 from benchmarks.gpu.rows import LostError, OutOfTimeError, Rows
 from benchmarks.gpu.setting import Setting
 from entropy_kernels import backends
+from entropy_kernels._bench import others
 from entropy_kernels._triton.common import tiles
 from entropy_kernels._triton.common.tiles import ANY, Key, Tile
 from entropy_kernels.verification import head_runs
@@ -212,7 +212,7 @@ def test_tuner_keeps_the_fastest_of_each_variant_and_what_was_not_measured():
 
 def test_chunk_of_trl_is_its_own():
     utils = pytest.importorskip("trl.trainer.utils")
-    assert utils._CHUNKED_LOGPROB_CHUNK_SIZE == peers.TRL_CHUNK
+    assert utils._CHUNKED_LOGPROB_CHUNK_SIZE == others.TRL_CHUNK
 
 
 @pytest.mark.parametrize("name", ["stored_rows", "selection", "ratio_loss"])

@@ -19,7 +19,8 @@ from torch import Tensor
 import entropy_kernels as ek
 from benchmarks.gpu.contestant import Contestant, Results, step
 from benchmarks.gpu.problem import FRACTION, Problem
-from benchmarks.peers import liger_grpo_loss, liger_head, trl_head
+from benchmarks.peers import liger_grpo_loss, liger_head
+from entropy_kernels._bench.others import trl_head
 from entropy_kernels._bench.step import Head, plain_head, policy_loss
 
 
