@@ -123,7 +123,7 @@ def _forward(head: Head, flags: Flags, tile: Tile) -> None:
         keep_logits="keep_logits" in flags,
         store_above=_empty() if "stored" in flags else None,
         store_rows=1,
-        statistics=_empty(4, head.hidden.shape[0]) if "statistics" in flags else None,
+        statistics=_empty(6, head.hidden.shape[0]) if "statistics" in flags else None,
         tile=tile,
     )
 

@@ -65,7 +65,7 @@ def forward_of(
     impl: str = "triton",
 ) -> list[Launch]:
     """Forward alone, of all tokens; impl: "triton", or "cuda" for csrc/cuda's where it has them."""
-    filled = _empty(4, shape.tokens) if statistics else None
+    filled = _empty(4 if impl == "cuda" else 6, shape.tokens) if statistics else None
     with _noted(shape) as found:
         forward(_head(shape, softcap), keep_logits=keep_logits, statistics=filled, impl=impl)
     return found

@@ -230,13 +230,14 @@ PYBIND11_MODULE(_cpu, m) {
            py::arg("temperature_ptr"), py::arg("softcap"), py::arg("target_ptr"), py::arg("tokens"),
            py::arg("dim"), py::arg("vocabulary"), py::arg("dtype"), py::arg("threads"),
            py::arg("l2"), py::arg("last"), py::arg("logits_ptr"));
-  m.def("linear_logprob_entropy", &linear_logprob_entropy, py::arg("head"), py::kw_only(),
-        py::arg("index_ptr"), py::arg("count"), py::arg("rows_ptr"), py::arg("statistics_ptr"),
-        py::arg("isa"),
-        "Writes logprob, entropy, logsumexp, max and log_sum to rows_ptr, fp32 [5, T]. Writes "
-        "varentropy, the largest probability, the sums of p^2 and of p^2 log p, the mean logit, and "
-        "whether the target is the first of the largest logits to statistics_ptr, fp32 [6, T], "
-        "unless it is 0. Returns the number of multiplications.");
+  m.def(
+      "linear_logprob_entropy", &linear_logprob_entropy, py::arg("head"), py::kw_only(),
+      py::arg("index_ptr"), py::arg("count"), py::arg("rows_ptr"), py::arg("statistics_ptr"),
+      py::arg("isa"),
+      "Writes logprob, entropy, logsumexp, max and log_sum to rows_ptr, fp32 [5, T]. Writes "
+      "varentropy, the largest probability, the sums of p^2 and of p^2 log p, the mean logit, and "
+      "whether the target is the first of the largest logits to statistics_ptr, fp32 [6, T], "
+      "unless it is 0. Returns the number of multiplications.");
   m.def("linear_logprob_entropy_backward", &linear_logprob_entropy_backward, py::arg("head"),
         py::kw_only(), py::arg("index_ptr"), py::arg("count"), py::arg("rows_ptr"),
         py::arg("grad_logprob_ptr"), py::arg("grad_entropy_ptr"), py::arg("grad_logsumexp_ptr"),

@@ -40,8 +40,8 @@ struct Rows {
 // What forward computes per token.
 struct ForwardRows {
   float *logprob, *entropy, *logsumexp, *max, *log_sum;  // [T] each
-  // [6, T]: varentropy, the largest p, sum of p^2, sum of p^2 log p, the mean logit, and 1 where the
-  // target is the first of the largest logits, else 0; or nullptr
+  // [6, T]: varentropy, the largest p, sum of p^2, sum of p^2 log p, the mean logit, and 1 where
+  // the target is the first of the largest logits, else 0; or nullptr
   float* statistics;
 
   // `rows` [5, T] holds the five one after the other.

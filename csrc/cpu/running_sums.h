@@ -88,8 +88,9 @@ static void cap_tile(float softcap, std::int64_t rows, float* tile) {
   for (std::int64_t i = 0; i < rows * kPanel; ++i) tile[i] = softcap * std::tanh(tile[i] / softcap);
 }
 
-// Moves the sums to the new maxima of a tile, whose first column is `column`, and makes those logits
-// -inf, which leaves them out. A comparison waits for that of the row before, so the panel's vectors go side by side.
+// Moves the sums to the new maxima of a tile, whose first column is `column`, and makes those
+// logits -inf, which leaves them out. A comparison waits for that of the row before, so the panel's
+// vectors go side by side.
 template <class S>
 static void take_maxima(float* tile, std::int64_t column, std::int64_t rows, Running<S>& running) {
   float highest[kPanel];
@@ -120,7 +121,8 @@ static void take_maxima(float* tile, std::int64_t column, std::int64_t rows, Run
   }
 }
 
-// Adds a tile of logits, whose first column is `column`, to the sums; overwrites some of the logits.
+// Adds a tile of logits, whose first column is `column`, to the sums; overwrites some of the
+// logits.
 template <bool kScaled, class S>
 static void reduce_tile(float* tile, std::int64_t column, std::int64_t rows, Running<S>& running) {
   take_maxima(tile, column, rows, running);

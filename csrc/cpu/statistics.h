@@ -1,8 +1,8 @@
-// The extra statistics per row: varentropy, the largest p, the sums of p^2 and of p^2 log p, the mean
-// logit, and whether the target is the first of the largest logits.
+// The extra statistics per row: varentropy, the largest p, the sums of p^2 and of p^2 log p, the
+// mean logit, and whether the target is the first of the largest logits.
 //
-// The first four need three sums beside s and t of running_sums.h, relative to the same maximum m and without
-// the same logit:
+// The first four need three sums beside s and t of running_sums.h, relative to the same maximum m
+// and without the same logit:
 //   u = sum_j d_j^2 exp(d_j),  s2 = sum_j exp(2 d_j),  t2 = sum_j d_j exp(2 d_j)
 // With Z = 1 + s and L = log1p(s),
 //   varentropy = (u + (u s - t^2)) / Z^2,  largest p = 1 / Z
@@ -26,7 +26,8 @@ using entropy_kernels::Head;
 // as subnormals are.
 constexpr float kSmallest = 0x1p-63f;
 
-// Of logits in the sums of a tile, so that none overflows: a power of two, and 1 / kTileRows or less.
+// Logits are multiplied by it in the sums of a tile, so that none overflows: a power of two, at
+// most 1 / kTileRows.
 constexpr float kShare = 0x1p-7f;
 
 // Stands in for Statistics where they are not wanted.
@@ -95,7 +96,8 @@ struct Statistics {
     t2[i] += other.t2[i];
   }
 
-  // Takes what needs no maximum from sums of later columns, and their first maximum if it is higher.
+  // Takes what needs no maximum from sums of later columns, and their first maximum if it is
+  // higher.
   void join(const Statistics& later, int i, bool higher) {
     logits[i] += later.logits[i];
     if (higher) first[i] = later.first[i];

@@ -105,9 +105,10 @@ def _all_rows(head: Head, keep_logits: bool, statistics: Tensor | None) -> Forwa
     if temperature_T is not None:
         has_answer_T &= (temperature_T > 0) & (temperature_T < torch.inf)
     if statistics is not None:
-        scale = 1.0 if temperature_T is None else temperature_T
-        more = total_T / vocabulary / scale, first_T == head.target
-        statistics.copy_(torch.where(has_answer_T, finish_statistics(sums, *more), torch.nan))
+        mean_T = total_T / vocabulary
+        mean_T = mean_T if temperature_T is None else mean_T / temperature_T
+        found = finish_statistics(sums, mean_T, first_T == head.target)
+        statistics.copy_(torch.where(has_answer_T, found, torch.nan))
     rows_T = [torch.where(has_answer_T, x, torch.nan) for x in rows_T]
     return ForwardRows._make([*rows_T, logits_TV, None])
 
