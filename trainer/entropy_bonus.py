@@ -31,10 +31,17 @@ def make_bonus(batch: Batch, algorithm: Algorithm, coef: float) -> ek.EntropyBon
     """The bonus of a batch whose gradient is divided by the count of `algorithm.denominator`.
 
     Over all tokens, and divided by the selected ones, it is scaled to a mean over all.
+
+    Raises ValueError for a bonus over all tokens where a rule weighs them or cuts responses.
     """
     if not algorithm.has_bonus:
         return ek.EntropyBonus()
     over, share = algorithm.entropy_over, 1.0
+    if over == "all" and (batch.weight_T is not None or batch.kept_length_B is not None):
+        raise ValueError(
+            f'entropy_over="all" has no meaning where the rule weighs tokens or cuts responses, as '
+            f'which={algorithm.which!r} does; use entropy_over="selected"'
+        )
     if (over, algorithm.denominator, algorithm.loss_type) == ("all", "selected", "dapo"):
         share = float(batch.selected_T.double().mean())
     # A tensor: where it is 0 the entropies are measured too.

@@ -143,11 +143,11 @@ def update(
     if reason := _nothing_to_learn(batch, settings.algorithm, entropy_coef):
         return _no_update(batch, reason), 0.0
     everything, over_all = len(batch.selected_T), _divides_by_all(batch, settings.algorithm)
+    bonus = make_bonus(batch, settings.algorithm, entropy_coef)
     batch = _cut(batch, over_all and settings.algorithm.loss_type == "grpo")
     policy.train()
     meter, watch = Meter(), Stopwatch(policy.device)
     parts = micro_batches(batch.rollouts, settings.optimizer.tokens_per_micro_batch, ranks)
-    bonus = make_bonus(batch, settings.algorithm, entropy_coef)
     found_in = [_backward(policy, batch.rows(index), settings, watch, bonus) for index in parts]
     for metrics in numbers(found_in):
         meter.add(metrics, weight=metrics["tokens/selected"])

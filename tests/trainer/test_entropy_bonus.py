@@ -123,6 +123,10 @@ WRONG = {
         {"entropy_coef": 0.1, "entropy_over": "all", "entropy_source": "current"},
         "entropy_over=\"all\" needs the number.*got 'current' and 'selected'",
     ),
+    "weighed": (
+        {"entropy_coef": 0.1, "entropy_over": "all", "which": "nat-random"},
+        "no meaning where a rule weighs tokens, as which='nat-random' does",
+    ),
 }
 
 
@@ -130,6 +134,17 @@ WRONG = {
 def test_settings_that_do_not_fit_are_named(options, message):
     with pytest.raises(ValueError, match=message):
         Algorithm(**options)
+
+
+@pytest.mark.parametrize("what", ["weight_T", "kept_length_B"])
+def test_a_bonus_over_all_tokens_is_refused_where_a_rule_leaves_some_out(policy, what):
+    """As a function of the user's may."""
+    batch = off_policy(policy)
+    values = {"weight_T": torch.ones(len(batch.selected_T)), "kept_length_B": torch.ones(12).long()}
+    batch = dataclasses.replace(batch, **{what: values[what]})
+    algorithm = Algorithm(entropy_coef=COEF, entropy_over="all")
+    with pytest.raises(ValueError, match="no meaning where the rule weighs tokens or cuts"):
+        gradients(policy, batch, algorithm, COEF)
 
 
 HELD = Algorithm(

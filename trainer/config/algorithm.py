@@ -9,6 +9,8 @@ OF_FRACTION = ("top", "bottom", "random", "gmts", "nat-random", "nat-prefix")
 """Rules that train on `fraction` of the tokens."""
 OTHERS = ("stapo", "rsi", "clip-cov", "clip-discriminator")
 """Rules that keep as many as it comes to."""
+WEIGHING = ("nat-random", "nat-prefix", "clip-cov")
+"""Rules whose losses have a weight per token."""
 
 
 def is_rule(name: str) -> bool:
@@ -124,6 +126,11 @@ class Algorithm:
             raise ValueError(
                 f"entropy_coef must lie within entropy_bounds, {self.entropy_bounds}; got "
                 f"{self.entropy_coef}"
+            )
+        if self.bonus_on_all and self.which in WEIGHING:
+            raise ValueError(
+                f'entropy_over="all" has no meaning where a rule weighs tokens, as '
+                f'which={self.which!r} does; use "selected"'
             )
         unknown = not self.mask_known and self.denominator == "selected"
         if self.bonus_on_all and self.loss_type == "dapo" and unknown:
