@@ -174,6 +174,13 @@ TOKENS = (
         smooth=False,
     ),
     Figure(
+        "Entropy bonus",
+        "What the mean entropy is multiplied with in the loss; a target or a band moves it.",
+        "coefficient",
+        (Curve("entropy/coefficient", "coefficient", "c1"),),
+        smooth=False,
+    ),
+    Figure(
         "Kept tokens",
         "Share of the response tokens that the loss is taken over.",
         "% of tokens",
