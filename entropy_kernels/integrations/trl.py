@@ -28,9 +28,9 @@ from ._trl_rollout import OLD_LOGPROBS, SOURCES, Rollout, Told
 from ._trl_step import choice_of_step
 
 SCOPES = ("micro-batch", "step")
-# What TRL's function can return besides the log-probabilities, and what ours can.
+# What TRL's function can return besides the log-probabilities; and the statistics that are ours.
 _OPTIONAL = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
-_COMPUTED = {"log_probs", "entropy", "log_sum_sq_probs"}
+_STATISTICS = {"log_sum_sq_probs": "sum_p2", "mean_logits": "mean_logit", "is_top1": "is_top1"}
 
 _in_force: tuple[dict[str, str], Patch] | None = None
 # Scale and softcap of each model that came to its fused head.
@@ -79,9 +79,9 @@ def patch_trl(
     over these sets, with the reference too. A token with an empty set, such as one of a tool, has
     log-prob 0 and no gradient. Reward functions get both fields, as they get all.
 
-    Some calls go on to TRL's own function. They want the mean logit or whether the label is the
-    most likely token, which SFT, DPO and KTO log. Or they are in fp64, or have a temperature, a
-    `logit_scale` or a softcap that is not positive.
+    SFT, DPO, KTO and RLOO run on this head too. The mean logit, whether the label is the most
+    likely token, and the weights of DPO's WPO come from the same pass. Calls in fp64, or with a
+    temperature, a `logit_scale` or a softcap that is not positive, go on to TRL's own function.
 
     Args:
         scope: the tokens of which `top_entropy_quantile` is a fraction. "micro-batch": those of one
@@ -176,8 +176,8 @@ class LogProbFunction:
         hidden [n, D], weight [V, D], bias [V], targets [n]. Inside of TRL's
         fused forward, head, scale and softcap are those of the model that runs it.
 
-        Calls that ours cannot answer go on to TRL's function: other outputs; a temperature, scale
-        or softcap that is not positive; fp64. Only there is `chunk_size` used.
+        Calls that ours cannot answer go on to TRL's function: a temperature, scale or softcap that
+        is not positive; fp64. Only there is `chunk_size` used.
         """
         from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
         from trl.kernels import ChunkedLogProbFunction
@@ -193,7 +193,7 @@ class LogProbFunction:
             hidden, weight, bias = _with_adapters(model, hidden, weight, bias)
             logit_scale, softcap = _scale_and_softcap(model)
         positive = temperature > 0 and logit_scale > 0 and (softcap is None or softcap > 0)
-        if not (positive and _COMPUTED.issuperset(outputs)) or hidden.dtype == torch.float64:
+        if not positive or hidden.dtype == torch.float64:
             if self.told is not None:
                 raise ValueError(
                     "fields of rollout_func need a positive temperature, scale and softcap, and a "
@@ -220,15 +220,17 @@ class LogProbFunction:
             softcap=softcap,
             logit_scale=logit_scale,
         )
-        statistics = ("sum_p2",) if "log_sum_sq_probs" in outputs else ()
+        statistics = tuple(ours for name, ours in _STATISTICS.items() if name in outputs)
         if self.told is None:
             found = linear_logprob_entropy(head, statistics=statistics, impl=self.impl)
+        elif statistics:
+            raise ValueError(f"fields of rollout_func go with entropies alone; got {outputs=}")
         else:
             selected_n, support = self.told.take(len(targets))
             found = _of_told(head, selected_n, support, self.impl)
         entropy = found.entropy if "entropy" in outputs else None
         log_sum_sq_probs = None if found.sum_p2 is None else found.sum_p2.log()
-        return found.logprob, entropy, log_sum_sq_probs, None, None
+        return found.logprob, entropy, log_sum_sq_probs, found.mean_logit, found.is_top1
 
 
 def _of_told(

@@ -155,9 +155,7 @@ def test_a_weight_of_another_dtype_is_cast_to_that_of_the_hidden_states():
 
 
 OTHERS = {
-    "is_top1": {"outputs": ("log_probs", "is_top1")},
-    "mean_logits": {"outputs": ("entropy", "mean_logits")},
-    "negative scale": {"scale": -1.0, "outputs": ("entropy",)},
+    "negative scale": {"scale": -1.0, "outputs": ("entropy", "mean_logits")},
     "negative temperature": {"temperature": -0.5},
     "negative softcap": {"softcap": -5.0},
     "softcap 0": {"softcap": 0.0},
@@ -180,13 +178,28 @@ def test_what_the_head_does_not_compute_goes_to_trl(name):
         assert ours is None or torch.equal(ours, theirs)
 
 
-def test_the_sum_of_squares_is_that_of_the_same_pass():
+@pytest.mark.parametrize("name", HEADS)
+def test_statistics_are_those_of_the_same_pass(name):
+    """log sum p^2, the mean of what TRL makes of the logits, and whether the label is argmax."""
+    options = {"temperature": 1.0, "softcap": None, "scale": 1.0} | HEADS[name]
     h, w, y = peaked_head(57, 24, 301)
-    outputs = ("log_probs", "log_sum_sq_probs")
-    *ours, mean, top = OURS.apply(h, w, None, y, 0.7, 64, None, 1.0, outputs)
-    p = (h.double() @ w.double().T / 0.7).softmax(1)
-    torch.testing.assert_close(ours[2].double(), p.square().sum(1).log(), rtol=1e-5, atol=1e-6)
-    assert ours[1] is mean is top is None
+    h = h / 20  # lest the largest logits be equal at the softcap
+    b = torch.randn(301) if options.pop("bias", False) else None
+    z = (h.double() @ w.double().T + (0 if b is None else b)) * options["scale"]
+    cap, temperature = options["softcap"], options["temperature"]
+    z = (z if cap is None else cap * (z / cap).tanh()) / temperature
+    y[::3] = z.argmax(1)[::3]
+    outputs = ("log_probs", "log_sum_sq_probs", "mean_logits", "is_top1")
+    found = OURS.apply(h, w, b, y, temperature, 64, cap, options["scale"], outputs)
+    _, entropy, squares, mean, top = found
+    wanted = z.softmax(1).square().sum(1).log()
+    torch.testing.assert_close(squares.double(), wanted, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(mean.double(), z.mean(1), rtol=1e-5, atol=1e-6)
+    assert torch.equal(top, z.argmax(1) == y)
+    assert 0 < int(top.sum()) < len(y)
+    assert entropy is None
+    none = OURS.apply(h, w, b, y, temperature, 64, cap, options["scale"], ("entropy",))
+    assert none[2] is none[3] is none[4] is None
 
 
 def test_zero_3_is_refused(monkeypatch):
