@@ -15,7 +15,7 @@ from pathlib import Path
 
 from benchmarks import cost_tables as cost
 from benchmarks import head_tables as head
-from benchmarks import sampler_runs
+from benchmarks import sampler_runs, trl_trainers
 from benchmarks import step_tables as step
 from benchmarks.engine_runs import panels as run_panels
 from benchmarks.gpu.table import in_short
@@ -64,7 +64,7 @@ def render(root: Path) -> dict[Path, str]:
     runs = read(root / "benchmarks" / "results")
     shapes = by_shape(runs["linear_logprob_entropy"])
     of_gpus = measured(root / RESULTS)
-    trained = sampler_runs.of(root / RESULTS)
+    trained = [*trl_trainers.of(root / RESULTS), *sampler_runs.of(root / RESULTS)]
     blocks = {
         root / "README.md": "\n\n".join([_in_short(runs), *of_gpus]),
         root / "docs" / "benchmarks.md": "\n\n".join(
