@@ -221,7 +221,9 @@ def _on_vocabulary(
     run = run | {"impl": name, "keep_logits": keep_logits}
     if group is not None:
         if ids is not None:
-            raise ValueError("token_ids have no vocab_group")
+            raise ValueError(
+                "token_ids need the whole vocabulary; got a vocab_group, which divides it"
+            )
         check_statistics(statistics, "vocab_group")
         return _vocab_parallel.linear_logprob_entropy(head, group, **run)
     run = run | {"store_above": store_above, "store_rows": store_rows}

@@ -5,6 +5,8 @@ T tokens, D hidden, V vocabulary, K ids asked for.
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import entropy_kernels as ek
 from entropy_kernels import _rows
@@ -356,6 +358,18 @@ def test_ids_of_a_support_are_refused(asked, unchecked_shapes):
     support = ek.Support.of([[int(x)] for x in y])
     with pytest.raises(ValueError, match="token_ids have no meaning with a support"):
         ek.linear_logprob_entropy(ek.Head(h, w, y), token_ids=ids, support=support)
+
+
+def test_ids_of_a_divided_vocabulary_are_refused(asked):
+    h, w, y, ids = asked
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    try:
+        with pytest.raises(
+            ValueError, match="token_ids need the whole vocabulary; got a vocab_gro"
+        ):
+            ek.linear_logprob_entropy(ek.Head(h, w, y), token_ids=ids, vocab_group=dist.group.WORLD)
+    finally:
+        dist.destroy_process_group()
 
 
 def test_an_id_out_of_range_is_named(asked, impl, device):
