@@ -39,6 +39,7 @@ ALLOWED = {
     "_triton": {"_cuda_kernels", "_rows", "device", "head"},
     "verification": {
         *("_bounds", "_cuda_kernels", "_rows", "_torch", "_triton", "device", "head", "reference"),
+        "support",
     },
     "backends": {
         *("_cuda_kernels", "_native", "_rows", "_torch", "_triton", "device", "head"),
