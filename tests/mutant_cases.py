@@ -144,9 +144,9 @@ MUTANTS = [
     ),
     Mutant(
         "the last of equal maxima",
-        f"{FORWARD}/row_sum_functions",
-        "first = tl.minimum(tl.where(m == top, first, NOWHERE), tile_first)",
-        "first = tl.where(tile_first < NOWHERE, tile_first, first)",
+        f"{FORWARD}/statistics_functions",
+        "tl.min(tl.where(z == top[:, None], offs_v[None, :], NOWHERE), 1)",
+        "tl.max(tl.where(z == top[:, None], offs_v[None, :], -1), 1)",
         "forward",
         "pointer",
         ("statistics",),
