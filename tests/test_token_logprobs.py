@@ -129,6 +129,20 @@ def test_the_targets_log_prob_is_the_same_bits(form, impl, device):
     assert torch.equal(own, found.logprob)
 
 
+def test_a_likely_ids_log_prob_is_what_it_is_of_a_target(form, impl, device):
+    """Products of another order err by 1e-6 at logits of 60, where log p is -1e-12."""
+    h, w, _ = (x.to(device) for x in peaked_head(T, D, V))
+    best = (h.double() @ w.double().T).argmax(1)
+    own = ek.linear_logprob_entropy(ek.Head(h, w, best), impl=impl).logprob
+    ids = best[:, None] if form is per_token else best
+    found = ek.linear_logprob_entropy(ek.Head(h, w, (best + 1) % V), token_ids=ids, impl=impl)
+    found = found.token_logprobs
+    found = found[:, 0] if form is per_token else found.diagonal()
+    likely = own > -0.69
+    assert likely.sum() > T // 2
+    assert torch.equal(found[likely], own[likely])
+
+
 @pytest.mark.parametrize("copies", [1, 300])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_probability_near_1_keeps_the_digits_of_its_gradient(dtype, copies, form, impl, device):
