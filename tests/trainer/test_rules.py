@@ -144,6 +144,19 @@ def test_weights_and_cuts_give_the_gradient_of_the_whole(name, loss_type):
         assert told["head/rows"] == int(lengths_B.sum())
 
 
+@pytest.mark.parametrize("name", sorted(set(RULES) - {"top", "bottom", "random"}))
+def test_a_step_trains_on_what_a_rule_chooses(tmp_path, name):
+    model = save_folder(tmp_path / "model", spread=0.2)
+    algorithm = Algorithm(min_groups=1, max_rounds=2, which=name, fraction=0.5)
+    train(settings(tmp_path, model, steps=1, algorithm=algorithm))
+    row = metrics(tmp_path / "run")[1]
+    assert row["grad_norm"] > 0
+    assert row["updates"] > 0
+    assert 0 < row["head/active_rows"] <= row["head/rows"]
+    share = row["entropy/selected_fraction"]
+    assert 0.2 < share < 0.8 if name in OF_FRACTION else 0 < share <= 1
+
+
 def half(given: Tokens) -> Choice:
     """A rule of one's own: the tokens that were likelier than one half."""
     return Choice(given.logprob_T > -0.6931)
