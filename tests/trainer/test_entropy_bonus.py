@@ -187,14 +187,14 @@ def test_the_state_is_that_of_the_written_rule(controlled):
 
 @pytest.mark.slow
 def test_the_entropy_ends_in_the_band_and_leaves_it_without_control(model, tmp_path):
-    last, held = {}, {"entropy_band": (1.6, 2.1), "entropy_bounds": (0.0, 0.3)}
-    for name, control in {"held": held | {"entropy_delta": 0.03}, "alone": {}}.items():
+    last, held = {}, {"entropy_band": (1.8, 2.4), "entropy_bounds": (0.0, 1.0)}
+    for name, control in {"held": held | {"entropy_delta": 0.1}, "alone": {}}.items():
         algorithm = Algorithm(min_groups=1, max_rounds=2, fraction=1.0, **control)
-        config = settings(tmp_path, model, name=name, steps=80, algorithm=algorithm)
-        config = dataclasses.replace(config, eval=Eval(80, 4), checkpoint_every=80)
+        config = settings(tmp_path, model, name=name, steps=45, algorithm=algorithm)
+        config = dataclasses.replace(config, eval=Eval(45, 4), checkpoint_every=45)
         train(config)
         rows = metrics(config.folder)
-        last[name] = [row["entropy/mean"] for row in rows if "entropy/mean" in row]
-        print(name, [round(x, 2) for x in last[name]])
-    assert all(1.6 <= entropy <= 2.1 for entropy in last["held"][-10:])
-    assert all(entropy < 1.6 for entropy in last["alone"][-10:])
+        last[name] = [row["entropy/mean"] for row in rows if "entropy/mean" in row][-8:]
+    assert 1.8 <= sum(last["held"]) / 8 <= 2.4
+    assert all(1.6 <= entropy <= 2.5 for entropy in last["held"])
+    assert all(entropy < 1.6 for entropy in last["alone"])
