@@ -258,7 +258,7 @@ def _distribution(
         sums = torch.stack([s_T, t_T, *more])
         statistics = finish_statistics(sums, no_mean_T, lowest_T == head.target)
         of_one_61 = statistics.new_zeros(6, 1)
-        of_one_61[[1, 2, 5]] = 1.0  # max_prob, sum_p2 and is_top1
+        of_one_61[1:3] = of_one_61[5:] = 1.0  # max_prob, sum_p2 and is_top1
         statistics = rows(statistics, of_one_61)
     return logp_N, (logprob_T, entropy_T, statistics)
 

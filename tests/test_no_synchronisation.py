@@ -17,10 +17,8 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
-from torch.testing._internal.distributed.fake_pg import FakeStore
 
 pytest.importorskip("triton")
 
@@ -339,29 +337,3 @@ def test_what_waits_or_copies_is_listed_by_name(name):
     run, expected = WAITS[name]
     with fake_gpu():
         assert {re.sub(r":\d+$", "", key) for key in count(run)} == expected
-
-
-@pytest.fixture
-def two_ranks():
-    """A group of two ranks, of which this process is one and the other does nothing."""
-    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
-    yield dist.group.WORLD
-    dist.destroy_process_group()
-
-
-@pytest.mark.parametrize("loss_type", ["dapo", "grpo", "gspo"])
-def test_no_collective_of_a_loss_waits(loss_type, two_ranks):
-    with fake_gpu():
-        for name in ("group", "sequence_group", "vocab_group"):
-            for impl in IMPLS:
-                options = {"loss_type": loss_type, "parallel": ek.Parallel(**{name: two_ranks})}
-                assert count(lambda: policy_loss(impl, options)) == {}  # noqa: B023
-
-
-def test_no_collective_of_a_selection_waits(two_ranks):
-    with fake_gpu():
-        for mode in ("exact", "sketch"):
-            threshold = streaming(mode, group=two_ranks)
-            assert count(threshold.denominator) == {}
-        assert count(lambda: distributed.mean_count(bools(B, L), two_ranks)) == {}
-        assert count(lambda: ek.top_entropy_mask(floats(T), group=two_ranks)) == {}
