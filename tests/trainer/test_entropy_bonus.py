@@ -137,8 +137,9 @@ def test_settings_that_do_not_fit_are_named(options, message):
 
 
 @pytest.mark.parametrize("what", ["weight_T", "kept_length_B"])
-def test_a_bonus_over_all_tokens_is_refused_where_a_rule_leaves_some_out(policy, what):
+def test_a_bonus_over_all_tokens_is_refused_where_a_rule_leaves_some_out(what):
     """As a function of the user's may."""
+    policy = build_policy(spread=0.2)
     batch = off_policy(policy)
     values = {"weight_T": torch.ones(len(batch.selected_T)), "kept_length_B": torch.ones(12).long()}
     batch = dataclasses.replace(batch, **{what: values[what]})
@@ -156,6 +157,9 @@ HELD = Algorithm(
 def controlled(model, tmp_path_factory):
     """A run of six steps whose coefficient moves, and its settings."""
     config = settings(tmp_path_factory.mktemp("controlled"), model, algorithm=HELD)
+    # A row of metrics is then that of one update.
+    optimizer = dataclasses.replace(config.optimizer, mini_batches=1)
+    config = dataclasses.replace(config, optimizer=optimizer)
     train(config)
     return config.folder, config
 
