@@ -8,9 +8,12 @@ import torch
 import entropy_kernels as ek
 from entropy_kernels import reference
 from entropy_kernels._bounds import assert_within_two_bounds, worst_of_orders
+from entropy_kernels.testing import Watch, peaked_head
 from tests.head_cases import arithmetic_of
 
 T, D, V = 37, 40, 211
+CALL_D, CALL_V = 16, 61  # of a call whose options are tried
+FORMS = ["shared", "per token"]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 OUTPUTS = ("logprob", "entropy", "logsumexp", "tokens")
 
@@ -89,3 +92,21 @@ def of_the_rows(h, w, y, seed=0):
     best = (h.float() @ w.float().T).topk(2).indices
     others = torch.randint(len(w), (len(y), 2), generator=generator)
     return torch.cat([best[:, :1], best, y.clamp_min(0)[:, None], others], 1)
+
+
+def asked_for(form):
+    """Hidden, weight, targets and ids of one form."""
+    h, w, y = peaked_head(T, CALL_D, CALL_V)
+    ids = torch.tensor([3, 8, 3, 11])
+    return h, w, y, of_the_rows(h, w, y) if form == "per token" else ids
+
+
+def on(device, *tensors):
+    return [x.to(device) for x in tensors]
+
+
+def backward_of(given, found, active):
+    """The products of a backward at some rows of the ids' log-probs."""
+    with Watch() as watch:
+        (found.token_logprobs * active[:, None]).sum().backward()
+    return watch.products

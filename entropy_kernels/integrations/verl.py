@@ -64,9 +64,9 @@ def patch_verl(
 
     The head keeps verl's signature, shapes ([T, D] or [B, L, D]) and temperature, which divides the
     logits of both outputs. log_probs are fp32, as verl's. Entropies are fp32 too, where verl rounds
-    them to the dtype of the hidden states. Many 16-bit entropies tie, and a mask of the highest
-    fifth would be drawn among the ties. Rows whose label is -100 give zeros. In FSDP's engine
-    `actor.calculate_sum_pi_squared` works, which verl refuses with fused kernels.
+    them to 16 bits. Many of those tie, and a mask of the highest fifth would be drawn among them.
+    Rows whose label is -100 give zeros. In FSDP's engine `actor.calculate_sum_pi_squared` works,
+    which verl refuses with fused kernels.
 
     "high_entropy", for `actor_rollout_ref.actor.policy_loss.loss_mode`, is equation 6 of arXiv
     2506.01939v2. It is the clipped ratio loss with dual clip of verl's "vanilla". Of the n response
@@ -86,8 +86,7 @@ def patch_verl(
         impl: as in `linear_logprob_entropy`; of the head, and of the selection and the loss of
             "high_entropy", which beside the reference are torch's.
         fraction: of the response tokens, in (0, 1].
-        over_ranks: take the threshold over the data-parallel ranks' micro-batches of the same
-            number together: histograms of 40 KB are summed, no entropy moves.
+        over_ranks: one threshold over the ranks' micro-batches of one number: sums of histograms.
         denominator: "selected", ceil(fraction * tokens of the mini-batch) (paper v2), or "all", the
             tokens of the mini-batch (v1).
         entropy_source: whose entropies "high_entropy" selects by. "current": those of the policy
