@@ -161,14 +161,14 @@ TILES: dict[Key, tuple[Tile, ...]] = {
     Key("forward_statistics", "sm_100", "bfloat16", 2047, ANY): (
         Tile("tma", 128, 64, 64, 8, 4),
         Tile("tma_split", 128, 64, 64, 8, 4),
-        Tile("pointer", 128, 64, 64, 8, 3),
+        Tile("pointer", 128, 64, 64, 8, 3, max_registers=144),
         Tile("cublas", 4, 1024, 1, 4, 1, max_registers=255),
     ),
     Key("forward_statistics", "sm_100", "bfloat16", ANY, ANY): (
         Tile("cublas", 4, 1024, 1, 4, 1, max_registers=255),
         Tile("tma", 128, 64, 64, 8, 4),
         Tile("tma_split", 128, 64, 64, 8, 4),
-        Tile("pointer", 128, 64, 64, 8, 3),
+        Tile("pointer", 128, 64, 64, 8, 3, max_registers=144),
     ),
     Key("forward_keep", "sm_80", "bfloat16", ANY, ANY): (
         Tile("cublas", 4, 1024, 1, 4, 1, max_registers=255),

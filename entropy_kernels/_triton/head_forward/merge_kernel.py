@@ -75,10 +75,6 @@ def merge_kernel(
             w += tl.sum(w_ST, 0)
             q += tl.sum(q_ST, 0)
             r += tl.sum(r_ST, 0)
-            mean += tl.sum(tl.load(ptrs + 7 * field, mask=mask, other=0.0), 0)
-            first_ST = tl.load(ptrs + 8 * field, mask=mask, other=0.0).to(tl.int32, bitcast=True)
-            tile_first = tl.min(tl.where(m_ST == top[None, :], first_ST, NOWHERE), 0)
-            first = tl.minimum(tl.where(m == top, first, NOWHERE), tile_first)
         n_ST, s_ST, u_ST = moved_sums(m_ST, n_ST, s_ST, u_ST, scale[None, :], top[None, :])
         n, s, u = moved_sums(m, n, s, u, scale, top)
         n += tl.sum(n_ST, 0)
@@ -106,6 +102,16 @@ def merge_kernel(
     tl.store(max_ptr + offs_t, tl.where(valid, m * factor, 0.0), mask=mask_t)
     tl.store(log_sum_ptr + offs_t, tl.where(valid, log_sum * factor, 0.0), mask=mask_t)
     if STATISTICS:
+        # A walk of its own: within the other one, two more sums would spill.
+        for start in range(0, n_split, BLOCK_S):
+            offs_s = start + tl.arange(0, BLOCK_S)
+            mask = (offs_s < n_split)[:, None] & valid[None, :]
+            ptrs = partials_ptr + offs_s.to(tl.int64)[:, None] * T + slot[None, :]
+            mean += tl.sum(tl.load(ptrs + 7 * field, mask=mask, other=0.0), 0)
+            m_ST = tl.load(ptrs, mask=mask, other=LOWEST)
+            first_ST = tl.load(ptrs + 8 * field, mask=mask, other=0.0).to(tl.int32, bitcast=True)
+            tile_first = tl.min(tl.where(m_ST == m[None, :], first_ST, NOWHERE), 0)
+            first = tl.minimum(first, tile_first)
         finish_statistics(
             statistics_ptr,
             offs_t,
