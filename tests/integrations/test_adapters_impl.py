@@ -55,7 +55,7 @@ def step_of_verl(impl):
     B, L, D, V = 2, 5, 16, 40
     hidden, weight = torch.randn(B, L, D, requires_grad=True), torch.randn(V, D, requires_grad=True)
     nothing_known = verl.Rollout(False, False, torch.where)
-    forward = verl._head(impl, nothing_known)
+    forward = verl._head(impl, nothing_known, verl.Squares(nothing_known))
     logprob, entropy = forward(None, hidden, weight, torch.randint(V, (B, L)))
     config = SimpleNamespace(
         policy_loss={"loss_mode": "high_entropy"},

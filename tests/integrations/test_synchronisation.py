@@ -21,7 +21,7 @@ from tests.test_no_synchronisation import count
 pytestmark = pytest.mark.filterwarnings("ignore:linear_logprob_entropy takes:RuntimeWarning")
 
 # None of them knows a bound of the rows with a gradient.
-OF_BACKWARD = {"nonzero at head_backward.py"}
+OF_BACKWARD = {"nonzero at _rows.py"}
 
 
 def files(run) -> set[str]:
@@ -44,7 +44,8 @@ def test_trl():
 def test_verl():
     with fake_gpu(), HostWaits() as forward:
         head = make_head(B, L)
-        forward_of_head = verl._head("triton", verl.Rollout(False, False, torch.where))
+        rollout = verl.Rollout(False, False, torch.where)
+        forward_of_head = verl._head("triton", rollout, verl.Squares(rollout))
         logprob, _ = forward_of_head(None, head.hidden, head.weight, head.target, floats(B, L))
         assert forward.found == {}
         assert files(lambda: backward(logprob.sum())) == {"item at launch_rows.py"}
