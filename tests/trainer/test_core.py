@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-CORE_LINES = 3200
+CORE_LINES = 3350
 ANNEXES = ("trainer.studies", "trainer.plan")
 ENTRY = "trainer.__main__"  # its verbs import their commands, annexes among them, when they are run
 
