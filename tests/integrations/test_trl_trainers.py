@@ -238,8 +238,13 @@ def in_bf16(kind, tmp_path, function, **options):
     if kind != "sft":
         options["ref_model"] = other
     replaced = (utils, "_ChunkedLogProbFunction", function)
-    with Patch(replaced, (utils, "_use_triton", adapter._drops_unlabelled)):
+    # A trainer leaves its autocast on; the outer one turns it off again.
+    with (
+        torch.autocast("cpu", enabled=False),
+        Patch(replaced, (utils, "_use_triton", adapter._drops_unlabelled)),
+    ):
         found = train(kind, tmp_path, model=model, bf16=True, max_steps=20, **options)
+    assert not torch.is_autocast_enabled("cpu")
     return torch.tensor([row["loss"] for row in found], dtype=torch.float64)
 
 
