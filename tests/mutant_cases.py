@@ -92,8 +92,8 @@ MUTANTS = [
     Mutant(
         "one split dropped",
         MERGE,
-        "mask = (offs_s < n_split)[:, None]",
-        "mask = (offs_s < n_split - 1)[:, None]",
+        "\n        mask = (offs_s < n_split)[:, None]",
+        "\n        mask = (offs_s < n_split - 1)[:, None]",
         "forward",
         "cublas",
         dtype=torch.bfloat16,

@@ -50,7 +50,7 @@ bool is_nan(float x) { return x != x; }
 template <class Check>
 void each_output(const Outcome& out, std::int64_t tokens, std::int64_t token, Check check) {
   for (int i = 0; i < 5; ++i) check(out.rows[i * tokens + token], i);
-  for (int i = 0; i < 4; ++i) check(out.statistics[i * tokens + token], 5 + i);
+  for (int i = 0; i < 6; ++i) check(out.statistics[i * tokens + token], 5 + i);
 }
 
 void require_untouched(const Problem& p, const Outcome& got, const std::string& what,

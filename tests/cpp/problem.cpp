@@ -130,7 +130,7 @@ Outcome run(const Kernels& kernels, const Problem& p, int threads, bool store_lo
   const entropy_kernels::Rows rows{p.all_rows ? nullptr : p.index.data(), count};
   Outcome out;
   out.rows.assign(5 * p.tokens, kUntouched);
-  out.statistics.assign(4 * p.tokens, kUntouched);
+  out.statistics.assign(6 * p.tokens, kUntouched);
   const entropy_kernels::ForwardRows computed(out.rows.data(), p.tokens, out.statistics.data());
   // With stored logits forward works on all tokens.
   const entropy_kernels::Rows all{nullptr, p.tokens};

@@ -37,7 +37,7 @@ struct Problem {
 // What forward and backward write, as floats. What forward writes is kUntouched for tokens that are
 // not in `index`.
 struct Outcome {
-  std::vector<float> rows, statistics;         // [5, T], [4, T]
+  std::vector<float> rows, statistics;         // [5, T], [6, T]
   std::vector<float> dhidden, dweight, dbias;  // [R, D], [V, D], [V]
   std::int64_t forward_products, backward_products;
 

@@ -86,6 +86,30 @@ struct Row {
   }
 };
 
+// The mean of all logits, and whether the target's is the first of the largest, where that is
+// clear.
+void compare_logits(const Row& row, const Problem& p, const Outcome& got, std::int64_t token,
+                    const std::string& what, Report& report) {
+  double total = 0, total_off = 0;
+  bool clear = true;
+  for (std::int64_t j = 0; j < row.columns; ++j) {
+    total += row.z[j];
+    total_off += row.off[j] + 136 * kUnit * std::fabs(row.z[j]);
+    const std::int64_t other = row.target == row.top ? j : row.target;
+    if (other != row.top && row.z[row.top] - row.z[other] <= row.off[row.top] + row.off[other])
+      clear = false;
+  }
+  const float mean = got.statistics[4 * p.tokens + token];
+  const double scale = double(p.vocabulary) * row.temperature;
+  if (std::isinf(total))
+    report.require(mean == float(total), what + " mean logit of -inf");
+  else
+    report.close(mean, total / scale, total_off / scale + 2 * kUnit * std::fabs(total / scale),
+                 what + " mean logit", token);
+  const float first = got.statistics[5 * p.tokens + token];
+  if (clear) report.require(first == float(row.target == row.top), what + " is_top1");
+}
+
 void compare_outputs(const Row& row, const Problem& p, const Outcome& got, std::int64_t token,
                      const std::string& what, Report& report) {
   const double z = row.whole(), max = row.z[row.top] / row.temperature;
@@ -117,6 +141,7 @@ void compare_outputs(const Row& row, const Problem& p, const Outcome& got, std::
              2 * std::fabs(weighted) * row.s_off / z) /
                 (z * z),
             " sum p^2 log p");
+  compare_logits(row, p, got, token, what, report);
 }
 
 struct Derivative {
