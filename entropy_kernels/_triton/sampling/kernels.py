@@ -31,7 +31,7 @@ def logit_sums_kernel(
     scale = LOG2E * inverse_temperature(
         temperature_ptr, stride_temperature, row, row < R, HAS_TEMPERATURE
     )
-    m, n, s, u, _, _, _ = empty_sums(1)
+    m, n, s, u, _, _, _, _, _ = empty_sums(1)
     for tile in range(tiles):
         offs_v = (split * tiles + tile) * BLOCK_V + tl.arange(0, BLOCK_V)
         z = tl.load(
@@ -60,7 +60,7 @@ def logit_entropy_kernel(
         temperature_ptr, stride_temperature, offs_r, mask_r, HAS_TEMPERATURE
     )
     scale = LOG2E * inverse
-    m, n, s, u, _, _, _ = empty_sums(BLOCK_R)
+    m, n, s, u, _, _, _, _, _ = empty_sums(BLOCK_R)
     field = tl.cast(n_split, tl.int64) * R
     for start in range(0, n_split, BLOCK_S):
         offs_s = start + tl.arange(0, BLOCK_S)
