@@ -151,5 +151,3 @@ def test_options_without_a_kernel_are_refused_by_name(impl, device):
         ValueError, match=f'scope="sequence" .*impl "auto" or "torch"; got .*{impl}'
     ):
         ek.top_entropy_mask(entropies(device), scope="sequence", impl=impl)
-    with pytest.raises(ValueError, match=r'impl="reference" .* selected_token_ids'):
-        liger_of_tokens(device, "reference")

@@ -9,6 +9,7 @@ import torch
 
 from entropy_kernels._bounds import assert_within_two_bounds, worst_of_orders
 from entropy_kernels.integrations.liger import LinearScaledCrossEntropy
+from entropy_kernels.testing import peaked_head
 from tests.integrations.counted import Counted
 
 # [T, D, V]: of Liger's tests aligned, ragged, more than one of its chunks, tiny, prime.
@@ -182,3 +183,12 @@ def test_an_ignored_target_may_lie_anywhere():
     assert LinearScaledCrossEntropy.apply(h, w, y)[1] == 0
     y[1] = 99
     assert LinearScaledCrossEntropy.apply(h, w, y, ignore_index=99)[1] == 0
+
+
+def test_the_reference_has_log_probs_of_chosen_ids_too():
+    h, w, y = peaked_head(6, 5, 11)
+    ids = torch.tensor([3, 0, 3])
+    nll, found = LinearScaledCrossEntropy.apply(h, w, y, selected_token_ids=ids, impl="reference")
+    logp = (h @ w.T).log_softmax(1)
+    torch.testing.assert_close(found, logp[:, ids])
+    torch.testing.assert_close(nll, -logp.gather(1, y[:, None]).squeeze(1))
