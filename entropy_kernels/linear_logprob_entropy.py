@@ -79,10 +79,10 @@ def linear_logprob_entropy(
             least that entropy where it has whole rows at hand. If the fraction f of the rows is
             trained, 1 + 2f products are needed instead of 1 + 3f. The option changes the cost and
             never which rows get a gradient. "triton" and "cuda" store, where the table of tiles
-            takes chunks of cuBLAS's products; the others recompute everything, and so does a
-            vocab_group. There is room for 1 GiB of such rows (256 MiB on a CPU) and at most
-            max_active_rows of them. Backward recomputes from the first active row that was not
-            stored. A row of NaN entropy is not stored, and a tensor of NaN stores none.
+            takes chunks of cuBLAS's products; the others recompute everything, and so do
+            vocab_group and token_ids. There is room for 1 GiB of such rows (256 MiB on a CPU) and
+            at most max_active_rows of them. Backward recomputes from the first active row that was
+            not stored. A row of NaN entropy is not stored, and a tensor of NaN stores none.
         max_active_rows: an upper bound, known to the host, of the rows that will get a gradient.
             With it backward does not wait for a GPU to count them, and a CUDA graph can hold it. If
             more rows get one, all gradients are NaN. On a CPU the "cpu" and "torch" backwards raise
@@ -230,6 +230,7 @@ def _on_vocabulary(
     if ids is not None:
         from . import _token_logprobs  # as below
 
+        run |= {"store_above": None, "store_rows": 0}
         return _token_logprobs.linear_logprob_entropy(head, ids, impl, _token_ids.Run(run))
     return ops.linear_logprob_entropy(**ops.in_schema(head), **run)
 

@@ -9,6 +9,7 @@ import torch
 import entropy_kernels as ek
 from entropy_kernels import _rows
 from entropy_kernels.testing import Watch, peaked_head
+from tests.marks import nan_is_meant
 from tests.token_cases import CALL_D as D
 from tests.token_cases import CALL_V as V
 from tests.token_cases import (
@@ -24,6 +25,8 @@ from tests.token_cases import (
     per_token,
     run,
 )
+
+pytestmark = nan_is_meant
 
 
 @pytest.fixture(params=FORMS)

@@ -13,6 +13,8 @@ from tests.token_cases import CALL_D as D
 from tests.token_cases import CALL_V as V
 from tests.token_cases import FORMS, T, asked_for, on, per_token
 
+pytestmark = nan_is_meant
+
 
 @pytest.fixture(params=FORMS)
 def asked(request):
@@ -52,7 +54,6 @@ def test_a_bound_that_nobody_checks_is_nan_beyond_it(asked, monkeypatch):
         assert x.grad.isnan().any() == weight.grad.isnan().any() == (most == 8)
 
 
-@nan_is_meant
 @pytest.mark.parametrize("wrong", [-1, V, 2**40])
 def test_what_nobody_checks_is_nan_in_its_place_and_row(wrong, asked, impl, device, monkeypatch):
     monkeypatch.setattr(_rows, "sees_values", lambda device: False)
