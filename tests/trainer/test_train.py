@@ -274,6 +274,7 @@ def test_steps_without_a_useful_group_are_skipped_and_counted(model, tmp_path, m
         "step": 2,
         "next_problem": 16,
         "updates": 0,
+        "entropy": {},
     }
     before, after = read_whole(Path(model)), read_whole(last)
     assert all(torch.equal(before[name], value) for name, value in after.items())
