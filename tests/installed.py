@@ -22,7 +22,7 @@ LEFT_OUT = shutil.ignore_patterns(
 # These are about other parts of the checkout or use them, or build packages themselves.
 OF_THE_CHECKOUT = {
     *("test_architecture", "test_benchmark_steps", "test_benchmarks", "test_costs", "test_cpp"),
-    *("test_bench_trl_trainers",),
+    *("test_bench_trl_trainers", "test_precision"),
     *("test_cuda_build", "test_callers_mistakes_elsewhere", "test_english", "test_examples"),
     *("test_gpu_rows", "test_gpu_run", "test_tile_model"),
     *("test_gpu_script", "test_hub_kernel", "test_layers", "test_loss_parity", "test_main"),
