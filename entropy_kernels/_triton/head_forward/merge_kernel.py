@@ -8,7 +8,7 @@ import triton.language as tl
 
 from ..common.logit_functions import LN2, LOG2E, LOWEST, log1p
 from .row_sum_functions import empty_sums, moved_sums
-from .statistics_functions import NOWHERE, finish_statistics, moved_statistics
+from .statistics_functions import finish_statistics, merged_logits, moved_statistics
 
 
 @triton.jit(
@@ -102,16 +102,7 @@ def merge_kernel(
     tl.store(max_ptr + offs_t, tl.where(valid, m * factor, 0.0), mask=mask_t)
     tl.store(log_sum_ptr + offs_t, tl.where(valid, log_sum * factor, 0.0), mask=mask_t)
     if STATISTICS:
-        # A walk of its own: within the other one, two more sums would spill.
-        for start in range(0, n_split, BLOCK_S):
-            offs_s = start + tl.arange(0, BLOCK_S)
-            mask = (offs_s < n_split)[:, None] & valid[None, :]
-            ptrs = partials_ptr + offs_s.to(tl.int64)[:, None] * T + slot[None, :]
-            mean += tl.sum(tl.load(ptrs + 7 * field, mask=mask, other=0.0), 0)
-            m_ST = tl.load(ptrs, mask=mask, other=LOWEST)
-            first_ST = tl.load(ptrs + 8 * field, mask=mask, other=0.0).to(tl.int32, bitcast=True)
-            tile_first = tl.min(tl.where(m_ST == m[None, :], first_ST, NOWHERE), 0)
-            first = tl.minimum(first, tile_first)
+        mean, first = merged_logits(partials_ptr, slot, valid, T, n_split, m, mean, first, BLOCK_S)
         finish_statistics(
             statistics_ptr,
             offs_t,

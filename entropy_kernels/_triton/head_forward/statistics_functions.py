@@ -25,7 +25,7 @@ T tokens, V vocabulary, S vocabulary splits.
 import triton
 import triton.language as tl
 
-from ..common.logit_functions import LN2, LOWEST_EXPONENT
+from ..common.logit_functions import LN2, LOWEST, LOWEST_EXPONENT
 
 # Behind every column.
 NOWHERE = tl.constexpr(2**31 - 1)
@@ -76,6 +76,24 @@ def store_statistics(partials_ptr, split, n_split, offs_t, end_t, T, w, q, r, me
     tl.store(partials_ptr + 3 * field + offs, mean, mask=mask)
     # A column's number keeps its bits.
     tl.store(partials_ptr + 4 * field + offs, first.to(tl.float32, bitcast=True), mask=mask)
+
+
+@triton.jit
+def merged_logits(partials_ptr, slot, valid, T, n_split, m, mean, first, BLOCK_S: tl.constexpr):
+    """(mean, first) over all splits, m [T] the maximum of them.
+
+    A walk of its own: within that of the other sums, these two would spill.
+    """
+    field = tl.cast(n_split, tl.int64) * T
+    for start in range(0, n_split, BLOCK_S):
+        offs_s = start + tl.arange(0, BLOCK_S)
+        mask = (offs_s < n_split)[:, None] & valid[None, :]
+        ptrs = partials_ptr + offs_s.to(tl.int64)[:, None] * T + slot[None, :]
+        mean += tl.sum(tl.load(ptrs + 7 * field, mask=mask, other=0.0), 0)
+        m_ST = tl.load(ptrs, mask=mask, other=LOWEST)
+        first_ST = tl.load(ptrs + 8 * field, mask=mask, other=0.0).to(tl.int32, bitcast=True)
+        first = tl.minimum(first, tl.min(tl.where(m_ST == m[None, :], first_ST, NOWHERE), 0))
+    return mean, first
 
 
 @triton.jit
