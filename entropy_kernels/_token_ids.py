@@ -79,8 +79,8 @@ class Run(NamedTuple):
 
     @property
     def stores(self) -> bool:
-        """Whether forward stores logits, of all rows or of some."""
-        return self.options["keep_logits"] or self.options["store_above"] is not None
+        """Whether forward stores the logits of all rows; it never stores those of some."""
+        return self.options["keep_logits"]
 
 
 class Chosen(NamedTuple):

@@ -96,10 +96,8 @@ class _TokenLogprobs(torch.autograd.Function):
         found_TK, *rest = ctx.saved_tensors
         sizes = len(Chosen._fields), len(ForwardRows._fields)
         chosen = Chosen(*rest[: sizes[0]])
-        rows = ForwardRows(*rest[sizes[0] : sum(sizes)])
+        rows = ForwardRows(*rest[sizes[0] : sum(sizes)])._replace(places=None)
         head = Head.joined(rest[sum(sizes) :], ctx.head_options)
-        if ctx.run.options["store_above"] is None:
-            rows = rows._replace(places=None)
         given = Given(grad_T, grad_entropy_T, grad_logsumexp_T, grad_TK)
         # What arrives at a NaN is NaN in its row.
         given = given.with_nan_at(rows.logprob, found_TK)
