@@ -23,7 +23,7 @@ endif
 endif
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: train test test-slow test-builds test-compile test-cuda test-aarch64 test-verl test-vllm
+.PHONY: train test test-slow test-thorough test-builds test-compile test-cuda test-aarch64 test-verl test-vllm
 .PHONY: test-wheel lint bench sanitize docs resolve clean FORCE
 
 train: $(VENV)/.trainer
@@ -39,13 +39,19 @@ SLOW = $(sort $(shell grep -rl --include='test_*.py' 'mark\.slow' tests))
 test: lint
 	@echo "Running the tests ..."
 	@EK_REQUIRE_NATIVE=$(EK_REQUIRE_NATIVE) $(BIN)/python -m pytest $(patsubst %,--ignore=%,$(BUILDS) $(COMPILED) tests/cuda) \
-		-m "not slow" -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
+		-m "not slow" --sampled -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 # Training runs of the studies and the planner, programs of several processes, examples, pins, kernels
 # under the sanitizer, by models of hardware, and broken on purpose.
 test-slow: $(VENV)/.dev
 	@echo "Running the slow tests ..."
-	@EK_REQUIRE_NATIVE=$(EK_REQUIRE_NATIVE) $(BIN)/python -m pytest -m slow $(SLOW) $(ARGS)
+	@EK_REQUIRE_NATIVE=$(EK_REQUIRE_NATIVE) $(BIN)/python -m pytest -m slow --sampled $(SLOW) $(ARGS)
+
+# Every test of the two, with all parameters of the large grids, of which the two run a share.
+test-thorough: $(VENV)/.dev
+	@echo "Running all tests with all their parameters ..."
+	@EK_REQUIRE_NATIVE=$(EK_REQUIRE_NATIVE) $(BIN)/python -m pytest $(patsubst %,--ignore=%,$(BUILDS) $(COMPILED) tests/cuda) \
+		-n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-builds: $(VENV)/.dev
 	@echo "Running the tests of what is built ..."
@@ -56,11 +62,12 @@ test-cuda: $(VENV)/.dev
 	@echo "Running the tests of csrc/cuda ..."
 	@EK_REQUIRE_CUDA=$(if $(NVCC),1) $(BIN)/python -m pytest tests/cuda -n 2 $(ARGS)
 
-# With the environment's Triton, or with another version of it.
+# With the environment's Triton, or with another version of it. For all GPUs, or for those of pytest's -k.
 TRITON ?=
+GPUS ?=
 test-compile: $(VENV)/.dev $(if $(TRITON),build/triton-$(TRITON)/.installed)
-	@echo "Compiling the kernels for every GPU with $(if $(TRITON),Triton $(TRITON),the pinned Triton) ..."
-	@$(if $(TRITON),PYTHONPATH=build/triton-$(TRITON)) $(BIN)/python -m pytest $(COMPILED) $(ARGS)
+	@echo "Compiling the kernels for $(or $(GPUS),every GPU) with $(if $(TRITON),Triton $(TRITON),the pinned Triton) ..."
+	@$(if $(TRITON),PYTHONPATH=build/triton-$(TRITON)) $(BIN)/python -m pytest $(COMPILED) $(if $(GPUS),-k "$(GPUS)") $(ARGS)
 
 build/triton-%/.installed: | $(VENV)/.dev
 	@echo "Installing Triton $* into build/triton-$* ..."

@@ -2,6 +2,7 @@
 uninitialised memory is NaN, so that a kernel that reads it shows."""
 
 import functools
+import gc
 import os
 import signal
 from collections.abc import Iterable
@@ -16,7 +17,7 @@ import pytest
 import torch
 from _pytest.mark.structures import ParameterSet
 
-from tests import shapes
+from tests import sampling, shapes
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -72,6 +73,33 @@ def params_of(pairs: Iterable[tuple[str, str]]) -> list[ParameterSet]:
     falls = pytest.mark.filterwarnings('ignore:impl="cuda" takes a Triton kernel:RuntimeWarning')
     marks = {"cuda": [pytest.mark.gpu, falls]}
     return [pytest.param(x, id=" on ".join(x), marks=marks.get(x[0], [])) for x in pairs]
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    text = "of the tests that are marked as sampled, run a share of the parameters"
+    parser.addoption("--sampled", action="store_true", help=text)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.getoption("--sampled", default=False):
+        return
+    grids: dict[str, dict[str, pytest.Item]] = {}
+    for item in items:
+        if item.get_closest_marker("sampled") and hasattr(item, "callspec"):
+            grids.setdefault(item.nodeid.split("[")[0], {})[item.nodeid] = item
+    left_out: set[str] = set()
+    for grid in grids.values():
+        points = {name: item.callspec.indices for name, item in grid.items()}
+        (share,) = next(iter(grid.values())).get_closest_marker("sampled").args
+        left_out |= grid.keys() - sampling.sample(points, share)
+    config.hook.pytest_deselected(items=[item for item in items if item.nodeid in left_out])
+    items[:] = [item for item in items if item.nodeid not in left_out]
+
+
+def pytest_collection_finish() -> None:
+    """Garbage is not looked for among the thousands of tests, which stay."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -4,6 +4,9 @@ import pytest
 
 from tests.conftest import BACKENDS, params_of
 
+# The share of a test's parameters that run with `--sampled`, as `make test` does. All others run
+# with `make test-thorough`.
+sampled = pytest.mark.sampled
 # numpy, which computes in Triton's interpreter, warns of NaN and infinities that are meant.
 nan_is_meant = pytest.mark.filterwarnings("ignore:.*encountered:RuntimeWarning")
 # test_triton_kernel_cases.py has these cases at the sizes of Triton's interpreter.

@@ -13,6 +13,7 @@ from entropy_kernels import _arguments
 from tests import mistakes
 from tests.head_cases import logprob_entropy
 from tests.loss_cases import PLACES, grouped, policy_loss, ratio_loss
+from tests.marks import sampled
 from tests.mistakes import (
     ADVANTAGE,
     ENTROPY,
@@ -33,6 +34,8 @@ from tests.mistakes import (
     contents,
     each,
 )
+
+pytestmark = sampled(0.2)
 
 HEAD = {"hidden": HIDDEN, "weight": WEIGHT, "target": TARGET}
 HALF = (torch.int64, torch.bool, torch.float64, torch.complex64)

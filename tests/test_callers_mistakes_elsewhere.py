@@ -13,6 +13,7 @@ import entropy_kernels as ek
 from entropy_kernels import distributed, losses, token_rules
 from entropy_kernels.integrations import hf, trl, verl
 from tests import mistakes
+from tests.marks import sampled
 from tests.mistakes import (
     ADVANTAGE,
     ENTROPY,
@@ -27,6 +28,8 @@ from tests.mistakes import (
     each,
 )
 from trainer.tiny.model import build_tiny
+
+pytestmark = sampled(0.2)
 
 TOKENS = {"logprob": LOGPROB, "old_logprob": LOGPROB, "advantage": ADVANTAGE, "mask": MASK}
 FRACTION = mistakes.number(0, -0.2, 1.5, INF)

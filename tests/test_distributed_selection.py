@@ -5,7 +5,10 @@ import torch
 import torch.distributed as dist
 
 from entropy_kernels import StreamingThreshold, distributed, entropy_threshold, top_entropy_mask
+from tests.marks import sampled
 from tests.processes import meeting, results_by_rank, save_by_groups, spawn
+
+pytestmark = sampled(0.2)
 
 # Tokens of each rank: one of them has none.
 SHARES = {2: [900, 0], 3: [301, 0, 700]}

@@ -9,6 +9,9 @@ import entropy_kernels as ek
 from entropy_kernels import backends
 from entropy_kernels._torch import sampling
 from tests.conftest import BACKENDS, params_of
+from tests.marks import sampled
+
+pytestmark = sampled(0.2)
 
 EPS = torch.finfo(torch.float32).eps
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

@@ -5,7 +5,7 @@ from functools import partial
 import pytest
 import torch
 
-from tests.marks import nan_is_meant
+from tests.marks import nan_is_meant, sampled
 
 pytest.importorskip("triton")
 
@@ -23,6 +23,7 @@ ALL = ("bias", "temperatures", "softcap", "ignore")
 # The depth of a step is that of GPUs' tiles, or more: it changes no order of the products.
 TILES = (Tile("pointer", 32, 64, 128, 4, 1, 2, 128), Tile("pointer", 32, 64, 128, 4, 1, 2))
 pytestmark = [
+    sampled(0.2),
     nan_is_meant,
     pytest.mark.slow,
     pytest.mark.skipif(torch.cuda.is_available(), reason="interprets"),

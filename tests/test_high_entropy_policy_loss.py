@@ -11,6 +11,9 @@ from entropy_kernels import _rows, backends, reference
 from entropy_kernels._bounds import assert_within_two_bounds, worst_of_orders
 from entropy_kernels.testing import Watch, peaked_head
 from tests.loss_cases import policy_loss
+from tests.marks import sampled
+
+pytestmark = sampled(0.2)
 
 B, L, D, V = 4, 50, 48, 1031
 # The module, whose name in the package is the function's.

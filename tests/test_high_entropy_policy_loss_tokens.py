@@ -9,7 +9,10 @@ import entropy_kernels as ek
 from entropy_kernels import _rows, reference
 from entropy_kernels.testing import peaked_head
 from tests.loss_cases import policy_loss
+from tests.marks import sampled
 from tests.test_high_entropy_policy_loss import gradients
+
+pytestmark = sampled(0.2)
 
 B, L, D, V = 3, 15, 16, 131
 

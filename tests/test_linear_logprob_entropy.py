@@ -19,7 +19,9 @@ from tests.head_cases import (
     numbers,
     with_statistics,
 )
-from tests.marks import nan_is_meant, not_interpreted
+from tests.marks import nan_is_meant, not_interpreted, sampled
+
+pytestmark = sampled(0.2)
 
 # Blocks of rows, of the vocabulary, and what is beyond them.
 SHAPES = {

@@ -12,6 +12,9 @@ import entropy_kernels as ek
 from entropy_kernels import _rows
 from entropy_kernels._torch.head_forward import forward
 from tests.head_cases import BY_TRITON, logprob_entropy, make
+from tests.marks import sampled
+
+pytestmark = sampled(0.2)
 
 
 def test_opcheck(impl, device, unchecked_shapes):

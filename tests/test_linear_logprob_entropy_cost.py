@@ -9,7 +9,9 @@ import torch
 import entropy_kernels as ek
 from entropy_kernels.testing import Watch
 from tests.head_cases import BY_TRITON, make
-from tests.marks import nan_is_meant
+from tests.marks import nan_is_meant, sampled
+
+pytestmark = sampled(0.2)
 
 
 @pytest.mark.parametrize("fraction", [1.0, 0.5, 0.2, 0.1])

@@ -11,6 +11,9 @@ from entropy_kernels import losses
 from entropy_kernels._bounds import assert_within_two_bounds
 from tests import loss_formulas
 from tests.loss_cases import gradient, make_case, ratio_loss, worst_of_shuffles
+from tests.marks import sampled
+
+pytestmark = sampled(0.2)
 
 NAMES = list(losses.LOSSES)
 UNCLIPPED = ["cispo", "sapo", "vespo", "gpg", "reinforce"]

@@ -9,7 +9,7 @@ from unittest import mock
 import pytest
 import torch
 
-from tests.marks import nan_is_meant
+from tests.marks import nan_is_meant, sampled
 
 pytest.importorskip("triton")
 
@@ -30,7 +30,11 @@ from tests.mutants import CPU
 QUESTIONS = list(dict.fromkeys(mutant.question for mutant in MUTANTS))
 # The others take as long each.
 FAST = ("forward float32 cublas", "selection", "ratio_loss")
-pytestmark = [nan_is_meant, pytest.mark.skipif(torch.cuda.is_available(), reason="interprets")]
+pytestmark = [
+    sampled(0.2),
+    nan_is_meant,
+    pytest.mark.skipif(torch.cuda.is_available(), reason="interprets"),
+]
 
 
 def named(name):

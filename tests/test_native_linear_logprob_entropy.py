@@ -15,9 +15,10 @@ import entropy_kernels as ek
 from entropy_kernels import _native, backends
 from entropy_kernels.testing import peaked_head
 from tests.head_cases import DTYPES, assert_as_reference
+from tests.marks import sampled
 
 WHY = _native.why_missing("cpu")
-pytestmark = pytest.mark.skipif(WHY is not None, reason=WHY or "built")
+pytestmark = [sampled(0.2), pytest.mark.skipif(WHY is not None, reason=WHY or "built")]
 INSTRUCTION_SETS = _native.cpu().instruction_sets(models=True) if WHY is None else []
 # Whose products of bf16 heads take dz as bf16.
 OF_BF16 = {"amx", "amx_model", "avx512_bf16", "neon_bf16"}

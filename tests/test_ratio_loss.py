@@ -10,6 +10,9 @@ from entropy_kernels import _native, backends, ops, reference
 from entropy_kernels._bounds import assert_within_two_bounds
 from tests import loss_cases
 from tests.loss_cases import gradient, worst_of_shuffles
+from tests.marks import sampled
+
+pytestmark = sampled(0.2)
 
 B, L = 5, 11
 WHY_MISSING = _native.why_missing("cpu")

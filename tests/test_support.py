@@ -12,10 +12,10 @@ from entropy_kernels import _rows
 from entropy_kernels.testing import Watch
 from entropy_kernels.verification.truth import ROWS
 from tests.head_cases import DTYPES, make, numbers
-from tests.marks import nan_is_meant, not_interpreted
+from tests.marks import nan_is_meant, not_interpreted, sampled
 from tests.support_cases import check, make_sets, masked, random_sets, unsorted
 
-pytestmark = nan_is_meant
+pytestmark = [sampled(0.2), nan_is_meant]
 
 
 @pytest.fixture

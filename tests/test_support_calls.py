@@ -14,8 +14,10 @@ from torch.utils.checkpoint import checkpoint
 import entropy_kernels as ek
 from entropy_kernels import _rows
 from tests.head_cases import logprob_entropy, numbers
-from tests.marks import nan_is_meant
+from tests.marks import nan_is_meant, sampled
 from tests.support_cases import make_sets, masked, random_sets, unsorted
+
+pytestmark = sampled(0.2)
 
 T, D, V = 9, 8, 67
 SETS = st.lists(st.lists(st.integers(0, 30), unique=True, max_size=9), max_size=9)

@@ -9,8 +9,10 @@ import torch
 import entropy_kernels as ek
 from entropy_kernels.testing import Watch
 from tests.head_cases import make
-from tests.marks import nan_is_meant, not_interpreted
+from tests.marks import nan_is_meant, not_interpreted, sampled
 from tests.support_cases import make_sets, random_sets, unsorted
+
+pytestmark = sampled(0.2)
 
 T, D, V = 67, 24, 40
 

@@ -10,7 +10,10 @@ import entropy_kernels as ek
 from entropy_kernels import reference
 from entropy_kernels._bounds import assert_within_two_bounds, worst_of_orders
 from entropy_kernels.testing import peaked_head
+from tests.marks import sampled
 from tests.support_cases import masked, random_sets, unsorted
+
+pytestmark = sampled(0.2)
 
 B, L, D, V = 4, 20, 16, 41
 LENGTHS = torch.tensor([20, 17, 20, 6])

@@ -8,12 +8,12 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 import entropy_kernels as ek
 from entropy_kernels import _rows
 from entropy_kernels.testing import peaked_head
-from tests.marks import nan_is_meant
+from tests.marks import nan_is_meant, sampled
 from tests.token_cases import CALL_D as D
 from tests.token_cases import CALL_V as V
 from tests.token_cases import FORMS, T, asked_for, on, per_token
 
-pytestmark = nan_is_meant
+pytestmark = [sampled(0.2), nan_is_meant]
 
 
 @pytest.fixture(params=FORMS)

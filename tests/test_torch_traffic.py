@@ -11,6 +11,7 @@ from entropy_kernels._torch import blocks, head_backward, head_forward
 from entropy_kernels.head import Head
 from entropy_kernels.verification.truth import run
 from tests.head_cases import assert_as_reference, make
+from tests.marks import sampled
 from tests.test_linear_logprob_entropy import (  # noqa: F401
     test_a_bad_row_poisons_itself_alone,
     test_a_bad_weight_poisons_every_row_but_the_ignored,
@@ -23,6 +24,8 @@ from tests.test_linear_logprob_entropy import (  # noqa: F401
     test_rows_of_every_kind,
 )
 from tests.traffic import Traffic
+
+pytestmark = sampled(0.2)
 
 
 @pytest.fixture(params=[("torch", "cpu")], ids=["torch as on a GPU"])

@@ -26,6 +26,9 @@ from tests.backward_cases import (
     three_of,
     tiles_here,
 )
+from tests.marks import sampled
+
+pytestmark = sampled(0.2)
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # NumPy computes in the interpreter, and warns of the infinities and NaN that these tests need.

@@ -16,11 +16,11 @@ from entropy_kernels._triton.sampling.launch import entropy_from_logits
 from entropy_kernels.testing import Watch
 from entropy_kernels.verification import first_use, logit_cases, pair_cases
 from entropy_kernels.verification.offset_cases import spread
-from tests.marks import nan_is_meant
+from tests.marks import nan_is_meant, sampled
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-pytestmark = nan_is_meant
+pytestmark = [sampled(0.2), nan_is_meant]
 
 
 @pytest.fixture(autouse=True)

@@ -33,6 +33,9 @@ from tests.backward_cases import (
 )
 from tests.host_waits import HostWaits
 from tests.loss_cases import policy_loss
+from tests.marks import sampled
+
+pytestmark = sampled(0.2)
 
 T, D, V = SHAPE = (75, 8, 100)
 # The module, whose name in the package is the function's.

@@ -12,6 +12,7 @@ import torch.distributed as dist
 import entropy_kernels as ek
 from tests.head_cases import assert_as_reference, check_statistics, dtype_of_products, make, numbers
 from tests.loss_cases import policy_loss
+from tests.marks import sampled
 from tests.processes import meeting, results_by_rank, spawn
 from tests.vocab_parallel_cases import (
     BEST,
@@ -24,6 +25,8 @@ from tests.vocab_parallel_cases import (
     losses,
     work,
 )
+
+pytestmark = sampled(0.2)
 
 PAIRS = [
     pytest.param(

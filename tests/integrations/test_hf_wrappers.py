@@ -10,9 +10,11 @@ import torch
 import entropy_kernels as ek
 from entropy_kernels.integrations.hf import LogprobEntropyOutput, lm_head, patch_lm_head
 from tests.integrations.small_models import batch, build, by_logits
+from tests.marks import sampled
 
 accelerate = pytest.importorskip("accelerate", reason="its wrappers are what is tested")
 pytestmark = [
+    sampled(0.2),
     pytest.mark.usefixtures("unchecked_shapes"),
     # torch.compile's, where the tests' checks of shapes break a graph.
     pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf"),

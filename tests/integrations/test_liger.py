@@ -11,6 +11,9 @@ from entropy_kernels._bounds import assert_within_two_bounds, worst_of_orders
 from entropy_kernels.integrations.liger import LinearScaledCrossEntropy
 from entropy_kernels.testing import peaked_head
 from tests.integrations.counted import Counted
+from tests.marks import sampled
+
+pytestmark = sampled(0.2)
 
 # [T, D, V]: of Liger's tests aligned, ragged, more than one of its chunks, tiny, prime.
 SHAPES = {

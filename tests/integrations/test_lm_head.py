@@ -23,6 +23,9 @@ from tests.integrations.small_models import (
     gradients,
     has,
 )
+from tests.marks import sampled
+
+pytestmark = sampled(0.2)
 
 ROUTES = pytest.mark.parametrize("route", [by_head, by_patch], ids=["lm_head", "patch_lm_head"])
 

@@ -20,12 +20,13 @@ from entropy_kernels.integrations import trl as adapter
 from entropy_kernels.integrations.trl import LogProbFunction, patch_trl
 from tests.integrations.counted import Counted
 from tests.integrations.small_grpo import LOSS_TYPES, build_trainer, difference, train
+from tests.marks import sampled
 from tests.processes import spawn
 from tests.trainer.small import WORDS, build_model, save_folder
 from tests.trainer.worlds import meeting, place
 
 # Other projects' deprecations are theirs.
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = [sampled(0.2), pytest.mark.filterwarnings("ignore")]
 
 D, V = 16, len(WORDS)
 FIVE_DIGITS = 1e-5

@@ -19,12 +19,13 @@ from entropy_kernels.integrations.trl import patch_trl
 from tests.integrations.counted import Counted
 from tests.integrations.rollouts import ALL_FIELDS, SampleOneByOne, as_supports, build, run
 from tests.integrations.small_grpo import LOSS_TYPES, columns, difference
+from tests.marks import sampled
 from tests.processes import spawn
 from tests.trainer.small import WORDS
 from tests.trainer.worlds import meeting, place
 
 # Other projects' deprecations are theirs.
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = [sampled(0.2), pytest.mark.filterwarnings("ignore")]
 
 D, V = 16, len(WORDS)
 FIVE_DIGITS = 1e-5

@@ -24,10 +24,11 @@ from tests.integrations.small_trainers import (
     theirs_counted,
     train,
 )
+from tests.marks import sampled
 from tests.trainer.small import WORDS, build_model, save_folder
 
 # Other projects' deprecations are theirs.
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = [sampled(0.2), pytest.mark.filterwarnings("ignore")]
 
 D, V = 16, len(WORDS)
 FIVE_DIGITS = 1e-5

@@ -10,11 +10,14 @@ import torch
 from hypothesis import strategies
 
 import trainer
+from tests.marks import sampled
 from tests.trainer.small import FAMILIES, build_policy, make_rollouts, sequences
 from tests.trainer.update_cases import configure, distance, gradients, off_policy, roll
 from trainer.batch import Rollouts, arrange, pack, partition
 from trainer.model import probes
 from trainer.policy import check_policy
+
+pytestmark = sampled(0.2)
 
 TRAINER = Path(trainer.__file__).parent
 SHAPES = strategies.lists(

@@ -9,6 +9,7 @@ import torch
 
 from entropy_kernels import backends
 from entropy_kernels.backends import OPS
+from tests.marks import sampled
 from tests.trainer.analyze_cases import here, models, options, sums  # noqa: F401
 from tests.trainer.small import on_even, settings  # noqa: F401
 from tests.which_ran import ALL, HEAD, LOSS, SELECTION, WhichRan
@@ -23,6 +24,8 @@ from trainer.studies.analyze.patterns import Patterns, analyze_patterns
 from trainer.studies.analyze.temperatures import Temperatures, analyze_temperatures
 from trainer.tasks.ladder import Ladder
 from trainer.train import train
+
+pytestmark = sampled(0.2)
 
 
 @pytest.fixture

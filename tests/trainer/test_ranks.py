@@ -14,6 +14,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
+from tests.marks import sampled
 from tests.trainer.small import Even, build_policy, save_folder, settings, use_task
 from tests.trainer.update_cases import (
     ALONE,
@@ -32,6 +33,8 @@ from trainer.log import read_rows
 from trainer.ranks import Ranks, join
 from trainer.train import train
 from trainer.update import score
+
+pytestmark = sampled(0.2)
 
 SIZES = (2, 4)
 LAYERS = 2

@@ -108,8 +108,9 @@ def test_the_model_and_the_verifier_are_noted(model, tmp_path, monkeypatch, caps
     assert "(the same contents)" in capsys.readouterr().out
 
 
-def test_own_prompts_with_the_tiny_preset(tmp_path, capsys):
+def test_own_prompts_with_the_tiny_preset(tmp_path, monkeypatch, capsys):
     """Its warm start needs demonstrations, and a file has none: it goes without, and says so."""
+    monkeypatch.chdir(tmp_path)
     sums(tmp_path / "sums.jsonl")
     config = dataclasses.replace(
         on_sums(tmp_path, "tiny", tmp_path / "sums.jsonl"), warm_start=WarmStart(steps=600)
