@@ -193,7 +193,7 @@ def test_splits_are_disjoint_and_fixed_by_index(kind, count, least):
     held_out = {task.problem("test", i).prompt for i in range(count)}
     assert len(held_out) > least
     assert not held_out & {task.problem("train", i).prompt for i in range(count)}
-    assert not held_out & {prompt for prompt, _ in task.demonstrations(count // 2, seed=3)}
+    assert not held_out & {problem.prompt for problem, _ in task.demonstrations(count // 2, seed=3)}
     assert task.problem("test", 77) == kind(0).problem("test", 77) == other.problem("test", 77)
     train = task.problem("train", 77)
     assert train == kind(0).problem("train", 77) != other.problem("train", 77)
@@ -218,7 +218,8 @@ def test_demonstrations_succeed_as_often_as_the_best_of_three_walks():
     assert pairs == task.demonstrations(5000, seed=0)
     assert pairs[:100] == task.demonstrations(100, seed=0)
     arrived = 0
-    for prompt, response in pairs:
+    for problem, response in pairs:
+        prompt = problem.prompt
         start, goal, *_ = (int(number) for number in prompt.split()[0].split(">"))
         operands = {s: int(prompt[prompt.index(s, 4) + 1]) for s in "+-*"}
         solved = Puzzle(start, goal, operands).solved_by(response)

@@ -64,7 +64,7 @@ def test_decoding_gives_the_text_back(text):
 
 def test_ladder_prompts_are_11_tokens_and_responses_fit():
     pairs = Ladder(0).demonstrations(500, seed=0)
-    assert {len(TOKENIZER.encode(prompt)) for prompt, _ in pairs} == {11}
+    assert {len(TOKENIZER.encode(problem.prompt)) for problem, _ in pairs} == {11}
     assert max(len(TOKENIZER.encode(response)) for _, response in pairs) == 36
 
 

@@ -58,7 +58,8 @@ def test_loss_is_that_of_the_response_tokens(family):
     examples = [_example(tokenizer, *pair) for pair in pairs]
     loss, count = _loss(lm_head(model), examples)
     terms = []
-    for prompt, response in pairs:
+    for problem, response in pairs:
+        prompt = problem.prompt
         ids = tokenizer(prompt + response, return_tensors="pt").input_ids
         ids = torch.cat([ids, torch.tensor([[tokenizer.eos_token_id]])], dim=1)
         logprob = model(ids).logits[0, :-1].log_softmax(-1)

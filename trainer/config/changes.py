@@ -57,7 +57,7 @@ KEPT = frozenset(
         "model.dtype",
         "model.compute_dtype",
         *(f"data.{n}" for n in ("task", "prompt_field", "answer_field", "template", "instruction")),
-        *(f"data.{n}" for n in ("test_fraction", "max_prompt_tokens")),
+        *(f"data.{n}" for n in ("demonstration_field", "test_fraction", "max_prompt_tokens")),
         *(f"warm_start.{n}" for n in ("steps", "traces", "batch_size", "learning_rate")),
         *(f"warm_start.{n}" for n in ("warmup_steps", "weight_decay")),
         *(f"rollout.{n}" for n in ("prompts", "group_size", "max_new_tokens", "temperature")),

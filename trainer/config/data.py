@@ -19,6 +19,8 @@ class Data:
     """Prompt sets: the column of the question, text or chat messages."""
     answer_field: str = "answer"
     """Prompt sets: the column of the answer."""
+    demonstration_field: str = ""
+    """Prompt sets: the column of a worked response, which `warm_start` trains on; "" for none."""
     template: str = "auto"
     """"auto" applies the tokenizer's chat template where it has one, "none" nothing. Any other
     text stands for itself, with the question in the place of {question}."""

@@ -45,7 +45,7 @@ class WarmStart:
     steps: int = 0
     """The number of steps; 0: RL starts from the model as it is."""
     traces: int = 30_000
-    """The number of demonstrations that the task generates."""
+    """The number of demonstrations; of a prompt set all rows, if it has fewer."""
     batch_size: int = 64
     """Demonstrations per step."""
     learning_rate: float = 3e-3

@@ -147,13 +147,14 @@ class Ladder:
         links = response[:-1].split(",")
         return response.endswith(("!", "?")) and all(map(STEP.fullmatch, links))
 
-    def demonstrations(self, count: int, seed: int) -> list[tuple[str, str]]:
-        """`count` training prompts, each with a chain that `demonstrate` makes."""
+    def demonstrations(self, count: int, seed: int) -> list[tuple[Problem, str]]:
+        """`count` training problems, each with a chain that `demonstrate` makes."""
         rng = random.Random(f"{self.name}/demonstrations/{seed}")
         pairs = []
         for _ in range(count):
             puzzle = self.draw(rng, "train")
-            pairs.append((puzzle.prompt, self.demonstrate(puzzle, rng)))
+            problem = Problem(puzzle.prompt, asdict(puzzle))
+            pairs.append((problem, self.demonstrate(puzzle, rng)))
         return pairs
 
     def draw(self, rng: random.Random, split: str) -> Any:

@@ -59,6 +59,8 @@ class PromptSet:
                 + (f", and data.test_fraction is {data.test_fraction}" if test is None else "")
             )
         self._order = lru_cache(2)(self._make_order)
+        if data.demonstration_field:
+            self.demonstrations = self._demonstrations
 
     def problem(self, split: str, index: int) -> Problem:
         """Problem `index` of `split`; its answer is `answer_text` of the answer column."""
@@ -105,6 +107,25 @@ class PromptSet:
     def reward(self, problem: Problem, response: str) -> float:
         """1.0 for a right answer, 0.0 for a wrong one, as `math_reward` tells."""
         return math_reward(problem.answer, response)
+
+    def _demonstrations(self, count: int, seed: int) -> list[tuple[Problem, str]]:
+        """Up to `count` training problems with their worked responses, in an order of `seed`.
+
+        Raises ValueError, naming the row, where a response is missing or no text.
+        """
+        name = self._data.demonstration_field
+        order = np.random.default_rng(seed).permutation(len(self._train_rows))[:count]
+        pairs = []
+        for number in (self._train_rows[place] for place in order):
+            row = self._train[number]
+            response = lookup(row, name)
+            if not isinstance(response, str) or not response:
+                raise ValueError(
+                    f"{self.name}: row {number}: data.demonstration_field {name!r} must name a "
+                    f"column of texts; got {response!r}"
+                )
+            pairs.append((self._problem(row), response))
+        return pairs
 
     def _make_order(self, epoch: int) -> np.ndarray:
         return np.random.default_rng([self._seed, epoch]).permutation(len(self._train_rows))

@@ -42,8 +42,11 @@ Report = Callable[[int, Mapping[str, float]], None]
 class Demonstrator(Protocol):
     """A task that can show how its problems are solved."""
 
-    def demonstrations(self, count: int, seed: int) -> list[tuple[str, str]]:
-        """`count` training prompts with a response each; a smaller `count` gives the first ones."""
+    def demonstrations(self, count: int, seed: int) -> list[tuple[Problem, str]]:
+        """`count` training problems with a response each, fewer where there are no more.
+
+        A smaller `count` gives the first ones.
+        """
         ...
 
 
@@ -112,7 +115,7 @@ def warm_start(
         if getattr(settings, name) < 1:
             raise ValueError(f"a warm start needs {name} >= 1, not {getattr(settings, name)}")
     pairs = _demonstrator(task).demonstrations(settings.traces, seed)
-    examples = [_example(tokenizer, prompt, response) for prompt, response in pairs]
+    examples = [_example(tokenizer, problem, response) for problem, response in pairs]
     head = lm_head(model)
     order = _endless_order(len(examples), torch.Generator().manual_seed(seed))
     optimizer = torch.optim.AdamW(
@@ -154,14 +157,15 @@ def _clip(model: Any, step: int) -> None:
 def _demonstrator(task: Task) -> Demonstrator:
     if not isinstance(task, Demonstrator):
         raise ValueError(
-            f"task {task.name!r} has no demonstrations to warm-start from: set warm_start.steps "
-            'to 0 or use a task that has, such as "ladder"'
+            f"task {task.name!r} has no demonstrations to warm-start from: set warm_start.steps to "
+            '0, or name the column of worked responses with data.demonstration_field, or use a '
+            'task that has demonstrations, such as "ladder"'
         )
     return task
 
 
-def _example(tokenizer: Any, prompt: str, response: str) -> Example:
-    asked = prompt_ids(tokenizer, [Problem(prompt, None)])[0]
+def _example(tokenizer: Any, problem: Problem, response: str) -> Example:
+    asked = prompt_ids(tokenizer, [problem])[0]
     answered = response_ids(tokenizer, response)
     return Example(torch.tensor([*asked, *answered, tokenizer.eos_token_id]), len(asked))
 
@@ -202,7 +206,8 @@ def _loss(head: LMHead, batch: list[Example], impl: str = "auto") -> tuple[Tenso
 def _fingerprint(model: Any, tokenizer: Any, task: Task, settings: WarmStart, seed: int) -> str:
     """A hash of all that shapes a warm start, except torch's version and the machine."""
     shaped_by = {key: value for key, value in asdict(settings).items() if key != "cache"}
-    probed = _demonstrator(task).demonstrations(_PROBED_DEMONSTRATIONS, seed)
+    pairs = _demonstrator(task).demonstrations(_PROBED_DEMONSTRATIONS, seed)
+    probed = [(problem.prompt, response) for problem, response in pairs]
     parts = [_RECIPE, shaped_by, seed, task.name, probed, tokenizer.get_vocab()]
     digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode())
     digest.update(model.config.to_json_string().encode())
