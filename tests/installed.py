@@ -26,7 +26,8 @@ OF_THE_CHECKOUT = {
     *("test_cuda_build", "test_callers_mistakes_elsewhere", "test_english", "test_examples"),
     *("test_gpu_rows", "test_gpu_run", "test_tile_model"),
     *("test_gpu_script", "test_hub_kernel", "test_layers", "test_loss_parity", "test_main"),
-    *("test_readme", "test_resolution", "test_sampler_step", "test_several_ranks"),
+    *("test_readme", "test_real_model", "test_resolution", "test_sampler_step", "test_sampling"),
+    "test_several_ranks",
     *("test_triton_compile", "test_triton_kernel_cases", "test_triton_ratio_loss"),
     *("test_triton_sanitizer", "test_triton_selection", "test_types", "test_wheel", "test_wiring"),
 }
