@@ -98,8 +98,8 @@ def make_heading(runs: dict[str, list[Run]]) -> str:
     instructions = ", ".join(f"{name} for {dtype}" for dtype, name in sorted(sets.items()))
     libraries = sorted({run["blas"] for run in every if run.get("blas")})
     return (
-        f"**On {processor.make}**, as {processor}; instruction set: "
-        f"{instructions or 'not recorded'}; torch's libraries: "
+        f"**On {processor.make}**, as {processor}. Instruction set: "
+        f"{instructions or 'not recorded'}. Torch's libraries: "
         f"{' or '.join(libraries) or 'not recorded'}."
     )
 
