@@ -276,7 +276,7 @@ def test_every_make_that_has_result_files_has_its_tables(tree, tmp_path):
         assert first < second
         assert machine.libraries() in text[first:second]
         assert "not recorded" not in text[first:second]
-        assert "instruction set: not recorded; torch's libraries: not recorded" in text[second:]
+        assert "Instruction set: not recorded. Torch's libraries: not recorded" in text[second:]
         for table in ("exponent", "20,000 entropies", "512 tokens"):
             assert table in text[first:second]
             assert table in text[second:]
