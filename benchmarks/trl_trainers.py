@@ -36,12 +36,15 @@ SIZES = {"vocabulary": 151_936, "hidden": 256, "length": 64, "batch": 4, "steps"
 MEASURED = ("benchmarks/trl_trainers.py", "entropy_kernels", "csrc")
 # With such initial weights, entropies lie between about 1 nat and half of log V.
 SPREAD = 5.0
+# fp32's rounding of sums that are 0.
+NOTHING = 1e-5
 TITLE = (
-    "**TRL's trainers on TRL's head and on ours**, in fp32. Losses differ by at most so much of "
-    "the largest loss of the run. Rows are those of the head in one step, with the reference's: on "
-    "a CPU TRL's head runs on prompts and padding too. Seconds are medians over the steps of all "
-    "rounds; RLOO's include sampling. MB is the peak of resident memory over a training, above "
-    "what was there before it."
+    "**TRL's trainers on TRL's head and on ours**, in fp32. Losses and norms of the gradient "
+    "differ by at most so much of the largest of the run. RLOO's loss is 0 but for rounding where "
+    "all responses have one length, so its column is empty. Rows are those of the head in one "
+    "step, with the reference's: on a CPU TRL's head runs on prompts and padding too. Seconds are "
+    "medians over the steps of all rounds; RLOO's include sampling. MB is the peak of resident "
+    "memory over a training, above what was there before it."
 )
 
 
@@ -100,7 +103,7 @@ def measure(kind: str, sizes: Mapping[str, int]) -> dict[str, Any]:
 
 
 def training(kind: str, folder: str, sizes: Mapping[str, int]) -> dict[str, Any]:
-    """The losses, the seconds and the head's rows of each step."""
+    """The losses, norms of the gradient, seconds and head's rows of each step."""
     import trl
     from datasets import Dataset
     from trl.trainer import utils
@@ -147,8 +150,10 @@ def training(kind: str, folder: str, sizes: Mapping[str, int]) -> dict[str, Any]
     function = _Watched(utils._ChunkedLogProbFunction, forward, backward)
     with Patch((utils, "_ChunkedLogProbFunction", function)):
         trainer.train()
-    losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
-    return {"losses": losses, "forward": forward, "backward": backward, "seconds": seconds}
+    steps = [row for row in trainer.state.log_history if "loss" in row]
+    found = {"losses": "loss", "norms": "grad_norm"}
+    logged = {name: [row[key] for row in steps] for name, key in found.items()}
+    return logged | {"forward": forward, "backward": backward, "seconds": seconds}
 
 
 class _Watched:
@@ -237,13 +242,13 @@ def of(results: Path) -> list[str]:
 
 def tables(result: Mapping[str, Any]) -> str:
     """The table of a result."""
-    columns = ["trainer", "losses differ by", "rows in forward, TRL", "ours"]
+    columns = ["trainer", "losses differ by", "norms", "rows in forward, TRL", "ours"]
     columns += ["rows in backward, TRL", "ours"]
     columns += ["s per step, TRL", "ours", "MB, TRL", "ours"]
     lines = []
     for kind, found in result["trainers"].items():
         theirs, ours = found["theirs"], found["ours"]
-        cells = [f"{difference(ours['losses'], theirs['losses']):.1e}"]
+        cells = [differences(ours[name], theirs[name]) for name in ("losses", "norms")]
         for name in ("forward", "backward"):
             cells += [f"{median(way[name]):,.0f}" for way in (theirs, ours)]
         cells += [f"{median(way['seconds']):.2f}" for way in (theirs, ours)]
@@ -259,8 +264,15 @@ def tables(result: Mapping[str, Any]) -> str:
     return "\n\n".join([TITLE, table(columns, lines), about])
 
 
+def differences(ours: Sequence[float], theirs: Sequence[float]) -> str:
+    """The largest difference, or nothing where all numbers are 0 but for rounding."""
+    if max(map(abs, theirs)) < NOTHING:
+        return ""
+    return f"{difference(ours, theirs):.1e}"
+
+
 def difference(ours: Sequence[float], theirs: Sequence[float]) -> float:
-    """The largest difference of a step's loss, relative to the largest loss."""
+    """The largest difference in a step, relative to the largest number of the run."""
     pairs = zip(ours, theirs, strict=True)
     return max(abs(a - b) for a, b in pairs) / max(abs(x) for x in theirs)
 
