@@ -38,7 +38,7 @@ PACKAGES = ("torch", "triton")
 def main(arguments: list[str] | None = None) -> int:
     """Print the table; returns the exit status."""
     parser = argparse.ArgumentParser("python -m entropy_kernels", description=__doc__)
-    parser.add_argument("--bench", action="store_true", help="measures for about 20 seconds")
+    parser.add_argument("--bench", action="store_true", help="measures for about half a minute")
     parser.add_argument(
         "--verify",
         action="store_true",
