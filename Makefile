@@ -33,12 +33,13 @@ train: $(VENV)/.trainer
 # Tests of builds: wheels, csrc/ without Python. And kernels for every GPU, compiled ahead of time.
 BUILDS := tests/test_wheel.py tests/test_cpp.py tests/test_cuda_build.py
 COMPILED := tests/test_triton_compile.py
+ORDINARY := $(patsubst %,--ignore=%,$(BUILDS) $(COMPILED) tests/cuda)
 # Collecting all files takes longer than collecting these.
 SLOW = $(sort $(shell grep -rl --include='test_*.py' 'mark\.slow' tests))
 
 test: lint
 	@echo "Running the tests ..."
-	@EK_REQUIRE_NATIVE=$(EK_REQUIRE_NATIVE) $(BIN)/python -m pytest $(patsubst %,--ignore=%,$(BUILDS) $(COMPILED) tests/cuda) \
+	@EK_REQUIRE_NATIVE=$(EK_REQUIRE_NATIVE) $(BIN)/python -m pytest $(ORDINARY) \
 		-m "not slow" --sampled -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 # Training runs of the studies and the planner, programs of several processes, examples, pins, kernels
@@ -50,7 +51,7 @@ test-slow: $(VENV)/.dev
 # Every test of the two, with all parameters of the large grids, of which the two run a share.
 test-thorough: $(VENV)/.dev
 	@echo "Running all tests with all their parameters ..."
-	@EK_REQUIRE_NATIVE=$(EK_REQUIRE_NATIVE) $(BIN)/python -m pytest $(patsubst %,--ignore=%,$(BUILDS) $(COMPILED) tests/cuda) \
+	@EK_REQUIRE_NATIVE=$(EK_REQUIRE_NATIVE) $(BIN)/python -m pytest $(ORDINARY) \
 		-n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-builds: $(VENV)/.dev

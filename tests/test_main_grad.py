@@ -15,9 +15,7 @@ import entropy_kernels as ek
 from entropy_kernels import _native
 from entropy_kernels.testing import Watch, peaked_head
 from tests.head_cases import BY_TRITON, DTYPES, logprob_entropy, make
-from tests.marks import nan_is_meant, sampled
-
-pytestmark = sampled(0.2)
+from tests.marks import nan_is_meant
 
 SHAPE = T, D, V = 33, 16, 1031
 

@@ -112,21 +112,30 @@ def test_the_model_and_the_verifier_are_noted(model, tmp_path, monkeypatch, caps
 def test_own_prompts_with_worked_responses(model, tmp_path, monkeypatch, capsys):
     """A warm start trains on them, each behind its own prompt, and on no held-out row."""
     monkeypatch.chdir(tmp_path)
-    sums(tmp_path / "sums.jsonl", count=40, worked="7")
+    sums(tmp_path / "sums.jsonl", count=100, worked="7")
     config = dataclasses.replace(
         on_sums(tmp_path, model, tmp_path / "sums.jsonl", demonstration_field="worked"),
         warm_start=WarmStart(steps=2, batch_size=4),
     )
     task = make_task(config.data, 0, None)
-    pairs = task.demonstrations(100, seed=0)
-    assert len(pairs) == task.num_train < 40
-    assert pairs[:3] == task.demonstrations(3, seed=0) != task.demonstrations(3, seed=1)
+    pairs = task.demonstrations(100, seed=config.seed)
+    assert 64 < len(pairs) == task.num_train < 100
+    assert pairs[:3] == task.demonstrations(3, seed=config.seed)
+    assert pairs[:3] != task.demonstrations(3, seed=config.seed + 1)
     assert {response for _, response in pairs} == {"7"}
     held_out = {task.problem("test", i).prompt for i in range(task.num_test)}
     assert not held_out & {problem.prompt for problem, _ in pairs}
     train(fill(config, {"steps": 1}))
     assert "no warm start" not in capsys.readouterr().out
     assert len([*Path("runs/warm-starts").iterdir()]) == 1
+    # Every row counts, not only the first ones.
+    rows = (tmp_path / "sums.jsonl").read_text().splitlines()
+    last = pairs[-1][0].prompt
+    changed = [row.replace('"7"}', '"8"}') if f'"{last}"' in row else row for row in rows]
+    assert changed != rows
+    (tmp_path / "sums.jsonl").write_text("\n".join(changed))
+    train(fill(config, {"steps": 1, "name": "other"}))
+    assert len([*Path("runs/warm-starts").iterdir()]) == 2
     other = dataclasses.replace(config.data, demonstration_field="work")
     with pytest.raises(ValueError, match=r"row \d+: data.demonstration_field 'work' must name a"):
         make_task(other, 0, None).demonstrations(3, seed=0)

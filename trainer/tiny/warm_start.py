@@ -158,7 +158,7 @@ def _demonstrator(task: Task) -> Demonstrator:
     if not isinstance(task, Demonstrator):
         raise ValueError(
             f"task {task.name!r} has no demonstrations to warm-start from: set warm_start.steps to "
-            '0, or name the column of worked responses with data.demonstration_field, or use a '
+            "0, or name the column of worked responses with data.demonstration_field, or use a "
             'task that has demonstrations, such as "ladder"'
         )
     return task
@@ -206,7 +206,9 @@ def _loss(head: LMHead, batch: list[Example], impl: str = "auto") -> tuple[Tenso
 def _fingerprint(model: Any, tokenizer: Any, task: Task, settings: WarmStart, seed: int) -> str:
     """A hash of all that shapes a warm start, except torch's version and the machine."""
     shaped_by = {key: value for key, value in asdict(settings).items() if key != "cache"}
-    pairs = _demonstrator(task).demonstrations(_PROBED_DEMONSTRATIONS, seed)
+    # What a task generates without end is known by its first ones.
+    count = _PROBED_DEMONSTRATIONS if task.num_train is None else settings.traces
+    pairs = _demonstrator(task).demonstrations(count, seed)
     probed = [(problem.prompt, response) for problem, response in pairs]
     parts = [_RECIPE, shaped_by, seed, task.name, probed, tokenizer.get_vocab()]
     digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode())
