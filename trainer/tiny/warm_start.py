@@ -206,9 +206,10 @@ def _loss(head: LMHead, batch: list[Example], impl: str = "auto") -> tuple[Tenso
 def _fingerprint(model: Any, tokenizer: Any, task: Task, settings: WarmStart, seed: int) -> str:
     """A hash of all that shapes a warm start, except torch's version and the machine."""
     shaped_by = {key: value for key, value in asdict(settings).items() if key != "cache"}
+    demonstrator = _demonstrator(task)
     # What a task generates without end is known by its first ones.
     count = _PROBED_DEMONSTRATIONS if task.num_train is None else settings.traces
-    pairs = _demonstrator(task).demonstrations(count, seed)
+    pairs = demonstrator.demonstrations(count, seed)
     probed = [(problem.prompt, response) for problem, response in pairs]
     parts = [_RECIPE, shaped_by, seed, task.name, probed, tokenizer.get_vocab()]
     digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode())
