@@ -9,10 +9,8 @@ of one id. They share one model and alternate in one process. Products of the he
 first round, whose losses and gradients are compared; nothing wrong is timed.
 """
 
-import ctypes
 import functools
 import math
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,8 +19,8 @@ import pytest
 import torch
 
 from benchmarks import peers, runner
-from benchmarks.sampler_step import CPU, PARTS, Bench, Parts, Shape, eager, ours
-from entropy_kernels._bench import rounds as rounds_of
+from benchmarks.sampler_step import FRACTION, PARTS, Bench, Parts, Shape, eager, ours, random_bench
+from benchmarks.step_rounds import Step, error, in_alternation
 from entropy_kernels._bench.others import torch_head, trl_head
 from entropy_kernels.backends import STORED_LOGITS_BYTES
 from entropy_kernels.high_entropy_policy_loss import LEAST_ROW_BYTES
@@ -34,10 +32,8 @@ SHAPES = {
     Shape("gemma3", 2, 64, 704, 18, 640, 262144): 3,
 }
 QUICK = Shape("qwen3", 2, 4, 60, 2, 32, 512), 2
-LARGEST_ERROR = 1e-4
 HEAD = ("scoring head", "head")
 
-Step = Callable[[Bench], dict[str, float]]
 # The first holds logits; another's results are those of the step that its last part names.
 CONTESTANTS: dict[str, tuple[str, Step]] = {
     "eager": ("all logits, scoring pass", eager),
@@ -70,40 +66,22 @@ def measure(shape: Shape, rounds: int, folder: Path, log=print) -> list[dict[str
         "rounds": rounds,
     }
     log("step with a sampler, " + ", ".join(f"{n} {x}" for n, x in about["shape"].items()))
-    bench = Bench(shape)
+    bench = random_bench(shape)
     about["sets"] = sets(bench)
+    steps = {name: step for name, (_, step) in CONTESTANTS.items() if not peers.why_not(name)}
     entries = {
-        name: {"name": name, "label": label} | counted(bench, name, step)
-        for name, (label, step) in CONTESTANTS.items()
-        if not peers.why_not(name)
+        name: {"name": name, "label": CONTESTANTS[name][0]} | counted(bench, name, step)
+        for name, step in steps.items()
     }
     truth = {True: bench.run(partial(eager, truncated=True), Parts())}
     truth[False] = entries["eager"]["sums"]
     for name, entry in entries.items():
         entry["error"] = error(entry["sums"], truth[name == "ours-support"])
         log(f"{name}: error {entry['error']:.1e}, {entry['head_products']:.3g} products")
-        entry |= {"turn": [], "wall_s": [], "cpu_s": [], "parts_s": {}, "part_peak_bytes": {}}
-    parts: dict[str, Parts] = {}
-
-    def run(name: str) -> None:
-        _trim()
-        parts[name] = Parts()
-        bench.run(CONTESTANTS[name][1], parts[name])
-
-    runs = {name: partial(run, name) for name in entries}
-    for name, sample in rounds_of.alternate(runs, CPU, rounds):
-        join(entries[name], sample, parts.pop(name))
-        log(f"{name}: " + in_short(entries[name]))
+    in_alternation(bench, steps, entries, rounds, log)
     found = list(entries.values()) + peers.refused(CONTESTANTS)
     log(f"wrote {runner.write(folder, about, found)}")
     return found
-
-
-def _trim() -> None:
-    """Gives free memory back to the system, so that it is no part of the next peak."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
 
 
 def sets(bench: Bench) -> dict[str, float]:
@@ -123,8 +101,7 @@ def sets(bench: Bench) -> dict[str, float]:
 def selected(bench: Bench, truncated: bool) -> torch.Tensor:
     """The tokens that are trained on, bool [T]."""
     entropy_T = (bench.truncated if truncated else bench.rollouts).sampler_entropy_T
-    fraction = bench.settings("sampler").algorithm.fraction
-    rows = math.ceil(fraction * len(entropy_T))
+    rows = math.ceil(FRACTION * len(entropy_T))
     return at_least(entropy_T, entropy_T.sort(descending=True).values[rows - 1])
 
 
@@ -142,19 +119,14 @@ def counted(bench: Bench, name: str, step: Step) -> dict[str, Any]:
         "products": {part: parts.counts.get(part, 0) for part in PARTS},
         "head_products": head,
         "formula_products": by_formula,
-        "units": head / unit(bench.shape),
-        "formula_units": by_formula / unit(bench.shape),
+        "units": head / bench.unit,
+        "formula_units": by_formula / bench.unit,
     }
-
-
-def unit(shape: Shape) -> int:
-    """One product of T x D x V."""
-    return shape.tokens * shape.hidden * shape.vocabulary
 
 
 def formula(bench: Bench, name: str) -> int:
     """Multiplications of the head, as docs/benchmarks.md counts them."""
-    shape, scoring = bench.shape, unit(bench.shape)
+    (vocabulary, hidden), scoring = bench.weight.shape, bench.unit
     # A scoring pass, and a step whose logits are kept, or multiplied again for backward.
     others = {"eager": 1 + 3, "trl": 1 + 4, "lce-known": 3}
     if name in others:
@@ -164,34 +136,10 @@ def formula(bench: Bench, name: str) -> int:
         kept = bench.truncated.kept
         assert kept is not None
         size_R = kept.sizes[rows_T]
-        return 3 * shape.hidden * int(size_R[size_R > 1].sum())
+        return 3 * hidden * int(size_R[size_R > 1].sum())
     products = 0
-    for rows in rows_T.view(shape.sequences, -1).sum(1).tolist():
-        fits = 4 * rows * shape.vocabulary <= STORED_LOGITS_BYTES["cpu"]
-        stored = fits and 4 * shape.hidden >= LEAST_ROW_BYTES["cpu"]
-        products += (3 if stored else 4) * rows * shape.hidden * shape.vocabulary
+    for rows in (int(rows_L.sum()) for rows_L in bench.rollouts.split(rows_T)):
+        fits = 4 * rows * vocabulary <= STORED_LOGITS_BYTES["cpu"]
+        stored = fits and 4 * hidden >= LEAST_ROW_BYTES["cpu"]
+        products += (3 if stored else 4) * rows * hidden * vocabulary
     return products + (scoring if name == "ours" else 0)
-
-
-def error(sums: dict[str, float], truth: dict[str, float]) -> float:
-    """The largest relative error; refused where it is too large."""
-    found = max(abs(sums[k] / truth[k] - 1) for k in truth)
-    if not found <= LARGEST_ERROR:
-        raise runner.WrongResultError(f"{sums}, wanted {truth}")
-    return found
-
-
-def join(entry: dict[str, Any], sample: rounds_of.Sample, parts: Parts) -> None:
-    """Adds a round's sample to lists, and keeps the largest peaks."""
-    for key, value in sample._asdict().items():
-        entry[key].append(value)
-    for name in PARTS:
-        entry["parts_s"].setdefault(name, []).append(parts.seconds.get(name, 0.0))
-    for name, peak in parts.peaks.items():
-        entry["part_peak_bytes"][name] = max(entry["part_peak_bytes"].get(name, 0), peak)
-    entry["peak_bytes"] = max(entry["part_peak_bytes"].values(), default=0)
-
-
-def in_short(entry: dict[str, Any]) -> str:
-    parts = ", ".join(f"{n} {x[-1]:.3g}" for n, x in entry["parts_s"].items() if x[-1])
-    return f"{entry['wall_s'][-1]:.3g} s ({parts}), {entry['peak_bytes'] / 1e6:,.0f} MB"

@@ -3,6 +3,7 @@
 from benchmarks import environment  # noqa: F401, I001
 
 import functools
+from pathlib import Path
 
 import pytest
 
@@ -21,6 +22,22 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         type=lambda names: names.split(","),
         help="names, separated by commas, of those to measure where all would take too long",
     )
+
+    parser.addoption(
+        "--model",
+        type=Path,
+        help="the folder of a pretrained model, for bench_real_model; without it that is skipped",
+    )
+
+
+@pytest.fixture
+def model(request) -> Path:
+    folder = request.config.getoption("--model")
+    if folder is None:
+        pytest.skip("needs --model FOLDER, a pretrained model")
+    if not (folder / "config.json").is_file():
+        raise pytest.UsageError(f"--model must be a folder with config.json; got {folder}")
+    return folder
 
 
 @pytest.fixture

@@ -10,10 +10,10 @@ and an id of its set.
 
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,13 +24,23 @@ from benchmarks.peers import heads
 from entropy_kernels._bench.rounds import status, why_no_peak
 from entropy_kernels._bench.step import EagerHead
 from entropy_kernels.testing import Watch, products
-from trainer.batch import Batch, Rollouts
-from trainer.config import Algorithm, Config, Optimizer, Rollout
+from trainer.batch import Batch, Rollouts, micro_batches, pack
+from trainer.config import Algorithm, Config, Optimizer
 from trainer.policy import Policy
 from trainer.ranks import Ranks
 from trainer.update import at_least, score, update
 
 CPU = torch.device("cpu")
+FRACTION = 0.2
+Source = Literal["old", "mask", "sampler"]
+# What a step knows: all by a scoring pass; the mask by the sampler, and the old log-probs of its
+# tokens by a scoring pass; all by the sampler.
+SOURCES: dict[Source, dict[str, Any]] = {
+    "old": {"old_logprob": "recomputed", "entropy_source": "old"},
+    "mask": {"old_logprob": "recomputed", "entropy_source": "sampler"},
+    "sampler": {"old_logprob": "sampler", "entropy_source": "sampler"},
+}
+MakeKept = Callable[[Policy, Rollouts], ek.Support]
 CLEAR_REFS = Path("/proc/self/clear_refs")
 PARTS = ("scoring", "scoring head", "forward", "head", "backward", "optimizer")
 # Sets of one, the mean of all, and the size that 1% of the sets exceed.
@@ -115,6 +125,16 @@ def make_sets(entropy_T: Tensor, target_T: Tensor, vocabulary: int) -> ek.Suppor
     return ek.Support.of(sets)
 
 
+def random_bench(shape: Shape) -> "Bench":
+    """A model of random weights and random responses; micro-batches of one sequence."""
+
+    def make_kept(_: Policy, rollouts: Rollouts) -> ek.Support:
+        return make_sets(rollouts.sampler_entropy_T, rollouts.response_T, shape.vocabulary)
+
+    rollouts = train_step.make_rollouts(train_step.Shape(*shape[1:]))
+    return Bench(make_policy(shape), rollouts, make_kept, shape.prompt + shape.response)
+
+
 @dataclass
 class Parts:
     """Seconds, peaks of resident memory and counted products of a step, by part.
@@ -152,35 +172,41 @@ class Parts:
 class Bench:
     """One model with AdamW's moments, responses, and what a sampler would tell of them."""
 
-    def __init__(self, shape: Shape):
-        self.shape, self.ranks, self.parts = shape, Ranks(CPU), Parts()
-        self.policy = make_policy(shape)
-        self.optimizer = train_step.make_optimizer(self.policy.model, rate=0.0)
-        self.advantage_B = torch.linspace(-1, 1.5, shape.sequences)
+    def __init__(
+        self, policy: Policy, rollouts: Rollouts, make_kept: MakeKept, tokens_per_micro_batch: int
+    ):
+        self.policy, self.ranks, self.parts = policy, Ranks(CPU), Parts()
+        self.optimizer = train_step.make_optimizer(policy.model, rate=0.0)
+        self.advantage_B = torch.linspace(-1, 1.5, len(rollouts))
+        self.tokens_per_micro_batch = tokens_per_micro_batch
         self._tap()
-        settings = self.settings("old")
-        rollouts = train_step.make_rollouts(train_step.Shape(*shape[1:]))
-        self.rollouts = self._told(rollouts, settings)
-        entropy_T, target_T = self.rollouts.sampler_entropy_T, rollouts.response_T
-        kept = make_sets(entropy_T, target_T, shape.vocabulary)
-        self.truncated = self._told(replace(rollouts, kept=kept), settings)
+        self.rollouts = self._told(rollouts)
+        kept = make_kept(policy, self.rollouts)
+        self.truncated = self._told(replace(self.rollouts, kept=kept))
 
-    def _told(self, rollouts: Rollouts, settings: Config) -> Rollouts:
+    @property
+    def unit(self) -> int:
+        """One product of T x D x V."""
+        return len(self.rollouts.sampler_logprob_T) * self.weight.numel()
+
+    @property
+    def weight(self) -> Tensor:
+        """The tied weight of embedding and head, [V, D]."""
+        return self.policy.model.get_input_embeddings().weight
+
+    def _told(self, rollouts: Rollouts) -> Rollouts:
         """The same with the log-probs and entropies of an exact sampler."""
-        found = score(self.policy, rollouts, settings, self.ranks)
+        found = score(self.policy, rollouts, self.settings("old"), self.ranks)
         return replace(
             rollouts, sampler_logprob_T=found.logprob_T, sampler_entropy_T=found.entropy_T
         )
 
-    def settings(self, source: str) -> Config:
-        """Sources "old", by a scoring pass, or "sampler"; micro-batches of one sequence."""
-        shape, old = self.shape, {"old": "recomputed", "sampler": "sampler"}[source]
+    def settings(self, source: Source, fraction: float = FRACTION) -> Config:
+        """Those of a step that trains on `fraction` of the tokens and knows what `source` says."""
         return Config(
-            rollout=Rollout(max_new_tokens=shape.response),
-            algorithm=replace(Algorithm(), old_logprob=old, entropy_source=source),
+            algorithm=replace(Algorithm(), fraction=fraction, **SOURCES[source]),
             optimizer=Optimizer(
-                tokens_per_micro_batch=shape.prompt + shape.response,
-                grad_clip=train_step.GRAD_CLIP,
+                tokens_per_micro_batch=self.tokens_per_micro_batch, grad_clip=train_step.GRAD_CLIP
             ),
         )
 
@@ -215,25 +241,33 @@ class Bench:
         return found
 
 
-def ours(bench: Bench, source: str, truncated: bool = False) -> dict[str, float]:
-    """The trainer's step; the mask by the entropies of `source`."""
-    settings = bench.settings(source)
+def ours(
+    bench: Bench, source: Source, truncated: bool = False, fraction: float = FRACTION
+) -> dict[str, float]:
+    """The trainer's step, on `fraction` of the tokens."""
+    settings = bench.settings(source, fraction)
     rollouts = bench.truncated if truncated else bench.rollouts
-    if source == "old":
-        logprob_T, entropy_T, threshold, _ = score(bench.policy, rollouts, settings, bench.ranks)
-    else:
-        logprob_T, entropy_T = rollouts.sampler_logprob_T, rollouts.sampler_entropy_T
-        threshold = ek.entropy_threshold(entropy_T, fraction=settings.algorithm.fraction)
+    logprob_T, entropy_T = rollouts.sampler_logprob_T, rollouts.sampler_entropy_T
+    threshold = ek.entropy_threshold(entropy_T, fraction=fraction)
     selected_T = at_least(entropy_T, threshold)
+    if source == "mask":
+        logprob_T = score(bench.policy, rollouts, settings, bench.ranks, selected_T).logprob_T
+    elif source == "old":
+        logprob_T, entropy_T, threshold, _ = score(bench.policy, rollouts, settings, bench.ranks)
+        selected_T = at_least(entropy_T, threshold)
     batch = Batch(rollouts, bench.advantage_B, logprob_T, selected_T, threshold)
     found, _ = update(bench.policy, bench.optimizer, batch, settings, bench.ranks)
     return {name: found[name] for name in ("loss", "grad_norm")}
 
 
 def eager(
-    bench: Bench, truncated: bool = False, head: EagerHead | None = None, known: bool = False
+    bench: Bench,
+    truncated: bool = False,
+    head: EagerHead | None = None,
+    known: bool = False,
+    fraction: float = FRACTION,
 ) -> dict[str, float]:
-    """All logits of a sequence at a time, by TRL's functions, or `head`; the mask multiplies.
+    """All logits of a micro-batch at a time, by TRL's functions, or `head`; the mask multiplies.
 
     With `truncated` logits outside of a token's set are -inf. With `known` there is no scoring
     pass: log-probs and entropies are the sampler's, so a head without entropies is enough.
@@ -243,45 +277,46 @@ def eager(
     old_T, entropy_T = rollouts.sampler_logprob_T, rollouts.sampler_entropy_T
     if not known:
         policy.train(False)
+        old_T, entropy_T = torch.empty_like(old_T), torch.empty_like(entropy_T)
         with torch.no_grad():
-            found = [_eager_head(policy, part, truncated, head) for part in _sequences(rollouts)]
-        old_T, entropy_T = (torch.cat(x) for x in zip(*found, strict=True))
-    selected_T = ek.top_entropy_mask(entropy_T, fraction=algorithm.fraction)
+            for _, part, at in _micro_batches(bench, rollouts):
+                old_T[at], entropy_T[at] = _eager_head(policy, part, truncated, head)
+    selected_T = ek.top_entropy_mask(entropy_T, fraction=fraction)
     policy.train()
-    losses = torch.zeros(len(rollouts))
-    for b, part in enumerate(_sequences(rollouts)):
-        at = rollouts.places(torch.tensor([b]))
-        logprob_L, _ = _eager_head(policy, part, truncated, head)
-        ratio_L = (logprob_L - old_T[at]).exp()
-        clipped_L = ratio_L.clamp(1 - algorithm.clip_low, 1 + algorithm.clip_high)
-        advantage = bench.advantage_B[b]
-        objective_L = torch.minimum(ratio_L * advantage, clipped_L * advantage)
-        loss = -(objective_L * selected_T[at]).sum() / selected_T.sum()
+    total = 0.0
+    for index, part, at in _micro_batches(bench, rollouts):
+        logprob_T, _ = _eager_head(policy, part, truncated, head)
+        ratio_T = (logprob_T - old_T[at]).exp()
+        clipped_T = ratio_T.clamp(1 - algorithm.clip_low, 1 + algorithm.clip_high)
+        advantage_T = bench.advantage_B[index].repeat_interleave(part.response_length_B)
+        objective_T = torch.minimum(ratio_T * advantage_T, clipped_T * advantage_T)
+        loss = -(objective_T * selected_T[at]).sum() / selected_T.sum()
         loss.backward()
-        losses[b] = loss.detach()
+        total += float(loss.detach())
     limit = train_step.GRAD_CLIP
     norm = torch.nn.utils.clip_grad_norm_(policy.model.parameters(), limit)
     bench.optimizer.step()
     bench.optimizer.zero_grad()
-    return {"loss": float(losses.sum()), "grad_norm": float(norm)}
+    return {"loss": total, "grad_norm": float(norm)}
 
 
-def _sequences(rollouts: Rollouts) -> list[Rollouts]:
-    return [rollouts.rows(torch.tensor([b])) for b in range(len(rollouts))]
+def _micro_batches(bench: Bench, rollouts: Rollouts) -> Iterator[tuple[Tensor, Rollouts, Tensor]]:
+    """Numbers of the sequences of each micro-batch, their rollouts, their places in T."""
+    for index in micro_batches(rollouts, bench.tokens_per_micro_batch, bench.ranks):
+        yield index, rollouts.rows(index), rollouts.places(index)
 
 
 def _eager_head(
     policy: Policy, part: Rollouts, truncated: bool, head: EagerHead | None
 ) -> tuple[Tensor, Tensor | None]:
-    """Log-probs and entropies of the responses of one sequence."""
-    prompt = int(part.prompt_length_B[0])
-    tokens = part.tokens_N.view(1, -1)[:, :-1]
-    hidden = policy.lm_head.hidden_states(input_ids=tokens, use_cache=False)
-    hidden_TD = hidden[0, prompt - 1 :]
-    weight_VD = policy.lm_head(hidden_TD, part.response_T).weight
-    if truncated:
-        return _masked_head(hidden_TD, weight_VD, part)
-    return (head or heads()[0].head)(hidden_TD, weight_VD, part.response_T)
+    """Log-probs and entropies of the responses of one micro-batch."""
+
+    def of(found: ek.Head) -> tuple[Tensor, Tensor | None]:
+        if truncated:
+            return _masked_head(found.hidden, found.weight, part)
+        return (head or heads()[0].head)(found.hidden, found.weight, part.response_T)
+
+    return policy(pack(part, policy.layout), 1.0, of)
 
 
 def _masked_head(hidden_TD: Tensor, weight_VD: Tensor, part: Rollouts) -> tuple[Tensor, Tensor]:

@@ -7,7 +7,16 @@ import torch
 
 from benchmarks import bench_sampler_step as suite
 from benchmarks import peers, runner, sampler_tables
-from benchmarks.sampler_step import PARTS, Bench, Parts, Shape, eager, make_sets, set_sizes
+from benchmarks.sampler_step import (
+    PARTS,
+    Parts,
+    Shape,
+    eager,
+    make_sets,
+    random_bench,
+    set_sizes,
+)
+from benchmarks.step_rounds import error
 
 
 def test_half_of_the_sets_are_of_one_id_and_the_mean_is_8():
@@ -37,13 +46,13 @@ def test_sets_have_their_targets_and_grow_with_the_entropy():
     ids=lambda shape: shape.model,
 )
 def test_every_step_finds_the_same_gradient_and_its_products_are_the_formulas(shape):
-    bench = Bench(shape)
+    bench = random_bench(shape)
     truth = {over: bench.run(partial(eager, truncated=over), Parts()) for over in (False, True)}
     assert truth[True]["grad_norm"] != pytest.approx(truth[False]["grad_norm"], rel=1e-2)
     found = {}
     for name, (_, step) in installed().items():
         found[name] = suite.counted(bench, name, step)
-        suite.error(found[name]["sums"], truth[name == "ours-support"])
+        error(found[name]["sums"], truth[name == "ours-support"])
         assert found[name]["head_products"] == found[name]["formula_products"], name
     layers = sum(x.numel() for x in bench.policy.model.model.layers.parameters())
     read = shape.sequences * (shape.prompt + shape.response - 1)
@@ -67,7 +76,7 @@ def installed() -> dict[str, tuple[str, suite.Step]]:
 
 def test_parts_are_those_of_the_step():
     shape, _ = suite.QUICK
-    bench = Bench(shape)
+    bench = random_bench(shape)
     for name, (_, step) in installed().items():
         parts = Parts()
         bench.run(step, parts)
@@ -78,11 +87,11 @@ def test_parts_are_those_of_the_step():
 
 
 def test_a_wrong_step_is_refused():
-    suite.error({"loss": 1.00001}, {"loss": 1.0})
+    error({"loss": 1.00001}, {"loss": 1.0})
     with pytest.raises(runner.WrongResultError, match=r"1\.01"):
-        suite.error({"loss": 1.01}, {"loss": 1.0})
+        error({"loss": 1.01}, {"loss": 1.0})
     with pytest.raises(runner.WrongResultError):
-        suite.error({"loss": float("nan")}, {"loss": 1.0})
+        error({"loss": float("nan")}, {"loss": 1.0})
 
 
 def test_the_suite_writes_what_its_tables_read(tmp_path):

@@ -61,18 +61,27 @@ def make_problem(
     Beyond `distinct` tokens, the others are these again at slightly other scales: a peaked row is
     found by bisection, which costs more than a step.
     """
-    generator = torch.Generator().manual_seed(1)
     drawn = min(tokens, distinct or tokens)
     if device == _CPU:
         hidden_TD, weight_VD, target_T = testing.peaked_head(drawn, hidden, vocabulary, dtype=dtype)
     else:
         hidden_TD, weight_VD, target_T = peaked_head(drawn, hidden, vocabulary, dtype, device, 0)
-    noise_T = 0.02 * torch.randn(tokens, generator=generator).to(device)
-    advantage_B = torch.randn(SEQUENCES, generator=generator)
     if drawn < tokens:
         row_T = torch.arange(tokens, device=device) % drawn
+        generator = torch.Generator().manual_seed(2)
         scale_T1 = 1 + 0.1 * torch.rand(tokens, 1, generator=generator).to(device)
         hidden_TD, target_T = (hidden_TD[row_T].float() * scale_T1).to(dtype), target_T[row_T]
+    return problem_of(hidden_TD, weight_VD, target_T, fractions)
+
+
+def problem_of(
+    hidden_TD: Tensor, weight_VD: Tensor, target_T: Tensor, fractions: tuple[float, ...]
+) -> Problem:
+    """The step's inputs with given states, weight and targets; the rest is made up."""
+    tokens, device = len(hidden_TD), hidden_TD.device
+    generator = torch.Generator().manual_seed(1)
+    noise_T = 0.02 * torch.randn(tokens, generator=generator).to(device)
+    advantage_B = torch.randn(SEQUENCES, generator=generator)
     logprob_T, entropy_T = statistics(hidden_TD, weight_VD, target_T)
     sequence_T = torch.arange(tokens) * SEQUENCES // tokens
     half_B = advantage_B * (torch.arange(SEQUENCES) % 2)

@@ -1,0 +1,92 @@
+"""The training part of a step of TRL's GRPOTrainer, on the model and the optimizer of a bench.
+
+B sequences, P prompt width, L response width.
+"""
+
+import tempfile
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks import train_step
+from benchmarks.sampler_step import FRACTION, Bench
+from entropy_kernels.integrations.trl import patch_trl
+
+
+class TrlStep:
+    """TRL's GRPOTrainer around a bench's model: DAPO's loss on the top 20%. It never generates."""
+
+    def __init__(self, bench: Bench):
+        from datasets import Dataset
+        from trl import GRPOConfig, GRPOTrainer
+
+        self.trainer: Any = GRPOTrainer(
+            model=bench.policy.model,
+            reward_funcs=lambda completions, **_: [0.0] * len(completions),
+            args=GRPOConfig(
+                output_dir=tempfile.gettempdir(),
+                use_cpu=True,
+                bf16=False,
+                report_to=[],
+                num_generations=2,
+                per_device_train_batch_size=len(bench.rollouts),
+                # The model's layers are checkpointed already.
+                gradient_checkpointing=False,
+                loss_type="dapo",
+                beta=0.0,
+                top_entropy_quantile=FRACTION,
+            ),
+            train_dataset=Dataset.from_list([{"prompt": "a"}] * len(bench.rollouts)),
+            processing_class=bench.policy.tokenizer,
+        )
+        self.trainer.current_gradient_accumulation_steps = 1
+        self.inputs = _inputs(bench)
+        self._tap(bench)
+
+    def _tap(self, bench: Bench) -> None:
+        """Tells the bench's parts where TRL's head begins and where its backward ends."""
+
+        def begin(_: Any, states: tuple[Tensor, ...]) -> None:
+            if torch.is_grad_enabled():
+                bench.parts.begin("head")
+                states[0].register_hook(lambda _: bench.parts.begin("backward"))
+
+        bench.policy.model.get_output_embeddings().register_forward_pre_hook(begin)
+
+    def __call__(self, bench: Bench, patched: bool) -> dict[str, float]:
+        """Loss and norm of the gradient of a step, with patch_trl() or without."""
+        bench.parts.begin("forward")
+        model = self.trainer.model.train()
+        with patch_trl() if patched else nullcontext():
+            loss = self.trainer.compute_loss(model, self.inputs)
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), train_step.GRAD_CLIP)
+        bench.optimizer.step()
+        bench.optimizer.zero_grad()
+        return {"loss": float(loss.detach()), "grad_norm": float(norm)}
+
+
+def _inputs(bench: Bench) -> dict[str, Tensor]:
+    """The batch as the trainer hands it to its loss: prompts padded on the left."""
+    rollouts, pad = bench.rollouts, bench.policy.tokenizer.pad_token_id
+    tokens = rollouts.tokens_N.split(rollouts.length_B.tolist())
+    lengths = rollouts.prompt_length_B.tolist()
+    prompts = [x[:n] for x, n in zip(tokens, lengths, strict=True)]
+    responses = [x[n:] for x, n in zip(tokens, lengths, strict=True)]
+    mask_BL = _padded([torch.ones_like(x) for x in responses], 0, "right")
+    return {
+        "prompt_ids": _padded(prompts, pad, "left"),
+        "prompt_mask": _padded([torch.ones_like(x) for x in prompts], 0, "left"),
+        "completion_ids": _padded(responses, pad, "right"),
+        "completion_mask": mask_BL,
+        "advantages": bench.advantage_B,
+        "num_items_in_batch": mask_BL.sum(),
+    }
+
+
+def _padded(rows: list[Tensor], fill: int, side: str) -> Tensor:
+    return torch.nn.utils.rnn.pad_sequence(
+        rows, batch_first=True, padding_value=fill, padding_side=side
+    )
