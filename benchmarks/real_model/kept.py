@@ -1,0 +1,83 @@
+"""What the studies found, as the result files that the page is made of."""
+
+import json
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+from benchmarks.real_model.prompts import KINDS
+from benchmarks.real_model.studies import ARMS, SEEDS, Studies
+from entropy_kernels._bench.result_text import result_text
+
+FOLDER = Path("benchmarks/results/real_model")
+STEPS, HEAD = "real_step-cpu-*.json", "real_head-cpu-*.json"
+WANTED = len(ARMS) * SEEDS
+# Rows of the table of tokens at each end, of those sampled this often over all kinds.
+TOKENS, MINIMUM = 40, 100
+OF_A_KIND = ("count", "mean", "below_0.01", "percentiles", "threshold", "accuracy", "problems")
+
+
+def steps_file() -> Path | None:
+    """The result file of the steps, if there is one."""
+    return next(iter(sorted(FOLDER.parent.glob(STEPS))), None)
+
+
+def runs(studies: Studies) -> int:
+    """How many runs of the learning study have ended."""
+    if not studies.learned.exists():
+        return 0
+    return len(json.loads(studies.learned.read_text())["runs"])
+
+
+def keep(studies: Studies) -> None:
+    """Write the result files of all that has ended."""
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    found = {"learning": studies.learned, "temperatures": studies.root / "temperatures"}
+    found["temperatures"] /= "temperatures.json"
+    for one in studies.analyses():
+        if one.kind == "evolution":
+            found[f"evolution-{one.of}"] = one.file
+    for name, path in found.items():
+        if path.exists():
+            (FOLDER / f"{name}.json").write_text(result_text(json.loads(path.read_text())))
+    files = {one.of: one.file for one in studies.analyses() if one.kind == "patterns"}
+    if all(path.exists() for path in files.values()):
+        kinds = {kind: json.loads(path.read_text()) for kind, path in files.items()}
+        (FOLDER / "patterns.json").write_text(result_text(joined(kinds)))
+
+
+def joined(kinds: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """The patterns of each kind in short, and the tokens of all kinds together."""
+    assert kinds.keys() == KINDS.keys()
+    counts: defaultdict[int, int] = defaultdict(int)
+    sums: defaultdict[int, float] = defaultdict(float)
+    texts: dict[int, str] = {}
+    for found in kinds.values():
+        for token in found["tokens"]:
+            counts[token["token"]] += token["count"]
+            sums[token["token"]] += token["count"] * token["mean"]
+            texts[token["token"]] = token["text"]
+    total = sum(found["count"] for found in kinds.values())
+    often = [
+        {
+            "text": texts[token],
+            "count": count,
+            "mean": sums[token] / count,
+            "share": count / total,
+        }
+        for token, count in counts.items()
+        if count >= MINIMUM
+    ]
+    often.sort(key=lambda token: -token["mean"])
+    first = next(iter(kinds.values()))
+    return {
+        "made": first["made"],
+        "count": total,
+        "mean": sum(found["count"] * found["mean"] for found in kinds.values()) / total,
+        "below_0.01": sum(x["count"] * x["below_0.01"] for x in kinds.values()) / total,
+        "kinds": {kind: {key: x[key] for key in OF_A_KIND} for kind, x in kinds.items()},
+        "histograms": {kind: x["histogram"] for kind, x in kinds.items()},
+        "cdfs": {kind: x["cdf"] for kind, x in kinds.items()},
+        "highest": often[:TOKENS],
+        "lowest": often[: -TOKENS - 1 : -1],
+    }

@@ -1,0 +1,146 @@
+"""The commands of the studies on a pretrained model, and what each leaves.
+
+Every command is one of the trainer's, or a benchmark; it resumes by itself. Two processes of one
+thread each are faster on two cores than one of two.
+"""
+
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks.real_model.prompts import KINDS
+
+ARMS = ("top-20", "all", "random-20", "bottom-80", "stapo")
+EVOLVED = ("top-20", "all")
+SEEDS, STEPS, JOBS = 3, 24, 2
+PROBLEMS = 300
+SUMS_TOKENS, TOKENS = 64, 128
+# Responses to each of prompts.PROMPTS prompts: 50,000 tokens of a kind and more.
+SAMPLES = 1
+
+
+@dataclass(frozen=True)
+class Studies:
+    """Where a model's studies read and write."""
+
+    model: Path
+    root: Path
+    """The folder of runs, prompts and analyses, of which nothing is committed."""
+
+    @property
+    def data(self) -> Path:
+        """The folder of the prompts."""
+        return self.root / "data"
+
+    @property
+    def base(self) -> Path:
+        """The run whose first checkpoint is the model after its warm start."""
+        return self.root / "base"
+
+    @property
+    def started(self) -> Path:
+        """The folder of the model after its warm start."""
+        return self.base / "checkpoints" / "step-000000"
+
+    def run(self, arm: str, seed: int) -> Path:
+        """The folder of a run of the learning study."""
+        return self.root / "sums" / arm / f"seed-{seed}"
+
+    @property
+    def learned(self) -> Path:
+        """The results of the learning study."""
+        return self.root / "learning.json"
+
+    def base_command(self) -> list[str]:
+        """A warm start on worked sums, its evaluation, and no RL."""
+        settings = self._settings() | {
+            "name": "base",
+            "steps": 0,
+            "model.path": self.model,
+            "data.demonstration-field": "worked",
+            "warm-start.steps": 80,
+            "warm-start.batch-size": 8,
+            "warm-start.learning-rate": 5e-5,
+            "warm-start.warmup-steps": 5,
+            "warm-start.cache": self.root / "warm-starts",
+            "threads": 2,
+        }
+        return _trainer("train", "tiny", *_options(settings))
+
+    def learning_command(self, seeds: range) -> list[str]:
+        """RL from the model after its warm start, by arms, with these seeds."""
+        settings = self._settings() | {
+            "steps": STEPS,
+            "threads": 1,
+            "model.path": self.started,
+            "warm-start.steps": 0,
+            "rollout.prompts": 8,
+            "rollout.group-size": 4,
+            "rollout.batch-size": 32,
+            "algorithm.max-rounds": 1,
+            "algorithm.min-groups": 1,
+            "algorithm.old-logprob": "sampler",
+            "optimizer.learning-rate": 1e-5,
+            "checkpoint-every": STEPS,
+            "keep-checkpoints": 1,
+        }
+        of_all = ["--label", "sums", "--jobs", str(JOBS), "--out", str(self.learned)]
+        of_all += ["--seeds", str(len(seeds)), "--first-seed", str(seeds.start)]
+        return _trainer("compare", "tiny", *of_all, "--arms", *ARMS, *_options(settings))
+
+    def _settings(self) -> dict[str, object]:
+        return {
+            "root": self.root,
+            "model.attention": "sdpa",
+            "data.task": f"file:{self.data / 'sums.jsonl'}",
+            "data.template": "none",
+            "rollout.max-new-tokens": SUMS_TOKENS,
+            "eval.problems": PROBLEMS,
+            "eval.every": max(STEPS, 1),
+        }
+
+    def analyses(self) -> Iterator["Analysis"]:
+        """What is done with the trained models and with the pretrained one."""
+        for kind in KINDS:
+            folder = self.root / "patterns" / kind
+            data = ["--data", f"file:{self.data / f'{kind}.jsonl'}", "--template", "none"]
+            size = ["--samples", str(SAMPLES), "--max-new-tokens", str(TOKENS), "--minimum", "1"]
+            options = ["--model", str(self.model), *data, "--instruction", "", *size]
+            yield Analysis("patterns", kind, folder, tuple(options))
+        top = self.run("top-20", 0)
+        options = ["--model", str(top), "--data", "held-out", "--problems", str(PROBLEMS)]
+        options += ["--samples", "1", "--low", "0", "0.6", "1", "1.5", "--high", "0", "0.6", "1.5"]
+        yield Analysis("temperatures", "sums", self.root / "temperatures", tuple(options))
+        for arm in EVOLVED:
+            run = self.run(arm, 0)
+            options = ["--model", str(run), "--checkpoints", str(self.started), str(run)]
+            options += ["--data", "held-out", "--problems", str(PROBLEMS), "--samples", "1"]
+            yield Analysis("evolution", arm, self.root / "evolution" / arm, tuple(options))
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """One `python -m trainer analyze`."""
+
+    kind: str
+    of: str
+    folder: Path
+    options: tuple[str, ...]
+
+    @property
+    def file(self) -> Path:
+        """Its result."""
+        return self.folder / f"{self.kind}.json"
+
+    def command(self) -> list[str]:
+        """The whole command."""
+        return _trainer("analyze", self.kind, *self.options, "--out", str(self.folder))
+
+
+def _trainer(*arguments: str) -> list[str]:
+    return [sys.executable, "-m", "trainer", *arguments]
+
+
+def _options(settings: dict[str, object]) -> list[str]:
+    return [part for name, value in settings.items() for part in (f"--{name}", str(value))]
