@@ -281,7 +281,7 @@ def eager(
         with torch.no_grad():
             for _, part, at in _micro_batches(bench, rollouts):
                 old_T[at], entropy_T[at] = _eager_head(policy, part, truncated, head)
-    selected_T = ek.top_entropy_mask(entropy_T, fraction=fraction)
+    selected_T = at_least(entropy_T, ek.entropy_threshold(entropy_T, fraction=fraction))
     policy.train()
     total = 0.0
     for index, part, at in _micro_batches(bench, rollouts):

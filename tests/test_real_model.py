@@ -5,8 +5,13 @@ import json
 import re
 
 import pytest
+import torch
 
-from benchmarks.real_model import folder, prompts
+from benchmarks import bench_real_model as suite
+from benchmarks import peers
+from benchmarks.real_model import __main__ as conductor
+from benchmarks.real_model import engines, folder, kept, prompts
+from tests.trainer.tokenizer_kinds import byte_level
 
 
 def test_worked_sums_are_right_whatever_their_way():
@@ -59,3 +64,107 @@ def test_what_is_no_gguf_file_of_the_model_is_told(trouble, tmp_path, capsys):
     assert stopped.value.code == 2
     assert wanted in capsys.readouterr().err
     assert target.exists() is (trouble == "a folder that exists")
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """The folder of a Gemma 3 of random weights that reads bytes."""
+    from transformers import Gemma3ForCausalLM, Gemma3TextConfig
+
+    tokenizer = byte_level(bos_token="<bos>", eos_token="<eos>", pad_token="<pad>", front=["<bos>"])
+    torch.manual_seed(0)
+    model = Gemma3ForCausalLM(
+        Gemma3TextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            head_dim=16,
+            query_pre_attn_scalar=16,
+            sliding_window=512,
+            tie_word_embeddings=True,
+            pad_token_id=tokenizer.pad_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            bos_token_id=tokenizer.bos_token_id,
+        )
+    )
+    torch.nn.init.constant_(model.model.norm.weight, 5.0)
+    made = tmp_path_factory.mktemp("gemma")
+    model.save_pretrained(made)
+    tokenizer.save_pretrained(made)
+    return made
+
+
+@pytest.mark.filterwarnings("default")
+def test_every_step_of_a_model_finds_its_gradient_and_the_head_is_timed(small, tmp_path):
+    lines = []
+    entries = suite.measure(small, *suite.QUICK, tmp_path, log=lines.append)
+    named = {entry["name"]: entry for entry in entries if "sums" in entry}
+    assert {"eager", "ours", "ours-mask", "ours-known", "ours-support", "ours-all"} <= set(named)
+    assert named["ours"]["sums"] != named["ours-all"]["sums"]
+    for entry in named.values():
+        assert len(entry["wall_s"]) == suite.QUICK[1]
+        assert entry["error"] < 1e-4
+        assert entry["products"]["backward"] > 0
+    if not peers.why_not("trl"):
+        trl, patched = named["trl"], named["trl-patched"]
+        # patch_trl() changes nothing but the head, whose backward has a fifth of the rows.
+        assert trl["products"]["forward"] == patched["products"]["forward"]
+        assert patched["products"]["head"] < trl["products"]["head"]
+    heads = [entry for entry in entries if "sums" not in entry]
+    assert {"eager", "cpu-0.2"} <= {entry["name"] for entry in heads if "wall_s" in entry}
+    assert len(list(tmp_path.glob("real_*.json"))) == 2
+
+
+def test_both_engines_answer_the_same_requests(small, monkeypatch):
+    monkeypatch.setattr(engines, "TOKENS", 8)
+    found = engines.measure(small, rounds=2)
+    entries = {entry["name"]: entry for entry in found["engines"]}
+    asked = engines.PROMPTS * engines.EACH
+    for name in ("transformers", "generate", "generate-static"):
+        tokens = entries[name]["tokens"]
+        assert len(tokens) == len(entries[name]["wall_s"]) == 2
+        assert all(asked <= count <= 8 * asked for count in tokens)
+    assert "wall_s" in entries["vllm"] or entries["vllm"]["refused"] == "needs vLLM"
+
+
+def test_tokens_of_all_kinds_count_together():
+    def kind(*tokens):
+        return {
+            **dict.fromkeys(kept.OF_A_KIND, 0.0),
+            "count": sum(count for _, count, _ in tokens),
+            "mean": 0.5,
+            "below_0.01": 0.25,
+            "made": {},
+            "histogram": {},
+            "cdf": {},
+            "tokens": [
+                {"text": str(token), "token": token, "count": count, "mean": mean}
+                for token, count, mean in tokens
+            ],
+        }
+
+    names = list(prompts.KINDS)
+    kinds = {name: kind((1, 50, 1.0), (2, 150, 0.1)) for name in names[1:]}
+    kinds = {names[0]: kind((1, 50, 3.0), (3, 99, 9.0)), **kinds}
+    found = kept.joined(kinds)
+    assert found["count"] == 50 + 99 + 3 * 200
+    assert [token["text"] for token in found["highest"]] == ["1", "2"]
+    assert [token["text"] for token in found["lowest"]] == ["2", "1"]
+    assert found["highest"][0]["mean"] == pytest.approx((3 + 1 + 1 + 1) / 4)
+    assert found["highest"][0]["share"] == pytest.approx(200 / found["count"])
+
+
+def test_what_is_missing_is_told_with_its_minutes(small, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(kept, "FOLDER", tmp_path / "results" / "real_model")
+    command = ["--model", str(small), "--root", str(tmp_path / "runs"), "--plan"]
+    assert conductor.main([*command, "--only", "base", "learning"]) == 0
+    minutes = {part.name: part.minutes for part in conductor.PARTS}
+    total = minutes["base"] + minutes["learning"]
+    assert f"{total:.0f} minutes in all" in capsys.readouterr().out
+    assert not (tmp_path / "runs").exists()
+    with pytest.raises(SystemExit):
+        conductor.main(["--model", str(tmp_path), "--plan"])
+    assert "folder with config.json; got" in capsys.readouterr().err

@@ -92,6 +92,9 @@ def test_a_wrong_step_is_refused():
         error({"loss": 1.01}, {"loss": 1.0})
     with pytest.raises(runner.WrongResultError):
         error({"loss": float("nan")}, {"loss": 1.0})
+    error({"loss": 0.0}, {"loss": 6e-9})
+    with pytest.raises(runner.WrongResultError):
+        error({"loss": 0.0}, {"loss": 2e-6})
 
 
 def test_the_suite_writes_what_its_tables_read(tmp_path):

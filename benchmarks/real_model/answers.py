@@ -6,7 +6,7 @@ B sequences, T response tokens.
 from dataclasses import replace
 from pathlib import Path
 
-from benchmarks.real_model.prompts import KINDS, rows
+from benchmarks.real_model.prompts import rows
 from benchmarks.sampler_step import Bench
 from trainer.batch import Rollouts
 from trainer.config import Model, Reward, Truncation
@@ -16,14 +16,14 @@ from trainer.rewards.verifier import Verifier
 from trainer.sampling import sample
 from trainer.tasks.problem import Problem
 
-TOP_P = 0.95
+TOP_P, GROUP = 0.95, 4
 
 
 def real_bench(folder: Path, sequences: int, response: int) -> Bench:
-    """The folder's model, its answers to prompts of all kinds in one micro-batch, and AdamW.
+    """The folder's model, its answers to word problems in one micro-batch, and AdamW.
 
-    Answers have `response` tokens at most. They are drawn with a top-p of TOP_P, whose sets are
-    those of the truncated sampler; without sets, each token keeps all ids.
+    Each prompt has GROUP answers of `response` tokens at most. They are drawn with a top-p of
+    TOP_P, whose sets are those of the truncated sampler; without sets, each token keeps all ids.
     """
     policy = read_policy(Model(path=str(folder), gradient_checkpointing=True), seed=0)
     check_policy(policy)
@@ -49,14 +49,13 @@ class _Unjudged:
 
 
 def _sampled(policy: Policy, sequences: int, response: int) -> Rollouts:
-    kinds = [*KINDS]
-    asked = [rows(kinds[i % len(kinds)], i + 1)[i] for i in range(sequences)]
+    asked = rows("word-problems", sequences // GROUP)
     return sample(
         TransformersEngine(policy, sequences),
         policy,
         Verifier(_Unjudged(), Reward()),
         [Problem(row["prompt"], row["answer"]) for row in asked],
-        group_size=1,
+        group_size=GROUP,
         max_new_tokens=response,
         temperature=1.0,
         truncation=Truncation(top_p=TOP_P),

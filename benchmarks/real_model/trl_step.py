@@ -46,14 +46,14 @@ class TrlStep:
         self._tap(bench)
 
     def _tap(self, bench: Bench) -> None:
-        """Tells the bench's parts where TRL's head begins and where its backward ends."""
+        """Tells the bench's parts where the backbone ends, and where its backward begins."""
 
-        def begin(_: Any, states: tuple[Tensor, ...]) -> None:
+        def begin(_: Any, inputs: Any, found: Any) -> None:
             if torch.is_grad_enabled():
                 bench.parts.begin("head")
-                states[0].register_hook(lambda _: bench.parts.begin("backward"))
+                found[0].register_hook(lambda _: bench.parts.begin("backward"))
 
-        bench.policy.model.get_output_embeddings().register_forward_pre_hook(begin)
+        bench.policy.model.get_decoder().register_forward_hook(begin)
 
     def __call__(self, bench: Bench, patched: bool) -> dict[str, float]:
         """Loss and norm of the gradient of a step, with patch_trl() or without."""
