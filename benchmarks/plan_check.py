@@ -195,7 +195,6 @@ def measure(case: Case, folder: Path) -> dict[str, dict[str, float]]:
 def _compare(job: Job, probe: Probe) -> dict[str, dict[str, float]]:
     found, read, updates = plan(job), probe.read, job.config.optimizer.mini_batches
     memory, state = found.memory, sum(found.memory["AdamW"].values())
-    state -= memory["AdamW"]["AdamW's temporaries"]
     sums = {phase: sum(parts.values()) for phase, parts in memory.items()}
     backward = max(sums[phase] for phase in ("head", "last layer", "first layer", "end"))
     flops = found.flops
@@ -210,7 +209,7 @@ def _compare(job: Job, probe: Probe) -> dict[str, dict[str, float]]:
             memory["AdamW"]["AdamW's moments"],
         ),
         "forward and backward, above them": (read["update's peak"], backward - state),
-        "AdamW's temporaries": (read["AdamW's peak"], memory["AdamW"]["AdamW's temporaries"]),
+        "AdamW's temporaries": (read["AdamW's peak"], 0.0),
         "flops of the layers": (probe.counter.get_total_flops(), layers),
     }
     return {

@@ -149,7 +149,9 @@ def others() -> dict[str, EagerHead]:
 
 def make_optimizer(model: Any, rate: float = LEARNING_RATE) -> torch.optim.Optimizer:
     """AdamW whose moments exist, as after every step but the first."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, betas=(0.9, 0.95), weight_decay=0.0)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=0.0, betas=(0.9, 0.95), weight_decay=0.0, fused=True
+    )
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()

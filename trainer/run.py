@@ -146,6 +146,7 @@ def start(
         lr=settings.optimizer.learning_rate,
         betas=settings.optimizer.betas,
         weight_decay=settings.optimizer.weight_decay,
+        fused=True,  # else it copies tensors as large as the embedding
     )
     state = checkpoint.load(found, policy, optimizer, ranks) if found else Progress()
     read = f"as it is read from {found or settings.model.path}"

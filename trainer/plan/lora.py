@@ -22,7 +22,6 @@ SIZES = ("qwen3-0.6b", "qwen3-1.7b")
 # Parts that exist for weights which are trained, or grow with their number.
 _OF_TRAINED = {
     *("AdamW's moments", "gradients", "gradient of the head", "embedding's gradient"),
-    "AdamW's temporaries",
 }
 ADAPTERS = "adapters, gradients and moments"
 

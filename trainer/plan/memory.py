@@ -54,7 +54,7 @@ def step_memory(job: Job) -> Memory:
         | one
         | (head if job.sharded else {}),
         "end": always | gradients | gathered | _embedding(job),
-        "AdamW": always | gradients | {"AdamW's temporaries": _optimizer(job)},
+        "AdamW": always | gradients,  # fused: without temporaries
     }
 
 
@@ -155,15 +155,6 @@ def _embedding(job: Job) -> dict[str, float]:
     # Another tensor of V x D where it is added to one: the head's, or an earlier micro-batch's.
     added = model.tied or job.micro_batches > 1
     return {"embedding's gradient": float(E * model.head)} if added else {}
-
-
-def _optimizer(job: Job) -> float:
-    """The square roots of the second moments of all weights on a GPU; elsewhere of one weight at a
-    time, twice."""
-    model = job.architecture
-    if job.device.is_gpu:
-        return job.master_bytes * model.parameters / job.gpus
-    return 2.0 * job.master_bytes * max(model.head, model.hidden * model.intermediate) / job.gpus
 
 
 def _engine(job: Job) -> dict[str, float]:
