@@ -156,30 +156,54 @@ def test_random_numbers_spread_over_the_distribution(truncation):
     assert torch.allclose(drawn.logprob.double(), p.log()[drawn.token], atol=1e-6)
 
 
-def old_draw(logits_BV, temperature, uniform_B):
-    """The draw before there were entropies and truncation."""
-    logprob_BV = (logits_BV.float() / (temperature or 1.0)).log_softmax(1)
-    if temperature == 0:
-        token_B = logits_BV.argmax(1)
-    else:
-        cdf_BV = logprob_BV.exp().cumsum(1)
-        at_B1 = (uniform_B * cdf_BV[:, -1]).unsqueeze(1)
-        token_B = torch.searchsorted(cdf_BV, at_B1, right=True).squeeze(1)
-        token_B = token_B.clamp_max(logits_BV.shape[1] - 1)
-    return token_B, logprob_BV.gather(1, token_B.unsqueeze(1)).squeeze(1)
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("temperature", [1.0, 0.6, 0.0])
-def test_without_truncation_the_same_tokens_are_drawn_as_ever(temperature, dtype):
-    """To the bit, and so are their log-probs."""
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+@pytest.mark.parametrize("vocabulary", [3, 511, 512, 700, 5000])
+def test_a_token_is_where_the_distribution_function_exceeds_the_number(
+    vocabulary, temperature, dtype
+):
     generator = torch.Generator().manual_seed(1)
-    logits = (torch.randn(500, 700, generator=generator) * 3).to(dtype)
+    logits = (torch.randn(500, vocabulary, generator=generator) * 3).to(dtype)
     uniform = torch.rand(500, generator=generator)
-    token, logprob = old_draw(logits, temperature, uniform)
     drawn = engines._draw(logits, temperature, NO_TRUNCATION, uniform)
-    assert torch.equal(drawn.token, token)
-    assert torch.equal(drawn.logprob, logprob)
+    logp = (logits.double() / temperature).log_softmax(1)
+    above = logp.exp().cumsum(1).gather(1, drawn.token[:, None])[:, 0]
+    p = logp.gather(1, drawn.token[:, None])[:, 0]
+    assert (above - p.exp() <= uniform + 1e-6).all()
+    assert (uniform <= above + 1e-6).all()
+    torch.testing.assert_close(drawn.logprob.double(), p, atol=2e-6, rtol=1e-6)
+    # Single precision decides another way only where the number is next to the function.
+    exact = torch.searchsorted(logp.exp().cumsum(1), uniform.double()[:, None], right=True)[:, 0]
+    assert (exact != drawn.token).sum() <= 1
+
+
+@pytest.mark.parametrize("vocabulary", [40, 1024, 1500])
+def test_a_token_of_no_probability_is_never_drawn(vocabulary):
+    """Not by the least number either, nor by the largest, whose product may round up to the sum."""
+    prob = torch.zeros(6, vocabulary)
+    places = torch.arange(3, vocabulary - 3, 7)
+    prob[:, places] = torch.rand(6, len(places), generator=torch.Generator().manual_seed(3))
+    prob /= prob.sum(1, keepdim=True)
+    for number in (0.0, 2**-24, 0.5, 1 - 2**-24):
+        token = engines.invert(prob, torch.full((6,), number))
+        assert torch.isin(token, places).all()
+    assert (engines.invert(prob, torch.zeros(6)) == 3).all()
+    assert (engines.invert(prob, torch.full((6,), 1 - 2**-24)) == places[-1]).all()
+
+
+def test_a_row_of_nan_is_drawn_and_told_later():
+    logits = torch.randn(3, 700)
+    logits[1] = torch.nan
+    drawn = engines._draw(logits, 1.0, NO_TRUNCATION, torch.full((3,), 0.5))
+    assert (drawn.token < 700).all()
+    assert drawn.logprob.isnan().tolist() == [False, True, False]
+
+
+def test_greedy_takes_the_most_probable_with_its_untempered_log_prob():
+    logits = torch.randn(50, 700, generator=torch.Generator().manual_seed(1)) * 3
+    drawn = engines._draw(logits, 0.0, NO_TRUNCATION, torch.zeros(50))
+    assert torch.equal(drawn.token, logits.argmax(1))
+    torch.testing.assert_close(drawn.logprob, logits.log_softmax(1).amax(1))
 
 
 def rollouts_of(policy, ranks=None):

@@ -21,6 +21,8 @@ from trainer.policy import Policy, positions
 
 # Finished rows leave the batch once they are this share of it, as each time the cache is copied.
 DROP_SHARE = 0.2
+# Tokens whose probabilities are summed first.
+BLOCK = 512
 
 
 class TransformersEngine:
@@ -208,20 +210,52 @@ def _draw(
     """A token per row by inversion of the distribution function, which truncation may cut."""
     if temperature and not truncation.off:
         return _draw_truncated(logits_BV, temperature, truncation, uniform_B)
-    logprob_BV = (logits_BV.float() / (temperature or 1.0)).log_softmax(1)
-    if temperature == 0:
-        token_B = logits_BV.argmax(1)
-    else:
-        cdf_BV = logprob_BV.exp().cumsum(1)
-        # Strictly above: a token of no probability is not drawn.
-        at_B1 = (uniform_B * cdf_BV[:, -1]).unsqueeze(1)
-        token_B = torch.searchsorted(cdf_BV, at_B1, right=True).squeeze(1)
-        token_B = token_B.clamp_max(logits_BV.shape[1] - 1)
+    scaled_BV = logits_BV.float()
+    if temperature not in (0, 1):
+        scaled_BV = scaled_BV / temperature
+    prob_BV = scaled_BV.softmax(1)
+    token_B = logits_BV.argmax(1) if temperature == 0 else invert(prob_BV, uniform_B)
     return _Drawn(
         token_B,
-        logprob_BV.gather(1, token_B.unsqueeze(1)).squeeze(1),
+        prob_BV.gather(1, token_B.unsqueeze(1)).squeeze(1).log(),
         ek.entropy_from_logits(logits_BV, temperature or 1.0),
     )
+
+
+def invert(prob_BV: Tensor, uniform_B: Tensor) -> Tensor:
+    """The token of each row at which its distribution function exceeds `uniform_B`, in [0, 1).
+
+    Two sums of at most BLOCK and V / BLOCK numbers find it, which read a row once and round less
+    than one sum over it. A token of no probability is never drawn.
+    """
+    whole = prob_BV.shape[1] // BLOCK
+    mass_BK = torch.cat(
+        [
+            prob_BV[:, : whole * BLOCK].unflatten(1, (whole, BLOCK)).sum(2),
+            prob_BV[:, whole * BLOCK :].sum(1, keepdim=True),
+        ],
+        1,
+    )
+    block_B, left_B = _place(mass_BK, uniform_B * mass_BK.sum(1))
+    token_BW = block_B.unsqueeze(1) * BLOCK + torch.arange(BLOCK, device=block_B.device)
+    outside_BW = token_BW >= prob_BV.shape[1]
+    within_BW = prob_BV.gather(1, token_BW.masked_fill(outside_BW, 0)).masked_fill(outside_BW, 0)
+    token_B = token_BW.gather(1, _place(within_BW, left_B)[0].unsqueeze(1)).squeeze(1)
+    return token_B.clamp_max(prob_BV.shape[1] - 1)  # of a row of NaN
+
+
+def _place(mass_BK: Tensor, at_B: Tensor) -> tuple[Tensor, Tensor]:
+    """The first place whose sum exceeds `at_B`, and how far `at_B` is beyond the sum before it.
+
+    Where rounding has put `at_B` at the sum of all or beyond, the last place with any mass.
+    """
+    sum_BK = mass_BK.cumsum(1)
+    at_B = at_B.minimum(sum_BK[:, -1].nextafter(torch.zeros_like(at_B)))
+    # Strictly above: a place without mass is never found.
+    place_B1 = torch.searchsorted(sum_BK, at_B.unsqueeze(1), right=True)
+    place_B1 = place_B1.clamp_max(sum_BK.shape[1] - 1)  # NaN goes beyond
+    before_B1 = sum_BK.gather(1, place_B1) - mass_BK.gather(1, place_B1)
+    return place_B1.squeeze(1), (at_B - before_B1.squeeze(1)).clamp_min(0)
 
 
 def _draw_truncated(
