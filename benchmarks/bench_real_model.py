@@ -90,6 +90,7 @@ def measure(
     bench = real_bench(model, *size)
     about = runner.about_this_run(torch.float32) | {"op": "real_step", "device": "cpu"}
     about |= {"rounds": rounds, "shape": shape_of(bench), "bytes": held(bench)}
+    about["model"] = type(bench.policy.model).__name__
     log("steps of a pretrained model, " + ", ".join(f"{n} {x}" for n, x in about["shape"].items()))
     all_of_them = contestants(bench)
     steps = {name: step for name, (_, step, _) in all_of_them.items()}

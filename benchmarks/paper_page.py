@@ -6,6 +6,7 @@ from pathlib import Path
 
 from benchmarks import paper_findings as findings
 from benchmarks import paper_tables as tables
+from benchmarks.real_model import page as pretrained
 
 PAGE = Path("docs/paper.md")
 RESULTS = Path("benchmarks/results/paper")
@@ -20,6 +21,10 @@ BLOCKS: dict[str, Callable[[Path], str]] = {
     "rules": tables.rules,
     "fractions": findings.fractions,
     "masks": findings.masks,
+    "pretrained_patterns": lambda results: pretrained.patterns(_pretrained(results)),
+    "pretrained_learning": lambda results: pretrained.learning(_pretrained(results)),
+    "pretrained_temperatures": lambda results: pretrained.temperatures(_pretrained(results)),
+    "pretrained_overlap": lambda results: pretrained.overlap(_pretrained(results)),
 }
 
 
@@ -39,9 +44,8 @@ def write(root: Path, check: bool = False) -> int:
 def render(root: Path) -> dict[Path, str]:
     """The text of every file that is written."""
     page = root / PAGE
-    figures = {
-        root / "docs" / "paper" / name: svg for name, svg in tables.figures(root / RESULTS).items()
-    }
+    drawn = tables.figures(root / RESULTS) | pretrained.figures(_pretrained(root / RESULTS))
+    figures = {root / "docs" / "paper" / name: svg for name, svg in drawn.items()}
     return {page: fill(page.read_text(), root / RESULTS), **figures}
 
 
@@ -58,6 +62,11 @@ def fill(text: str, results: Path) -> str:
         return f"{match.group(1)}{BLOCKS[match.group(2)](results)}\n{match.group(3)}"
 
     return _BLOCK.sub(block, text)
+
+
+def _pretrained(results: Path) -> Path:
+    """The folder of the results on a pretrained model, beside those of the small policies."""
+    return results.with_name("real_model")
 
 
 def _differs(path: Path, text: str) -> bool:

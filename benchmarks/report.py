@@ -21,6 +21,7 @@ from benchmarks.engine_runs import panels as run_panels
 from benchmarks.gpu.table import in_short
 from benchmarks.gpu.table import runs as gpu_runs
 from benchmarks.predicted_tables import predicted
+from benchmarks.real_model import tables as real_model
 from benchmarks.sampler_tables import sampler_step_tables
 from benchmarks.tables import Run, by_make, by_shape, make_heading, processor_of
 from trainer.report.charts import figure
@@ -65,8 +66,11 @@ def render(root: Path) -> dict[Path, str]:
     shapes = by_shape(runs["linear_logprob_entropy"])
     of_gpus = measured(root / RESULTS)
     trained = [*trl_trainers.of(root / RESULTS), *sampler_runs.of(root / RESULTS)]
+    trained += real_model.of(root / RESULTS)
     blocks = {
-        root / "README.md": "\n\n".join([_in_short(runs), *of_gpus]),
+        root / "README.md": "\n\n".join(
+            [_in_short(runs), *real_model.in_short(root / RESULTS), *of_gpus]
+        ),
         root / "docs" / "benchmarks.md": "\n\n".join(
             [_summary(runs), *trained, *(of_gpus or [predicted()])]
         ),

@@ -9,8 +9,9 @@ import torch
 
 from benchmarks import bench_real_model as suite
 from benchmarks import peers
+from benchmarks.paper_results import NOTHING
 from benchmarks.real_model import __main__ as conductor
-from benchmarks.real_model import engines, folder, kept, prompts
+from benchmarks.real_model import engines, folder, kept, page, prompts, tables
 from tests.trainer.tokenizer_kinds import byte_level
 
 
@@ -168,3 +169,68 @@ def test_what_is_missing_is_told_with_its_minutes(small, tmp_path, capsys, monke
     with pytest.raises(SystemExit):
         conductor.main(["--model", str(tmp_path), "--plan"])
     assert "folder with config.json; got" in capsys.readouterr().err
+
+
+def test_the_tables_have_the_steps_beside_those_with_all_logits(tmp_path):
+    def entry(name, seconds, peak):
+        parts = {"scoring": 1.0, "forward": 2.0, "head": seconds - 4, "backward": 0.5}
+        parts |= {"scoring head": 0.0, "optimizer": 0.5}
+        return {
+            "name": name,
+            "label": f"label of {name}",
+            "wall_s": [seconds] * 2,
+            "parts_s": {part: [x] * 2 for part, x in parts.items()},
+            "part_peak_bytes": {"head": peak},
+            "peak_bytes": peak,
+            "sums": {"loss": 0.25, "grad_norm": 1.0},
+        }
+
+    named = {"tokens": 60, "hidden": 8, "vocabulary": 100, "sequences": 4}
+    run = {
+        **dict.fromkeys(("machine", "commit", "date"), "x"),
+        "model": "Model",
+        "shape": named,
+        "bytes": {"gradients": 10**9},
+        "dtype": "float32",
+        "threads": 2,
+        "rounds": 2,
+        "versions": {"torch": "2"},
+        "contestants": [
+            entry("trl", 10.0, 5 * 10**9),
+            entry("trl-patched", 5.0, 15 * 10**8),
+            entry("eager", 9.0, 4 * 10**9),
+            entry("ours", 5.0, 12 * 10**8),
+        ],
+    }
+    (tmp_path / "real_step-cpu-x.json").write_text(json.dumps(run))
+    (short,) = tables.in_short(tmp_path)
+    # An update is without the second of scoring: 4 of 9, and 4 of 8.
+    assert "| label of trl-patched | 0.50 | 0.44 | 0.50 | 4.00 |" in short
+    assert "| label of ours | 0.56 | 0.50 | 0.20 | 3.00 |" in short
+    (whole,) = tables.of(tmp_path)
+    assert "| label of ours | 5.00 | 1.00 | 2.50 | 1.00 | 0.50 | 20% | 0.25 |" in whole
+    assert tables.in_short(tmp_path / "empty") == tables.of(tmp_path / "empty") == []
+
+
+def test_the_page_has_what_was_found(tmp_path):
+    assert page.patterns(tmp_path) == page.learning(tmp_path) == NOTHING
+    assert page.figures(tmp_path) == {}
+    one = {"count": 10, "mean": 0.5, "below_0.01": 0.25, "accuracy": 0.125}
+    one |= {"percentiles": {"50": 0.1, "80": 0.75}, "histogram": {}, "made": {}, "threshold": 0.7}
+    one |= {"problems": 5, "cdf": {"points": [0.1, 1.0], "shares": [0.4, 0.9]}}
+    token = {"text": " a|b\n", "token": 7, "count": 200, "mean": 2.0}
+    kinds = {name: {**one, "tokens": [token]} for name in prompts.KINDS}
+    (tmp_path / "patterns.json").write_text(json.dumps(kept.joined(kinds)))
+    text = page.patterns(tmp_path)
+    assert "| all kinds | 40 | 0.500 | 25.0% |  |  |  |" in text
+    assert "| word-problems | 10 | 0.500 | 25.0% | 0.100 | 0.750 | 12.5% |" in text
+    assert "| prose | 10 | 0.500 | 25.0% | 0.100 | 0.750 |  |" in text
+    assert r"| ` a\|b\n` | 2.000 |" in text
+    assert "few-shot-sums" in page.figures(tmp_path)["pretrained-patterns.svg"]
+    point = {"low": 1.0, "high": 0.5, "length": 40.0}
+    point["accuracy"] = {"value": 0.5, "low": 0.4, "high": 0.6}
+    (tmp_path / "temperatures.json").write_text(json.dumps({"threshold": 0.7, "points": [point]}))
+    assert "| 1 | 0.5 | 50.0% [40.0, 60.0] | 40.0 |" in page.temperatures(tmp_path)
+    found = {"tokens": 9, "mean": [0.5, 0.25], "overlap": [[1, 0.75]], "correlation": [1, 0.9]}
+    (tmp_path / "evolution-all.json").write_text(json.dumps(found))
+    assert "| all (DAPO) | 9 | 75.0% | 90.0% | 0.500 | 0.250 |" in page.overlap(tmp_path)

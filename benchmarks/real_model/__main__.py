@@ -16,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+from benchmarks import paper_page
 from benchmarks.real_model import kept, prompts
 from benchmarks.real_model.engines import RESULT as ENGINES
 from benchmarks.real_model.studies import EVOLVED, SEEDS, Studies
@@ -54,6 +55,7 @@ def main(arguments: list[str]) -> int:
         prompts.write(studies.data)
     failed = [part.name for part in missing if part.do(studies) or not part.done(studies)]
     kept.keep(studies)
+    paper_page.write(Path())
     if failed:
         print(f"failed: {', '.join(failed)}; the same command goes on", file=sys.stderr)
     return int(bool(failed))

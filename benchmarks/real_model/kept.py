@@ -76,7 +76,6 @@ def joined(kinds: dict[str, dict[str, Any]]) -> dict[str, Any]:
         "mean": sum(found["count"] * found["mean"] for found in kinds.values()) / total,
         "below_0.01": sum(x["count"] * x["below_0.01"] for x in kinds.values()) / total,
         "kinds": {kind: {key: x[key] for key in OF_A_KIND} for kind, x in kinds.items()},
-        "histograms": {kind: x["histogram"] for kind, x in kinds.items()},
         "cdfs": {kind: x["cdf"] for kind, x in kinds.items()},
         "highest": often[:TOKENS],
         "lowest": often[: -TOKENS - 1 : -1],
