@@ -18,6 +18,7 @@ from trainer.entropy_bonus import loss_on_all, make_bonus, metrics_of_bonus, sum
 from trainer.finite import Guard, check_finite, first_nonfinite, nonfinite_statistic
 from trainer.fsdp import release, whole
 from trainer.metrics import Meter, Stopwatch, correction, numbers
+from trainer.model.tied import one_gradient
 from trainer.policy import Policy
 from trainer.ranks import Ranks
 
@@ -148,7 +149,8 @@ def update(
     policy.train()
     meter, watch = Meter(), Stopwatch(policy.device)
     parts = micro_batches(batch.rollouts, settings.optimizer.tokens_per_micro_batch, ranks)
-    found_in = [_backward(policy, batch.rows(index), settings, watch, bonus) for index in parts]
+    with one_gradient(policy.model):
+        found_in = [_backward(policy, batch.rows(index), settings, watch, bonus) for index in parts]
     for metrics in numbers(found_in):
         meter.add(metrics, weight=metrics["tokens/selected"])
     found = Meter.of(ranks.gather(meter)).result()

@@ -33,7 +33,7 @@ def step_memory(job: Job) -> Memory:
     if job.sharded and not job.vllm:
         always["engine's weights"] = float(job.compute_bytes * model.parameters)  # its copy
     gradients = {"gradients": share}
-    before = always | (gradients if job.micro_batches > 1 else {})
+    before = always | (gradients if job.micro_batches > 1 else _embedding_gradient(job))
     gathered = {}
     if job.sharded:
         gathered["embedding and head"] = float(job.compute_bytes * model.outside)
@@ -42,8 +42,10 @@ def step_memory(job: Job) -> Memory:
     one = {"activations kept": tokens * _kept_by_layer(job)}
     layer = gathered | _one_layer(job)
     alone = {"gathered layers": layer["gathered layers"] / 2} if job.sharded else {}
-    # Later micro-batches add it to their sum in place, except for sharded ones.
-    head = _head_gradient(job) if job.sharded or job.micro_batches == 1 else {}
+    # It is added in place where there is a sum, the embedding's or one of earlier micro-batches,
+    # except for sharded ones.
+    first = job.micro_batches == 1 and not model.tied
+    head = _head_gradient(job) if job.sharded or first else {}
     return sampling | {
         "head": before | gathered | kept | head | {"head's workspace": _head(job)},
         "last layer": before | layer | kept | head,
@@ -88,7 +90,9 @@ def engine_room(job: Job) -> float:
 def _almost_all(job: Job, share: float) -> dict[str, float]:
     """Gradients before those of the first layer and the embedding, in a first micro-batch."""
     model = job.architecture
-    missing = model.layer + (0 if model.tied else model.head) if job.micro_batches == 1 else 0
+    missing = model.layer if job.micro_batches == 1 else 0
+    if job.sharded and job.micro_batches == 1 and not model.tied:
+        missing += model.head
     return {"gradients": share - job.master_bytes * missing / job.gpus}
 
 
@@ -148,13 +152,18 @@ def _head(job: Job) -> float:
 
 
 def _embedding(job: Job) -> dict[str, float]:
-    """The end of backward: the embedding's gradient, and its reduction with the head's in fp32."""
+    """The end of backward: the embedding's gradient, and its reduction with the head's in fp32.
+
+    Where it is not sharded, its rows are added to a gradient that is there.
+    """
     model, E = job.architecture, job.compute_bytes
-    if job.sharded:
-        return {"embedding's gradient": (E + 4.0) * model.outside}
-    # Another tensor of V x D where it is added to one: the head's, or an earlier micro-batch's.
-    added = model.tied or job.micro_batches > 1
-    return {"embedding's gradient": float(E * model.head)} if added else {}
+    return {"embedding's gradient": (E + 4.0) * model.outside} if job.sharded else {}
+
+
+def _embedding_gradient(job: Job) -> dict[str, float]:
+    """The gradient that the first micro-batch finds, of zeros."""
+    model = job.architecture
+    return {} if job.sharded else {"gradients": float(job.master_bytes * model.head)}
 
 
 def _engine(job: Job) -> dict[str, float]:
