@@ -95,6 +95,7 @@ class Studies:
             "model.attention": "sdpa",
             "data.task": f"file:{self.data / 'sums.jsonl'}",
             "data.template": "none",
+            "data.test-fraction": 0.06,
             "rollout.max-new-tokens": SUMS_TOKENS,
             "eval.problems": PROBLEMS,
             "eval.every": max(STEPS, 1),
