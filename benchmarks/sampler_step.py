@@ -42,7 +42,7 @@ SOURCES: dict[Source, dict[str, Any]] = {
 }
 MakeKept = Callable[[Policy, Rollouts], ek.Support]
 CLEAR_REFS = Path("/proc/self/clear_refs")
-PARTS = ("scoring", "scoring head", "forward", "head", "backward", "optimizer")
+PARTS = ("scoring", "scoring head", "forward", "head", "backward", "embedding", "optimizer")
 # Sets of one, the mean of all, and the size that 1% of the sets exceed.
 SINGLETONS, MEAN_SIZE, LARGE_SIZE = 0.5, 8.0, 80.0
 
@@ -139,6 +139,7 @@ def random_bench(shape: Shape) -> "Bench":
 class Parts:
     """Seconds, peaks of resident memory and counted products of a step, by part.
 
+    "embedding" is its gradient, and clipping.
     A part lasts until the next begins. Peaks are above what was there before the step.
     """
 
@@ -225,9 +226,13 @@ class Bench:
             return hidden
 
         object.__setattr__(lm_head, "hidden_states", hidden_states)
-        # The last gradient: the tied weight's, of the embedding too.
-        embedding = self.policy.model.get_input_embeddings().weight
-        embedding.register_post_accumulate_grad_hook(lambda _: self.parts.begin("optimizer"))
+        embedding = self.policy.model.get_input_embeddings()
+        embedding.register_forward_hook(self._before_the_embedding)
+        self.optimizer.register_step_pre_hook(lambda *_: self.parts.begin("optimizer"))
+
+    def _before_the_embedding(self, _: Any, inputs: Any, found: Tensor) -> None:
+        if torch.is_grad_enabled():
+            found.register_hook(lambda _: self.parts.begin("embedding"))
 
     def run(self, step: "Callable[[Bench], dict[str, float]]", parts: Parts) -> dict[str, float]:
         """The loss and the norm of the gradient of a step, whose parts `parts` has afterwards."""

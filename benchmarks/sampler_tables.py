@@ -2,7 +2,7 @@
 
 from benchmarks.tables import Run, about, cell, median_ratio, quantile, table
 
-BACKBONE = ("forward", "backward")
+BACKBONE = ("forward", "backward", "embedding")
 SCORING = ("scoring", "scoring head")
 
 
@@ -56,7 +56,7 @@ def _products(run: Run) -> str:
             continue
         cells = [entry["label"], f"{entry['units']:.4f}", f"{entry['formula_units']:.4f}"]
         for names in (SCORING, ("head",)):
-            part = sum(entry["products"][name] for name in names)
+            part = sum(entry["products"].get(name, 0) for name in names)
             cells.append(f"{part / sum(entry['products'].values()):.2%}")
         for names in (SCORING, BACKBONE, ("head",), ("optimizer",)):
             peaks = [entry["part_peak_bytes"].get(name, 0) for name in names]
@@ -67,7 +67,12 @@ def _products(run: Run) -> str:
 
 def seconds(entry: Run, names: tuple[str, ...]) -> list[float]:
     """The seconds of these parts together, for each round."""
-    return [sum(parts) for parts in zip(*(entry["parts_s"][name] for name in names), strict=True)]
+    return [sum(parts) for parts in zip(*_parts(entry, names), strict=True)]
+
+
+def _parts(entry: Run, names: tuple[str, ...]) -> list[list[float]]:
+    """Files before "embedding" was a part have it in "optimizer"."""
+    return [entry["parts_s"][name] for name in names if name in entry["parts_s"]]
 
 
 def share(entry: Run, names: tuple[str, ...]) -> float:

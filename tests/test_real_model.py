@@ -174,7 +174,7 @@ def test_what_is_missing_is_told_with_its_minutes(small, tmp_path, capsys, monke
 def test_the_tables_have_the_steps_beside_those_with_all_logits(tmp_path):
     def entry(name, seconds, peak):
         parts = {"scoring": 1.0, "forward": 2.0, "head": seconds - 4, "backward": 0.5}
-        parts |= {"scoring head": 0.0, "optimizer": 0.5}
+        parts |= {"scoring head": 0.0, "embedding": 0.25, "optimizer": 0.25}
         return {
             "name": name,
             "label": f"label of {name}",
@@ -208,7 +208,7 @@ def test_the_tables_have_the_steps_beside_those_with_all_logits(tmp_path):
     assert "| label of trl-patched | 0.50 | 0.44 | 0.50 | 4.00 |" in short
     assert "| label of ours | 0.56 | 0.50 | 0.20 | 3.00 |" in short
     (whole,) = tables.of(tmp_path)
-    assert "| label of ours | 5.00 | 1.00 | 2.50 | 1.00 | 0.50 | 20% | 0.25 |" in whole
+    assert "| label of ours | 5.00 | 1.00 | 2.75 | 1.00 | 0.25 | 20% | 0.25 |" in whole
     assert tables.in_short(tmp_path / "empty") == tables.of(tmp_path / "empty") == []
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from benchmarks.real_model.kept import HEAD, STEPS
 from benchmarks.tables import Run, about, cell, median_ratio, megabytes, named, quantile, table
 
-BACKBONE = ("forward", "backward")
+BACKBONE = ("forward", "backward", "embedding")
 SCORING = ("scoring", "scoring head")
 # Steps of README.md, each beside the one that holds all logits.
 SHORT = (
@@ -71,7 +71,8 @@ def beyond(run: Run, entry: Run) -> int:
 def update_ratio(entry: Run, other: Run) -> float:
     """The p50 over rounds of the seconds without scoring, against the other's."""
     mine, theirs = (
-        _seconds(x, ("forward", "head", "backward", "optimizer")) for x in (entry, other)
+        _seconds(x, ("forward", "head", "backward", "embedding", "optimizer"))
+        for x in (entry, other)
     )
     return quantile([a / b for a, b in zip(mine, theirs, strict=True)], 0.5)
 
