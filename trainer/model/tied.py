@@ -75,7 +75,7 @@ class _Rows(torch.autograd.Function):
         return torch.embedding(weight, ids)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, None, None]:
         (ids,) = ctx.saved_tensors
         if ctx.padding is not None:
             grad = grad.masked_fill((ids == ctx.padding).unsqueeze(-1), 0)
