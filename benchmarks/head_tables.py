@@ -118,8 +118,8 @@ def computes_table(runs: list[Run]) -> str:
         for computes, names in sorted(found.items(), key=lambda item: -len(item[0]))
     ]
     note = (
-        "What each computes in a step. A selection is one that it finds itself, exactly; the "
-        "others are told the tokens, as a mask on their loss, and take as long at any fraction. "
+        "What each computes in a step. A selection is one that it finds itself, exactly. The "
+        "others are told the tokens, as a mask on their loss. They take as long at any fraction. "
         "Those that know the tokens beforehand have the log-probs of these tokens alone."
     )
     return f"{note}\n\n{table(['', *EVERYTHING], rows)}"
