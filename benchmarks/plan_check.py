@@ -252,8 +252,10 @@ def main(arguments: list[str]) -> None:
         results[name] = in_processes(name)
         print(name)
         for part, pair in results[name].items():
-            error = pair["predicted"] / pair["measured"] - 1
-            print(f"  {part}: measured {pair['measured']:.4g}, predicted {error:+.1%}", flush=True)
+            predicted = "none"
+            if pair["predicted"]:
+                predicted = f"{pair['predicted'] / pair['measured'] - 1:+.1%}"
+            print(f"  {part}: measured {pair['measured']:.4g}, predicted {predicted}", flush=True)
     RESULT.write_text(result_text(results))
 
 
