@@ -18,7 +18,7 @@ from trainer.entropy_bonus import loss_on_all, make_bonus, metrics_of_bonus, sum
 from trainer.finite import Guard, check_finite, first_nonfinite, nonfinite_statistic
 from trainer.fsdp import release, whole
 from trainer.metrics import Meter, Stopwatch, correction, numbers
-from trainer.model.tied import one_gradient
+from trainer.model.embedding import one_gradient
 from trainer.policy import Policy
 from trainer.ranks import Ranks
 

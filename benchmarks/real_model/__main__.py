@@ -25,7 +25,7 @@ ONE_THREAD = {"OMP_NUM_THREADS": "1"}
 
 
 class Part(NamedTuple):
-    """What is done, whether it is, and its minutes on two cores of an Intel Xeon."""
+    """What is done, whether it is, and an estimate of its minutes on two cores."""
 
     name: str
     do: Callable[[Studies], int]
@@ -48,7 +48,7 @@ def main(arguments: list[str]) -> int:
     missing = [part for part in _asked(options.only) if not part.done(studies)]
     for part in missing:
         print(f"{part.name}: about {part.minutes:.0f} minutes")
-    print(f"{sum(part.minutes for part in missing):.0f} minutes in all, measured on two cores")
+    print(f"{sum(part.minutes for part in missing):.0f} minutes in all, as estimated for two cores")
     if options.plan:
         return 0
     if not studies.data.exists():
@@ -124,7 +124,7 @@ PARTS = (
     Part("engines", engines, lambda _: ENGINES.exists(), 5),
     Part("base", base, lambda studies: studies.started.exists(), 12),
     Part("learning", learning, learned, 165),
-    Part("patterns", analyses("patterns"), analysed("patterns"), 30),
+    Part("patterns", analyses("patterns"), analysed("patterns"), 45),
     Part("temperatures", analyses("temperatures"), analysed("temperatures"), 20),
     Part("evolution", analyses("evolution"), analysed("evolution"), 10),
 )

@@ -15,8 +15,8 @@ ARMS = ("top-20", "all", "random-20", "bottom-80", "stapo")
 EVOLVED = ("top-20", "all")
 SEEDS, STEPS, JOBS = 3, 24, 2
 PROBLEMS = 300
-SUMS_TOKENS, TOKENS = 64, 128
-# Responses to each of prompts.PROMPTS prompts: 50,000 tokens of a kind and more.
+SUMS_TOKENS, TOKENS = 64, 192
+# Responses to each of prompts.PROMPTS prompts: at most 76,800 tokens of a kind.
 SAMPLES = 1
 
 

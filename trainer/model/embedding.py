@@ -45,6 +45,8 @@ def one_gradient(model: Any) -> Iterator[None]:
 def _fits(embedding: Any) -> bool:
     if not isinstance(embedding, nn.Embedding) or "forward" in vars(embedding):
         return False
+    if embedding.sparse or embedding.scale_grad_by_freq or embedding.max_norm is not None:
+        return False
     weight: Any = embedding.weight
     # Hooks would be called without a gradient.
     hooks = weight._backward_hooks or weight._post_accumulate_grad_hooks

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from trainer.model.tied import one_gradient
+from trainer.model.embedding import one_gradient
 from trainer.tiny.model import build_tiny
 
 V, D = 200_000, 64
@@ -74,7 +74,9 @@ def test_no_other_tensor_of_the_weights_size_is_made(inside):
     assert largest < weight.nbytes / 10 if inside else largest >= weight.nbytes
 
 
-@pytest.mark.parametrize("why", ["frozen", "another kind", "hooks", "hooks after"])
+@pytest.mark.parametrize(
+    "why", ["frozen", "another kind", "hooks", "hooks after", "a largest norm"]
+)
 def test_what_does_not_fit_is_left(why):
     class Other(nn.Module):
         def __init__(self, rows, columns):
@@ -83,6 +85,8 @@ def test_what_does_not_fit_is_left(why):
 
     model = Model(tied=False, kind=Other if why == "another kind" else nn.Embedding)
     model.embedding.weight.requires_grad_(why != "frozen")
+    if why == "a largest norm":
+        model.embedding.max_norm = 1.0
     if why == "hooks":
         model.embedding.weight.register_hook(lambda grad: grad * 2)
     if why == "hooks after":
