@@ -302,9 +302,13 @@ def test_ranks_decide_alike(tmp_path):
     assert said == [[1.0, 1.0, 1.0, "lm_head.weight is not finite here"]] * 2
 
 
-def test_the_first_that_is_not_finite_is_named():
-    ones = [(f"w{i}", torch.ones(3, 3)) for i in range(600)]
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("poison", [math.nan, math.inf, -math.inf])
+def test_the_first_that_is_not_finite_is_named(poison, dtype):
+    largest = torch.finfo(dtype).max
+    ones = [(f"w{i}", torch.full((3, 3), largest, dtype=dtype)) for i in range(600)]
     assert first_nonfinite([*ones, ("n", torch.tensor(3)), ("e", torch.ones(0))]) is None
-    ones[500][1][2, 2] = -math.inf
     ones[555][1][0, 0] = math.nan
+    assert first_nonfinite(ones) == "w555"
+    ones[500][1][2, 2] = poison
     assert first_nonfinite(ones) == "w500"
