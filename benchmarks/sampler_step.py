@@ -261,6 +261,7 @@ def ours(
         logprob_T, entropy_T, threshold, _ = score(bench.policy, rollouts, settings, bench.ranks)
         selected_T = at_least(entropy_T, threshold)
     batch = Batch(rollouts, bench.advantage_B, logprob_T, selected_T, threshold)
+    bench.parts.begin("embedding")  # its gradient is made before the forward
     found, _ = update(bench.policy, bench.optimizer, batch, settings, bench.ranks)
     return {name: found[name] for name in ("loss", "grad_norm")}
 
