@@ -34,6 +34,8 @@ from trainer.plan.plan import plan
 RESULT = Path(__file__).parent / "results" / "plan_check.json"
 WORDS = ["<pad>", "<eos>", *"0123456789+="]
 PROMPT = 32
+SPREAD = 8.0
+"""The weight of the last norm, by which logits spread."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,7 @@ class Case:
             algorithm=Algorithm(entropy_source=self.entropy_source, min_groups=1),  # type: ignore[arg-type]
             optimizer=Optimizer(
                 mini_batches=3,
+                learning_rate=1e-9,  # all updates find the same entropies
                 tokens_per_micro_batch=8 * length // self.micro_batches // self.ranks,
             ),
         )
@@ -137,7 +140,10 @@ def build(architecture: Architecture, folder: Path) -> None:
         eos_token_id=1,
     )
     torch.manual_seed(0)
-    Qwen3ForCausalLM(config).save_pretrained(folder)
+    model = Qwen3ForCausalLM(config)
+    # Else all entropies are next to that of the uniform distribution, and many tie at a threshold.
+    model.model.norm.weight.data.fill_(SPREAD)
+    model.save_pretrained(folder)
 
 
 class Probe:
@@ -148,14 +154,14 @@ class Probe:
 
         self.counter = FlopCounterMode(display=False)
         self.read: dict[str, int] = {"start": status("VmRSS")}
-        self._step = 0
+        self.steps = 0
 
     def before(self, *_: Any) -> None:
         """An optimizer step begins."""
-        self._step += 1
-        if self._step == 1:
+        self.steps += 1
+        if self.steps == 1:
             self.read["first gradients"] = status("VmRSS")
-        elif self._step == 2:
+        elif self.steps == 2:
             self.read["update's peak"] = status("VmHWM") - self._at_reset
             self._reset()
         else:
@@ -163,10 +169,10 @@ class Probe:
 
     def after(self, *_: Any) -> None:
         """An optimizer step ends."""
-        if self._step == 1:
+        if self.steps == 1:
             self.read["first moments"] = status("VmRSS")
             self._reset()
-        elif self._step == 2:
+        elif self.steps == 2:
             self.read["AdamW's peak"] = status("VmHWM") - self._at_reset
             self.counter.__enter__()
 
@@ -189,6 +195,8 @@ def measure(case: Case, folder: Path) -> dict[str, dict[str, float]]:
     hooks.register_optimizer_step_pre_hook(probe.before)
     hooks.register_optimizer_step_post_hook(probe.after)
     train(replace(job.config, root=str(folder), model=model))
+    if probe.steps != 3:
+        raise RuntimeError(f"{probe.steps} of 3 updates were made; the others selected no token")
     return _compare(job, probe)
 
 

@@ -55,6 +55,9 @@ def test_the_errors_are_those_that_were_measured():
         more = loaded["measured"] - loaded["predicted"]
         assert 33e6 < more < 56e6
         for part, pair in parts.items():
+            if pair["predicted"] == 0:  # AdamW's temporaries, since it is fused
+                assert pair["measured"] < 1e6
+                continue
             error = abs(pair["predicted"] / pair["measured"] - 1)
             kind = "flops" if part.startswith("flops") else "memory"
             worst[kind] = max(worst.get(kind, 0.0), error)

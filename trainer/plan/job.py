@@ -11,6 +11,8 @@ from trainer.plan.devices import Device
 from trainer.plan.lengths import Lengths
 
 BYTES = {"float32": 4, "bfloat16": 2}
+CPU_PANEL = 64
+"""Rows that the head stores together on a CPU."""
 
 
 @dataclass(frozen=True)
@@ -196,8 +198,9 @@ class Job:
 
     @property
     def selected_rows(self) -> int:
-        """Rows of the largest micro-batch that are trained on."""
-        return math.ceil(self.trained * self.micro_batch)
+        """Rows of the largest micro-batch that are trained on; those of prompts are not."""
+        responses = self.response / (self.assumptions.prompt + self.response)
+        return math.ceil(self.trained * self.micro_batch * responses)
 
     @property
     def trained(self) -> float:
@@ -227,10 +230,13 @@ class Job:
         """Bytes of the fp32 logits that the head stores from forward to backward.
 
         They are those of all selected rows, if the rows are known and fit into the head's room. See
-        docs/method.md.
+        docs/method.md. On a CPU they come in panels of rows.
         """
         on_gpu = self.device.is_gpu
         room = 1 << 30 if on_gpu else 1 << 28
-        needed = 4 * self.selected_rows * self.architecture.vocabulary
+        rows = (
+            self.selected_rows if on_gpu else math.ceil(self.selected_rows / CPU_PANEL) * CPU_PANEL
+        )
+        needed = 4 * rows * self.architecture.vocabulary
         pays = on_gpu or self.architecture.hidden >= (512 if self.compute_bytes == 4 else 1024)
         return needed if self.mask_known and pays and needed <= room else 0
