@@ -159,9 +159,8 @@ def update(
     tokens = everything if over_all else selected
     count = max(len(batch.rollouts) if settings.algorithm.loss_type == "grpo" else tokens, 1)
     named = [(name, p) for name, p in policy.model.named_parameters() if p.grad is not None]
-    for _, parameter in named:
-        parameter.grad.div_(count / ranks.size)  # FSDP2 has divided by the number of ranks
-    norm = whole(torch.nn.utils.get_total_norm([p.grad for _, p in named]))
+    scale = ranks.size / count  # FSDP2 has divided by the number of ranks
+    norm = scale * whole(torch.nn.utils.get_total_norm([p.grad for _, p in named]))
     loss = found.pop("sum/loss") / count
     if "sum/entropy" in found:
         over = selected if settings.algorithm.entropy_over == "selected" else everything
@@ -173,7 +172,9 @@ def update(
         problem = f"the gradient of {name} is not finite" if name else "the loss is not finite"
     elif selected:
         limit = settings.optimizer.grad_clip
-        torch.nn.utils.clip_grads_with_norm_([p for _, p in named], limit, norm)
+        scale *= min(limit / (float(norm) + 1e-6), 1.0)  # clips: one pass over the gradients
+        for _, parameter in named:
+            parameter.grad.mul_(scale)
         optimizer.step()
         check_finite(policy.model.named_parameters(), ranks, "after this update")
     optimizer.zero_grad()
