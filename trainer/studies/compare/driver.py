@@ -162,7 +162,7 @@ class _State:
                 for config in self.waiting:
                     if config.seed not in self._warming:
                         self.waiting.remove(config)
-                        if config.seed not in self._warm:
+                        if config.warm_start.steps and config.seed not in self._warm:
                             self._warming.add(config.seed)
                         return config
                 self._changed.wait()
