@@ -18,8 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import CompileConfig
 
 from benchmarks import environment  # noqa: F401
+from benchmarks.real_model.kept import ENGINES
 from benchmarks.real_model.prompts import rows
 from benchmarks.sources import commit, versions
 from entropy_kernels._bench import machine
@@ -32,8 +34,8 @@ from trainer.model.tokens import prompt_ids
 from trainer.policy import Policy, check_policy, read_policy
 from trainer.tasks.problem import Problem
 
-RESULT = Path("benchmarks/results/real_model/engines.json")
 PROMPTS, EACH, TOKENS, ROUNDS = 8, 4, 64, 3
+MOST = 512  # tokens of a sequence, prompt and response
 CPU = torch.device("cpu")
 
 Run = Callable[[], int]
@@ -45,7 +47,7 @@ def main(arguments: list[str]) -> int:
         "python -m benchmarks.real_model.engines", description=(__doc__ or "").splitlines()[0]
     )
     parser.add_argument("--model", type=Path, required=True, help="the folder of a model")
-    parser.add_argument("--out", type=Path, default=RESULT)
+    parser.add_argument("--out", type=Path, default=ENGINES)
     options = parser.parse_args(arguments)
     found = measure(options.model)
     options.out.parent.mkdir(parents=True, exist_ok=True)
@@ -65,6 +67,7 @@ def measure(folder: Path, rounds: int = ROUNDS) -> dict[str, Any]:
         "transformers": partial(_sample, _engine(policy, folder, "transformers"), prompts),
         "generate": partial(_generate, policy, prompts, "dynamic"),
         "generate-static": partial(_generate, policy, prompts, "static"),
+        "generate-compiled": partial(_generate, policy, prompts, "static", compiled=True),
     }
     entries: dict[str, dict[str, Any]] = {name: {"name": name} for name in (*runs, "vllm")}
     if find_spec("vllm") is None:
@@ -92,7 +95,8 @@ def measure(folder: Path, rounds: int = ROUNDS) -> dict[str, Any]:
 def _engine(policy: Policy, folder: Path, kind: str) -> Sampler:
     settings = Config(
         model=Model(path=str(folder)),
-        engine=Engine(kind=kind),  # type: ignore[arg-type]
+        # vLLM's cache must have room for the longest sequence.
+        engine=Engine(kind=kind, max_model_len=MOST),  # type: ignore[arg-type]
         rollout=Rollout(max_new_tokens=TOKENS, batch_size=PROMPTS * EACH),
     )
     engine = make_engine(settings, policy, CPU)
@@ -107,8 +111,12 @@ def _sample(engine: Sampler, prompts: Sequence[Sequence[int]]) -> int:
 
 
 @torch.no_grad()
-def _generate(policy: Policy, prompts: Sequence[Sequence[int]], cache: str) -> int:
+def _generate(
+    policy: Policy, prompts: Sequence[Sequence[int]], cache: str, compiled: bool = False
+) -> int:
     """transformers' own loop, which goes on until all sequences have ended."""
+    how = CompileConfig()
+    how._compile_all_devices = True  # without it a CPU is left out
     width, pad = max(map(len, prompts)), policy.tokenizer.pad_token_id
     ids = torch.tensor([[pad] * (width - len(p)) + list(p) for p in prompts])
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
@@ -122,7 +130,8 @@ def _generate(policy: Policy, prompts: Sequence[Sequence[int]], cache: str) -> i
         top_p=1.0,
         max_new_tokens=TOKENS,
         cache_implementation=cache,
-        disable_compile=True,
+        disable_compile=not compiled,
+        compile_config=how if compiled else None,
     )
     ended = torch.isin(found[:, width:], policy.eos_ids).cumsum(1)
     # Tokens up to the first end, which counts.
