@@ -11,7 +11,7 @@ from benchmarks import bench_real_model as suite
 from benchmarks import peers
 from benchmarks.paper_results import NOTHING
 from benchmarks.real_model import __main__ as conductor
-from benchmarks.real_model import engines, folder, kept, page, prompts, tables
+from benchmarks.real_model import engines, folder, kept, page, prompts, studies, tables
 from tests.trainer.tokenizer_kinds import byte_level
 
 
@@ -171,6 +171,53 @@ def test_what_is_missing_is_told_with_its_minutes(small, tmp_path, capsys, monke
     assert "folder with config.json; got" in capsys.readouterr().err
 
 
+@pytest.mark.slow
+def test_all_studies_run_to_their_results_and_go_on_where_they_were(small, tmp_path, monkeypatch):
+    """The commands themselves, with few and short answers of a model of random weights."""
+    kinds = {name: prompts.KINDS[name] for name in ("few-shot-sums", "code")}
+    for name, value in {
+        "ARMS": ("top-20", "all"),
+        "EVOLVED": ("top-20",),
+        "SEEDS": 1,
+        "STEPS": 2,
+        "PROBLEMS": 6,
+        "SUMS_TOKENS": 6,
+        "TOKENS": 6,
+        "LOW": (0.5, 1.0),
+        "HIGH": (0.5,),
+        "KINDS": kinds,
+        "PROMPTS": 4,
+        "SUMS": 200,
+        "WANTED": 2,
+        "FOLDER": tmp_path / "results",
+    }.items():
+        for module in (studies, kept, conductor, prompts):
+            if hasattr(module, name):
+                monkeypatch.setattr(module, name, value)
+    monkeypatch.setattr(conductor.paper_page, "write", lambda _: None)
+    command = ["--model", str(small), "--root", str(tmp_path / "runs"), "--only"]
+    parts = ["base", "learning", "patterns", "temperatures", "evolution"]
+    assert conductor.main([*command, *parts]) == 0
+    found = {path.name: json.loads(path.read_text()) for path in (tmp_path / "results").iterdir()}
+    assert found.keys() == {
+        *("learning.json", "patterns.json", "temperatures.json", "evolution-top-20.json")
+    }
+    assert [run["arm"] for run in found["learning.json"]["runs"]] == ["all", "top-20"]
+    assert found["patterns.json"]["kinds"].keys() == kinds.keys()
+    assert len(found["temperatures.json"]["points"]) == 3
+    assert found["evolution-top-20.json"]["names"] == ["step-000000", "step-000002"]
+    # Checkpoints of runs that are not analysed are gone.
+    runs = tmp_path / "runs"
+    left = [path.parent.parent.name for path in (runs / "sums").glob("*/*/checkpoints")]
+    assert left == ["top-20"]
+    # A sweep that was stopped goes on.
+    sweep = runs / "temperatures" / "temperatures.json"
+    whole = json.loads(sweep.read_text())
+    sweep.write_text(json.dumps({**whole, "points": whole["points"][:1]}))
+    assert conductor.main([*command, *parts]) == 0
+    assert len(json.loads(sweep.read_text())["points"]) == 3
+
+
 def test_the_tables_have_the_steps_beside_those_with_all_logits(tmp_path):
     def entry(name, seconds, peak):
         parts = {"scoring": 1.0, "forward": 2.0, "head": seconds - 4, "backward": 0.5}
@@ -215,16 +262,15 @@ def test_the_tables_have_the_steps_beside_those_with_all_logits(tmp_path):
 def test_the_page_has_what_was_found(tmp_path):
     assert page.patterns(tmp_path) == page.learning(tmp_path) == NOTHING
     assert page.figures(tmp_path) == {}
-    one = {"count": 10, "mean": 0.5, "below_0.01": 0.25, "accuracy": 0.125}
+    one = {"count": 10, "mean": 0.5, "below_0.01": 0.25}
     one |= {"percentiles": {"50": 0.1, "80": 0.75}, "histogram": {}, "made": {}, "threshold": 0.7}
     one |= {"problems": 5, "cdf": {"points": [0.1, 1.0], "shares": [0.4, 0.9]}}
     token = {"text": " a|b\n", "token": 7, "count": 200, "mean": 2.0}
     kinds = {name: {**one, "tokens": [token]} for name in prompts.KINDS}
     (tmp_path / "patterns.json").write_text(json.dumps(kept.joined(kinds)))
     text = page.patterns(tmp_path)
-    assert "| all kinds | 40 | 0.500 | 25.0% |  |  |  |" in text
-    assert "| word-problems | 10 | 0.500 | 25.0% | 0.100 | 0.750 | 12.5% |" in text
-    assert "| prose | 10 | 0.500 | 25.0% | 0.100 | 0.750 |  |" in text
+    assert "| all kinds | 40 | 0.500 | 25.0% |  |  |" in text
+    assert "| prose | 10 | 0.500 | 25.0% | 0.100 | 0.750 |" in text
     assert r"| ` a\|b\n` | 2.000 |" in text
     assert "few-shot-sums" in page.figures(tmp_path)["pretrained-patterns.svg"]
     point = {"low": 1.0, "high": 0.5, "length": 40.0}
@@ -232,5 +278,8 @@ def test_the_page_has_what_was_found(tmp_path):
     (tmp_path / "temperatures.json").write_text(json.dumps({"threshold": 0.7, "points": [point]}))
     assert "| 1 | 0.5 | 50.0% [40.0, 60.0] | 40.0 |" in page.temperatures(tmp_path)
     found = {"tokens": 9, "mean": [0.5, 0.25], "overlap": [[1, 0.75]], "correlation": [1, 0.9]}
+    found["below_0.01"] = [0.25, 0.5]
     (tmp_path / "evolution-all.json").write_text(json.dumps(found))
-    assert "| all (DAPO) | 9 | 75.0% | 90.0% | 0.500 | 0.250 |" in page.overlap(tmp_path)
+    assert "| all (DAPO) | 9 | 75.0% | 90.0% | 0.500 | 0.250 | 25.0% | 50.0% |" in page.overlap(
+        tmp_path
+    )

@@ -18,10 +18,12 @@ from typing import NamedTuple
 
 from benchmarks import paper_page
 from benchmarks.real_model import kept, prompts
-from benchmarks.real_model.engines import RESULT as ENGINES
 from benchmarks.real_model.studies import EVOLVED, SEEDS, Studies
 
-ONE_THREAD = {"OMP_NUM_THREADS": "1"}
+# Threads of two processes that keep to their cores would share the first.
+ONE_THREAD = {"OMP_NUM_THREADS": "1", "OMP_PROC_BIND": "false"}
+# Seeds that are run together: an odd number of runs would leave a core idle more often.
+TOGETHER = 2
 
 
 class Part(NamedTuple):
@@ -53,9 +55,12 @@ def main(arguments: list[str]) -> int:
         return 0
     if not studies.data.exists():
         prompts.write(studies.data)
-    failed = [part.name for part in missing if part.do(studies) or not part.done(studies)]
-    kept.keep(studies)
-    paper_page.write(Path())
+    failed = []
+    for part in missing:
+        if part.do(studies) or not part.done(studies):
+            failed.append(part.name)
+        kept.keep(studies)
+        paper_page.write(Path())
     if failed:
         print(f"failed: {', '.join(failed)}; the same command goes on", file=sys.stderr)
     return int(bool(failed))
@@ -84,14 +89,16 @@ def base(studies: Studies) -> int:
 
 
 def learning(studies: Studies) -> int:
-    """All arms, seed by seed. Weights and moments of a run take 12 bytes per parameter; only those
-    that are analysed stay."""
-    for seed in range(SEEDS):
-        if status := _run(studies.learning_command(range(seed, seed + 1)), ONE_THREAD):
-            return status
-        for run in (studies.root / "sums").glob(f"*/seed-{seed}"):
-            if seed or run.parent.name not in EVOLVED:
-                shutil.rmtree(run / "checkpoints", ignore_errors=True)
+    """All arms, two seeds at a time. Weights and moments of a run take 12 bytes per parameter; of
+    those that have ended, only those that are analysed stay."""
+    for first in range(0, SEEDS, TOGETHER):
+        seeds = range(first, min(first + TOGETHER, SEEDS))
+        if _run(studies.learning_command(seeds), ONE_THREAD):
+            continue  # the last command says which
+        for seed in seeds:
+            for run in (studies.root / "sums").glob(f"*/seed-{seed}"):
+                if seed or run.parent.name not in EVOLVED:
+                    shutil.rmtree(run / "checkpoints", ignore_errors=True)
     return _run(studies.learning_command(range(SEEDS)), ONE_THREAD)
 
 
@@ -104,7 +111,7 @@ def analyses(kind: str) -> Callable[[Studies], int]:
     """Those of a kind that are missing."""
 
     def do(studies: Studies) -> int:
-        missing = [x for x in studies.analyses() if x.kind == kind and not x.file.exists()]
+        missing = [x for x in studies.analyses() if x.kind == kind and not x.done]
         return max((_run(one.command()) for one in missing), default=0)
 
     return do
@@ -112,7 +119,7 @@ def analyses(kind: str) -> Callable[[Studies], int]:
 
 def analysed(kind: str) -> Callable[[Studies], bool]:
     """Whether none of a kind is missing."""
-    return lambda studies: all(x.file.exists() for x in studies.analyses() if x.kind == kind)
+    return lambda studies: all(x.done for x in studies.analyses() if x.kind == kind)
 
 
 def _run(command: list[str], environment: dict[str, str] | None = None) -> int:
@@ -121,7 +128,7 @@ def _run(command: list[str], environment: dict[str, str] | None = None) -> int:
 
 PARTS = (
     Part("steps", steps, lambda _: kept.steps_file() is not None, 15),
-    Part("engines", engines, lambda _: ENGINES.exists(), 5),
+    Part("engines", engines, lambda _: kept.ENGINES.exists(), 5),
     Part("base", base, lambda studies: studies.started.exists(), 12),
     Part("learning", learning, learned, 165),
     Part("patterns", analyses("patterns"), analysed("patterns"), 45),

@@ -10,11 +10,12 @@ from benchmarks.real_model.studies import ARMS, SEEDS, Studies
 from entropy_kernels._bench.result_text import result_text
 
 FOLDER = Path("benchmarks/results/real_model")
+ENGINES = FOLDER / "engines.json"
 STEPS, HEAD = "real_step-cpu-*.json", "real_head-cpu-*.json"
 WANTED = len(ARMS) * SEEDS
 # Rows of the table of tokens at each end, of those sampled this often over all kinds.
 TOKENS, MINIMUM = 40, 100
-OF_A_KIND = ("count", "mean", "below_0.01", "percentiles", "threshold", "accuracy", "problems")
+OF_A_KIND = ("count", "mean", "below_0.01", "percentiles", "threshold", "problems")
 
 
 def steps_file() -> Path | None:
@@ -32,17 +33,16 @@ def runs(studies: Studies) -> int:
 def keep(studies: Studies) -> None:
     """Write the result files of all that has ended."""
     FOLDER.mkdir(parents=True, exist_ok=True)
-    found = {"learning": studies.learned, "temperatures": studies.root / "temperatures"}
-    found["temperatures"] /= "temperatures.json"
+    found = {"learning": studies.learned} if runs(studies) == WANTED else {}
     for one in studies.analyses():
-        if one.kind == "evolution":
-            found[f"evolution-{one.of}"] = one.file
+        if one.kind != "patterns" and one.done:
+            name = one.kind if one.kind == "temperatures" else f"{one.kind}-{one.of}"
+            found[name] = one.file
     for name, path in found.items():
-        if path.exists():
-            (FOLDER / f"{name}.json").write_text(result_text(json.loads(path.read_text())))
-    files = {one.of: one.file for one in studies.analyses() if one.kind == "patterns"}
-    if all(path.exists() for path in files.values()):
-        kinds = {kind: json.loads(path.read_text()) for kind, path in files.items()}
+        (FOLDER / f"{name}.json").write_text(result_text(json.loads(path.read_text())))
+    patterns = [one for one in studies.analyses() if one.kind == "patterns"]
+    if all(one.done for one in patterns):
+        kinds = {one.of: json.loads(one.file.read_text()) for one in patterns}
         (FOLDER / "patterns.json").write_text(result_text(joined(kinds)))
 
 

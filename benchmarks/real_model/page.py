@@ -38,7 +38,7 @@ def patterns(results: Path) -> str:
     of_tokens = ["highest", "mean, nats", "of all", "lowest", "mean, nats", "of all"]
     return "\n\n".join(
         [
-            table([*columns, "accuracy"], rows),
+            table(columns, rows),
             image("pretrained-patterns.svg", "Entropies of a pretrained model"),
             table(of_tokens, tokens),
             _data("patterns"),
@@ -49,10 +49,8 @@ def patterns(results: Path) -> str:
 def _row(name: str, one: Found) -> list[str]:
     percentiles = one.get("percentiles")
     shares = [f"{percentiles[p]:.3f}" for p in ("50", "80")] if percentiles else ["", ""]
-    answered = name in ("few-shot-sums", "word-problems")
-    accuracy = f"{one['accuracy']:.1%}" if answered else ""
     numbers = f"{one['count']:,}", f"{one['mean']:.3f}", f"{one['below_0.01']:.1%}"
-    return [name, *numbers, *shares, accuracy]
+    return [name, *numbers, *shares]
 
 
 def _token(token: Found) -> tuple[str, str, str]:
@@ -67,9 +65,9 @@ def learning(results: Path) -> str:
     parts = []
     for study in STUDIES:
         parts += [report.arm_table(runs, study), report.difference_table(runs, study)]
+        parts.append(image(f"pretrained-{study}.svg", "RL of a pretrained model"))
     hours = sum(run["seconds"] for run in runs["runs"]) / 3600
     commits = sorted({commit[:10] for run in runs["runs"] for commit in run["commits"]})
-    parts.append(image("pretrained-learning.svg", "RL of a pretrained model"))
     more = f"; commits {', '.join(commits)}; {len(runs['runs'])} runs, {hours:.1f} hours of a core"
     return "\n\n".join([*parts, _data("learning", more)])
 
@@ -98,12 +96,15 @@ def overlap(results: Path) -> str:
         if (one := found(results, f"evolution-{arm}")) is not None:
             means = [f"{mean:.3f}" for mean in one["mean"]]
             shares = [f"{one['overlap'][0][-1]:.1%}", f"{one['correlation'][-1]:.1%}"]
-            rows.append([report.NAMES.get(arm, arm), f"{one['tokens']:,}", *shares, *means])
+            below = [f"{share:.1%}" for share in one["below_0.01"]]
+            numbers = [*shares, *means, *below]
+            rows.append([report.NAMES.get(arm, arm), f"{one['tokens']:,}", *numbers])
     if not rows:
         return NOTHING
     columns = ["arm", "tokens", "top 20% in both", "rank correlation"]
-    columns += ["mean entropy before", "after"]
-    return f"{table(columns, rows)}\n\n{_data('evolution-*')}"
+    columns += ["mean entropy before", "after", "below 0.01 before", "after"]
+    drawn = image("pretrained-evolution.svg", "Entropies before and after RL on the top 20%")
+    return f"{table(columns, rows)}\n\n{drawn}\n\n{_data('evolution-*')}"
 
 
 def figures(results: Path) -> dict[str, str]:
@@ -112,7 +113,8 @@ def figures(results: Path) -> dict[str, str]:
     if (all_kinds := found(results, "patterns")) is not None:
         drawn["pretrained-patterns.svg"] = _draw(all_kinds)
     if (runs := found(results, "learning")) is not None:
-        drawn["pretrained-learning.svg"] = report.curves(runs, "ablation", _path("learning"))
+        for study in STUDIES:
+            drawn[f"pretrained-{study}.svg"] = report.curves(runs, study, _path("learning"))
     if (sweep := found(results, "temperatures")) is not None:
         drawn["pretrained-temperatures.svg"] = tempering.draw(sweep, _path("temperatures"))
     if (one := found(results, "evolution-top-20")) is not None:

@@ -4,6 +4,7 @@ Every command is one of the trainer's, or a benchmark; it resumes by itself. Two
 thread each are faster on two cores than one of two.
 """
 
+import json
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,11 +12,14 @@ from pathlib import Path
 
 from benchmarks.real_model.prompts import KINDS
 
-ARMS = ("top-20", "all", "random-20", "bottom-80", "stapo")
+ARMS = ("top-20", "all", "random-20", "bottom-80", "gmts-20")
 EVOLVED = ("top-20", "all")
 SEEDS, STEPS, JOBS = 3, 24, 2
+EVALUATIONS = 2  # after the one before the first step
 PROBLEMS = 300
 SUMS_TOKENS, TOKENS = 64, 192
+# The temperatures below and above the threshold, beside a 1.
+LOW, HIGH = (0.0, 0.6, 1.0, 1.5), (0.0, 0.6, 1.5)
 # Responses to each of prompts.PROMPTS prompts: at most 76,800 tokens of a kind.
 SAMPLES = 1
 
@@ -82,7 +86,7 @@ class Studies:
             "algorithm.min-groups": 1,
             "algorithm.old-logprob": "sampler",
             "optimizer.learning-rate": 1e-5,
-            "checkpoint-every": STEPS,
+            "checkpoint-every": max(STEPS // 3, 1),
             "keep-checkpoints": 1,
         }
         of_all = ["--label", "sums", "--jobs", str(JOBS), "--out", str(self.learned)]
@@ -98,7 +102,7 @@ class Studies:
             "data.test-fraction": 0.06,
             "rollout.max-new-tokens": SUMS_TOKENS,
             "eval.problems": PROBLEMS,
-            "eval.every": max(STEPS, 1),
+            "eval.every": STEPS // EVALUATIONS,
         }
 
     def analyses(self) -> Iterator["Analysis"]:
@@ -111,11 +115,12 @@ class Studies:
             yield Analysis("patterns", kind, folder, tuple(options))
         top = self.run("top-20", 0)
         options = ["--model", str(top), "--data", "held-out", "--problems", str(PROBLEMS)]
-        options += ["--samples", "1", "--low", "0", "0.6", "1", "1.5", "--high", "0", "0.6", "1.5"]
+        options += ["--samples", "1", "--low", *map(str, LOW), "--high", *map(str, HIGH)]
         yield Analysis("temperatures", "sums", self.root / "temperatures", tuple(options))
         for arm in EVOLVED:
             run = self.run(arm, 0)
-            options = ["--model", str(run), "--checkpoints", str(self.started), str(run)]
+            ended = run / "checkpoints" / f"step-{STEPS:06d}"
+            options = ["--model", str(run), "--checkpoints", str(self.started), str(ended)]
             options += ["--data", "held-out", "--problems", str(PROBLEMS), "--samples", "1"]
             yield Analysis("evolution", arm, self.root / "evolution" / arm, tuple(options))
 
@@ -133,6 +138,14 @@ class Analysis:
     def file(self) -> Path:
         """Its result."""
         return self.folder / f"{self.kind}.json"
+
+    @property
+    def done(self) -> bool:
+        """Whether its result is there, and whole: that of temperatures grows point by point."""
+        if not self.file.exists():
+            return False
+        points = json.loads(self.file.read_text()).get("points")
+        return points is None or len(points) == len(LOW) + len(HIGH)
 
     def command(self) -> list[str]:
         """The whole command."""
