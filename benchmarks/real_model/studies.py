@@ -14,8 +14,7 @@ from benchmarks.real_model.prompts import KINDS
 
 ARMS = ("top-20", "all", "random-20", "bottom-80", "gmts-20")
 EVOLVED = ("top-20", "all")
-SEEDS, STEPS, JOBS = 3, 24, 2
-EVALUATIONS = 2  # after the one before the first step
+SEEDS, STEPS, JOBS = 3, 16, 2
 PROBLEMS = 300
 SUMS_TOKENS, TOKENS = 64, 192
 # The temperatures below and above the threshold, beside a 1.
@@ -85,7 +84,7 @@ class Studies:
             "algorithm.max-rounds": 1,
             "algorithm.min-groups": 1,
             "algorithm.old-logprob": "sampler",
-            "optimizer.learning-rate": 1e-5,
+            "optimizer.learning-rate": 2e-5,
             "checkpoint-every": max(STEPS // 3, 1),
             "keep-checkpoints": 1,
         }
@@ -102,7 +101,7 @@ class Studies:
             "data.test-fraction": 0.06,
             "rollout.max-new-tokens": SUMS_TOKENS,
             "eval.problems": PROBLEMS,
-            "eval.every": STEPS // EVALUATIONS,
+            "eval.every": STEPS,  # and before the first: an evaluation takes as long as five steps
         }
 
     def analyses(self) -> Iterator["Analysis"]:
