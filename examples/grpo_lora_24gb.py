@@ -10,7 +10,7 @@ By the planner (`python -m trainer.plan.lora`), not measured:
     adapters, gradients and moments          0.2         0.3
     CUDA, assumed                            4.0         4.0
     cache and logits, sampling               9.5         9.5
-    activations and head, training           1.5         2.7
+    activations and head, training           1.7         2.7
     most at once                            14.8        17.2
 """
 

@@ -202,7 +202,7 @@ def test_all_studies_run_to_their_results_and_go_on_where_they_were(small, tmp_p
     assert found.keys() == {
         *("learning.json", "patterns.json", "temperatures.json", "evolution-top-20.json")
     }
-    assert [run["arm"] for run in found["learning.json"]["runs"]] == ["all", "top-20"]
+    assert [run["arm"] for run in found["learning.json"]["runs"]] == ["top-20", "all"]
     assert found["patterns.json"]["kinds"].keys() == kinds.keys()
     assert len(found["temperatures.json"]["points"]) == 3
     assert found["evolution-top-20.json"]["names"] == ["step-000000", "step-000002"]
