@@ -84,7 +84,7 @@ class Studies:
             "algorithm.max-rounds": 1,
             "algorithm.min-groups": 1,
             "algorithm.old-logprob": "sampler",
-            "optimizer.learning-rate": 2e-5,
+            "optimizer.learning-rate": 5e-6,
             "checkpoint-every": max(STEPS // 3, 1),
             "keep-checkpoints": 1,
         }
