@@ -124,7 +124,7 @@ def test_both_engines_answer_the_same_requests(small, monkeypatch):
     found = engines.measure(small, rounds=2)
     entries = {entry["name"]: entry for entry in found["engines"]}
     asked = engines.PROMPTS * engines.EACH
-    for name in ("transformers", "generate", "generate-static"):
+    for name in ("transformers", "generate", "generate-static", "generate-compiled"):
         tokens = entries[name]["tokens"]
         assert len(tokens) == len(entries[name]["wall_s"]) == 2
         assert all(asked <= count <= 8 * asked for count in tokens)

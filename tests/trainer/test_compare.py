@@ -202,6 +202,18 @@ def test_a_run_whose_driver_has_ended_does_not_start():
     assert "the process that started this run has ended" in run.stderr
 
 
+def test_runs_of_a_seed_wait_for_a_warm_start_alone(tmp_path):
+    """Two runs of seed 0 and one of seed 1; the next are taken as threads would take them."""
+    for steps, wanted in ((2, ["a", "c"]), (0, ["a", "b"])):
+        warm = replace(small(tmp_path).warm_start, steps=steps)
+        configs = [
+            small(tmp_path, name=name, seed=seed) for name, seed in (("a", 0), ("b", 0), ("c", 1))
+        ]
+        configs = [replace(config, warm_start=warm) for config in configs]
+        state = driver._State(configs, 0.0, lambda _: None)
+        assert [state._take().name for _ in range(2)] == wanted
+
+
 def test_other_settings_are_not_finished(tmp_path):
     config = small(tmp_path, steps=0)
     assert not is_finished(config)

@@ -234,9 +234,8 @@ class Job:
         """
         on_gpu = self.device.is_gpu
         room = 1 << 30 if on_gpu else 1 << 28
-        rows = (
-            self.selected_rows if on_gpu else math.ceil(self.selected_rows / CPU_PANEL) * CPU_PANEL
-        )
+        panel = 1 if on_gpu else CPU_PANEL
+        rows = math.ceil(self.selected_rows / panel) * panel
         needed = 4 * rows * self.architecture.vocabulary
         pays = on_gpu or self.architecture.hidden >= (512 if self.compute_bytes == 4 else 1024)
         return needed if self.mask_known and pays and needed <= room else 0
