@@ -119,6 +119,7 @@ def test_every_step_of_a_model_finds_its_gradient_and_the_head_is_timed(small, t
     assert len(list(tmp_path.glob("real_*.json"))) == 2
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # of inductor
 def test_both_engines_answer_the_same_requests(small, monkeypatch):
     monkeypatch.setattr(engines, "TOKENS", 8)
     found = engines.measure(small, rounds=2)
