@@ -2,7 +2,10 @@
 
 import hashlib
 import json
+import os
 import re
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -12,6 +15,7 @@ from benchmarks import peers
 from benchmarks.paper_results import NOTHING
 from benchmarks.real_model import __main__ as conductor
 from benchmarks.real_model import engines, folder, kept, page, prompts, studies, tables
+from benchmarks.sources import ROOT
 from tests.trainer.tokenizer_kinds import byte_level
 
 
@@ -130,6 +134,14 @@ def test_both_engines_answer_the_same_requests(small, monkeypatch):
         assert len(tokens) == len(entries[name]["wall_s"]) == 2
         assert all(asked <= count <= 8 * asked for count in tokens)
     assert "wall_s" in entries["vllm"] or entries["vllm"]["refused"] == "needs vLLM"
+
+
+def test_the_engines_threads_keep_to_cores_of_their_own():
+    """OpenMP reads its environment once, as torch loads: what is set later binds all to one core."""
+    code = "import os, benchmarks.real_model.engines; print(os.environ['OMP_PROC_BIND'])"
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("OMP_")}
+    told = subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, env=kept, text=True)
+    assert told == "true\n"
 
 
 def test_tokens_of_all_kinds_count_together():

@@ -8,6 +8,8 @@ is here to compare with. All alternate in one process. An interpreter without vL
 out, with the reason.
 """
 
+from benchmarks import environment  # noqa: F401, I001
+
 import argparse
 import datetime
 import sys
@@ -20,7 +22,6 @@ from typing import Any
 import torch
 from transformers import CompileConfig
 
-from benchmarks import environment  # noqa: F401
 from benchmarks.real_model.kept import ENGINES
 from benchmarks.real_model.prompts import rows
 from benchmarks.sources import commit, versions
