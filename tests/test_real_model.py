@@ -137,7 +137,7 @@ def test_both_engines_answer_the_same_requests(small, monkeypatch):
 
 
 def test_the_engines_threads_keep_to_cores_of_their_own():
-    """OpenMP reads its environment once, as torch loads: what is set later binds all to one core."""
+    """OpenMP reads its environment as torch loads; what is set later binds all to one core."""
     code = "import os, benchmarks.real_model.engines; print(os.environ['OMP_PROC_BIND'])"
     kept = {name: value for name, value in os.environ.items() if not name.startswith("OMP_")}
     told = subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, env=kept, text=True)
