@@ -212,15 +212,19 @@ def test_an_operation_is_a_question():
 
 
 @pytest.mark.slow
-def test_the_interpreter_takes_less_than_a_minute():
-    """Seconds of one processor, which others do not share."""
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    command = [sys.executable, "-m", "entropy_kernels", "--verify"]
-    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stdout
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    assert after.ru_utime - before.ru_utime < 60
+def test_the_interpreter_checks_in_a_few_times_of_a_first_look():
+    """Seconds of one processor, which others do not share, beside those of the short self-check."""
+
+    def seconds(*options):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
+        command = [sys.executable, "-m", "entropy_kernels", *options]
+        environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, capture_output=True, text=True, env=environment)
+        assert done.returncode == 0, done.stdout
+        return resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before
+
+    # Ten times as long, on the processors it was tried on.
+    assert seconds("--verify") < 20 * seconds()
 
 
 @pytest.mark.parametrize("arch", ["gfx942", "sm_80"])
