@@ -127,7 +127,7 @@ def test_late_shard_that_hangs_is_killed_with_its_children(conduct, tmp_path):
     assert left_out == ["a"]
     assert list(by_name(rows)) == ["a 0 ok"]
     child = Path("/proc", (tmp_path / "child").read_text())
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 100
     while running(child) and time.monotonic() < deadline:
         time.sleep(0.01)
     assert not running(child)
