@@ -123,7 +123,7 @@ def running(process):
 
 
 def test_late_shard_that_hangs_is_killed_with_its_children(conduct, tmp_path):
-    rows, left_out = conduct({"a": "ok hang"}, seconds=5.0, hang=60.0)
+    rows, left_out = conduct({"a": "ok hang"}, seconds=10.0, hang=60.0)
     assert left_out == ["a"]
     assert list(by_name(rows)) == ["a 0 ok"]
     child = Path("/proc", (tmp_path / "child").read_text())

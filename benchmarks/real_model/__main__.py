@@ -127,8 +127,8 @@ def _run(command: list[str], environment: dict[str, str] | None = None) -> int:
 
 
 PARTS = (
-    Part("steps", steps, lambda _: kept.steps_file() is not None, 15),
-    Part("engines", engines, lambda _: kept.ENGINES.exists(), 5),
+    Part("steps", steps, lambda _: kept.steps_file() is not None, 25),
+    Part("engines", engines, lambda _: kept.ENGINES.exists(), 12),
     Part("base", base, lambda studies: studies.started.exists(), 12),
     Part("learning", learning, learned, 165),
     Part("patterns", analyses("patterns"), analysed("patterns"), 45),

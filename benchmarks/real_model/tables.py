@@ -18,6 +18,14 @@ SHORT = (
     ("ours-support", "eager-support"),
 )
 
+ENGINE_LABELS = {
+    "transformers": "engine transformers, with log-probs and entropies",
+    "vllm": "engine vllm, the same",
+    "generate": "transformers' generate(), dynamic cache",
+    "generate-static": "transformers' generate(), static cache",
+    "generate-compiled": "transformers' generate(), static cache, compiled",
+}
+
 
 def in_short(results: Path) -> list[str]:
     """README.md's table; empty where nothing was measured."""
@@ -119,11 +127,12 @@ def engines_table(found: Run) -> str:
     """Tokens per second of each engine, p50 over rounds."""
     rows = []
     for entry in found["engines"]:
+        label = ENGINE_LABELS[entry["name"]]
         if "refused" in entry:
-            rows.append([entry["name"], f"refused: {entry['refused']}"])
+            rows.append([label, f"refused: {entry['refused']}"])
             continue
         speeds = [n / s for n, s in zip(entry["tokens"], entry["wall_s"], strict=True)]
-        rows.append([entry["name"], f"{quantile(speeds, 0.5):.0f}"])
+        rows.append([label, f"{quantile(speeds, 0.5):.0f}"])
     asked, named_versions = found["requests"], found["versions"].items()
     small = ", ".join(f"{name} {number}" for name, number in named_versions)
     return (
