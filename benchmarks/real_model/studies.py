@@ -101,6 +101,7 @@ class Studies:
             "data.test-fraction": 0.06,
             "rollout.max-new-tokens": SUMS_TOKENS,
             "eval.problems": PROBLEMS,
+            "reward.format": "The answer is",  # which tells wrong answers from none
             "eval.every": STEPS,  # and before the first: an evaluation takes as long as five steps
         }
 
