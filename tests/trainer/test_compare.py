@@ -15,6 +15,7 @@ import pytest
 
 from tests.trainer.small import save_folder, settings
 from trainer.config import Config, Data, Eval
+from trainer.log import read_rows, read_run
 from trainer.presets import PRESETS
 from trainer.studies.compare import Comparison, compare, driver, runs
 from trainer.studies.compare.arms import ARMS, STUDIES, arm_config
@@ -204,14 +205,34 @@ def test_a_run_whose_driver_has_ended_does_not_start():
 
 def test_runs_of_a_seed_wait_for_a_warm_start_alone(tmp_path):
     """Two runs of seed 0 and one of seed 1; the next are taken as threads would take them."""
-    for steps, wanted in ((2, ["a", "c"]), (0, ["a", "b"])):
+    for steps, branch, wanted in (
+        (2, "", ["a", "c"]),
+        (0, "", ["a", "b"]),
+        (2, "a run", ["a", "b"]),
+    ):
         warm = replace(small(tmp_path).warm_start, steps=steps)
         configs = [
             small(tmp_path, name=name, seed=seed) for name, seed in (("a", 0), ("b", 0), ("c", 1))
         ]
         configs = [replace(config, warm_start=warm) for config in configs]
-        state = driver._State(configs, 0.0, lambda _: None)
+        state = driver._State(configs, 0.0, lambda _: None, branch)
         assert [state._take().name for _ in range(2)] == wanted
+
+
+def test_runs_begin_at_a_branchs_checkpoint_with_its_evaluation(tmp_path):
+    base = small(tmp_path, name="base", steps=0)
+    train(base)
+    configs = [small(tmp_path, name="x/all/seed-1", seed=1)]
+    outcome = drive(configs, jobs=1, branch=f"{tmp_path / 'base'}@0")
+    assert (outcome.finished, outcome.failed) == ([configs[0].name], {})
+    (first, *_), (begun, *rows) = (
+        read_rows(one.folder / "metrics.jsonl") for one in (base, *configs)
+    )
+    assert begun == first, "seconds too: it was not done again"
+    assert [row["step"] for row in rows] == [1, 2]
+    assert read_run(configs[0].folder)["origin"]["name"] == "base"
+    with pytest.raises(ValueError, match="no run to branch from"):
+        compare(Comparison(arms=("all",), branch=str(tmp_path / "none"), config=configs[0]))
 
 
 def test_other_settings_are_not_finished(tmp_path):

@@ -39,6 +39,9 @@ class Comparison:
     """The task's name in folders; by default made of the data's name."""
     out: str = ""
     """The file of the results; by default ROOT/LABEL/comparison.json."""
+    branch: str = ""
+    """RUN, RUN@STEP or a checkpoint, from which every run begins, as in train: its weights, and its
+    evaluation, which is then done once."""
     config: Annotated[Config, tyro.conf.arg(name="")] = field(default_factory=Config)
     """The settings that all runs share."""
 
@@ -65,6 +68,7 @@ def runs(settings: Comparison) -> list[Config]:
 
 def compare(settings: Comparison) -> int:
     """Do the runs that are missing and write the results; 0 if all are finished."""
+    from trainer.checkpoint.branch import find_origin
     from trainer.launch.lock import owned
     from trainer.report.progress import progress
     from trainer.rules import rule_named
@@ -76,6 +80,8 @@ def compare(settings: Comparison) -> int:
     check_needs(*configs)
     for config in configs:
         rule_named(config.algorithm.which)
+    if settings.branch:
+        find_origin(settings.branch)
     folder = Path(settings.config.root) / _label(settings)
     out = Path(settings.out or folder / "comparison.json")
     if out.is_dir():
@@ -92,7 +98,7 @@ def compare(settings: Comparison) -> int:
                 results()
                 bar.update(done, {})
 
-            outcome = drive(configs, settings.jobs, settings.hours, shown)
+            outcome = drive(configs, settings.jobs, settings.hours, shown, settings.branch)
         results()
         found = json.loads(out.read_text("utf-8"))
         if outcome.finished:
@@ -125,7 +131,7 @@ def main(arguments: list[str]) -> int:
             arguments,
             "python -m trainer compare",
             "The paper's ablation and baselines from one preset, by seeds. The options up to "
-            "--out are the comparison's; all others are those of train, for every run.",
+            "--branch are the comparison's; all others are those of train, for every run.",
             lambda config: Comparison(config=config),
         )
     )

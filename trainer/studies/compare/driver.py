@@ -41,6 +41,7 @@ def drive(
     jobs: int,
     hours: float = 0.0,
     on_finished: Callable[[int], None] = lambda done: None,
+    branch: str = "",
 ) -> Outcome:
     """Do the runs that are not finished yet, in their order, `jobs` at a time.
 
@@ -48,9 +49,9 @@ def drive(
     `hours` no run is started that, by the mean of those done in this call, would end later.
     `on_finished` is called after each, with the number that is finished. An interruption ends the
     runs under way, and so does an error of `on_finished`, which is raised. All of them go on from
-    their checkpoints in the next call.
+    their checkpoints in the next call. `branch` is that of `train`, for all runs.
     """
-    state = _State(configs, hours, on_finished)
+    state = _State(configs, hours, on_finished, branch)
     workers = [threading.Thread(target=state.work) for _ in range(jobs)]
     for worker in workers:
         worker.start()
@@ -82,7 +83,7 @@ def is_finished(config: Config) -> bool:
 
 
 def run_one() -> None:
-    """A run in this process; its configuration comes by stdin from the process that started it.
+    """A run in this process; configuration and branch come by stdin from that which started it.
 
     The id of that process is the first argument.
     """
@@ -90,7 +91,7 @@ def run_one() -> None:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != int(sys.argv[1]):  # it was killed before the signal was asked for
         sys.exit("error: the process that started this run has ended")
-    config = pickle.load(sys.stdin.buffer)
+    config, branch = pickle.load(sys.stdin.buffer)
 
     import transformers
 
@@ -99,7 +100,7 @@ def run_one() -> None:
     transformers.utils.logging.disable_progress_bar()
     try:
         with signals_stop():
-            train(config)
+            train(config, branch=branch)
     except Stopped as stopped:
         print(f"stopped {stopped.where}", file=sys.stderr)
         sys.exit(STATUS[stopped.signal])
@@ -112,11 +113,17 @@ def run_one() -> None:
 class _State:
     """What the threads share, each of which waits for one process at a time."""
 
-    def __init__(self, configs: Sequence[Config], hours: float, on_finished: Callable[[int], None]):
+    def __init__(
+        self,
+        configs: Sequence[Config],
+        hours: float,
+        on_finished: Callable[[int], None],
+        branch: str,
+    ) -> None:
         self.outcome = Outcome([config.name for config in configs if is_finished(config)])
         self.error: BaseException | None = None
         self.waiting = [config for config in configs if config.name not in self.outcome.finished]
-        self._on_finished = on_finished
+        self._on_finished, self._branch = on_finished, branch
         self._began, self._limit = time.monotonic(), 3600 * hours
         self._seconds: list[float] = []
         self._warming: set[int] = set()
@@ -162,7 +169,8 @@ class _State:
                 for config in self.waiting:
                     if config.seed not in self._warming:
                         self.waiting.remove(config)
-                        if config.warm_start.steps and config.seed not in self._warm:
+                        warming = config.warm_start.steps and not self._branch
+                        if warming and config.seed not in self._warm:
                             self._warming.add(config.seed)
                         return config
                 self._changed.wait()
@@ -202,7 +210,7 @@ class _State:
                 if self._stopped:
                     process.terminate()
             with contextlib.suppress(BrokenPipeError):  # its log says why
-                process.communicate(pickle.dumps(config))
+                process.communicate(pickle.dumps((config, self._branch)))
             with self._changed:
                 self._running.discard(process)
         if process.returncode == 0:
