@@ -72,12 +72,12 @@ class Studies:
         return _trainer("train", "tiny", *_options(settings))
 
     def learning_command(self, seeds: range) -> list[str]:
-        """RL from the model after its warm start, by arms, with these seeds."""
+        """RL from the model after its warm start, which is evaluated once, by arms, with seeds."""
         settings = self._settings() | {
             "steps": STEPS,
             "threads": 1,
-            "model.path": self.started,
-            "warm-start.steps": 0,
+            "model.path": self.model,
+            "warm-start.steps": 0,  # those of the branch
             "rollout.prompts": 8,
             "rollout.group-size": 4,
             "rollout.batch-size": 32,
@@ -89,6 +89,7 @@ class Studies:
             "keep-checkpoints": 1,
         }
         of_all = ["--label", "sums", "--jobs", str(JOBS), "--out", str(self.learned)]
+        of_all += ["--branch", f"{self.base}@0"]
         of_all += ["--seeds", str(len(seeds)), "--first-seed", str(seeds.start)]
         return _trainer("compare", "tiny", *of_all, "--arms", *ARMS, *_options(settings))
 
@@ -102,7 +103,7 @@ class Studies:
             "rollout.max-new-tokens": SUMS_TOKENS,
             "eval.problems": PROBLEMS,
             "reward.format": "The answer is",  # which tells wrong answers from none
-            "eval.every": STEPS,  # and before the first: an evaluation takes as long as five steps
+            "eval.every": STEPS,  # an evaluation takes as long as five steps
         }
 
     def analyses(self) -> Iterator["Analysis"]:
