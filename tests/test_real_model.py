@@ -20,7 +20,7 @@ from tests.trainer.tokenizer_kinds import byte_level
 
 
 def test_worked_sums_are_right_whatever_their_way():
-    ways = set()
+    ways = []
     for row in prompts.rows("sums", 300):
         numbers = [int(x) for x in re.findall(r"\d+", row["prompt"])]
         assert len(numbers) == 3
@@ -28,8 +28,11 @@ def test_worked_sums_are_right_whatever_their_way():
         assert row["worked"].endswith(f" The answer is {row['answer']}.")
         for left, right in re.findall(r"([\d+ ]+) = (\d+)", row["worked"]):
             assert sum(map(int, left.split(" + "))) == int(right)
-        ways.add(row["worked"].split()[0])
-    assert ways == {"Start", "The", "Tens:"}
+        ways.append(" ".join(row["worked"].split()[:2]))
+    assert {way.rstrip("0123456789") for way in ways} == {
+        *("The answer", "Start with", "The largest", "Tens: ")
+    }
+    assert 0.3 < ways.count("The answer") / len(ways) < 0.5
 
 
 def test_the_files_are_the_same_each_time_and_have_all_kinds(tmp_path):

@@ -3,9 +3,9 @@ text for it to go on with.
 
 python -m benchmarks.real_model.prompts FOLDER    writes FOLDER/sums.jsonl and FOLDER/KIND.jsonl
 
-A sum is of three numbers of two digits. Its worked responses go three ways, at random: from left to
-right, the largest number first, or tens and ones apart. So the first words of a response are a
-decision, and most of what follows is not.
+A sum is of three numbers of two digits. Its worked responses go four ways, at random: the answer at
+once, from left to right, the largest number first, or tens and ones apart. So the first words of a
+response are a decision, on which its chances depend, and most of what follows is not.
 """
 
 import argparse
@@ -81,41 +81,45 @@ def rows(kind: str, count: int) -> list[dict[str, str]]:
     return [make(random.Random(f"{kind}/{i}")) for i in range(count)]
 
 
-def _sum(rng: random.Random) -> dict[str, str]:
-    """A sum with its answer and a worked response."""
+def _sum(rng: random.Random, at_once: int = 2) -> dict[str, str]:
+    """A sum with its answer and a worked response: three ways have a share each, none `at_once`."""
     numbers = [rng.randint(11, 99) for _ in range(3)]
     question = " + ".join(map(str, numbers))
-    way = rng.choice((_in_order, _largest_first, _tens_and_ones))
+    way = rng.choice((*at_once * (_at_once,), _in_order, _largest_first, _tens_and_ones))
     answer = sum(numbers)
     return {
         "prompt": f"Question: What is {question}?\nAnswer:",
         "answer": str(answer),
-        "worked": f" {way(numbers)} The answer is {answer}.",
+        "worked": f"{way(numbers)} The answer is {answer}.",
     }
+
+
+def _at_once(numbers: list[int]) -> str:
+    return ""
 
 
 def _in_order(numbers: list[int]) -> str:
     a, b, c = numbers
-    return f"Start with {a}. {a} + {b} = {a + b}. {a + b} + {c} = {a + b + c}."
+    return f" Start with {a}. {a} + {b} = {a + b}. {a + b} + {c} = {a + b + c}."
 
 
 def _largest_first(numbers: list[int]) -> str:
     a, b, c = sorted(numbers, reverse=True)
-    return f"The largest is {a}. {a} + {b} = {a + b}. {a + b} + {c} = {a + b + c}."
+    return f" The largest is {a}. {a} + {b} = {a + b}. {a + b} + {c} = {a + b + c}."
 
 
 def _tens_and_ones(numbers: list[int]) -> str:
     tens, ones = [10 * (n // 10) for n in numbers], [n % 10 for n in numbers]
     t, o = " + ".join(map(str, tens)), " + ".join(map(str, ones))
     return (
-        f"Tens: {t} = {sum(tens)}. Ones: {o} = {sum(ones)}. "
+        f" Tens: {t} = {sum(tens)}. Ones: {o} = {sum(ones)}. "
         f"{sum(tens)} + {sum(ones)} = {sum(numbers)}."
     )
 
 
 def _few_shot_sum(rng: random.Random) -> dict[str, str]:
     """A sum after three worked ones, for a model that has seen none."""
-    shown, asked = [_sum(rng) for _ in range(3)], _sum(rng)
+    shown, asked = [_sum(rng, at_once=0) for _ in range(3)], _sum(rng)
     before = "\n\n".join(row["prompt"] + row["worked"] for row in shown)
     return {"prompt": f"{before}\n\n{asked['prompt']}", "answer": asked["answer"]}
 

@@ -62,7 +62,7 @@ class Studies:
             "steps": 0,
             "model.path": self.model,
             "data.demonstration-field": "worked",
-            "warm-start.steps": 80,
+            "warm-start.steps": 160,
             "warm-start.batch-size": 8,
             "warm-start.learning-rate": 5e-5,
             "warm-start.warmup-steps": 5,
@@ -84,7 +84,7 @@ class Studies:
             "algorithm.max-rounds": 1,
             "algorithm.min-groups": 1,
             "algorithm.old-logprob": "sampler",
-            "optimizer.learning-rate": 5e-6,
+            "optimizer.learning-rate": 2e-6,
             "checkpoint-every": max(STEPS // 3, 1),
             "keep-checkpoints": 1,
         }
