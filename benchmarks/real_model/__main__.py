@@ -130,7 +130,7 @@ PARTS = (
     Part("steps", steps, lambda _: kept.steps_file() is not None, 25),
     Part("engines", engines, lambda _: kept.ENGINES.exists(), 12),
     Part("base", base, lambda studies: studies.started.exists(), 12),
-    Part("learning", learning, learned, 165),
+    Part("learning", learning, learned, 110),
     Part("patterns", analyses("patterns"), analysed("patterns"), 45),
     Part("temperatures", analyses("temperatures"), analysed("temperatures"), 20),
     Part("evolution", analyses("evolution"), analysed("evolution"), 10),

@@ -14,7 +14,7 @@ from benchmarks.real_model.prompts import KINDS
 
 ARMS = ("top-20", "all", "random-20", "bottom-80", "gmts-20")
 EVOLVED = ("top-20", "all")
-SEEDS, STEPS, JOBS = 3, 16, 2
+SEEDS, STEPS, JOBS = 3, 20, 2
 PROBLEMS = 300
 SUMS_TOKENS, TOKENS = 64, 192
 # The temperatures below and above the threshold, beside a 1.
