@@ -14,7 +14,6 @@ B sequences, P length of the prompts, L of the completions, D hidden, V vocabula
 
 import copy
 import functools
-import tempfile
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -24,6 +23,7 @@ from torch import Tensor
 
 from benchmarks import runner
 from benchmarks.runner import Contestant
+from benchmarks.trl_grpo import grpo_trainer
 from entropy_kernels._bench.others import torch_head
 
 # The process that measures memory imports this module.
@@ -182,10 +182,8 @@ def _step(problem: Problem, quantile: float) -> dict[str, Tensor]:
 @cache
 def _trainer(hidden: int, vocabulary: int) -> Any:
     """A GRPOTrainer that never generates, on a Qwen3 of one layer."""
-    from datasets import Dataset
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
-    from trl import GRPOConfig, GRPOTrainer
 
     config = Qwen3Config(
         vocab_size=vocabulary,
@@ -204,24 +202,8 @@ def _trainer(hidden: int, vocabulary: int) -> Any:
     torch.manual_seed(0)
     words = Tokenizer(models.WordLevel({"<pad>": 0, "<eos>": 1, "<unk>": 2}, "<unk>"))
     tokens = {"pad_token": "<pad>", "eos_token": "<eos>", "unk_token": "<unk>"}
-    trainer = GRPOTrainer(
-        model=Qwen3ForCausalLM(config),
-        reward_funcs=lambda completions, **_: [0.0] * len(completions),
-        args=GRPOConfig(
-            output_dir=tempfile.gettempdir(),
-            use_cpu=True,
-            bf16=False,
-            report_to=[],
-            num_generations=2,
-            per_device_train_batch_size=2,
-            gradient_checkpointing=False,
-            loss_type="dapo",
-        ),
-        train_dataset=Dataset.from_list([{"prompt": "<unk>"}] * 2),
-        processing_class=PreTrainedTokenizerFast(tokenizer_object=words, **tokens),
-    )
-    trainer.current_gradient_accumulation_steps = 1
-    return trainer
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, **tokens)
+    return grpo_trainer(Qwen3ForCausalLM(config), tokenizer, 2)
 
 
 def truth(problem: Problem, quantile: float) -> dict[str, Tensor]:

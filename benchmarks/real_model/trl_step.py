@@ -3,7 +3,6 @@
 B sequences, P prompt width, L response width.
 """
 
-import tempfile
 from contextlib import nullcontext
 from typing import Any
 
@@ -12,36 +11,21 @@ from torch import Tensor
 
 from benchmarks import train_step
 from benchmarks.sampler_step import FRACTION, Bench
+from benchmarks.trl_grpo import grpo_trainer
 from entropy_kernels.integrations.trl import patch_trl
 
 
 class TrlStep:
-    """TRL's GRPOTrainer around a bench's model: DAPO's loss on the top 20%. It never generates."""
+    """TRL's GRPOTrainer around a bench's model: DAPO's loss on the top 20%."""
 
     def __init__(self, bench: Bench):
-        from datasets import Dataset
-        from trl import GRPOConfig, GRPOTrainer
-
-        self.trainer: Any = GRPOTrainer(
-            model=bench.policy.model,
-            reward_funcs=lambda completions, **_: [0.0] * len(completions),
-            args=GRPOConfig(
-                output_dir=tempfile.gettempdir(),
-                use_cpu=True,
-                bf16=False,
-                report_to=[],
-                num_generations=2,
-                per_device_train_batch_size=len(bench.rollouts),
-                # The model's layers are checkpointed already.
-                gradient_checkpointing=False,
-                loss_type="dapo",
-                beta=0.0,
-                top_entropy_quantile=FRACTION,
-            ),
-            train_dataset=Dataset.from_list([{"prompt": "a"}] * len(bench.rollouts)),
-            processing_class=bench.policy.tokenizer,
+        self.trainer = grpo_trainer(
+            bench.policy.model,
+            bench.policy.tokenizer,
+            len(bench.rollouts),
+            beta=0.0,
+            top_entropy_quantile=FRACTION,
         )
-        self.trainer.current_gradient_accumulation_steps = 1
         self.inputs = _inputs(bench)
         self._tap(bench)
 
