@@ -82,7 +82,7 @@ def rows(kind: str, count: int) -> list[dict[str, str]]:
 
 
 def _sum(rng: random.Random, at_once: int = 2) -> dict[str, str]:
-    """A sum with its answer and a worked response: three ways have a share each, none `at_once`."""
+    """A sum, its answer and a response: a share for each way to work it, `at_once` for no work."""
     numbers = [rng.randint(11, 99) for _ in range(3)]
     question = " + ".join(map(str, numbers))
     way = rng.choice((*at_once * (_at_once,), _in_order, _largest_first, _tens_and_ones))

@@ -72,12 +72,12 @@ class Studies:
         return _trainer("train", "tiny", *_options(settings))
 
     def learning_command(self, seeds: range) -> list[str]:
-        """RL from the model after its warm start, which is evaluated once, by arms, with seeds."""
+        """RL from the model after its warm start, evaluated once there: all arms and seeds."""
         settings = self._settings() | {
             "steps": STEPS,
             "threads": 1,
             "model.path": self.model,
-            "warm-start.steps": 0,  # those of the branch
+            "warm-start.steps": 0,  # the branch has had its own
             "rollout.prompts": 8,
             "rollout.group-size": 4,
             "rollout.batch-size": 32,

@@ -19,6 +19,7 @@ from trainer.log import read_rows, read_run
 from trainer.presets import PRESETS
 from trainer.studies.compare import Comparison, compare, driver, runs
 from trainer.studies.compare.arms import ARMS, STUDIES, arm_config
+from trainer.studies.compare.collect import collect
 from trainer.studies.compare.driver import drive, is_finished
 from trainer.train import train
 
@@ -231,6 +232,12 @@ def test_runs_begin_at_a_branchs_checkpoint_with_its_evaluation(tmp_path):
     assert begun == first, "seconds too: it was not done again"
     assert [row["step"] for row in rows] == [1, 2]
     assert read_run(configs[0].folder)["origin"]["name"] == "base"
+    other = replace(base, name="other")
+    train(other)
+    outcome = drive(configs, jobs=1, branch=str(other.folder))
+    assert "holds another run" in outcome.failed[configs[0].name]
+    assert collect("x", configs, {"branch": str(base.folder)})["runs"]
+    assert not collect("x", configs, {"branch": str(other.folder)})["runs"]
     with pytest.raises(ValueError, match="no run to branch from"):
         compare(Comparison(arms=("all",), branch=str(tmp_path / "none"), config=configs[0]))
 

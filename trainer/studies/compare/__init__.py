@@ -41,7 +41,7 @@ class Comparison:
     """The file of the results; by default ROOT/LABEL/comparison.json."""
     branch: str = ""
     """RUN, RUN@STEP or a checkpoint, from which every run begins, as in train: its weights, and its
-    evaluation, which is then done once."""
+    evaluation, which is then done once. Seeds make problems and samples, no model."""
     config: Annotated[Config, tyro.conf.arg(name="")] = field(default_factory=Config)
     """The settings that all runs share."""
 
@@ -91,7 +91,7 @@ def compare(settings: Comparison) -> int:
         write(out, collect(_label(settings), configs, asdict(settings)))
 
     with owned(folder), owned(out, beside=True):
-        started = sum(map(is_finished, configs))
+        started = sum(is_finished(config, settings.branch) for config in configs)
         with progress("runs", len(configs), started, columns={}) as bar:
 
             def shown(done: int) -> None:

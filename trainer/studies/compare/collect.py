@@ -48,7 +48,8 @@ def collect(label: str, configs: Sequence[Config], settings: Mapping[str, Any]) 
     Both kinds of rows are 0 in a step without update. Other columns are null where a step has not
     measured them.
     """
-    runs = [_run(label, config) for config in configs if is_finished(config)]
+    branch = settings.get("branch", "")
+    runs = [_run(label, config) for config in configs if is_finished(config, branch)]
     return {"made": provenance(""), "settings": dict(settings), "runs": runs}
 
 

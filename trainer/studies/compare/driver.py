@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from trainer.checkpoint.branch import find_origin
 from trainer.config import Config
 from trainer.errors import line
 from trainer.launch.stop import STATUS, Stopped, signals_stop
@@ -70,20 +71,23 @@ def drive(
     return state.outcome
 
 
-def is_finished(config: Config) -> bool:
-    """Whether the run of `config` is on disk with all of its steps and these settings."""
+def is_finished(config: Config, branch: str = "") -> bool:
+    """Whether the run of `config`, from that `branch` if any, is on disk with all of its steps."""
     folder = Path(config.root) / config.name
     metrics, run = folder / "metrics.jsonl", folder / "run.json"
     if not (metrics.exists() and run.exists()):
         return False
-    if read_run(folder)["config"] != json.loads(json.dumps(asdict(config))):
+    known = read_run(folder)
+    if known["config"] != json.loads(json.dumps(asdict(config))):
+        return False
+    if branch and known.get("origin", {}).get("run") != str(find_origin(branch).run.resolve()):
         return False
     rows = read_rows(metrics)
     return bool(rows) and rows[-1]["step"] == config.steps
 
 
 def run_one() -> None:
-    """A run in this process; configuration and branch come by stdin from that which started it.
+    """A run in this process; configuration and branch come by stdin from the one that starts it.
 
     The id of that process is the first argument.
     """
@@ -120,7 +124,7 @@ class _State:
         on_finished: Callable[[int], None],
         branch: str,
     ) -> None:
-        self.outcome = Outcome([config.name for config in configs if is_finished(config)])
+        self.outcome = Outcome([x.name for x in configs if is_finished(x, branch)])
         self.error: BaseException | None = None
         self.waiting = [config for config in configs if config.name not in self.outcome.finished]
         self._on_finished, self._branch = on_finished, branch
