@@ -147,25 +147,39 @@ def test_the_engines_threads_keep_to_cores_of_their_own():
     assert told == "true\n"
 
 
-def test_tokens_of_all_kinds_count_together():
-    def kind(*tokens):
-        return {
-            **dict.fromkeys(kept.OF_A_KIND, 0.0),
-            "count": sum(count for _, count, _ in tokens),
-            "mean": 0.5,
-            "below_0.01": 0.25,
-            "made": {},
-            "histogram": {},
-            "cdf": {},
-            "tokens": [
-                {"text": str(token), "token": token, "count": count, "mean": mean}
-                for token, count, mean in tokens
-            ],
-        }
+def _kind(*tokens):
+    """Patterns of tokens: text or id, count, mean."""
+    return {
+        **dict.fromkeys(kept.OF_A_KIND, 0.0),
+        "count": sum(count for _, count, _ in tokens),
+        "mean": 0.5,
+        "below_0.01": 0.25,
+        "made": {},
+        "histogram": {},
+        "cdf": {},
+        "tokens": [
+            {"text": str(token), "token": token, "count": count, "mean": mean}
+            for token, count, mean in tokens
+        ],
+    }
 
+
+def test_the_papers_words_are_found_with_spaces_and_capitals():
     names = list(prompts.KINDS)
-    kinds = {name: kind((1, 50, 1.0), (2, 150, 0.1)) for name in names[1:]}
-    kinds = {names[0]: kind((1, 50, 3.0), (3, 99, 9.0)), **kinds}
+    kinds = dict.fromkeys(names[1:], _kind(("the", 10, 0.5), (" however", 1, 2.0)))
+    kinds[names[0]] = _kind(("However", 1, 6.0), ("howevers", 5, 4.0), ("thus", 4, 0.25))
+    words = {word["text"]: word for word in kept.joined(kinds)["forking"]}
+    assert words["however"]["count"] == 4
+    assert words["however"]["mean"] == pytest.approx((3 * 2.0 + 6.0) / 4)
+    assert words["however"]["lower"] == pytest.approx((30 + 3 + 4) / 43)
+    assert words["thus"]["lower"] == 0
+    assert words["wait"] == {"text": "wait", "count": 0}
+
+
+def test_tokens_of_all_kinds_count_together():
+    names = list(prompts.KINDS)
+    kinds = {name: _kind((1, 50, 1.0), (2, 150, 0.1)) for name in names[1:]}
+    kinds = {names[0]: _kind((1, 50, 3.0), (3, 99, 9.0)), **kinds}
     found = kept.joined(kinds)
     assert found["count"] == 50 + 99 + 3 * 200
     assert [token["text"] for token in found["highest"]] == ["1", "2"]
@@ -282,12 +296,15 @@ def test_the_page_has_what_was_found(tmp_path):
     one |= {"percentiles": {"50": 0.1, "80": 0.75}, "histogram": {}, "made": {}, "threshold": 0.7}
     one |= {"problems": 5, "cdf": {"points": [0.1, 1.0], "shares": [0.4, 0.9]}}
     token = {"text": " a|b\n", "token": 7, "count": 200, "mean": 2.0}
-    kinds = {name: {**one, "tokens": [token]} for name in prompts.KINDS}
+    thus = {"text": "Thus", "token": 8, "count": 3, "mean": 1.5}
+    kinds = {name: {**one, "tokens": [token, thus]} for name in prompts.KINDS}
     (tmp_path / "patterns.json").write_text(json.dumps(kept.joined(kinds)))
     text = page.patterns(tmp_path)
     assert "| all kinds | 40 | 0.500 | 25.0% |  |  |" in text
     assert "| prose | 10 | 0.500 | 25.0% | 0.100 | 0.750 |" in text
     assert r"| ` a\|b\n` | 2.000 |" in text
+    assert "| thus | 12 | 1.500 | 0.0% |" in text
+    assert "Not sampled: wait, however," in text
     assert "few-shot-sums" in page.figures(tmp_path)["pretrained-patterns.svg"]
     point = {"low": 1.0, "high": 0.5, "length": 40.0}
     point["accuracy"] = {"value": 0.5, "low": 0.4, "high": 0.6}

@@ -15,6 +15,11 @@ STEPS, HEAD = "real_step-cpu-*.json", "real_head-cpu-*.json"
 WANTED = len(ARMS) * SEEDS
 # Rows of the table of tokens at each end, of those sampled this often over all kinds.
 TOKENS, MINIMUM = 40, 100
+# High tokens of the paper's section 3: contrast, going on, cause, and what derivations begin with.
+FORKING = (
+    *("wait", "however", "unless", "thus", "also", "since", "because"),
+    *("suppose", "assume", "given", "define"),
+)
 OF_A_KIND = ("count", "mean", "below_0.01", "percentiles", "threshold", "problems")
 
 
@@ -58,7 +63,7 @@ def joined(kinds: dict[str, dict[str, Any]]) -> dict[str, Any]:
             sums[token["token"]] += token["count"] * token["mean"]
             texts[token["token"]] = token["text"]
     total = sum(found["count"] for found in kinds.values())
-    often = [
+    tokens = [
         {
             "text": texts[token],
             "count": count,
@@ -66,9 +71,9 @@ def joined(kinds: dict[str, dict[str, Any]]) -> dict[str, Any]:
             "share": count / total,
         }
         for token, count in counts.items()
-        if count >= MINIMUM
     ]
-    often.sort(key=lambda token: -token["mean"])
+    tokens.sort(key=lambda token: -token["mean"])
+    often = [token for token in tokens if token["count"] >= MINIMUM]
     first = next(iter(kinds.values()))
     return {
         "made": first["made"],
@@ -79,4 +84,18 @@ def joined(kinds: dict[str, dict[str, Any]]) -> dict[str, Any]:
         "cdfs": {kind: x["cdf"] for kind, x in kinds.items()},
         "highest": often[:TOKENS],
         "lowest": often[: -TOKENS - 1 : -1],
+        "forking": [_forking(word, tokens) for word in FORKING],
     }
+
+
+def _forking(word: str, tokens: list[dict[str, Any]]) -> dict[str, Any]:
+    """How often a word was sampled, whatever its spaces and capitals; its mean entropy, and the
+    share of all tokens whose mean is lower. A word that was not sampled has neither.
+    """
+    own = [token for token in tokens if token["text"].strip().lower() == word]
+    if not own:
+        return {"text": word, "count": 0}
+    count = sum(token["count"] for token in own)
+    mean = sum(token["count"] * token["mean"] for token in own) / count
+    lower = sum(token["share"] for token in tokens if token["mean"] < mean)
+    return {"text": word, "count": count, "mean": mean, "lower": lower}

@@ -36,11 +36,20 @@ def patterns(results: Path) -> str:
         for high, low in zip(all_kinds["highest"][:ROWS], all_kinds["lowest"], strict=False)
     ]
     of_tokens = ["highest", "mean, nats", "of all", "lowest", "mean, nats", "of all"]
+    words = [
+        [word["text"], f"{word['count']:,}", f"{word['mean']:.3f}", f"{word['lower']:.1%}"]
+        for word in all_kinds["forking"]
+        if word["count"]
+    ]
+    absent = [word["text"] for word in all_kinds["forking"] if not word["count"]]
+    of_words = ["the paper's word", "count", "mean, nats", "tokens with a lower mean"]
     return "\n\n".join(
         [
             table(columns, rows),
             image("pretrained-patterns.svg", "Entropies of a pretrained model"),
             table(of_tokens, tokens),
+            table(of_words, words),
+            *([f"Not sampled: {', '.join(absent)}."] if absent else []),
             _data("patterns"),
         ]
     )
