@@ -289,6 +289,21 @@ def test_the_tables_have_the_steps_beside_those_with_all_logits(tmp_path):
     assert tables.in_short(tmp_path / "empty") == tables.of(tmp_path / "empty") == []
 
 
+def test_the_page_has_the_minutes_of_each_arms_runs(tmp_path):
+    columns = {"step": [1], "entropy": [0.5], "length": [9], "rows": [3], "all_rows": [3]}
+    evaluations = {"step": [0, 1], "accuracy": [0.1, 0.2], "greedy": [0.1, 0.3]}
+    evaluations |= {"problems": [300, 300]}
+    runs = [
+        {"arm": arm, "seed": seed, "seconds": seconds, "rows": 3, "commits": ["c0ffee"]}
+        | {"evaluations": evaluations, "training": columns}
+        for arm, seed, seconds in (("all", 0, 60.0), ("all", 1, 120.0), ("top-20", 0, 45.0))
+    ]
+    (tmp_path / "learning.json").write_text(json.dumps({"runs": runs}))
+    text = page.learning(tmp_path)
+    assert "Minutes of a run: all (DAPO) 1.5, top 20% 0.8. Each had one core." in text
+    assert "commits c0ffee; 3 runs, 0.1 hours of a core" in text
+
+
 def test_the_page_has_what_was_found(tmp_path):
     assert page.patterns(tmp_path) == page.learning(tmp_path) == NOTHING
     assert page.figures(tmp_path) == {}

@@ -75,10 +75,19 @@ def learning(results: Path) -> str:
     for study in STUDIES:
         parts += [report.arm_table(runs, study), report.difference_table(runs, study)]
         parts.append(image(f"pretrained-{study}.svg", "RL of a pretrained model"))
+    parts.append(f"Minutes of a run: {_minutes(runs['runs'])}. Each had one core.")
     hours = sum(run["seconds"] for run in runs["runs"]) / 3600
     commits = sorted({commit[:10] for run in runs["runs"] for commit in run["commits"]})
     more = f"; commits {', '.join(commits)}; {len(runs['runs'])} runs, {hours:.1f} hours of a core"
     return "\n\n".join([*parts, _data("learning", more)])
+
+
+def _minutes(runs: list[Found]) -> str:
+    """The mean of each arm's steps and evaluations, by arm."""
+    seconds: dict[str, list[float]] = {}
+    for run in runs:
+        seconds.setdefault(report.NAMES.get(run["arm"], run["arm"]), []).append(run["seconds"])
+    return ", ".join(f"{arm} {sum(s) / len(s) / 60:.1f}" for arm, s in seconds.items())
 
 
 def temperatures(results: Path) -> str:
