@@ -45,6 +45,9 @@ def collect(label: str, configs: Sequence[Config], settings: Mapping[str, Any]) 
       same updates;
     - "rows", their sum.
 
+    What a branch has of the run that it began at is its evaluation there, and neither time nor
+    rows.
+
     Both kinds of rows are 0 in a step without update. Other columns are null where a step has not
     measured them.
     """
@@ -62,12 +65,17 @@ def write(path: Path, results: Mapping[str, Any]) -> None:
 def _run(label: str, config: Config) -> dict[str, Any]:
     folder = Path(config.root) / config.name
     rows = read_rows(folder / "metrics.jsonl")
-    starts = read_run(folder)["starts"]
-    training = _columns([row for row in rows if row["step"]], TRAINING)
+    run = read_run(folder)
+    starts, origin = run["starts"], run.get("origin")
+    begun = origin["step"] if origin else 0
+    own = [row for row in rows if row["step"] > begun or not origin]
+    training = _columns([row for row in own if row["step"]], TRAINING)
     for name in ("rows", "all_rows"):
         training[name] = [value or 0.0 for value in training[name]]
-    evaluations = _columns([row for row in rows if EVALUATION["accuracy"] in row], EVALUATION)
-    seconds = sum(row.get(f"time/{what}") or 0.0 for row in rows for what in ("step", "evaluate"))
+    evaluated = [row for row in rows if EVALUATION["accuracy"] in row]
+    before = sum(row["step"] <= begun for row in evaluated)
+    evaluations = _columns(evaluated[max(before - 1, 0) :], EVALUATION)
+    seconds = sum(row.get(f"time/{what}") or 0.0 for row in own for what in ("step", "evaluate"))
     return {
         "task": label,
         "arm": config.name.split("/")[-2],
