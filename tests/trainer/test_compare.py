@@ -1,6 +1,8 @@
 """Comparisons: arms, the driver of their runs, and what their results say."""
 
+import functools
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -240,6 +242,57 @@ def test_runs_begin_at_a_branchs_checkpoint_with_its_evaluation(tmp_path):
     assert not collect("x", configs, {"branch": str(other.folder)})["runs"]
     with pytest.raises(ValueError, match="no run to branch from"):
         compare(Comparison(arms=("all",), branch=str(tmp_path / "none"), config=configs[0]))
+
+
+def test_what_a_branch_has_of_its_origin_is_no_time_and_no_rows_of_its_own(tmp_path):
+    base = small(tmp_path, name="base", steps=1)
+    train(base)
+    config = small(tmp_path, name="x/all/seed-0", steps=3)
+    assert drive([config], jobs=1, branch=f"{base.folder}@1").finished == [config.name]
+    log = config.folder / "metrics.jsonl"
+    rows = [row | {"time/step": 10.0, "head/active_rows": row["step"]} for row in read_rows(log)]
+    rows = [row | ({"time/evaluate": 1.0} if "eval/accuracy" in row else {}) for row in rows]
+    log.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert [row["step"] for row in rows if "eval/accuracy" in row] == [0, 1, 2, 3]
+    (run,) = collect("x", [config], {"branch": f"{base.folder}@1"})["runs"]
+    assert run["evaluations"]["step"] == [1, 2, 3]
+    assert run["training"]["step"] == [2, 3]
+    assert (run["rows"], run["seconds"]) == (5, 22.0)
+
+
+def test_a_comparison_begins_at_its_branch_or_says_where_its_runs_began(tmp_path):
+    base = small(tmp_path, name="base", steps=1)
+    train(base)
+    settings = Comparison(
+        arms=("all",), seeds=1, jobs=1, label="x", config=small(tmp_path, name="run", steps=2)
+    )
+    at = functools.partial(replace, settings)
+    with pytest.raises(ValueError, match=r"base has no checkpoint of step 7; it has 0, 1"):
+        compare(at(branch=f"{base.folder}@7"))
+    assert compare(at(branch=f"{base.folder}@0")) == 0
+    for other in (f"{base.folder}@1", ""):
+        with pytest.raises(ValueError, match=r"seed-0 began at .*base@0, not at .*--label"):
+            compare(at(branch=other))
+    # What is finished is so without the checkpoint that it began at.
+    shutil.rmtree(base.folder / "checkpoints")
+    assert compare(at(branch=f"{base.folder}@0")) == 0
+    train(replace(settings.config, name="y/all/seed-0"))
+    with pytest.raises(ValueError, match="its own step 0, not at"):
+        compare(replace(settings, label="y", branch=f"{base.folder}@0"))
+
+
+def test_a_run_whose_last_checkpoint_was_not_written_is_not_finished(tmp_path):
+    config = small(tmp_path, steps=2)
+    train(config)
+    assert is_finished(config)
+    last = config.folder / "checkpoints" / "step-000002"
+    last.rename(tmp_path / "lost")
+    assert (config.folder / "checkpoints" / "step-000000").exists()
+    assert not is_finished(config)
+    assert drive([config], jobs=1).finished == [config.name]
+    assert last.exists()
+    shutil.rmtree(last.parent)
+    assert is_finished(config)
 
 
 def test_other_settings_are_not_finished(tmp_path):

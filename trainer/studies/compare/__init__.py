@@ -7,6 +7,7 @@ What is finished is not done again.
 
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated
@@ -68,7 +69,6 @@ def runs(settings: Comparison) -> list[Config]:
 
 def compare(settings: Comparison) -> int:
     """Do the runs that are missing and write the results; 0 if all are finished."""
-    from trainer.checkpoint.branch import find_origin
     from trainer.launch.lock import owned
     from trainer.report.progress import progress
     from trainer.rules import rule_named
@@ -80,8 +80,7 @@ def compare(settings: Comparison) -> int:
     check_needs(*configs)
     for config in configs:
         rule_named(config.algorithm.which)
-    if settings.branch:
-        find_origin(settings.branch)
+    _check_beginnings(configs, settings.branch)
     folder = Path(settings.config.root) / _label(settings)
     out = Path(settings.out or folder / "comparison.json")
     if out.is_dir():
@@ -115,6 +114,26 @@ def compare(settings: Comparison) -> int:
         print(f"{len(outcome.left)} runs are left; the same command goes on", file=sys.stderr)
     print(f"results: {out}")
     return int(bool(outcome.failed or outcome.left))
+
+
+def _check_beginnings(configs: Sequence[Config], branch: str) -> None:
+    """Raise ValueError where a run began elsewhere, or where those that are left cannot begin."""
+    import torch
+
+    from trainer.checkpoint import find
+    from trainer.checkpoint.branch import find_origin
+    from trainer.ranks import Ranks
+    from trainer.studies.compare.driver import began_elsewhere, is_finished
+
+    for config in configs:
+        if began := began_elsewhere(config, branch):
+            raise ValueError(
+                f"{config.folder} began at {began}, not at {branch or 'a beginning of its own'}; "
+                "choose another --label, or that --branch"
+            )
+    if branch and not all(is_finished(config, branch) for config in configs):
+        origin = find_origin(branch)
+        find(origin.run, origin.step, Ranks(torch.device("cpu")))
 
 
 def _label(settings: Comparison) -> str:

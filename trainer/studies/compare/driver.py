@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from trainer import checkpoint
 from trainer.checkpoint.branch import find_origin
 from trainer.config import Config
 from trainer.errors import line
@@ -46,11 +47,12 @@ def drive(
 ) -> Outcome:
     """Do the runs that are not finished yet, in their order, `jobs` at a time.
 
-    The first run of each seed goes before the others of that seed, which use its warm start. With
-    `hours` no run is started that, by the mean of those done in this call, would end later.
-    `on_finished` is called after each, with the number that is finished. An interruption ends the
-    runs under way, and so does an error of `on_finished`, which is raised. All of them go on from
-    their checkpoints in the next call. `branch` is that of `train`, for all runs.
+    The first run of each seed goes before the others of that seed, which use its warm start; runs
+    of a branch have none. With `hours` no run is started that would end later, by the mean of those
+    done in this call. `on_finished` is called after each, with the number that is finished. An
+    interruption ends the runs under way, and so does an error of `on_finished`, which is raised.
+    All of them go on from their checkpoints in the next call. `branch` is that of `train`, for all
+    runs.
     """
     state = _State(configs, hours, on_finished, branch)
     workers = [threading.Thread(target=state.work) for _ in range(jobs)]
@@ -72,18 +74,39 @@ def drive(
 
 
 def is_finished(config: Config, branch: str = "") -> bool:
-    """Whether the run of `config`, from that `branch` if any, is on disk with all of its steps."""
+    """Whether the run of `config`, from that `branch` if any, is on disk with all of its steps.
+
+    It is where its checkpoints were deleted, and is not where the last was never written.
+    """
     folder = Path(config.root) / config.name
     metrics, run = folder / "metrics.jsonl", folder / "run.json"
     if not (metrics.exists() and run.exists()):
         return False
-    known = read_run(folder)
-    if known["config"] != json.loads(json.dumps(asdict(config))):
+    if read_run(folder)["config"] != json.loads(json.dumps(asdict(config))):
         return False
-    if branch and known.get("origin", {}).get("run") != str(find_origin(branch).run.resolve()):
+    if began_elsewhere(config, branch):
+        return False
+    newest = checkpoint.newest(folder)
+    if newest is not None and checkpoint.step_of(newest) != config.steps:
         return False
     rows = read_rows(metrics)
     return bool(rows) and rows[-1]["step"] == config.steps
+
+
+def began_elsewhere(config: Config, branch: str = "") -> str:
+    """Where the run of `config` began that is on disk, if not at `branch`; else nothing."""
+    folder = Path(config.root) / config.name
+    if not (folder / "run.json").exists():
+        return ""
+    known = read_run(folder).get("origin")
+    if known is None:
+        return "its own step 0" if branch else ""
+    began = f"{known['run']}@{known['step']}"
+    if not branch:
+        return began
+    origin = find_origin(branch)
+    same = known["run"] == str(origin.run.resolve()) and origin.step in (None, known["step"])
+    return "" if same else began
 
 
 def run_one() -> None:
