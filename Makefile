@@ -23,7 +23,7 @@ endif
 endif
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: train real-model test test-slow test-thorough test-builds test-compile test-cuda test-aarch64 test-verl test-vllm
+.PHONY: train real-model model-is-there test test-slow test-thorough test-builds test-compile test-cuda test-aarch64 test-verl test-vllm
 .PHONY: test-wheel lint bench sanitize docs resolve clean FORCE
 
 train: $(VENV)/.trainer
@@ -117,10 +117,12 @@ bench: $(VENV)/.dev
 
 # Steps, RL and entropies of a pretrained model; it says how long they take, and goes on where it ended.
 MODEL ?=
-real-model: $(VENV)/.dev
+real-model: model-is-there $(VENV)/.dev
+	@$(BIN)/python -m benchmarks.real_model --model "$(MODEL)" $(ARGS)
+
+model-is-there:
 	@test -f "$(MODEL)/config.json" || \
 		{ echo "MODEL must be the folder of a model with config.json; got '$(MODEL)'" >&2; exit 1; }
-	@$(BIN)/python -m benchmarks.real_model --model $(MODEL) $(ARGS)
 
 # Resolves, without installing, what a user's first command takes from the ordinary index.
 resolve: $(VENV)/.dev
