@@ -8,15 +8,13 @@ import subprocess
 import sys
 
 import pytest
-import torch
 
 from benchmarks import bench_real_model as suite
 from benchmarks import peers
 from benchmarks.paper_results import NOTHING
-from benchmarks.real_model import __main__ as conductor
-from benchmarks.real_model import engines, folder, kept, page, prompts, studies, tables
+from benchmarks.real_model import engines, folder, kept, page, prompts, tables
 from benchmarks.sources import ROOT
-from tests.trainer.tokenizer_kinds import byte_level
+from tests.gemma import save_gemma
 
 
 def test_worked_sums_are_right_whatever_their_way():
@@ -77,44 +75,18 @@ def test_what_is_no_gguf_file_of_the_model_is_told(trouble, tmp_path, capsys):
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
     """The folder of a Gemma 3 of random weights that reads bytes."""
-    from transformers import Gemma3ForCausalLM, Gemma3TextConfig
-
-    tokenizer = byte_level(bos_token="<bos>", eos_token="<eos>", pad_token="<pad>", front=["<bos>"])
-    torch.manual_seed(0)
-    model = Gemma3ForCausalLM(
-        Gemma3TextConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=32,
-            intermediate_size=64,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            num_key_value_heads=1,
-            head_dim=16,
-            query_pre_attn_scalar=16,
-            sliding_window=512,
-            tie_word_embeddings=True,
-            pad_token_id=tokenizer.pad_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            bos_token_id=tokenizer.bos_token_id,
-        )
-    )
-    torch.nn.init.constant_(model.model.norm.weight, 5.0)
-    made = tmp_path_factory.mktemp("gemma")
-    model.save_pretrained(made)
-    tokenizer.save_pretrained(made)
-    return made
+    return save_gemma(tmp_path_factory.mktemp("gemma"))
 
 
 @pytest.mark.filterwarnings("default")
 def test_every_step_of_a_model_finds_its_gradient_and_the_head_is_timed(small, tmp_path):
-    lines = []
-    entries = suite.measure(small, *suite.QUICK, tmp_path, log=lines.append)
+    # It refuses a loss or a gradient that is not the truth's.
+    entries = suite.measure(small, *suite.QUICK, tmp_path, log=lambda _: None)
     named = {entry["name"]: entry for entry in entries if "sums" in entry}
     assert {"eager", "ours", "ours-mask", "ours-known", "ours-support", "ours-all"} <= set(named)
     assert named["ours"]["sums"] != named["ours-all"]["sums"]
     for entry in named.values():
         assert len(entry["wall_s"]) == suite.QUICK[1]
-        assert entry["error"] < 1e-4
         assert entry["products"]["backward"] > 0
     if not peers.why_not("trl"):
         trl, patched = named["trl"], named["trl-patched"]
@@ -145,107 +117,6 @@ def test_the_engines_threads_keep_to_cores_of_their_own():
     kept = {name: value for name, value in os.environ.items() if not name.startswith("OMP_")}
     told = subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, env=kept, text=True)
     assert told == "true\n"
-
-
-def _kind(*tokens):
-    """Patterns of tokens: text or id, count, mean."""
-    return {
-        **dict.fromkeys(kept.OF_A_KIND, 0.0),
-        "count": sum(count for _, count, _ in tokens),
-        "mean": 0.5,
-        "below_0.01": 0.25,
-        "made": {},
-        "histogram": {},
-        "cdf": {},
-        "tokens": [
-            {"text": str(token), "token": token, "count": count, "mean": mean}
-            for token, count, mean in tokens
-        ],
-    }
-
-
-def test_the_papers_words_are_found_with_spaces_and_capitals():
-    names = list(prompts.KINDS)
-    kinds = dict.fromkeys(names[1:], _kind(("the", 10, 0.5), (" however", 1, 2.0)))
-    kinds[names[0]] = _kind(("However", 1, 6.0), ("howevers", 5, 4.0), ("thus", 4, 0.25))
-    words = {word["text"]: word for word in kept.joined(kinds)["forking"]}
-    assert words["however"]["count"] == 4
-    assert words["however"]["mean"] == pytest.approx((3 * 2.0 + 6.0) / 4)
-    assert words["however"]["lower"] == pytest.approx((30 + 3 + 4) / 43)
-    assert words["thus"]["lower"] == 0
-    assert words["wait"] == {"text": "wait", "count": 0}
-
-
-def test_tokens_of_all_kinds_count_together():
-    names = list(prompts.KINDS)
-    kinds = {name: _kind((1, 50, 1.0), (2, 150, 0.1)) for name in names[1:]}
-    kinds = {names[0]: _kind((1, 50, 3.0), (3, 99, 9.0)), **kinds}
-    found = kept.joined(kinds)
-    assert found["count"] == 50 + 99 + 3 * 200
-    assert [token["text"] for token in found["highest"]] == ["1", "2"]
-    assert [token["text"] for token in found["lowest"]] == ["2", "1"]
-    assert found["highest"][0]["mean"] == pytest.approx((3 + 1 + 1 + 1) / 4)
-    assert found["highest"][0]["share"] == pytest.approx(200 / found["count"])
-
-
-def test_what_is_missing_is_told_with_its_minutes(small, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(kept, "FOLDER", tmp_path / "results" / "real_model")
-    command = ["--model", str(small), "--root", str(tmp_path / "runs"), "--plan"]
-    assert conductor.main([*command, "--only", "base", "learning"]) == 0
-    minutes = {part.name: part.minutes for part in conductor.PARTS}
-    total = minutes["base"] + minutes["learning"]
-    assert f"{total:.0f} minutes in all" in capsys.readouterr().out
-    assert not (tmp_path / "runs").exists()
-    with pytest.raises(SystemExit):
-        conductor.main(["--model", str(tmp_path), "--plan"])
-    assert "folder with config.json; got" in capsys.readouterr().err
-
-
-@pytest.mark.slow
-def test_all_studies_run_to_their_results_and_go_on_where_they_were(small, tmp_path, monkeypatch):
-    """The commands themselves, with few and short answers of a model of random weights."""
-    kinds = {name: prompts.KINDS[name] for name in ("few-shot-sums", "code")}
-    for name, value in {
-        "ARMS": ("top-20", "all"),
-        "EVOLVED": ("top-20",),
-        "SEEDS": 1,
-        "STEPS": 2,
-        "PROBLEMS": 6,
-        "SUMS_TOKENS": 6,
-        "TOKENS": 6,
-        "LOW": (0.5, 1.0),
-        "HIGH": (0.5,),
-        "KINDS": kinds,
-        "PROMPTS": 4,
-        "SUMS": 200,
-        "WANTED": 2,
-        "FOLDER": tmp_path / "results",
-    }.items():
-        for module in (studies, kept, conductor, prompts):
-            if hasattr(module, name):
-                monkeypatch.setattr(module, name, value)
-    monkeypatch.setattr(conductor.paper_page, "write", lambda _: None)
-    command = ["--model", str(small), "--root", str(tmp_path / "runs"), "--only"]
-    parts = ["base", "learning", "patterns", "temperatures", "evolution"]
-    assert conductor.main([*command, *parts]) == 0
-    found = {path.name: json.loads(path.read_text()) for path in (tmp_path / "results").iterdir()}
-    assert found.keys() == {
-        *("learning.json", "patterns.json", "temperatures.json", "evolution-top-20.json")
-    }
-    assert [run["arm"] for run in found["learning.json"]["runs"]] == ["top-20", "all"]
-    assert found["patterns.json"]["kinds"].keys() == kinds.keys()
-    assert len(found["temperatures.json"]["points"]) == 3
-    assert found["evolution-top-20.json"]["names"] == ["step-000000", "step-000002"]
-    # Checkpoints of runs that are not analysed are gone.
-    runs = tmp_path / "runs"
-    left = [path.parent.parent.name for path in (runs / "sums").glob("*/*/checkpoints")]
-    assert left == ["top-20"]
-    # A sweep that was stopped goes on.
-    sweep = runs / "temperatures" / "temperatures.json"
-    whole = json.loads(sweep.read_text())
-    sweep.write_text(json.dumps({**whole, "points": whole["points"][:1]}))
-    assert conductor.main([*command, *parts]) == 0
-    assert len(json.loads(sweep.read_text())["points"]) == 3
 
 
 def test_the_tables_have_the_steps_beside_those_with_all_logits(tmp_path):

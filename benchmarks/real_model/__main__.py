@@ -3,7 +3,8 @@
 python -m benchmarks.real_model --model FOLDER [--plan] [--only PART ...] [--root runs/real-model]
 
 Does what is missing, part by part, and says beforehand how long that takes; then writes the page
-anew. Stopped at any moment, the same command goes on. Runs and checkpoints go to --root, results to
+anew. Stopped at any moment, the same command goes on: with the runs and temperatures from where
+they were, with others anew. Runs and checkpoints of one model go to --root, results to
 benchmarks/results/real_model/.
 """
 
@@ -12,27 +13,28 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 from benchmarks import paper_page
-from benchmarks.real_model import kept, prompts
-from benchmarks.real_model.studies import EVOLVED, SEEDS, Studies
+from benchmarks.real_model import kept
+from benchmarks.real_model.studies import ARMS, EVOLVED, SEEDS, Studies
 
 # Threads of two processes that keep to their cores would share the first.
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "OMP_PROC_BIND": "false"}
-# Seeds that are run together: an odd number of runs would leave a core idle more often.
+# Runs at a time.
 TOGETHER = 2
 
 
 class Part(NamedTuple):
-    """What is done, whether it is, and an estimate of its minutes on two cores."""
+    """What is done, whether it is, an estimate of its minutes on two cores, and what it needs."""
 
     name: str
     do: Callable[[Studies], int]
     done: Callable[[Studies], bool]
     minutes: float
+    after: str = ""
 
 
 def main(arguments: list[str]) -> int:
@@ -47,23 +49,31 @@ def main(arguments: list[str]) -> int:
     if not (options.model / "config.json").is_file():
         parser.error(f"--model must be a folder with config.json; got {options.model}")
     studies = Studies(options.model, options.root)
+    if trouble := studies.another_model():
+        parser.error(f"--root {options.root} has the studies of {trouble}; choose another --root")
     missing = [part for part in _asked(options.only) if not part.done(studies)]
     for part in missing:
         print(f"{part.name}: about {part.minutes:.0f} minutes")
     print(f"{sum(part.minutes for part in missing):.0f} minutes in all, as estimated for two cores")
     if options.plan:
         return 0
-    if not studies.data.exists():
-        prompts.write(studies.data)
-    failed = []
-    for part in missing:
-        if part.do(studies) or not part.done(studies):
-            failed.append(part.name)
-        kept.keep(studies)
-        paper_page.write(Path())
+    studies.begin()
+    failed = [part.name for part in missing if not _done(part, studies)]
+    # After all runs and analyses: each notes a dirty checkout.
+    kept.keep(studies)
+    paper_page.write(Path())
     if failed:
         print(f"failed: {', '.join(failed)}; the same command goes on", file=sys.stderr)
     return int(bool(failed))
+
+
+def _done(part: Part, studies: Studies) -> bool:
+    """Whether it is done now, which cannot be before what it needs is."""
+    (needed,) = [x for x in PARTS if x.name == part.after] or [None]
+    if needed is not None and not needed.done(studies):
+        print(f"{part.name} is left out: {needed.name} is not done", file=sys.stderr)
+        return False
+    return part.do(studies) == 0 and part.done(studies)
 
 
 def _asked(names: list[str]) -> list[Part]:
@@ -73,14 +83,23 @@ def _asked(names: list[str]) -> list[Part]:
 def steps(studies: Studies) -> int:
     """The steps, and the head alone."""
     suite = ["benchmarks/bench_real_model.py", "--benchmark-only", "-q", "-p", "no:cacheprovider"]
-    return _run([sys.executable, "-m", "pytest", *suite, "--model", str(studies.model)])
+    command = [sys.executable, "-m", "pytest", *suite, "--model", str(studies.model)]
+    return _measured(studies, "steps", command)
 
 
 def engines(studies: Studies) -> int:
     """Tokens per second, by an interpreter that has vLLM where there is one."""
     vllm = Path(".venv-vllm/bin/python")
     python = str(vllm) if vllm.exists() else sys.executable
-    return _run([python, "-m", "benchmarks.real_model.engines", "--model", str(studies.model)])
+    command = [python, "-m", "benchmarks.real_model.engines", "--model", str(studies.model)]
+    return _measured(studies, "engines", command)
+
+
+def _measured(studies: Studies, name: str, command: list[str]) -> int:
+    """Note that it was measured here: result files may be those of another machine."""
+    if (status := _run(command)) == 0:
+        studies.measured(name).touch()
+    return status
 
 
 def base(studies: Studies) -> int:
@@ -89,17 +108,51 @@ def base(studies: Studies) -> int:
 
 
 def learning(studies: Studies) -> int:
-    """All arms, two seeds at a time. Weights and moments of a run take 12 bytes per parameter; of
-    those that have ended, only those that are analysed stay."""
+    """All arms and seeds, TOGETHER runs at a time; then the results of all.
+
+    Of runs that have ended only the checkpoints stay that are analysed.
+    """
+    failed = 0
+    for arms, seeds in _together():
+        if not _has_room(studies):
+            return 1
+        failed |= _run(studies.learning_command(arms, seeds), ONE_THREAD)
+        for run in (studies.root / "sums").glob("*/seed-*"):
+            analysed = run in [studies.run(arm, 0) for arm in EVOLVED]
+            if studies.ended(run).exists() and not analysed:
+                shutil.rmtree(run / "checkpoints")
+    return failed or _run(studies.learning_command(ARMS, range(SEEDS)), ONE_THREAD)
+
+
+def _together() -> Iterator[tuple[tuple[str, ...], range]]:
+    """Arms and seeds of TOGETHER runs or fewer, in turn."""
     for first in range(0, SEEDS, TOGETHER):
         seeds = range(first, min(first + TOGETHER, SEEDS))
-        if _run(studies.learning_command(seeds), ONE_THREAD):
-            continue  # the last command says which
-        for seed in seeds:
-            for run in (studies.root / "sums").glob(f"*/seed-{seed}"):
-                if seed or run.parent.name not in EVOLVED:
-                    shutil.rmtree(run / "checkpoints", ignore_errors=True)
-    return _run(studies.learning_command(range(SEEDS)), ONE_THREAD)
+        width = TOGETHER // len(seeds)
+        for place in range(0, len(ARMS), width):
+            yield ARMS[place : place + width], seeds
+
+
+def _has_room(studies: Studies) -> bool:
+    """Whether the disk has room for the checkpoints of TOGETHER runs and those that are analysed.
+
+    Weights and moments take three times the weights of the warm start's checkpoint, and as much
+    again while they are written.
+    """
+    weights, there = _size(studies.started), _size(studies.root / "sums")
+    need = 3 * weights * (2 * TOGETHER + len(EVOLVED)) - there
+    free = shutil.disk_usage(studies.root).free
+    if free < need:
+        print(
+            f"{studies.root} must have {need / 1e9:.1f} GB free for checkpoints; "
+            f"got {free / 1e9:.1f} GB",
+            file=sys.stderr,
+        )
+    return free >= need
+
+
+def _size(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 def learned(studies: Studies) -> bool:
@@ -127,13 +180,13 @@ def _run(command: list[str], environment: dict[str, str] | None = None) -> int:
 
 
 PARTS = (
-    Part("steps", steps, lambda _: kept.steps_file() is not None, 25),
-    Part("engines", engines, lambda _: kept.ENGINES.exists(), 12),
-    Part("base", base, lambda studies: studies.started.exists(), 12),
-    Part("learning", learning, learned, 110),
+    Part("steps", steps, lambda studies: studies.measured("steps").exists(), 25),
+    Part("engines", engines, lambda studies: studies.measured("engines").exists(), 12),
+    Part("base", base, lambda studies: studies.started.exists(), 15),
+    Part("learning", learning, learned, 130, "base"),
     Part("patterns", analyses("patterns"), analysed("patterns"), 45),
-    Part("temperatures", analyses("temperatures"), analysed("temperatures"), 20),
-    Part("evolution", analyses("evolution"), analysed("evolution"), 10),
+    Part("temperatures", analyses("temperatures"), analysed("temperatures"), 20, "learning"),
+    Part("evolution", analyses("evolution"), analysed("evolution"), 10, "learning"),
 )
 
 

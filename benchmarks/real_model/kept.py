@@ -23,11 +23,6 @@ FORKING = (
 OF_A_KIND = ("count", "mean", "below_0.01", "percentiles", "threshold", "problems")
 
 
-def steps_file() -> Path | None:
-    """The result file of the steps, if there is one."""
-    return next(iter(sorted(FOLDER.parent.glob(STEPS))), None)
-
-
 def runs(studies: Studies) -> int:
     """How many runs of the learning study have ended."""
     if not studies.learned.exists():

@@ -14,6 +14,8 @@ import random
 from collections.abc import Callable
 from pathlib import Path
 
+from trainer.log import replace_text
+
 SUMS = 6000
 PROMPTS = 400
 NAMES = ("Ann", "Ben", "Carla", "David", "Emma", "Frank", "Grace", "Henry", "Iris", "Jack")
@@ -72,7 +74,7 @@ def write(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for kind, count in {"sums": SUMS, **dict.fromkeys(KINDS, PROMPTS)}.items():
         text = "".join(json.dumps(row) + "\n" for row in rows(kind, count))
-        (folder / f"{kind}.jsonl").write_text(text)
+        replace_text(folder / f"{kind}.jsonl", text)
 
 
 def rows(kind: str, count: int) -> list[dict[str, str]]:

@@ -1,16 +1,20 @@
 """The commands of the studies on a pretrained model, and what each leaves.
 
-Every command is one of the trainer's, or a benchmark; it resumes by itself. Two processes of one
-thread each are faster on two cores than one of two.
+Every command is one of the trainer's. Runs, and the sweep of temperatures, go on where they were
+stopped; other analyses begin anew. Two processes of one thread each are faster on two cores than
+one of two.
 """
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from benchmarks.real_model import prompts
 from benchmarks.real_model.prompts import KINDS
+from trainer.checkpoint.resume import folder_digest
+from trainer.log import replace_text
 
 ARMS = ("top-20", "all", "random-20", "bottom-80", "gmts-20")
 EVOLVED = ("top-20", "all")
@@ -46,6 +50,32 @@ class Studies:
         """The folder of the model after its warm start."""
         return self.base / "checkpoints" / "step-000000"
 
+    @property
+    def known(self) -> Path:
+        """The file that names the model whose studies these are."""
+        return self.root / "model.json"
+
+    def another_model(self) -> str:
+        """What the studies in the folder are of, if not of this model; else nothing."""
+        if not self.known.exists():
+            return ""
+        known = json.loads(self.known.read_text())
+        return "" if known["digest"] == folder_digest(self.model) else str(known["model"])
+
+    def begin(self) -> None:
+        """Write the prompts, which are the same each time, and what the studies are of."""
+        prompts.write(self.data)
+        mine = {"model": str(self.model), "digest": folder_digest(self.model)}
+        replace_text(self.known, json.dumps(mine) + "\n")
+
+    def measured(self, name: str) -> Path:
+        """The file that is there once steps or engines were measured."""
+        return self.root / f"{name}.measured"
+
+    def ended(self, run: Path) -> Path:
+        """The last checkpoint of a run of the learning study."""
+        return run / "checkpoints" / f"step-{STEPS:06d}"
+
     def run(self, arm: str, seed: int) -> Path:
         """The folder of a run of the learning study."""
         return self.root / "sums" / arm / f"seed-{seed}"
@@ -71,8 +101,8 @@ class Studies:
         }
         return _trainer("train", "tiny", *_options(settings))
 
-    def learning_command(self, seeds: range) -> list[str]:
-        """RL from the model after its warm start, evaluated once there: all arms and seeds."""
+    def learning_command(self, arms: Sequence[str], seeds: range) -> list[str]:
+        """RL from the model after its warm start, evaluated once there."""
         settings = self._settings() | {
             "steps": STEPS,
             "threads": 1,
@@ -91,7 +121,7 @@ class Studies:
         of_all = ["--label", "sums", "--jobs", str(JOBS), "--out", str(self.learned)]
         of_all += ["--branch", f"{self.base}@0"]
         of_all += ["--seeds", str(len(seeds)), "--first-seed", str(seeds.start)]
-        return _trainer("compare", "tiny", *of_all, "--arms", *ARMS, *_options(settings))
+        return _trainer("compare", "tiny", *of_all, "--arms", *arms, *_options(settings))
 
     def _settings(self) -> dict[str, object]:
         return {
@@ -103,7 +133,7 @@ class Studies:
             "rollout.max-new-tokens": SUMS_TOKENS,
             "eval.problems": PROBLEMS,
             "reward.format": "The answer is",  # which tells wrong answers from none
-            "eval.every": STEPS,  # an evaluation takes as long as five steps
+            "eval.every": STEPS,  # an evaluation takes as long as ten
         }
 
     def analyses(self) -> Iterator["Analysis"]:
@@ -120,8 +150,8 @@ class Studies:
         yield Analysis("temperatures", "sums", self.root / "temperatures", tuple(options))
         for arm in EVOLVED:
             run = self.run(arm, 0)
-            ended = run / "checkpoints" / f"step-{STEPS:06d}"
-            options = ["--model", str(run), "--checkpoints", str(self.started), str(ended)]
+            both = str(self.started), str(self.ended(run))
+            options = ["--model", str(run), "--checkpoints", *both]
             options += ["--data", "held-out", "--problems", str(PROBLEMS), "--samples", "1"]
             yield Analysis("evolution", arm, self.root / "evolution" / arm, tuple(options))
 

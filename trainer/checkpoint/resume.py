@@ -145,7 +145,7 @@ def inputs_of(settings: Config, task: Task) -> Inputs:
     """Digests of the problems, of the starting model where it is a folder, and of the verifier."""
     return {
         "data": getattr(task, "digest", ""),
-        "model": _folder_digest(Path(settings.model.path)),
+        "model": folder_digest(Path(settings.model.path)),
         "verifier": _module_digest(settings.reward.function.partition(":")[0]),
     }
 
@@ -167,7 +167,7 @@ def _digest(*parts: bytes) -> str:
     return hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
 
 
-def _folder_digest(folder: Path) -> str:
+def folder_digest(folder: Path) -> str:
     """A digest of the names and sizes of the files in `folder`, and of the small ones' contents."""
     if not folder.is_dir():
         return ""
