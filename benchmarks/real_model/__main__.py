@@ -110,7 +110,7 @@ def base(studies: Studies) -> int:
 def learning(studies: Studies) -> int:
     """All arms and seeds, TOGETHER runs at a time; then the results of all.
 
-    Of runs that have ended only the checkpoints stay that are analysed.
+    A run that has ended keeps its checkpoints where they are analysed.
     """
     failed = 0
     for arms, seeds in _together():
