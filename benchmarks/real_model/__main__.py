@@ -184,7 +184,7 @@ PARTS = (
     Part("engines", engines, lambda studies: studies.measured("engines").exists(), 12),
     Part("base", base, lambda studies: studies.started.exists(), 15),
     Part("learning", learning, learned, 130, "base"),
-    Part("patterns", analyses("patterns"), analysed("patterns"), 45),
+    Part("patterns", analyses("patterns"), analysed("patterns"), 35),
     Part("temperatures", analyses("temperatures"), analysed("temperatures"), 20, "learning"),
     Part("evolution", analyses("evolution"), analysed("evolution"), 10, "learning"),
 )

@@ -17,7 +17,7 @@ from pathlib import Path
 from trainer.log import replace_text
 
 SUMS = 6000
-PROMPTS = 400
+PROMPTS = 300
 NAMES = ("Ann", "Ben", "Carla", "David", "Emma", "Frank", "Grace", "Henry", "Iris", "Jack")
 THINGS = ("apples", "books", "coins", "eggs", "marbles", "pencils", "shells", "stamps", "stones")
 PLACES = ("a box", "a garden", "a market", "a school", "a shop", "a small town", "the kitchen")

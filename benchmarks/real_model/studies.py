@@ -23,7 +23,7 @@ PROBLEMS = 300
 SUMS_TOKENS, TOKENS = 64, 192
 # The temperatures below and above the threshold, beside a 1.
 LOW, HIGH = (0.0, 0.6, 1.0, 1.5), (0.0, 0.6, 1.5)
-# Responses to each of prompts.PROMPTS prompts: at most 76,800 tokens of a kind.
+# Responses to each of prompts.PROMPTS prompts: at most 57,600 tokens of a kind.
 SAMPLES = 1
 
 
