@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import os
 import re
 import subprocess
@@ -14,7 +15,8 @@ from benchmarks import bench_real_model as suite
 from benchmarks import peers
 from benchmarks.paper_results import NOTHING
 from benchmarks.real_model import __main__ as conductor
-from benchmarks.real_model import engines, folder, kept, page, prompts, studies, tables
+from benchmarks.real_model import engines, folder, kept, page, prompts, studies
+from benchmarks.sampler_step import FRACTION
 from benchmarks.sources import ROOT
 from tests.trainer.tokenizer_kinds import byte_level
 
@@ -121,6 +123,11 @@ def test_every_step_of_a_model_finds_its_gradient_and_the_head_is_timed(small, t
         # patch_trl() changes nothing but the head, whose backward has a fifth of the rows.
         assert trl["products"]["forward"] == patched["products"]["forward"]
         assert patched["products"]["head"] < trl["products"]["head"]
+        file = next(tmp_path.glob(kept.STEPS))
+        tokens = json.loads(file.read_text())["shape"]["tokens"]
+        selected = math.ceil(FRACTION * tokens)
+        scaled = named["ours"]["sums"]["loss"] * selected / tokens
+        assert trl["sums"]["loss"] == pytest.approx(scaled, rel=1e-4)
     heads = [entry for entry in entries if "sums" not in entry]
     assert {"eager", "cpu-0.2"} <= {entry["name"] for entry in heads if "wall_s" in entry}
     assert len(list(tmp_path.glob("real_*.json"))) == 2
@@ -246,47 +253,6 @@ def test_all_studies_run_to_their_results_and_go_on_where_they_were(small, tmp_p
     sweep.write_text(json.dumps({**whole, "points": whole["points"][:1]}))
     assert conductor.main([*command, *parts]) == 0
     assert len(json.loads(sweep.read_text())["points"]) == 3
-
-
-def test_the_tables_have_the_steps_beside_those_with_all_logits(tmp_path):
-    def entry(name, seconds, peak):
-        parts = {"scoring": 1.0, "forward": 2.0, "head": seconds - 4, "backward": 0.5}
-        parts |= {"scoring head": 0.0, "embedding": 0.25, "optimizer": 0.25}
-        return {
-            "name": name,
-            "label": f"label of {name}",
-            "wall_s": [seconds] * 2,
-            "parts_s": {part: [x] * 2 for part, x in parts.items()},
-            "part_peak_bytes": {"head": peak},
-            "peak_bytes": peak,
-            "sums": {"loss": 0.25, "grad_norm": 1.0},
-        }
-
-    named = {"tokens": 60, "hidden": 8, "vocabulary": 100, "sequences": 4}
-    run = {
-        **dict.fromkeys(("machine", "commit", "date"), "x"),
-        "model": "Model",
-        "shape": named,
-        "bytes": {"gradients": 10**9},
-        "dtype": "float32",
-        "threads": 2,
-        "rounds": 2,
-        "versions": {"torch": "2"},
-        "contestants": [
-            entry("trl", 10.0, 5 * 10**9),
-            entry("trl-patched", 5.0, 15 * 10**8),
-            entry("eager", 9.0, 4 * 10**9),
-            entry("ours", 5.0, 12 * 10**8),
-        ],
-    }
-    (tmp_path / "real_step-cpu-x.json").write_text(json.dumps(run))
-    (short,) = tables.in_short(tmp_path)
-    # An update is without the second of scoring: 4 of 9, and 4 of 8.
-    assert "| label of trl-patched | 0.50 | 0.44 | 0.50 | 4.00 |" in short
-    assert "| label of ours | 0.56 | 0.50 | 0.20 | 3.00 |" in short
-    (whole,) = tables.of(tmp_path)
-    assert "| label of ours | 5.00 | 1.00 | 2.75 | 1.00 | 0.25 | 20% | 0.25 |" in whole
-    assert tables.in_short(tmp_path / "empty") == tables.of(tmp_path / "empty") == []
 
 
 def test_the_page_has_the_minutes_of_each_arms_runs(tmp_path):
