@@ -76,6 +76,23 @@ def test_what_is_no_gguf_file_of_the_model_is_told(trouble, tmp_path, capsys):
     assert target.exists() is (trouble == "a folder that exists")
 
 
+def test_a_file_is_not_converted_without_its_reader(tmp_path, capsys, monkeypatch):
+    file, target = tmp_path / "model.gguf", tmp_path / "model"
+    file.write_bytes(b"GGUF")
+    command = [str(file), str(target), "--sha256", hashlib.sha256(b"GGUF").hexdigest()]
+    converted = []
+    monkeypatch.setattr(folder, "convert", lambda *given: converted.append(given))
+    monkeypatch.setattr(folder, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit) as stopped:
+        folder.main(command)
+    assert stopped.value.code == 2
+    assert "the package gguf, which is not installed" in capsys.readouterr().err
+    assert not converted
+    monkeypatch.setattr(folder, "find_spec", lambda name: name)
+    assert folder.main(command) == 0
+    assert converted == [(file, target)]
+
+
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
     """The folder of a Gemma 3 of random weights that reads bytes."""
