@@ -36,7 +36,8 @@ def main(arguments: list[str]) -> int:
         parser.error(f"FILE must have the SHA-256 {options.sha256}; got {found}")
     if find_spec("gguf") is None:
         parser.error(
-            "transformers reads FILE with the package gguf, which is not installed: pip install gguf"
+            "transformers reads FILE with the package gguf, which is not installed; run pip "
+            "install gguf"
         )
     convert(options.file, options.folder)
     print(f"wrote {options.folder}")
