@@ -140,8 +140,8 @@ def comparison(study: Study, results: Path) -> str:
             report.difference_table(found, study),
             image(f"{label}-{study}.svg", f"The {study} on {label}"),
             f"Data: `{WHERE}/{path.name}`; seeds {', '.join(map(str, seeds))}; commits "
-            f"{', '.join(commits)}; {len(runs)} runs, {hours:.1f} hours of one core for "
-            "their steps and evaluations.",
+            f"{', '.join(commits)}; {len(runs)} runs, whose steps and evaluations took {hours:.1f} "
+            "hours by the clock in sum, beside other programs.",
         ]
     return "\n\n".join(parts) or NOTHING
 

@@ -8,12 +8,13 @@ transformers and vLLM, each with logits in bf16 and with a head in fp32. The tra
 tokens with the same bf16 backbone, once per sampler. Four heads make log-probs of its hidden
 states. Each is compared with the sampler's, and with the same logits in fp64. Prints the tables and
 writes benchmarks/results/precision.json and docs/precision.md. Without vLLM its samplers are left
-out.
+out, and a file that has them is not overwritten. `make test-vllm` makes an interpreter with vLLM.
 
 B sequences, P tokens of a prompt, L of a response, T response tokens, D hidden, V vocabulary.
 """
 
 import argparse
+import json
 import math
 import os
 import subprocess
@@ -61,6 +62,11 @@ def main(arguments: list[str]) -> int:
     if options.sample:
         sample_by_vllm(options.sample, options.folder, options.tokens)
         return 0
+    if find_spec("vllm") is None and has_vllm(options.out):
+        parser.error(
+            "--out must name a file without vLLM's rows where vLLM is not installed; got "
+            f"{options.out}"
+        )
     torch.manual_seed(0)
     shape = {name: getattr(options, name) for name in (*numbers, "spread")}
     result = about(shape) | measure(**shape)
@@ -70,6 +76,12 @@ def main(arguments: list[str]) -> int:
     if options.out == RESULT:
         write()
     return 0
+
+
+def has_vllm(file: Path) -> bool:
+    """Whether a result file has rows of vLLM's samplers."""
+    rows = json.loads(file.read_text())["mismatch"] if file.exists() else []
+    return any(row["sampler"] in VLLM for row in rows)
 
 
 @torch.no_grad()

@@ -1,6 +1,6 @@
 """DPO by TRL on our head, switched over in one line.
 
-    pip install -e . trl
+    pip install -e ".[integrations]"            # TRL 1.16, on Python 3.11 or newer
     python examples/dpo_trl.py --model Qwen/Qwen3-0.6B --dataset trl-lib/ultrafeedback_binarized
     python examples/dpo_trl.py --unpatched      # TRL's head: the same losses
 

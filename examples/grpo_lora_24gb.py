@@ -1,6 +1,6 @@
 """GRPO with LoRA on one GPU of 24 GB, for Qwen3-0.6B and Qwen3-1.7B, by TRL on our head.
 
-    pip install -e . trl peft
+    pip install -e ".[integrations]"  # TRL 1.16 and PEFT, on Python 3.11 or newer
     python examples/grpo_lora_24gb.py --model Qwen/Qwen3-1.7B
 
 By the planner (`python -m trainer.plan.lora`), not measured:

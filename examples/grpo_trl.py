@@ -1,6 +1,6 @@
 """TRL's GRPOTrainer on high-entropy tokens, switched over in one line.
 
-    pip install -e . trl
+    pip install -e ".[integrations]"             # TRL 1.16, on Python 3.11 or newer
     python examples/grpo_trl.py                  # with our head
     python examples/grpo_trl.py --unpatched      # with TRL's: the same losses, slower
 

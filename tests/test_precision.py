@@ -81,6 +81,23 @@ def test_a_sampler_with_an_fp32_head_is_closer_to_ours(monkeypatch):
     assert "D = 128, V = 3,000" in text
 
 
+@pytest.mark.parametrize("sampler", ["vllm bf16", "transformers bf16"])
+def test_vllms_rows_are_not_overwritten_without_vllm(sampler, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(precision, "find_spec", lambda _: None)
+    file = tmp_path / "precision.json"
+    file.write_text(json.dumps({"mismatch": [{"sampler": sampler}]}))
+    monkeypatch.setattr(precision, "measure", lambda **_: pytest.fail("measured"))
+    if sampler == "vllm bf16":
+        with pytest.raises(SystemExit):
+            precision.main(["--out", str(file)])
+        assert f"without vLLM's rows where vLLM is not installed; got {file}" in (
+            capsys.readouterr().err
+        )
+    else:
+        with pytest.raises(pytest.fail.Exception, match="measured"):
+            precision.main(["--out", str(file)])
+
+
 def test_the_page_is_what_the_result_says():
     assert precision_page.PAGE.read_text() == precision_page.render()
     result = json.loads(precision_page.RESULT.read_text())

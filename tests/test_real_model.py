@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import os
 import re
 import subprocess
@@ -12,7 +13,8 @@ import pytest
 from benchmarks import bench_real_model as suite
 from benchmarks import peers
 from benchmarks.paper_results import NOTHING
-from benchmarks.real_model import engines, folder, kept, page, prompts, tables
+from benchmarks.real_model import engines, folder, kept, page, prompts
+from benchmarks.sampler_step import FRACTION
 from benchmarks.sources import ROOT
 from tests.gemma import save_gemma
 
@@ -72,6 +74,23 @@ def test_what_is_no_gguf_file_of_the_model_is_told(trouble, tmp_path, capsys):
     assert target.exists() is (trouble == "a folder that exists")
 
 
+def test_a_file_is_not_converted_without_its_reader(tmp_path, capsys, monkeypatch):
+    file, target = tmp_path / "model.gguf", tmp_path / "model"
+    file.write_bytes(b"GGUF")
+    command = [str(file), str(target), "--sha256", hashlib.sha256(b"GGUF").hexdigest()]
+    converted = []
+    monkeypatch.setattr(folder, "convert", lambda *given: converted.append(given))
+    monkeypatch.setattr(folder, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit) as stopped:
+        folder.main(command)
+    assert stopped.value.code == 2
+    assert "the package gguf, which is not installed" in capsys.readouterr().err
+    assert not converted
+    monkeypatch.setattr(folder, "find_spec", lambda name: name)
+    assert folder.main(command) == 0
+    assert converted == [(file, target)]
+
+
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
     """The folder of a Gemma 3 of random weights that reads bytes."""
@@ -93,6 +112,11 @@ def test_every_step_of_a_model_finds_its_gradient_and_the_head_is_timed(small, t
         # patch_trl() changes nothing but the head, whose backward has a fifth of the rows.
         assert trl["products"]["forward"] == patched["products"]["forward"]
         assert patched["products"]["head"] < trl["products"]["head"]
+        file = next(tmp_path.glob(kept.STEPS))
+        tokens = json.loads(file.read_text())["shape"]["tokens"]
+        selected = math.ceil(FRACTION * tokens)
+        scaled = named["ours"]["sums"]["loss"] * selected / tokens
+        assert trl["sums"]["loss"] == pytest.approx(scaled, rel=1e-4)
     heads = [entry for entry in entries if "sums" not in entry]
     assert {"eager", "cpu-0.2"} <= {entry["name"] for entry in heads if "wall_s" in entry}
     assert len(list(tmp_path.glob("real_*.json"))) == 2
@@ -119,47 +143,6 @@ def test_the_engines_threads_keep_to_cores_of_their_own():
     assert told == "true\n"
 
 
-def test_the_tables_have_the_steps_beside_those_with_all_logits(tmp_path):
-    def entry(name, seconds, peak):
-        parts = {"scoring": 1.0, "forward": 2.0, "head": seconds - 4, "backward": 0.5}
-        parts |= {"scoring head": 0.0, "embedding": 0.25, "optimizer": 0.25}
-        return {
-            "name": name,
-            "label": f"label of {name}",
-            "wall_s": [seconds] * 2,
-            "parts_s": {part: [x] * 2 for part, x in parts.items()},
-            "part_peak_bytes": {"head": peak},
-            "peak_bytes": peak,
-            "sums": {"loss": 0.25, "grad_norm": 1.0},
-        }
-
-    named = {"tokens": 60, "hidden": 8, "vocabulary": 100, "sequences": 4}
-    run = {
-        **dict.fromkeys(("machine", "commit", "date"), "x"),
-        "model": "Model",
-        "shape": named,
-        "bytes": {"gradients": 10**9},
-        "dtype": "float32",
-        "threads": 2,
-        "rounds": 2,
-        "versions": {"torch": "2"},
-        "contestants": [
-            entry("trl", 10.0, 5 * 10**9),
-            entry("trl-patched", 5.0, 15 * 10**8),
-            entry("eager", 9.0, 4 * 10**9),
-            entry("ours", 5.0, 12 * 10**8),
-        ],
-    }
-    (tmp_path / "real_step-cpu-x.json").write_text(json.dumps(run))
-    (short,) = tables.in_short(tmp_path)
-    # An update is without the second of scoring: 4 of 9, and 4 of 8.
-    assert "| label of trl-patched | 0.50 | 0.44 | 0.50 | 4.00 |" in short
-    assert "| label of ours | 0.56 | 0.50 | 0.20 | 3.00 |" in short
-    (whole,) = tables.of(tmp_path)
-    assert "| label of ours | 5.00 | 1.00 | 2.75 | 1.00 | 0.25 | 20% | 0.25 |" in whole
-    assert tables.in_short(tmp_path / "empty") == tables.of(tmp_path / "empty") == []
-
-
 def test_the_page_has_the_minutes_of_each_arms_runs(tmp_path):
     columns = {"step": [1], "entropy": [0.5], "length": [9], "rows": [3], "all_rows": [3]}
     evaluations = {"step": [0, 1], "accuracy": [0.1, 0.2], "greedy": [0.1, 0.3]}
@@ -171,8 +154,8 @@ def test_the_page_has_the_minutes_of_each_arms_runs(tmp_path):
     ]
     (tmp_path / "learning.json").write_text(json.dumps({"runs": runs}))
     text = page.learning(tmp_path)
-    assert "Minutes of a run: all (DAPO) 1.5, top 20% 0.8. Each had one core." in text
-    assert "commits c0ffee; 3 runs, 0.1 hours of a core" in text
+    assert "Minutes of a run by the clock, on one core: all (DAPO) 1.5, top 20% 0.8." in text
+    assert "commits c0ffee; 3 runs, 0.1 hours by the clock in sum" in text
 
 
 def test_the_page_has_what_was_found(tmp_path):

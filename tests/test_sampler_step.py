@@ -1,5 +1,6 @@
 """The steps with what a sampler knows: sets, parts, products and tables."""
 
+import json
 from functools import partial
 
 import pytest
@@ -16,7 +17,9 @@ from benchmarks.sampler_step import (
     random_bench,
     set_sizes,
 )
+from benchmarks.sources import ROOT
 from benchmarks.step_rounds import error
+from benchmarks.tables import named
 
 
 def test_half_of_the_sets_are_of_one_id_and_the_mean_is_8():
@@ -144,3 +147,19 @@ def test_the_tables_have_shares_of_the_step():
     assert "| ours | 2.00 | 0.50 | 1.00 | 0.00 | 0.10 | 0.00 | 50.0% | 5.0% |" in text
     assert "| ours | 0.6000 | 0.6000 | 10.00% | 10.00% | 0 | 0 | 3 | 0 |" in text
     assert "sets of 8.0 ids in the mean, 50% of one id" in text
+
+
+def test_the_shares_that_the_docs_tell_are_those_measured():
+    paths = sorted((ROOT / "benchmarks" / "results").glob("sampler_step-*.json"))
+    runs = [json.loads(path.read_text()) for path in paths]
+
+    def told(name, parts, digits=0):
+        shares = [sampler_tables.share(named(run, name), parts) for run in runs]
+        least, most = (f"{100 * x:.{digits}f}" for x in (min(shares), max(shares)))
+        return f"{least}%" if least == most else f"{least} to {most}%"
+
+    scoring = told("eager", ("scoring", "scoring head"))
+    known, kept = told("ours-known", ("head",)), told("ours-support", ("head",), 1)
+    text = " ".join((ROOT / "docs" / "benchmarks.md").read_text().split())
+    assert f"The scoring pass takes {scoring} of the step on all logits." in text
+    assert f"It takes {known}, and {kept}." in text

@@ -4,12 +4,13 @@ python -m benchmarks.real_model.folder FILE.gguf FOLDER
 
 FOLDER is what `--model` of `python -m benchmarks.real_model` takes. A model of the hub needs no
 such step: `hf download google/gemma-3-270m --local-dir FOLDER` makes its folder. The transformers
-library reads GGUF with the package gguf, which this project does not install.
+library reads GGUF with the package gguf, which this project does not install: `pip install gguf`.
 """
 
 import argparse
 import hashlib
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -33,6 +34,11 @@ def main(arguments: list[str]) -> int:
     found = checksum(options.file)
     if found != options.sha256:
         parser.error(f"FILE must have the SHA-256 {options.sha256}; got {found}")
+    if find_spec("gguf") is None:
+        parser.error(
+            "transformers reads FILE with the package gguf, which is not installed; run pip "
+            "install gguf"
+        )
     convert(options.file, options.folder)
     print(f"wrote {options.folder}")
     return 0

@@ -75,10 +75,11 @@ def learning(results: Path) -> str:
     for study in STUDIES:
         parts += [report.arm_table(runs, study), report.difference_table(runs, study)]
         parts.append(image(f"pretrained-{study}.svg", "RL of a pretrained model"))
-    parts.append(f"Minutes of a run: {_minutes(runs['runs'])}. Each had one core.")
+    parts.append(f"Minutes of a run by the clock, on one core: {_minutes(runs['runs'])}.")
     hours = sum(run["seconds"] for run in runs["runs"]) / 3600
     commits = sorted({commit[:10] for run in runs["runs"] for commit in run["commits"]})
-    more = f"; commits {', '.join(commits)}; {len(runs['runs'])} runs, {hours:.1f} hours of a core"
+    more = f"; commits {', '.join(commits)}; {len(runs['runs'])} runs, "
+    more += f"{hours:.1f} hours by the clock in sum"
     return "\n\n".join([*parts, _data("learning", more)])
 
 

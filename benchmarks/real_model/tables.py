@@ -8,7 +8,7 @@ from benchmarks.tables import Run, about, cell, median_ratio, megabytes, named, 
 
 BACKBONE = ("forward", "backward", "embedding")
 SCORING = ("scoring", "scoring head")
-# Steps of README.md, each beside the one that holds all logits.
+# Steps of README.md, each beside its baseline.
 SHORT = (
     ("trl-patched", "trl"),
     ("ours-all", "eager-all"),
@@ -28,10 +28,11 @@ ENGINE_LABELS = {
 
 
 def in_short(results: Path) -> list[str]:
-    """README.md's table; empty where nothing was measured."""
-    run = _read(results, STEPS)
-    if run is None:
-        return []
+    """README.md's tables, one for each result file."""
+    return [_in_short(run) for run in _read(results, STEPS).values()]
+
+
+def _in_short(run: Run) -> str:
     rows = []
     for name, other in SHORT:
         one, whole = named(run, name), named(run, other)
@@ -39,35 +40,41 @@ def in_short(results: Path) -> list[str]:
             peaks = [f"{beyond(run, x) / 1e9:.2f}" for x in (one, whole)]
             cells = [cell(median_ratio(one, whole)), cell(update_ratio(one, whole)), *peaks]
             rows.append([one["label"], *cells])
-    columns = ["", "step / all logits", "update / all logits", "GB beyond the state", "all logits'"]
-    return [f"{_title(run)}\n\n{table(columns, rows)}\n\n{about(run)}"]
+    columns = ["", "step / baseline", "update / baseline", "GB beyond the state", "baseline's"]
+    baseline = "The baseline holds all logits; that of `patch_trl()` is TRL's own head."
+    return f"{_title(run)} {baseline}\n\n{table(columns, rows)}\n\n{about(run)}"
 
 
 def of(results: Path) -> list[str]:
     """What docs/benchmarks.md shows, if there are results in the folder."""
+    steps, heads = _read(results, STEPS), _read(results, HEAD)
     found = []
-    if (run := _read(results, STEPS)) is not None:
-        found += [_title(run), _steps(run), about(run)]
-    if (run := _read(results, HEAD)) is not None:
-        found += ["The head alone, on the states of the same answers:", _heads(run), about(run)]
+    for measured in sorted(steps | heads):
+        if (run := steps.get(measured)) is not None:
+            found += [_title(run), _steps(run), about(run)]
+        if (run := heads.get(measured)) is not None:
+            found += ["The head alone, on the states of the same answers:", _heads(run), about(run)]
     engines = results / "real_model" / "engines.json"
     if engines.exists():
         found += ["Tokens per second:", engines_table(json.loads(engines.read_text()))]
     return ["\n\n".join(found)] if found else []
 
 
-def _read(results: Path, pattern: str) -> Run | None:
-    path = next(iter(sorted(results.glob(pattern))), None)
-    return None if path is None else json.loads(path.read_text())
+def _read(results: Path, pattern: str) -> dict[str, Run]:
+    """The runs of all files that match, by what their names say of model and machine."""
+    start = pattern.index("*")
+    return {
+        path.name[start:]: json.loads(path.read_text()) for path in sorted(results.glob(pattern))
+    }
 
 
 def _title(run: Run) -> str:
     shape = run["shape"]
     return (
         f"**A pretrained model.** {run['model']}: D = {shape['hidden']:,}, "
-        f"V = {shape['vocabulary']:,}; {shape['sequences']} of its answers with "
-        f"{shape['tokens']:,} tokens, fp32, checkpointed layers, one micro-batch. An update is a "
-        "step without its scoring pass. The state is weights, gradients and AdamW's moments."
+        f"V = {shape['vocabulary']:,}; {shape['sequences']} of its answers, "
+        f"{shape['tokens']:,} tokens in all, fp32, checkpointed layers, one micro-batch. An update "
+        "is a step without its scoring pass. The state is weights, gradients and AdamW's moments."
     )
 
 
@@ -108,19 +115,28 @@ def _steps(run: Run) -> str:
         f"MB are above weights and moments; gradients, {gradients:,.0f} MB of them, come during "
         "head and backbone."
     )
+    if named(run, "trl"):
+        note += (
+            " TRL divides its loss by all response tokens, the others by the selected ones. So its "
+            "loss is that of ours, 20%, times selected / all."
+        )
     return f"{table(columns, rows)}\n\n{note}"
 
 
 def _heads(run: Run) -> str:
     first = run["contestants"][0]
+    peaks = ["MB"] if any(map(megabytes, run["contestants"])) else []
     rows = []
     for entry in run["contestants"]:
         if "refused" in entry:
-            rows.append([entry["label"], f"refused: {entry['refused']}", "", "", ""])
+            rows.append(
+                [entry["label"], f"refused: {entry['refused']}", "", *("" for _ in peaks), ""]
+            )
             continue
         cells = [f"{quantile(entry['wall_s'], 0.5):.2f}", cell(median_ratio(entry, first))]
-        rows.append([entry["label"], *cells, megabytes(entry), f"{entry['error']:.0e}"])
-    return table(["", "s", f"/ {first['name']}", "MB", "error"], rows)
+        cells += [megabytes(entry) for _ in peaks]
+        rows.append([entry["label"], *cells, f"{entry['error']:.0e}"])
+    return table(["", "s", f"/ {first['name']}", *peaks, "error"], rows)
 
 
 def engines_table(found: Run) -> str:

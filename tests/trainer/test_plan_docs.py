@@ -9,6 +9,7 @@ import pytest
 
 from tests.trainer.test_plan import job_of
 from trainer.__main__ import main
+from trainer.plan.devices import GPUS
 from trainer.plan.memory import eager_logits
 from trainer.plan.plan import plan
 from trainer.presets import PRESETS
@@ -70,6 +71,25 @@ def test_every_preset_that_is_named_exists():
     named = re.findall(r"`(?:--preset )?(qwen3-[\d.]+b|llama-8b)`", TEXT)
     assert len(named) >= 4
     assert set(named) <= set(PRESETS)
+
+
+@pytest.mark.parametrize(
+    ("options", "verdict"),
+    [
+        ("--gpu l40s", "fits"),
+        ("--gpu a100-40gb", "fits"),
+        ("--gpu 4090", "tight"),
+        ("--gpu 4090 --engine.memory-utilization 0.4", "fits"),
+    ],
+)
+def test_what_it_says_of_smaller_gpus_is_the_planners(options, verdict, capsys):
+    main(shlex.split(f"plan qwen3-0.6b {options}"))
+    assert re.search(rf"^{verdict}: ", capsys.readouterr().out, re.M)
+
+
+def test_it_names_every_gpu_that_is_known():
+    named = re.search(r"All names are (.*?)\.", TEXT, re.S)
+    assert set(re.findall(r"`(.*?)`", named[1])) == set(GPUS)
 
 
 TRAINER = (ROOT / "docs" / "trainer.md").read_text()

@@ -6,7 +6,8 @@ from dataclasses import asdict, replace
 import pytest
 
 from benchmarks import sampler_runs
-from benchmarks.sampler_runs import WAYS, tables, times, trainings
+from benchmarks.sampler_runs import RESULT, WAYS, tables, times, trainings
+from benchmarks.sources import ROOT
 from trainer.config import sources
 from trainer.presets import PRESETS
 
@@ -106,3 +107,14 @@ def test_unfinished_and_edited_runs_are_refused(base):
         write(config, rows_of(0.5, STEPS - (number == 2)))
     with pytest.raises(ValueError, match=r"vllm-recomputed/seed-0 is not finished"):
         trainings(runs)
+
+
+def test_the_span_of_seeds_that_the_docs_tell_is_the_one_measured():
+    ends = {}
+    for run in json.loads(RESULT.read_text())["trainings"]["runs"]:
+        way = run["engine"], run["source"]
+        ends.setdefault(way, []).append(100 * run["evaluations"]["eval/accuracy"][-1])
+    assert {len(of_way) for of_way in ends.values()} == {3}
+    spans = [max(of_way) - min(of_way) for of_way in ends.values()]
+    text = " ".join((ROOT / "docs" / "distributed.md").read_text().split())
+    assert f"three seeds span {min(spans):.1f} to {max(spans):.1f} points" in text
