@@ -142,6 +142,7 @@ class Studies:
             folder = self.root / "patterns" / kind
             data = ["--data", f"file:{self.data / f'{kind}.jsonl'}", "--template", "none"]
             size = ["--samples", str(SAMPLES), "--max-new-tokens", str(TOKENS), "--minimum", "1"]
+            size += ["--batch-size", str(prompts.PROMPTS)]  # a few left over would take as long
             options = ["--model", str(self.model), *data, "--instruction", "", *size]
             yield Analysis("patterns", kind, folder, tuple(options))
         top = self.run("top-20", 0)
