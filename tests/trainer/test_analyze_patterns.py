@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from tests.trainer.analyze_cases import here, models, options, sums  # noqa: F401
-from trainer.studies.analyze import main
+from trainer.studies.analyze import main, responses
 from trainer.studies.analyze.patterns import Patterns, analyze_patterns
 from trainer.studies.analyze.statistics import BINS, EntropyStatistics
+from trainer.update import score
 
 RELATIVE = 1 / 512  # what the nine bits of a bin leave out
 
@@ -136,6 +137,38 @@ def test_portions_change_nothing(models, sums, tmp_path):  # noqa: F811
     assert [t["count"] for t in one["tokens"]] == pytest.approx(
         [t["count"] for t in other["tokens"]]
     )
+
+
+@pytest.mark.parametrize(
+    ("options_of", "passes"),
+    [({}, 0), ({"impl": "torch"}, 1), ({"top_k": 5}, 1), ({"dtype": "bfloat16"}, 1)],
+    ids=str,
+)
+def test_a_pass_scores_what_the_engine_cannot_report(
+    options_of,
+    passes,
+    models,  # noqa: F811
+    sums,  # noqa: F811
+    tmp_path,
+    monkeypatch,
+):
+    ran = []
+    monkeypatch.setattr(responses, "score", lambda *given: ran.append(0) or score(*given))
+    given = options(sums, tmp_path / "out") | {"batch_size": 40} | options_of
+    analyze_patterns(Patterns(models[0], **given))
+    assert len(ran) == passes
+
+
+def test_reported_entropies_are_the_policys(models, sums, tmp_path):  # noqa: F811
+    def found(impl):
+        given = options(sums, tmp_path / impl) | {"impl": impl}
+        return json.loads(analyze_patterns(Patterns(models[0], **given, minimum=1)).read_text())
+
+    reported, scored = found("auto"), found("torch")
+    assert reported["count"] == scored["count"]
+    assert reported["mean"] == pytest.approx(scored["mean"], rel=1e-5)
+    means = [{t["token"]: t["mean"] for t in one["tokens"]} for one in (reported, scored)]
+    assert means[0] == pytest.approx(means[1], rel=1e-4, abs=1e-5)
 
 
 def test_bad_settings_are_refused(models, sums, tmp_path):  # noqa: F811

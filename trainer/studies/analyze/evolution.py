@@ -20,7 +20,7 @@ from trainer.evaluation.command import Opened, load
 from trainer.report.charts import Mark, Panel, Series, figure
 from trainer.studies.analyze.analysis import Analysis, opened, scoring, write
 from trainer.studies.analyze.overlap import change_by_bin, overlap, rank_correlation, top_mask
-from trainer.studies.analyze.responses import scored_responses
+from trainer.studies.analyze.responses import own_responses
 from trainer.update import score
 
 PERCENTILES = tuple(range(0, 101, 5))
@@ -65,7 +65,7 @@ def analyze_evolution(settings: Evolution) -> Path:
             f"an evolution needs two checkpoints or more; got {', '.join(names) or 'none'}"
         )
     with opened(settings) as work:
-        portions = [scored.rollouts for scored in scored_responses(work)]
+        portions = [rollouts for _, rollouts in own_responses(work)]
         logprob_CT, entropy_CT = _scored(work, names, portions)
         labels = [Path(name).name for name in names]
         if len(set(labels)) < len(labels):

@@ -10,6 +10,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from trainer.batch import Rollouts
+from trainer.config.sources import in_bf16
 from trainer.engines import make_engine
 from trainer.engines.engine import Engine
 from trainer.evaluation.command import Opened
@@ -23,10 +24,8 @@ class Scored(NamedTuple):
 
     asked: EvaluationSet
     rollouts: Rollouts
-    logprob_T: Tensor
-    """Log-probs of the sampled tokens under the policy, nats."""
     entropy_T: Tensor
-    """Entropies over the vocabulary at the sampling temperature, in nats."""
+    """The policy's entropies at the sampling temperature, in nats."""
 
 
 def responses(opened: Opened, engine: Engine) -> Iterator[tuple[EvaluationSet, Rollouts]]:
@@ -37,12 +36,25 @@ def responses(opened: Opened, engine: Engine) -> Iterator[tuple[EvaluationSet, R
             yield one, rollouts
 
 
-def scored_responses(opened: Opened[Settings]) -> Iterator[Scored]:
-    """The policy's own `responses`, scored by it."""
-    config, policy = scoring(opened.settings), opened.policy
-    engine = make_engine(config, policy)
+def own_responses(opened: Opened[Settings]) -> Iterator[tuple[EvaluationSet, Rollouts]]:
+    """`responses` of the policy itself."""
+    policy = opened.policy
+    engine = make_engine(scoring(opened.settings), policy)
     engine.update_weights(policy.weights())
     with closing(engine):
-        for one, rollouts in responses(opened, engine):
-            found = score(policy, rollouts, config, opened.ranks)
-            yield Scored(one, rollouts, found.logprob_T, found.entropy_T)
+        yield from responses(opened, engine)
+
+
+def scored_responses(opened: Opened[Settings]) -> Iterator[Scored]:
+    """The policy's own responses with its entropies.
+
+    In fp32, from the whole vocabulary, they are those that the engine reports, which are the
+    policy's to rounding. A pass scores the responses elsewhere, and where `impl` names its backend.
+    """
+    config, policy = scoring(opened.settings), opened.policy
+    reported = not in_bf16(config) and config.rollout.truncation.off and config.model.impl == "auto"
+    for one, rollouts in own_responses(opened):
+        if reported:
+            yield Scored(one, rollouts, rollouts.sampler_entropy_T)
+        else:
+            yield Scored(one, rollouts, score(policy, rollouts, config, opened.ranks).entropy_T)
