@@ -75,7 +75,8 @@ def learning(results: Path) -> str:
     for study in STUDIES:
         parts += [report.arm_table(runs, study), report.difference_table(runs, study)]
         parts.append(image(f"pretrained-{study}.svg", "RL of a pretrained model"))
-    parts.append(f"Minutes of a run by the clock, on one core: {_minutes(runs['runs'])}.")
+    minutes = _minutes(runs["runs"])
+    parts.append(f"Minutes of a run by the clock, on one core beside other programs: {minutes}.")
     hours = sum(run["seconds"] for run in runs["runs"]) / 3600
     commits = sorted({commit[:10] for run in runs["runs"] for commit in run["commits"]})
     more = f"; commits {', '.join(commits)}; {len(runs['runs'])} runs, "
