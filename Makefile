@@ -115,7 +115,7 @@ bench: $(VENV)/.dev
 	@echo "Running the benchmarks ..."
 	@$(BIN)/python -m pytest benchmarks/ --benchmark-only $(ARGS)
 
-# Steps, RL and entropies of a pretrained model; it says how long they take, and goes on where it ended.
+# RL, entropies and steps of a pretrained model; it says how long they take, and goes on where it ended.
 MODEL ?=
 real-model: model-is-there $(VENV)/.dev
 	@$(BIN)/python -m benchmarks.real_model --model "$(MODEL)" $(ARGS)

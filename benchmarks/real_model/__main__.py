@@ -180,13 +180,14 @@ def _run(command: list[str], environment: dict[str, str] | None = None) -> int:
 
 
 PARTS = (
-    Part("steps", steps, lambda studies: studies.measured("steps").exists(), 25),
-    Part("engines", engines, lambda studies: studies.measured("engines").exists(), 12),
     Part("base", base, lambda studies: studies.started.exists(), 15),
     Part("learning", learning, learned, 130, "base"),
     Part("patterns", analyses("patterns"), analysed("patterns"), 35),
     Part("temperatures", analyses("temperatures"), analysed("temperatures"), 20, "learning"),
     Part("evolution", analyses("evolution"), analysed("evolution"), 10, "learning"),
+    # Last, as they write result files: what is run in a changed checkout notes that.
+    Part("steps", steps, lambda studies: studies.measured("steps").exists(), 25),
+    Part("engines", engines, lambda studies: studies.measured("engines").exists(), 12),
 )
 
 
