@@ -141,7 +141,7 @@ def comparison(study: Study, results: Path) -> str:
             image(f"{label}-{study}.svg", f"The {study} on {label}"),
             f"Data: `{WHERE}/{path.name}`; seeds {', '.join(map(str, seeds))}; commits "
             f"{', '.join(commits)}; {len(runs)} runs, whose steps and evaluations took {hours:.1f} "
-            "hours by the clock in sum, beside other programs.",
+            "hours by the clock in sum.",
         ]
     return "\n\n".join(parts) or NOTHING
 

@@ -154,7 +154,7 @@ def test_the_page_has_the_minutes_of_each_arms_runs(tmp_path):
     ]
     (tmp_path / "learning.json").write_text(json.dumps({"runs": runs}))
     text = page.learning(tmp_path)
-    assert "on one core beside other programs: all (DAPO) 1.5, top 20% 0.8." in text
+    assert "on one core: all (DAPO) 1.5, top 20% 0.8." in text
     assert "commits c0ffee; 3 runs, 0.1 hours by the clock in sum" in text
 
 

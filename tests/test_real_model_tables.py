@@ -55,23 +55,25 @@ def test_steps_stand_beside_their_baselines_for_each_model(tmp_path):
     # Those of another model follow, its steps beside its head.
     head = {"name": "eager", "label": "eager", "wall_s": [1.0, 1.0], "error": 1e-3}
     refused = {"name": "trl", "label": "trl", "refused": "why"}
-    of_head = run | {"contestants": [head | {"peak_bytes": None}, refused]}
+    of_head = run | {"contestants": [head, refused]}
     (tmp_path / "real_head-cpu-x.json").write_text(json.dumps(of_head))
     other = run | {"model": "Other", "contestants": run["contestants"][2:]}
     (tmp_path / "real_step-cpu-y.json").write_text(json.dumps(other))
-    of_head["contestants"] = [head | {"peak_bytes": 2 * 10**6}]
+    of_head["contestants"] = [head | {"wall_s": [2.0, 2.0]}]
     (tmp_path / "real_head-cpu-y.json").write_text(json.dumps(of_head))
     assert ["Other:" in text for text in tables.in_short(tmp_path)] == [False, True]
     first, second = tables.of(tmp_path)[0].split("Other:")
     assert "|  | s | / eager | error |\n" in first
     assert "| trl | refused: why |  |  |" in first
-    assert "| eager | 1.00 | 1.00 | 2 | 1e-03 |" in second
+    assert "| eager | 2.00 | 1.00 | 1e-03 |" in second
     assert "TRL divides its loss" not in second
 
 
 def test_trl_divides_its_loss_by_all_tokens():
     """As the sentence below the steps has it, of the losses that were measured."""
-    for path in (ROOT / "benchmarks" / "results").glob(kept.STEPS):
+    paths = list((ROOT / "benchmarks" / "results").glob(kept.STEPS))
+    assert paths
+    for path in paths:
         run = json.loads(path.read_text())
         loss = {entry["name"]: entry["sums"]["loss"] for entry in run["contestants"]}
         tokens = run["shape"]["tokens"]

@@ -135,9 +135,8 @@ def dapo(name: str, path: str) -> Config:
 def high_entropy(config: Config) -> Config:
     """`config` on the fifth of its tokens with the highest entropies under the current policy.
 
-    Paper, equation 6: divided by the number of those tokens. Other entropies cost less, in the
-    head's products of T x D x V 1.6 in place of 2.6 by `--algorithm.entropy-source old` and 0.8 by
-    `sampler`.
+    Paper, equation 6: divided by the number of those tokens. Other entropies cost less. The head
+    has 2.6 products of T x D x V, by `--algorithm.entropy-source old` 1.6, by `sampler` 0.8.
     """
     algorithm = replace(config.algorithm, fraction=0.2, entropy_source="current")
     return replace(config, algorithm=replace(algorithm, denominator="selected"))

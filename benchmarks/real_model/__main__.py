@@ -69,7 +69,7 @@ def main(arguments: list[str]) -> int:
 
 def _done(part: Part, studies: Studies) -> bool:
     """Whether it is done now, which cannot be before what it needs is."""
-    (needed,) = [x for x in PARTS if x.name == part.after] or [None]
+    needed = next((x for x in PARTS if x.name == part.after), None)
     if needed is not None and not needed.done(studies):
         print(f"{part.name} is left out: {needed.name} is not done", file=sys.stderr)
         return False

@@ -20,7 +20,7 @@ FORKING = (
     *("wait", "however", "unless", "thus", "also", "since", "because"),
     *("suppose", "assume", "given", "define"),
 )
-OF_A_KIND = ("count", "mean", "below_0.01", "percentiles", "threshold", "problems")
+OF_A_KIND = ("count", "mean", "below_0.01", "percentiles", "threshold", "problems", "made")
 
 
 def runs(studies: Studies) -> int:
@@ -69,9 +69,7 @@ def joined(kinds: dict[str, dict[str, Any]]) -> dict[str, Any]:
     ]
     tokens.sort(key=lambda token: -token["mean"])
     often = [token for token in tokens if token["count"] >= MINIMUM]
-    first = next(iter(kinds.values()))
     return {
-        "made": first["made"],
         "count": total,
         "mean": sum(found["count"] * found["mean"] for found in kinds.values()) / total,
         "below_0.01": sum(x["count"] * x["below_0.01"] for x in kinds.values()) / total,

@@ -76,7 +76,7 @@ def learning(results: Path) -> str:
         parts += [report.arm_table(runs, study), report.difference_table(runs, study)]
         parts.append(image(f"pretrained-{study}.svg", "RL of a pretrained model"))
     minutes = _minutes(runs["runs"])
-    parts.append(f"Minutes of a run by the clock, on one core beside other programs: {minutes}.")
+    parts.append(f"Minutes of a run by the clock, on one core: {minutes}.")
     hours = sum(run["seconds"] for run in runs["runs"]) / 3600
     commits = sorted({commit[:10] for run in runs["runs"] for commit in run["commits"]})
     more = f"; commits {', '.join(commits)}; {len(runs['runs'])} runs, "

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 from benchmarks.real_model.kept import HEAD, STEPS
-from benchmarks.tables import Run, about, cell, median_ratio, megabytes, named, quantile, table
+from benchmarks.tables import Run, about, cell, median_ratio, named, quantile, table
 
 BACKBONE = ("forward", "backward", "embedding")
 SCORING = ("scoring", "scoring head")
@@ -125,18 +125,14 @@ def _steps(run: Run) -> str:
 
 def _heads(run: Run) -> str:
     first = run["contestants"][0]
-    peaks = ["MB"] if any(map(megabytes, run["contestants"])) else []
     rows = []
     for entry in run["contestants"]:
         if "refused" in entry:
-            rows.append(
-                [entry["label"], f"refused: {entry['refused']}", "", *("" for _ in peaks), ""]
-            )
+            rows.append([entry["label"], f"refused: {entry['refused']}", "", ""])
             continue
         cells = [f"{quantile(entry['wall_s'], 0.5):.2f}", cell(median_ratio(entry, first))]
-        cells += [megabytes(entry) for _ in peaks]
         rows.append([entry["label"], *cells, f"{entry['error']:.0e}"])
-    return table(["", "s", f"/ {first['name']}", *peaks, "error"], rows)
+    return table(["", "s", f"/ {first['name']}", "error"], rows)
 
 
 def engines_table(found: Run) -> str:
